@@ -1,0 +1,69 @@
+"""sdlora: train a Stable Diffusion LoRA from a folder of pictures, see it at any strength, export it.
+
+The public names load on first use, so ``import sdlora`` is instant and imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Config, load_config, save_config
+    from .data.doctor import examine
+    from .demo import demo
+    from .errors import SdloraError
+    from .events import Control
+    from .export import export_adapter
+    from .generate import GenerateRequest, ImageGenerator, generate
+    from .inspection import inspect_adapter
+    from .train import TrainResult, train
+
+_HOMES = {
+    "Config": "config",
+    "load_config": "config",
+    "save_config": "config",
+    "examine": "data.doctor",
+    "demo": "demo",
+    "SdloraError": "errors",
+    "Control": "events",
+    "export_adapter": "export",
+    "GenerateRequest": "generate",
+    "ImageGenerator": "generate",
+    "generate": "generate",
+    "inspect_adapter": "inspection",
+    "TrainResult": "train",
+    "train": "train",
+}
+
+try:
+    __version__ = version("sdlora")
+except PackageNotFoundError:  # running from a checkout that was not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Config",
+    "Control",
+    "GenerateRequest",
+    "ImageGenerator",
+    "SdloraError",
+    "TrainResult",
+    "__version__",
+    "demo",
+    "examine",
+    "export_adapter",
+    "generate",
+    "inspect_adapter",
+    "load_config",
+    "save_config",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value  # importing a submodule of the same name must not shadow the function
+    return value

@@ -1,0 +1,346 @@
+"""The command line: parse -> settings -> one public function -> show what it tells.
+
+Each command is one line in :data:`COMMANDS`: a function that declares its arguments and one that runs
+it and returns (JSON result, exit code). Everything meant for people goes to stderr or is the plain
+answer on stdout; with ``--json`` the last line of stdout is one JSON object. Heavy imports happen inside
+the commands, so that ``--help`` and ``check`` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import ConfigError, SdloraError
+from .files import write_problem
+
+Result = tuple[dict[str, Any], int]
+
+
+class Command(NamedTuple):
+    """One subcommand: help, its arguments, and what it does."""
+
+    help: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Result]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0 good, 1 found harmful, 2 an error the user can mend."""
+    for stream in (sys.stdout, sys.stderr):  # Windows consoles may not be UTF-8
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    parser = _parser()
+    options, extra = parser.parse_known_args(arguments)
+    try:
+        _take_overrides(options, extra, parser)
+        result, code = COMMANDS[options.command].run(options)
+    except SdloraError as error:
+        result, code = {"error": str(error), "kind": type(error).__name__}, 2
+        print(f"sdlora: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        result, code = {"error": "interrupted"}, 130
+        print("sdlora: interrupted", file=sys.stderr)
+    except OSError as error:
+        result, code = {"error": str(error), "kind": "OutputError"}, 2
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"sdlora: {place}{write_problem(error)}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(result, default=str), flush=True)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sdlora",
+        description="Train a Stable Diffusion LoRA from a folder of pictures, see it at any strength, export it.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        own = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        own.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        command.declare(own)
+    return parser
+
+
+def _take_overrides(options: argparse.Namespace, extra: list[str], parser: argparse.ArgumentParser) -> None:
+    """Accept key=value anywhere on the line of a command that has settings."""
+    if not hasattr(options, "overrides"):
+        if extra:
+            parser.error(f"unknown argument: {' '.join(extra)} (see sdlora {options.command} --help)")
+        return
+    folder = getattr(options, "folder", None)
+    if folder is not None and "=" in folder and not Path(folder).exists():
+        extra, options.folder = [folder, *extra], None
+    unknown = [text for text in extra if text.startswith("-")]
+    if unknown:
+        parser.error(f"unknown option: {' '.join(unknown)} (see sdlora {options.command} --help)")
+    options.overrides = extra
+
+
+# --- train ---------------------------------------------------------------------------------------------
+
+
+def _declare_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", help="folder of pictures, captions beside them")
+    parser.add_argument("--base", help="mini, a diffusers folder, a .safetensors file, or a hub id")
+    parser.add_argument("--name", help="name of the adapter and of its file")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default runs/NAME)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--trigger", metavar="WORD", help="word that calls the style")
+    parser.add_argument("--events", metavar="FILE", help="also write events as JSON lines (- for stdout)")
+    parser.set_defaults(overrides=[])
+    parser.usage = "sdlora train FOLDER [options] [section.name=value ...]"
+    parser.epilog = _settings_help() if {"-h", "--help"} & set(sys.argv) else None
+
+
+def _settings_help() -> str:
+    from .config import fields
+
+    lines = ["settings (section.name=value, or in the TOML file):"]
+    for key, field in fields():
+        default = "follows the data" if field.default is None else f"{field.default}"
+        lines.append(f"  {key} [{default}]\n      {' '.join((field.description or '').split())}")
+    return "\n".join(lines)
+
+
+def _run_train(options: argparse.Namespace) -> Result:
+    from .config import load_config
+
+    file = options.config
+    if file is None and options.resume:
+        if options.output is None:
+            raise ConfigError("--resume needs --output DIR, the run folder to go on with")
+        file = options.output / "config.toml"
+    config = load_config(
+        file,
+        options.overrides,
+        {
+            "data.folder": options.folder and Path(options.folder),
+            "data.trigger_word": options.trigger,
+            "model.base": options.base,
+            "output.name": options.name,
+            "output.folder": options.output,
+        },
+    )
+    from .display import TrainingDisplay
+    from .events import Control, JsonlWriter, Listener
+    from .run import run_folder
+    from .train import train
+
+    control = Control(run_folder(config))
+    with ExitStack() as stack:
+        display = stack.enter_context(TrainingDisplay())
+        listeners: list[Listener] = [display]
+        if options.events:
+            stream = sys.stdout if options.events == "-" else Path(options.events).open("a", encoding="utf-8")
+            listeners.append(JsonlWriter(stream))
+        stack.enter_context(control.on_interrupt())
+        result = train(config, resume=options.resume, listeners=listeners, control=control)
+    if result.stopped:
+        print(
+            f"stopped after step {result.step} and saved; go on with:\n  sdlora train --resume --output {result.folder}"
+        )
+    else:
+        print(f"adapter: {result.adapter_file}\npreviews: {result.folder / 'samples' / 'grid.png'}")
+    return {
+        "adapter_file": result.adapter_file,
+        "run": result.folder,
+        "step": result.step,
+        "stopped": result.stopped,
+        "loss": result.loss,
+        "validation_loss": result.validation_loss,
+        "seconds": round(result.seconds, 2),
+    }, 0
+
+
+# --- generate ------------------------------------------------------------------------------------------
+
+
+def _declare_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", default="mini", help="mini, a folder, a .safetensors file, or a hub id")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH[:TEXT]]",
+        help="adapter and its strength (a second number is the text encoder's); may be repeated",
+    )
+    parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be repeated")
+    parser.add_argument("--negative", default="", metavar="PROMPT", help="what to avoid")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the PNGs go")
+    parser.add_argument("--seed", type=int, default=0, help="fixes the noise")
+    parser.add_argument("--count", type=int, default=1, help="pictures a prompt, from consecutive seeds")
+    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="in px; the base's own size when left out")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument("--guidance", type=float, help="guidance scale; the base's own when left out")
+    parser.add_argument(
+        "--sampler", default="DPM++ 2M Karras", help="DDIM, Euler, Euler a, DPM++ 2M[ Karras]"
+    )
+    parser.add_argument("--strengths", metavar="A,B,...", help="render a sweep grid, e.g. 0,0.25,0.5,0.75,1")
+    parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights first")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the fastest when left out")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="number format")
+
+
+def _run_generate(options: argparse.Namespace) -> Result:
+    strengths = _numbers(options.strengths, "--strengths") if options.strengths else None
+    width, height = _size(options.size) if options.size else (None, None)
+    for name, least in (("count", 1), ("steps", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name} {getattr(options, name)}: must be {least} or more")
+    from .display import progress_bar
+    from .generate import generate, parse_adapter
+
+    adapters = [parse_adapter(text) for text in options.adapter]
+    with progress_bar("drawing") as progress:
+        result = generate(
+            options.base,
+            adapters,
+            options.prompt,
+            negative_prompt=options.negative,
+            seed=options.seed,
+            height=height,
+            width=width,
+            steps=options.steps,
+            guidance=options.guidance,
+            sampler=options.sampler,
+            strengths=strengths,
+            merge=options.merge,
+            count=options.count,
+            output=options.output,
+            device=options.device,
+            precision=options.precision,
+            progress=progress,
+        )
+    for file in [*result.files, *([result.grid] if result.grid else [])]:
+        print(file)
+    return {"files": list(result.files), "grid": result.grid, "seconds": round(result.seconds, 2)}, 0
+
+
+def _numbers(text: str, flag: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: give numbers with commas between them, e.g. 0,0.5,1") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height or width)
+    except ValueError:
+        raise ConfigError(f"--size {text}: give WIDTHxHEIGHT in px, e.g. 512x768") from None
+
+
+# --- export, inspect, check, demo ----------------------------------------------------------------------
+
+
+def _declare_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="run folder or adapter file")
+    parser.add_argument("--format", choices=["webui", "diffusers", "peft"], default="webui")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the file goes")
+    parser.add_argument("--webui", type=Path, metavar="DIR", help="also copy into this WebUI's models/Lora")
+    parser.add_argument("--name", help="file name without ending")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="number format; as in the source")
+    parser.add_argument("--preview", type=Path, metavar="PNG", help="picture for the WebUI card")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def _run_export(options: argparse.Namespace) -> Result:
+    if options.output is None and options.webui is None:
+        raise ConfigError("sdlora export needs --output DIR (or --webui DIR)")
+    from .export import export_adapter
+
+    report = export_adapter(
+        options.source,
+        options.format,
+        options.output,
+        dtype=options.dtype,
+        preview=options.preview,
+        webui_folder=options.webui,
+        overwrite=options.overwrite,
+        name=options.name,
+    )
+    for file in report.files:
+        print(file)
+    print(f"proof: {report.proof_line()}")
+    return report.to_dict(), 0
+
+
+def _declare_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="adapter file or PEFT folder")
+
+
+def _run_inspect(options: argparse.Namespace) -> Result:
+    from .inspection import inspect_adapter
+
+    summary = inspect_adapter(options.file)
+    print(summary.render())
+    return summary.to_dict(), 0
+
+
+def _declare_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="folder of pictures")
+    parser.add_argument("--trigger", metavar="WORD", help="word the captions should hold")
+    parser.add_argument("--resolution", type=int, default=512, help="px trained at")
+    parser.add_argument(
+        "--multiple", type=int, default=64, help="picture sides are multiples of this many px"
+    )
+    parser.add_argument("--batch-size", type=int, help="also count the batches of an epoch")
+    parser.add_argument("--flat", action="store_true", help="do not look into folders inside")
+
+
+def _run_check(options: argparse.Namespace) -> Result:
+    from .data.doctor import examine, render_report, report_to_dict
+
+    for flag in ("resolution", "multiple"):
+        if getattr(options, flag) < 1:
+            raise ConfigError(f"--{flag} {getattr(options, flag)}: must be 1 or more")
+    report = examine(
+        options.folder,
+        recursive=not options.flat,
+        trigger_word=options.trigger,
+        resolution=options.resolution,
+        multiple=options.multiple,
+        batch_size=options.batch_size,
+    )
+    print(render_report(report))
+    return report_to_dict(report), 1 if report.harmful else 0
+
+
+def _declare_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="run folder")
+    parser.add_argument("--steps", type=int, help="train this many steps instead of the recommended number")
+
+
+def _run_demo(options: argparse.Namespace) -> Result:
+    from .demo import demo
+    from .display import TrainingDisplay
+
+    with TrainingDisplay() as display:
+        result = demo(options.output, steps=options.steps, listeners=[display])
+    print(result.render())
+    return result.to_dict(), 0
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("train a LoRA on a folder of pictures", _declare_train, _run_train),
+    "generate": Command("draw pictures with adapters at any strength", _declare_generate, _run_generate),
+    "export": Command("write an adapter for WebUI, diffusers or PEFT", _declare_export, _run_export),
+    "inspect": Command("show what an adapter file holds", _declare_inspect, _run_inspect),
+    "check": Command("look for trouble in a folder of pictures", _declare_check, _run_check),
+    "demo": Command("learn an ink style on the built-in base and show it", _declare_demo, _run_demo),
+}

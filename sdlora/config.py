@@ -1,0 +1,392 @@
+"""The settings of a run: what exists, what is allowed, and how they are read and written.
+
+One frozen typed tree serves the command line, Python and the UI. The docstring under a field is its
+help text everywhere (TOML comment, ``--help``, reference page). ``None`` means "follow the data": such
+settings are filled in by :mod:`sdlora.plan`, with a reason that is printed before training starts.
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from .errors import ConfigError
+from .files import write_text
+
+Targets = Literal["attention", "linear", "all"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "linear", "constant"]
+SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
+PredictionType = Literal["epsilon", "v_prediction"]
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of every group of settings: frozen, no unknown keys, docstrings are descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False
+    )
+
+
+class ModelConfig(Section):
+    """Which base model is adapted."""
+
+    base: str = "mini"
+    """The base: `mini` (ships with sdlora), a diffusers folder, a .safetensors file, or a hub id."""
+    prediction_type: PredictionType | None = None
+    """What the U-Net predicts; read from the base when left open."""
+    clip_skip: Annotated[int, Field(ge=1, le=12)] = 1
+    """Use the n-th last layer of the CLIP text encoder (1 = the last, as the base was trained)."""
+
+
+class DataConfig(Section):
+    """Which pictures are trained on, and how they are prepared."""
+
+    folder: Path | None = None
+    """The folder of pictures, with captions as .txt or .caption files beside them."""
+    recursive: bool = True
+    """Also take pictures from folders inside the folder."""
+    trigger_word: str | None = None
+    """Word that calls the style; put in front of captions that lack it, and the caption's start
+    where there is no caption file."""
+    resolution: Annotated[int, Field(ge=32, le=4096)] | None = None
+    """Side in px of a square of the area trained at; the base's own resolution when left open."""
+    repeats: Positive = 1
+    """How often each picture is seen in one epoch."""
+    buckets: bool = True
+    """Keep each picture's aspect ratio by grouping pictures into buckets; off: crop to squares."""
+    flip: bool = False
+    """Also train on mirror images (half of the visits). Not for faces, text or other asymmetric
+    subjects."""
+    caption_dropout: Probability = 0.05
+    """Share of visits that train on the empty caption, which guidance needs."""
+    validation: Annotated[float, Field(ge=0)] | None = None
+    """Pictures held out to measure progress: a share below 1, or a number of pictures; 0 for none."""
+    background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = "#ffffff"
+    """Colour put behind transparent pictures."""
+    cache_folder: Path | None = None
+    """Where encoded pictures and captions are kept; the user's cache folder when left open."""
+
+
+class AdapterConfig(Section):
+    """The LoRA: where it is put and how large it is."""
+
+    targets: Targets = "attention"
+    """U-Net layers that get a LoRA: attention projections (`attention`), every linear layer of the
+    transformer blocks (`linear`), or these and the convolutions (`all`)."""
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Rank of the update of each layer; higher learns more detail and makes a larger file."""
+    alpha: PositiveFloat | None = None
+    """The update is multiplied by alpha / rank; equal to the rank when left open."""
+    dropout: Dropout = 0.0
+    """Share of the adapter's inputs set to zero in training."""
+    text_encoder: bool = False
+    """Also adapt the text encoder."""
+    text_encoder_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Rank in the text encoder; as in the U-Net when left open."""
+    text_encoder_alpha: PositiveFloat | None = None
+    """Alpha in the text encoder; equal to its rank when left open."""
+
+
+class OptimizerConfig(Section):
+    """How the adapter's weights follow the gradient."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the U-Net's adapter."""
+    text_encoder_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the text encoder's adapter; a fifth of the U-Net's when left open."""
+    betas: tuple[Dropout, Dropout] = (0.9, 0.99)
+    """Decay rates of AdamW's running mean and variance."""
+    epsilon: PositiveFloat = 1e-8
+    """AdamW's guard against division by zero."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: NonNegative | None = None
+    """Steps over which the learning rate rises from zero."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients longer than this are shortened to it; 0 switches clipping off."""
+
+
+class TrainingConfig(Section):
+    """Length, batch, precision and objective."""
+
+    steps: Positive | None = None
+    """Optimizer steps of the run."""
+    epochs: Positive | None = None
+    """Passes over the pictures, instead of steps."""
+    batch_size: Positive | None = None
+    """Pictures per micro-batch and process."""
+    gradient_accumulation: Positive = 1
+    """Micro-batches per optimizer step."""
+    precision: Precision | None = None
+    """Number format of the frozen base; the adapter's master weights are always fp32."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes every random choice: a run repeats exactly on the same machine."""
+    device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")] | None = None
+    """`cpu`, `cuda`, `cuda:1`, `mps`; the fastest one present when left open."""
+    min_snr_gamma: NonNegativeFloat = 5.0
+    """Limit of the signal-to-noise weight (Hang et al. 2023); 0 weighs all timesteps alike."""
+    noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Size of a constant added per channel to the noise, which helps very dark or bright styles."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: slower, far less memory."""
+    checkpoint_every: Positive | None = None
+    """Steps between resumable checkpoints."""
+    keep_checkpoints: Positive = 2
+    """How many of the newest checkpoints are kept."""
+    validate_every: Positive | None = None
+    """Steps between measurements on the held-out pictures."""
+
+
+class SampleConfig(Section):
+    """Preview images during training."""
+
+    prompts: tuple[str, ...] | None = None
+    """What the previews show; taken from the captions when left open, `[]` for no previews."""
+    negative_prompt: str = ""
+    """What the previews should avoid."""
+    every: Positive | None = None
+    """Steps between previews; one is always made before the first and after the last step."""
+    steps: Positive = 20
+    """Denoising steps."""
+    guidance: NonNegativeFloat | None = None
+    """Guidance scale; the base's recommended one when left open."""
+    sampler: SamplerName = "DPM++ 2M Karras"
+    """The sampler."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """Seed of the first prompt's noise; the next prompts count on."""
+
+
+class OutputConfig(Section):
+    """What is written, and where."""
+
+    folder: Path | None = None
+    """The run folder; `runs/NAME` when left open."""
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r'^[^\\/:*?"<>|\x00-\x1f]+$')] = "lora"
+    """Name of the adapter and of its file."""
+    dtype: Precision = "fp16"
+    """Number format of the exported adapter file."""
+    description: str = ""
+    """Free text stored in the adapter file."""
+    license: str = ""
+    """Licence of the adapter, stored in the file."""
+
+
+class Config(Section):
+    """Everything one training run depends on."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    sample: SampleConfig = SampleConfig()
+    output: OutputConfig = OutputConfig()
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with dotted keys replaced, e.g. ``{"training.steps": 300}`` (validated)."""
+        tree = self.model_dump(exclude_unset=True)
+        for key, value in values.items():
+            section, name = key.split(".")
+            tree.setdefault(section, {})[name] = value
+        return type(self).model_validate(tree)
+
+    def get(self, key: str) -> Any:
+        """Return the value of a dotted key."""
+        section, name = key.split(".")
+        return getattr(getattr(self, section), name)
+
+
+def fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every setting as (dotted key, pydantic field), in the order of declaration."""
+    for section, info in Config.model_fields.items():
+        assert isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+        for name, field in info.annotation.model_fields.items():
+            yield f"{section}.{name}", field
+
+
+def load_config(
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read settings from a TOML file, then ``key=value`` texts, then ready values (last one wins).
+
+    Args:
+        file: TOML file with the sections of :class:`Config`.
+        overrides: texts such as ``training.steps=40``; the value is TOML, or else a plain string.
+        values: dotted key to value, as the command line's own flags give them; ``None`` is skipped.
+
+    Raises:
+        ConfigError: naming every unknown key, bad value and contradiction at once.
+    """
+    problems: list[str] = []
+    tree = _read_toml(file) if file else {}
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or key.count(".") != 1:
+            hint = _nearest(key)
+            problems.append(f"`{text}`: settings are given as section.name=value{hint}")
+            continue
+        _put(tree, key, _parse_value(value), problems)
+    for key, value in (values or {}).items():
+        if value is not None:
+            _put(tree, key, value, problems)
+    config, more = _validate(tree)
+    problems += more
+    if problems:
+        raise ConfigError(_listing(problems, file))
+    assert config is not None
+    return config
+
+
+def save_config(config: Config, file: Path) -> None:
+    """Write all set values as TOML, each under its help text; unset ones are left out."""
+    lines: list[str] = []
+    for section in Config.model_fields:
+        lines.append(f"[{section}]")
+        values = getattr(config, section).model_dump(mode="json", exclude_none=True)
+        for name, field in type(getattr(config, section)).model_fields.items():
+            if name in values:
+                help_text = " ".join((field.description or "").split())
+                lines.append(f"# {help_text}")
+                lines.append(tomli_w.dumps({name: values[name]}).strip())
+        lines.append("")
+    write_text(file, "\n".join(lines))
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such settings file; check the path after --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error}); give a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}; mend that line") from None
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # an unquoted string, as shells leave it: output.name=my-style
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
+    section, _, name = key.partition(".")
+    group = tree.setdefault(section, {})
+    if not isinstance(group, dict):
+        problems.append(f"`{section}` is a section, not a value")
+        return
+    group[name] = value
+
+
+def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """Validate; on errors validate the rest again, so that contradictions show in the same report."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(dict(item)) for item in error.errors()]
+        rest = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+        for item in error.errors():
+            location = item["loc"]
+            if len(location) >= 2 and isinstance(rest.get(str(location[0])), dict):
+                rest[str(location[0])].pop(str(location[1]), None)
+            else:
+                rest.pop(str(location[0]), None)
+        try:
+            problems += contradictions(Config.model_validate(rest))
+        except ValidationError:
+            pass  # the first report already names what is wrong
+        return None, problems
+    return config, contradictions(config)
+
+
+def contradictions(config: Config) -> list[str]:
+    """Return what cannot be meant together, or would silently have no effect."""
+    found: list[str] = []
+    if config.training.steps is not None and config.training.epochs is not None:
+        found.append("`training.steps` and `training.epochs` both fix the length: give one of them")
+    if not config.adapter.text_encoder:
+        for key in (
+            "adapter.text_encoder_rank",
+            "adapter.text_encoder_alpha",
+            "optimizer.text_encoder_learning_rate",
+        ):
+            if config.get(key) is not None:
+                found.append(f"`{key}` has no effect without `adapter.text_encoder=true`")
+    if config.sample.prompts == ():
+        for name in ("every", "guidance"):
+            if getattr(config.sample, name) is not None:
+                found.append(f"`sample.{name}` has no effect with `sample.prompts=[]`")
+    if config.data.validation == 0 and config.training.validate_every is not None:
+        found.append("`training.validate_every` has no effect with `data.validation=0`")
+    if config.data.validation is not None and config.data.validation >= 1:
+        if config.data.validation != int(config.data.validation):
+            found.append("`data.validation` from 1 up is a number of pictures and must be whole")
+    steps, warmup = config.training.steps, config.optimizer.warmup_steps
+    if steps is not None and warmup is not None and warmup >= steps:
+        found.append(
+            f"`optimizer.warmup_steps={warmup}` must be below `training.steps={steps}`, "
+            "or the full learning rate is never reached"
+        )
+    return found
+
+
+def _explain(item: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location[:2])
+    kind, given = item["type"], item.get("input")
+    if kind == "extra_forbidden":
+        return f"`{key}` is not a setting{_nearest(key)}"
+    message = str(item["msg"]).removeprefix("Input ")
+    if kind == "literal_error":
+        choices = _choices(key)
+        close = difflib.get_close_matches(str(given), choices, 1)
+        message = "must be one of " + ", ".join(choices) + (f" (did you mean {close[0]}?)" if close else "")
+    elif kind == "string_pattern_mismatch" and key == "output.name":
+        message = 'must not hold any of \\ / : * ? " < > |'
+    return f"`{key}={given}`: {message}"
+
+
+def _choices(key: str) -> list[str]:
+    annotation = dict(fields())[key].annotation
+    found = [value for part in (annotation, *get_args(annotation)) for value in get_args(part)]
+    return [value for value in found if isinstance(value, str)]
+
+
+def _nearest(key: str) -> str:
+    known = [name for name, _ in fields()]
+    close = difflib.get_close_matches(key, known, 1, cutoff=0.6)
+    if not close:
+        wanted = key.rpartition(".")[2]
+        by_name = {name.partition(".")[2]: name for name in known}
+        close = [by_name[name] for name in difflib.get_close_matches(wanted, list(by_name), 1, cutoff=0.6)]
+    return f"; did you mean `{close[0]}`?" if close else "; see `sdlora train --help` for all settings"
+
+
+def _listing(problems: list[str], file: Path | None) -> str:
+    where = f" in {file} and the command line" if file else ""
+    if len(problems) == 1:
+        return f"settings{where}: {problems[0]}"
+    return f"{len(problems)} problems with the settings{where}:\n" + "\n".join(f"  - {p}" for p in problems)

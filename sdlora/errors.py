@@ -1,0 +1,35 @@
+"""What can go wrong for reasons a user can mend, as one short exception tree.
+
+Every error carries one message that says what is wrong (with the value), where (file, key or module)
+and how to fix it. The command line shows it without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+
+class SdloraError(Exception):
+    """Something the user can mend; the message says what, where and how."""
+
+
+class ConfigError(SdloraError):
+    """Settings that are unknown, out of range or contradict each other; lists all of them."""
+
+
+class DatasetError(SdloraError):
+    """A folder, image or caption that cannot be trained on."""
+
+
+class ModelError(SdloraError):
+    """A base model that cannot be found, recognised or loaded."""
+
+
+class AdapterFileError(SdloraError):
+    """An adapter file that cannot be read, does not fit, or failed its proof after writing."""
+
+
+class OutputError(SdloraError):
+    """A place that cannot be written: it exists already, is not a folder, or the disk is full."""
+
+
+class TrainingError(SdloraError):
+    """A run that must not go on: a non-finite loss, or a checkpoint that cannot be resumed."""

@@ -1,0 +1,201 @@
+"""What a run tells while it goes on, and the three things one may ask of it.
+
+Events are frozen facts; a listener cannot change training with them. One that raises is dropped after
+one warning. :class:`Control` is read once a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+
+@dataclass(frozen=True)
+class Event:
+    """A fact with the time it was told (seconds since 1970)."""
+
+    time: float = field(default_factory=time.time, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Decided(Event):
+    """A setting that was left open, and why it got its value."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Noticed(Event):
+    """Something the user should know; training goes on."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Caching(Event):
+    """Encoding of pictures and captions before training."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """The first step is about to be made; predictions in seconds and bytes."""
+
+    name: str
+    steps: int
+    first_step: int
+    num_images: int
+    num_parameters: int
+    expected_seconds: float | None
+    expected_bytes: int
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimizer step; loss is the mean over its pictures, rate in pictures per second."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_images: int
+    images_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Validated(Event):
+    """Loss on the held-out pictures with fixed noise and times."""
+
+    step: int
+    loss: float
+    num_images: int
+
+
+@dataclass(frozen=True)
+class Sampled(Event):
+    """A row of previews was written."""
+
+    step: int
+    files: tuple[Path, ...]
+    grid: Path
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A resumable state was written."""
+
+    step: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """The run ended by itself or was asked to stop."""
+
+    step: int
+    stopped: bool
+    seconds: float
+    adapter_file: Path | None
+
+
+Listener = Callable[[Event], None]
+
+
+def to_json(event: Event) -> str:
+    """Return the event as one line of JSON with its kind under ``event``."""
+    return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}, default=str)
+
+
+class Announcer:
+    """Tells every listener; drops one that raises, with a single warning."""
+
+    def __init__(self, listeners: tuple[Listener, ...]) -> None:
+        self._listeners = list(listeners)
+
+    def __call__(self, event: Event) -> None:
+        for listener in tuple(self._listeners):
+            try:
+                listener(event)
+            except Exception as error:  # a broken display must not end hours of training
+                self._listeners.remove(listener)
+                warnings.warn(f"event listener {listener!r} failed and was dropped: {error}", stacklevel=2)
+
+
+class JsonlWriter:
+    """Listener that appends each event to a file or stream, one JSON object a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __call__(self, event: Event) -> None:
+        self._stream.write(to_json(event) + "\n")
+        self._stream.flush()
+
+
+class Control:
+    """Wishes from outside: a signal, a method call, or a file named STOP, SAVE or SAMPLE in the run.
+
+    A file is removed when it has been seen.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._wishes: set[str] = set()
+
+    def stop(self) -> None:
+        """Ask to finish the current step, save and end."""
+        self._wishes.add("STOP")
+
+    def save_now(self) -> None:
+        """Ask for a checkpoint after the current step."""
+        self._wishes.add("SAVE")
+
+    def sample_now(self) -> None:
+        """Ask for previews after the current step."""
+        self._wishes.add("SAMPLE")
+
+    def take(self) -> frozenset[str]:
+        """Return and forget the wishes made since the last call: any of STOP, SAVE, SAMPLE."""
+        if self._folder is not None:
+            for name in ("STOP", "SAVE", "SAMPLE"):
+                file = self._folder / name
+                if file.is_file():
+                    file.unlink(missing_ok=True)
+                    self._wishes.add(name)
+        taken, self._wishes = frozenset(self._wishes), set()
+        return taken
+
+    @contextmanager
+    def on_interrupt(self) -> Iterator[None]:
+        """Turn the first Ctrl-C (and a polite kill) into :meth:`stop`; a second one ends at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.stop()
+            signal.signal(number, signal.default_int_handler)
+
+        try:
+            previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: the caller owns the signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -1,0 +1,426 @@
+"""Exporting adapters, with proof: every file is read back and compared before it gets its name.
+
+Also what goes beside a file for WebUI: the preview picture and the card with the trigger words.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import torch
+
+from . import formats
+from .adapters.base import AdapterFile, AdapterWeights
+from .checkpoint import list_checkpoints
+from .config import Config, Precision, load_config
+from .errors import AdapterFileError, ConfigError, OutputError
+from .families import FAMILIES, family_info
+from .files import replacing, write_bytes, write_json
+from .formats.clients import Support
+from .formats.header import data_sha256
+from .formats.proof import Proof, compare, prove
+
+if TYPE_CHECKING:
+    from .families.base import FamilyInfo
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TARGETS = {"webui": "{name}.safetensors", "diffusers": "{name}-diffusers.safetensors", "peft": "{name}-peft"}
+_PROGRAM_STEMS = {"adapter", "adapter_model", "pytorch_lora_weights"}
+_NAME = re.compile(r'^(?!\.)[^\\/:*?"<>|\x00-\x1f]{1,100}$')
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_MAX_PREVIEW_SIDE = 1024
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and the proof that it holds the trained adapter.
+
+    Attributes:
+        files: all files written, the adapter first.
+        format: of the adapter.
+        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        source: the file the numbers came from.
+        proof: the comparison.
+        model_hash: SHA-256 of the tensor data, as WebUI and kohya hash adapters.
+        clients: which programs load it fully.
+    """
+
+    files: tuple[Path, ...]
+    format: str
+    dtype: str
+    source: str
+    proof: Proof
+    model_hash: str
+    clients: tuple[Support, ...]
+
+    def proof_line(self) -> str:
+        """Return the proof in one line for people."""
+        proof = self.proof
+        return (
+            f"{proof.num_modules} modules, {proof.num_keys} keys, largest delta difference "
+            f"{proof.largest_difference:.1e} ({proof.relative_difference:.1e} relative; {self.dtype} "
+            f"rounding allows {proof.tolerance:.1e}), read back by {' and '.join(proof.read_by)}"
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Return everything as JSON values."""
+        return {
+            "files": [str(file) for file in self.files],
+            "format": self.format,
+            "dtype": self.dtype,
+            "source": self.source,
+            "num_modules": self.proof.num_modules,
+            "num_keys": self.proof.num_keys,
+            "largest_difference": self.proof.largest_difference,
+            "relative_difference": self.proof.relative_difference,
+            "tolerance": self.proof.tolerance,
+            "read_by": list(self.proof.read_by),
+            "proof": self.proof_line(),
+            "model_hash": self.model_hash,
+            "clients": {one.client: list(one.reasons) or "full" for one in self.clients},
+        }
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter to export, with what its surroundings say.
+
+    Attributes:
+        adapter: the most exact numbers there are.
+        path: where they came from.
+        name: for the files.
+        dtype: number format to write when none is asked for.
+        preview: picture that shows it, if there is one.
+    """
+
+    adapter: AdapterFile
+    path: Path
+    name: str
+    dtype: torch.dtype
+    preview: Path | None
+
+
+def export_adapter(
+    source: Path,
+    format: str,
+    output: Path | None = None,
+    *,
+    dtype: Precision | torch.dtype | None = None,
+    preview: Path | None = None,
+    webui_folder: Path | None = None,
+    overwrite: bool = False,
+    name: str | None = None,
+) -> ExportReport:
+    """Write an adapter in a format, with preview and card for ``webui``, and prove that it is right.
+
+    Args:
+        source: a run folder, or an adapter file or folder of any format.
+        format: a key of :data:`sdlora.formats.FORMATS`.
+        output: folder to write into, or a path ending in ``.safetensors`` for the file itself; may be left
+            out when ``webui_folder`` is given.
+        dtype: number format; the run's setting, or the source's own, when None.
+        preview: picture for the card; the run's newest sample when None.
+        webui_folder: a WebUI's own folder, or its ``models/Lora``, to put the files into as well.
+        overwrite: replace files that exist.
+        name: of the adapter; the run's or the source file's own when None.
+
+    Raises:
+        AdapterFileError: when the source cannot be read, or the proof fails (nothing is left then).
+        OutputError: when a file exists, or the place cannot be written.
+        ConfigError: for an unknown format, number format or name.
+    """
+    if format not in formats.FORMATS:
+        raise ConfigError(f"--format {format}: is not a format; give one of {', '.join(formats.FORMATS)}")
+    if webui_folder is not None and format != "webui":
+        raise ConfigError(f"--format {format}: WebUI reads only its own format; give --format webui")
+    lora_folder = find_lora_folder(webui_folder) if webui_folder is not None else None
+    found = open_source(source)
+    chosen = _check_name(name) if name is not None else found.name
+    adapter = found.adapter
+    if name is not None or not adapter.info.name:
+        adapter = replace(adapter, info=replace(adapter.info, name=chosen))
+    info = _family(adapter, source)
+    place = output or lora_folder
+    if place is None:
+        raise ConfigError("export needs a place: give --output DIR (or --webui DIR)")
+    target = _target(format, place, chosen)
+    picture = preview or found.preview
+    planned = _planned(target, format, picture)
+    if lora_folder is not None:
+        planned += [lora_folder / file.name for file in planned if file.parent != lora_folder]
+    if not overwrite:
+        for file in planned:
+            if file.exists():
+                raise OutputError(
+                    f"{file}: exists; nothing was overwritten. Give another --name, or --overwrite"
+                )
+    report = _write_proven(adapter, format, target, _dtype(dtype, found.dtype), info, str(found.path))
+    if format == "webui":
+        report = replace(report, files=(*report.files, *_write_card(adapter, target, info, picture)))
+    if lora_folder is not None:
+        report = replace(report, files=(*report.files, *_copy_into(lora_folder, report.files)))
+    return report
+
+
+def write_finished(
+    adapter: AdapterFile,
+    target: Path,
+    dtype: Precision | torch.dtype,
+    info: FamilyInfo,
+    preview: Path | None = None,
+) -> ExportReport:
+    """Write a trained adapter for WebUI with preview and card, proven; replaces what is there.
+
+    Args:
+        adapter: fp32 masters, with the header entries of :func:`sdlora.formats.metadata.build_header`.
+        target: path of the ``.safetensors`` file.
+        dtype: number format of the file.
+        info: the base's family.
+        preview: picture for the card.
+
+    Raises:
+        AdapterFileError: when the written file does not hold the adapter (it is removed then).
+        OutputError: when the place cannot be written.
+    """
+    report = _write_proven(
+        adapter, "webui", target, _dtype(dtype, torch.float16), info, "the trained weights"
+    )
+    return replace(report, files=(*report.files, *_write_card(adapter, target, info, preview)))
+
+
+def open_source(source: Path) -> Source:
+    """Read the adapter of a run folder, or an adapter file or folder.
+
+    In a run folder the checkpoint of the last step holds the fp32 masters of the finished file, and is
+    taken if it agrees with it; an unfinished run gives its newest checkpoint.
+
+    Raises:
+        AdapterFileError: when there is no adapter, or it cannot be read.
+        ConfigError: when the run's settings cannot be read.
+    """
+    if not (source / "config.toml").is_file():
+        adapter = formats.read_adapter(source)
+        stem = source.name if source.is_dir() else source.stem
+        if stem in _PROGRAM_STEMS and _NAME.match(adapter.info.name):
+            stem = adapter.info.name
+        sibling = next((source.with_suffix(s) for s in _PICTURES if source.with_suffix(s).is_file()), None)
+        return Source(adapter, source, stem, _own_dtype(adapter.weights), sibling)
+    config = load_config(source / "config.toml")
+    adapter, path = _run_adapter(source, config)
+    return Source(adapter, path, config.output.name, DTYPES[config.output.dtype], newest_preview(source))
+
+
+def newest_preview(run: Path) -> Path | None:
+    """Return the newest picture a run made: the last preview of its first prompt, else any it has."""
+    if previews := sorted((run / "samples").glob("step-*-1.png")):
+        return previews[-1]
+    for folder, pattern in ((run / "samples", "**/*"), (run, "*sweep*")):
+        pictures = [p for p in folder.glob(pattern) if p.suffix.lower() in _PICTURES and p.is_file()]
+        if pictures:
+            return max(pictures, key=lambda p: (p.stat().st_mtime_ns, p.name))
+    return None
+
+
+def find_lora_folder(folder: Path) -> Path:
+    """Return a WebUI's ``models/Lora``, given the WebUI's folder or that folder itself.
+
+    Raises:
+        OutputError: when it is neither.
+    """
+    inside = folder / "models" / "Lora"
+    if inside.is_dir():
+        return inside
+    if folder.is_dir() and folder.name.lower() == "lora":
+        return folder
+    if (folder / "models").is_dir() and any((folder / file).is_file() for file in ("webui.py", "launch.py")):
+        return inside  # WebUI itself makes it at its first start
+    state = "is no WebUI folder" if folder.is_dir() else "is no folder"
+    raise OutputError(
+        f"{folder}: {state}; give the folder that holds webui.py and models/, or its models/Lora folder"
+    )
+
+
+def _write_proven(
+    adapter: AdapterFile, format: str, target: Path, dtype: torch.dtype, info: FamilyInfo, source: str
+) -> ExportReport:
+    """Write under a temporary name, prove, and only then put it in place."""
+    with replacing(target) as temporary:
+        try:
+            written = formats.write_adapter(adapter, format, temporary, dtype, info)
+            proof, clients = prove(adapter.weights, temporary, format, dtype, info)
+        except AdapterFileError as error:
+            raise AdapterFileError(str(error).replace(str(temporary), str(target))) from error
+        headers = formats.read_headers(temporary)
+        model_hash = data_sha256(headers[0].path, headers[0].data_offset)
+        if formats.FORMATS[format].is_folder:
+            formats.make_room(target)
+    dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
+    files = tuple(target / file.relative_to(temporary) if file != temporary else target for file in written)
+    return ExportReport(files, format, dtype_name, source, proof, model_hash, clients)
+
+
+def _write_card(adapter: AdapterFile, target: Path, info: FamilyInfo, preview: Path | None) -> list[Path]:
+    """Write what WebUI's card shows: ``STEM.png`` and ``STEM.json``."""
+    files = []
+    if preview is not None:
+        picture = target.with_suffix(".png")
+        if preview.resolve() != picture.resolve():
+            write_bytes(picture, _png(preview))
+        files.append(picture)
+    entries = adapter.info.metadata
+    card = {
+        "description": entries.get("modelspec.description", ""),
+        "sd version": info.webui_version,
+        "activation text": ", ".join(adapter.info.trigger_words),
+        "preferred weight": _preferred(entries.get("sdlora.preferred_strength")),
+        "negative text": "",
+        "notes": _notes(entries),
+    }
+    write_json(target.with_suffix(".json"), card)
+    return [*files, target.with_suffix(".json")]
+
+
+def _png(picture: Path) -> bytes:
+    """Return a picture as PNG of a card's size; a small PNG as it is, with the settings stored in it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(picture) as image:
+            if image.format == "PNG" and max(image.size) <= _MAX_PREVIEW_SIDE:
+                return picture.read_bytes()
+            small = image.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise OutputError(f"{picture}: is no usable preview picture ({error}); give a PNG or JPEG") from None
+    small.thumbnail((_MAX_PREVIEW_SIDE, _MAX_PREVIEW_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _notes(entries: Mapping[str, str]) -> str:
+    labels = {
+        "ss_sd_model_name": "base",
+        "ss_steps": "steps",
+        "ss_num_train_images": "pictures",
+        "ss_resolution": "resolution",
+        "ss_learning_rate": "learning rate",
+        "modelspec.license": "licence",
+    }
+    known = [
+        f"{label}: {entries[key]}" for key, label in labels.items() if entries.get(key, "None") != "None"
+    ]
+    return "Made with sdlora. " + "; ".join(known) if known else "Made with sdlora."
+
+
+def _preferred(text: str | None) -> float:
+    try:
+        value = float(text) if text is not None else 0.0
+    except ValueError:
+        return 0.0
+    return value if 0.0 < value < 10.0 else 0.0  # 0 is WebUI's word for "the default"
+
+
+def _run_adapter(run: Path, config: Config) -> tuple[AdapterFile, Path]:
+    finished = run / f"{config.output.name}.safetensors"
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if not finished.is_file():
+        for folder in reversed(checkpoints):
+            if (folder / "adapter.safetensors").is_file():
+                path = folder / "adapter.safetensors"
+                return formats.read_adapter(path), path
+        raise AdapterFileError(
+            f"{run}: holds neither {finished.name} nor a checkpoint; train to its first checkpoint"
+        )
+    adapter = formats.read_adapter(finished)
+    steps = adapter.info.metadata.get("ss_steps", "None")
+    for folder in checkpoints:
+        path = folder / "adapter.safetensors"
+        if str(int(folder.name.removeprefix("step-"))) != steps or not path.is_file():
+            continue
+        exact = formats.read_adapter(path).weights
+        try:
+            compare(exact, adapter.weights, _own_dtype(adapter.weights), str(finished))
+        except AdapterFileError:
+            return adapter, finished  # not the same training: the finished file is what was asked for
+        return AdapterFile(exact, adapter.info), path
+    return adapter, finished
+
+
+def _family(adapter: AdapterFile, source: Path) -> FamilyInfo:
+    family = adapter.info.family
+    if family is None:
+        raise AdapterFileError(
+            f"{source}: does not tell which base model it is for (no cross-attention layers, no header entry "
+            "`ss_base_model_version`); export it with the program that trained it"
+        )
+    if family not in FAMILIES:
+        raise AdapterFileError(
+            f"{source}: is for the model family `{family}`, which this version cannot export; it knows "
+            f"{', '.join(FAMILIES)}"
+        )
+    return family_info(family)
+
+
+def _own_dtype(weights: AdapterWeights) -> torch.dtype:
+    """Return the number format of the adapter's factors, the widest if they differ."""
+    dtypes = {tensor.dtype for pair in weights.pairs.values() for tensor in (pair.down, pair.up)}
+    known = dtypes & set(DTYPES.values())
+    return known.pop() if dtypes == known and len(dtypes) == 1 else torch.float32
+
+
+def _dtype(asked: Precision | torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    if asked is None:
+        return default
+    dtype = asked if isinstance(asked, torch.dtype) else DTYPES.get(asked)
+    if dtype not in DTYPES.values():
+        raise ConfigError(
+            f"--dtype {asked}: is not a number format; give one of {', '.join(get_args(Precision))}"
+        )
+    assert dtype is not None
+    return dtype
+
+
+def _check_name(name: str) -> str:
+    if not _NAME.match(name):
+        raise ConfigError(f'--name {name!r}: must be a plain file name without \\ / : * ? " < > |')
+    return name
+
+
+def _target(format: str, output: Path, name: str) -> Path:
+    if output.suffix == ".safetensors" and not output.is_dir():
+        if formats.FORMATS[format].is_folder:
+            raise OutputError(f"{output}: {format} needs a folder; give --output without .safetensors")
+        return output
+    if output.is_file():
+        raise OutputError(f"{output}: is a file, but export needs a folder; choose another --output")
+    return output / _TARGETS[format].format(name=name)
+
+
+def _planned(target: Path, format: str, preview: Path | None) -> list[Path]:
+    if format != "webui":
+        return [target]
+    cards = [target.with_suffix(".json")]
+    if preview is not None:
+        cards.append(target.with_suffix(".png"))
+    return [target, *cards]
+
+
+def _copy_into(folder: Path, files: Sequence[Path]) -> list[Path]:
+    copies = []
+    for file in files:
+        copy = folder / file.name
+        if copy.resolve() == file.resolve():
+            continue
+        with replacing(copy) as temporary, file.open("rb") as reading, temporary.open("wb") as writing:
+            shutil.copyfileobj(reading, writing)
+            writing.flush()
+            os.fsync(writing.fileno())
+        copies.append(copy)
+    return copies

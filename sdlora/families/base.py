@@ -1,0 +1,194 @@
+"""What a model family is: the interface every base model is driven through.
+
+A family knows its components, how pictures and captions are encoded and how the denoiser is called.
+It knows neither adapters nor file formats; for those it only declares data (:class:`FamilyInfo`).
+:data:`Conditioning` is opaque to everyone else: named tensors that only the family reads.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion import NoiseProcess
+
+Conditioning = dict[str, Tensor]
+"""Encoded captions: name -> (B, ...); what the names mean is the family's own business."""
+
+
+@dataclass(frozen=True)
+class FamilyInfo:
+    """Declared facts about a family, read by adapters and formats.
+
+    Attributes:
+        name: short name used in settings and files.
+        title: what users call it.
+        targets: component -> preset -> endings of module paths that get a LoRA.
+        file_prefixes: component -> prefix of WebUI-format keys.
+        unet_naming: block names of WebUI-format U-Net keys.
+        base_model_version: value of ``ss_base_model_version``.
+        is_v2: value of ``ss_v2``.
+        architecture: value of ``modelspec.architecture``.
+        webui_version: value of ``sd version`` in WebUI's sidecar.
+    """
+
+    name: str
+    title: str
+    targets: Mapping[str, Mapping[str, tuple[str, ...]]]
+    file_prefixes: Mapping[str, str]
+    unet_naming: Literal["diffusers", "ldm"]
+    base_model_version: str
+    is_v2: bool
+    architecture: str
+    webui_version: str
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
+    """What is known about one loaded base model.
+
+    Attributes:
+        source: what the user gave (``mini``, a path, a hub id).
+        title: name for people and for file headers.
+        digest: SHA-256 (hex) of the denoiser's weights file or folder; identifies the base.
+        recommended: settings the base's author suggests, by dotted key (``sdlora.json`` of the base).
+    """
+
+    source: str
+    title: str
+    digest: str
+    recommended: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SizeHint:
+    """Pixel sizes some families condition on, each (height, width) or (top, left)."""
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The VAE's Gaussian over latents, unscaled: mean and log-variance, each (B, C, h, w)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Draw latents (B, C, h, w) in float32 with noise from a CPU generator."""
+        mean = self.mean.float()
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean.device)
+        return mean + torch.exp(0.5 * self.logvar.float().clamp(-30.0, 20.0)) * noise
+
+
+class DiffusionModel(ABC):
+    """A loaded base model of one family, ready to train or generate."""
+
+    info: ClassVar[FamilyInfo]
+    base: BaseModelInfo
+    process: NoiseProcess
+
+    @property
+    @abstractmethod
+    def native_resolution(self) -> int:
+        """Side in px of the square pictures the base was trained on."""
+
+    @property
+    @abstractmethod
+    def size_multiple(self) -> int:
+        """Picture sides must be multiples of this many px."""
+
+    @abstractmethod
+    def components(self) -> Mapping[str, nn.Module]:
+        """Return the adaptable modules: ``unet``, ``text_encoder`` and perhaps ``text_encoder_2``."""
+
+    @abstractmethod
+    def encoder_fingerprint(self, which: Literal["images", "captions"]) -> str:
+        """Return a hex digest that changes whenever the encoder's weights or settings change."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor) -> Posterior:
+        """Encode pixels (B, 3, H, W) in [-1, 1] to the unscaled posterior over latents."""
+
+    @abstractmethod
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Bring unscaled latents to the scale the denoiser works at."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [-1, 1], float32."""
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """Encode captions of any length; with gradients if the caller has them enabled."""
+
+    @abstractmethod
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Sequence[SizeHint]
+    ) -> Tensor:
+        """Run the denoiser.
+
+        Args:
+            noisy: (B, C, h, w) noisy latents, any float type.
+            timesteps: (B,) step index 0..999.
+            text: conditioning of B captions.
+            sizes: one hint a picture.
+
+        Returns:
+            (B, C, h, w) in float32, to be compared with the process's target.
+        """
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents of a picture of that size in px."""
+
+    @abstractmethod
+    def prepare(
+        self, *, training: bool, gradient_checkpointing: bool = False, keep_text: bool = True
+    ) -> None:
+        """Set modes, placement and the attention that is fastest for what comes next.
+
+        Args:
+            training: train mode with the picture encoder off the accelerator; else eval mode with all on it.
+            gradient_checkpointing: compute activations twice instead of keeping them.
+            keep_text: keep the text encoders on the accelerator while training.
+        """
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the denoiser runs."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Number format of the frozen weights."""
+
+
+def stack_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
+    """Join conditionings of single captions, each tensor without batch axis, into one of B captions.
+
+    Captions of different numbers of 75-token chunks are repeated to the longest, as cross-attention
+    to a repeated context equals attention to the original (softmax weights split evenly).
+    """
+    joined: Conditioning = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        longest = max(t.shape[0] for t in tensors)
+        if tensors[0].ndim == 2 and any(t.shape[0] != longest for t in tensors):
+            least = _common_length([t.shape[0] for t in tensors])
+            tensors = [t.repeat(least // t.shape[0], 1) for t in tensors]
+        joined[name] = torch.stack(tensors)
+    return joined
+
+
+def _common_length(lengths: Sequence[int]) -> int:
+    return math.lcm(*lengths)

@@ -1,0 +1,85 @@
+"""Writing so that a crash never leaves half a file: temporary name first, then rename."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import OutputError
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``target``; on success it becomes ``target``, else it is removed.
+
+    The temporary name keeps the suffix, so that libraries which choose a format by it work.
+
+    Raises:
+        OutputError: when the place cannot be written (full disk, no permission, a file as a folder).
+    """
+    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OutputError(f"{target}: {write_problem(error)}") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_problem(error: OSError) -> str:
+    """Return in plain words why writing failed and what to do."""
+    if error.errno == errno.ENOSPC:
+        return "the disk is full; free some space or choose another --output (nothing was half-written)"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "may not be written; change its permissions or choose another --output"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return "a file stands where a folder is needed; move it away or choose another --output"
+    return f"cannot be written ({error.strerror or error}); choose another --output"
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """Write bytes atomically and through to the disk."""
+    with replacing(target) as temporary, temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write UTF-8 text with ``\\n`` line ends atomically."""
+    write_bytes(target, text.encode("utf-8"))
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write indented UTF-8 JSON atomically."""
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def refuse_used_folder(folder: Path, what: str) -> None:
+    """Check that ``folder`` is missing or empty, so that writing there can lose nothing.
+
+    Raises:
+        OutputError: when it is a file, or holds anything.
+    """
+    if folder.is_file():
+        raise OutputError(f"{folder}: is a file, but {what} needs a folder; choose another --output")
+    try:
+        used = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise OutputError(f"{folder}: {write_problem(error)}") from error
+    if used:
+        raise OutputError(
+            f"{folder}: exists and is not empty; nothing was overwritten. Choose another --output"
+        )

@@ -1,0 +1,70 @@
+"""From a run's weights to adapter files, with everything known about their making in the header."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .adapters.base import AdapterFile, AdapterInfo
+from .export import newest_preview, write_finished
+from .formats import write_adapter
+from .formats.metadata import TrainingFacts, build_header
+
+if TYPE_CHECKING:
+    from .run import Run
+
+def finish_run(run: Run, losses: Sequence[float]) -> Path:
+    """Write ``NAME.safetensors`` in WebUI format into the run folder, proven by reading it back."""
+    target = run.folder / f"{run.config.output.name}.safetensors"
+    adapter = adapter_file(run, final_loss=sum(losses) / len(losses) if losses else None)
+    write_finished(
+        adapter, target, run.config.output.dtype, run.model.info, preview=newest_preview(run.folder)
+    )
+    return target
+
+
+def write_checkpoint_adapter(run: Run, target: Path) -> None:
+    """Write the fp32 masters in WebUI format, as a checkpoint keeps them."""
+    write_adapter(adapter_file(run), "webui", target, torch.float32, run.model.info)
+
+
+def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
+    """Return the adapter as it is now, with its header."""
+    config, items = run.config, run.training.items
+    triggers = (config.data.trigger_word,) if config.data.trigger_word else ()
+    folder = run.dataset.folder.resolve().name
+    facts = TrainingFacts(
+        family=run.model.info,
+        name=config.output.name,
+        base_title=run.model.base.title,
+        base_digest=run.model.base.digest,
+        config=config,
+        prediction_type=run.model.process.prediction_type,
+        native_resolution=run.model.native_resolution,
+        steps=run.step,
+        epochs=run.step / run.order.steps_per_epoch,
+        num_images=len(items),
+        num_batches_per_epoch=run.order.steps_per_epoch * config.training.gradient_accumulation,
+        buckets=Counter(placement.bucket for placement in run.training.placements),
+        folder_images={folder: len(items)},
+        tag_frequency={folder: _tags([item.caption for item in items])},
+        started_at=run.started_at,
+        finished_at=time.time(),
+        final_loss=final_loss,
+        trigger_words=triggers,
+        preview=newest_preview(run.folder) if final_loss is not None else None,
+        sdlora_version=version("sdlora"),
+    )
+    info = AdapterInfo(run.model.info.name, config.output.name, triggers, build_header(facts))
+    return AdapterFile(run.masters(), info)
+
+
+def _tags(captions: Sequence[str]) -> dict[str, int]:
+    """Count the comma-separated parts of the captions, as WebUI shows them."""
+    return dict(Counter(tag for caption in captions for part in caption.split(",") if (tag := part.strip())))

@@ -1,0 +1,158 @@
+"""Which programs load an adapter file fully, and what the others leave out.
+
+The rules are facts about those programs' loaders, each found by running it or reading it (FORMATS.md
+sections 1 to 5). A file that "loads" with layers missing counts as not loaded fully.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..adapters.base import AdapterWeights
+
+CLIENTS = ("WebUI", "Forge", "ComfyUI", "kohya sd-scripts", "diffusers", "stable-diffusion.cpp")
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_TEXT_ATTENTION = {"q_proj", "k_proj", "v_proj", "out_proj"}
+_UNSEEN_BY_KOHYA = ("conv_in", "conv_out", "conv_norm_out", "time_embedding", "add_embedding")
+
+
+@dataclass(frozen=True)
+class Support:
+    """What one client makes of a file.
+
+    Attributes:
+        client: one of :data:`CLIENTS`.
+        full: whether every layer takes effect at the right scale.
+        reasons: why not.
+    """
+
+    client: str
+    full: bool
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Facts:
+    format: str
+    family: str | None
+    weights: AdapterWeights
+    keys: tuple[str, ...]
+
+    def any_key(self, *starts: str) -> bool:
+        return any(key.startswith(starts) for key in self.keys)
+
+    @property
+    def ldm_names(self) -> bool:
+        return self.any_key("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
+
+    @property
+    def diffusers_names(self) -> bool:
+        return self.any_key("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
+
+
+def client_support(
+    format: str, family: str | None, weights: AdapterWeights, keys: Iterable[str]
+) -> tuple[Support, ...]:
+    """Return what each client makes of a file.
+
+    Args:
+        format: the file's format.
+        family: ``sd1``, ``sd2``, ``sdxl`` or None.
+        weights: the adapter in it (with the alphas that the file itself holds).
+        keys: the file's keys, whose spelling decides for some clients.
+    """
+    facts = _Facts(format, family, weights, tuple(keys))
+    found = []
+    for client in CLIENTS:
+        reasons = _OTHER_FORMATS[format](client, facts) if format in _OTHER_FORMATS else _webui(client, facts)
+        found.append(Support(client, not reasons, tuple(reasons)))
+    return tuple(found)
+
+
+def partial_attention(weights: AdapterWeights, component: str) -> list[str]:
+    """Return the text-encoder attention blocks that have some but not all of q, k, v and out."""
+    blocks: dict[str, set[str]] = {}
+    for path in weights.component(component):
+        block, _, name = path.rpartition(".")
+        if name in _TEXT_ATTENTION:
+            blocks.setdefault(block, set()).add(name)
+    return [block for block, present in blocks.items() if present != _TEXT_ATTENTION]
+
+
+def mixed_alphas(weights: AdapterWeights) -> list[str]:
+    """Return the components whose modules do not all have one alpha."""
+    return [c for c in weights.components() if len({p.alpha for p in weights.component(c).values()}) > 1]
+
+
+def _webui(client: str, facts: _Facts) -> list[str]:
+    return [*_names(client, facts), *_layers(client, facts)]
+
+
+def _names(client: str, facts: _Facts) -> list[str]:
+    reasons = []
+    flat = facts.any_key("lora_te_encoder", "lora_te1_encoder", "lora_te2_encoder")
+    if flat and client != "diffusers":
+        what = "refuses the file" if client == "Forge" else "drops the text encoder"
+        reasons.append(f"{what}: its keys lack `text_model_`; export it again")
+    if facts.family != "sdxl" and facts.ldm_names and client in ("kohya sd-scripts", "diffusers"):
+        reasons.append("does not know the original U-Net names outside SDXL; export it again")
+    if facts.family != "sdxl" and facts.any_key("lora_te1_") and client == "kohya sd-scripts":
+        reasons.append("expects `lora_te_` where there is one text encoder; export it again")
+    if facts.family == "sdxl" and facts.diffusers_names and facts.ldm_names and client == "diffusers":
+        reasons.append("loses all layers in original names when both namings are mixed; export it again")
+    if facts.family == "sdxl" and client == "WebUI" and facts.any_key("lora_unet_up_blocks_0_upsamplers_0"):
+        reasons.append("loses `up_blocks_0_upsamplers_0_conv` in diffusers names; export it again")
+    return reasons
+
+
+def _layers(client: str, facts: _Facts) -> list[str]:
+    reasons = []
+    outer = [p for p in facts.weights.component("unet") if p.split(".", 1)[0] in _UNSEEN_BY_KOHYA]
+    if outer and client in ("kohya sd-scripts", "stable-diffusion.cpp"):
+        reasons.append(f"leaves out `{outer[0]}`" + (f" and {len(outer) - 1} more" if len(outer) > 1 else ""))
+    if client == "WebUI":
+        open_clip = {"sdxl": "text_encoder_2", "sd2": "text_encoder"}.get(facts.family or "", "")
+        if partial := partial_attention(facts.weights, open_clip):
+            reasons.append(f"applies text attention only when q, k, v and out are all there (`{partial[0]}`)")
+    if client == "diffusers":
+        for component in ("text_encoder", "text_encoder_2"):
+            paths = facts.weights.component(component)
+            if paths and not any(path.endswith("out_proj") for path in paths):
+                reasons.append(f"loses the attention of `{component}`, which has no `out_proj`")
+        reasons += [
+            f"mis-scales `{c}`, whose modules have different alphas" for c in mixed_alphas(facts.weights)
+        ]
+    if (
+        client == "stable-diffusion.cpp"
+        and 1 in facts.weights.ranks()
+        and any(key.endswith(".alpha") for key in facts.keys)
+    ):
+        reasons.append("takes rank 1 for the input width, so those layers come out far too weak")
+    return reasons
+
+
+def _diffusers(client: str, facts: _Facts) -> list[str]:
+    if client == "diffusers":
+        return []
+    if client == "ComfyUI":
+        lost = [path for path in facts.weights.component("unet") if path.endswith(_ATTENTION)]
+        return (
+            [f"loses {len(lost)} U-Net attention layers in diffusers keys; export as webui"] if lost else []
+        )
+    if client == "stable-diffusion.cpp":
+        text = [c for c in facts.weights.components() if c != "unet"]
+        return ["leaves out text encoders in diffusers keys; export as webui"] if text else []
+    return ["reads no diffusers keys; export as webui"]
+
+
+def _peft(client: str, facts: _Facts) -> list[str]:
+    if client == "diffusers":
+        return [
+            "loads PEFT folders only through peft.PeftModel, one component at a time; export as diffusers"
+        ]
+    return ["reads no PEFT folders; export as webui"]
+
+
+_OTHER_FORMATS: dict[str, Callable[[str, _Facts], list[str]]] = {"diffusers": _diffusers, "peft": _peft}

@@ -1,0 +1,194 @@
+"""Moving a module's scale between ``alpha`` and the values of ``up``, and building pairs from files.
+
+Some formats hold no alpha, and diffusers misreads files with several alphas in one component. There the
+scale is multiplied into ``up``. The alphas as trained are kept in the header entry
+:data:`RECORDED_ALPHAS`, so that our own reader gives back what was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..errors import AdapterFileError
+from .header import FLOAT_DTYPES, shown
+
+RECORDED_ALPHAS = "sdlora.alphas"
+
+
+def pair_of(where: str, down: Tensor | None, up: Tensor | None, alpha: float | None) -> LowRankPair:
+    """Return the canonical pair of one module of a file; a missing alpha means alpha = rank.
+
+    Args:
+        where: file and module, for messages.
+        down: (rank, in[, kh, kw]).
+        up: (out, rank[, 1, 1]); 2-D beside a 4-D ``down`` and the reverse are brought to one form.
+        alpha: as stored, or None.
+
+    Raises:
+        AdapterFileError: when a factor is missing, empty, not floating point or does not fit.
+    """
+    if down is None or up is None:
+        missing = "down" if down is None else "up"
+        raise AdapterFileError(
+            f"{where}: its `{missing}` factor is missing; the file is incomplete, export it again"
+        )
+    if down.dtype not in FLOAT_DTYPES or up.dtype not in FLOAT_DTYPES:
+        raise AdapterFileError(
+            f"{where}: has factors in {down.dtype} and {up.dtype}; save them as F16, BF16 or F32"
+        )
+    if down.ndim == 4 and up.ndim == 2:
+        up = up[:, :, None, None]
+    elif down.ndim == 2 and up.ndim == 4 and tuple(up.shape[2:]) == (1, 1):
+        up = up[:, :, 0, 0]
+    if down.numel() == 0 or up.numel() == 0:
+        raise AdapterFileError(
+            f"{where}: has empty factors (rank 0); export the adapter again with rank 1 or more"
+        )
+    try:
+        return LowRankPair(down, up, float(down.shape[0]) if alpha is None else alpha)
+    except ValueError as error:
+        raise AdapterFileError(f"{where}: {error}; the file is damaged, export it again") from None
+
+
+def alpha_value(where: str, tensor: Tensor) -> float:
+    """Return the number in an alpha tensor, in the shortest decimal form that stores to the same float32.
+
+    12.7 comes back as 12.7 and not as 12.69999980926514, so that settings survive a round trip.
+
+    Raises:
+        AdapterFileError: when it is not one finite number other than zero.
+    """
+    if tensor.numel() != 1:
+        raise AdapterFileError(f"{where}: alpha has {tensor.numel()} values instead of one; export it again")
+    value = float(tensor.reshape(()).to(torch.float64))
+    if not math.isfinite(value) or value == 0.0:
+        raise AdapterFileError(
+            f"{where}: alpha is {value}, which clients read differently (as nothing, or as the rank); "
+            "export it again with an alpha above 0"
+        )
+    if tensor.dtype == torch.float32:
+        return next(
+            short for digits in range(1, 10) if _is_float32(short := float(f"{value:.{digits}g}"), value)
+        )
+    return value
+
+
+def stored_alpha(where: str, alpha: float) -> Tensor:
+    """Return alpha as a 0-dim float32 tensor (clients call ``.item()``; half formats would round it).
+
+    Raises:
+        AdapterFileError: when float32 holds it only as zero or infinity.
+    """
+    tensor = torch.tensor(alpha, dtype=torch.float32)
+    if tensor == 0 or not bool(torch.isfinite(tensor)):
+        raise AdapterFileError(f"{where}: alpha {alpha} cannot be stored; clients need one that is not 0")
+    return tensor
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """Return tensor * factor with one rounding to float32 (float64 stays float64)."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
+
+
+def is_power_of_two(value: float) -> bool:
+    """Tell whether multiplying by ``value`` only changes the exponent."""
+    return value != 0.0 and abs(math.frexp(value)[0]) == 0.5
+
+
+def unfold(up: Tensor, factor: float) -> Tensor:
+    """Return ``up / factor``: in its own number format where that is exact, else in float32."""
+    wide = scaled(up, 1.0 / factor) if is_power_of_two(factor) else up.to(torch.float32) / factor
+    narrow = wide.to(up.dtype)
+    if is_power_of_two(factor) and torch.equal(scaled(narrow, factor), scaled(up, 1.0)):
+        return narrow
+    return wide
+
+
+def folds_exactly(up: Tensor, factor: float, dtype: torch.dtype) -> bool:
+    """Tell whether ``up`` in ``dtype`` times ``factor`` can be stored and undone without any rounding."""
+    if not is_power_of_two(factor):
+        return False
+    stored = up.to(dtype)
+    folded = scaled(stored, factor).to(dtype)
+    return torch.equal(unfold(folded, factor).to(dtype), stored)
+
+
+def common(values: Iterable[float]) -> float:
+    """Return the most frequent value, the largest of equally frequent ones."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
+
+
+def recorded_alphas(weights: AdapterWeights) -> str:
+    """Return all alphas as JSON: the usual one of each component, and the modules that differ."""
+    entries: dict[str, float] = {}
+    for component in weights.components():
+        pairs = weights.component(component)
+        entries[component] = usual = common(pair.alpha for pair in pairs.values())
+        entries.update({f"{component}.{path}": p.alpha for path, p in pairs.items() if p.alpha != usual})
+    return json.dumps(entries, separators=(",", ":"))
+
+
+def original_alpha(path: Path, metadata: Mapping[str, str]) -> Mapping[str, float]:
+    """Return what :func:`recorded_alphas` wrote, or nothing.
+
+    Raises:
+        AdapterFileError: when the entry is not what we write.
+    """
+    text = metadata.get(RECORDED_ALPHAS)
+    if text is None:
+        return {}
+    try:
+        entries = json.loads(text)
+        valid = isinstance(entries, dict) and all(
+            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and abs(v) > 1e-30
+            for v in entries.values()
+        )
+    except (ValueError, RecursionError, OverflowError):
+        valid = False
+    if not valid:
+        raise AdapterFileError(
+            f"{path}: header entry `{RECORDED_ALPHAS}` is `{shown(text, 60)}`, not a list of alphas; "
+            "the file was changed by another program, export it again"
+        )
+    return {name: float(value) for name, value in entries.items()}
+
+
+def restore(pair: LowRankPair, module: ModuleKey, originals: Mapping[str, float]) -> LowRankPair:
+    """Return the pair with the alpha it was trained with; its delta stays the same."""
+    alpha = originals.get(f"{module.component}.{module.path}", originals.get(module.component))
+    if alpha is None or alpha == pair.alpha:
+        return pair
+    if _is_float32(alpha, float(torch.tensor(pair.alpha, dtype=torch.float32))):
+        return LowRankPair(pair.down, pair.up, alpha)  # the file's float32 is this very value
+    return LowRankPair(pair.down, unfold(pair.up, alpha / pair.alpha), alpha)
+
+
+def fitting(where: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in ``dtype``, contiguous.
+
+    Raises:
+        AdapterFileError: when a value is not finite, or too large for the number format.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise AdapterFileError(f"{where}: holds NaN or infinite values; use an earlier checkpoint of the run")
+    result = tensor.detach().to("cpu", dtype).contiguous()
+    if not bool(torch.isfinite(result).all()):
+        largest = float(tensor.abs().max())
+        raise AdapterFileError(
+            f"{where}: the value {largest:.3g} is too large for {str(dtype).removeprefix('torch.')}; "
+            "export with bf16 or fp32"
+        )
+    return result
+
+
+def _is_float32(candidate: float, value: float) -> bool:
+    return float(torch.tensor(candidate, dtype=torch.float32)) == value

@@ -1,0 +1,110 @@
+"""What a safetensors file holds when it is not a plain LoRA, told from its keys, with what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ..errors import AdapterFileError
+from .header import TensorSpec, shown
+
+_KINDS: tuple[tuple[str, str], ...] = (
+    (r"\.hada_(w|t)\d", "a LoHa (LyCORIS) adapter"),
+    (r"\.lokr_(w|t)\d", "a LoKr (LyCORIS) adapter"),
+    (r"\.dora_scale$|lora_magnitude_vector", "a DoRA adapter"),
+    (r"\.lora_mid\.weight$", "a LoCon adapter with Tucker factors (`lora_mid`)"),
+    (r"\.oft_|\.boft_", "an OFT adapter"),
+    (r"\.(a1|a2|b1|b2)\.weight$", "a GLoRA adapter"),
+    (r"\.diff(_b)?$|\.(w|b)_norm$", "an adapter with full-weight differences (`diff`)"),
+    (r"\.on_input$", "an IA3 adapter"),
+    (r"^bundle_emb\.", "a LoRA with a bundled embedding"),
+    (r"^lycoris_", "a LyCORIS adapter of the wrapper kind"),
+    (r"^diffusion_model\..*(lora|_up|_down)", "a LoRA with ComfyUI-style keys"),
+    (r"lora_embedding_[AB]", "a LoRA of an embedding layer"),
+    (r"\.modules_to_save\.|\.base_layer\.", "a PEFT adapter with whole layers saved beside the LoRA"),
+    (r"lora_controlnet|^lora_controlnet", "a Control-LoRA"),
+    (
+        r"^lora_unet_(double|single)_blocks|^lora_unet_joint_blocks|^lora_te3_|^transformer\.|"
+        r"transformer\.(single_)?transformer_blocks",
+        "a LoRA for a transformer model (SD3, Flux or similar)",
+    ),
+)
+_LORA = re.compile(r"lora_(down|up|A|B|linear_layer)|\.lora\.(down|up)|_lora\.(down|up)")
+_MODELS = (
+    (
+        r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.",
+        "a full model (checkpoint)",
+    ),
+    (r"^(down_blocks|up_blocks|mid_block)\.\d.*\.(weight|bias)$|^conv_in\.weight$", "a full U-Net"),
+    (r"^(text_model\.)?(embeddings|encoder\.layers)\.", "a full text encoder"),
+    (r"^(encoder|decoder)\.(conv_in|down|up|mid)", "a full VAE"),
+    (r"^(control_model|controlnet_)", "a ControlNet"),
+)
+_EMBEDDING_WIDTHS = (768, 1024, 1280)
+_EMBEDDING_KEYS = {"emb_params", "clip_l", "clip_g", "string_to_param", "string_to_token", "<concept>"}
+
+
+def is_checkpoint(keys: Iterable[str]) -> bool:
+    """Tell whether the keys are those of a whole model in one file."""
+    return any(re.match(_MODELS[0][0], key) for key in keys)
+
+
+def other_kind(keys: Iterable[str]) -> str | None:
+    """Return what kind of adapter the keys belong to, if it is one that sdlora does not read."""
+    names = list(keys)
+    for pattern, kind in _KINDS:
+        compiled = re.compile(pattern)
+        if any(compiled.search(key) for key in names):
+            return kind
+    return None
+
+
+def not_an_adapter(path: Path, tensors: Mapping[str, TensorSpec]) -> AdapterFileError:
+    """Return the error for a file without any LoRA key, naming what the file is instead."""
+    if not tensors:
+        return AdapterFileError(f"{path}: holds no tensors at all; give the adapter's own .safetensors file")
+    if len(tensors) <= 4 and (
+        set(tensors) & _EMBEDDING_KEYS
+        or all(len(spec.shape) in (1, 2) and spec.shape[-1] in _EMBEDDING_WIDTHS for spec in tensors.values())
+    ):
+        return AdapterFileError(
+            f"{path}: is a textual-inversion embedding, not a LoRA; put it into WebUI's `embeddings` folder"
+        )
+    for pattern, what in _MODELS:
+        compiled = re.compile(pattern)
+        if any(compiled.search(key) for key in tensors):
+            return AdapterFileError(
+                f"{path}: is {what}, not a LoRA ({len(tensors)} tensors, no LoRA keys); "
+                "give it as --base, and a LoRA file as the adapter"
+            )
+    return AdapterFileError(
+        f"{path}: holds no LoRA ({listing(list(tensors))}); give a file made by a LoRA trainer"
+    )
+
+
+def unsupported(path: Path, kind: str, keys: Sequence[str]) -> AdapterFileError:
+    """Return the error for an adapter of a kind that sdlora does not read."""
+    return AdapterFileError(
+        f"{path}: is {kind}, which sdlora does not read ({listing(keys)}); "
+        "convert it to a plain LoRA with the program that made it"
+    )
+
+
+def unknown_keys(path: Path, keys: Sequence[str]) -> AdapterFileError:
+    """Return the error for keys that fit no module name, so that nothing is dropped in silence."""
+    return AdapterFileError(
+        f"{path}: {len(keys)} keys are unknown to sdlora ({listing(keys)}); reading the rest would change "
+        "the adapter, so export it again for Stable Diffusion or remove these keys"
+    )
+
+
+def has_lora(keys: Iterable[str]) -> bool:
+    """Tell whether any key is named as LoRA factors are."""
+    return any(_LORA.search(key) for key in keys)
+
+
+def listing(keys: Sequence[str], limit: int = 3) -> str:
+    """Return the first keys and how many follow."""
+    named = ", ".join(f"`{shown(key, 80)}`" for key in keys[:limit])
+    return named if len(keys) <= limit else f"{named} and {len(keys) - limit} more"

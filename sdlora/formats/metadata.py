@@ -1,0 +1,402 @@
+"""The header of adapter files: ``ss_*`` and ``sshs_*`` for WebUI and kohya, ``modelspec.*``, and our own.
+
+Every value is text, written as kohya writes it (``None``, ``True``; structures as JSON). Our own entries
+start with ``sdlora.``. No absolute path and no user's folder structure goes into a file that people
+share: folders appear by their last name only. Source: FORMATS.md section 6.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..adapters.base import AdapterFile, AdapterWeights
+from . import folding
+from .header import header_bytes, in_file_order, tensor_bytes
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..families.base import FamilyInfo
+
+SAI_MODEL_SPEC = "1.0.1"
+MAX_THUMBNAIL_BYTES = 64 * 1024
+_SGM = "https://github.com/Stability-AI/generative-models"
+_PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+_NOT_CARRIED = ("sshs_", "lora_adapter_metadata", folding.RECORDED_ALPHAS, "modelspec.hash_sha256")
+"""Entries that describe one particular file, so that another file must not inherit them."""
+_NEVER_NONE = {
+    *("tag_frequency", "dataset_dirs", "bucket_info", "training_started_at", "training_finished_at"),
+    *("base_model_version", "v2", "output_name"),
+}
+"""WebUI takes these for tables or numbers without looking, so that ``None`` would break its card."""
+_LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What is known about the training of an adapter; everything may be left open.
+
+    Attributes:
+        family: the base's family.
+        name: what prompts call the adapter; file name without suffix.
+        base_title: the base for people, e.g. ``Stable Diffusion 1.5``.
+        base_digest: SHA-256 (hex) of the base.
+        config: the run's settings, resolved.
+        prediction_type: what the U-Net predicts; ``config`` may leave it to the base.
+        native_resolution: px, where ``config.data.resolution`` is open.
+        steps: optimizer steps done.
+        epochs: passes over the pictures done.
+        num_images: training pictures.
+        num_batches_per_epoch: micro-batches in one epoch.
+        buckets: (height, width) px -> pictures.
+        folder_images: folder name -> pictures, where there are several folders.
+        tag_frequency: folder name -> tag or caption -> count.
+        started_at: seconds since 1970, UTC.
+        finished_at: seconds since 1970, UTC.
+        final_loss: training loss at the end, smoothed.
+        validation_loss: loss on held-out pictures at the end.
+        trigger_words: words that call the style.
+        preferred_strength: what looks best, if it was measured.
+        preview: picture for the thumbnail.
+        author: who made it.
+        sdlora_version: of this program.
+        seed: where ``config`` is missing.
+    """
+
+    family: FamilyInfo | None = None
+    name: str = ""
+    base_title: str | None = None
+    base_digest: str | None = None
+    config: Config | None = None
+    prediction_type: str | None = None
+    native_resolution: int | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    num_images: int | None = None
+    num_batches_per_epoch: int | None = None
+    buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    folder_images: Mapping[str, int] = field(default_factory=dict)
+    tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    started_at: float | None = None
+    finished_at: float | None = None
+    final_loss: float | None = None
+    validation_loss: float | None = None
+    trigger_words: tuple[str, ...] = ()
+    preferred_strength: float | None = None
+    preview: Path | None = None
+    author: str | None = None
+    sdlora_version: str | None = None
+    seed: int | None = None
+
+
+def build_header(facts: TrainingFacts) -> dict[str, str]:
+    """Return all header entries known before the tensors: ``ss_*``, ``modelspec.*``, ``sdlora.*``.
+
+    The network's rank and alpha and the hashes follow from the tensors; writing a file adds them.
+
+    Raises:
+        OutputError: when the preview cannot be read as a picture.
+    """
+    entries: dict[str, Any] = _base_entries(facts)
+    entries |= _data_entries(facts)
+    if facts.config is not None:
+        entries |= _setting_entries(facts.config)
+    texts = {
+        f"ss_{key}": kohya_text(value)
+        for key, value in entries.items()
+        if value is not None or key not in _NEVER_NONE
+    }
+    texts |= {f"modelspec.{key}": value for key, value in _modelspec(facts).items() if value is not None}
+    texts |= {f"sdlora.{key}": value for key, value in _own_entries(facts).items() if value is not None}
+    return texts
+
+
+def kohya_text(value: object) -> str:
+    """Return a value as kohya's scripts store it: JSON for structures, Python's own text for the rest."""
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def for_file(adapter: AdapterFile, info: FamilyInfo, more: Mapping[str, str]) -> dict[str, str]:
+    """Return the header of one file: the adapter's entries, what clients cannot do without, and ``more``.
+
+    Without ``ss_base_model_version`` WebUI files an SDXL adapter under SD1 and hides it, and Forge goes by
+    ``modelspec.architecture``; so these are set even for an adapter that comes without any entries.
+    """
+    texts = {key: value for key, value in adapter.info.metadata.items() if not key.startswith(_NOT_CARRIED)}
+    texts.pop("format", None)
+    if not texts.get("ss_base_model_version", "").startswith(info.base_model_version):
+        texts["ss_base_model_version"] = info.base_model_version
+    texts["ss_v2"] = str(info.is_v2)
+    texts |= _network_entries(adapter.weights, texts)
+    texts["modelspec.architecture"] = info.architecture
+    texts["modelspec.implementation"] = _implementation(info)
+    texts.setdefault("modelspec.sai_model_spec", SAI_MODEL_SPEC)
+    if adapter.info.name:
+        texts["ss_output_name"] = adapter.info.name
+        texts.setdefault("modelspec.title", adapter.info.name)
+    if adapter.info.trigger_words:
+        texts["sdlora.trigger_words"] = json.dumps(list(adapter.info.trigger_words), ensure_ascii=False)
+        texts["modelspec.trigger_phrase"] = ", ".join(adapter.info.trigger_words)
+    texts["sdlora.family"] = info.name
+    return texts | dict(more)
+
+
+def with_hashes(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries with ``sshs_model_hash``, ``sshs_legacy_hash`` and ``modelspec.hash_sha256``.
+
+    The first is the SHA-256 of the tensor data; the second of 64 KiB at 1 MiB of a file whose header holds
+    only the ``ss_*`` entries (kohya sd-scripts, ``train_util.precalculate_safetensors_hashes``).
+    """
+    ordered = in_file_order(tensors)
+    start = header_bytes(ordered, {key: value for key, value in entries.items() if key.startswith("ss_")})
+    data, window = hashlib.sha256(), hashlib.sha256()
+    _feed(window, start, 0)
+    position = len(start)
+    for tensor in ordered.values():
+        block = tensor_bytes(tensor)
+        data.update(block)
+        _feed(window, block, position)
+        position += len(block)
+    return dict(entries) | {
+        "sshs_model_hash": data.hexdigest(),
+        "sshs_legacy_hash": window.hexdigest()[:8],
+        "modelspec.hash_sha256": "0x" + data.hexdigest(),
+    }
+
+
+def trigger_words(entries: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the words that call the style, from our own entry or from ``modelspec.trigger_phrase``."""
+    own = entries.get("sdlora.trigger_words")
+    if own is not None:
+        try:
+            words = json.loads(own)
+        except (ValueError, RecursionError):
+            words = None
+        if isinstance(words, list) and all(isinstance(word, str) for word in words):
+            return tuple(words)
+    phrase = entries.get("modelspec.trigger_phrase", "None")
+    return () if phrase == "None" else tuple(word.strip() for word in phrase.split(",") if word.strip())
+
+
+def thumbnail(picture: Path) -> str:
+    """Return a picture as a JPEG data URL of at most 64 KiB, sides at most 512 px.
+
+    Raises:
+        OutputError: when it cannot be read as a picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    from ..errors import OutputError
+
+    try:
+        with Image.open(picture) as opened:
+            image = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise OutputError(f"{picture}: is no usable preview picture ({error}); give a PNG or JPEG") from None
+    for side, quality in ((512, 85), (512, 70), (384, 70), (256, 70), (256, 50), (128, 50), (64, 40)):
+        image.thumbnail((side, side))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality, optimize=True)
+        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        if len(url) <= MAX_THUMBNAIL_BYTES:
+            break
+    return url
+
+
+def folder_name(name: str) -> str:
+    """Return the last part of a folder's path, in either system's spelling."""
+    return PureWindowsPath(name).name if "\\" in name else (PurePosixPath(name).name or "images")
+
+
+def _base_entries(facts: TrainingFacts) -> dict[str, Any]:
+    version = facts.family.base_model_version if facts.family else None
+    if version is not None and _prediction(facts) == "v" and not version.startswith("sdxl_"):
+        version += "_v"
+    session = f"{facts.name} {facts.started_at} {facts.base_digest} {facts.seed}".encode()
+    return {
+        "base_model_version": version,
+        "v2": facts.family.is_v2 if facts.family else None,
+        "output_name": facts.name or None,
+        "sd_model_name": facts.base_title,
+        "sd_model_hash": None,
+        "new_sd_model_hash": facts.base_digest,
+        "vae_name": None,
+        "session_id": int.from_bytes(hashlib.sha256(session).digest()[:4], "big"),
+        "training_started_at": facts.started_at,
+        "training_finished_at": facts.finished_at,
+        "seed": facts.config.training.seed if facts.config else facts.seed,
+        "steps": facts.steps,
+        "max_train_steps": facts.steps,
+        "epoch": None if facts.epochs is None else _plain(facts.epochs),
+        "num_epochs": None if facts.epochs is None else _plain(facts.epochs),
+        "network_module": "networks.lora",
+        "zero_terminal_snr": False,
+        "lowram": False,
+    }
+
+
+def _data_entries(facts: TrainingFacts) -> dict[str, Any]:
+    repeats = facts.config.data.repeats if facts.config else 1
+    frequency = {folder_name(name): dict(tags) for name, tags in facts.tag_frequency.items()}
+    images = {folder_name(name): count for name, count in facts.folder_images.items()}
+    if not images and facts.num_images is not None:
+        images = {next(iter(frequency)) if len(frequency) == 1 else "images": facts.num_images}
+    side = _resolution(facts)
+    buckets = {
+        str(index): {"resolution": [width, height], "count": count}
+        for index, ((height, width), count) in enumerate(sorted(facts.buckets.items()))
+    }
+    return {
+        "num_train_images": None if facts.num_images is None else facts.num_images * repeats,
+        "num_reg_images": 0,
+        "num_batches_per_epoch": facts.num_batches_per_epoch,
+        "resolution": None if side is None else f"({side}, {side})",
+        "enable_bucket": bool(buckets),
+        "bucket_info": {"buckets": buckets} if buckets else None,
+        "dataset_dirs": {name: {"n_repeats": repeats, "img_count": n} for name, n in images.items()} or None,
+        "reg_dataset_dirs": {},
+        "tag_frequency": frequency or None,
+    }
+
+
+def _setting_entries(config: Config) -> dict[str, Any]:
+    training, optimizer, data = config.training, config.optimizer, config.data
+    betas = ",".join(map(str, optimizer.betas))
+    unet_rate = optimizer.learning_rate
+    return {
+        "learning_rate": unet_rate,
+        "unet_lr": unet_rate,
+        "text_encoder_lr": optimizer.text_encoder_learning_rate if config.adapter.text_encoder else None,
+        "optimizer": f"torch.optim.adamw.AdamW(betas=({betas}),weight_decay={optimizer.weight_decay})",
+        "lr_scheduler": optimizer.schedule,
+        "lr_warmup_steps": optimizer.warmup_steps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "batch_size_per_device": training.batch_size,
+        "total_batch_size": None
+        if training.batch_size is None
+        else training.batch_size * training.gradient_accumulation,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "mixed_precision": _PRECISIONS.get(str(training.precision)),
+        "min_snr_gamma": training.min_snr_gamma or None,
+        "noise_offset": training.noise_offset or None,
+        "clip_skip": config.model.clip_skip if config.model.clip_skip > 1 else None,
+        "caption_dropout_rate": data.caption_dropout,
+        "cache_latents": True,
+        "flip_aug": data.flip,
+        "network_dropout": config.adapter.dropout or None,
+        "training_comment": config.output.description or None,
+    }
+
+
+def _modelspec(facts: TrainingFacts) -> dict[str, str | None]:
+    config, side = facts.config, _resolution(facts)
+    when = facts.finished_at or facts.started_at
+    words = ", ".join(facts.trigger_words)
+    return {
+        "sai_model_spec": SAI_MODEL_SPEC,
+        "architecture": facts.family.architecture if facts.family else None,
+        "implementation": _implementation(facts.family) if facts.family else None,
+        "title": facts.name or None,
+        "resolution": None if side is None else f"{side}x{side}",
+        "date": None if when is None else datetime.fromtimestamp(int(when), UTC).isoformat(),
+        "author": facts.author,
+        "description": (config.output.description or None) if config else None,
+        "license": (config.output.license or None) if config else None,
+        "usage_hint": f"put `{words}` into the prompt" if words else None,
+        "trigger_phrase": words or None,
+        "thumbnail": thumbnail(facts.preview) if facts.preview else None,
+        "prediction_type": _prediction(facts),
+        "encoder_layer": str(config.model.clip_skip) if config else None,
+        "timestep_range": "0,1000",
+    }
+
+
+def _own_entries(facts: TrainingFacts) -> dict[str, str | None]:
+    def number(value: float | None) -> str | None:
+        return None if value is None else repr(value)
+
+    return {
+        "version": facts.sdlora_version,
+        "family": facts.family.name if facts.family else None,
+        "base_digest": facts.base_digest,
+        "config": _shareable(facts.config) if facts.config else None,
+        "trigger_words": json.dumps(list(facts.trigger_words), ensure_ascii=False),
+        "final_loss": number(facts.final_loss),
+        "validation_loss": number(facts.validation_loss),
+        "preferred_strength": number(facts.preferred_strength),
+    }
+
+
+def _shareable(config: Config) -> str:
+    """Return all settings as JSON, with paths cut to their last name."""
+    tree = config.model_dump(mode="json")
+    for section in tree:
+        for name, value in getattr(config, section):
+            if isinstance(value, Path):
+                tree[section][name] = folder_name(str(value))
+    base = config.model.base
+    if base.startswith(("/", ".", "~")) or "\\" in base or base.count("/") > 1 or Path(base).exists():
+        tree["model"]["base"] = folder_name(base)
+    return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
+
+
+def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[str, str]:
+    """Return rank and alpha of the linear layers (3x3 convolutions apart, as kohya does)."""
+    linear = [p for p in weights.pairs.values() if p.down.ndim == 2 or p.down.shape[2:] == (1, 1)]
+    spatial = [p for p in weights.pairs.values() if p.down.ndim == 4 and p.down.shape[2:] != (1, 1)]
+    pairs = linear or spatial
+    ranks, alphas = {p.rank for p in pairs}, {p.alpha for p in pairs}
+    dimension = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    alpha = str(_plain(alphas.pop())) if len(alphas) == 1 else "Dynamic"
+    arguments = "None"
+    if spatial:
+        values: dict[str, set[float]] = {
+            "conv_dim": {p.rank for p in spatial},
+            "conv_alpha": {p.alpha for p in spatial},
+        }
+        arguments = json.dumps(
+            {k: str(_plain(v.pop())) if len(v) == 1 else "Dynamic" for k, v in values.items()}
+        )
+    return {
+        "ss_network_module": texts.get("ss_network_module", "networks.lora"),
+        "ss_network_dim": dimension,
+        "ss_network_alpha": alpha,
+        "ss_network_args": arguments,
+    }
+
+
+def _implementation(info: FamilyInfo) -> str:
+    return _SGM if info.unet_naming == "ldm" else "diffusers"
+
+
+def _prediction(facts: TrainingFacts) -> str | None:
+    kind = facts.prediction_type or (facts.config.model.prediction_type if facts.config else None)
+    return {"epsilon": "epsilon", "v_prediction": "v"}.get(kind or "")
+
+
+def _resolution(facts: TrainingFacts) -> int | None:
+    return (facts.config.data.resolution if facts.config else None) or facts.native_resolution
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def _feed(digest: Any, block: bytes, position: int) -> None:
+    """Add to the digest what of ``block``, which lies at ``position``, falls into the legacy window."""
+    first = max(_LEGACY_START - position, 0)
+    last = _LEGACY_START + _LEGACY_LENGTH - position
+    if last > first:
+        digest.update(block[first:last])

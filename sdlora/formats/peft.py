@@ -1,0 +1,237 @@
+"""PEFT folders: one folder for each component, with ``adapter_config.json`` beside the tensors.
+
+Ranks and alphas that differ between modules go into ``rank_pattern`` and ``alpha_pattern`` under full
+module names. Text encoders are named as the installed transformers names them (releases from 5.6 on have
+no ``text_model.`` in ``CLIPTextModel``), since PEFT finds modules by name; reading takes both.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import COMPONENTS, AdapterWeights, ModuleKey
+from ..errors import AdapterFileError
+from . import folding, foreign, names
+from .header import MAX_HEADER_BYTES, shown
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_FACTOR = re.compile(r"^base_model\.model\.(?P<path>.+?)\.lora_(?P<factor>[AB])(?:\.[A-Za-z]\w*)?\.weight$")
+_LITERAL_PATTERN = re.compile(r"^\^?[\w.\\-]+\$?$")
+_TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+
+
+def matches(keys: Iterable[str]) -> bool:
+    """Tell whether keys are in this format."""
+    return any(key.startswith(PREFIX) for key in keys)
+
+
+def encode(
+    where: str, weights: AdapterWeights, component: str, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the settings of one component's folder.
+
+    Raises:
+        AdapterFileError: when values do not fit the number format.
+    """
+    pairs = weights.component(component)
+    spelled = {path: installed_name(component, path) for path in pairs}
+    tensors: dict[str, Tensor] = {}
+    for path, pair in pairs.items():
+        at = f"{where}: module `{component}.{path}`"
+        tensors[f"{PREFIX}{spelled[path]}.lora_A.weight"] = folding.fitting(at, pair.down, dtype)
+        tensors[f"{PREFIX}{spelled[path]}.lora_B.weight"] = folding.fitting(at, pair.up, dtype)
+    rank = int(folding.common(pair.rank for pair in pairs.values()))
+    alpha = folding.common(pair.alpha for pair in pairs.values())
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": sorted(spelled.values()),
+        "rank_pattern": {f"^{spelled[p]}": pair.rank for p, pair in pairs.items() if pair.rank != rank},
+        "alpha_pattern": {
+            f"^{spelled[p]}": _plain(pair.alpha) for p, pair in pairs.items() if pair.alpha != alpha
+        },
+    }
+    return tensors, config
+
+
+def decode(
+    path: Path, component: str | None, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> AdapterWeights:
+    """Return the modules in one PEFT folder.
+
+    Args:
+        path: the tensors' file, for messages.
+        component: which component it is for; None to tell by the module names.
+        tensors: by key.
+        config: settings from ``adapter_config.json``.
+
+    Raises:
+        AdapterFileError: listing keys that belong to no module, or naming an incomplete module.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    unknown: list[str] = []
+    for key, tensor in tensors.items():
+        match = _FACTOR.match(key)
+        if match is None:
+            unknown.append(key)
+            continue
+        groups.setdefault(match["path"], {})["down" if match["factor"] == "A" else "up"] = tensor
+    if unknown:
+        raise foreign.unknown_keys(path, unknown)
+    kind = str(config.get("peft_type", "LORA"))
+    if kind != "LORA":
+        raise AdapterFileError(
+            f"{path.with_name(CONFIG_FILE)}: peft_type is `{shown(kind, 20)}`, not LORA; give a plain LoRA"
+        )
+    component = component or _component_of(groups)
+    pairs = {}
+    for name, group in groups.items():
+        module = ModuleKey(component, name if component == "unet" else names.with_text_prefix(name))
+        where = f"{path}: module `{component}.{name}`"
+        pair = folding.pair_of(where, group.get("down"), group.get("up"), None)
+        alpha = effective_alpha(where, config, module, pair.rank)
+        if module in pairs:
+            raise AdapterFileError(
+                f"{where}: is there twice, with and without `text_model.`; export it again"
+            )
+        pairs[module] = folding.pair_of(where, pair.down, pair.up, alpha)
+    return AdapterWeights(pairs)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read ``adapter_config.json``.
+
+    Raises:
+        AdapterFileError: when it is missing, too large or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise AdapterFileError(
+                f"{path}: is far too large for settings; get the adapter from another source"
+            )
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterFileError(
+            f"{path}: is missing, and PEFT keeps alpha there; put it beside {WEIGHTS_FILE}"
+        ) from None
+    except OSError as error:
+        raise AdapterFileError(
+            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(
+            f"{path}: is not valid JSON ({shown(error)}); export the adapter again"
+        ) from None
+    if not isinstance(tree, dict):
+        raise AdapterFileError(f"{path}: is not a JSON object; export the adapter again")
+    return tree
+
+
+def effective_alpha(where: str, config: Mapping[str, Any], module: ModuleKey, rank: int) -> float:
+    """Return the alpha for which alpha / rank is the scale that PEFT would use.
+
+    rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023), so its alpha counts sqrt(rank) times.
+
+    Raises:
+        AdapterFileError: for DoRA, or settings that are not numbers or not plain names.
+    """
+    if config.get("use_dora"):
+        raise AdapterFileError(
+            f"{where}: the settings say DoRA, which sdlora does not read; give a plain LoRA"
+        )
+    alpha = config.get("lora_alpha", 8)  # 8 is PEFT's own default
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterFileError(f"{where}: `alpha_pattern` is not a table; export the adapter again")
+    for pattern, value in patterns.items():
+        if _names(where, pattern, module):
+            alpha = value
+            break
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not abs(alpha) < 1e30 or alpha == 0:
+        raise AdapterFileError(
+            f"{where}: lora_alpha is `{shown(alpha, 20)}`; set it to a number other than 0"
+        )
+    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def installed_name(component: str, path: str) -> str:
+    """Return a canonical path as the installed diffusers and transformers name the module."""
+    if component == "unet" or _has_text_model(component):
+        return path
+    return path.removeprefix(names.TEXT_PREFIX)
+
+
+@functools.cache
+def _has_text_model(component: str) -> bool:
+    """Tell whether the installed transformers nests this encoder in ``text_model``; asks the real class."""
+    import transformers
+
+    settings = transformers.CLIPTextConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.device("meta"):
+        encoder = getattr(transformers, _TEXT_CLASSES[component])(settings)
+    return any(name.startswith(names.TEXT_PREFIX) for name, _ in encoder.named_modules())
+
+
+def _names(where: str, pattern: str, module: ModuleKey) -> bool:
+    """Tell whether a pattern means this module; PEFT matches ``(.*\\.)?PATTERN$``.
+
+    Only plain names are taken: a regular expression from a stranger's file can run for ever.
+    """
+    if not _LITERAL_PATTERN.match(pattern):
+        raise AdapterFileError(
+            f"{where}: `alpha_pattern` has the regular expression `{shown(pattern, 60)}`; "
+            "write full module names there"
+        )
+    literal = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
+    paths = (
+        {module.path, module.path.removeprefix(names.TEXT_PREFIX)}
+        if module.component != "unet"
+        else {module.path}
+    )
+    if pattern.startswith("^"):
+        return literal in paths
+    return any(path == literal or path.endswith("." + literal) for path in paths)
+
+
+def _component_of(paths: Iterable[str]) -> str:
+    in_unet = any(path.split(".", 1)[0] in names.UNET_ROOTS for path in paths)
+    return "unet" if in_unet else "text_encoder"
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def components_in(folder: Path) -> list[str]:
+    """Return the components that have a PEFT folder of their own inside ``folder``."""
+    return [name for name in COMPONENTS if (folder / name / CONFIG_FILE).is_file()]

@@ -1,0 +1,279 @@
+"""From prompts, and adapters at strengths, to pictures in a folder.
+
+The denoising loop is :mod:`sdlora.render`. :class:`ImageGenerator` keeps a base loaded while adapters and their
+strengths change. :func:`generate` is the whole of ``sdlora generate``: it also names and writes the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from .adapters.base import AdapterFile
+from .adapters.lora import Merged, Strength, attach, detach, set_strengths
+from .config import Precision, SampleConfig
+from .devices import choose_device, choose_dtype
+from .errors import AdapterFileError, ConfigError, OutputError
+from .families.loading import load_model
+from .files import replacing, write_problem
+from .pictures import grid
+from .png_info import parameters_text, save_png
+from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
+from .samplers import find_sampler
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .families.base import DiffusionModel
+
+__all__ = [
+    "GenerateRequest",
+    "GenerateResult",
+    "GeneratedImage",
+    "ImageGenerator",
+    "generate",
+    "parse_adapter",
+    "render",
+]
+
+USUAL_GUIDANCE = 7.0
+"""Guidance for a base that recommends none."""
+
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_SPEC = re.compile(rf"(?P<file>.+?)(?::(?P<first>{_NUMBER}))?(?::(?P<second>{_NUMBER}))?", re.DOTALL)
+
+
+def parse_adapter(text: str) -> tuple[Path, Strength]:
+    """Return file and strength of ``FILE``, ``FILE:STRENGTH`` or ``FILE:U-NET:TEXT ENCODER``.
+
+    The U-Net's strength comes first (in WebUI's ``<lora:...>`` tags it comes last). Without a strength it
+    is 1. ``C:\\`` at the start of a Windows path is a part of the file.
+
+    Raises:
+        ConfigError: for an empty file name, or something after a colon that is no number.
+    """
+    matched = _SPEC.fullmatch(text.strip())
+    if matched is None:
+        raise ConfigError(f"adapter `{text}`: no file named; give FILE or FILE:STRENGTH, e.g. style.safetensors:0.8")
+    file, first, second = matched["file"], matched["first"], matched["second"]
+    head, colon, tail = file.rpartition(":")
+    if colon and not tail.lstrip().startswith(("\\", "/")) and len(head) != 1:
+        raise ConfigError(
+            f"adapter `{text}`: `{tail}` is not a strength; give FILE:STRENGTH or "
+            "FILE:U-NET:TEXT-ENCODER with numbers, e.g. style.safetensors:0.8"
+        )
+    path = Path(file).expanduser()
+    if second is None:
+        return path, 1.0 if first is None else float(first)
+    text_strength = float(second)
+    return path, {"unet": float(first), "text_encoder": text_strength, "text_encoder_2": text_strength}
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What :func:`generate` wrote: the pictures in order, the sweep's grid, and the seconds it took."""
+
+    files: tuple[Path, ...]
+    grid: Path | None
+    seconds: float
+
+
+def generate(
+    base: str,
+    adapters: Sequence[tuple[str | Path, Strength]],
+    prompts: Sequence[str],
+    output: str | Path,
+    *,
+    negative_prompt: str = "",
+    seed: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    strengths: Sequence[float] | None = None,
+    merge: bool = False,
+    count: int = 1,
+    device: str | None = None,
+    precision: Precision | None = None,
+    progress: Progress | None = None,
+) -> GenerateResult:
+    """Make pictures and write them as ``00001-SEED.png``, counting on from what the folder holds.
+
+    Every prompt gets the same ``count`` seeds, from ``seed`` upwards. What is left open follows the base:
+    its own size and recommended guidance, else the defaults of :class:`sdlora.config.SampleConfig`.
+
+    Args:
+        base: ``mini``, a diffusers folder, a ``.safetensors`` file or a hub id.
+        adapters: (file, strength) of each adapter; see :func:`parse_adapter`.
+        prompts: what to show.
+        output: folder for the pictures; made if missing, and nothing in it is overwritten.
+        strengths: sweep: each prompt and seed at each of these, and a labelled grid of all. A value takes
+            the place of the strength of a single adapter; several adapters, or one with separate U-Net
+            and text-encoder strengths, have their strengths multiplied by it.
+        merge: fold the adapters into the base's weights first.
+        count: pictures a prompt (and strength).
+        device: see :func:`sdlora.devices.choose_device`.
+        precision: see :func:`sdlora.devices.choose_dtype`.
+        progress: told after every denoising step.
+
+    Raises:
+        ConfigError: for settings that cannot be.
+        ModelError: for a base that cannot be loaded.
+        AdapterFileError: for an adapter that cannot be read or does not fit.
+        OutputError: for a folder that cannot be written.
+    """
+    started = time.perf_counter()
+    folder, defaults = Path(output), SampleConfig()
+    sampler = sampler or defaults.sampler
+    _check_call(adapters, prompts, sampler, strengths, count)
+    _make_folder(folder)
+    generator = ImageGenerator.load(base, device=device, precision=precision)
+    given = {generator.add_adapter(Path(file)): strength for file, strength in adapters}
+    hashes = {name: _tensor_hash(Path(file)) for name, (file, _) in zip(given, adapters, strict=True)}
+    model = generator.model
+    first_seed = defaults.seed if seed is None else seed
+    recommended = float(model.base.recommended.get("sample.guidance", USUAL_GUIDANCE))
+    plain = GenerateRequest(
+        "",
+        negative_prompt,
+        height=model.native_resolution if height is None else height,
+        width=model.native_resolution if width is None else width,
+        steps=defaults.steps if steps is None else steps,
+        guidance=recommended if guidance is None else guidance,
+        sampler=sampler,
+        seed=first_seed,
+    )
+    columns = [_swept(given, value) for value in strengths] if strengths is not None else [given]
+    requests = [
+        dataclasses.replace(plain, prompt=prompt, seed=first_seed + i, strengths=column)
+        for prompt in prompts
+        for i in range(count)
+        for column in columns
+    ]
+    made = generator.generate(requests, merge=merge, progress=progress)
+    files = [_write_numbered(folder, one, parameters_text(one.request, model.base, hashes)) for one in made]
+    sheet = _write_sweep(folder, made, strengths, given) if strengths is not None else None
+    return GenerateResult(tuple(files), sheet, time.perf_counter() - started)
+
+
+def _check_call(
+    adapters: Sequence[tuple[str | Path, Strength]],
+    prompts: Sequence[str],
+    sampler: str,
+    strengths: Sequence[float] | None,
+    count: int,
+) -> None:
+    """Refuse, before anything is loaded, what cannot be made."""
+    problems: list[str] = []
+    if not prompts:
+        problems.append("no prompt given; say what to show with --prompt")
+    if count < 1:
+        problems.append(f"`count={count}`: make at least 1 picture a prompt")
+    if strengths is not None and not strengths:
+        problems.append("`strengths` is empty; give numbers, e.g. --strengths 0,0.5,1")
+    if strengths is not None and not adapters:
+        problems.append("`strengths` needs an adapter to act on; give one with --adapter FILE")
+    values = [*(strengths or ()), *(v for _, s in adapters for v in _values(s))]
+    problems += [f"strength `{value}`: not a finite number" for value in values if not math.isfinite(value)]
+    try:
+        find_sampler(sampler)
+    except ConfigError as error:
+        problems.append(str(error))
+    if len(problems) > 1:
+        raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"  - {one}" for one in problems))
+    if problems:
+        raise ConfigError(problems[0])
+
+
+def _values(strength: Strength) -> list[float]:
+    return [strength] if isinstance(strength, int | float) else list(strength.values())
+
+
+def _swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
+    """Return the strengths of one column of a sweep."""
+    if len(given) == 1 and all(isinstance(strength, int | float) for strength in given.values()):
+        return dict.fromkeys(given, value)
+    return {
+        name: value * strength
+        if isinstance(strength, int | float)
+        else {component: value * one for component, one in strength.items()}
+        for name, strength in given.items()
+    }
+
+
+def _tensor_hash(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's tensors, as WebUI does; empty for a folder."""
+    from .formats.header import read_header
+
+    path = path.expanduser()
+    if path.is_dir():
+        return ""
+    with path.open("rb") as stream:
+        stream.seek(read_header(path).data_offset)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise OutputError(f"{folder}: is a file, but pictures need a folder; choose another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: {write_problem(error)}") from error
+
+
+def _write_numbered(folder: Path, made: GeneratedImage, text: str) -> Path:
+    file = _reserve(folder, r"(\d{5,})-\d+\.png", lambda number: f"{number:05d}-{made.request.seed}.png")
+    with _giving_back(file):
+        save_png(made.image, file, text)
+    return file
+
+
+def _write_sweep(
+    folder: Path, made: Sequence[GeneratedImage], strengths: Sequence[float], given: Mapping[str, Strength]
+) -> Path:
+    rows = made[:: len(strengths)]
+    several = len({one.request.seed for one in rows}) > 1
+    labels = [one.request.prompt + (f" (seed {one.request.seed})" if several else "") for one in rows]
+    names = list(given)
+    title = f"strength of {names[0]}" if len(names) == 1 else "strength of " + " and ".join(names)
+    sheet = grid([one.image for one in made], len(strengths), labels, [f"{value:g}" for value in strengths], title)
+    file = _reserve(folder, r"grid-(\d{4,})\.png", lambda number: f"grid-{number:04d}.png")
+    with _giving_back(file), replacing(file) as temporary:
+        sheet.save(temporary, format="PNG")
+    return file
+
+
+def _reserve(folder: Path, pattern: str, name: Callable[[int], str]) -> Path:
+    """Return a new empty file whose number follows the highest one there; another process gets another."""
+    try:
+        numbers = [int(found[1]) for file in folder.iterdir() if (found := re.fullmatch(pattern, file.name))]
+        for number in itertools.count(max(numbers, default=0) + 1):
+            file = folder / name(number)
+            with contextlib.suppress(FileExistsError):
+                file.open("xb").close()
+                return file
+    except OSError as error:
+        raise OutputError(f"{folder}: {write_problem(error)}") from error
+    raise AssertionError("numbers do not end")
+
+
+@contextlib.contextmanager
+def _giving_back(file: Path) -> Iterator[None]:
+    """Remove a reserved file if it could not be filled."""
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,315 @@
+"""A run made ready: settings resolved, pictures encoded, adapter attached, state restored.
+
+:func:`prepare_run` does everything before the first step, cheapest checks first; :mod:`sdlora.train`
+holds the loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from . import checkpoint
+from .adapters.base import AdapterWeights
+from .adapters.lora import AttachedLayer, attach, create_adapter, read_weights
+from .config import Config, load_config, save_config
+from .data.buckets import make_buckets, place, square_bucket
+from .data.cache import EncodedDataset, default_cache_folder
+from .data.folder import Dataset, scan, split
+from .data.order import Order
+from .devices import choose_device, choose_dtype
+from .errors import ConfigError, OutputError, TrainingError
+from .events import Announcer, Caching, Decided, Noticed
+from .families.base import DiffusionModel
+from .families.loading import load_model
+from .files import refuse_used_folder
+from .optim import MasterWeights, ParameterGroup, make_optimizer
+from .plan import BaseFacts, Decision, resolve_data, resolve_training, total_steps
+
+ADAPTER_NAME = "run"
+# what a resumed run may change, as none of it alters the numbers of the adapter
+_FREE_ON_RESUME = (
+    "sample.",
+    "output.",
+    "data.folder",
+    "data.cache_folder",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.validate_every",
+)
+
+
+@dataclass
+class Run:
+    """Everything the loop needs; ``step`` counts the optimizer steps done."""
+
+    config: Config
+    folder: Path
+    model: DiffusionModel
+    dataset: Dataset
+    training: EncodedDataset
+    validation: EncodedDataset
+    order: Order
+    steps: int
+    layers: list[AttachedLayer]
+    groups: list[ParameterGroup]
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    accelerator: Accelerator
+    tell: Announcer
+    started_at: float
+    step: int = 0
+
+    @property
+    def images_per_step(self) -> int:
+        """Pictures of a full optimizer step: micro-batch x accumulation x processes."""
+        settings = self.config.training
+        assert settings.batch_size is not None
+        return settings.batch_size * settings.gradient_accumulation * self.accelerator.num_processes
+
+    def masters(self) -> AdapterWeights:
+        """Return the adapter's fp32 master weights as copies on the CPU."""
+        return read_weights(self.layers, [t for group in self.groups for t in group.master.tensors()])
+
+
+def run_folder(config: Config) -> Path:
+    """Return where a run is kept."""
+    return config.output.folder or Path("runs") / config.output.name
+
+
+def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
+    """Make a run ready to step.
+
+    Raises:
+        SdloraError: for anything the user can mend; nothing has been overwritten then.
+    """
+    folder = run_folder(config)
+    if config.data.folder is None:
+        raise ConfigError("no folder of pictures given: sdlora train FOLDER, or data.folder in the settings")
+    accelerator = Accelerator()
+    if resume:
+        if not checkpoint.list_checkpoints(folder / "checkpoints"):
+            raise TrainingError(
+                f"{folder}: holds no checkpoint to resume from; check --output, or start without --resume"
+            )
+    elif accelerator.is_main_process:
+        _refuse_old_run(folder)
+    dataset = scan(
+        config.data.folder,
+        recursive=config.data.recursive,
+        trigger_word=config.data.trigger_word,
+        repeats=config.data.repeats,
+    )
+    config, model, decisions = _load(config, accelerator)
+    facts = BaseFacts(model.base, model.native_resolution, model.device.type)
+    config, more = resolve_data(config, facts, len(dataset.items))
+    assert config.data.validation is not None
+    training, validation = split(dataset, config.data.validation, config.training.seed)
+    for note in training.notes:
+        tell(Noticed(note))
+    config, rest = resolve_training(config, facts, training, validation)
+    for one in decisions + more + rest:
+        tell(Decided(one.key, one.value, one.reason))
+    if resume:
+        _check_same(config, folder)
+    return _assemble(config, folder, model, training, validation, accelerator, tell, resume=resume)
+
+
+def _refuse_old_run(folder: Path) -> None:
+    if checkpoint.list_checkpoints(folder / "checkpoints"):
+        raise OutputError(
+            f"{folder}: already holds a run; add --resume to go on with it, or choose another --output"
+        )
+    refuse_used_folder(folder, "a training run")
+
+
+def _load(config: Config, accelerator: Accelerator) -> tuple[Config, DiffusionModel, list[Decision]]:
+    device = choose_device(config.training.device)
+    if accelerator.num_processes > 1:
+        device = accelerator.device
+    dtype = choose_dtype(config.training.precision, device)
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    chosen = {"training.device": str(device.type), "training.precision": name}
+    reasons = {
+        "training.device": "the fastest one here",
+        "training.precision": f"fastest safe one on {device.type}",
+    }
+    open_keys = [key for key in chosen if config.get(key) is None]
+    decisions = [Decision(key, chosen[key], reasons[key]) for key in open_keys]
+    config = config.with_values({key: chosen[key] for key in open_keys})
+    model = load_model(
+        config.model.base,
+        dtype=dtype,
+        device=device,
+        prediction_type=config.model.prediction_type,
+        clip_skip=config.model.clip_skip,
+    )
+    return config, model, decisions
+
+
+def _assemble(
+    config: Config,
+    folder: Path,
+    model: DiffusionModel,
+    training: Dataset,
+    validation: Dataset,
+    accelerator: Accelerator,
+    tell: Announcer,
+    *,
+    resume: bool,
+) -> Run:
+    with accelerator.main_process_first():  # the others find everything in the cache
+        encoded = [_encode(config, part, model, tell) for part in (training, validation)]
+    settings = config.training
+    assert settings.batch_size is not None
+    order = Order(
+        [placement.bucket for placement in encoded[0].placements],
+        [item.repeats for item in training.items],
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation,
+        world_size=accelerator.num_processes,
+        seed=settings.seed,
+    )
+    weights = create_adapter(model, config.adapter, settings.seed)
+    layers = attach(model, weights, ADAPTER_NAME, dropout=config.adapter.dropout)
+    # component by component, in the order of the masters' groups
+    layers.sort(key=lambda one: (one.key.component != "unet", one.key))
+    groups = _groups(config, layers, weights)
+    run = Run(
+        config=config,
+        folder=folder,
+        model=model,
+        dataset=training,
+        training=encoded[0],
+        validation=encoded[1],
+        order=order,
+        steps=total_steps(config, order.steps_per_epoch),
+        layers=layers,
+        groups=groups,
+        optimizer=make_optimizer(config.optimizer, groups),
+        scaler=torch.amp.GradScaler(model.device.type, enabled=settings.precision == "fp16"),
+        accelerator=accelerator,
+        tell=tell,
+        started_at=time.time(),
+    )
+    if resume:
+        _restore(run)
+    elif accelerator.is_main_process:
+        save_config(config, folder / "config.toml")
+    model.prepare(
+        training=True,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        keep_text=config.adapter.text_encoder,
+    )
+    return run
+
+
+def _encode(config: Config, part: Dataset, model: DiffusionModel, tell: Announcer) -> EncodedDataset:
+    resolution = config.data.resolution
+    assert resolution is not None
+    if resolution < model.size_multiple:
+        raise ConfigError(f"`data.resolution={resolution}`: the base needs at least {model.size_multiple} px")
+    make = make_buckets if config.data.buckets else square_bucket
+    buckets = make(resolution, model.size_multiple)
+    data = EncodedDataset(
+        part.items,
+        [place(item.height, item.width, buckets) for item in part.items],
+        model,
+        config.data.cache_folder or default_cache_folder(),
+        flip=config.data.flip,
+        background=config.data.background,
+        encode_captions=not config.adapter.text_encoder,
+    )
+    if part.items:
+        data.encode_all(lambda done, total: tell(Caching(done, total)))
+    return data
+
+
+def _groups(config: Config, layers: list[AttachedLayer], weights: AdapterWeights) -> list[ParameterGroup]:
+    rates = {
+        "unet": config.optimizer.learning_rate,
+        "text_encoder": config.optimizer.text_encoder_learning_rate,
+    }
+    groups = []
+    for component, rate in rates.items():
+        own = [one for one in layers if one.key.component == component]
+        if own:
+            assert rate is not None
+            parameters = [parameter for one in own for parameter in (one.down, one.up)]
+            pairs = [weights.pairs[one.key] for one in own]
+            values = [tensor for pair in pairs for tensor in (pair.down, pair.up)]
+            groups.append(ParameterGroup(component, MasterWeights(parameters, values), rate))
+    return groups
+
+
+def state_tensors(run: Run) -> dict[str, Tensor]:
+    """Return everything numeric that the next steps depend on, by name."""
+    tensors: dict[str, Tensor] = {}
+    for group in run.groups:
+        tensors[f"{group.name}.master"] = group.master.flat.data
+        for name, value in run.optimizer.state.get(group.master.flat, {}).items():
+            tensors[f"{group.name}.{name}"] = value.data
+    return tensors
+
+
+def state_values(run: Run) -> dict[str, Any]:
+    """Return the rest of the state as JSON values."""
+    return {
+        "run_id": dataset_digest(run.dataset.items),
+        "scaler": run.scaler.state_dict(),
+        "started_at": run.started_at,
+    }
+
+
+def dataset_digest(items: Iterable[Any]) -> str:
+    """Return a digest of the pictures and captions trained on, in order."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(f"{item.digest} {item.repeats} {item.caption}\n".encode())
+    return digest.hexdigest()
+
+
+def _restore(run: Run) -> None:
+    saved = checkpoint.load_newest(run.folder / "checkpoints", lambda text: run.tell(Noticed(text)))
+    if saved.state["run_id"] != dataset_digest(run.dataset.items):
+        raise TrainingError(
+            f"{run.config.data.folder}: the pictures or captions changed since {saved.folder.name}; put them "
+            "back, or start a new run in another --output"
+        )
+    run.step, run.started_at = saved.step, float(saved.state["started_at"])
+    for group in run.groups:
+        prefix = f"{group.name}."
+        own = {n.removeprefix(prefix): t for n, t in saved.tensors.items() if n.startswith(prefix)}
+        group.master.load(own.pop("master"))
+        device = group.master.flat.device
+        run.optimizer.state[group.master.flat] = {
+            name: tensor.clone() if name == "step" else tensor.to(device).clone()
+            for name, tensor in own.items()
+        }
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict(saved.state["scaler"])
+
+
+def _check_same(config: Config, folder: Path) -> None:
+    """Refuse to resume under settings that would change the numbers."""
+    stored = load_config(folder / "config.toml").model_dump(mode="json")
+    current = config.model_dump(mode="json")
+    changed = [
+        f"{section}.{name}: was {stored[section][name]}, now {value}"
+        for section, values in current.items()
+        for name, value in values.items()
+        if stored[section][name] != value and not f"{section}.{name}".startswith(_FREE_ON_RESUME)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder}: cannot resume with other settings ({'; '.join(changed)}); leave them as they were, "
+            "or start a new run in another --output"
+        )

@@ -1,0 +1,495 @@
+"""How far pictures moved from a base's look towards a style, in one number that can be explained.
+
+Each picture becomes a few dozen hand-made numbers about colour, tone, edges, texture and strokes
+(:data:`FEATURES`); nothing is learned and no network is used. A style is a *set* of pictures, so sets are
+compared: the energy distance between the generated and the true pictures, relative to that between the
+base's and the true ones::
+
+    score = 1 - D(generated, true) / D(base, true)
+
+0 looks like the base, 1 cannot be told from the true style, below 0 is farther away than the base was.
+The ruler (:class:`StyleRuler`) depends on the base's and the true pictures only, never on what is
+measured with it. ``docs/score.md`` gives the formulae and the reasons.
+
+Everything works on Pillow pictures and numpy arrays; this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import SdloraError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+MIN_IMAGES = 4
+"""A set of fewer pictures says nothing about a look."""
+
+_COLOURED = 0.04  # Oklab chroma that the eye calls coloured
+_INK = 0.5  # Oklab lightness below which a pixel is ink; 0.5 is sRGB grey 99
+_TONES = 8  # soft bins of lightness
+_OCTAVES = 4
+_DIRECTIONS = 4
+_WIDTHS = (1 / 32, 1 / 16, 1 / 8)  # stroke widths, in shares of the picture's side
+_SPECK = 1 / 1024  # smaller spots (share of the picture's area) are not counted
+_FLOOR = 0.01  # least spread of a feature, so that one that is constant in both sets cannot rule
+_DRAWS = 400
+_SPLITS = 40
+_THUMBNAIL = 16
+
+
+def _names() -> dict[str, tuple[str, ...]]:
+    octaves = [f"1/{2**k}" for k in range(1, _OCTAVES + 1)]
+    widths = [f"1/{round(1 / width)}" for width in _WIDTHS]
+    return {
+        "colour": ("mean chroma", "coloured share", "high chroma", "mean green-red", "mean blue-yellow"),
+        "tone": tuple(f"lightness bin {k + 1} of {_TONES}" for k in range(_TONES)),
+        "edges": ("edge density", "strong edge share", "edge sharpness", "outline length"),
+        "texture": (
+            *(f"energy at {octave} of the finest scale" for octave in octaves),
+            *(f"sparsity at {octave} of the finest scale" for octave in octaves),
+            *(f"gradient energy at {180 * k // _DIRECTIONS} degrees" for k in range(_DIRECTIONS)),
+        ),
+        "strokes": (
+            "ink share",
+            *(f"ink wider than {width}" for width in widths),
+            *(f"gaps narrower than {width}" for width in widths),
+            "pieces of ink",
+            "holes in the ink",
+            "largest piece",
+        ),
+    }
+
+
+FEATURES: Mapping[str, tuple[str, ...]] = _names()
+"""Group -> names of its features, in the order of :func:`features_of`; every group weighs the same."""
+
+
+@dataclass(frozen=True)
+class StyleScore:
+    """Where a set of pictures stands between a base and a style.
+
+    Attributes:
+        value: 0 looks like the base, 1 like the true style; may be negative.
+        low: lower end of the 90 % bootstrap interval over the pictures.
+        high: upper end.
+        groups: the score by each group of features alone.
+        distance: energy distance of the generated pictures to the true ones.
+        base_distance: that of the base's pictures, which is the unit.
+        num_images: generated pictures.
+    """
+
+    value: float
+    low: float
+    high: float
+    groups: Mapping[str, float]
+    distance: float
+    base_distance: float
+    num_images: int
+
+    def render(self) -> str:
+        """Return the score in one line for people."""
+        return f"{self.value:.2f} (90 % interval {self.low:.2f} to {self.high:.2f})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "value": round(self.value, 4),
+            "low": round(self.low, 4),
+            "high": round(self.high, 4),
+            "groups": {name: round(value, 4) for name, value in self.groups.items()},
+            "distance": round(self.distance, 4),
+            "base_distance": round(self.base_distance, 4),
+            "num_images": self.num_images,
+        }
+
+
+@dataclass(frozen=True)
+class Copying:
+    """Whether generated pictures repeat training pictures.
+
+    Attributes:
+        generated: mean over the generated pictures of the likeness to the nearest training picture.
+        true: the same for true pictures that were not trained on: what chance and style alone give.
+        share: share of the generated pictures nearer to a training picture than any of these is.
+    """
+
+    generated: float
+    true: float
+    share: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return everything as JSON values."""
+        return {name: round(getattr(self, name), 4) for name in ("generated", "true", "share")}
+
+
+class StyleRuler:
+    """Measures sets of pictures between a base's look (0) and a style (1).
+
+    Args:
+        base: pictures by the base alone, at least :data:`MIN_IMAGES`.
+        true: pictures of the style, of the same size; best of the same subjects, and passed through the
+            base's autoencoder, so that its blur is not charged to the adapter.
+        seed: fixes the bootstrap's draws.
+
+    Raises:
+        SdloraError: when there are too few pictures, or the base looks like the style already.
+    """
+
+    def __init__(self, base: Sequence[Image], true: Sequence[Image], *, seed: int = 0) -> None:
+        self._seed = seed
+        raw_base, raw_true = features_of_all(base, "base"), features_of_all(true, "true")
+        self._scale = _scale(raw_base, raw_true)
+        self._base, self._true = raw_base / self._scale, raw_true / self._scale
+        self.base_distance = energy_distance(self._base, self._true)
+        if self.base_distance <= 0:
+            raise SdloraError(
+                "style score: the base's pictures cannot be told from the true ones, so there is no way to "
+                "go; check that they come from the base alone, or give more of them"
+            )
+
+    def score(self, images: Sequence[Image]) -> StyleScore:
+        """Return the score of generated pictures; their order does not matter."""
+        generated = features_of_all(images, "generated") / self._scale
+        distance = energy_distance(generated, self._true)
+        low, high = self._interval(generated)
+        return StyleScore(
+            value=1 - distance / self.base_distance,
+            low=low,
+            high=high,
+            groups=self._by_group(generated),
+            distance=distance,
+            base_distance=self.base_distance,
+            num_images=len(images),
+        )
+
+    def ceiling(self) -> float:
+        """Return the mean score of one half of the true pictures against the other: about 1.
+
+        How far it is from 1 is what the number of pictures leaves open.
+        """
+        generator = np.random.default_rng(self._seed)
+        half, scores = len(self._true) // 2, []
+        for _ in range(_SPLITS):
+            order = generator.permutation(len(self._true))
+            ours, theirs = self._true[order[:half]], self._true[order[half:]]
+            scores.append(1 - energy_distance(ours, theirs) / energy_distance(self._base, theirs))
+        return float(np.mean(scores))
+
+    def _by_group(self, generated: Array) -> dict[str, float]:
+        scores = {}
+        for group, columns in _columns().items():
+            unit = energy_distance(self._base[:, columns], self._true[:, columns])
+            distance = energy_distance(generated[:, columns], self._true[:, columns])
+            # a group in which base and style agree has no way to go: full marks for not leaving it
+            scores[group] = 1 - distance / max(unit, _FLOOR)
+        return scores
+
+    def _interval(self, generated: Array) -> tuple[float, float]:
+        """Return the 5th and 95th percentile over sets drawn with replacement."""
+        generator = np.random.default_rng(self._seed)
+        sets = [generated, self._base, self._true]
+        weights = [
+            generator.multinomial(len(one), np.full(len(one), 1 / len(one)), _DRAWS).astype(float)
+            for one in sets
+        ]
+        distances = _weighted_energy(generated, self._true, weights[0], weights[2])
+        units = _weighted_energy(self._base, self._true, weights[1], weights[2])
+        low, high = np.percentile(1 - distances / np.maximum(units, _FLOOR), [5, 95])
+        return float(low), float(high)
+
+
+def style_score(base: Sequence[Image], true: Sequence[Image], generated: Sequence[Image]) -> StyleScore:
+    """Return the score of one set of generated pictures; see :class:`StyleRuler`."""
+    return StyleRuler(base, true).score(generated)
+
+
+def copying(generated: Sequence[Image], training: Sequence[Image], true: Sequence[Image]) -> Copying:
+    """Compare generated pictures with the training pictures.
+
+    The likeness of two pictures is the correlation of their lightness at 16 x 16 px: 1 for a copy, also
+    a slightly changed one. True pictures that were not trained on show what is usual in this style.
+
+    Raises:
+        SdloraError: when one of the sets is empty.
+    """
+    for name, images in (("generated", generated), ("training", training), ("true", true)):
+        if not images:
+            raise SdloraError(f"copying check: there are no {name} pictures; give at least one")
+    known = _thumbnails(training)
+    ours = np.sort((_thumbnails(generated) @ known.T).max(axis=1))
+    theirs = np.sort((_thumbnails(true) @ known.T).max(axis=1))
+    return Copying(float(ours.mean()), float(theirs.mean()), float((ours > theirs.max()).mean()))
+
+
+# --- distance between sets -----------------------------------------------------------------------------
+
+
+def energy_distance(first: Array, second: Array) -> float:
+    """Return the energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'| (Szekely and Rizzo 2013, equation 5).
+
+    The unbiased form, which leaves out each picture's distance to itself: 0 on average for two samples
+    of one distribution, whatever their sizes, and so sometimes below 0.
+
+    Args:
+        first: (n, d) features, n >= 2.
+        second: (m, d) features, m >= 2.
+    """
+    ones = np.ones((1, len(first))), np.ones((1, len(second)))
+    return float(_weighted_energy(first, second, *ones)[0])
+
+
+def _weighted_energy(first: Array, second: Array, weights: Array, others: Array) -> Array:
+    """Return the distance (draws,) for each row of weights, (draws, n) and (draws, m).
+
+    A picture drawn twice must not count as two pictures at distance 0, so pairs of a picture with
+    itself are left out of the weights' sum, too.
+    """
+    across = np.einsum("bi,ij,bj->b", weights, _distances(first, second), others, optimize=True)
+    across /= weights.sum(1) * others.sum(1)
+    return 2 * across - _within(first, weights) - _within(second, others)
+
+
+def _within(features: Array, weights: Array) -> Array:
+    total = np.einsum("bi,ij,bj->b", weights, _distances(features, features), weights, optimize=True)
+    return total / np.maximum(weights.sum(1) ** 2 - (weights**2).sum(1), 1.0)
+
+
+def _distances(first: Array, second: Array) -> Array:
+    return np.sqrt(((first[:, None, :] - second[None, :, :]) ** 2).sum(-1))
+
+
+def _scale(base: Array, true: Array) -> Array:
+    """Return what to divide each feature by: the spread inside the sets, and its share of its group."""
+    spread = np.sqrt((base.var(0, ddof=1) + true.var(0, ddof=1)) / 2)
+    sizes = np.concatenate([np.full(len(names), len(names)) for names in FEATURES.values()])
+    scale: Array = np.maximum(spread, _FLOOR) * np.sqrt(sizes)
+    return scale
+
+
+def _columns() -> dict[str, slice]:
+    found, start = {}, 0
+    for group, names in FEATURES.items():
+        found[group] = slice(start, start + len(names))
+        start += len(names)
+    return found
+
+
+# --- features of a picture -----------------------------------------------------------------------------
+
+
+def features_of_all(images: Sequence[Image], what: str = "") -> Array:
+    """Return the features of a set as (n, d), its rows sorted, so that their order carries nothing.
+
+    Raises:
+        SdloraError: when there are fewer than :data:`MIN_IMAGES`.
+    """
+    if len(images) < MIN_IMAGES:
+        raise SdloraError(
+            f"style score: {len(images)} {what} pictures are too few to tell a look; give {MIN_IMAGES} or more"
+        )
+    rows = np.stack([features_of(image) for image in images])
+    return rows[np.lexsort(rows.T[::-1])]
+
+
+def features_of(image: Image) -> Array:
+    """Return the features (d,) of one picture, in the order of :data:`FEATURES`; all are about 0 to 1."""
+    lab = _oklab(np.asarray(image.convert("RGB"), dtype=np.float64) / 255)
+    lightness = lab[..., 0]
+    values = [
+        *_colour(lab),
+        *_tone(lightness),
+        *_edges(lightness),
+        *_texture(lightness),
+        *_strokes(lightness < _INK),
+    ]
+    return np.array(values)
+
+
+def _oklab(rgb: Array) -> Array:
+    """Return Oklab (Ottosson 2020) of sRGB (h, w, 3) in 0..1: lightness 0..1, green-red, blue-yellow."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    cones = np.cbrt(linear @ _TO_CONES.T)
+    lab: Array = cones @ _TO_LAB.T
+    return lab
+
+
+_TO_CONES = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+_TO_LAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
+
+
+def _colour(lab: Array) -> list[float]:
+    chroma = np.hypot(lab[..., 1], lab[..., 2])
+    return [
+        5 * float(chroma.mean()),  # times 5: vivid colours have a chroma of about 0.2
+        float((chroma > _COLOURED).mean()),
+        5 * float(np.percentile(chroma, 95)),
+        5 * float(lab[..., 1].mean()),
+        5 * float(lab[..., 2].mean()),
+    ]
+
+
+def _tone(lightness: Array) -> list[float]:
+    """Return the square roots of a histogram with soft bins, the first all black, the last all white."""
+    place = np.clip(lightness, 0, 1) * (_TONES - 1)
+    shares = [float(np.clip(1 - np.abs(place - k), 0, None).mean()) for k in range(_TONES)]
+    return [math.sqrt(share) for share in shares]
+
+
+def _edges(lightness: Array) -> list[float]:
+    step = np.hypot(*_gradient(lightness))
+    strong = step > 0.2
+    total = step.sum()
+    sharpness = float((step**2).sum() / total) if total > 0 else 0.0
+    side = math.sqrt(lightness.size)
+    ink = lightness < _INK
+    crossings = (ink[1:] != ink[:-1]).sum() + (ink[:, 1:] != ink[:, :-1]).sum()
+    return [
+        float(step.mean()) * side / 16,
+        float(strong.mean()) * side / 64,
+        sharpness,
+        float(crossings) / (16 * side),
+    ]
+
+
+def _gradient(lightness: Array) -> tuple[Array, Array]:
+    """Return differences along y and x between neighbours, both (h - 1, w - 1)."""
+    down = lightness[1:, :-1] - lightness[:-1, :-1]
+    right = lightness[:-1, 1:] - lightness[:-1, :-1]
+    return down, right
+
+
+def _texture(lightness: Array) -> list[float]:
+    """Return energy and sparsity of band-pass octaves, and how gradients spread over directions."""
+    energies, sparsities = [], []
+    current = lightness
+    for _ in range(_OCTAVES):
+        smooth = _blur(current)
+        band = current - smooth
+        energy = math.sqrt(float((band**2).mean()))
+        energies.append(4 * energy)
+        sparsities.append(float(np.abs(band).mean()) / energy if energy > 1e-6 else 0.0)
+        current = smooth[::2, ::2]
+    down, right = _gradient(lightness)
+    strength = np.hypot(down, right)
+    angle = np.arctan2(down, right) % math.pi
+    bins = np.round(angle / (math.pi / _DIRECTIONS)).astype(int) % _DIRECTIONS
+    total = max(float(strength.sum()), 1e-9)
+    shares = [float(strength[bins == k].sum()) / total for k in range(_DIRECTIONS)]
+    return [*energies, *sparsities, *shares]
+
+
+def _blur(values: Array) -> Array:
+    """Blur with 1 4 6 4 1 in both directions (Burt and Adelson 1983)."""
+    kernel = np.array([1, 4, 6, 4, 1]) / 16
+    for axis in (0, 1):
+        padding = [(2, 2) if a == axis else (0, 0) for a in range(2)]
+        padded = np.pad(values, padding, mode="symmetric")
+        length = values.shape[axis]
+        values = sum(  # type: ignore[assignment]
+            weight * np.take(padded, range(k, k + length), axis) for k, weight in enumerate(kernel)
+        )
+    return values
+
+
+def _strokes(ink: Mask) -> list[float]:
+    area, side = float(ink.sum()), math.sqrt(ink.size)
+    wide, narrow = [], []
+    for share in _WIDTHS:
+        width = max(2, round(share * side))
+        wide.append(float(_opened(ink, width).sum()) / area if area else 0.0)
+        # of the ground, what no square of that width fits into: fine lines left white
+        narrow.append(float((~ink & ~_opened(~ink, width)).sum()) / ink.size)
+    least = _SPECK * ink.size
+    pieces = [one for one in _pieces(ink) if one >= least]
+    holes = [one for one in _pieces(~ink) if one >= least]
+    return [
+        float(ink.mean()),
+        *wide,
+        *(8 * value for value in narrow),
+        math.log2(1 + len(pieces)) / 4,
+        math.log2(1 + len(holes)) / 4,
+        max(pieces, default=0) / area if area else 0.0,
+    ]
+
+
+def _opened(mask: Mask, width: int) -> Mask:
+    """Return the union of all squares of ``width`` px inside the mask (opening; Serra 1982).
+
+    What lies beyond the picture's edge continues it, so that the ground does not end there.
+    """
+    padded = np.pad(mask, width, mode="edge")
+    full = _box_sums(padded, width) == width * width
+    covered = _box_sums(np.pad(full, width - 1), width) > 0
+    return covered[width:-width, width:-width]
+
+
+def _box_sums(mask: Mask, width: int) -> npt.NDArray[np.int64]:
+    """Return the number of true pixels in each square of ``width``, (h - width + 1, w - width + 1)."""
+    table = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    return table[width:, width:] - table[:-width, width:] - table[width:, :-width] + table[:-width, :-width]
+
+
+def _pieces(mask: Mask) -> list[int]:
+    """Return the areas in px of the connected pieces (4 neighbours), by joining runs of each row."""
+    parents: list[int] = []
+    areas: list[int] = []
+
+    def root(label: int) -> int:
+        while parents[label] != label:
+            parents[label] = parents[parents[label]]
+            label = parents[label]
+        return label
+
+    above: list[tuple[int, int, int]] = []
+    for row in mask:
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], row, [False])).astype(np.int8)))
+        runs = []
+        for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            label = len(parents)
+            parents.append(label)
+            areas.append(stop - start)
+            for begin, end, other in above:
+                if begin < stop and start < end:
+                    one, two = root(label), root(other)
+                    if one != two:
+                        parents[one] = two
+                        areas[two] += areas[one]
+            runs.append((start, stop, label))
+        above = runs
+    return [areas[label] for label in range(len(parents)) if parents[label] == label]
+
+
+def _thumbnails(images: Sequence[Image]) -> Array:
+    """Return the lightness of each picture at 16 x 16 px, as rows of mean 0 and length 1."""
+    from PIL import Image as Pil
+
+    rows = []
+    for image in images:
+        small = image.convert("RGB").resize((_THUMBNAIL, _THUMBNAIL), Pil.Resampling.BOX)
+        lightness = _oklab(np.asarray(small, dtype=np.float64) / 255)[..., 0].ravel()
+        rows.append(lightness - lightness.mean())
+    stacked = np.stack(rows)
+    return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-9)

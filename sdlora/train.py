@@ -1,0 +1,294 @@
+"""The training loop, to be read from top to bottom.
+
+A step: for each micro-batch compute the loss, refuse it if it is not finite, and gather its gradients
+in fp32; then clip, step, tell; then validate, preview and checkpoint when they are due; then stop if
+asked to. Everything random follows from (seed, step, micro-batch, rank), so a resumed run repeats the
+uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .config import Config
+from .cost import measure_cost
+from .data.batches import Batch, generator_for, make_batch
+from .diffusion import draw_noise, per_image_loss
+from .errors import TrainingError
+from .events import (
+    Announcer,
+    CheckpointSaved,
+    Control,
+    Event,
+    JsonlWriter,
+    Listener,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Validated,
+)
+from .finish import finish_run, write_checkpoint_adapter
+from .objective import loss_of
+from .optim import clip_, schedule_factor
+from .previews import draw_loss_curve, preview
+from .run import Run, prepare_run, run_folder, state_tensors, state_values
+
+_VALIDATION_TIMESTEPS = 4
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        folder: the run folder.
+        adapter_file: the exported adapter, or None if the run was stopped before its end.
+        step: optimizer steps done.
+        stopped: whether it was asked to stop early.
+        loss: mean over the last 20 steps; None if no step was made.
+        validation_loss: the last one measured.
+        seconds: wall time of this call.
+    """
+
+    folder: Path
+    adapter_file: Path | None
+    step: int
+    stopped: bool
+    loss: float | None
+    validation_loss: float | None
+    seconds: float
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+    control: Control | None = None,
+) -> TrainResult:
+    """Train a LoRA and export it in WebUI format.
+
+    Args:
+        config: settings; those left open follow the data.
+        resume: go on from the newest checkpoint in the run folder.
+        listeners: hear every :class:`sdlora.events.Event`.
+        control: asks the run to stop, save or preview; by default files in the run folder do.
+
+    Raises:
+        SdloraError: for anything the user can mend.
+    """
+    begun = time.monotonic()
+    early: list[Event] = []
+    tell = Announcer((early.append, *listeners))
+    run = prepare_run(config, resume=resume, tell=tell)
+    control = control or Control(run_folder(config))
+    with _journal(run, early) as journal:
+        run.tell = Announcer((journal, *listeners))
+        losses, validation_loss, stopped = _loop(run, control)
+        adapter_file = None
+        if run.accelerator.is_main_process:
+            draw_loss_curve(run)
+            adapter_file = None if stopped else finish_run(run, losses)
+        seconds = time.monotonic() - begun
+        run.tell(RunFinished(run.step, stopped, seconds, adapter_file))
+    loss = sum(losses) / len(losses) if losses else None
+    return TrainResult(run.folder, adapter_file, run.step, stopped, loss, validation_loss, seconds)
+
+
+class _journal:
+    """Appends events to the run's ``events.jsonl``, the ones told before it could be opened first."""
+
+    def __init__(self, run: Run, early: Sequence[Event]) -> None:
+        main = run.accelerator.is_main_process
+        path = run.folder / "events.jsonl" if main else Path("/dev/null")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("a", encoding="utf-8") if main else None
+        self._writer = JsonlWriter(self._stream) if self._stream else None
+        for event in early:
+            self(event)
+
+    def __call__(self, event: Event) -> None:
+        if self._writer:
+            self._writer(event)
+
+    def __enter__(self) -> _journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._stream:
+            self._stream.close()
+
+
+def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
+    """Make all remaining steps; return (recent losses, last validation loss, whether stopped)."""
+    settings = run.config.training
+    seconds_per_step = _start(run)
+    recent: deque[float] = deque(maxlen=20)
+    times: deque[float] = deque(maxlen=20)
+    validation_loss: float | None = None
+    if run.step == 0:
+        validation_loss = _validate(run)
+        preview(run)
+    while run.step < run.steps:
+        began = time.perf_counter()
+        loss, norm, rate, count = train_step(run)
+        times.append(time.perf_counter() - began)
+        recent.append(loss)
+        seconds_per_step = sum(times) / len(times)
+        left = (run.steps - run.step) * seconds_per_step
+        epoch = run.order.epoch_of(run.step - 1)
+        speed = count / times[-1]
+        run.tell(StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left))
+        wishes = control.take()
+        last = run.step == run.steps
+        if last or _due(run.step, settings.validate_every):
+            validation_loss = _validate(run) or validation_loss
+        if last or "SAMPLE" in wishes or _due(run.step, run.config.sample.every):
+            preview(run)
+        if last or wishes & {"SAVE", "STOP"} or _due(run.step, settings.checkpoint_every):
+            save(run)
+        if "STOP" in wishes and not last:
+            return list(recent), validation_loss, True
+    return list(recent), validation_loss, False
+
+
+def train_step(run: Run) -> tuple[float, float, float, int]:
+    """Make one optimizer step; return (mean loss, gradient norm, learning rate, pictures seen)."""
+    config, settings = run.config, run.config.training
+    assert config.optimizer.warmup_steps is not None
+    factor = schedule_factor(config.optimizer.schedule, run.step, run.steps, config.optimizer.warmup_steps)
+    for group, own in zip(run.optimizer.param_groups, run.groups, strict=True):
+        group["lr"] = own.learning_rate * factor
+    rank = run.accelerator.process_index
+    total, count, names = 0.0, 0, []
+    for micro, visits in enumerate(run.order.step(run.step)[rank]):
+        if not visits:
+            continue
+        generator = generator_for(settings.seed, run.step, micro, rank)
+        batch = make_batch(
+            run.training,
+            run.model,
+            visits,
+            generator,
+            seed=settings.seed,
+            caption_dropout=config.data.caption_dropout,
+        )
+        weighted, plain = loss_of(run.model, batch, config, generator)
+        _refuse_non_finite(weighted, batch, run.step)
+        # A full step's number of pictures, also in a short step: each picture weighs the same in an epoch.
+        run.scaler.scale(weighted.sum() / run.images_per_step).backward()
+        for group in run.groups:
+            group.master.collect()
+        total, count, names = total + float(plain.sum()), count + len(visits), [*names, *batch.names]
+    norm = _apply(run, names)
+    run.step += 1
+    sums = torch.tensor([total, count], dtype=torch.float64, device=run.model.device)
+    if run.accelerator.num_processes > 1:
+        sums = run.accelerator.reduce(sums, reduction="sum")
+    return float(sums[0] / sums[1]), norm, run.groups[0].learning_rate * factor, int(sums[1])
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the current step and prune old ones."""
+    if run.accelerator.is_main_process:
+        root = run.folder / "checkpoints"
+        folder = checkpoint.save_checkpoint(
+            root,
+            run.step,
+            state_tensors(run),
+            state_values(run),
+            lambda path: write_checkpoint_adapter(run, path),
+        )
+        checkpoint.prune_checkpoints(root, run.config.training.keep_checkpoints)
+        run.tell(CheckpointSaved(run.step, folder))
+    run.accelerator.wait_for_everyone()
+
+
+def _start(run: Run) -> float:
+    cost = measure_cost(run)
+    left = run.steps - run.step
+    run.tell(
+        RunStarted(
+            name=run.config.output.name,
+            steps=run.steps,
+            first_step=run.step,
+            num_images=len(run.training.items),
+            num_parameters=sum(group.master.flat.numel() for group in run.groups),
+            expected_seconds=left * cost.seconds_per_step,
+            expected_bytes=cost.bytes,
+        )
+    )
+    return cost.seconds_per_step
+
+
+def _apply(run: Run, names: Sequence[str]) -> float:
+    """Clip and step with the gradients gathered so far; return their norm."""
+    if run.accelerator.num_processes > 1:
+        for group in run.groups:
+            group.master.flat.grad = run.accelerator.reduce(group.master.flat.grad, reduction="sum")
+    run.scaler.unscale_(run.optimizer)
+    norm = clip_(run.groups, run.config.optimizer.max_grad_norm)
+    if not math.isfinite(norm) and not run.scaler.is_enabled():  # a scaler skips such a step by itself
+        raise TrainingError(_not_finite("the gradient", run.step, names))
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    for group in run.groups:
+        group.master.publish()
+    return norm
+
+
+def _refuse_non_finite(loss: Tensor, batch: Batch, step: int) -> None:
+    finite = torch.isfinite(loss.detach())
+    if not bool(finite.all()):
+        culprits = [name for name, good in zip(batch.names, finite.tolist(), strict=True) if not good]
+        raise TrainingError(_not_finite("the loss", step, culprits))
+
+
+def _not_finite(what: str, step: int, names: Sequence[str]) -> str:
+    return (
+        f"step {step + 1}: {what} is not a finite number for {', '.join(names)}; the adapter's weights were "
+        "not touched. Lower optimizer.learning_rate or use training.precision=bf16 or fp32, and look at "
+        "these pictures; --resume goes on from the last checkpoint"
+    )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+@torch.no_grad()
+def _validate(run: Run) -> float | None:
+    """Measure the held-out pictures at fixed noise and timesteps; None if there are none."""
+    if not run.validation.items or not run.accelerator.is_main_process:
+        return None
+    model, losses = run.model, []
+    for module in model.components().values():
+        module.eval()
+    timesteps = model.process.spread_timesteps(_VALIDATION_TIMESTEPS)
+    for index, item in enumerate(run.validation.items):
+        encoded = run.validation.image(index)
+        clean = model.scale_latents(encoded.posterior.mean.float()).repeat(len(timesteps), 1, 1, 1)
+        # by content, not by seed or step: comparable between runs and over time
+        noise = draw_noise(clean.shape, generator_for("validation", item.digest))
+        corrupted = model.process.corrupt(clean, noise, timesteps)
+        if run.validation.encode_captions:
+            text = {k: v[None] for k, v in run.validation.caption(item.caption).items()}
+        else:
+            text = model.encode_text([item.caption])
+        repeated = {k: v.repeat(len(timesteps), *[1] * (v.ndim - 1)) for k, v in text.items()}
+        output = model.predict(corrupted.noisy, timesteps, repeated, [encoded.size] * len(timesteps))
+        losses.append(float(per_image_loss(output.cpu(), corrupted.target).mean()))
+    for module in model.components().values():
+        module.train()
+    mean = sum(losses) / len(losses)
+    run.tell(Validated(run.step, mean, len(losses)))
+    return mean

@@ -1,0 +1,272 @@
+"""Our files in the programs that read them: real diffusers pipelines and real PEFT, delta by delta."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import diffusers
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import sdlora
+from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from sdlora.families.base import FamilyInfo
+from sdlora.formats import FORMATS, read_adapter, write_adapter
+from sdlora.formats.clients import CLIENTS, client_support
+from sdlora.formats.proof import compare, prove, read_through_diffusers
+
+from .adapters import (
+    ATTENTION,
+    EVERYTHING,
+    LINEAR,
+    SD1,
+    SD2,
+    SDXL,
+    assert_same,
+    canonical,
+    file_of,
+    random_adapter,
+    tiny_text_encoder,
+    tiny_unet,
+)
+
+MINI = Path(sdlora.__file__).parent / "assets" / "mini"
+
+
+def make_pipeline(family: FamilyInfo) -> diffusers.DiffusionPipeline:
+    scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+    if family is SDXL:
+        return diffusers.StableDiffusionXLPipeline(
+            vae=None,
+            text_encoder=tiny_text_encoder(),
+            text_encoder_2=tiny_text_encoder(projection=True, width=16),
+            tokenizer=None,
+            tokenizer_2=None,
+            unet=tiny_unet(SDXL),
+            scheduler=scheduler,
+            add_watermarker=False,
+        )
+    return diffusers.StableDiffusionPipeline(
+        vae=None,
+        text_encoder=tiny_text_encoder(),
+        tokenizer=None,
+        unet=tiny_unet(family),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def models_in(pipeline: diffusers.DiffusionPipeline) -> dict[str, nn.Module]:
+    names = ("unet", "text_encoder", "text_encoder_2")
+    return {name: getattr(pipeline, name) for name in names if getattr(pipeline, name, None) is not None}
+
+
+def deltas_in(model: nn.Module, component: str) -> dict[ModuleKey, torch.Tensor]:
+    """Return what PEFT's layers in a loaded model add to their weights."""
+    found = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            (name,) = layer.lora_A
+            path = path.removeprefix("base_model.model.")
+            found[canonical(component, path)] = layer.get_delta_weight(name).detach().float()
+    return found
+
+
+def assert_deltas(found: dict[ModuleKey, torch.Tensor], weights: AdapterWeights) -> None:
+    assert sorted(found) == sorted(weights.pairs) and len(found) > 0
+    for key, delta in found.items():
+        wanted = weights.pairs[key].delta()
+        assert delta.shape == wanted.shape, key
+        assert torch.allclose(delta, wanted, rtol=1e-5, atol=1e-7), key
+
+
+@pytest.mark.parametrize("family", [SD1, SD2, SDXL], ids=lambda family: family.name)
+@pytest.mark.parametrize("format", ["webui", "diffusers"])
+def test_diffusers_pipelines_load_the_same_deltas(format: str, family: FamilyInfo, tmp_path: Path) -> None:
+    pipeline = make_pipeline(family)
+    # alpha differs from rank, and ranks are mixed at one alpha, in layers of every kind
+    weights = random_adapter(models_in(pipeline), EVERYTHING, ranks=(4, 2, 8), scales=(0.5, 1.0, 0.25))
+    target = tmp_path / "style.safetensors"
+    write_adapter(file_of(weights), format, target, torch.float32, family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # PEFT's word for keys it could not place
+        pipeline.load_lora_weights(str(target))
+    loaded = {}
+    for component, model in models_in(pipeline).items():
+        loaded |= deltas_in(model, component)
+    assert_deltas(loaded, weights)
+
+
+def test_the_mini_base_loads_the_webui_file(tmp_path: Path) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        str(MINI), safety_checker=None, local_files_only=True
+    ).to(torch.float32)
+    weights = random_adapter(models_in(pipeline), LINEAR, ranks=(8,), scales=(0.5,))
+    assert len(weights) > 60
+    target = tmp_path / "style.safetensors"
+    write_adapter(file_of(weights), "webui", target, torch.float16, SD1)
+    pipeline.load_lora_weights(str(target))
+    loaded = deltas_in(pipeline.unet, "unet") | deltas_in(pipeline.text_encoder, "text_encoder")
+    stored = AdapterWeights({key: pair.to(torch.float16).to(torch.float32) for key, pair in weights.items()})
+    assert_deltas(loaded, stored)
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2"])
+def test_peft_loads_each_components_folder(component: str, tmp_path: Path) -> None:
+    models = models_in(make_pipeline(SDXL))
+    weights = random_adapter(models, EVERYTHING, ranks=(4, 2, 8), scales=(0.5, 1.0, 3.0))
+    write_adapter(file_of(weights), "peft", tmp_path / "style", torch.float32, SDXL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # "Found missing adapter keys"
+        loaded = peft.PeftModel.from_pretrained(models[component], str(tmp_path / "style" / component))
+    own = AdapterWeights({key: pair for key, pair in weights.items() if key.component == component})
+    assert_deltas(deltas_in(loaded, component), own)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_saves_is_read_with_its_own_scale(rslora: bool, tmp_path: Path) -> None:
+    model = tiny_unet()
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["to_q", "to_out.0", "proj_in"],
+        alpha_pattern={} if rslora else {"mid_block.attentions.0.proj_in": 2.0},
+        use_rslora=rslora,
+        init_lora_weights=False,
+    )
+    trained = peft.get_peft_model(model, config)
+    trained.save_pretrained(str(tmp_path))
+    found = read_adapter(tmp_path).weights
+    assert {key.component for key in found.pairs} == {"unet"}
+    assert_deltas(deltas_in(trained, "unet"), found)
+    assert_deltas({k: p.delta() for k, p in found.items()}, found)
+
+
+def test_a_text_encoder_folder_is_normalised_whatever_transformers_wrote_it(tmp_path: Path) -> None:
+    for start in ("", "text_model."):
+        folder = tmp_path / (start or "flat") / "text_encoder"
+        folder.mkdir(parents=True)
+        key = f"base_model.model.{start}encoder.layers.0.mlp.fc1"
+        save_file(
+            {f"{key}.lora_A.weight": torch.ones(2, 3), f"{key}.lora_B.weight": torch.ones(3, 2)},
+            folder / "adapter_model.safetensors",
+        )
+        (folder / "adapter_config.json").write_text(
+            '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"encoder.layers.0.mlp.fc1": 8}}'
+        )
+        found = read_adapter(folder).weights.pairs
+        assert list(found) == [ModuleKey("text_encoder", "text_model.encoder.layers.0.mlp.fc1")]
+        assert next(iter(found.values())).alpha == 8
+
+
+def old_spelling(key: str, style: str) -> str:
+    """Return a current diffusers key as an older release wrote it."""
+    direction = "down" if ".lora_A." in key else "up"
+    path = key.split(".lora_")[0]
+    parent, _, last = path.removesuffix(".0").rpartition(".")
+    if style == "flat":
+        return key.replace("text_model.", "")
+    if style == "default":
+        return key.replace(".weight", ".default.weight")
+    if key.startswith("text_encoder"):
+        return f"{path}.lora_linear_layer.{direction}.weight"
+    if style == "processor" and last in ("to_q", "to_k", "to_v", "to_out"):
+        return f"{parent}.processor.{last}_lora.{direction}.weight"
+    return f"{path}.lora.{direction}.weight"
+
+
+@pytest.mark.parametrize("style", ["flat", "default", "lora", "processor"])
+def test_older_diffusers_spellings_are_read(style: str, tmp_path: Path) -> None:
+    weights = random_adapter(models_in(make_pipeline(SD1)), ATTENTION)
+    target, old = tmp_path / "new.safetensors", tmp_path / "old.safetensors"
+    write_adapter(file_of(weights), "diffusers", target, torch.float32, SD1)
+    renamed = {old_spelling(key, style): tensor for key, tensor in load_file(target).items()}
+    assert len(renamed) == 2 * len(weights) and set(renamed) != set(load_file(target))
+    save_file(renamed, old)
+    assert_same(read_adapter(old).weights, weights)
+
+
+def test_files_that_diffusers_writes_with_its_settings_are_read(tmp_path: Path) -> None:
+    pipeline = make_pipeline(SD1)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=2, target_modules=["to_q", "to_v"], rank_pattern={"attn2.to_q": 2}, init_lora_weights=False
+    )
+    text_config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "out_proj"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config)
+    pipeline.text_encoder.add_adapter(text_config)
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        str(tmp_path),
+        unet_lora_layers=peft.get_peft_model_state_dict(pipeline.unet),
+        text_encoder_lora_layers=peft.get_peft_model_state_dict(pipeline.text_encoder, adapter_name="default"),
+        unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
+        text_encoder_lora_adapter_metadata=pipeline.text_encoder.peft_config["default"].to_dict(),
+    )
+    found = read_adapter(tmp_path / "pytorch_lora_weights.safetensors").weights
+    loaded = deltas_in(pipeline.unet, "unet") | deltas_in(pipeline.text_encoder, "text_encoder")
+    assert_deltas(loaded, found)
+    assert sorted({pair.scale for pair in found.pairs.values()}) == [0.5, 1.0, 3.0]
+
+
+def test_kohya_keys_with_peft_suffixes_no_alpha_and_original_sd1_names_are_read(tmp_path: Path) -> None:
+    down, up = torch.randn(2, 6), torch.randn(6, 2)
+    save_file(
+        {
+            "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_A.weight": down,
+            "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q.lora_B.weight": up,
+            "lora_unet_output_blocks_2_1_conv.lora_down.weight": torch.randn(2, 6, 3, 3),
+            "lora_unet_output_blocks_2_1_conv.lora_up.weight": torch.randn(6, 2, 1, 1),
+            "lora_unet_output_blocks_2_1_conv.scale": torch.tensor(0.25),
+        },
+        tmp_path / "a.safetensors",
+    )
+    found = read_adapter(tmp_path / "a.safetensors").weights.pairs
+    first = found[ModuleKey("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")]
+    assert torch.equal(first.down, down) and torch.equal(first.up, up) and first.alpha == 2.0
+    assert found[ModuleKey("unet", "up_blocks.0.upsamplers.0.conv")].scale == 0.25
+
+
+@pytest.mark.parametrize("family", [SD1, SDXL], ids=lambda family: family.name)
+@pytest.mark.parametrize("format", ["webui", "diffusers"])
+def test_diffusers_own_conversion_agrees_without_a_model(format: str, family: FamilyInfo, tmp_path: Path) -> None:
+    weights = random_adapter(models_in(make_pipeline(family)), EVERYTHING, ranks=(4, 2), scales=(0.5, 1.0))
+    target = tmp_path / "a.safetensors"
+    write_adapter(file_of(weights), format, target, torch.float32, family)
+    assert compare(weights, read_through_diffusers(target, family), torch.float32, "diffusers")[0] <= 1e-6
+
+
+def test_limits_of_clients_are_named(tmp_path: Path) -> None:
+    models = models_in(make_pipeline(SD1))
+    even = random_adapter(models, ATTENTION)
+    uneven = random_adapter(models, ATTENTION, ranks=(3,), scales=(1.0, 1.1))
+    queries = AdapterWeights(
+        {k: p for k, p in even.items() if k.component == "unet" or k.path.endswith(("q_proj", "fc1"))}
+    )
+    single = random_adapter(models, ATTENTION, ranks=(1,))
+    expected = {
+        ("webui", "even"): set(),
+        ("webui", "uneven"): {"diffusers"},
+        ("webui", "queries"): {"diffusers"},
+        ("webui", "single"): {"stable-diffusion.cpp"},
+        ("diffusers", "even"): set(CLIENTS) - {"diffusers"},
+        ("peft", "even"): set(CLIENTS),
+    }
+    adapters = {"even": even, "uneven": uneven, "queries": queries, "single": single}
+    for (format, name), failing in expected.items():
+        target = tmp_path / f"{name}-{format}{'' if FORMATS[format].is_folder else '.safetensors'}"
+        write_adapter(file_of(adapters[name]), format, target, torch.float32, SD1)
+        _, support = prove(adapters[name], target, format, torch.float32, SD1)
+        assert {one.client for one in support if not one.full} == failing, (format, name)
+        assert all(one.reasons for one in support if not one.full)
+
+
+def test_webui_needs_whole_attention_blocks_in_open_clip() -> None:
+    pair = LowRankPair(torch.ones(2, 3), torch.ones(3, 2), 2.0)
+    weights = AdapterWeights({ModuleKey("text_encoder_2", "text_model.encoder.layers.0.self_attn.q_proj"): pair})
+    support = {one.client: one for one in client_support("webui", "sdxl", weights, ["lora_te2_x.alpha"])}
+    assert not support["WebUI"].full and "q, k, v and out" in support["WebUI"].reasons[0]

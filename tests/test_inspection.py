@@ -1,0 +1,99 @@
+"""Inspecting: every figure against one computed another way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from formats.adapters import EVERYTHING, SD1, file_of, random_adapter, tiny_text_encoder, tiny_unet
+from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights
+from sdlora.errors import AdapterFileError
+from sdlora.formats import FORMATS, write_adapter
+from sdlora.formats.metadata import TrainingFacts, build_header
+from sdlora.inspection import block_norms, delta_norm, inspect_adapter
+
+
+@pytest.fixture(scope="module")
+def weights() -> AdapterWeights:
+    models = {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
+    return random_adapter(models, EVERYTHING, ranks=(4, 2), scales=(0.5,))
+
+
+def test_norms_by_factors_equal_norms_of_the_whole_update(weights: AdapterWeights) -> None:
+    for _, pair in weights.items():
+        assert delta_norm(pair) == pytest.approx(float(pair.delta().double().norm()), rel=1e-5)
+    blocks = block_norms(weights)
+    total = sum(block.norm**2 for block in blocks) ** 0.5
+    wanted = sum(float(pair.delta().double().norm()) ** 2 for _, pair in weights.items()) ** 0.5
+    assert total == pytest.approx(wanted, rel=1e-5)
+    assert sum(block.num_modules for block in blocks) == len(weights)
+    names = [block.block for block in blocks if block.component == "unet"]
+    assert names[0] == "down_blocks.0.attentions" and names.index("mid_block") > names.index("down_blocks.3.resnets")
+    assert [b.block for b in blocks if b.component == "text_encoder"] == ["encoder.layers.0", "encoder.layers.1"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_summary_tells_what_is_in_the_file(format: str, weights: AdapterWeights, tmp_path: Path) -> None:
+    facts = TrainingFacts(
+        family=SD1,
+        name="ink",
+        base_title="mini base",
+        steps=300,
+        num_images=40,
+        tag_frequency={"set": {"inkstyle": 40, "cat": 2}},
+        trigger_words=("inkstyle",),
+        started_at=1764000000.0,
+    )
+    adapter = AdapterFile(weights, AdapterInfo("sd1", "ink", ("inkstyle",), build_header(facts)))
+    target = tmp_path / ("ink" if FORMATS[format].is_folder else "ink.safetensors")
+    files = write_adapter(adapter, format, target, torch.float16, SD1)
+    summary = inspect_adapter(target)
+    assert (summary.format, summary.family, summary.name, summary.base) == (format, "sd1", "ink", "mini base")
+    assert summary.modules == {c: len(weights.component(c)) for c in ("unet", "text_encoder")}
+    assert set(summary.ranks) == {2, 4} and sum(summary.ranks.values()) == len(weights)
+    assert set(summary.alphas) == {1.0, 2.0} and sum(summary.alphas.values()) == len(weights)
+    assert summary.dtypes == {"fp16": 2 * len(weights)}
+    assert summary.num_bytes == sum(f.stat().st_size for f in files if f.suffix == ".safetensors")
+    assert summary.trigger_words == ("inkstyle",)
+    assert summary.tags == (("inkstyle", 40), ("cat", 2))
+    assert summary.settings["steps"] == "300"
+    assert summary.hash_matches is (True if format == "webui" else None)
+    full = [one.client for one in summary.clients if one.full]
+    assert len(full) == {"webui": 6, "diffusers": 1, "peft": 0}[format]
+    told = json.loads(json.dumps(summary.to_dict()))
+    assert told["num_modules"] == len(weights) and len(told["blocks"]) == len(summary.blocks)
+    text = summary.render()
+    for word in ("inkstyle (40)", "2 (", "steps", "loads fully in", "mid_block", "ComfyUI"):
+        assert word in text
+    assert max(map(len, text.splitlines())) < 260
+
+
+def test_a_hash_that_lies_is_told(weights: AdapterWeights, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_adapter(file_of(weights), "webui", path, torch.float16, SD1)
+    save_file(load_file(path), path, {"sshs_model_hash": "0" * 64})
+    summary = inspect_adapter(path)
+    assert summary.hash_matches is False and "the header says another" in summary.render()
+    assert summary.family is None and summary.base is None and summary.tags == ()
+
+
+def test_a_hostile_header_cannot_paint_the_terminal(weights: AdapterWeights, tmp_path: Path) -> None:
+    nasty = {
+        "ss_sd_model_name": "\x1b[31mred\nline" + "x" * 10_000,
+        "ss_tag_frequency": json.dumps({"a": {"\x1b[2J": 5, "b": "x"}, "c": 3}),
+        "ss_optimizer": "\r\n" * 100,
+    }
+    path = tmp_path / "a.safetensors"
+    write_adapter(AdapterFile(weights, AdapterInfo(metadata=nasty)), "webui", path, torch.float16, SD1)
+    text = inspect_adapter(path).render()
+    assert "\x1b" not in text and "\r" not in text and max(map(len, text.splitlines())) < 300
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    save_file({"model.diffusion_model.out.2.weight": torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match="full model"):
+        inspect_adapter(tmp_path / "a.safetensors")

@@ -1,0 +1,171 @@
+"""The stages of the build, from icon packages to the shipped folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from . import (
+    card,
+    classifier,
+    denoiser,
+    evaluate,
+    ink,
+    models,
+    parallel,
+    renders,
+    tokenizer,
+    vae,
+)
+from .denoiser import DenoiserSettings
+from .files import read_json, write_json
+from .vae import VaeSettings
+
+STAGES = ("tokenizer", "vae", "denoiser", "export", "evaluate", "card", "datasets")
+"""Every stage, in order."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What to build, where, and how long to train.
+
+    Attributes:
+        output: Folder of the finished pipeline; work in progress lives beside it.
+        cache: Folder of the fetched icon packages.
+        start_from: Pipeline folder to go on from instead of untrained networks.
+        datasets: Where to write the sample data sets, if anywhere.
+        device: Where to train.
+        denoiser: How to train the text encoder and the U-Net.
+        vae: How to train the VAE.
+    """
+
+    output: Path
+    cache: Path
+    start_from: Path | None = None
+    datasets: Path | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    denoiser: DenoiserSettings = field(default_factory=DenoiserSettings)
+    vae: VaeSettings = field(default_factory=VaeSettings)
+
+    @property
+    def work(self) -> Path:
+        """Folder of checkpoints and figures."""
+        return self.output.with_name(self.output.name + ".work")
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer: trained by an earlier stage, else the one to start from."""
+        trained = self.work / "tokenizer"
+        if not trained.exists() and self.start_from is not None:
+            return self.start_from / "tokenizer"
+        return trained
+
+    def load_vae(self) -> AutoencoderKL:
+        """Returns the VAE of the latest checkpoint, else the one to start from."""
+        model = (
+            AutoencoderKL.from_pretrained(self.start_from / "vae", torch_dtype=torch.float32)
+            if self.start_from is not None
+            else models.new_vae()
+        )
+        vae.restore(model, self.work / "vae")
+        return model
+
+    def load_denoiser(self) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
+        """Returns the networks to start training from."""
+        words = models.load_tokenizer(self.tokenizer_folder)
+        if self.start_from is None:
+            torch.manual_seed(self.denoiser.seed)
+            return models.new_unet(), models.new_text_encoder(words), words
+        unet = UNet2DConditionModel.from_pretrained(self.start_from / "unet", torch_dtype=torch.float32)
+        text_encoder = CLIPTextModel.from_pretrained(
+            self.start_from / "text_encoder", torch_dtype=torch.float32
+        )
+        return unet, text_encoder, words
+
+    def note(self, **figures: object) -> None:
+        """Adds figures to ``figures.json``, from which the model card is written."""
+        path = self.work / "figures.json"
+        known = read_json(path) if path.exists() else {}
+        write_json(path, {**known, **figures})
+
+
+def run_tokenizer(build: Build) -> None:
+    """Trains the tokenizer, unless the build goes on from a folder that has one."""
+    if build.start_from is None:
+        tokenizer.train(build.work / "tokenizer")
+
+
+def run_vae(build: Build) -> None:
+    """Trains the VAE, or fine-tunes the decoder of the one to start from."""
+    images = renders.render_seen(build.cache)
+    trainer = vae.VaeTrainer(build.load_vae(), images, build.vae, build.device)
+    trainer.run(build.work / "vae")
+    build.note(vae_samples=trainer.done, vae_decoder_only=build.vae.decoder_only)
+
+
+def make_trainer(build: Build) -> denoiser.Trainer:
+    """Renders and encodes the icons and prepares the training of the denoiser."""
+    pictures = renders.base_pictures(build.cache)
+    images = renders.render_variants(pictures, build.cache)
+    encoder = build.load_vae().to(build.device).eval()
+    latents = denoiser.encode(encoder, torch.from_numpy(images), pictures, build.device)
+    unet, text_encoder, words = build.load_denoiser()
+    return denoiser.Trainer(unet, text_encoder, words, latents, build.denoiser, build.device)
+
+
+def run_denoiser(build: Build) -> None:
+    """Trains the text encoder and the U-Net, going on from their checkpoint."""
+    trainer = make_trainer(build)
+    folder = build.work / "denoiser"
+    trainer.resume(folder)
+    trainer.run(folder)
+    if parallel.rank() == 0:
+        build.note(
+            samples=trainer.done,
+            seconds=round(trainer.elapsed),
+            pictures=len(trainer.latents.pictures),
+            trained_on=evaluate.machine(build.device),
+        )
+
+
+def run_export(build: Build) -> None:
+    """Writes the pipeline folder from the averaged weights of the latest checkpoint."""
+    unet, text_encoder, words = build.load_denoiser()
+    denoiser.restore_average(unet, text_encoder, build.work / "denoiser")
+    pipeline = models.make_pipeline(build.load_vae(), text_encoder, words, unet)
+    models.export_pipeline(pipeline, build.output)
+
+
+def run_evaluate(build: Build) -> None:
+    """Measures the exported folder and draws its contact sheets."""
+    judge = classifier.train_or_load(build.work / "classifier", build.cache, build.device)
+    figures = evaluate.measure(build.output, judge, build.cache, build.device)
+    evaluate.draw_sheet(build.output, build.work / "contact-sheet.png", build.device)
+    build.note(**figures)
+
+
+def run_card(build: Build) -> None:
+    """Writes the model card, nouns, licences and hashes into the folder."""
+    card.write(build.output, build.work, build.start_from is not None)
+
+
+def run_datasets(build: Build) -> None:
+    """Writes the ink data sets, if a place for them is given."""
+    if build.datasets is not None:
+        ink.write_datasets(build.datasets, build.cache)
+
+
+RUNNERS = {
+    "tokenizer": run_tokenizer,
+    "vae": run_vae,
+    "denoiser": run_denoiser,
+    "export": run_export,
+    "evaluate": run_evaluate,
+    "card": run_card,
+    "datasets": run_datasets,
+}

@@ -1,0 +1,146 @@
+"""The four networks of the base, new or from a folder, and the shipped pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from tokenizers import Tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .config import IMAGE_SIZE
+from .files import read_json, write_json
+
+TEXT_WIDTH = 128
+
+
+def new_vae() -> AutoencoderKL:
+    """Returns a small untrained autoencoder: a fourth of the side, four channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        mid_block_add_attention=False,
+        sample_size=IMAGE_SIZE,
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """Returns an untrained U-Net of 8.8 million parameters in the SD 1 layout."""
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+    )
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Returns an untrained text encoder that fits ``tokenizer``."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Returns the noise schedule of Stable Diffusion 1."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Reads a tokenizer folder."""
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def choose_numerics(unet: UNet2DConditionModel, device: torch.device) -> torch.dtype | None:
+    """Sets the attention and layout that are fastest on ``device``.
+
+    Returns:
+        The autocast type, or ``None`` for plain float32. On a CPU without AMX
+        bfloat16 halves the speed; with AMX it wins, but only with attention
+        spelt out, whose backward pass has bfloat16 kernels there.
+    """
+    if device.type == "cuda":
+        unet.set_attn_processor(AttnProcessor2_0())
+        return torch.bfloat16
+    if torch.cpu._is_amx_tile_supported():
+        unet.set_attn_processor(AttnProcessor())
+        return torch.bfloat16
+    unet.set_attn_processor(AttnProcessor2_0())
+    unet.to(memory_format=torch.channels_last)
+    return None
+
+
+def make_pipeline(
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> StableDiffusionPipeline:
+    """Puts the parts together as a pipeline that draws."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _clean_config(path: Path) -> None:
+    """Removes what only tells where the builder kept its files."""
+    config: dict[str, Any] = read_json(path)
+    for key in ("_name_or_path", "is_local", "local_files_only", "name_or_path"):
+        config.pop(key, None)
+    write_json(path, config)
+
+
+def export_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Writes a pipeline folder in fp16, with both spellings of the tokenizer."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    # Saved a second time in fp16: converting the live modules would end training.
+    for part in ("vae", "text_encoder", "unet"):
+        half = type(getattr(pipeline, part)).from_pretrained(folder / part, torch_dtype=torch.float16)
+        half.save_pretrained(folder / part, safe_serialization=True)
+    backend = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    # vocab.json and merges.txt: what transformers 4 looks for.
+    backend.model.save(str(folder / "tokenizer"))
+    for path in [*folder.glob("*.json"), *folder.glob("*/*config.json")]:
+        _clean_config(path)
