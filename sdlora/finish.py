@@ -19,6 +19,7 @@ from .formats.metadata import TrainingFacts, build_header
 if TYPE_CHECKING:
     from .run import Run
 
+
 def finish_run(run: Run, losses: Sequence[float]) -> Path:
     """Write ``NAME.safetensors`` in WebUI format into the run folder, proven by reading it back."""
     target = run.folder / f"{run.config.output.name}.safetensors"

@@ -1,7 +1,7 @@
 """From prompts, and adapters at strengths, to pictures in a folder.
 
-The denoising loop is :mod:`sdlora.render`. :class:`ImageGenerator` keeps a base loaded while adapters and their
-strengths change. :func:`generate` is the whole of ``sdlora generate``: it also names and writes the files.
+The denoising loop is :mod:`sdlora.render`; :class:`ImageGenerator` keeps a base loaded while adapters and
+their strengths change; :func:`generate` is the whole of ``sdlora generate``: it names and writes the files.
 """
 
 from __future__ import annotations
@@ -13,27 +13,19 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
 
-from .adapters.base import AdapterFile
-from .adapters.lora import Merged, Strength, attach, detach, set_strengths
+from .adapters.lora import Strength
 from .config import Precision, SampleConfig
-from .devices import choose_device, choose_dtype
-from .errors import AdapterFileError, ConfigError, OutputError
-from .families.loading import load_model
+from .errors import ConfigError, OutputError
 from .files import replacing, write_problem
+from .image_generator import ImageGenerator
 from .pictures import grid
 from .png_info import parameters_text, save_png
 from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
 from .samplers import find_sampler
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from .families.base import DiffusionModel
 
 __all__ = [
     "GenerateRequest",
@@ -64,7 +56,7 @@ def parse_adapter(text: str) -> tuple[Path, Strength]:
     """
     matched = _SPEC.fullmatch(text.strip())
     if matched is None:
-        raise ConfigError(f"adapter `{text}`: no file named; give FILE or FILE:STRENGTH, e.g. style.safetensors:0.8")
+        raise ConfigError(f"adapter `{text}`: names no file; give FILE:STRENGTH, e.g. style.safetensors:0.8")
     file, first, second = matched["file"], matched["first"], matched["second"]
     head, colon, tail = file.rpartition(":")
     if colon and not tail.lstrip().startswith(("\\", "/")) and len(head) != 1:
@@ -137,13 +129,12 @@ def generate(
     folder, defaults = Path(output), SampleConfig()
     sampler = sampler or defaults.sampler
     _check_call(adapters, prompts, sampler, strengths, count)
-    _make_folder(folder)
     generator = ImageGenerator.load(base, device=device, precision=precision)
+    model = generator.model
     given = {generator.add_adapter(Path(file)): strength for file, strength in adapters}
     hashes = {name: _tensor_hash(Path(file)) for name, (file, _) in zip(given, adapters, strict=True)}
-    model = generator.model
-    first_seed = defaults.seed if seed is None else seed
     recommended = float(model.base.recommended.get("sample.guidance", USUAL_GUIDANCE))
+    first_seed = defaults.seed if seed is None else seed
     plain = GenerateRequest(
         "",
         negative_prompt,
@@ -154,16 +145,19 @@ def generate(
         sampler=sampler,
         seed=first_seed,
     )
-    columns = [_swept(given, value) for value in strengths] if strengths is not None else [given]
+    columns = [given] if strengths is None else [_swept(given, value) for value in strengths]
     requests = [
         dataclasses.replace(plain, prompt=prompt, seed=first_seed + i, strengths=column)
         for prompt in prompts
         for i in range(count)
         for column in columns
     ]
+    for request in requests:
+        check_request(model, request)
+    _make_folder(folder)  # after everything that can be wrong, before the long work
     made = generator.generate(requests, merge=merge, progress=progress)
     files = [_write_numbered(folder, one, parameters_text(one.request, model.base, hashes)) for one in made]
-    sheet = _write_sweep(folder, made, strengths, given) if strengths is not None else None
+    sheet = None if strengths is None else _write_sweep(folder, made, strengths, given)
     return GenerateResult(tuple(files), sheet, time.perf_counter() - started)
 
 
@@ -246,9 +240,8 @@ def _write_sweep(
     rows = made[:: len(strengths)]
     several = len({one.request.seed for one in rows}) > 1
     labels = [one.request.prompt + (f" (seed {one.request.seed})" if several else "") for one in rows]
-    names = list(given)
-    title = f"strength of {names[0]}" if len(names) == 1 else "strength of " + " and ".join(names)
-    sheet = grid([one.image for one in made], len(strengths), labels, [f"{value:g}" for value in strengths], title)
+    heads = [f"{value:g}" for value in strengths]
+    sheet = grid([one.image for one in made], len(heads), labels, heads, f"strength of {' and '.join(given)}")
     file = _reserve(folder, r"grid-(\d{4,})\.png", lambda number: f"grid-{number:04d}.png")
     with _giving_back(file), replacing(file) as temporary:
         sheet.save(temporary, format="PNG")

@@ -28,9 +28,8 @@ class ImageGenerator:
     def __init__(self, model: DiffusionModel) -> None:
         """Take over a loaded model; it must be left alone while this object is used."""
         self.model = model
-        self._keys: dict[str, str] = {}
+        self._names: list[str] = []
         self._merged: tuple[Merged, dict[str, Strength]] | None = None
-        self._num_added = 0
         model.prepare(training=False)
 
     @classmethod
@@ -52,7 +51,7 @@ class ImageGenerator:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that are loaded."""
-        return tuple(self._keys)
+        return tuple(self._names)
 
     def add_adapter(self, adapter: str | Path | AdapterFile, name: str | None = None) -> str:
         """Load an adapter and return its name: the one given, or else the file's.
@@ -62,23 +61,21 @@ class ImageGenerator:
         """
         self._refuse_while_merged("adding an adapter")
         read, where, usual = _read(adapter)
-        name = name or _free_name(usual, self._keys)
-        if name in self._keys:
-            raise AdapterFileError(f"{where}: an adapter named `{name}` is loaded; give this one another name")
+        name = name or _free_name(usual, self._names)
+        if name in self._names:
+            raise AdapterFileError(f"{where}: an adapter named `{name}` is loaded already; give another name")
         info = self.model.info
         if read.info.family is not None and read.info.family != info.name:
             raise AdapterFileError(
                 f"{where}: an adapter for {read.info.family} bases, but {self.model.base.title} is "
                 f"{info.name}; use a {read.info.family} base"
             )
-        self._num_added += 1
-        key = f"adapter{self._num_added}"  # torch allows no dots in module names, files often have some
         try:
-            attach(self.model, read.weights, key)
+            attach(self.model, read.weights, name)
         except AdapterFileError as error:
-            raise AdapterFileError(f"{where}: {str(error).removeprefix(f'{key}: ')}") from error
+            raise AdapterFileError(f"{where}: {str(error).removeprefix(f'{name}: ')}") from error
         set_strengths(self.model, {})
-        self._keys[name] = key
+        self._names.append(name)
         return name
 
     def remove_adapter(self, name: str) -> None:
@@ -88,8 +85,9 @@ class ImageGenerator:
             ConfigError: if no such adapter is loaded, or adapters are merged.
         """
         self._refuse_while_merged("removing an adapter")
-        detach(self.model, self._key(name))
-        del self._keys[name]
+        self._check_loaded([name])
+        detach(self.model, name)
+        self._names.remove(name)
 
     def generate(
         self, requests: Iterable[GenerateRequest], *, merge: bool = False, progress: Progress | None = None
@@ -110,6 +108,7 @@ class ImageGenerator:
         asked = [self._as_merged(request) for request in requests]
         for request in asked:
             check_request(self.model, request)
+            self._check_loaded(request.strengths)
         total, before = sum(request.steps for request in asked), 0
         images: dict[int, Image] = {}
         for strengths, indices in _by_strengths(asked):
@@ -127,8 +126,8 @@ class ImageGenerator:
             ConfigError: for an adapter that is not loaded, or if adapters are merged already.
         """
         self._refuse_while_merged("merging again")
-        keyed = {self._key(name): strength for name, strength in strengths.items()}
-        self._merged = Merged(self.model, keyed), dict(strengths)
+        self._check_loaded(strengths)
+        self._merged = Merged(self.model, strengths), dict(strengths)
 
     def unmerge(self) -> None:
         """Undo :meth:`merge`: every weight of the base is back bit for bit. Without a merge: nothing."""
@@ -136,11 +135,11 @@ class ImageGenerator:
             self._merged[0].undo()
             self._merged = None
 
-    def _key(self, name: str) -> str:
-        if name not in self._keys:
-            loaded = ", ".join(f"`{one}`" for one in self._keys) or "none"
-            raise ConfigError(f"adapter `{name}`: not loaded (loaded: {loaded}); call add_adapter first")
-        return self._keys[name]
+    def _check_loaded(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._names:
+                loaded = ", ".join(f"`{one}`" for one in self._names) or "none"
+                raise ConfigError(f"adapter `{name}`: not loaded (loaded: {loaded}); call add_adapter first")
 
     @contextlib.contextmanager
     def _acting(self, strengths: Mapping[str, Strength], merge: bool) -> Iterator[None]:
@@ -152,7 +151,7 @@ class ImageGenerator:
             if merge:
                 self.merge(strengths)
             else:
-                set_strengths(self.model, {self._key(name): one for name, one in strengths.items()})
+                set_strengths(self.model, strengths)
             yield
         finally:
             self.unmerge()

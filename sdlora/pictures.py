@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .files import replacing
 
 if TYPE_CHECKING:
-    from PIL import ImageFont
+    from PIL import ImageDraw, ImageFont
     from PIL.Image import Image
 
     Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 _LEGIBLE = 176  # px a cell needs beside labels of _TEXT px
 _TEXT, _TITLE, _GAP, _MARGIN = 16, 20, 6, 12
 _LABEL_WIDTH = 190
+_FEW_POINTS = 60
 _PAPER, _INK, _FRAME = "#ffffff", "#222222", "#dddddd"
 _RAW, _SMOOTH, _HELD_OUT, _RATE = "#b9cfe4", "#1f5f99", "#d1495b", "#777777"
 
@@ -60,29 +60,24 @@ def grid(
     font, line = _font(_TEXT), _line_height(_TEXT)
     heads = [_wrap(text, font, width, 3) for text in column_labels]
     sides = [_wrap(text, font, _LABEL_WIDTH, height // line) for text in row_labels]
-    titles = _wrap(title, _font(_TITLE), 10**6, 1) if title else []
 
     left = _MARGIN + _widest(sides, font)
-    top = _MARGIN + len(titles) * (_line_height(_TITLE) + _GAP)
-    top_of_cells = top + max((len(head) for head in heads), default=0) * line + (_GAP if heads else 0)
     page_width = left + columns * (width + _GAP) - _GAP + _MARGIN
-    if titles:
-        titles = _wrap(titles[0], _font(_TITLE), page_width - 2 * _MARGIN, 1)
-    page = Pil.new("RGB", (page_width, top_of_cells + rows * (height + _GAP) - _GAP + _MARGIN), _PAPER)
+    top = _MARGIN + (_line_height(_TITLE) + _GAP if title else 0)
+    top += max((len(head) for head in heads), default=0) * line + (_GAP if heads else 0)
+    page = Pil.new("RGB", (page_width, top + rows * (height + _GAP) - _GAP + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(page)
-    for text in titles:
-        draw.text((_MARGIN, _MARGIN), text, fill=_INK, font=_font(_TITLE))
+    if title:
+        shown = _shorten(title, _font(_TITLE), page_width - 2 * _MARGIN)
+        draw.text((_MARGIN, _MARGIN), shown, fill=_INK, font=_font(_TITLE))
     for column, head in enumerate(heads):
-        middle = left + column * (width + _GAP) + width / 2
-        baseline = top_of_cells - _GAP - len(head) * line
-        for i, text in enumerate(head):
-            draw.text((middle, baseline + i * line), text, fill=_INK, font=font, anchor="ma")
+        _write_lines(
+            draw, head, left + column * (width + _GAP) + width / 2, top - _GAP - len(head) * line, "ma"
+        )
     for row, side in enumerate(sides):
-        first = top_of_cells + row * (height + _GAP) + (height - len(side) * line) / 2
-        for i, text in enumerate(side):
-            draw.text((_MARGIN, first + i * line), text, fill=_INK, font=font)
-    for (row, column), cell in zip(itertools.product(range(rows), range(columns)), cells, strict=False):
-        x, y = left + column * (width + _GAP), top_of_cells + row * (height + _GAP)
+        _write_lines(draw, side, _MARGIN, top + row * (height + _GAP) + (height - len(side) * line) / 2, "la")
+    for i, cell in enumerate(cells):
+        x, y = left + i % columns * (width + _GAP), top + i // columns * (height + _GAP)
         draw.rectangle((x - 1, y - 1, x + width, y + height), outline=_FRAME)
         page.paste(cell, (x + (width - cell.width) // 2, y + (height - cell.height) // 2))
     return page
@@ -127,7 +122,8 @@ def loss_curve(
     figure = Figure(figsize=(9.0, 5.0), dpi=110, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4.5, 1.0))
     steps, losses, rates = ([point[i] for point in points] for i in range(3))
-    upper.plot(steps, losses, color=_RAW, linewidth=0.9, label="training, every step")
+    dots = "." if len(points) <= _FEW_POINTS else ""  # a single point would make no line
+    upper.plot(steps, losses, color=_RAW, marker=dots, linewidth=0.9, label="training, every step")
     upper.plot(steps, _smooth(losses), color=_SMOOTH, linewidth=2.0, label="training, smoothed")
     if validation:
         upper.plot(
@@ -142,12 +138,13 @@ def loss_curve(
     upper.set_ylabel("loss")
     upper.set_ylim(0, _upper_limit(losses, [loss for _, loss in validation]))
     upper.legend(frameon=False, loc="upper right")
-    lower.plot(steps, rates, color=_RATE, linewidth=1.4)
+    lower.plot(steps, rates, color=_RATE, marker=dots, linewidth=1.4)
     lower.set_ylim(0, max(rates, default=1.0) * 1.15 or 1.0)
     lower.set_ylabel("learning rate")
     lower.set_xlabel("step")
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lower.set_xlim(0, 1.01 * max([*steps, *(step for step, _ in validation)], default=1))
     for axes in (upper, lower):
         _tidy(axes)
     figure.align_ylabels()
@@ -158,7 +155,6 @@ def loss_curve(
 def _tidy(axes: Any) -> None:
     axes.grid(True, color="#eeeeee", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.margins(x=0.01)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -192,6 +188,11 @@ def _enlarged(images: Sequence[Image]) -> list[Image]:
         picture.resize((picture.width * factor, picture.height * factor), Pil.Resampling.LANCZOS)
         for picture in pictures
     ]
+
+
+def _write_lines(draw: ImageDraw.ImageDraw, lines: Sequence[str], x: float, y: float, anchor: str) -> None:
+    for i, text in enumerate(lines):
+        draw.text((x, y + i * _line_height(_TEXT)), text, fill=_INK, font=_font(_TEXT), anchor=anchor)
 
 
 def _font(size: int) -> Font:

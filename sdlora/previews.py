@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from .events import Sampled
-from .files import replacing
 from .generate import GenerateRequest, render
 from .pictures import loss_curve, steps_by_prompts
 from .png_info import parameters_text, save_png
@@ -62,12 +63,12 @@ def _request(run: Run, prompt: str, number: int) -> GenerateRequest:
 
 
 def _draw_grid(folder: Path, prompts: list[str], target: Path) -> None:
-    rows: dict[int, list[Path]] = {}
+    rows: dict[int, list[Image.Image]] = {}
     for file in sorted(folder.glob("step-*-*.png"), key=_step_and_number):
-        rows.setdefault(_step_and_number(file)[0], []).append(file)
-    whole = [(step, files) for step, files in sorted(rows.items()) if len(files) == len(prompts)]
-    with replacing(target) as temporary:
-        steps_by_prompts(whole, prompts).save(temporary)
+        with Image.open(file) as image:
+            rows.setdefault(_step_and_number(file)[0], []).append(image.convert("RGB"))
+    whole = {step: images for step, images in rows.items() if len(images) == len(prompts)}
+    steps_by_prompts(whole, prompts, target)
 
 
 def _step_and_number(file: Path) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .adapters.lora import Strength
 from .errors import ConfigError, ModelError
 from .families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
-from .samplers import find_sampler, make_scheduler
+from .samplers import check_steps, find_sampler, make_scheduler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,12 +89,13 @@ def render(
             if progress is not None:
                 progress(done, total)
 
-        latents = _denoise(model, members, tick)
-        if not bool(torch.isfinite(latents).all()):
-            raise ModelError(
-                f"prompt `{members[0].prompt}`: the denoiser of {model.base.title} overflowed in "
-                f"{str(model.dtype).removeprefix('torch.')}; use fp32 or bf16, or weaker adapters"
-            )
+        latents = denoise(model, members, tick)
+        for request, one in zip(members, latents, strict=True):
+            if not bool(torch.isfinite(one).all()):
+                raise ModelError(
+                    f"prompt `{request.prompt}`: the denoiser of {model.base.title} overflowed in "
+                    f"{str(model.dtype).removeprefix('torch.')}; use fp32 or bf16, or weaker adapters"
+                )
         images |= zip(batch, _to_images(model.decode_latents(latents)), strict=True)
     return [images[i] for i in range(len(requests))]
 
@@ -102,6 +103,7 @@ def render(
 def check_request(model: DiffusionModel, request: GenerateRequest) -> None:
     """Raise ConfigError if the model cannot make such a picture, naming what it could make."""
     find_sampler(request.sampler)
+    check_steps(model.process, request.steps)
     multiple = model.size_multiple
     for name, value in (("height", request.height), ("width", request.width)):
         if value < multiple or value % multiple:
@@ -127,8 +129,17 @@ def _batches(model: DiffusionModel, requests: Sequence[GenerateRequest]) -> Iter
         yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
 
-def _denoise(model: DiffusionModel, requests: Sequence[GenerateRequest], tick: Callable[[], None]) -> Tensor:
-    """Return clean scaled latents (B, C, h, w) float32 of requests that share all but prompts and seed."""
+@torch.no_grad()
+def denoise(
+    model: DiffusionModel, requests: Sequence[GenerateRequest], tick: Callable[[], None] | None = None
+) -> Tensor:
+    """Return clean scaled latents (B, C, h, w) float32 of requests that share all but prompts and seed.
+
+    Args:
+        model: in eval mode, its adapters set as they shall act.
+        requests: one batch.
+        tick: called after every denoising step.
+    """
     first, count = requests[0], len(requests)
     scheduler = make_scheduler(first.sampler, model.process, first.steps)
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
@@ -143,14 +154,13 @@ def _denoise(model: DiffusionModel, requests: Sequence[GenerateRequest], tick: C
     sizes = [SizeHint(original=pixels, crop=(0, 0), target=pixels)] * (count * copies)
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(latents, timestep)
-        prediction = model.predict(
-            torch.cat([inputs] * copies), timestep.repeat(count * copies), text, sizes
-        )
+        prediction = model.predict(torch.cat([inputs] * copies), timestep.repeat(count * copies), text, sizes)
         if guided:  # Ho and Salimans 2022, equation 6, in the scale that users know (w + 1)
             negative, positive = prediction.chunk(2)
             prediction = negative + first.guidance * (positive - negative)
         latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
-        tick()
+        if tick is not None:
+            tick()
     return latents
 
 

@@ -72,9 +72,7 @@ def make_scheduler(name: str, process: NoiseProcess, steps: int) -> Any:
         ConfigError: for an unknown name or an impossible number of steps.
     """
     sampler = find_sampler(name)
-    most = process.num_timesteps - 1
-    if not 1 <= steps <= most:
-        raise ConfigError(f"`steps={steps}`: a picture takes 1 to {most} denoising steps; 20 to 30 are usual")
+    check_steps(process, steps)
     shared = {
         "num_train_timesteps": process.num_timesteps,
         "trained_betas": _betas(process.alphas_cumprod),
@@ -85,6 +83,13 @@ def make_scheduler(name: str, process: NoiseProcess, steps: int) -> Any:
         # without it the first step is looked up by its timestep, wrongly where rounding repeats one
         scheduler.set_begin_index(0)
     return scheduler
+
+
+def check_steps(process: NoiseProcess, steps: int) -> None:
+    """Raise ConfigError unless a picture can be made in so many denoising steps."""
+    most = process.num_timesteps - 1
+    if not 1 <= steps <= most:
+        raise ConfigError(f"`steps={steps}`: a picture takes 1 to {most} denoising steps; 20 to 30 are usual")
 
 
 def _betas(alphas_cumprod: Tensor) -> list[float]:

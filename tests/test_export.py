@@ -25,7 +25,14 @@ from formats.adapters import (
 from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
 from sdlora.config import Config, save_config
 from sdlora.errors import AdapterFileError, ConfigError, OutputError
-from sdlora.export import DTYPES, export_adapter, find_lora_folder, newest_preview, open_source, write_finished
+from sdlora.export import (
+    DTYPES,
+    export_adapter,
+    find_lora_folder,
+    newest_preview,
+    open_source,
+    write_finished,
+)
 from sdlora.families.sd1 import StableDiffusion1
 from sdlora.formats import FORMATS, read_adapter, write_adapter
 from sdlora.formats.proof import compare
@@ -52,13 +59,19 @@ def picture(path: Path, size: tuple[int, int] = (32, 32)) -> Path:
 
 
 def run_folder(folder: Path, weights: AdapterWeights, steps: tuple[int, ...], finished: int | None) -> Path:
-    save_config(Config().with_values({"output.name": "my style", "output.dtype": "fp16"}), folder / "config.toml")
+    save_config(
+        Config().with_values({"output.name": "my style", "output.dtype": "fp16"}), folder / "config.toml"
+    )
     for step in steps:
         adapter = AdapterFile(weights, AdapterInfo("sd1", "my style", ("inkstyle",), {"ss_steps": str(step)}))
         target = folder / "checkpoints" / f"step-{step:06d}" / "adapter.safetensors"
         write_adapter(adapter, "webui", target, torch.float32, INFO)
     if finished is not None:
-        entries = {"ss_steps": str(finished), "sdlora.preferred_strength": "0.8", "modelspec.description": "ink"}
+        entries = {
+            "ss_steps": str(finished),
+            "sdlora.preferred_strength": "0.8",
+            "modelspec.description": "ink",
+        }
         adapter = AdapterFile(weights, AdapterInfo("sd1", "my style", ("inkstyle",), entries))
         write_adapter(adapter, "webui", folder / "my style.safetensors", torch.float16, INFO)
     return folder
@@ -77,16 +90,21 @@ def test_every_format_and_number_format_is_proven(
     assert (proof.largest_difference == 0) == (dtype == "fp32")
     assert proof.tolerance < {"fp32": 2e-6, "fp16": 1e-3, "bf16": 8e-3}[dtype]
     assert proof.read_by == (("sdlora",) if format == "peft" else ("sdlora", "diffusers"))
-    assert report.proof_line().startswith(f"{len(weights)} modules, {proof.num_keys} keys, largest delta difference")
+    assert report.proof_line().startswith(
+        f"{len(weights)} modules, {proof.num_keys} keys, largest delta difference"
+    )
     assert all(file.is_file() for file in report.files) and len(report.files) >= 1
     json.dumps(report.to_dict())
     adapter = report.files[0] if format != "peft" else tmp_path / "out" / "ink-peft"
     compare(weights, read_adapter(adapter).weights, DTYPES[dtype], "here")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == {
-        "webui": ["ink.json", "ink.safetensors"],
-        "diffusers": ["ink-diffusers.safetensors"],
-        "peft": ["ink-peft"],
-    }[format]
+    assert (
+        sorted(p.name for p in (tmp_path / "out").iterdir())
+        == {
+            "webui": ["ink.json", "ink.safetensors"],
+            "diffusers": ["ink-diffusers.safetensors"],
+            "peft": ["ink-peft"],
+        }[format]
+    )
 
 
 def test_the_bound_is_tight_enough_to_see_one_wrong_unit(weights: AdapterWeights) -> None:
@@ -157,7 +175,9 @@ def test_a_finished_run_is_exported_from_its_fp32_masters(weights: AdapterWeight
     card = json.loads((tmp_path / "out" / "my style.json").read_text())
     assert card["activation text"] == "inkstyle" and card["sd version"] == "SD1"
     assert card["preferred weight"] == 0.8 and card["description"] == "ink"
-    assert (tmp_path / "out" / "my style.png").read_bytes() == (run / "samples" / "step-000200-1.png").read_bytes()
+    assert (tmp_path / "out" / "my style.png").read_bytes() == (
+        run / "samples" / "step-000200-1.png"
+    ).read_bytes()
     default = export_adapter(run, "diffusers", tmp_path / "out")
     assert default.dtype == "fp16"
 
@@ -255,7 +275,9 @@ def test_a_header_cannot_choose_where_files_go(weights: AdapterWeights, tmp_path
 def test_the_trainer_writes_and_replaces_a_proven_file(weights: AdapterWeights, tmp_path: Path) -> None:
     target = tmp_path / "my.style.safetensors"
     for _ in range(2):
-        report = write_finished(file_of(weights), target, "fp16", INFO, picture(tmp_path / "s.png", (1500, 900)))
+        report = write_finished(
+            file_of(weights), target, "fp16", INFO, picture(tmp_path / "s.png", (1500, 900))
+        )
     assert [file.name for file in report.files] == ["my.style.safetensors", "my.style.png", "my.style.json"]
     with Image.open(tmp_path / "my.style.png") as image:
         assert image.size == (1024, 614)

@@ -32,8 +32,13 @@ def test_norms_by_factors_equal_norms_of_the_whole_update(weights: AdapterWeight
     assert total == pytest.approx(wanted, rel=1e-5)
     assert sum(block.num_modules for block in blocks) == len(weights)
     names = [block.block for block in blocks if block.component == "unet"]
-    assert names[0] == "down_blocks.0.attentions" and names.index("mid_block") > names.index("down_blocks.3.resnets")
-    assert [b.block for b in blocks if b.component == "text_encoder"] == ["encoder.layers.0", "encoder.layers.1"]
+    assert names[0] == "down_blocks.0.attentions" and names.index("mid_block") > names.index(
+        "down_blocks.3.resnets"
+    )
+    assert [b.block for b in blocks if b.component == "text_encoder"] == [
+        "encoder.layers.0",
+        "encoder.layers.1",
+    ]
 
 
 @pytest.mark.parametrize("format", FORMATS)

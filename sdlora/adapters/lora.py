@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def target_modules(model: DiffusionModel, config: AdapterConfig) -> list[ModuleK
         matching = [
             ModuleKey(component, _canonical(component, path))
             for path, layer in module.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d) and f".{path}".endswith(endings)
+            if isinstance(_without_adapters(layer), nn.Linear | nn.Conv2d) and f".{path}".endswith(endings)
         ]
         if not matching:
             raise ConfigError(
@@ -98,7 +99,9 @@ def attach(
     for component in weights.components():
         module = model.components()[component]
         pairs = {_installed(module, path): pair for path, pair in weights.component(component).items()}
-        inject_adapter_in_model(_peft_config(pairs, dropout), module, adapter_name=_inner(name))
+        with warnings.catch_warnings():  # a second adapter is meant, not a mishap
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+            inject_adapter_in_model(_peft_config(pairs, dropout), module, adapter_name=_inner(name))
         module.requires_grad_(False)
     layers = list(attached_layers(model, name))
     assert len(layers) == len(weights), f"peft adapted {len(layers)} of {len(weights)} layers"
@@ -225,9 +228,12 @@ class Merged:
         self._originals = {}
 
 
+def _without_adapters(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
 def _base_weight(layer: nn.Module) -> Tensor:
-    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    weight = base.weight
+    weight = _without_adapters(layer).weight
     assert isinstance(weight, Tensor)
     return weight
 

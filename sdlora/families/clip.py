@@ -42,9 +42,9 @@ def encode_chunks(encoder: nn.Module, ids: Tensor, clip_skip: int) -> Tensor:
 
 def checkpoint_text_encoder(encoder: Any, enabled: bool) -> None:
     """Switch gradient checkpointing of a transformers model on or off, under its old or new name."""
-    if enabled == bool(getattr(encoder, "is_gradient_checkpointing", False)):
-        return
     prefix = "activation" if hasattr(encoder, "activation_checkpointing_enable") else "gradient"
+    if enabled == bool(getattr(encoder, f"is_{prefix}_checkpointing")):
+        return
     if enabled:  # non-reentrant: the inputs of a frozen encoder need no gradient
         getattr(encoder, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
     else:

@@ -19,6 +19,7 @@ from ..errors import ModelError
 from .base import BaseModelInfo
 from .fingerprint import file_digest
 from .sd1 import StableDiffusion1
+from .single_file import load_single_file
 
 ASSETS = Path(__file__).parent.parent / "assets"
 _HUB_FILES = ["model_index.json", "sdlora.json"] + [
@@ -52,7 +53,9 @@ def load_model(
     options: dict[str, Any] = {"prediction_type": prediction_type, "clip_skip": clip_skip}
     try:
         with _quiet():
-            parts = _load_file(path, dtype) if path.is_file() else _load_folder(path, dtype)
+            parts = (
+                load_single_file(path, ASSETS / "sd1", dtype) if path.is_file() else _load_folder(path, dtype)
+            )
     except ModelError:
         raise
     except Exception as error:  # whatever the libraries raise on damaged input
@@ -61,6 +64,7 @@ def load_model(
             f"{path}: cannot be loaded as a Stable Diffusion base ({reason}); "
             "check that the download is complete"
         ) from error
+    parts.setdefault("scheduler_config", _read_json(ASSETS / "sd1" / "scheduler" / "scheduler_config.json"))
     base = BaseModelInfo(
         source=source,
         title=source if source == "mini" else path.stem if path.is_file() else path.name,
@@ -117,7 +121,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = _read_json(folder / "model_index.json")
     if "text_encoder_2" in index or "transformer" in index:
         raise ModelError(
             f"{folder}: a {index.get('_class_name', 'model')} folder; this version trains "
@@ -129,9 +133,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **options),
         "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **options),
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        "scheduler_config": json.loads(
-            (folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
-        ),
+        "scheduler_config": _read_json(folder / "scheduler" / "scheduler_config.json"),
     }
 
 
@@ -162,8 +164,12 @@ def _recommended(path: Path) -> dict[str, Any]:
     file = path / "sdlora.json"
     if not file.is_file():
         return {}
-    data = json.loads(file.read_text(encoding="utf-8")).get("recommended", {})
+    data = _read_json(file).get("recommended", {})
     return data if isinstance(data, dict) else {}
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager

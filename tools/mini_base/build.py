@@ -26,7 +26,7 @@ from .denoiser import DenoiserSettings
 from .files import read_json, write_json
 from .vae import VaeSettings
 
-STAGES = ("tokenizer", "vae", "denoiser", "export", "evaluate", "card", "datasets")
+STAGES = ("tokenizer", "vae", "latents", "denoiser", "export", "evaluate", "card", "datasets")
 """Every stage, in order."""
 
 
@@ -108,19 +108,20 @@ def run_vae(build: Build) -> None:
     build.note(vae_samples=trainer.done, vae_decoder_only=build.vae.decoder_only)
 
 
-def make_trainer(build: Build) -> denoiser.Trainer:
-    """Renders and encodes the icons and prepares the training of the denoiser."""
+def run_latents(build: Build) -> None:
+    """Renders and encodes the icons, once for all workers."""
     pictures = renders.base_pictures(build.cache)
     images = renders.render_variants(pictures, build.cache)
     encoder = build.load_vae().to(build.device).eval()
     latents = denoiser.encode(encoder, torch.from_numpy(images), pictures, build.device)
-    unet, text_encoder, words = build.load_denoiser()
-    return denoiser.Trainer(unet, text_encoder, words, latents, build.denoiser, build.device)
+    denoiser.save_latents(latents, build.work / "latents")
 
 
 def run_denoiser(build: Build) -> None:
     """Trains the text encoder and the U-Net, going on from their checkpoint."""
-    trainer = make_trainer(build)
+    latents = denoiser.load_latents(build.work / "latents")
+    unet, text_encoder, words = build.load_denoiser()
+    trainer = denoiser.Trainer(unet, text_encoder, words, latents, build.denoiser, build.device)
     folder = build.work / "denoiser"
     trainer.resume(folder)
     trainer.run(folder)
@@ -128,7 +129,7 @@ def run_denoiser(build: Build) -> None:
         build.note(
             samples=trainer.done,
             seconds=round(trainer.elapsed),
-            pictures=len(trainer.latents.pictures),
+            pictures=len(latents.pictures),
             trained_on=evaluate.machine(build.device),
         )
 
@@ -163,6 +164,7 @@ def run_datasets(build: Build) -> None:
 RUNNERS = {
     "tokenizer": run_tokenizer,
     "vae": run_vae,
+    "latents": run_latents,
     "denoiser": run_denoiser,
     "export": run_export,
     "evaluate": run_evaluate,

@@ -18,7 +18,7 @@ IMAGE_SIZE = 256
 _README = """# {title}
 
 {count} icons drawn in black ink on white, {size} x {size} pixels, each with a
-caption beside it (`teapot.png`, `teapot.txt`). {purpose}
+caption beside it (`{example}.png`, `{example}.txt`). {purpose}
 
 - **Trigger word**: `{trigger}`. Captions read `{trigger}, an icon of a NOUN`.
 - **Source**: Fluent UI Emoji, High Contrast, by Microsoft ({source}), as packed
@@ -65,6 +65,7 @@ def write_dataset(
         package=INK.package,
         version=INK.version,
         sibling=sibling,
+        example=min(stems.values()),
     )
     write_text(folder / "README.md", readme)
     write_text(folder / "LICENSE", mit(INK.owner))

@@ -16,13 +16,16 @@ def clock(seconds: float) -> str:
 class Progress:
     """Prints amount done, rate, loss and time left every few seconds."""
 
-    def __init__(self, label: str, total: int, done: int = 0, every: float = 15.0) -> None:
-        """Starts at ``done`` of ``total`` units and prints at most once in ``every`` seconds."""
+    def __init__(
+        self, label: str, total: int, done: int = 0, share: float = 0.0, every: float = 15.0
+    ) -> None:
+        """Starts at ``done`` of ``total`` units, the share ``share`` of the whole."""
         self.label = label
         self.total = total
         self.every = every
         self._start = self._last = time.monotonic()
-        self._done_at_start = self._done_at_last = done
+        self._done_at_last = done
+        self._share_at_start = share
         self._losses: list[float] = []
 
     def update(self, done: int, loss: float, fraction: float | None = None) -> None:
@@ -41,11 +44,11 @@ class Progress:
         rate = (done - self._done_at_last) / max(now - self._last, 1e-6)
         share = done / self.total if fraction is None else fraction
         mean = sum(self._losses) / len(self._losses)
-        overall = (done - self._done_at_start) / max(now - self._start, 1e-6)
-        left = (self.total - done) / max(overall, 1e-6)
+        gained = share - self._share_at_start
+        left = (now - self._start) * (1 - share) / max(gained, 1e-9)
         print(
             f"{self.label}: {done:,} of {self.total:,} ({share:.1%}), {rate:.1f}/s, "
-            f"loss {mean:.4f}, at most {clock(left)} left",
+            f"loss {mean:.4f}, about {clock(left)} left",
             flush=True,
         )
         self._last, self._done_at_last = now, done

@@ -164,7 +164,7 @@ class VaeTrainer:
         state = checkpoint.load(folder, {"vae": self.vae}, [self.optimizer])
         if state is not None:
             self.done, self.step_count = state["done"], state["step"]
-        progress = Progress("vae", self.settings.samples, self.done)
+        progress = Progress("vae", self.settings.samples, self.done, self.done / self.settings.samples)
         saved = time.time()
         while self.done < self.settings.samples:
             value = self.step()

@@ -1,0 +1,103 @@
+"""Real components, made small: a random SD1-layout base on disk and a folder of drawn pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Without this, threads that wait spin on cores that other processes want (CI, a busy desktop).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+MINI = Path(__file__).parent.parent / "sdlora" / "assets" / "mini"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["SDLORA_CACHE_FOLDER"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder in SD1 layout with random weights: 32 px, f=4, a 16-wide text encoder."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    torch.manual_seed(7)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+        scaling_factor=0.5,
+        mid_block_add_attention=False,
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(MINI / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
+        part.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}',
+        encoding="utf-8",
+    )
+    return folder
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Callable[..., Path]:
+    """A function that makes a folder of ``count`` captioned pictures of mixed shapes."""
+    from PIL import Image, ImageDraw
+
+    def make(count: int = 6, name: str = "pictures", caption: bool = True) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        shapes = [(40, 40), (64, 32), (32, 64)]
+        for number in range(count):
+            width, height = shapes[number % 3]
+            image = Image.new("RGB", (width, height), (30 * number % 256, 90, 200 - 20 * number % 200))
+            draw = ImageDraw.Draw(image)
+            draw.ellipse((4 + number, 4, width - 8, height - 4 - number), fill=(250, 40 * number % 256, 10))
+            image.save(folder / f"thing{number:02d}.png")
+            if caption:
+                (folder / f"thing{number:02d}.txt").write_text(f"an icon of a cat {number}", encoding="utf-8")
+        return folder
+
+    return make

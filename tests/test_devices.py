@@ -1,0 +1,39 @@
+"""The choice of device and number format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sdlora.config import Precision
+from sdlora.devices import choose_device, choose_dtype, has_amx
+from sdlora.errors import ConfigError
+
+
+def test_an_open_device_is_one_that_works() -> None:
+    device = choose_device(None)
+    assert torch.ones(2, device=device).sum().item() == 2
+    assert (device.type == "cuda") == torch.cuda.is_available()
+
+
+def test_a_named_device_is_taken() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("setting", ["gpu", "cuda:99", "meta", "cpu!"])
+def test_a_device_that_is_not_there_is_refused(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"device `{setting}`: .*use|device `{setting}`: .*from cuda:0"):
+        choose_device(setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_a_named_precision_is_taken(setting: Precision, dtype: torch.dtype) -> None:
+    assert choose_dtype(setting, torch.device("cpu")) == dtype
+
+
+def test_a_cpu_gets_bf16_only_with_amx() -> None:
+    expected = torch.bfloat16 if has_amx() else torch.float32
+    assert choose_dtype(None, torch.device("cpu")) == expected
+    assert choose_dtype(None, torch.device("mps")) == torch.float32

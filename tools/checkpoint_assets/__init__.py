@@ -1,0 +1,1 @@
+"""Builds what single-file checkpoints leave out: the CLIP tokenizer's files."""
