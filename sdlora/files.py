@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .errors import OutputError
 
 
@@ -31,6 +33,10 @@ def replacing(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         raise OutputError(f"{target}: {write_problem(error)}") from error
+    except SafetensorError as error:  # how safetensors reports a failed write, full disks included
+        full = "os error 28" in str(error) or "No space" in str(error) or "os error 112" in str(error)
+        cause = OSError(errno.ENOSPC if full else errno.EIO, str(error))
+        raise OutputError(f"{target}: {write_problem(cause)}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import parallel
+from . import classifier, parallel
 from .build import RUNNERS, STAGES, Build
 from .denoiser import DenoiserSettings
 from .vae import VaeSettings
@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--compile", action="store_true", help="compile the U-Net (long runs only)")
     new.add_argument("--vae-samples", type=int, default=VaeSettings.samples)
     new.add_argument("--vae-lr", type=float, default=VaeSettings.lr)
+    new.add_argument("--vae-icons", type=int, help="icons of each set for the VAE (trial runs)")
+    new.add_argument("--classifier-steps", type=int, default=classifier.STEPS)
     new.add_argument("--decoder-only", action="store_true", help="keep the VAE's encoder")
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
@@ -53,6 +55,7 @@ def build_from(options: argparse.Namespace) -> Build:
         start_from=options.start_from,
         datasets=options.datasets,
         device=torch.device(options.device),
+        classifier_steps=options.classifier_steps,
         denoiser=DenoiserSettings(
             samples=options.samples,
             minutes=options.minutes,
@@ -65,6 +68,7 @@ def build_from(options: argparse.Namespace) -> Build:
             samples=options.vae_samples,
             lr=options.vae_lr,
             decoder_only=options.decoder_only,
+            icons=options.vae_icons,
             seed=options.seed,
         ),
     )

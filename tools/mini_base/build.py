@@ -40,6 +40,7 @@ class Build:
         start_from: Pipeline folder to go on from instead of untrained networks.
         datasets: Where to write the sample data sets, if anywhere.
         device: Where to train.
+        classifier_steps: Steps of the judge's training.
         denoiser: How to train the text encoder and the U-Net.
         vae: How to train the VAE.
     """
@@ -49,6 +50,7 @@ class Build:
     start_from: Path | None = None
     datasets: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    classifier_steps: int = classifier.STEPS
     denoiser: DenoiserSettings = field(default_factory=DenoiserSettings)
     vae: VaeSettings = field(default_factory=VaeSettings)
 
@@ -102,7 +104,7 @@ def run_tokenizer(build: Build) -> None:
 
 def run_vae(build: Build) -> None:
     """Trains the VAE, or fine-tunes the decoder of the one to start from."""
-    images = renders.render_seen(build.cache)
+    images = renders.render_seen(build.cache, build.vae.icons)
     trainer = vae.VaeTrainer(build.load_vae(), images, build.vae, build.device)
     trainer.run(build.work / "vae")
     build.note(vae_samples=trainer.done, vae_decoder_only=build.vae.decoder_only)
@@ -144,7 +146,8 @@ def run_export(build: Build) -> None:
 
 def run_evaluate(build: Build) -> None:
     """Measures the exported folder and draws its contact sheets."""
-    judge = classifier.train_or_load(build.work / "classifier", build.cache, build.device)
+    folder = build.work / "classifier"
+    judge = classifier.train_or_load(folder, build.cache, build.device, build.classifier_steps)
     figures = evaluate.measure(build.output, judge, build.cache, build.device)
     evaluate.draw_sheet(build.output, build.work / "contact-sheet.png", build.device)
     build.note(**figures)

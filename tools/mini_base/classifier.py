@@ -21,7 +21,7 @@ from .files import write_bytes
 from .progress import Progress
 from .renders import to_tensor
 
-STEPS = 2000
+STEPS = 1200
 BATCH = 64
 
 

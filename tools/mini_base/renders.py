@@ -98,20 +98,20 @@ def render_variants(
     return np.array(rows)
 
 
-def _render_all(cache_dir: Path, unseen: bool) -> np.ndarray:
+def _render_all(cache_dir: Path, unseen: bool, limit: int | None = None) -> np.ndarray:
     unseen_names = set(load_nouns().vae_unseen)
     images = []
     for icon_set in ALL_SETS:
         package = icons.load(icon_set, cache_dir)
         names = sorted(package.names())
         chosen = [name for name in names if (name in unseen_names) == unseen]
-        images += [pixels(package.svg(name)) for name in chosen]
+        images += [pixels(package.svg(name)) for name in chosen[:limit]]
     return np.array(images)
 
 
-def render_seen(cache_dir: Path) -> np.ndarray:
+def render_seen(cache_dir: Path, limit: int | None = None) -> np.ndarray:
     """Renders what the VAE learns from: every set, ink included, without ``vae_unseen``."""
-    return _render_all(cache_dir, unseen=False)
+    return _render_all(cache_dir, unseen=False, limit=limit)
 
 
 def render_unseen(cache_dir: Path) -> np.ndarray:

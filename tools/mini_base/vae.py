@@ -31,6 +31,7 @@ class VaeSettings:
         batch: Images in a step.
         lr: Peak learning rate.
         decoder_only: Whether to leave the encoder alone, so that latents keep.
+        icons: Icons of each set to learn from; all of them when ``None``.
         seed: Seed of every random draw.
         checkpoint_seconds: Time between checkpoints.
     """
@@ -39,6 +40,7 @@ class VaeSettings:
     batch: int = 16
     lr: float = 1e-3
     decoder_only: bool = False
+    icons: int | None = None
     seed: int = 0
     checkpoint_seconds: float = 120.0
 
