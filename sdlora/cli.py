@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -142,14 +143,15 @@ def _run_train(options: argparse.Namespace) -> Result:
 
     control = Control(run_folder(config))
     with ExitStack() as stack:
-        display = stack.enter_context(TrainingDisplay())
-        listeners: list[Listener] = [display]
+        listeners: list[Listener] = [stack.enter_context(TrainingDisplay())] if _is_main_process() else []
         if options.events:
             stream = sys.stdout if options.events == "-" else Path(options.events).open("a", encoding="utf-8")
             listeners.append(JsonlWriter(stream))
         stack.enter_context(control.on_interrupt())
         result = train(config, resume=options.resume, listeners=listeners, control=control)
-    if result.stopped:
+    if not _is_main_process():
+        options.json = False
+    elif result.stopped:
         print(
             f"stopped after step {result.step} and saved; go on with:\n  sdlora train --resume --output {result.folder}"
         )
@@ -164,6 +166,11 @@ def _run_train(options: argparse.Namespace) -> Result:
         "validation_loss": result.validation_loss,
         "seconds": round(result.seconds, 2),
     }, 0
+
+
+def _is_main_process() -> bool:
+    """Tell whether this is the process that speaks, of those a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 # --- generate ------------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ def export_adapter(
     webui_folder: Path | None = None,
     overwrite: bool = False,
     name: str | None = None,
+    preferred_strength: float | None = None,
 ) -> ExportReport:
     """Write an adapter in a format, with preview and card for ``webui``, and prove that it is right.
 
@@ -130,6 +131,7 @@ def export_adapter(
         webui_folder: a WebUI's own folder, or its ``models/Lora``, to put the files into as well.
         overwrite: replace files that exist.
         name: of the adapter; the run's or the source file's own when None.
+        preferred_strength: strength that looks best, for the card; the source's own when None.
 
     Raises:
         AdapterFileError: when the source cannot be read, or the proof fails (nothing is left then).
@@ -141,26 +143,21 @@ def export_adapter(
     if webui_folder is not None and format != "webui":
         raise ConfigError(f"--format {format}: WebUI reads only its own format; give --format webui")
     lora_folder = find_lora_folder(webui_folder) if webui_folder is not None else None
-    found = open_source(source)
-    chosen = _check_name(name) if name is not None else found.name
-    adapter = found.adapter
-    if name is not None or not adapter.info.name:
-        adapter = replace(adapter, info=replace(adapter.info, name=chosen))
-    info = _family(adapter, source)
     place = output or lora_folder
     if place is None:
         raise ConfigError("export needs a place: give --output DIR (or --webui DIR)")
+    found = open_source(source)
+    chosen = _check_name(name) if name is not None else found.name
+    adapter = _renamed(found.adapter, name or found.adapter.info.name or chosen, preferred_strength)
+    info = _family(adapter, source)
     target = _target(format, place, chosen)
-    picture = preview or found.preview
-    planned = _planned(target, format, picture)
+    picture = _png(preview or found.preview) if format == "webui" else None
+    planned = _planned(target, format, picture is not None)
     if lora_folder is not None:
         planned += [lora_folder / file.name for file in planned if file.parent != lora_folder]
-    if not overwrite:
-        for file in planned:
-            if file.exists():
-                raise OutputError(
-                    f"{file}: exists; nothing was overwritten. Give another --name, or --overwrite"
-                )
+    taken = next((file for file in planned if file.exists()), None)
+    if taken is not None and not overwrite:
+        raise OutputError(f"{taken}: exists; nothing was overwritten. Give another --name, or --overwrite")
     report = _write_proven(adapter, format, target, _dtype(dtype, found.dtype), info, str(found.path))
     if format == "webui":
         report = replace(report, files=(*report.files, *_write_card(adapter, target, info, picture)))
@@ -189,10 +186,10 @@ def write_finished(
         AdapterFileError: when the written file does not hold the adapter (it is removed then).
         OutputError: when the place cannot be written.
     """
-    report = _write_proven(
-        adapter, "webui", target, _dtype(dtype, torch.float16), info, "the trained weights"
-    )
-    return replace(report, files=(*report.files, *_write_card(adapter, target, info, preview)))
+    picture = _png(preview)
+    number_format = _dtype(dtype, torch.float16)
+    report = _write_proven(adapter, "webui", target, number_format, info, "the trained weights")
+    return replace(report, files=(*report.files, *_write_card(adapter, target, info, picture)))
 
 
 def open_source(source: Path) -> Source:
@@ -266,14 +263,12 @@ def _write_proven(
     return ExportReport(files, format, dtype_name, source, proof, model_hash, clients)
 
 
-def _write_card(adapter: AdapterFile, target: Path, info: FamilyInfo, preview: Path | None) -> list[Path]:
+def _write_card(adapter: AdapterFile, target: Path, info: FamilyInfo, picture: bytes | None) -> list[Path]:
     """Write what WebUI's card shows: ``STEM.png`` and ``STEM.json``."""
     files = []
-    if preview is not None:
-        picture = target.with_suffix(".png")
-        if preview.resolve() != picture.resolve():
-            write_bytes(picture, _png(preview))
-        files.append(picture)
+    if picture is not None:
+        files.append(target.with_suffix(".png"))
+        write_bytes(files[0], picture)
     entries = adapter.info.metadata
     card = {
         "description": entries.get("modelspec.description", ""),
@@ -287,8 +282,10 @@ def _write_card(adapter: AdapterFile, target: Path, info: FamilyInfo, preview: P
     return [*files, target.with_suffix(".json")]
 
 
-def _png(picture: Path) -> bytes:
+def _png(picture: Path | None) -> bytes | None:
     """Return a picture as PNG of a card's size; a small PNG as it is, with the settings stored in it."""
+    if picture is None:
+        return None
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -353,6 +350,13 @@ def _run_adapter(run: Path, config: Config) -> tuple[AdapterFile, Path]:
     return adapter, finished
 
 
+def _renamed(adapter: AdapterFile, name: str, preferred_strength: float | None) -> AdapterFile:
+    entries = dict(adapter.info.metadata)
+    if preferred_strength is not None:
+        entries["sdlora.preferred_strength"] = f"{preferred_strength:g}"
+    return replace(adapter, info=replace(adapter.info, name=name, metadata=entries))
+
+
 def _family(adapter: AdapterFile, source: Path) -> FamilyInfo:
     family = adapter.info.family
     if family is None:
@@ -403,11 +407,11 @@ def _target(format: str, output: Path, name: str) -> Path:
     return output / _TARGETS[format].format(name=name)
 
 
-def _planned(target: Path, format: str, preview: Path | None) -> list[Path]:
+def _planned(target: Path, format: str, has_picture: bool) -> list[Path]:
     if format != "webui":
         return [target]
     cards = [target.with_suffix(".json")]
-    if preview is not None:
+    if has_picture:
         cards.append(target.with_suffix(".png"))
     return [target, *cards]
 

@@ -3,7 +3,8 @@
 The update rules are diffusers'; what is decided here is where on the noise schedule they step, and that
 follows A1111's WebUI, so that a preview shows what its users will get:
 
-* ``DDIM``: every (T // steps)-th timestep plus 1, ending at the first trained noise level.
+* ``DDIM``: every (T // steps)-th timestep plus 1, ending at the first trained noise level. As everywhere
+  with this rule, above 100 steps only numbers that divide T start from full noise.
 * ``Euler``, ``Euler a``, ``DPM++ 2M``: evenly from the last timestep to the first, then to no noise.
   (DPM++ takes whole timesteps, so its inner ones are rounded; WebUI's are fractions.)
 * ``DPM++ 2M Karras``: noise levels spaced as in Karras et al. 2022, equation 5, rho 7.

@@ -29,6 +29,8 @@ from .errors import SdloraError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .families.base import DiffusionModel
+
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
@@ -296,7 +298,8 @@ def features_of_all(images: Sequence[Image], what: str = "") -> Array:
     """
     if len(images) < MIN_IMAGES:
         raise SdloraError(
-            f"style score: {len(images)} {what} pictures are too few to tell a look; give {MIN_IMAGES} or more"
+            f"style score: {len(images)} {what} pictures are too few to tell a look; "
+            f"give {MIN_IMAGES} or more"
         )
     rows = np.stack([features_of(image) for image in images])
     return rows[np.lexsort(rows.T[::-1])]
@@ -407,10 +410,8 @@ def _blur(values: Array) -> Array:
     for axis in (0, 1):
         padding = [(2, 2) if a == axis else (0, 0) for a in range(2)]
         padded = np.pad(values, padding, mode="symmetric")
-        length = values.shape[axis]
-        values = sum(  # type: ignore[assignment]
-            weight * np.take(padded, range(k, k + length), axis) for k, weight in enumerate(kernel)
-        )
+        shifted = [np.take(padded, range(k, k + values.shape[axis]), axis) for k in range(len(kernel))]
+        values = np.tensordot(kernel, np.stack(shifted), axes=1)
     return values
 
 
@@ -463,22 +464,24 @@ def _pieces(mask: Mask) -> list[int]:
             label = parents[label]
         return label
 
+    steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    starts, stops = np.argwhere(steps == 1), np.argwhere(steps == -1)
     above: list[tuple[int, int, int]] = []
-    for row in mask:
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], row, [False])).astype(np.int8)))
-        runs = []
-        for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            label = len(parents)
-            parents.append(label)
-            areas.append(stop - start)
-            for begin, end, other in above:
-                if begin < stop and start < end:
-                    one, two = root(label), root(other)
-                    if one != two:
-                        parents[one] = two
-                        areas[two] += areas[one]
-            runs.append((start, stop, label))
-        above = runs
+    here: list[tuple[int, int, int]] = []
+    current = -1
+    for (y, start), stop in zip(starts.tolist(), stops[:, 1].tolist(), strict=True):
+        if y != current:
+            above, here, current = (here if y == current + 1 else []), [], y
+        label = len(parents)
+        parents.append(label)
+        areas.append(stop - start)
+        for begin, end, other in above:
+            if begin < stop and start < end:
+                one, two = root(label), root(other)
+                if one != two:
+                    parents[one] = two
+                    areas[two] += areas[one]
+        here.append((start, stop, label))
     return [areas[label] for label in range(len(parents)) if parents[label] == label]
 
 
@@ -493,3 +496,26 @@ def _thumbnails(images: Sequence[Image]) -> Array:
         rows.append(lightness - lightness.mean())
     stacked = np.stack(rows)
     return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-9)
+
+
+# --- the base's own eyes ---------------------------------------------------------------------------------
+
+
+def through_autoencoder(model: DiffusionModel, images: Sequence[Image]) -> list[Image]:
+    """Return pictures as the base could draw them at best: resized, encoded and decoded again.
+
+    Its autoencoder's blur is then on both sides of a comparison, and not charged to an adapter.
+    """
+    from PIL import Image as Pil
+
+    from .data.buckets import place, square_bucket
+    from .data.cache import to_pixels
+
+    bucket = square_bucket(model.native_resolution, model.size_multiple)
+    seen = []
+    for image in images:
+        pixels = to_pixels(image, place(image.height, image.width, bucket), mirror=False)
+        latents = model.scale_latents(model.encode_images(pixels).mean)
+        decoded = model.decode_latents(latents)[0].permute(1, 2, 0).cpu().numpy()
+        seen.append(Pil.fromarray(np.round((decoded + 1) * 127.5).astype(np.uint8)))
+    return seen

@@ -11,18 +11,19 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from . import checkpoint
 from .config import Config
 from .cost import measure_cost
 from .data.batches import Batch, generator_for, make_batch
-from .diffusion import draw_noise, per_image_loss
 from .errors import TrainingError
 from .events import (
     Announcer,
@@ -34,15 +35,13 @@ from .events import (
     RunFinished,
     RunStarted,
     StepDone,
-    Validated,
 )
 from .finish import finish_run, write_checkpoint_adapter
 from .objective import loss_of
 from .optim import clip_, schedule_factor
 from .previews import draw_loss_curve, preview
 from .run import Run, prepare_run, run_folder, state_tensors, state_values
-
-_VALIDATION_TIMESTEPS = 4
+from .validation import validate
 
 
 @dataclass(frozen=True)
@@ -104,54 +103,43 @@ def train(
     return TrainResult(run.folder, adapter_file, run.step, stopped, loss, validation_loss, seconds)
 
 
-class _journal:
-    """Appends events to the run's ``events.jsonl``, the ones told before it could be opened first."""
-
-    def __init__(self, run: Run, early: Sequence[Event]) -> None:
-        main = run.accelerator.is_main_process
-        path = run.folder / "events.jsonl" if main else Path("/dev/null")
-        run.folder.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("a", encoding="utf-8") if main else None
-        self._writer = JsonlWriter(self._stream) if self._stream else None
+@contextmanager
+def _journal(run: Run, early: Sequence[Event]) -> Iterator[Listener]:
+    """Give a listener that appends to the run's ``events.jsonl``, and hand it the earlier events."""
+    if not run.accelerator.is_main_process:
+        yield lambda event: None
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "events.jsonl").open("a", encoding="utf-8") as stream:
+        writer = JsonlWriter(stream)
         for event in early:
-            self(event)
-
-    def __call__(self, event: Event) -> None:
-        if self._writer:
-            self._writer(event)
-
-    def __enter__(self) -> _journal:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._stream:
-            self._stream.close()
+            writer(event)
+        yield writer
 
 
 def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
     """Make all remaining steps; return (recent losses, last validation loss, whether stopped)."""
     settings = run.config.training
-    seconds_per_step = _start(run)
+    _start(run)
     recent: deque[float] = deque(maxlen=20)
     times: deque[float] = deque(maxlen=20)
     validation_loss: float | None = None
     if run.step == 0:
-        validation_loss = _validate(run)
+        validation_loss = validate(run)
         preview(run)
     while run.step < run.steps:
         began = time.perf_counter()
         loss, norm, rate, count = train_step(run)
         times.append(time.perf_counter() - began)
         recent.append(loss)
-        seconds_per_step = sum(times) / len(times)
-        left = (run.steps - run.step) * seconds_per_step
+        left = (run.steps - run.step) * sum(times) / len(times)
         epoch = run.order.epoch_of(run.step - 1)
         speed = count / times[-1]
         run.tell(StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left))
-        wishes = control.take()
+        wishes = _agreed(run, control.take())
         last = run.step == run.steps
         if last or _due(run.step, settings.validate_every):
-            validation_loss = _validate(run) or validation_loss
+            validation_loss = validate(run) or validation_loss
         if last or "SAMPLE" in wishes or _due(run.step, run.config.sample.every):
             preview(run)
         if last or wishes & {"SAVE", "STOP"} or _due(run.step, settings.checkpoint_every):
@@ -166,10 +154,11 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
     config, settings = run.config, run.config.training
     assert config.optimizer.warmup_steps is not None
     factor = schedule_factor(config.optimizer.schedule, run.step, run.steps, config.optimizer.warmup_steps)
-    for group, own in zip(run.optimizer.param_groups, run.groups, strict=True):
-        group["lr"] = own.learning_rate * factor
+    for options, own in zip(run.optimizer.param_groups, run.groups, strict=True):
+        options["lr"] = own.learning_rate * factor
     rank = run.accelerator.process_index
-    total, count, names = 0.0, 0, []
+    total, count = 0.0, 0
+    names: list[str] = []
     for micro, visits in enumerate(run.order.step(run.step)[rank]):
         if not visits:
             continue
@@ -191,10 +180,10 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
         total, count, names = total + float(plain.sum()), count + len(visits), [*names, *batch.names]
     norm = _apply(run, names)
     run.step += 1
-    sums = torch.tensor([total, count], dtype=torch.float64, device=run.model.device)
     if run.accelerator.num_processes > 1:
-        sums = run.accelerator.reduce(sums, reduction="sum")
-    return float(sums[0] / sums[1]), norm, run.groups[0].learning_rate * factor, int(sums[1])
+        sums = torch.tensor([total, count], dtype=torch.float64, device=run.model.device)
+        total, count = run.accelerator.reduce(sums, reduction="sum").tolist()
+    return total / count, norm, run.groups[0].learning_rate * factor, int(count)
 
 
 def save(run: Run) -> None:
@@ -213,7 +202,7 @@ def save(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _start(run: Run) -> float:
+def _start(run: Run) -> None:
     cost = measure_cost(run)
     left = run.steps - run.step
     run.tell(
@@ -227,7 +216,6 @@ def _start(run: Run) -> float:
             expected_bytes=cost.bytes,
         )
     )
-    return cost.seconds_per_step
 
 
 def _apply(run: Run, names: Sequence[str]) -> float:
@@ -261,34 +249,14 @@ def _not_finite(what: str, step: int, names: Sequence[str]) -> str:
     )
 
 
+def _agreed(run: Run, wishes: frozenset[str]) -> frozenset[str]:
+    """Return the main process's wishes in every process, so that all stop at one step."""
+    if run.accelerator.num_processes == 1:
+        return wishes
+    shared = [wishes]
+    broadcast_object_list(shared)
+    return shared[0]
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-@torch.no_grad()
-def _validate(run: Run) -> float | None:
-    """Measure the held-out pictures at fixed noise and timesteps; None if there are none."""
-    if not run.validation.items or not run.accelerator.is_main_process:
-        return None
-    model, losses = run.model, []
-    for module in model.components().values():
-        module.eval()
-    timesteps = model.process.spread_timesteps(_VALIDATION_TIMESTEPS)
-    for index, item in enumerate(run.validation.items):
-        encoded = run.validation.image(index)
-        clean = model.scale_latents(encoded.posterior.mean.float()).repeat(len(timesteps), 1, 1, 1)
-        # by content, not by seed or step: comparable between runs and over time
-        noise = draw_noise(clean.shape, generator_for("validation", item.digest))
-        corrupted = model.process.corrupt(clean, noise, timesteps)
-        if run.validation.encode_captions:
-            text = {k: v[None] for k, v in run.validation.caption(item.caption).items()}
-        else:
-            text = model.encode_text([item.caption])
-        repeated = {k: v.repeat(len(timesteps), *[1] * (v.ndim - 1)) for k, v in text.items()}
-        output = model.predict(corrupted.noisy, timesteps, repeated, [encoded.size] * len(timesteps))
-        losses.append(float(per_image_loss(output.cpu(), corrupted.target).mean()))
-    for module in model.components().values():
-        module.train()
-    mean = sum(losses) / len(losses)
-    run.tell(Validated(run.step, mean, len(losses)))
-    return mean

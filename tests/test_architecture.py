@@ -25,7 +25,7 @@ LAYERS = [
     {"image_generator"},
     {"generate"},
     {"run"},
-    {"finish", "previews", "cost"},
+    {"finish", "previews", "cost", "validation"},
     {"train"},
     {"score", "page"},
     {"demo"},
@@ -123,6 +123,11 @@ def test_nothing_unpickles() -> None:
     users = [
         module
         for module, path in modules().items()
-        if {"pickle", "torch.load"} & {ast.unparse(n) for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute | ast.Name)}
+        if {"pickle", "torch.load"}
+        & {
+            ast.unparse(n)
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.Attribute | ast.Name)
+        }
     ]
     assert users == []

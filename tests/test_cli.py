@@ -114,7 +114,9 @@ def test_train_generate_export_inspect_end_to_end(
     assert json.loads(output.splitlines()[-1])["family"] == "sd1"
 
 
-def test_resume_needs_only_the_run_folder(run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path) -> None:
+def test_resume_needs_only_the_run_folder(
+    run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     assert run("train", picture_folder(), "--base", tiny_base, "--output", out, *SHORT)[0] == 0
     first = load_file(out / "lora.safetensors")
@@ -258,7 +260,9 @@ def test_full_disk_is_one_clear_error_and_leaves_no_half_file(
     assert [name for name in files_below(out) if name.startswith("checkpoints")] == []
 
 
-def test_output_that_exists_is_left_as_it_is(run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path) -> None:
+def test_output_that_exists_is_left_as_it_is(
+    run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     folder = picture_folder()
     assert run("train", folder, "--base", tiny_base, "--output", out, *SHORT)[0] == 0

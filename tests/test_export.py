@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-
 from formats.adapters import (
     ATTENTION,
     EVERYTHING,
@@ -22,8 +20,11 @@ from formats.adapters import (
     tiny_text_encoder,
     tiny_unet,
 )
+from PIL import Image
+from safetensors.torch import load_file
+
 from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
-from sdlora.config import Config, save_config
+from sdlora.config import Config, Precision, save_config
 from sdlora.errors import AdapterFileError, ConfigError, OutputError
 from sdlora.export import (
     DTYPES,
@@ -33,6 +34,8 @@ from sdlora.export import (
     open_source,
     write_finished,
 )
+from sdlora.families import FAMILIES
+from sdlora.families.base import FamilyInfo
 from sdlora.families.sd1 import StableDiffusion1
 from sdlora.formats import FORMATS, read_adapter, write_adapter
 from sdlora.formats.proof import compare
@@ -42,7 +45,9 @@ INFO = StableDiffusion1.info
 
 @pytest.fixture(scope="module")
 def weights() -> AdapterWeights:
-    return random_adapter({"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}, LINEAR, scales=(0.5,))
+    return random_adapter(
+        {"unet": tiny_unet(layers_per_block=1), "text_encoder": tiny_text_encoder()}, LINEAR, scales=(0.5,)
+    )
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def run_folder(folder: Path, weights: AdapterWeights, steps: tuple[int, ...], fi
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_and_number_format_is_proven(
-    format: str, dtype: str, source: Path, weights: AdapterWeights, tmp_path: Path
+    format: str, dtype: Precision, source: Path, weights: AdapterWeights, tmp_path: Path
 ) -> None:
     report = export_adapter(source, format, tmp_path / "out", dtype=dtype)
     proof = report.proof
@@ -136,12 +141,10 @@ def test_a_failed_proof_leaves_nothing_and_keeps_the_old_file(
     target.write_bytes(b"old")
     real = FORMATS["webui"].write
 
-    def damaged(adapter: AdapterFile, path: Path, *rest: object) -> list[Path]:
+    def damaged(adapter: AdapterFile, path: Path, dtype: torch.dtype, info: FamilyInfo) -> list[Path]:
         key, pair = next(iter(adapter.weights.items()))
         pairs = {**adapter.weights.pairs, key: LowRankPair(pair.down, pair.up * 1.5, pair.alpha)}
-        return real(AdapterFile(AdapterWeights(pairs), adapter.info), path, *rest)
-
-    import dataclasses
+        return real(AdapterFile(AdapterWeights(pairs), adapter.info), path, dtype, info)
 
     monkeypatch.setitem(FORMATS, "webui", dataclasses.replace(FORMATS["webui"], write=damaged))
     with pytest.raises(AdapterFileError, match=r"out/ink\.safetensors: the update of"):
@@ -231,7 +234,7 @@ def test_bad_requests_are_refused_before_anything_is_written(source: Path, tmp_p
     with pytest.raises(ConfigError, match="give one of webui, diffusers, peft"):
         export_adapter(source, "ckpt", out)
     with pytest.raises(ConfigError, match="give one of fp32, bf16, fp16"):
-        export_adapter(source, "webui", out, dtype="int8")
+        export_adapter(source, "webui", out, dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="plain file name"):
         export_adapter(source, "webui", out, name="../x")
     with pytest.raises(ConfigError, match="WebUI reads only its own format"):
@@ -252,7 +255,7 @@ def test_an_adapter_of_unknown_or_unsupported_family_is_refused(tmp_path: Path) 
     pair = LowRankPair(torch.ones(1, 2048), torch.ones(4, 1), 1.0)
     key = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     write_adapter(AdapterFile(AdapterWeights({key: pair})), "peft", tmp_path / "wide", torch.float32, SD1)
-    if "sdxl" not in __import__("sdlora.families", fromlist=["FAMILIES"]).FAMILIES:
+    if "sdxl" not in FAMILIES:
         with pytest.raises(AdapterFileError, match="is for the model family `sdxl`"):
             export_adapter(tmp_path / "wide", "webui", tmp_path / "out")
     from safetensors.torch import save_file

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats.adapters import EVERYTHING, SD1, file_of, random_adapter, tiny_text_encoder, tiny_unet
 from safetensors.torch import load_file, save_file
 
-from formats.adapters import EVERYTHING, SD1, file_of, random_adapter, tiny_text_encoder, tiny_unet
 from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights
 from sdlora.errors import AdapterFileError
 from sdlora.formats import FORMATS, write_adapter
@@ -19,7 +19,7 @@ from sdlora.inspection import block_norms, delta_norm, inspect_adapter
 
 @pytest.fixture(scope="module")
 def weights() -> AdapterWeights:
-    models = {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
+    models = {"unet": tiny_unet(layers_per_block=1), "text_encoder": tiny_text_encoder()}
     return random_adapter(models, EVERYTHING, ranks=(4, 2), scales=(0.5,))
 
 

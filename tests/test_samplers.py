@@ -20,8 +20,8 @@ from sdlora.families.loading import load_model
 from sdlora.render import GenerateRequest, denoise
 from sdlora.samplers import SAMPLERS, find_sampler, make_scheduler
 
-STEPS, GUIDANCE = 6, 5.0
-NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+STEPS, GUIDANCE = 4, 5.0
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
 def process(prediction_type: PredictionType = "epsilon") -> NoiseProcess:
@@ -38,7 +38,7 @@ def mini() -> DiffusionModel:
 # How a user of diffusers makes each of these samplers: scheduler, and arguments of the pipeline.
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "DDIM": (
-        lambda: diffusers.DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        lambda: diffusers.DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False),
         {"num_inference_steps": STEPS},
     ),
     "Euler": (
@@ -124,12 +124,12 @@ def test_deterministic_samplers_follow_the_known_flow(name: str, kind: Predictio
     generator = torch.Generator().manual_seed(0)
     start = torch.randn((1, 4, 16, 16), generator=generator)
     mean, spread = 0.5 * torch.randn((1, 4, 16, 16), generator=generator), 0.6
-    found = gaussian_flow(name, 100, start, mean, spread, kind)
+    found = gaussian_flow(name, 200, start, mean, spread, kind)
     # dx/dsigma = (x - mean) sigma / (spread^2 + sigma^2), from the largest sigma down to 0
     largest = float((1.0 / process().alphas_cumprod[-1] - 1.0) ** 0.5)
     expected = mean + (start * largest - mean) * spread / (spread**2 + largest**2) ** 0.5
-    # DDIM ends at the first noise level, and Euler is of first order: up to a few percent of the spread
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.12 if name in ("DDIM", "Euler") else 0.03)
+    # DDIM and Euler are of first order (0.018 and 0.030 off here), DPM++ of second (0.013, Karras 0.003)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.04 if name in ("DDIM", "Euler") else 0.02)
 
 
 @pytest.mark.parametrize("name", ["Euler", "Euler a", "DPM++ 2M"])

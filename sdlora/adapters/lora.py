@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -189,11 +190,10 @@ def detach(model: DiffusionModel, name: str) -> None:
                 if not layer.lora_A:
                     parent, _, child = path.rpartition(".")
                     setattr(module.get_submodule(parent), child, layer.get_base_layer())
-        if not any(isinstance(layer, LoraLayer) for layer in module.modules()):
-            if hasattr(module, "peft_config"):
-                del module.peft_config
-        elif inner in getattr(module, "peft_config", {}):
-            del module.peft_config[inner]
+        known: dict[str, LoraConfig] = getattr(module, "peft_config", {})
+        known.pop(inner, None)
+        if not known and hasattr(module, "peft_config"):
+            delattr(module, "peft_config")
 
 
 class Merged:
@@ -232,7 +232,7 @@ def _without_adapters(layer: nn.Module) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
-def _base_weight(layer: nn.Module) -> Tensor:
+def _base_weight(layer: Any) -> Tensor:
     weight = _without_adapters(layer).weight
     assert isinstance(weight, Tensor)
     return weight
@@ -279,7 +279,7 @@ def _check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> Non
             )
 
 
-def _module(model: DiffusionModel, key: ModuleKey) -> nn.Module:
+def _module(model: DiffusionModel, key: ModuleKey) -> Any:
     root = model.components()[key.component]
     return root.get_submodule(_installed(root, key.path))
 

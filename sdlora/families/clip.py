@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 CHUNK_TOKENS = 75
 
@@ -27,7 +27,7 @@ def count_tokens(tokenizer: Any, caption: str) -> int:
     return len(tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
 
 
-def encode_chunks(encoder: nn.Module, ids: Tensor, clip_skip: int) -> Tensor:
+def encode_chunks(encoder: Any, ids: Tensor, clip_skip: int) -> Tensor:
     """Encode ids (B, n, 77) to states (B, 77 n, width), each chunk by itself.
 
     ``clip_skip`` n takes the n-th last layer's output; the final layer norm is always applied, as

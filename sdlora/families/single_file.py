@@ -56,7 +56,7 @@ def _text_encoder(file: Path, config_folder: Path, dtype: torch.dtype) -> Any:
     wanted = encoder.state_dict()
     found: dict[str, torch.Tensor] = {}
     with safe_open(str(file), framework="pt") as handle:
-        for key in handle.keys():
+        for key in handle.keys():  # noqa: SIM118 (the handle is no dict)
             if key.startswith(_TEXT):
                 name = key.removeprefix(_TEXT) if flat else "text_model." + key.removeprefix(_TEXT)
                 if name in wanted:  # position_ids, which old files hold, is computed

@@ -51,7 +51,7 @@ def encode(
         AdapterFileError: for a module that the format has no name for, or values that do not fit.
     """
     tensors: dict[str, Tensor] = {}
-    entries: dict[str, str] = {}
+    folded = False
     for component in weights.components():
         pairs = weights.component(component)
         uniform = _uniform_alpha(pairs, dtype)
@@ -64,12 +64,12 @@ def encode(
             alpha, up = pair.alpha, pair.up
             if uniform is not None and alpha != uniform:
                 alpha, up = uniform, folding.scaled(up, pair.alpha / uniform)
-                entries[folding.RECORDED_ALPHAS] = folding.recorded_alphas(weights)
+                folded = True
             at = f"{where}: module `{component}.{path}`"
             tensors[f"{module}.lora_down.weight"] = folding.fitting(at, pair.down, dtype)
             tensors[f"{module}.lora_up.weight"] = folding.fitting(at, up, dtype)
             tensors[f"{module}.alpha"] = folding.stored_alpha(at, alpha)
-    return tensors, entries
+    return tensors, {folding.RECORDED_ALPHAS: folding.recorded_alphas(weights)} if folded else {}
 
 
 def decode(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
@@ -130,11 +130,14 @@ def _pair(where: str, group: Mapping[str, Tensor]) -> LowRankPair:
 
 
 def _uniform_alpha(pairs: Mapping[str, LowRankPair], dtype: torch.dtype) -> float | None:
-    """Return the alpha that all modules can share without any rounding, if there is one."""
-    usual = folding.common(pair.alpha for pair in pairs.values())
-    deviating = [pair for pair in pairs.values() if pair.alpha != usual]
-    exact = all(folding.folds_exactly(pair.up, pair.alpha / usual, dtype) for pair in deviating)
-    return usual if exact else None
+    """Return the alpha that all modules can share without any rounding, if there is one.
+
+    It is the smallest one, so that factors only grow: shrinking would make some fp16 values subnormal.
+    """
+    least = min((pair.alpha for pair in pairs.values()), key=abs)
+    deviating = [pair for pair in pairs.values() if pair.alpha != least]
+    exact = all(folding.folds_exactly(pair.up, pair.alpha / least, dtype) for pair in deviating)
+    return least if exact else None
 
 
 def _module_name(where: str, component: str, path: str, info: FamilyInfo) -> str:

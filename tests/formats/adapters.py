@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections.abc import Sequence
@@ -57,7 +58,21 @@ EVERYTHING = (
 TEXT = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
 
 
-def tiny_unet(family: FamilyInfo = SD1) -> UNet2DConditionModel:
+def models_of(family: FamilyInfo) -> dict[str, nn.Module]:
+    """Return all adaptable components of a family; shared between tests, so only to look at."""
+    return _models(family.name)
+
+
+@functools.cache
+def _models(name: str) -> dict[str, nn.Module]:
+    family = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}[name]
+    models: dict[str, nn.Module] = {"unet": tiny_unet(family), "text_encoder": tiny_text_encoder()}
+    if family is SDXL:
+        models["text_encoder_2"] = tiny_text_encoder(projection=True, width=16)
+    return models
+
+
+def tiny_unet(family: FamilyInfo = SD1, layers_per_block: int = 2) -> UNet2DConditionModel:
     """Return a U-Net with the block layout of its family and 8 to 16 channels."""
     torch.manual_seed(1)
     if family is SDXL:
@@ -76,7 +91,7 @@ def tiny_unet(family: FamilyInfo = SD1) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 8, 16, 16),
-        layers_per_block=2,
+        layers_per_block=layers_per_block,
         cross_attention_dim=12,
         attention_head_dim=2,
         use_linear_projection=family is SD2,
@@ -113,7 +128,8 @@ def random_pair(
     layer: nn.Module, rank: int, alpha: float, generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> LowRankPair:
     """Return random factors of trained size for a layer."""
-    kernel: Sequence[int]
+    kernel: tuple[int, ...]
+    ones: tuple[int, ...]
     if isinstance(layer, nn.Conv2d):
         width, height, kernel, ones = layer.in_channels, layer.out_channels, layer.kernel_size, (1, 1)
     else:
@@ -134,7 +150,7 @@ def random_adapter(
 ) -> AdapterWeights:
     """Return an adapter for all layers with these endings; ranks and alpha / rank take turns."""
     generator = torch.Generator().manual_seed(seed)
-    pairs = {}
+    pairs: dict[ModuleKey, LowRankPair] = {}
     for component, model in models.items():
         chosen = endings if component == "unet" else TEXT
         for path, layer in model.named_modules():
@@ -145,7 +161,7 @@ def random_adapter(
     return AdapterWeights(pairs)
 
 
-def file_of(weights: AdapterWeights, **info: object) -> AdapterFile:
+def file_of(weights: AdapterWeights) -> AdapterFile:
     """Return the weights with a name and trigger words."""
     return AdapterFile(weights, AdapterInfo(name="test style", trigger_words=("inkstyle", "ink, thick")))
 
@@ -164,7 +180,9 @@ def assert_same(found: AdapterWeights, wanted: AdapterWeights, *, exactly: bool 
             assert torch.equal(other.up, pair.up), key
         else:
             assert torch.equal(other.down, pair.down), key
-            assert torch.allclose(other.up.float(), pair.up.float(), rtol=torch.finfo(pair.up.dtype).eps, atol=0)
+            assert torch.allclose(
+                other.up.float(), pair.up.float(), rtol=torch.finfo(pair.up.dtype).eps, atol=0
+            )
 
 
 def raw_file(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:

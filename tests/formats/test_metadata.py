@@ -1,4 +1,4 @@
-"""The header: what WebUI and kohya's tools look for, hashes by an independent computation, no private paths."""
+"""The header: what WebUI and kohya's tools look for, hashes computed another way, no private paths."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
 from sdlora.config import Config
 from sdlora.errors import OutputError
+from sdlora.families.base import FamilyInfo
 from sdlora.formats import read_adapter, write_adapter
 from sdlora.formats.header import read_header
 from sdlora.formats.metadata import MAX_THUMBNAIL_BYTES, TrainingFacts, build_header, thumbnail
@@ -24,12 +25,14 @@ from sdlora.formats.metadata import MAX_THUMBNAIL_BYTES, TrainingFacts, build_he
 from .adapters import SD1, SD2, SDXL
 
 
-def adapter_of(width: int = 4, rank: int = 2, **info: object) -> AdapterFile:
+def adapter_of(info: AdapterInfo | None = None, width: int = 4, rank: int = 2) -> AdapterFile:
     generator = torch.Generator().manual_seed(0)
     pair = LowRankPair(
         torch.randn(rank, width, generator=generator), torch.randn(width, rank, generator=generator), 1.0
     )
-    return AdapterFile(AdapterWeights({ModuleKey("unet", "mid_block.attentions.0.proj_in"): pair}), AdapterInfo(**info))
+    return AdapterFile(
+        AdapterWeights({ModuleKey("unet", "mid_block.attentions.0.proj_in"): pair}), info or AdapterInfo()
+    )
 
 
 def config() -> Config:
@@ -61,7 +64,7 @@ def preview(tmp_path: Path) -> Path:
     return tmp_path / "preview.png"
 
 
-def facts(preview: Path | None = None, **more: object) -> TrainingFacts:
+def facts(preview: Path | None = None) -> TrainingFacts:
     return TrainingFacts(
         family=SD1,
         name="ink",
@@ -80,7 +83,6 @@ def facts(preview: Path | None = None, **more: object) -> TrainingFacts:
         trigger_words=("inkstyle",),
         preview=preview,
         sdlora_version="0.1.0",
-        **more,
     )
 
 
@@ -162,7 +164,9 @@ def test_v_prediction_is_marked_as_kohya_marks_it() -> None:
 
 
 @pytest.mark.parametrize("family", [SD1, SD2, SDXL], ids=lambda family: family.name)
-def test_a_file_without_known_training_still_tells_its_family_and_size(family: object, tmp_path: Path) -> None:
+def test_a_file_without_known_training_still_tells_its_family_and_size(
+    family: FamilyInfo, tmp_path: Path
+) -> None:
     path = tmp_path / "a.safetensors"
     write_adapter(adapter_of(), "webui", path, torch.float16, family)
     header = read_header(path).metadata
@@ -178,7 +182,9 @@ def test_a_file_without_known_training_still_tells_its_family_and_size(family: o
 def test_hashes_agree_with_kohyas_computation(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     metadata = build_header(facts()) | {"sshs_model_hash": "stale", "ümlaut": "é\n\x01\x7f"}
-    write_adapter(adapter_of(width=50_000, rank=4, metadata=metadata), "webui", path, torch.float32, SD1)
+    write_adapter(
+        adapter_of(AdapterInfo(metadata=metadata), width=50_000, rank=4), "webui", path, torch.float32, SD1
+    )
     raw = path.read_bytes()
     assert len(raw) > 0x110000, "the legacy hash looks at 64 KiB from 1 MiB on"
     with safe_open(path, "pt") as file:
@@ -200,9 +206,9 @@ def test_the_legacy_hash_of_a_small_file_is_that_of_nothing(tmp_path: Path) -> N
 
 def test_the_model_hash_does_not_depend_on_the_header(tmp_path: Path) -> None:
     hashes = set()
-    for number, info in enumerate(({}, {"name": "x", "metadata": {"ss_seed": "1"}})):
+    for number, info in enumerate((AdapterInfo(), AdapterInfo(name="x", metadata={"ss_seed": "1"}))):
         path = tmp_path / f"{number}.safetensors"
-        write_adapter(adapter_of(**info), "webui", path, torch.float32, SD1)
+        write_adapter(adapter_of(info), "webui", path, torch.float32, SD1)
         hashes.add(read_header(path).metadata["sshs_model_hash"])
     assert len(hashes) == 1
 
@@ -236,8 +242,12 @@ def test_a_preview_that_is_no_picture_is_refused(tmp_path: Path) -> None:
 
 def test_mixed_sizes_and_convolutions_are_told_as_kohya_does(tmp_path: Path) -> None:
     pairs = {
-        ModuleKey("unet", "mid_block.attentions.0.proj_in"): LowRankPair(torch.ones(2, 4), torch.ones(4, 2), 2.0),
-        ModuleKey("unet", "mid_block.attentions.0.proj_out"): LowRankPair(torch.ones(3, 4), torch.ones(4, 3), 2.0),
+        ModuleKey("unet", "mid_block.attentions.0.proj_in"): LowRankPair(
+            torch.ones(2, 4), torch.ones(4, 2), 2.0
+        ),
+        ModuleKey("unet", "mid_block.attentions.0.proj_out"): LowRankPair(
+            torch.ones(3, 4), torch.ones(4, 3), 2.0
+        ),
         ModuleKey("unet", "mid_block.resnets.0.conv1"): LowRankPair(
             torch.ones(1, 4, 3, 3), torch.ones(4, 1, 1, 1), 2.0
         ),
@@ -258,7 +268,9 @@ def test_mixed_sizes_and_convolutions_are_told_as_kohya_does(tmp_path: Path) -> 
         ({}, ()),
     ],
 )
-def test_trigger_words_are_found_where_trainers_put_them(entries: dict[str, str], words: tuple[str, ...]) -> None:
+def test_trigger_words_are_found_where_trainers_put_them(
+    entries: dict[str, str], words: tuple[str, ...]
+) -> None:
     from sdlora.formats.metadata import trigger_words
 
     assert trigger_words(entries) == words

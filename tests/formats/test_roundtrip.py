@@ -26,19 +26,11 @@ from .adapters import (
     TEXT,
     assert_same,
     file_of,
+    models_of,
     random_adapter,
     tiny_text_encoder,
     tiny_unet,
 )
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def models_of(family: FamilyInfo) -> dict[str, nn.Module]:
-    models: dict[str, nn.Module] = {"unet": tiny_unet(family), "text_encoder": tiny_text_encoder()}
-    if family is SDXL:
-        models["text_encoder_2"] = tiny_text_encoder(projection=True, width=16)
-    return models
 
 
 def target_in(folder: Path, format: str) -> Path:
@@ -50,15 +42,24 @@ def sd1_adapter() -> AdapterWeights:
     return random_adapter(models_of(SD1), EVERYTHING, ranks=(4, 2), scales=(1.0, 0.5))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", [SD1, SD2, SDXL], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        (SD1, torch.float32),
+        (SD1, torch.float16),
+        (SD1, torch.bfloat16),
+        (SD2, torch.float32),
+        (SDXL, torch.float16),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 @pytest.mark.parametrize("format", FORMATS)
 def test_mixed_ranks_alphas_and_convolutions_come_back_bit_for_bit(
     format: str, family: FamilyInfo, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     # scaling fp16 values down in `lora_B` can make them subnormal, see below
     scales = (1.0, 2.0, 4.0) if format == "diffusers" and dtype == torch.float16 else (1.0, 0.5, 2.0, 0.25)
-    weights = random_adapter(models_of(family), EVERYTHING, ranks=(4, 1, 3), scales=scales, dtype=dtype)
+    weights = random_adapter(models_of(family), EVERYTHING, ranks=(4, 1, 2), scales=scales, dtype=dtype)
     assert len(weights) > 150
     target = target_in(tmp_path, format)
     files = write_adapter(file_of(weights), format, target, dtype, family)
@@ -77,7 +78,9 @@ def test_an_alpha_that_is_no_power_of_two_of_the_rank_comes_back(format: str, tm
     target = target_in(tmp_path, format)
     write_adapter(file_of(weights), format, target, torch.float32, SD1)
     found = read_adapter(target).weights
-    assert_same(found, weights, exactly=format != "diffusers")  # there the scale had to be rounded into lora_B
+    assert_same(
+        found, weights, exactly=format != "diffusers"
+    )  # there the scale had to be rounded into lora_B
     for key, pair in weights.items():
         assert torch.allclose(found.pairs[key].delta(), pair.delta(), rtol=1e-5, atol=1e-7)
 
@@ -89,7 +92,7 @@ def test_scaling_down_in_fp16_stays_within_rounding(tmp_path: Path) -> None:
     found = read_adapter(target).weights
     assert {pair.alpha for pair in found.pairs.values()} == {1.0}
     largest, relative = compare(weights, found, torch.float16, "here")
-    assert 0 < largest and 0 < relative < 2e-3
+    assert largest > 0 and 0 < relative < 2e-3
 
 
 @pytest.mark.parametrize("second", FORMATS)
@@ -132,12 +135,15 @@ def test_webui_keys_are_those_of_kohya(sd1_adapter: AdapterWeights, tmp_path: Pa
         assert file.get_tensor("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight").ndim == 4
 
 
-def test_webui_gives_one_alpha_a_component_where_that_is_exact(sd1_adapter: AdapterWeights, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_webui_gives_one_alpha_a_component_where_that_is_exact(
+    dtype: torch.dtype, sd1_adapter: AdapterWeights, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file
 
     assert len({pair.alpha for pair in sd1_adapter.component("unet").values()}) > 1
     target = tmp_path / "a.safetensors"
-    write_adapter(file_of(sd1_adapter), "webui", target, torch.float32, SD1)
+    write_adapter(file_of(sd1_adapter), "webui", target, dtype, SD1)
     state = load_file(target)
     for prefix in ("lora_unet_", "lora_te_"):
         alphas = {float(v) for k, v in state.items() if k.startswith(prefix) and k.endswith(".alpha")}
@@ -235,7 +241,9 @@ def test_layers_without_a_webui_name_are_refused(tmp_path: Path) -> None:
 
 def test_a_second_text_encoder_is_refused_for_a_family_with_one(tmp_path: Path) -> None:
     weights = random_adapter({"text_encoder_2": tiny_text_encoder()}, TEXT)
-    with pytest.raises(AdapterFileError, match=r"`text_encoder_2`, which Stable Diffusion 1\.x does not have"):
+    with pytest.raises(
+        AdapterFileError, match=r"`text_encoder_2`, which Stable Diffusion 1\.x does not have"
+    ):
         write_adapter(file_of(weights), "webui", tmp_path / "a.safetensors", torch.float32, SD1)
 
 
@@ -251,10 +259,14 @@ def test_values_too_large_for_fp16_are_refused(format: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_empty_adapter_is_refused(format: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="has no modules"):
-        write_adapter(AdapterFile(AdapterWeights({})), format, target_in(tmp_path, format), torch.float32, SD1)
+        write_adapter(
+            AdapterFile(AdapterWeights({})), format, target_in(tmp_path, format), torch.float32, SD1
+        )
 
 
-def test_a_peft_folder_is_replaced_only_if_nothing_else_is_in_it(sd1_adapter: AdapterWeights, tmp_path: Path) -> None:
+def test_a_peft_folder_is_replaced_only_if_nothing_else_is_in_it(
+    sd1_adapter: AdapterWeights, tmp_path: Path
+) -> None:
     target = tmp_path / "adapter"
     write_adapter(file_of(sd1_adapter), "peft", target, torch.float32, SD1)
     unet_only = AdapterWeights({k: p for k, p in sd1_adapter.items() if k.component == "unet"})

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--vae-lr", type=float, default=VaeSettings.lr)
     new.add_argument("--vae-icons", type=int, help="icons of each set for the VAE (trial runs)")
     new.add_argument("--classifier-steps", type=int, default=classifier.STEPS)
+    new.add_argument("--machine", help="how the model card names the machine")
     new.add_argument("--decoder-only", action="store_true", help="keep the VAE's encoder")
     new.add_argument("--seed", type=int, default=0)
     new.add_argument("--worker", type=int, default=0, help=argparse.SUPPRESS)
@@ -56,6 +57,7 @@ def build_from(options: argparse.Namespace) -> Build:
         datasets=options.datasets,
         device=torch.device(options.device),
         classifier_steps=options.classifier_steps,
+        machine=options.machine,
         denoiser=DenoiserSettings(
             samples=options.samples,
             minutes=options.minutes,

@@ -22,6 +22,7 @@ from . import (
     tokenizer,
     vae,
 )
+from .captions import load_nouns
 from .denoiser import DenoiserSettings
 from .files import read_json, write_json
 from .vae import VaeSettings
@@ -41,6 +42,7 @@ class Build:
         datasets: Where to write the sample data sets, if anywhere.
         device: Where to train.
         classifier_steps: Steps of the judge's training.
+        machine: How the model card names the machine; found out when ``None``.
         denoiser: How to train the text encoder and the U-Net.
         vae: How to train the VAE.
     """
@@ -51,6 +53,7 @@ class Build:
     datasets: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     classifier_steps: int = classifier.STEPS
+    machine: str | None = None
     denoiser: DenoiserSettings = field(default_factory=DenoiserSettings)
     vae: VaeSettings = field(default_factory=VaeSettings)
 
@@ -70,7 +73,7 @@ class Build:
     def load_vae(self) -> AutoencoderKL:
         """Returns the VAE of the latest checkpoint, else the one to start from."""
         model = (
-            AutoencoderKL.from_pretrained(self.start_from / "vae", torch_dtype=torch.float32)
+            AutoencoderKL.from_pretrained(self.start_from / "vae", dtype=torch.float32)
             if self.start_from is not None
             else models.new_vae()
         )
@@ -83,10 +86,8 @@ class Build:
         if self.start_from is None:
             torch.manual_seed(self.denoiser.seed)
             return models.new_unet(), models.new_text_encoder(words), words
-        unet = UNet2DConditionModel.from_pretrained(self.start_from / "unet", torch_dtype=torch.float32)
-        text_encoder = CLIPTextModel.from_pretrained(
-            self.start_from / "text_encoder", torch_dtype=torch.float32
-        )
+        unet = UNet2DConditionModel.from_pretrained(self.start_from / "unet", dtype=torch.float32)
+        text_encoder = CLIPTextModel.from_pretrained(self.start_from / "text_encoder", dtype=torch.float32)
         return unet, text_encoder, words
 
     def note(self, **figures: object) -> None:
@@ -132,7 +133,7 @@ def run_denoiser(build: Build) -> None:
             samples=trainer.done,
             seconds=round(trainer.elapsed),
             pictures=len(latents.pictures),
-            trained_on=evaluate.machine(build.device),
+            trained_on=build.machine or evaluate.machine(build.device),
         )
 
 
@@ -145,12 +146,14 @@ def run_export(build: Build) -> None:
 
 
 def run_evaluate(build: Build) -> None:
-    """Measures the exported folder and draws its contact sheets."""
+    """Measures the exported folder and draws its contact sheet."""
+    pipeline = evaluate.load_pipeline(build.output, build.device)
+    drawn = evaluate.draw_nouns(pipeline)
+    phrases = list(load_nouns().phrases.values())
+    evaluate.write_sheet(drawn, phrases, build.work / "contact-sheet.png")
     folder = build.work / "classifier"
     judge = classifier.train_or_load(folder, build.cache, build.device, build.classifier_steps)
-    figures = evaluate.measure(build.output, judge, build.cache, build.device)
-    evaluate.draw_sheet(build.output, build.work / "contact-sheet.png", build.device)
-    build.note(**figures)
+    build.note(**evaluate.measure(pipeline, drawn, judge, build.cache))
 
 
 def run_card(build: Build) -> None:

@@ -21,16 +21,15 @@ from .files import write_bytes
 from .progress import Progress
 from .renders import to_tensor
 
-STEPS = 1200
+STEPS = 700
 BATCH = 64
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
         nn.SiLU(),
-        nn.MaxPool2d(2),
     )
 
 
@@ -40,7 +39,7 @@ class Judge(nn.Module):
     def __init__(self, classes: int) -> None:
         """Makes an untrained judge of ``classes`` nouns."""
         super().__init__()
-        widths = (3, 24, 48, 96, 192)
+        widths = (3, 32, 64, 128, 192)
         pairs = pairwise(widths)
         self.features = nn.Sequential(*(_block(a, b) for a, b in pairs))
         self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(192 * 16, classes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ BATCH = 8
 
 def load_pipeline(folder: Path, device: torch.device) -> StableDiffusionPipeline:
     """Opens the shipped folder the way a user would."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -90,17 +91,25 @@ def seconds_per_image(pipeline: StableDiffusionPipeline) -> float:
     return min(times) / BATCH
 
 
+def draw_nouns(pipeline: StableDiffusionPipeline, seed: int = 0) -> np.ndarray:
+    """Draws every noun from a plain prompt."""
+    prompts = [f"an icon of {phrase}" for phrase in load_nouns().phrases.values()]
+    return generate(pipeline, prompts, seed)
+
+
 def measure(
-    folder: Path, judge: Judge, cache_dir: Path, device: torch.device, seeds: int = 2
+    pipeline: StableDiffusionPipeline, drawn: np.ndarray, judge: Judge, cache_dir: Path
 ) -> dict[str, float | int | str]:
-    """Measures reconstruction, agreement of text and picture, and speed."""
-    pipeline = load_pipeline(folder, device)
-    phrases = load_nouns().phrases
-    names = list(phrases)
-    drawn = np.concatenate(
-        [generate(pipeline, [f"an icon of {phrases[n]}" for n in names], seed + 1) for seed in range(seeds)]
-    )
-    first, five = shares_named(judge, drawn, list(range(len(names))) * seeds)
+    """Measures agreement of text and picture, reconstruction and speed.
+
+    Args:
+        pipeline: The finished base.
+        drawn: What ``draw_nouns`` returned for it.
+        judge: Names what pictures show.
+        cache_dir: Folder of the fetched packages.
+    """
+    names = list(load_nouns().phrases)
+    first, five = shares_named(judge, drawn, list(range(len(names))))
     pictures = renders.base_pictures(cache_dir)
     # Placings that the judge was not trained on, and as soft as the VAE draws.
     real = through_vae(pipeline, renders.render_variants(pictures, cache_dir, 2, seed=99)[:, 1])
@@ -113,38 +122,23 @@ def measure(
         "named_images": len(drawn),
         "real_named": real_first,
         "real_named_in_five": real_five,
-        "vae_psnr": vae.psnr(pipeline.vae, unseen, device),
+        "vae_psnr": vae.psnr(pipeline.vae, unseen, pipeline.device),
         "vae_unseen": len(unseen),
         "seconds_per_image": seconds_per_image(pipeline),
-        "machine": machine(device),
+        "machine": machine(pipeline.device),
     }
 
 
-def draw_sheet(
-    folder: Path,
-    target: Path,
-    device: torch.device,
-    names: list[str] | None = None,
-    form: str = "an icon of {}",
-    columns: int = 16,
-    guidance: float = GUIDANCE,
-) -> Path:
-    """Draws nouns with their names below, as one picture."""
-    pipeline = load_pipeline(folder, device)
-    phrases = load_nouns().phrases
-    chosen = [phrases[name] for name in names or phrases]
-    images = generate(pipeline, [form.format(p) for p in chosen], guidance=guidance)
+def write_sheet(images: np.ndarray, phrases: list[str], target: Path, columns: int = 14) -> None:
+    """Writes pictures with their subjects below as one PNG."""
     side, text = IMAGE_SIZE, 12
-    rows = -(-len(chosen) // columns)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * side, rows * (side + text)), "white")
     pen = ImageDraw.Draw(sheet)
-    for index, (phrase, pixels) in enumerate(zip(chosen, images, strict=True)):
+    for index, (phrase, pixels) in enumerate(zip(phrases, images, strict=True)):
         x, y = index % columns * side, index // columns * (side + text)
         sheet.paste(Image.fromarray(pixels), (x, y))
         pen.text((x + 2, y + side), bare(phrase)[:11], fill="black")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp.png")
-    sheet.save(temporary)
-    write_bytes(target, temporary.read_bytes())
-    temporary.unlink()
-    return target
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    write_bytes(target, buffer.getvalue())

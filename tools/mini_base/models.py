@@ -137,10 +137,13 @@ def export_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
     # Saved a second time in fp16: converting the live modules would end training.
     for part in ("vae", "text_encoder", "unet"):
-        half = type(getattr(pipeline, part)).from_pretrained(folder / part, torch_dtype=torch.float16)
+        half = type(getattr(pipeline, part)).from_pretrained(folder / part, dtype=torch.float16)
         half.save_pretrained(folder / part, safe_serialization=True)
     backend = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
     # vocab.json and merges.txt: what transformers 4 looks for.
     backend.model.save(str(folder / "tokenizer"))
     for path in [*folder.glob("*.json"), *folder.glob("*/*config.json")]:
         _clean_config(path)
+    for path in folder.glob("*/*.safetensors"):
+        # Saved readable by their owner only, which a package must not pass on.
+        path.chmod(0o644)

@@ -1,8 +1,8 @@
 """Muon: momentum whose matrix updates are made orthogonal.
 
-A small network that must learn many subjects from few samples learns about
-twice as much per sample with it as with AdamW, and on a CPU the extra matrix
-products cost less than one step in five.
+Tried for 25 equal steps of 32 images from the same weights, the error on fixed
+noise fell from 0.0666 to 0.0578 with it and to 0.0593 with AdamW; the extra matrix
+products cost about 0.25 of 2.3 seconds a step (two workers, 64 images).
 """
 
 from __future__ import annotations

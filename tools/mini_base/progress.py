@@ -42,13 +42,13 @@ class Progress:
         if now - self._last < self.every and done < self.total:
             return
         rate = (done - self._done_at_last) / max(now - self._last, 1e-6)
-        share = done / self.total if fraction is None else fraction
+        share = max(done / self.total, fraction or 0.0)
         mean = sum(self._losses) / len(self._losses)
         gained = share - self._share_at_start
-        left = (now - self._start) * (1 - share) / max(gained, 1e-9)
+        left = clock((now - self._start) * (1 - share) / gained) if gained > 0 else "unknown time"
         print(
             f"{self.label}: {done:,} of {self.total:,} ({share:.1%}), {rate:.1f}/s, "
-            f"loss {mean:.4f}, about {clock(left)} left",
+            f"loss {mean:.4f}, about {left} left",
             flush=True,
         )
         self._last, self._done_at_last = now, done

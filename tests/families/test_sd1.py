@@ -1,0 +1,114 @@
+"""SD1 text and latents against diffusers' own pipeline and independent computations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from sdlora.families.base import stack_conditioning
+from sdlora.families.loading import load_model
+from sdlora.families.sd1 import StableDiffusion1
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> StableDiffusion1:
+    return load_model("mini", dtype=torch.float32, device=CPU)
+
+
+def loaded(base: Path, **options: object) -> StableDiffusion1:
+    return load_model(str(base), dtype=torch.float32, device=CPU, **options)  # type: ignore[arg-type]
+
+
+def test_short_captions_are_encoded_as_diffusers_does(model: StableDiffusion1) -> None:
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    wanted, negative = pipeline.encode_prompt("an icon of a cat", CPU, 1, True, "a dog")
+    with torch.no_grad():
+        found = model.encode_text(["an icon of a cat", "a dog"])["states"]
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], negative[0])
+
+
+def test_long_captions_are_chunks_of_75_encoded_by_themselves(model: StableDiffusion1) -> None:
+    word = model.tokenizer(" cat", add_special_tokens=False).input_ids
+    assert len(word) == 1
+    caption = " ".join(["cat"] * 100)
+    with torch.no_grad():
+        states = model.encode_text([caption])["states"]
+        first = model.encode_text([" ".join(["cat"] * 75)])["states"]
+        second = model.encode_text([" ".join(["cat"] * 25)])["states"]
+    assert states.shape == (1, 154, model.text_encoder.config.hidden_size)
+    torch.testing.assert_close(states, torch.cat([first, second], dim=1), rtol=0, atol=2e-6)
+
+
+def test_shorter_captions_in_a_batch_get_empty_chunks(model: StableDiffusion1) -> None:
+    with torch.no_grad():
+        states = model.encode_text([" ".join(["cat"] * 80), "a dog"])["states"]
+        empty = model.encode_text([""])["states"]
+    torch.testing.assert_close(states[1:, 77:], empty, rtol=0, atol=2e-6)
+
+
+def test_repeating_a_context_leaves_attention_unchanged(model: StableDiffusion1) -> None:
+    """What stack_conditioning relies on to batch captions of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        short, long = model.encode_text(["a cat"]), model.encode_text([" ".join(["cat"] * 80)])
+        noisy = torch.randn((1, *model.latent_shape(64, 64)), generator=generator)
+        alone = model.predict(noisy, torch.tensor([500]), short, [])
+        both = stack_conditioning([{k: v[0] for k, v in part.items()} for part in (short, long)])
+        assert both["states"].shape[:2] == (2, 154)
+        batched = model.predict(noisy.repeat(2, 1, 1, 1), torch.tensor([500, 500]), both, [])
+    torch.testing.assert_close(batched[:1], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_clip_skip_takes_an_earlier_layer_and_the_final_norm(tiny_base: Path) -> None:
+    model = loaded(tiny_base, clip_skip=2)
+    ids = model.tokenizer("a cat", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        inner = getattr(model.text_encoder, "text_model", model.text_encoder)
+        hidden = model.text_encoder(ids, output_hidden_states=True).hidden_states
+        wanted = inner.final_layer_norm(hidden[-2])
+        assert torch.equal(model.encode_text(["a cat"])["states"], wanted)
+        assert not torch.equal(model.encode_text(["a cat"])["states"], inner.final_layer_norm(hidden[-1]))
+
+
+def test_encoding_and_decoding_invert_each_other_on_the_mini_base(model: StableDiffusion1) -> None:
+    from PIL import Image
+
+    from sdlora.data.buckets import place
+    from sdlora.data.cache import to_pixels
+
+    icon = Image.open(Path("datasets/ink-icons") / "dog.png").convert("RGB")
+    pixels = to_pixels(icon, place(icon.height, icon.width, [(64, 64)]), mirror=False)
+    posterior = model.encode_images(pixels)
+    latents = model.scale_latents(posterior.mean)
+    assert latents.shape == (1, *model.latent_shape(64, 64))
+    assert 0.5 < float(latents.std()) < 2.0
+    error = (model.decode_latents(latents) - pixels).square().mean()
+    assert float(10 * torch.log10(4 / error)) > 15.0  # dB over the range [-1, 1]
+
+
+def test_fingerprints_change_with_weights_and_settings(tiny_base: Path) -> None:
+    one, other = loaded(tiny_base), loaded(tiny_base, clip_skip=2)
+    assert one.encoder_fingerprint("images") == other.encoder_fingerprint("images")
+    assert one.encoder_fingerprint("captions") != other.encoder_fingerprint("captions")
+    with torch.no_grad():
+        next(other.vae.encoder.parameters()).add_(1e-3)
+    assert one.encoder_fingerprint("images") != other.encoder_fingerprint("images")
+
+
+def test_prediction_type_can_be_overridden(tiny_base: Path) -> None:
+    assert loaded(tiny_base, prediction_type="v_prediction").process.prediction_type == "v_prediction"

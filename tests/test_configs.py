@@ -1,0 +1,27 @@
+"""The settings files we ship: they load, stay small, and say nothing that is the default anyway."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sdlora.config import Config, load_config
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+def test_there_are_settings_for_a_style_a_subject_and_the_mini_base() -> None:
+    assert [file.stem for file in CONFIGS] == ["mini-style", "sd1-style", "sd1-subject"]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_settings_file_is_valid_short_and_holds_only_what_differs(file: Path) -> None:
+    config = load_config(file)
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 25
+    default = Config()
+    keys = [f"{s}.{k}" for s, values in tomllib.loads(file.read_text("utf-8")).items() for k in values]
+    assert keys
+    same = [key for key in keys if config.get(key) == default.get(key) and key != "model.base"]
+    assert same == []
