@@ -109,7 +109,7 @@ def _compare_modules(
         other = written.pairs[module]
         if other.down.shape != pair.down.shape or other.up.shape != pair.up.shape:
             raise AdapterFileError(
-                f"{where}: module `{module.component}.{module.path}` has the shape {tuple(other.down.shape)} "
+                f"{where}: module `{module.component}.{module.path}` is of shape {tuple(other.down.shape)} "
                 f"instead of {tuple(pair.down.shape)}; this is a fault of sdlora, please report it"
             )
         difference, allowed, tolerable = _largest_of(pair, other, dtype)
