@@ -39,7 +39,7 @@ MEASURED = (0.5, 0.75, 1.0, 1.25)
 """Strengths at which all held-out subjects are drawn and scored."""
 SHOWN = ("bicycle", "cat", "hamburger", "house", "mushroom", "sailboat", "teapot", "umbrella")
 """Subjects of the sweep, chosen by name for their different outlines; all others are on the page, too."""
-SETTINGS = ("adapter.targets=linear", "sample.steps=12")
+SETTINGS = ("adapter.targets=all", "sample.steps=12")
 """What the demo sets besides the base's recommended settings."""
 
 _DRAW_STEPS = 12

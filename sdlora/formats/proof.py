@@ -116,8 +116,8 @@ def _compare_modules(
         if not difference <= allowed:  # also when one of them is NaN
             raise AdapterFileError(
                 f"{where}: the update of `{module.component}.{module.path}` differs by {difference:.3g} "
-                f"from the source, rounding allows {allowed:.3g}; nothing was kept. This is a fault of sdlora, "
-                "please report it"
+                f"from the source, rounding allows {allowed:.3g}; nothing was kept. This is a fault of "
+                "sdlora, please report it"
             )
         largest = max(largest, difference)
         relative = max(relative, difference / tolerable * relative_rounding(dtype, pair.rank))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from .adapters import (
     assert_same,
     canonical,
     file_of,
+    models_of,
     random_adapter,
     tiny_text_encoder,
     tiny_unet,
@@ -122,12 +124,14 @@ def test_the_mini_base_loads_the_webui_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder", "text_encoder_2"])
 def test_peft_loads_each_components_folder(component: str, tmp_path: Path) -> None:
-    models = models_in(make_pipeline(SDXL))
+    models = models_of(SDXL)
     weights = random_adapter(models, EVERYTHING, ranks=(4, 2, 8), scales=(0.5, 1.0, 3.0))
     write_adapter(file_of(weights), "peft", tmp_path / "style", torch.float32, SDXL)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # "Found missing adapter keys"
-        loaded = peft.PeftModel.from_pretrained(models[component], str(tmp_path / "style" / component))
+        loaded = peft.PeftModel.from_pretrained(
+            copy.deepcopy(models[component]), str(tmp_path / "style" / component)
+        )
     own = AdapterWeights({key: pair for key, pair in weights.items() if key.component == component})
     assert_deltas(deltas_in(loaded, component), own)
 

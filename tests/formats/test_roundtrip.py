@@ -47,8 +47,7 @@ def sd1_adapter() -> AdapterWeights:
     [
         (SD1, torch.float32),
         (SD1, torch.float16),
-        (SD1, torch.bfloat16),
-        (SD2, torch.float32),
+        (SD2, torch.bfloat16),
         (SDXL, torch.float16),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
