@@ -13,9 +13,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from .errors import ConfigError, SdloraError
 from .files import write_problem
@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sdlora",
-        description="Train a Stable Diffusion LoRA from a folder of pictures, see it at any strength, export it.",
+        description="Train a Stable Diffusion LoRA from a folder of pictures, see it at any strength, "
+        "export it.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -145,15 +146,15 @@ def _run_train(options: argparse.Namespace) -> Result:
     with ExitStack() as stack:
         listeners: list[Listener] = [stack.enter_context(TrainingDisplay())] if _is_main_process() else []
         if options.events:
-            stream = sys.stdout if options.events == "-" else Path(options.events).open("a", encoding="utf-8")
-            listeners.append(JsonlWriter(stream))
+            listeners.append(JsonlWriter(stack.enter_context(_event_stream(options.events))))
         stack.enter_context(control.on_interrupt())
         result = train(config, resume=options.resume, listeners=listeners, control=control)
     if not _is_main_process():
         options.json = False
     elif result.stopped:
         print(
-            f"stopped after step {result.step} and saved; go on with:\n  sdlora train --resume --output {result.folder}"
+            f"stopped after step {result.step} and saved; go on with:\n"
+            f"  sdlora train --resume --output {result.folder}"
         )
     else:
         print(f"adapter: {result.adapter_file}\npreviews: {result.folder / 'samples' / 'grid.png'}")
@@ -166,6 +167,10 @@ def _run_train(options: argparse.Namespace) -> Result:
         "validation_loss": result.validation_loss,
         "seconds": round(result.seconds, 2),
     }, 0
+
+
+def _event_stream(place: str) -> AbstractContextManager[TextIO]:
+    return nullcontext(sys.stdout) if place == "-" else Path(place).open("a", encoding="utf-8")
 
 
 def _is_main_process() -> bool:

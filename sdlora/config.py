@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -314,10 +315,8 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
                 rest[str(location[0])].pop(str(location[1]), None)
             else:
                 rest.pop(str(location[0]), None)
-        try:
+        with suppress(ValidationError):  # the first report already names what is wrong
             problems += contradictions(Config.model_validate(rest))
-        except ValidationError:
-            pass  # the first report already names what is wrong
         return None, problems
     return config, contradictions(config)
 
@@ -341,9 +340,9 @@ def contradictions(config: Config) -> list[str]:
                 found.append(f"`sample.{name}` has no effect with `sample.prompts=[]`")
     if config.data.validation == 0 and config.training.validate_every is not None:
         found.append("`training.validate_every` has no effect with `data.validation=0`")
-    if config.data.validation is not None and config.data.validation >= 1:
-        if config.data.validation != int(config.data.validation):
-            found.append("`data.validation` from 1 up is a number of pictures and must be whole")
+    held_out = config.data.validation or 0
+    if held_out >= 1 and held_out != int(held_out):
+        found.append("`data.validation` from 1 up is a number of pictures and must be whole")
     steps, warmup = config.training.steps, config.optimizer.warmup_steps
     if steps is not None and warmup is not None and warmup >= steps:
         found.append(

@@ -108,7 +108,8 @@ class TrainingDisplay:
         time = "" if event.expected_seconds is None else f"about {duration(event.expected_seconds)} and "
         self._say(
             f"training {event.name}: {event.num_parameters:,} parameters on {event.num_images} pictures, "
-            f"steps {event.first_step + 1}..{event.steps}; expecting {time}{size(event.expected_bytes)} of memory"
+            f"steps {event.first_step + 1}..{event.steps}; "
+            f"expecting {time}{size(event.expected_bytes)} of memory"
         )
 
     def _step(self, event: StepDone) -> None:

@@ -381,7 +381,7 @@ def test_run_folder_holds_what_the_documentation_promises(settings: Callable[...
     with Image.open(result.folder / "samples" / "grid.png") as grid:
         assert grid.width > 2 * 32 and grid.height > 3 * 32
     validations = [event for event in recorder.events if isinstance(event, Validated)]
-    assert [event.step for event in validations][0] == 0
+    assert validations[0].step == 0
     assert validations[-1].num_images == 2
     lines = (result.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["event"] for line in lines] == [type(e).__name__ for e in recorder.events]

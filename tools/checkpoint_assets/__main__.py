@@ -1,7 +1,7 @@
 """Write the CLIP tokenizer's vocab.json and merges.txt from the list in open_clip's wheel (MIT).
 
 Usage: pip download --no-deps open_clip_torch==3.3.0 -d WHEELS
-       python -m tools.checkpoint_assets WHEELS/open_clip_torch-3.3.0-py3-none-any.whl sdlora/assets/sd1/tokenizer
+       python -m tools.checkpoint_assets WHEELS/open_clip_torch-*.whl sdlora/assets/sd1/tokenizer
 
 The vocabulary follows from the merges (Radford et al. 2021): 256 bytes, the same ending a word, one
 token a merge, and the two end marks.
@@ -20,7 +20,7 @@ NUM_MERGES = 49152 - 256 - 2
 
 def byte_characters() -> list[str]:
     """Return the printable character that stands for each byte, in the order of the vocabulary."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]
 
