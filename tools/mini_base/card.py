@@ -15,17 +15,18 @@ from .progress import clock
 TEMPLATE = Path(__file__).with_name("card.md")
 
 _TRIAL = (
-    "**What it was trained from.** The tokenizer, the autoencoder's encoder and the first "
-    "weights of the text encoder and the U-Net come from a trial run by the same people on "
+    "**What it was trained from.** The tokenizer, the autoencoder and the first weights of "
+    "the text encoder and the U-Net come from a trial run by the same people on "
     "the same four icon sets (2 CPU cores; autoencoder: 45,000 images; text encoder and "
     "U-Net: 50,000 images of 610 nouns, then 45,000 of 154 nouns). The script below went "
-    "on from there with `--start-from`; without that option it trains everything itself."
+    "on from there with `--start-from` (the first 2,304 images with time steps drawn by "
+    "min-SNR-5 weight); without that option it trains everything itself."
 )
 _SCRATCH = "**What it was trained from.** Random weights: every part was trained by the script."
 
 
 def _percent(share: float) -> str:
-    return f"{share:.0%}"
+    return f"{share:.1%}"
 
 
 def _figures_table(figures: dict[str, Any]) -> str:
@@ -101,7 +102,6 @@ def write(output: Path, work: Path, continued: bool) -> None:
     listed = {
         "nouns": list(nouns.phrases.values()),
         "showcase": [f"an icon of {nouns.phrases[name]}" for name in nouns.showcase],
-        "styles": {s.key: f"a {s.styles[0]} icon of" for s in BASE_SETS},
     }
     write_json(output / "nouns.json", listed)
     write_text(output / "LICENSE", apache())

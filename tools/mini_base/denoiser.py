@@ -9,6 +9,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -109,14 +110,17 @@ def load_latents(folder: Path) -> Latents:
     return Latents(tensors["mean"], tensors["std"], pictures)
 
 
-def split_parameters(unet: nn.Module, text_encoder: nn.Module) -> tuple[list, list]:
+def split_parameters(
+    unet: nn.Module, text_encoder: nn.Module
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Returns the weights for Muon and the rest, for AdamW.
 
     Embeddings, and the layers that meet pixels or predictions, are no linear
     maps between feature spaces and keep AdamW.
     """
     edges = ("conv_in", "conv_out", "embedding", "time_emb")
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in (unet, text_encoder):
         for name, parameter in module.named_parameters():
             hidden = parameter.ndim >= 2 and not any(edge in name for edge in edges)
@@ -159,7 +163,7 @@ class Trainer:
         self.done = self.step_count = 0
         self.elapsed_before = 0.0
         self.started = time.time()
-        self.forward: Callable = torch.compile(self.unet) if settings.compile else self.unet
+        self.forward: Callable[..., Any] = torch.compile(self.unet) if settings.compile else self.unet
 
     @property
     def elapsed(self) -> float:
