@@ -46,9 +46,9 @@ def measure_cost(run: Run) -> Cost:
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            _pass(run, visits)
+            _pass(run, visits, split=False)  # the hooks hear only this thread
         began = time.perf_counter()
-        _pass(run, visits)
+        _pass(run, visits, split=True)
         if run.model.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
@@ -70,11 +70,15 @@ def measure_cost(run: Run) -> Cost:
     return Cost(seconds * settings.gradient_accumulation, sum(weights.values()) + adapter + activations)
 
 
-def _pass(run: Run, visits: tuple[Visit, ...]) -> None:
+def _pass(run: Run, visits: tuple[Visit, ...], *, split: bool) -> None:
     generator = generator_for("cost")
     batch = make_batch(run.training, run.model, visits, generator, seed=0)
-    loss, _ = loss_of(run.model, batch, run.config, generator)
+    splitter = run.splitter if split else None
+    predict = splitter.predict_with_gradients if splitter else None
+    loss, _ = loss_of(run.model, batch, run.config, generator, predict)
     loss.sum().backward()
+    if splitter:
+        splitter.backward(run.parameters())
     for group in run.groups:
         group.master.collect()
         group.master.publish()

@@ -13,6 +13,7 @@ from torch import Tensor
 from .adapters.lora import Strength
 from .errors import ConfigError, ModelError
 from .families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
+from .parallel import SplitPredictor
 from .samplers import check_steps, find_sampler, make_scheduler
 
 if TYPE_CHECKING:
@@ -152,15 +153,16 @@ def denoise(
     copies = 2 if guided else 1
     pixels = (first.height, first.width)
     sizes = [SizeHint(original=pixels, crop=(0, 0), target=pixels)] * (count * copies)
-    for timestep in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(latents, timestep)
-        prediction = model.predict(torch.cat([inputs] * copies), timestep.repeat(count * copies), text, sizes)
-        if guided:  # Ho and Salimans 2022, equation 6, in the scale that users know (w + 1)
-            negative, positive = prediction.chunk(2)
-            prediction = negative + first.guidance * (positive - negative)
-        latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
-        if tick is not None:
-            tick()
+    with SplitPredictor(model) as split:
+        for timestep in scheduler.timesteps:
+            inputs = torch.cat([scheduler.scale_model_input(latents, timestep)] * copies)
+            prediction = split.predict(inputs, timestep.repeat(count * copies), text, sizes)
+            if guided:  # Ho and Salimans 2022, equation 6, in the scale that users know (w + 1)
+                negative, positive = prediction.chunk(2)
+                prediction = negative + first.guidance * (positive - negative)
+            latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+            if tick is not None:
+                tick()
     return latents
 
 

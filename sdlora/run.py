@@ -32,6 +32,7 @@ from .families.base import DiffusionModel
 from .families.loading import load_model
 from .files import refuse_used_folder
 from .optim import MasterWeights, ParameterGroup, make_optimizer
+from .parallel import SplitPredictor
 from .plan import BaseFacts, Decision, resolve_data, resolve_training, total_steps
 
 ADAPTER_NAME = "run"
@@ -66,6 +67,7 @@ class Run:
     accelerator: Accelerator
     tell: Announcer
     started_at: float
+    splitter: SplitPredictor | None
     step: int = 0
 
     @property
@@ -74,6 +76,10 @@ class Run:
         settings = self.config.training
         assert settings.batch_size is not None
         return settings.batch_size * settings.gradient_accumulation * self.accelerator.num_processes
+
+    def parameters(self) -> list[Tensor]:
+        """Return the adapter's parameters inside the model, in the order of the masters."""
+        return [parameter for one in self.layers for parameter in (one.down, one.up)]
 
     def masters(self) -> AdapterWeights:
         """Return the adapter's fp32 master weights as copies on the CPU."""
@@ -199,6 +205,7 @@ def _assemble(
         accelerator=accelerator,
         tell=tell,
         started_at=time.time(),
+        splitter=_splitter(config, model),
     )
     if resume:
         _restore(run)
@@ -210,6 +217,18 @@ def _assemble(
         keep_text=config.adapter.text_encoder,
     )
     return run
+
+
+def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
+    """Return how batches are split over a CPU's cores, or None where they must stay whole.
+
+    A trained text encoder is one graph that all parts would walk through; dropout draws from the
+    global generator, which threads would share.
+    """
+    whole = (
+        config.adapter.text_encoder or config.adapter.dropout > 0 or config.training.gradient_checkpointing
+    )
+    return SplitPredictor(model) if model.device.type == "cpu" and not whole else None
 
 
 def _encode(config: Config, part: Dataset, model: DiffusionModel, tell: Announcer) -> EncodedDataset:

@@ -171,10 +171,14 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
             seed=settings.seed,
             caption_dropout=config.data.caption_dropout,
         )
-        weighted, plain = loss_of(run.model, batch, config, generator)
+        split = run.splitter
+        predict = split.predict_with_gradients if split else None
+        weighted, plain = loss_of(run.model, batch, config, generator, predict)
         _refuse_non_finite(weighted, batch, run.step)
         # A full step's number of pictures, also in a short step: each picture weighs the same in an epoch.
         run.scaler.scale(weighted.sum() / run.images_per_step).backward()
+        if split:
+            split.backward(run.parameters())
         for group in run.groups:
             group.master.collect()
         total, count, names = total + float(plain.sum()), count + len(visits), [*names, *batch.names]

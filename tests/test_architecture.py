@@ -21,6 +21,7 @@ LAYERS = [
     {"adapters"},
     {"formats"},
     {"optim", "checkpoint", "plan", "objective", "samplers", "pictures", "png_info", "export", "inspection"},
+    {"parallel"},
     {"render"},
     {"image_generator"},
     {"generate"},

@@ -227,13 +227,15 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
 ) -> None:
     """With noise fixed by picture, 2 x 3 pictures and 6 x 1 pictures must agree."""
 
-    def by_name(model: Any, batch: Any, config: Config, generator: torch.Generator) -> tuple[Any, Any]:
+    def by_name(
+        model: Any, batch: Any, config: Config, generator: torch.Generator, predict: Any
+    ) -> tuple[Any, Any]:
         parts = [torch.Generator().manual_seed(int(name[5:7])) for name in batch.names]
         shape = batch.latents.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=part) for part in parts])
         timesteps = torch.cat([model.process.sample_timesteps(1, part) for part in parts])
         corrupted = model.process.corrupt(torch.ones_like(batch.latents), noise, timesteps)
-        prediction = model.predict(corrupted.noisy, timesteps, batch.text, batch.sizes)
+        prediction = (predict or model.predict)(corrupted.noisy, timesteps, batch.text, batch.sizes)
         plain = (prediction - corrupted.target).square().flatten(1).mean(1)
         return plain, plain.detach()
 
@@ -283,8 +285,10 @@ def test_non_finite_loss_stops_before_the_weights_and_names_the_pictures(
     run = prepared(settings("run", "training.steps=4"))
     before = run.masters()
 
-    def poisoned(model: Any, batch: Any, config: Config, generator: torch.Generator) -> tuple[Any, Any]:
-        weighted, plain = loss_of(model, batch, config, generator)
+    def poisoned(
+        model: Any, batch: Any, config: Config, generator: torch.Generator, predict: Any
+    ) -> tuple[Any, Any]:
+        weighted, plain = loss_of(model, batch, config, generator, predict)
         bad = torch.tensor([float("nan"), *[1.0] * (len(plain) - 1)])
         poisoned.name = batch.names[0]  # type: ignore[attr-defined]
         return weighted * bad, plain
