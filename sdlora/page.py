@@ -272,7 +272,8 @@ th.best{color:var(--accent);font-weight:700}
 .all div{display:grid;grid-template-columns:repeat(3,1fr);gap:4px}
 .loss{max-width:760px;border-radius:10px}dl{display:grid;grid-template-columns:auto 1fr;gap:4px 18px;margin:0;
 font-size:.92rem}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-@media(max-width:760px){.two{grid-template-columns:1fr}.stage{grid-template-columns:repeat(2,1fr)}}
+@media(max-width:760px){.ticks{font-size:.72rem}.ticks span{width:auto}
+.two{grid-template-columns:1fr}.stage{grid-template-columns:repeat(2,1fr)}}
 """
 
 _SCRIPT = """
