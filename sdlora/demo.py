@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .config import Config, load_config
 from .data.folder import ImageItem, load_pixels, scan
 from .errors import DatasetError, TrainingError
-from .events import Announcer, Event, Listener, Noticed, RunStarted
+from .events import Announcer, Control, Event, Listener, Noticed, RunStarted
 from .files import refuse_used_folder, replacing, write_json
 from .page import Compared, Page, Swept, write_page
 from .pictures import grid
@@ -39,7 +39,7 @@ MEASURED = (0.75, 1.0, 1.25)
 """Strengths at which all held-out subjects are drawn and scored."""
 SHOWN = ("bicycle", "cat", "hamburger", "house", "mushroom", "sailboat", "teapot", "umbrella")
 """Subjects of the sweep, chosen by name for their different outlines; all others are on the page, too."""
-SETTINGS = ("adapter.targets=all", "sample.steps=10", "sample.every=90")
+SETTINGS = ("adapter.targets=all", "sample.steps=10", "sample.every=75")
 """What the demo sets besides the base's recommended settings."""
 
 _DRAW_STEPS = 10
@@ -264,7 +264,9 @@ def _train(config: Config, listeners: Sequence[Listener]) -> tuple[TrainResult, 
         if isinstance(event, RunStarted):
             counts.append(event.num_images)
 
-    result = train(config, listeners=[count, *listeners])
+    control = Control(config.output.folder)
+    with control.on_interrupt():  # Ctrl-C saves; what the demo draws afterwards has nothing to save
+        result = train(config, listeners=[count, *listeners], control=control)
     if result.adapter_file is None:
         raise TrainingError(
             f"{result.folder}: the demo's training was stopped at step {result.step}; finish it with "
@@ -298,7 +300,8 @@ def _draw(
         for strength, indices in wanted.items()
         for i in indices
     ]
-    made = iter(generator.generate(requests, progress=_teller(tell, len(requests), draw_steps)))
+    progress = _teller(tell, len(requests), draw_steps)
+    made = iter(generator.generate(requests, merge=True, progress=progress))
     pictures = {s: {i: next(made).image for i in indices} for s, indices in wanted.items()}
     true = through_autoencoder(generator.model, [load_pixels(item) for item in items])
     known = through_autoencoder(generator.model, [load_pixels(item) for item in scan(data / STYLE).items])
