@@ -24,8 +24,8 @@ from .errors import AdapterFileError, ConfigError, OutputError
 from .families import FAMILIES, family_info
 from .files import replacing, write_bytes, write_json
 from .formats.clients import Support
-from .formats.header import data_sha256
 from .formats.proof import Proof, compare, prove
+from .tensor_file import data_sha256
 
 if TYPE_CHECKING:
     from .families.base import FamilyInfo

@@ -208,7 +208,7 @@ def _swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
 
 def _tensor_hash(path: Path) -> str:
     """Return the SHA-256 (hex) of a file's tensors, as WebUI does; empty for a folder."""
-    from .formats.header import read_header
+    from .tensor_file import read_header
 
     path = path.expanduser()
     if path.is_dir():

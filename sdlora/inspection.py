@@ -13,7 +13,7 @@ from pathlib import Path
 from . import formats
 from .adapters.base import AdapterWeights, LowRankPair
 from .formats.clients import Support, client_support
-from .formats.header import DTYPE_NAMES, Header, data_sha256, shown
+from .tensor_file import DTYPE_NAMES, Header, data_sha256, shown
 
 _SETTINGS = {
     "ss_steps": "steps",

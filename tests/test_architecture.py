@@ -14,6 +14,7 @@ ROOT = Path(sdlora.__file__).parent
 LAYERS = [
     {"errors", "events"},
     {"files"},
+    {"tensor_file"},
     {"config"},
     {"diffusion", "data.folder", "data.buckets", "data.order", "data.doctor", "devices"},
     {"families"},

@@ -17,9 +17,9 @@ import torch
 from ..adapters.base import COMPONENTS, AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError, OutputError
 from ..files import replacing, write_json
+from ..tensor_file import PICKLE_SUFFIXES, Header, read_header, read_tensors, write_tensors
 from . import diffusers, foreign, metadata, peft, webui
 from .detection import detect_family
-from .header import PICKLE_SUFFIXES, Header, read_header, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from ..families.base import FamilyInfo

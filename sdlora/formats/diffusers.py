@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..adapters.base import COMPONENTS, AdapterWeights, ModuleKey
 from ..errors import AdapterFileError
+from ..tensor_file import shown
 from . import folding, foreign, names
-from .header import shown
 from .peft import effective_alpha
 
 if TYPE_CHECKING:

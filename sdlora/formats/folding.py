@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
-from .header import FLOAT_DTYPES, shown
+from ..tensor_file import FLOAT_DTYPES, shown
 
 RECORDED_ALPHAS = "sdlora.alphas"
 

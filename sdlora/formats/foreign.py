@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import AdapterFileError
-from .header import TensorSpec, shown
+from ..tensor_file import TensorSpec, shown
 
 _KINDS: tuple[tuple[str, str], ...] = (
     (r"\.hada_(w|t)\d", "a LoHa (LyCORIS) adapter"),

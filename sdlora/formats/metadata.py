@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..adapters.base import AdapterFile, AdapterWeights
+from ..tensor_file import header_bytes, in_file_order, tensor_bytes
 from . import folding
-from .header import header_bytes, in_file_order, tensor_bytes
 
 if TYPE_CHECKING:
     from ..config import Config

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..adapters.base import COMPONENTS, AdapterWeights, ModuleKey
 from ..errors import AdapterFileError
+from ..tensor_file import MAX_HEADER_BYTES, shown
 from . import folding, foreign, names
-from .header import MAX_HEADER_BYTES, shown
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

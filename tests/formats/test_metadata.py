@@ -19,8 +19,8 @@ from sdlora.config import Config
 from sdlora.errors import OutputError
 from sdlora.families.base import FamilyInfo
 from sdlora.formats import read_adapter, write_adapter
-from sdlora.formats.header import read_header
 from sdlora.formats.metadata import MAX_THUMBNAIL_BYTES, TrainingFacts, build_header, thumbnail
+from sdlora.tensor_file import read_header
 
 from .adapters import SD1, SD2, SDXL
 

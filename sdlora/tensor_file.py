@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import AdapterFileError
-from ..files import replacing
+from .errors import AdapterFileError
+from .files import replacing
 
 MAX_HEADER_BYTES = 32 * 2**20
 """Longest header we parse: real ones stay under a few MiB, even with cover images inside."""
