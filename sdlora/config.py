@@ -16,32 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from .data_config import DataConfig, data_contradictions
 from .errors import ConfigError
 from .files import write_text
+from .section import Dropout, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 Targets = Literal["attention", "linear", "all"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
 SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
 PredictionType = Literal["epsilon", "v_prediction"]
-
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of every group of settings: frozen, no unknown keys, docstrings are descriptions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False
-    )
 
 
 class ModelConfig(Section):
@@ -53,35 +40,6 @@ class ModelConfig(Section):
     """What the U-Net predicts; read from the base when left open."""
     clip_skip: Annotated[int, Field(ge=1, le=12)] = 1
     """Use the n-th last layer of the CLIP text encoder (1 = the last, as the base was trained)."""
-
-
-class DataConfig(Section):
-    """Which pictures are trained on, and how they are prepared."""
-
-    folder: Path | None = None
-    """The folder of pictures, with captions as .txt or .caption files beside them."""
-    recursive: bool = True
-    """Also take pictures from folders inside the folder."""
-    trigger_word: str | None = None
-    """Word that calls the style; put in front of captions that lack it, and the caption's start
-    where there is no caption file."""
-    resolution: Annotated[int, Field(ge=32, le=4096)] | None = None
-    """Side in px of a square of the area trained at; the base's own resolution when left open."""
-    repeats: Positive = 1
-    """How often each picture is seen in one epoch."""
-    buckets: bool = True
-    """Keep each picture's aspect ratio by grouping pictures into buckets; off: crop to squares."""
-    flip: bool = False
-    """Also train on mirror images (half of the visits). Not for faces, text or other asymmetric
-    subjects."""
-    caption_dropout: Probability = 0.05
-    """Share of visits that train on the empty caption, which guidance needs."""
-    validation: Annotated[float, Field(ge=0)] | None = None
-    """Pictures held out to measure progress: a share below 1, or a number of pictures; 0 for none."""
-    background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = "#ffffff"
-    """Colour put behind transparent pictures."""
-    cache_folder: Path | None = None
-    """Where encoded pictures and captions are kept; the user's cache folder when left open."""
 
 
 class AdapterConfig(Section):
@@ -266,13 +224,21 @@ def save_config(config: Config, file: Path) -> None:
     for section in Config.model_fields:
         lines.append(f"[{section}]")
         values = getattr(config, section).model_dump(mode="json", exclude_none=True)
+        tables: list[str] = []
         for name, field in type(getattr(config, section)).model_fields.items():
             if name in values:
-                help_text = " ".join((field.description or "").split())
-                lines.append(f"# {help_text}")
-                lines.append(tomli_w.dumps({name: values[name]}).strip())
-        lines.append("")
+                help_text = f"# {' '.join((field.description or '').split())}"
+                if _is_tables(values[name]):  # tables end the section they stand in, so they come last
+                    tables.append(help_text)
+                    tables += [f"[[{section}.{name}]]\n{tomli_w.dumps(one).strip()}" for one in values[name]]
+                else:
+                    lines += [help_text, tomli_w.dumps({name: values[name]}).strip()]
+        lines += [*tables, ""]
     write_text(file, "\n".join(lines))
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -340,9 +306,7 @@ def contradictions(config: Config) -> list[str]:
                 found.append(f"`sample.{name}` has no effect with `sample.prompts=[]`")
     if config.data.validation == 0 and config.training.validate_every is not None:
         found.append("`training.validate_every` has no effect with `data.validation=0`")
-    held_out = config.data.validation or 0
-    if held_out >= 1 and held_out != int(held_out):
-        found.append("`data.validation` from 1 up is a number of pictures and must be whole")
+    found += data_contradictions(config.data)
     steps, warmup = config.training.steps, config.optimizer.warmup_steps
     if steps is not None and warmup is not None and warmup >= steps:
         found.append(
@@ -355,6 +319,8 @@ def contradictions(config: Config) -> list[str]:
 def _explain(item: dict[str, Any]) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location[:2])
+    if len(location) > 2:  # inside a table of a list: data.sources[1].weight
+        key += "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in location[2:])
     kind, given = item["type"], item.get("input")
     if kind == "extra_forbidden":
         return f"`{key}` is not a setting{_nearest(key)}"

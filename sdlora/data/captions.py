@@ -1,0 +1,100 @@
+"""Captions as files and names give them: text files, the trigger word, the words of a file's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .items import CaptionSource
+from .picture_files import read_file
+from .problems import Problem, Unusable
+
+CAPTION_ENDINGS = frozenset({".txt", ".caption"})
+_MAX_CAPTION_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A picture's caption with the trigger word in it, and where it comes from."""
+
+    text: str
+    source: CaptionSource
+    trigger_added: bool
+
+
+def with_trigger(caption: str, trigger_word: str | None) -> str:
+    """Return the caption with the trigger word in it, put in front as ``TRIGGER, caption`` if it lacks it."""
+    if trigger_word is None or has_word(caption, trigger_word):
+        return caption
+    return f"{trigger_word}, {caption}" if caption else trigger_word
+
+
+def has_word(caption: str, word: str) -> bool:
+    """Return whether the caption has the word (or phrase) as a whole, in any case."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None
+
+
+def words_of(stem: str) -> str:
+    """Return the words of a file's stem: ``teapot_small-02`` gives ``teapot small``.
+
+    Counters at the end are dropped, and so are names that cameras and downloads give (``IMG_0123``,
+    ``3f2a90bc11d2``): they say nothing about the picture.
+    """
+    words = re.sub(r"[_\-\s]+", " ", stem).strip()
+    words = re.sub(r"(\s*\(\d+\)|(^|\s+)\d+)+$", "", words).strip()
+    if re.fullmatch(
+        r"(img|image|dsc[nf]?|pxl|photo|pict?|picture|scan|screenshot|untitled|unnamed)\d*", words, re.I
+    ):
+        return ""
+    if re.fullmatch(r"(?=.*\d)[0-9a-f]{8,}( [0-9a-f]{4,})*", words, re.I):
+        return ""
+    return words
+
+
+def caption_of(
+    name: str, stem: str, files: Sequence[tuple[Path, str]], trigger_word: str | None
+) -> Caption | Problem:
+    """Return a picture's caption, from its file or else from its name.
+
+    Args:
+        name: the picture's name for messages.
+        stem: its file name without ending.
+        files: path and name of the caption files beside it.
+        trigger_word: put in front where the caption lacks it.
+    """
+    if len(files) > 1:
+        names = " and ".join(path.name for path, _ in files)
+        return Problem("bad caption", name, f"has two caption files, {names}", "delete one of them")
+    if not files:
+        text = words_of(stem)
+        if not text and trigger_word is None:
+            what = "has no caption, and its file name says nothing"
+            fix = f"write `{stem}.txt` beside it, or set data.trigger_word"
+            return Problem("no caption", name, what, fix)
+        full = with_trigger(text, trigger_word)
+        return Caption(full, "file name", full != text)
+    path, shown = files[0]
+    read = _read_caption(path, shown)
+    if isinstance(read, Problem):
+        return read
+    full = with_trigger(read, trigger_word)
+    source: CaptionSource = "txt" if path.suffix.lower() == ".txt" else "caption"
+    return Caption(full, source, full != read)
+
+
+def _read_caption(path: Path, name: str) -> str | Problem:
+    try:
+        data = read_file(path, name, _MAX_CAPTION_BYTES)
+    except Unusable as error:
+        return replace(error.problem, kind="bad caption")
+    fix = "save it as UTF-8 text"
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        hint = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {error.start} is not"
+        return Problem("bad caption", name, f"is not UTF-8 text ({hint})", fix)
+    if "\0" in text:
+        return Problem("bad caption", name, "holds zero bytes, so it is not UTF-8 text", fix)
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

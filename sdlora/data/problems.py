@@ -1,0 +1,42 @@
+"""What must be mended in a folder before training, and how it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ProblemKind = Literal["unreadable", "undecodable", "bad caption", "no caption", "name clash"]
+_MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that must be mended before training: what, where and how."""
+
+    kind: ProblemKind
+    where: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.fix}"
+
+
+class Unusable(Exception):
+    """A file that cannot be used, on its way to being reported."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+def listed(problems: Sequence[Problem], folder: Path) -> str:
+    """Return all problems of a folder as one message, up to 20 lines."""
+    if len(problems) == 1:
+        return f"{folder}: {problems[0]}"
+    lines = [f"  - {problem}" for problem in problems[:_MAX_LISTED]]
+    if len(problems) > _MAX_LISTED:
+        lines.append(f"  and {len(problems) - _MAX_LISTED} more; `sdlora check` lists all")
+    return "\n".join([f"{folder}: {len(problems)} problems", *lines])
