@@ -1,19 +1,26 @@
 """The canonical adapter: what every file format, merge and injection works on.
 
-``dW = (alpha / rank) * up @ down`` with W frozen (Hu et al. 2022, section 4.1). A module is named by its
-component (``unet``, ``text_encoder``, ``text_encoder_2``) and its path in diffusers/transformers terms;
-text-encoder paths always start with ``text_model.``, whatever the installed transformers calls them.
+A module is named by its component (``unet``, ``text_encoder``, ``text_encoder_2``) and its path in
+diffusers/transformers terms; text-encoder paths always start with ``text_model.``, whatever the installed
+transformers calls them. Each adapted module has one :class:`Update`. The plain one is the low-rank pair,
+``dW = (alpha / rank) * up @ down`` with W frozen (Hu et al. 2022, section 4.1); the others are in
+:mod:`sdlora.adapters.kinds`.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cached_property
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from ..errors import AdapterFileError
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -25,8 +32,60 @@ class ModuleKey(NamedTuple):
     path: str
 
 
+class Update(ABC):
+    """What an adapter adds to the weight of one layer, whatever it is made of.
+
+    Attributes:
+        kind: short name of the sort of update, a key of :data:`sdlora.adapters.kinds.TITLES`.
+        alpha: numerator of the scale, as files store it.
+    """
+
+    kind: ClassVar[str]
+    alpha: float
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """What alpha is divided by."""
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank: what the product of the factors is multiplied by."""
+        return self.alpha / self.rank
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the layer's weight: (out, in) or (out, in, kh, kw)."""
+
+    @abstractmethod
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """Return dW at strength 1, computed in float32 (float64 stays).
+
+        Args:
+            weight: the base's weight; its shape is taken for the result. DoRA cannot do without it.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the factors by the name they have in LyCORIS and WebUI files, without ``alpha``."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the same update with all factors in another number format."""
+
+
+def check_factors(fits: bool, tensors: Mapping[str, Tensor], alpha: float) -> None:
+    """Raise a ValueError that shows all shapes where factors do not fit each other."""
+    if not fits:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"factors do not fit: {shapes}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, not {alpha}")
+
+
 @dataclass(frozen=True)
-class LowRankPair:
+class LowRankPair(Update):
     """The two factors of one layer's update.
 
     Attributes:
@@ -34,6 +93,8 @@ class LowRankPair:
         up: (out, rank) for a linear layer, (out, rank, 1, 1) for a convolution.
         alpha: numerator of the scale alpha / rank; never implied.
     """
+
+    kind: ClassVar[str] = "lora"
 
     down: Tensor
     up: Tensor
@@ -54,16 +115,20 @@ class LowRankPair:
         return self.down.shape[0]
 
     @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the layer's weight."""
+        return (self.up.shape[0], *self.down.shape[1:])
 
-    def delta(self) -> Tensor:
+    def delta(self, weight: Tensor | None = None) -> Tensor:
         """Return dW in the shape of the layer's weight, computed in float32 (float64 stays)."""
         dtype = torch.promote_types(torch.float32, self.down.dtype)
         down = self.down.to(dtype).flatten(1)
         up = self.up.to(dtype).flatten(1)
-        return ((up @ down) * self.scale).reshape(self.up.shape[0], *self.down.shape[1:])
+        return ((up @ down) * self.scale).reshape(self.shape if weight is None else weight.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the two factors."""
+        return {"lora_down.weight": self.down, "lora_up.weight": self.up}
 
     def to(self, dtype: torch.dtype) -> LowRankPair:
         """Return the pair with both factors in another number format."""
@@ -72,34 +137,74 @@ class LowRankPair:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """All updates of one adapter, by module."""
+    """All updates of one adapter, by module.
 
-    pairs: Mapping[ModuleKey, LowRankPair]
+    Code that only knows plain LoRA uses :attr:`pairs`, :meth:`items` and :meth:`component`, which refuse
+    an adapter of another kind instead of leaving modules out; :attr:`is_plain` tells beforehand, and
+    :func:`sdlora.adapters.plain.to_plain` converts. :attr:`updates`, :meth:`all_items` and
+    :meth:`updates_of` give every kind.
+    """
+
+    updates: Mapping[ModuleKey, Update]
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.updates)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether every update is a plain low-rank pair."""
+        return all(isinstance(update, LowRankPair) for update in self.updates.values())
+
+    @cached_property
+    def pairs(self) -> Mapping[ModuleKey, LowRankPair]:
+        """The updates of a plain LoRA.
+
+        Raises:
+            AdapterFileError: if some are of another kind.
+        """
+        found = {key: one for key, one in self.updates.items() if isinstance(one, LowRankPair)}
+        if len(found) != len(self.updates):
+            key, other = next((k, u) for k, u in self.all_items() if not isinstance(u, LowRankPair))
+            raise AdapterFileError(
+                f"`{key.component}.{key.path}` holds a {other.kind} update, but this works on plain LoRA "
+                "only; convert the adapter to a plain LoRA first"
+            )
+        return found
 
     def items(self) -> Iterator[tuple[ModuleKey, LowRankPair]]:
-        """Yield (module, pair) in sorted order, so that files do not depend on build order."""
+        """Yield (module, pair) of a plain LoRA, sorted, so that files do not depend on build order."""
         for key in sorted(self.pairs):
             yield key, self.pairs[key]
 
     def component(self, name: str) -> dict[str, LowRankPair]:
-        """Return {module path: pair} of one component."""
+        """Return {module path: pair} of one component of a plain LoRA."""
         return {key.path: pair for key, pair in self.items() if key.component == name}
+
+    def all_items(self) -> Iterator[tuple[ModuleKey, Update]]:
+        """Yield (module, update) of any kind in sorted order."""
+        for key in sorted(self.updates):
+            yield key, self.updates[key]
+
+    def updates_of(self, component: str) -> dict[str, Update]:
+        """Return {module path: update of any kind} of one component."""
+        return {key.path: update for key, update in self.all_items() if key.component == component}
 
     def components(self) -> list[str]:
         """Return the components with at least one adapted module, in canonical order."""
-        present = {key.component for key in self.pairs}
+        present = {key.component for key in self.updates}
         return [name for name in COMPONENTS if name in present]
+
+    def kinds(self) -> dict[str, int]:
+        """Return how many modules each kind of update has, the most frequent first."""
+        return dict(Counter(update.kind for update in self.updates.values()).most_common())
 
     def to(self, dtype: torch.dtype) -> AdapterWeights:
         """Return the adapter with all factors in another number format."""
-        return AdapterWeights({key: pair.to(dtype) for key, pair in self.items()})
+        return AdapterWeights({key: update.to(dtype) for key, update in self.all_items()})
 
     def ranks(self) -> list[int]:
         """Return the distinct ranks, ascending."""
-        return sorted({pair.rank for pair in self.pairs.values()})
+        return sorted({update.rank for update in self.updates.values()})
 
 
 @dataclass(frozen=True)
