@@ -1,8 +1,9 @@
-"""LoRA inside a model: put in, set strengths, read out, merge, take off again. Layers come from peft.
+"""Adapters inside a model: put in, set strengths, read out, merge, take off again.
 
-Each attached adapter has a name; a model can carry any number of them. The adapter layers hold the
-number format of the frozen weights they sit beside; fp32 masters for training live in the optimizer
-(:class:`sdlora.optim.MasterWeights`), which spares every cast in the forward pass.
+Plain low-rank pairs become layers of peft; other kinds hang beside the base's layers
+(:mod:`sdlora.adapters.beside`). Each attached adapter has a name; a model can carry any number of them.
+The adapter layers hold the number format of the frozen weights they sit beside; fp32 masters for training
+live in the optimizer (:class:`sdlora.optim.MasterWeights`), which spares every cast in the forward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from ..config import AdapterConfig
 from ..errors import AdapterFileError, ConfigError
 from ..families.base import DiffusionModel
-from .base import AdapterWeights, LowRankPair, ModuleKey
+from .base import AdapterWeights, LowRankPair, ModuleKey, Update
+from .beside import all_beside, put_beside, take_away
 
 _TEXT_ROOT = "text_model."
 
@@ -91,28 +93,32 @@ def create_adapter(model: DiffusionModel, config: AdapterConfig, seed: int) -> A
 def attach(
     model: DiffusionModel, weights: AdapterWeights, name: str, *, dropout: float = 0.0
 ) -> list[AttachedLayer]:
-    """Put an adapter into a model under ``name`` at strength 1, and return its layers in sorted order.
+    """Put an adapter into a model under ``name`` at strength 1, and return its plain layers, sorted.
 
     Raises:
         AdapterFileError: if a module is missing in the model or has another shape.
     """
     _check_fit(model, weights, name)
-    for component in weights.components():
+    plain = AdapterWeights({k: one for k, one in weights.all_items() if isinstance(one, LowRankPair)})
+    for component in plain.components():
         module = model.components()[component]
-        pairs = {_installed(module, path): pair for path, pair in weights.component(component).items()}
+        pairs = {_installed(module, path): pair for path, pair in plain.component(component).items()}
         with warnings.catch_warnings():  # a second adapter is meant, not a mishap
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
             inject_adapter_in_model(_peft_config(pairs, dropout), module, adapter_name=_inner(name))
         module.requires_grad_(False)
+    for key, update in weights.all_items():
+        if not isinstance(update, LowRankPair):
+            put_beside(_without_adapters(_module(model, key)), _inner(name), update)
     layers = list(attached_layers(model, name))
-    assert len(layers) == len(weights), f"peft adapted {len(layers)} of {len(weights)} layers"
-    write_weights(layers, weights)
+    assert len(layers) == len(plain), f"peft adapted {len(layers)} of {len(plain)} layers"
+    write_weights(layers, plain)
     set_strengths(model, {name: 1.0})
     return layers
 
 
 def attached_layers(model: DiffusionModel, name: str) -> Iterator[AttachedLayer]:
-    """Yield the layers of one adapter, sorted by module."""
+    """Yield the plain layers of one adapter, sorted by module."""
     found: list[AttachedLayer] = []
     inner = _inner(name)
     for component, module in model.components().items():
@@ -128,6 +134,20 @@ def attached_layers(model: DiffusionModel, name: str) -> Iterator[AttachedLayer]
                     )
                 )
     yield from sorted(found, key=lambda one: one.key)
+
+
+def updates_in(model: DiffusionModel, name: str) -> list[tuple[ModuleKey, Update]]:
+    """Return (module, update) of one adapter of any kind, sorted, on the model's device."""
+    found: list[tuple[ModuleKey, Update]] = [
+        (one.key, LowRankPair(one.down, one.up, one.alpha)) for one in attached_layers(model, name)
+    ]
+    inner = _inner(name)
+    for component, module in model.components().items():
+        for path, layer, updates in all_beside(module):
+            if inner in updates.updates:
+                key = ModuleKey(component, _canonical(component, path.removesuffix(".base_layer")))
+                found.append((key, updates.on(inner, _base_weight(layer).device)))
+    return sorted(found, key=lambda one: one[0])
 
 
 def write_weights(layers: Sequence[AttachedLayer], weights: AdapterWeights) -> None:
@@ -178,6 +198,8 @@ def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> N
                 for name in active:
                     layer.set_scale(name, values[name])
                 layer.set_adapter([name for name in active if name in layer.lora_A], inference_mode=True)
+        for _, _, updates in all_beside(module):
+            updates.set_strengths(values)
 
 
 def detach(model: DiffusionModel, name: str) -> None:
@@ -190,6 +212,8 @@ def detach(model: DiffusionModel, name: str) -> None:
                 if not layer.lora_A:
                     parent, _, child = path.rpartition(".")
                     setattr(module.get_submodule(parent), child, layer.get_base_layer())
+        for _, layer, _ in list(all_beside(module)):
+            take_away(layer, inner)
         known: dict[str, LoraConfig] = getattr(module, "peft_config", {})
         known.pop(inner, None)
         if not known and hasattr(module, "peft_config"):
@@ -202,22 +226,20 @@ class Merged:
     def __init__(self, model: DiffusionModel, strengths: Mapping[str, Strength]) -> None:
         self._model = model
         self._originals: dict[ModuleKey, Tensor] = {}
+        acting: dict[ModuleKey, list[tuple[float, Update]]] = {}
+        for name, strength in strengths.items():
+            for key, update in updates_in(model, name):
+                value = strength_of(strength, key.component)
+                if value != 0.0:
+                    acting.setdefault(key, []).append((value, update))
         with torch.no_grad():
-            for name, strength in strengths.items():
-                for one in attached_layers(model, name):
-                    value = strength_of(strength, one.key.component)
-                    if value != 0.0:
-                        self._originals.setdefault(one.key, _base_weight(one.layer).detach().clone())
-            for key, original in self._originals.items():
-                layer = _module(model, key)
+            for key, updates in acting.items():
+                weight = _base_weight(_module(model, key))
+                self._originals[key] = original = weight.detach().clone()
                 merged = original.float()
-                for name, strength in strengths.items():
-                    inner, value = _inner(name), strength_of(strength, key.component)
-                    if inner in layer.lora_A and value != 0.0:
-                        down, up = layer.lora_A[inner].weight, layer.lora_B[inner].weight
-                        pair = LowRankPair(down, up, float(layer.lora_alpha[inner]))
-                        merged = merged + value * pair.delta()
-                _base_weight(layer).copy_(merged)  # rounded to the weight's format once
+                for value, update in updates:
+                    merged = merged + value * update.delta(original.float())
+                weight.copy_(merged)  # rounded to the weight's format once
         set_strengths(model, {})
 
     def undo(self) -> None:
@@ -257,7 +279,7 @@ def _peft_config(pairs: Mapping[str, LowRankPair], dropout: float) -> LoraConfig
 
 def _check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> None:
     components = model.components()
-    for key, pair in weights.items():
+    for key, update in weights.all_items():
         if key.component not in components:
             raise AdapterFileError(
                 f"{name}: made for a base with a {key.component}, which {model.base.title} "
@@ -270,13 +292,18 @@ def _check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> Non
                 f"{name}: its module {key.path} is not in the {key.component} of {model.base.title}; "
                 "use a base of the family it was trained on"
             ) from None
-        wanted = (weight.shape[0], *weight.shape[1:])
-        found = (pair.up.shape[0], *pair.down.shape[1:])
-        if wanted != found:
+        wanted, found = tuple(weight.shape), update.shape
+        if wanted != found and not _is_flat(update, wanted):
             raise AdapterFileError(
                 f"{name}: {key.path} is {found} in the adapter but {wanted} in {model.base.title}; "
                 "use the base it was trained on"
             )
+
+
+def _is_flat(update: Update, wanted: tuple[int, ...]) -> bool:
+    """Tell whether an update is that of a 1x1 convolution, which LyCORIS files hold like a linear one."""
+    flat = wanted[2:] == (1, 1) and update.shape == wanted[:2]
+    return flat and not isinstance(update, LowRankPair)
 
 
 def _module(model: DiffusionModel, key: ModuleKey) -> Any:
