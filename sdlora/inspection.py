@@ -140,7 +140,7 @@ class AdapterSummary:
             ("file", f"{self.path} ({_size(self.num_bytes)})"),
             (
                 "format",
-                f"{formats.FORMATS[self.format].title}, {self.num_keys} tensors, {_counts(self.dtypes)}",
+                f"{formats.READERS[self.format].title}, {self.num_keys} tensors, {_counts(self.dtypes)}",
             ),
             ("family", self.family or "not told by the file"),
             ("name", self.name),
@@ -207,7 +207,7 @@ def inspect_adapter(path: Path) -> AdapterSummary:
         model_hash=digest,
         hash_matches=None if recorded is None or len(headers) > 1 else recorded == digest,
         blocks=block_norms(adapter.weights),
-        clients=client_support(format, adapter.info.family, formats.weights_as_stored(path), keys),
+        clients=client_support(format, adapter.info.family, formats.read_outline(path).weights, keys),
     )
 
 

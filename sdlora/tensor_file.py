@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,10 @@ class Header:
     num_bytes: int
 
 
+Load = Callable[[str], Tensor]
+"""Gives the tensor of a key."""
+
+
 def shown(text: object, limit: int = 100) -> str:
     """Return a key from a file fit for a one-line message: no control characters, not too long."""
     clean = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
@@ -133,15 +138,18 @@ def read_header(path: Path) -> Header:
     return Header(path, metadata, tensors, 8 + length, num_bytes)
 
 
-def read_tensors(header: Header) -> Iterator[tuple[str, Tensor]]:
-    """Yield (key, tensor) for every tensor, each in memory of its own.
+@contextmanager
+def opened(header: Header) -> Iterator[Load]:
+    """Give a function that loads one tensor by its key, into memory of its own, while the file is open.
 
     Raises:
         AdapterFileError: when a tensor holds NaN or infinity, or the file changed meanwhile.
     """
     try:
         with header.path.open("rb") as stream:
-            for key, spec in header.tensors.items():
+
+            def load(key: str) -> Tensor:
+                spec = header.tensors[key]
                 stream.seek(header.data_offset + spec.start)
                 tensor = _tensor(header.path, key, spec, stream.read(spec.end - spec.start))
                 if spec.dtype in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
@@ -149,11 +157,30 @@ def read_tensors(header: Header) -> Iterator[tuple[str, Tensor]]:
                         f"{header.path}: tensor `{shown(key)}` holds NaN or infinite values; the training "
                         "that made it diverged, use an earlier checkpoint of it"
                     )
-                yield key, tensor
+                return tensor
+
+            yield load
     except OSError as error:
         raise AdapterFileError(
             f"{header.path}: cannot be read ({error.strerror or error}); try again"
         ) from None
+
+
+@contextmanager
+def shapes_only(header: Header) -> Iterator[Load]:
+    """Give a function like that of :func:`opened` that reads single numbers only.
+
+    All larger tensors come as meta tensors, which have a shape and a number format but no values.
+    """
+    with opened(header) as load:
+
+        def outline(key: str) -> Tensor:
+            spec = header.tensors[key]
+            if math.prod(spec.shape) == 1:
+                return load(key)
+            return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+
+        yield outline
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

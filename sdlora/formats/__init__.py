@@ -1,25 +1,28 @@
 """Adapter files in every supported format, to and from the canonical adapter.
 
-Each format is one module with two pure functions, ``encode`` and ``decode``. Which format a file has is
-told from its keys, never from its name. A new format is one module and one line in :data:`FORMATS`.
+Each format is one module with an ``encode``; all single files are read by :mod:`.single_file`, whatever
+their spelling. Which format a file has is told from its keys, never from its name. A new format is one
+module and one line in :data:`FORMATS`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..adapters.base import COMPONENTS, AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.base import COMPONENTS, AdapterFile, AdapterInfo, AdapterWeights, ModuleKey, Update
 from ..errors import AdapterFileError, OutputError
 from ..files import replacing, write_json
-from ..tensor_file import PICKLE_SUFFIXES, Header, read_header, read_tensors, write_tensors
-from . import diffusers, foreign, metadata, peft, webui
+from ..tensor_file import PICKLE_SUFFIXES, Header, Load, opened, read_header, shapes_only, write_tensors
+from . import diffusers, folding, foreign, metadata, peft, single_file, webui
 from .detection import detect_family
+from .keys import spellings
 
 if TYPE_CHECKING:
     from ..families.base import FamilyInfo
@@ -31,16 +34,14 @@ class Format:
 
     Attributes:
         title: what users call it.
-        matches: tells whether keys are in this format.
-        write: (adapter, target, dtype, family) -> the files written.
-        read: header -> weights.
+        write: (adapter, target, dtype, family) -> the files written; None for formats that are only read.
+        read: (header, loader of tensors) -> modules and their updates, one at a time.
         is_folder: whether an adapter is a folder rather than one file.
     """
 
     title: str
-    matches: Callable[[Iterable[str]], bool]
-    write: Callable[[AdapterFile, Path, torch.dtype, FamilyInfo], list[Path]]
-    read: Callable[[Header], AdapterWeights]
+    write: Callable[[AdapterFile, Path, torch.dtype, FamilyInfo], list[Path]] | None
+    read: Callable[[Header, Load], Iterator[tuple[ModuleKey, Update]]] = single_file.read_modules
     is_folder: bool = False
 
 
@@ -51,26 +52,66 @@ def read_adapter(path: Path) -> AdapterFile:
         AdapterFileError: when it is missing, damaged, of a kind that is not supported, or not an adapter.
     """
     headers = _headers(path)
-    pairs: dict[ModuleKey, LowRankPair] = {}
-    entries: dict[str, str] = {}
+    weights = _collected(path, headers, opened)
+    return AdapterFile(weights, _info(path, headers, weights))
+
+
+def read_modules(path: Path) -> Iterator[tuple[ModuleKey, Update]]:
+    """Yield the modules of an adapter in any format, holding one of them at a time.
+
+    Raises:
+        AdapterFileError: as :func:`read_adapter`.
+    """
+    for header in _headers(path):
+        with opened(header) as load:
+            yield from READERS[_sniff(header)].read(header, load)
+
+
+def read_outline(path: Path) -> AdapterFile:
+    """Return an adapter without its values: meta tensors for factors, and the alphas the file itself holds.
+
+    The alphas are those that other programs find, not those we recorded. Reads the header and single
+    numbers only, so it is quick for files of any size.
+
+    Raises:
+        AdapterFileError: as :func:`read_adapter`.
+    """
+    headers = _headers(path)
+    unrecorded = [
+        replace(header, metadata={k: v for k, v in header.metadata.items() if k != folding.RECORDED_ALPHAS})
+        for header in headers
+    ]
+    weights = _collected(path, unrecorded, shapes_only)
+    return AdapterFile(weights, _info(path, headers, weights))
+
+
+def _collected(
+    path: Path, headers: list[Header], opening: Callable[[Header], AbstractContextManager[Load]]
+) -> AdapterWeights:
+    updates: dict[ModuleKey, Update] = {}
     for header in headers:
-        found = FORMATS[_sniff(header)].read(header)
-        twice = set(found.pairs) & set(pairs)
+        with opening(header) as load:
+            found = dict(READERS[_sniff(header)].read(header, load))
+        twice = set(found) & set(updates)
         if twice:
             raise AdapterFileError(
                 f"{path}: {len(twice)} modules are in two of its folders; keep one of them"
             )
-        pairs.update(found.pairs)
+        updates.update(found)
+    return AdapterWeights(updates)
+
+
+def _info(path: Path, headers: list[Header], weights: AdapterWeights) -> AdapterInfo:
+    entries: dict[str, str] = {}
+    for header in headers:
         entries.update(header.metadata)
-    weights = AdapterWeights(pairs)
     name = entries.get("ss_output_name", "None")
-    info = AdapterInfo(
+    return AdapterInfo(
         family=detect_family(weights, entries),
         name=path.stem if name in ("None", "") else name,
         trigger_words=metadata.trigger_words(entries),
         metadata=entries,
     )
-    return AdapterFile(weights, info)
 
 
 def write_adapter(
@@ -93,7 +134,15 @@ def write_adapter(
         raise AdapterFileError(f"{target}: the adapter has no modules, so there is nothing to write")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise AdapterFileError(f"{target}: adapters are written as fp32, fp16 or bf16, not {dtype}")
-    return FORMATS[format].write(adapter, target, dtype, info)
+    zero = next((module for module, one in adapter.weights.all_items() if one.alpha == 0.0), None)
+    if zero is not None:
+        raise AdapterFileError(
+            f"{target}: module `{zero.component}.{zero.path}` has alpha 0, which clients read differently "
+            "(as nothing, or as the rank); leave the module out"
+        )
+    write = FORMATS[format].write
+    assert write is not None
+    return write(adapter, target, dtype, info)
 
 
 def sniff(path: Path) -> str:
@@ -112,18 +161,6 @@ def read_headers(path: Path) -> list[Header]:
         AdapterFileError: when there is no adapter, or a header is damaged.
     """
     return _headers(path)
-
-
-def weights_as_stored(path: Path) -> AdapterWeights:
-    """Return an adapter with the alphas that other programs find in the file, not those we recorded.
-
-    Raises:
-        AdapterFileError: as :func:`read_adapter`.
-    """
-    pairs: dict[ModuleKey, LowRankPair] = {}
-    for header in _headers(path):
-        pairs.update(FORMATS[_sniff(header)].read(replace(header, metadata={})).pairs)
-    return AdapterWeights(pairs)
 
 
 def _headers(path: Path) -> list[Header]:
@@ -147,15 +184,17 @@ def _headers(path: Path) -> list[Header]:
 
 def _sniff(header: Header) -> str:
     keys = list(header.tensors)
-    if foreign.is_checkpoint(keys):
+    is_lora = foreign.has_lora(keys)
+    if not is_lora and foreign.is_checkpoint(keys):
         raise foreign.not_an_adapter(header.path, header.tensors)
     kind = foreign.other_kind(keys)
     if kind is not None:
         raise foreign.unsupported(header.path, kind, keys)
-    for name, format in FORMATS.items():
-        if format.matches(keys):
-            return name
-    if foreign.has_lora(keys):
+    if any(key.startswith(peft.PREFIX) for key in keys):
+        return "peft"
+    if found := spellings(keys):
+        return found[0]
+    if is_lora:
         raise foreign.unknown_keys(header.path, keys)
     raise foreign.not_an_adapter(header.path, header.tensors)
 
@@ -200,21 +239,15 @@ def make_room(target: Path) -> None:
     shutil.rmtree(target)
 
 
-def _read_peft(header: Header) -> AdapterWeights:
-    folder = header.path.parent
-    component = folder.name if folder.name in COMPONENTS else None
-    config = peft.read_config(folder / peft.CONFIG_FILE)
-    return peft.decode(header.path, component, dict(read_tensors(header)), config)
-
-
-def _reading(
-    decode: Callable[[Path, Mapping[str, torch.Tensor], Mapping[str, str]], AdapterWeights],
-) -> Callable[[Header], AdapterWeights]:
-    return lambda header: decode(header.path, dict(read_tensors(header)), header.metadata)
-
-
 FORMATS: dict[str, Format] = {
-    "webui": Format("WebUI (kohya)", webui.matches, _write_webui, _reading(webui.decode)),
-    "diffusers": Format("diffusers", diffusers.matches, _write_diffusers, _reading(diffusers.decode)),
-    "peft": Format("PEFT", peft.matches, _write_peft, _read_peft, is_folder=True),
+    "webui": Format("WebUI (kohya)", _write_webui),
+    "diffusers": Format("diffusers", _write_diffusers),
+    "peft": Format("PEFT", _write_peft, peft.read_modules, is_folder=True),
 }
+"""Formats that are written and read."""
+
+READERS: dict[str, Format] = FORMATS | {
+    "comfyui": Format("ComfyUI (generic keys)", None),
+    "lycoris": Format("LyCORIS wrapper (lycoris_ keys)", None),
+}
+"""All formats that are read, also those that every client reads better in another one."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..adapters.base import AdapterWeights
+from .keys import parse_key, spellings
 
 CLIENTS = ("WebUI", "Forge", "ComfyUI", "kohya sd-scripts", "diffusers", "stable-diffusion.cpp")
 
@@ -43,6 +44,16 @@ class _Facts:
     def any_key(self, *starts: str) -> bool:
         return any(key.startswith(starts) for key in self.keys)
 
+    def any_part(self, *parts: str) -> bool:
+        return any(part in key for key in self.keys for part in parts)
+
+    @property
+    def scaled_rank_one(self) -> bool:
+        """Whether a module of rank 1 has an alpha of its own."""
+        parsed = [parse_key(key) for key in self.keys if key.endswith(".alpha")]
+        ranks = {key.module: self.weights.pairs[key.module].rank for key in parsed if key is not None}
+        return 1 in ranks.values()
+
     @property
     def ldm_names(self) -> bool:
         return self.any_key("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
@@ -58,15 +69,20 @@ def client_support(
     """Return what each client makes of a file.
 
     Args:
-        format: the file's format.
+        format: the file's format, a key of :data:`sdlora.formats.READERS`.
         family: ``sd1``, ``sd2``, ``sdxl`` or None.
-        weights: the adapter in it (with the alphas that the file itself holds).
+        weights: the adapter in it, with the alphas that the file itself holds; values are not looked at.
         keys: the file's keys, whose spelling decides for some clients.
     """
     facts = _Facts(format, family, weights, tuple(keys))
     found = []
     for client in CLIENTS:
-        reasons = _OTHER_FORMATS[format](client, facts) if format in _OTHER_FORMATS else _webui(client, facts)
+        reasons = _FORMATS[format](client, facts)
+        mixed = spellings(facts.keys)
+        if len(mixed) > 1 and client not in _BY_KEY:
+            reasons = [
+                f"reads part of it at most: its keys mix the {' and '.join(mixed)} spellings; export it again"
+            ]
         found.append(Support(client, not reasons, tuple(reasons)))
     return tuple(found)
 
@@ -104,6 +120,8 @@ def _names(client: str, facts: _Facts) -> list[str]:
         reasons.append("loses all layers in original names when both namings are mixed; export it again")
     if facts.family == "sdxl" and client == "WebUI" and facts.any_key("lora_unet_up_blocks_0_upsamplers_0"):
         reasons.append("loses `up_blocks_0_upsamplers_0_conv` in diffusers names; export it again")
+    if facts.any_part(".lora_A.", ".lora_B.") and client in _KOHYA_SUFFIXES:
+        reasons.append("knows only `lora_down` and `lora_up`, not `lora_A` and `lora_B`; export it again")
     return reasons
 
 
@@ -124,27 +142,41 @@ def _layers(client: str, facts: _Facts) -> list[str]:
         reasons += [
             f"mis-scales `{c}`, whose modules have different alphas" for c in mixed_alphas(facts.weights)
         ]
-    if (
-        client == "stable-diffusion.cpp"
-        and 1 in facts.weights.ranks()
-        and any(key.endswith(".alpha") for key in facts.keys)
-    ):
+    if client == "stable-diffusion.cpp" and facts.scaled_rank_one:
         reasons.append("takes rank 1 for the input width, so those layers come out far too weak")
     return reasons
 
 
 def _diffusers(client: str, facts: _Facts) -> list[str]:
     if client == "diffusers":
-        return []
+        return ["finds nothing without `unet.` before the names; export it again"] if _bare(facts) else []
     if client == "ComfyUI":
-        lost = [path for path in facts.weights.component("unet") if path.endswith(_ATTENTION)]
-        return (
-            [f"loses {len(lost)} U-Net attention layers in diffusers keys; export as webui"] if lost else []
-        )
+        reasons = []
+        attention = [path for path in facts.weights.component("unet") if path.endswith(_ATTENTION)]
+        if attention and not facts.any_part(".processor."):
+            reasons.append(
+                f"loses {len(attention)} U-Net attention layers in diffusers keys; export as webui"
+            )
+        if not facts.any_part(".alpha") and any(pair.scale != 1.0 for pair in facts.weights.pairs.values()):
+            reasons.append("ignores the alphas, which are in the header only; export as webui")
+        return reasons
     if client == "stable-diffusion.cpp":
         text = [c for c in facts.weights.components() if c != "unet"]
         return ["leaves out text encoders in diffusers keys; export as webui"] if text else []
     return ["reads no diffusers keys; export as webui"]
+
+
+def _bare(facts: _Facts) -> bool:
+    return not all(key.startswith(("unet.", "text_encoder")) for key in facts.keys)
+
+
+def _comfyui(client: str, facts: _Facts) -> list[str]:
+    return [] if client in _BY_KEY else ["reads no ComfyUI keys; export as webui"]
+
+
+def _lycoris(client: str, facts: _Facts) -> list[str]:
+    readers = (*_BY_KEY, "stable-diffusion.cpp")
+    return [] if client in readers else ["reads no `lycoris_` keys; export as webui"]
 
 
 def _peft(client: str, facts: _Facts) -> list[str]:
@@ -155,4 +187,13 @@ def _peft(client: str, facts: _Facts) -> list[str]:
     return ["reads no PEFT folders; export as webui"]
 
 
-_OTHER_FORMATS: dict[str, Callable[[str, _Facts], list[str]]] = {"diffusers": _diffusers, "peft": _peft}
+_BY_KEY = ("ComfyUI", "Forge")
+"""They look up every key on its own, so that spellings may be mixed."""
+_KOHYA_SUFFIXES = ("kohya sd-scripts", "diffusers")
+_FORMATS: dict[str, Callable[[str, _Facts], list[str]]] = {
+    "webui": _webui,
+    "diffusers": _diffusers,
+    "comfyui": _comfyui,
+    "lycoris": _lycoris,
+    "peft": _peft,
+}

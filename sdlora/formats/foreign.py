@@ -19,8 +19,6 @@ _KINDS: tuple[tuple[str, str], ...] = (
     (r"\.diff(_b)?$|\.(w|b)_norm$", "an adapter with full-weight differences (`diff`)"),
     (r"\.on_input$", "an IA3 adapter"),
     (r"^bundle_emb\.", "a LoRA with a bundled embedding"),
-    (r"^lycoris_", "a LyCORIS adapter of the wrapper kind"),
-    (r"^diffusion_model\..*(lora|_up|_down)", "a LoRA with ComfyUI-style keys"),
     (r"lora_embedding_[AB]", "a LoRA of an embedding layer"),
     (r"\.modules_to_save\.|\.base_layer\.", "a PEFT adapter with whole layers saved beside the LoRA"),
     (r"lora_controlnet|^lora_controlnet", "a Control-LoRA"),
@@ -30,7 +28,9 @@ _KINDS: tuple[tuple[str, str], ...] = (
         "a LoRA for a transformer model (SD3, Flux or similar)",
     ),
 )
-_LORA = re.compile(r"lora_(down|up|A|B|linear_layer)|\.lora\.(down|up)|_lora\.(down|up)")
+_LORA = re.compile(
+    r"lora_(down|up|A|B|linear_layer)|\.lora\.(down|up)|_lora\.(down|up)|^(lora_unet|lora_te\d?|lycoris)_"
+)
 _MODELS = (
     (
         r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.",

@@ -11,16 +11,16 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.base import COMPONENTS, AdapterWeights, ModuleKey
+from ..adapters.base import COMPONENTS, AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
-from ..tensor_file import MAX_HEADER_BYTES, shown
+from ..tensor_file import MAX_HEADER_BYTES, Header, Load, shown
 from . import folding, foreign, names
 
 CONFIG_FILE = "adapter_config.json"
@@ -29,6 +29,8 @@ PREFIX = "base_model.model."
 
 _FACTOR = re.compile(r"^base_model\.model\.(?P<path>.+?)\.lora_(?P<factor>[AB])(?:\.[A-Za-z]\w*)?\.weight$")
 _LITERAL_PATTERN = re.compile(r"^\^?[\w.\\-]+\$?$")
+_OPEN_CLIP_WIDTH = 1280
+"""Width of SDXL's second text encoder, which no other encoder of these families has."""
 _TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 
 
@@ -52,9 +54,22 @@ def encode(
         at = f"{where}: module `{component}.{path}`"
         tensors[f"{PREFIX}{spelled[path]}.lora_A.weight"] = folding.fitting(at, pair.down, dtype)
         tensors[f"{PREFIX}{spelled[path]}.lora_B.weight"] = folding.fitting(at, pair.up, dtype)
+    return tensors, settings_of(pairs, spelled)
+
+
+def settings_of(
+    pairs: Mapping[str, LowRankPair], spelled: Mapping[str, str], anchor: str = "^"
+) -> dict[str, Any]:
+    """Return the settings with which PEFT gives every module its rank and alpha.
+
+    Args:
+        pairs: by canonical path.
+        spelled: canonical path -> name of the module in the model.
+        anchor: what patterns start with; ``^`` lets them match whole names only.
+    """
     rank = int(folding.common(pair.rank for pair in pairs.values()))
     alpha = folding.common(pair.alpha for pair in pairs.values())
-    config: dict[str, Any] = {
+    return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": None,
@@ -66,57 +81,75 @@ def encode(
         "fan_in_fan_out": False,
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": sorted(spelled.values()),
-        "rank_pattern": {f"^{spelled[p]}": pair.rank for p, pair in pairs.items() if pair.rank != rank},
+        "target_modules": sorted(spelled[path] for path in pairs),
+        "rank_pattern": {
+            f"{anchor}{spelled[path]}": pair.rank for path, pair in pairs.items() if pair.rank != rank
+        },
         "alpha_pattern": {
-            f"^{spelled[p]}": _plain(pair.alpha) for p, pair in pairs.items() if pair.alpha != alpha
+            f"{anchor}{spelled[path]}": _plain(pair.alpha)
+            for path, pair in pairs.items()
+            if pair.alpha != alpha
         },
     }
-    return tensors, config
 
 
-def decode(
-    path: Path, component: str | None, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> AdapterWeights:
-    """Return the modules in one PEFT folder.
+def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, LowRankPair]]:
+    """Yield every module of one PEFT folder with its update, in sorted order, holding one at a time.
+
+    The component is the folder's name, or else follows from the modules.
 
     Args:
-        path: the tensors' file, for messages.
-        component: which component it is for; None to tell by the module names.
-        tensors: by key.
-        config: settings from ``adapter_config.json``.
+        header: of the folder's tensors; the settings lie beside them.
+        load: gives the tensor of a key.
 
     Raises:
         AdapterFileError: listing keys that belong to no module, or naming an incomplete module.
     """
-    groups: dict[str, dict[str, Tensor]] = {}
-    unknown: list[str] = []
-    for key, tensor in tensors.items():
-        match = _FACTOR.match(key)
-        if match is None:
-            unknown.append(key)
-            continue
-        groups.setdefault(match["path"], {})["down" if match["factor"] == "A" else "up"] = tensor
-    if unknown:
-        raise foreign.unknown_keys(path, unknown)
+    path = header.path
+    config = read_config(path.with_name(CONFIG_FILE))
     kind = str(config.get("peft_type", "LORA"))
     if kind != "LORA":
         raise AdapterFileError(
             f"{path.with_name(CONFIG_FILE)}: peft_type is `{shown(kind, 20)}`, not LORA; give a plain LoRA"
         )
-    component = component or _component_of(groups)
-    pairs = {}
-    for name, group in groups.items():
-        module = ModuleKey(component, name if component == "unet" else names.with_text_prefix(name))
-        where = f"{path}: module `{component}.{name}`"
-        pair = folding.pair_of(where, group.get("down"), group.get("up"), None)
+    for module, parts in sorted(_groups(header).items()):
+        where = f"{path}: module `{module.component}.{module.path}`"
+        down, up = (load(parts[part]) if part in parts else None for part in ("down", "up"))
+        pair = folding.pair_of(where, down, up, None)
         alpha = effective_alpha(where, config, module, pair.rank)
-        if module in pairs:
+        yield module, folding.pair_of(where, pair.down, pair.up, alpha)
+
+
+def _groups(header: Header) -> dict[ModuleKey, dict[str, str]]:
+    """Return the key of every part of every module."""
+    found: dict[str, dict[str, str]] = {}
+    unknown: list[str] = []
+    for key in header.tensors:
+        match = _FACTOR.match(key)
+        part = "down" if match is not None and match["factor"] == "A" else "up"
+        if match is None:
+            unknown.append(key)
+        elif part in found.setdefault(match["path"], {}):
             raise AdapterFileError(
-                f"{where}: is there twice, with and without `text_model.`; export it again"
+                f"{header.path}: `{shown(match['path'])}` has two adapters "
+                f"({foreign.listing([found[match['path']][part], key])}); save one of them alone"
             )
-        pairs[module] = folding.pair_of(where, pair.down, pair.up, alpha)
-    return AdapterWeights(pairs)
+        else:
+            found[match["path"]][part] = key
+    if unknown:
+        raise foreign.unknown_keys(header.path, unknown)
+    folder = header.path.parent.name
+    component = folder if folder in COMPONENTS else _component_of(header, found)
+    groups: dict[ModuleKey, dict[str, str]] = {}
+    for name, parts in found.items():
+        module = ModuleKey(component, name if component == "unet" else names.with_text_prefix(name))
+        if module in groups:
+            raise AdapterFileError(
+                f"{header.path}: module `{component}.{shown(name)}` is there twice, with and without "
+                "`text_model.`; export it again"
+            )
+        groups[module] = parts
+    return groups
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -223,9 +256,16 @@ def _names(where: str, pattern: str, module: ModuleKey) -> bool:
     return any(path == literal or path.endswith("." + literal) for path in paths)
 
 
-def _component_of(paths: Iterable[str]) -> str:
-    in_unet = any(path.split(".", 1)[0] in names.UNET_ROOTS for path in paths)
-    return "unet" if in_unet else "text_encoder"
+def _component_of(header: Header, found: Mapping[str, Mapping[str, str]]) -> str:
+    """Return the component that modules belong to, by their names, and by their width for text encoders."""
+    if any(path.split(".", 1)[0] in names.UNET_ROOTS for path in found):
+        return "unet"
+    widths = {
+        header.tensors[parts["down"]].shape[-1:]
+        for path, parts in found.items()
+        if "down" in parts and path.endswith((".q_proj", ".k_proj", ".v_proj", ".fc1"))
+    }
+    return "text_encoder_2" if widths == {(_OPEN_CLIP_WIDTH,)} else "text_encoder"
 
 
 def _plain(value: float) -> int | float:

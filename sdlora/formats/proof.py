@@ -67,7 +67,7 @@ def prove(
     back = formats.read_adapter(path).weights
     largest, relative = compare(weights, back, dtype, str(path))
     readers = ["sdlora"]
-    clients = client_support(format, info.name, formats.weights_as_stored(path), keys)
+    clients = client_support(format, info.name, formats.read_outline(path).weights, keys)
     by_diffusers = next(one for one in clients if one.client == "diffusers")
     if by_diffusers.full:
         seen = read_through_diffusers(path, info)

@@ -264,16 +264,18 @@ def test_limits_of_clients_are_named(tmp_path: Path) -> None:
     queries = AdapterWeights(
         {k: p for k, p in even.items() if k.component == "unet" or k.path.endswith(("q_proj", "fc1"))}
     )
-    single = random_adapter(models, ATTENTION, ranks=(1,))
+    single = random_adapter(models, ATTENTION, ranks=(1, 2), scales=(0.5, 2.0))
+    odd = random_adapter(models, ATTENTION, ranks=(1,), scales=(1.5,))
     expected = {
         ("webui", "even"): set(),
         ("webui", "uneven"): {"diffusers"},
         ("webui", "queries"): {"diffusers"},
-        ("webui", "single"): {"stable-diffusion.cpp"},
+        ("webui", "single"): set(),  # alpha 1 for all, and none for rank 1
+        ("webui", "odd"): {"stable-diffusion.cpp"},
         ("diffusers", "even"): set(CLIENTS) - {"diffusers"},
         ("peft", "even"): set(CLIENTS),
     }
-    adapters = {"even": even, "uneven": uneven, "queries": queries, "single": single}
+    adapters = {"even": even, "uneven": uneven, "queries": queries, "single": single, "odd": odd}
     for (format, name), failing in expected.items():
         target = tmp_path / f"{name}-{format}{'' if FORMATS[format].is_folder else '.safetensors'}"
         write_adapter(file_of(adapters[name]), format, target, torch.float32, SD1)

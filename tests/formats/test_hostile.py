@@ -175,7 +175,6 @@ NOT_ADAPTERS: dict[str, dict[str, tuple[int, ...]]] = {
     "a LoKr (LyCORIS) adapter": {f"{KEY}.lokr_w1": (4, 2)},
     "a DoRA adapter": {f"{KEY}.lora_down.weight": (2, 4), f"{KEY}.dora_scale": (4, 1)},
     "`lora_mid`": {f"{KEY}.lora_mid.weight": (2, 2, 3, 3)},
-    "ComfyUI-style keys": {"diffusion_model.input_blocks.1.1.proj_in.lora_down.weight": (2, 4)},
     "a transformer model": {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (2, 4)},
     "`up` factor is missing": {f"{KEY}.lora_down.weight": (2, 4)},
     "`down` factor is missing": {f"{KEY}.alpha": ()},

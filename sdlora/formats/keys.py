@@ -1,0 +1,187 @@
+"""Keys of LoRA files: which layer and which part of it each one names, in every spelling that is in use.
+
+A key is a module name and a part of the module (``.lora_down.weight``). Both are spelled in several ways,
+and programs combine them freely, so each is recognised on its own. Sources: FORMATS.md 1, 4.1 and 5.4.
+
+==========  ====================================================  ======================================
+spelling    module names                                          written by
+==========  ====================================================  ======================================
+webui       ``lora_unet_*``, ``lora_te_*``, ``lora_te1_*``, ...   kohya and most trainers
+diffusers   ``unet.*``, ``text_encoder.*``, bare U-Net names,     diffusers, old and new, and trainers
+            with ``.processor.`` in old files                     built on it
+comfyui     ``diffusion_model.*``, ``text_encoders.clip_l.*``     ComfyUI and tools that follow it
+lycoris     ``lycoris_*`` in diffusers' U-Net names               SimpleTuner, LyCORIS' wrapper
+==========  ====================================================  ======================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..adapters.base import COMPONENTS, ModuleKey
+from ..errors import AdapterFileError
+from . import foreign, names
+
+WEBUI_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+_COMFYUI_TEXT = re.compile(r"^(?:text_encoders\.)?clip_(?P<which>[lgh])\.(?:transformer\.)?(?P<path>.+)$")
+_COMFYUI_UNET = re.compile(r"^(?:model\.)?diffusion_model\.(?P<path>.+)$")
+_CLIP = {"l": "text_encoder", "h": "text_encoder", "g": "text_encoder_2"}
+
+_PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\.lora_(?:down|A)(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"), "down"),
+    (re.compile(r"\.lora_(?:up|B)(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"), "up"),
+    (re.compile(r"(?:\.lora|_lora|\.lora_linear_layer)\.down\.weight$"), "down"),
+    (re.compile(r"(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight$"), "up"),
+    (re.compile(r"\.alpha$"), "alpha"),
+    (re.compile(r"\.scale$"), "scale"),
+)
+_OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_UNET_START = (*names.UNET_ROOTS, "input_blocks", "middle_block", "output_blocks")
+
+
+class ParsedKey(NamedTuple):
+    """What a key says.
+
+    Attributes:
+        module: the layer.
+        part: ``down``, ``up``, ``alpha`` or ``scale``.
+        spelling: how the layer is spelled: ``webui``, ``diffusers``, ``comfyui`` or ``lycoris``.
+    """
+
+    module: ModuleKey
+    part: str
+    spelling: str
+
+
+class ParsedName(NamedTuple):
+    """What the module name of a key says: the layer, and how it is spelled."""
+
+    module: ModuleKey
+    spelling: str
+
+
+def parse_key(key: str) -> ParsedKey | None:
+    """Return what a key of a LoRA says, or None where the layer or its part is not known."""
+    for pattern, part in _PARTS:
+        match = pattern.search(key)
+        if match is not None and (name := parse_name(key[: match.start()])) is not None:
+            return ParsedKey(name.module, part, name.spelling)
+    return None
+
+
+def parse_name(name: str) -> ParsedName | None:
+    """Return the layer that a module name of any spelling means, or None if there is no such layer."""
+    for spelling, spelled in _SPELLINGS.items():
+        module = spelled(name)
+        if module is not None:
+            return ParsedName(module, spelling)
+    return None
+
+
+def spellings(keys: Iterable[str]) -> list[str]:
+    """Return the spellings of the layers that keys name, the most frequent first."""
+    counts: dict[str, int] = {}
+    for key in keys:
+        if (parsed := parse_key(key)) is not None:
+            counts[parsed.spelling] = counts.get(parsed.spelling, 0) + 1
+    return sorted(counts, key=lambda spelling: (-counts[spelling], spelling))
+
+
+def group_keys(path: Path, keys: Iterable[str]) -> dict[ModuleKey, dict[str, str]]:
+    """Return the key of every part of every module.
+
+    Raises:
+        AdapterFileError: listing the keys that name no known layer, or naming a part that is there twice.
+    """
+    groups: dict[ModuleKey, dict[str, str]] = {}
+    unknown: list[str] = []
+    for key in keys:
+        parsed = parse_key(key)
+        if parsed is None:
+            unknown.append(key)
+            continue
+        group = groups.setdefault(parsed.module, {})
+        if parsed.part in group:
+            raise AdapterFileError(
+                f"{path}: module `{parsed.module.component}.{parsed.module.path}` is there twice "
+                f"({foreign.listing([group[parsed.part], key])}); the file mixes two namings, export it again"
+            )
+        group[parsed.part] = key
+    if unknown:
+        raise foreign.unknown_keys(path, unknown)
+    return groups
+
+
+def webui_module(name: str) -> ModuleKey | None:
+    """Return the layer that a name in WebUI's spelling means, with either naming of the U-Net's blocks."""
+    for prefix, component in WEBUI_PREFIXES.items():
+        if name.startswith(prefix):
+            path = names.to_dots(name.removeprefix(prefix))
+            if path is None:
+                return None
+            if component == "unet":
+                return _unet(path)
+            if path.split(".", 1)[0] in _UNET_START:
+                return None
+            return ModuleKey(component, names.with_text_prefix(path))
+    return None
+
+
+def _lycoris_module(name: str) -> ModuleKey | None:
+    if not name.startswith("lycoris_"):
+        return None
+    path = names.to_dots(name.removeprefix("lycoris_"))
+    return None if path is None else _unet(path)
+
+
+def _comfyui_module(name: str) -> ModuleKey | None:
+    if match := _COMFYUI_UNET.match(name):
+        return _unet(_current(match["path"]))
+    if match := _COMFYUI_TEXT.match(name):
+        return ModuleKey(_CLIP[match["which"]], names.with_text_prefix(match["path"]))
+    return None
+
+
+def _diffusers_module(name: str) -> ModuleKey | None:
+    component, _, path = name.partition(".")
+    if component not in COMPONENTS:
+        if component not in _UNET_START or not path:
+            return None
+        component, path = "unet", name
+    if not path:
+        return None
+    if component == "unet":
+        return _unet(_current(path))
+    parent, _, last = path.rpartition(".")
+    # the oldest files call text projections as the U-Net's: `...self_attn.to_q_lora.down.weight`
+    path = f"{parent}.{_OLD_TEXT_NAMES[last]}" if last in _OLD_TEXT_NAMES else path
+    return ModuleKey(component, names.with_text_prefix(path))
+
+
+def _unet(path: str) -> ModuleKey | None:
+    canonical = names.from_ldm(path) if names.is_ldm(path) else path
+    if canonical is None or canonical.split(".", 1)[0] not in names.UNET_ROOTS:
+        return None
+    return ModuleKey("unet", canonical)
+
+
+def _current(path: str) -> str:
+    """Return a dotted U-Net path of the time of attention processors as it is called now."""
+    path = path.replace(".processor.", ".")
+    return path + ".0" if path.endswith(".to_out") else path
+
+
+_SPELLINGS: dict[str, Callable[[str], ModuleKey | None]] = {
+    "webui": webui_module,
+    "diffusers": _diffusers_module,
+    "comfyui": _comfyui_module,
+    "lycoris": _lycoris_module,
+}
