@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .export import export_adapter
     from .generate import GenerateRequest, ImageGenerator, generate
     from .inspection import inspect_adapter
+    from .surgery.merge import merge_adapters
+    from .surgery.resize import resize_adapter
     from .train import TrainResult, train
 
 _HOMES = {
@@ -33,6 +35,8 @@ _HOMES = {
     "ImageGenerator": "generate",
     "generate": "generate",
     "inspect_adapter": "inspection",
+    "merge_adapters": "surgery.merge",
+    "resize_adapter": "surgery.resize",
     "TrainResult": "train",
     "train": "train",
 }
@@ -56,6 +60,8 @@ __all__ = [
     "generate",
     "inspect_adapter",
     "load_config",
+    "merge_adapters",
+    "resize_adapter",
     "save_config",
     "train",
 ]

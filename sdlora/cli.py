@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TextIO
 
 from .errors import ConfigError, SdloraError
 from .files import write_problem
+from .surgery_commands import declare_merge, declare_resize, run_merge, run_resize
 
 Result = tuple[dict[str, Any], int]
 
@@ -355,6 +356,8 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("draw pictures with adapters at any strength", _declare_generate, _run_generate),
     "export": Command("write an adapter for WebUI, diffusers or PEFT", _declare_export, _run_export),
     "inspect": Command("show what an adapter file holds", _declare_inspect, _run_inspect),
+    "merge": Command("merge adapters into one", declare_merge, run_merge),
+    "resize": Command("write an adapter with fewer ranks", declare_resize, run_resize),
     "check": Command("look for trouble in a folder of pictures", _declare_check, _run_check),
     "demo": Command("learn an ink style on the built-in base and show it", _declare_demo, _run_demo),
 }

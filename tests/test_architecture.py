@@ -21,6 +21,7 @@ LAYERS = [
     {"data.cache", "data.batches"},
     {"adapters"},
     {"formats"},
+    {"surgery"},
     {"optim", "checkpoint", "plan", "objective", "samplers", "pictures", "png_info", "export", "inspection"},
     {"parallel"},
     {"render"},
@@ -32,6 +33,7 @@ LAYERS = [
     {"score", "page"},
     {"demo"},
     {"display"},
+    {"surgery_commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -1,0 +1,229 @@
+"""Merging adapters into one: exactly, by putting their factors side by side, or cut to a size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.lora import Strength
+from ..config import Precision
+from ..errors import ConfigError
+from .dense import cut_matrix
+from .factors import Cut, common_shape, factors_of, joined
+from .methods import METHODS, combined, layer_seed
+from .report import SurgeryReport
+from .result import Part, cut_part, finish
+from .sources import (
+    Progress,
+    check_target,
+    dtype_name,
+    family_of,
+    fingerprints,
+    kind_notes,
+    number_format,
+    open_adapters,
+    result_info,
+    silent,
+    write_adapter,
+)
+from .strengths import ModuleStrength, check_blocks, component_strengths
+from .workers import in_order
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """How the updates of a layer become one.
+
+    Attributes:
+        name: one of :data:`sdlora.surgery.methods.METHODS`.
+        density: share of the entries that TIES and DARE keep; None for ``linear``.
+        seed: of DARE's random choice.
+        cut: size of the result; None for the exact sum.
+    """
+
+    name: str = "linear"
+    density: float | None = None
+    seed: int | None = None
+    cut: Cut | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise ConfigError(f"--method {self.name}: is not a method; give one of {', '.join(METHODS)}")
+        if self.name == "linear":
+            if self.density is not None:
+                raise ConfigError(
+                    f"--density {self.density:g}: has no effect with --method linear; leave it out"
+                )
+        elif self.density is None:
+            raise ConfigError(
+                f"--method {self.name}: needs --density, the share of the entries kept, e.g. 0.2"
+            )
+        elif not 0.0 < self.density <= 1.0:
+            raise ConfigError(f"--density {self.density:g}: is a share, so above 0 and at most 1, e.g. 0.2")
+        if self.seed is not None and not self.name.startswith("dare"):
+            raise ConfigError(f"--seed {self.seed}: only --method dare and dare-ties draw; leave it out")
+        if self.name != "linear" and self.cut is None:
+            raise ConfigError(
+                f"--method {self.name}: its result is not of low rank; give --rank, --energy or --error"
+            )
+
+
+@dataclass(frozen=True)
+class _Job:
+    module: ModuleKey
+    terms: tuple[tuple[int, LowRankPair, float], ...]
+
+
+def merge_adapters(
+    sources: Sequence[tuple[Path, Strength]],
+    output: Path,
+    *,
+    method: str = "linear",
+    density: float | None = None,
+    seed: int | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    blocks: Sequence[Mapping[str, float]] = (),
+    format: str = "webui",
+    dtype: Precision | None = None,
+    overwrite: bool = False,
+    report: bool = False,
+    progress: Progress = silent,
+) -> SurgeryReport:
+    """Merge adapters into one and write it.
+
+    Without a size asked for, ``linear`` gives the exact sum; its rank is the sum of the ranks.
+
+    Args:
+        sources: (file, strength) of each adapter; strengths may be negative, and differ by component.
+        output: the new file, or the folder for ``peft``.
+        method: ``linear`` (weighted sum), ``ties``, ``dare`` or ``dare-ties``.
+        density: share of the entries that TIES and DARE keep.
+        seed: of DARE's choice, 0 when None.
+        rank: at most this rank in each module.
+        energy: share of each update's sum of squared singular values to keep.
+        error: largest relative Frobenius error of each update; instead of ``energy``.
+        blocks: block -> factor for each adapter; see :mod:`sdlora.surgery.strengths`.
+        format: a key of :data:`sdlora.formats.FORMATS`.
+        dtype: number format; the widest of the sources when None.
+        overwrite: replace an existing file.
+        report: also measure each module's error, rounding included.
+        progress: told after each module.
+
+    Raises:
+        AdapterFileError: when a source cannot be read, or they do not go together.
+        ConfigError: for settings that are missing, contradict each other or have no effect.
+        OutputError: when the file exists or cannot be written.
+    """
+    started = time.perf_counter()
+    sizes = (rank, energy, error)
+    cut = None if sizes == (None, None, None) else Cut(*sizes)
+    how = MergeMethod(method, density, seed, cut)
+    if not sources:
+        raise ConfigError("merge needs adapters: give FILE:WEIGHT, e.g. style.safetensors:0.8")
+    paths = [path for path, _ in sources]
+    check_target(output, format, overwrite, paths)
+    adapters = open_adapters(paths)
+    family = family_of(adapters)
+    factors = blocks or [{}] * len(sources)
+    strengths = [ModuleStrength(s, b) for (_, s), b in zip(sources, factors, strict=True)]
+    given = [(adapter.weights, one) for adapter, one in zip(adapters, strengths, strict=True)]
+    check_blocks(given)
+    number = number_format(dtype, adapters)
+    weights, changes = finish(
+        merged(given, how, progress),
+        format,
+        number,
+        with_errors=report,
+        ranks=summed_ranks(given) if cut is None else None,
+    )
+    info = result_info(adapters, output.stem, _record(sources, blocks, how), keep_all=False)
+    written = write_adapter(weights, info, family, output, format, number)
+    every = {module for adapter in adapters for module in adapter.weights.pairs}
+    gone = len(every) - len(weights)
+    notes = (f"{gone} modules have weight 0 in every adapter and were left out",) if gone else ()
+    return SurgeryReport(
+        "merge",
+        written.files,
+        changes,
+        report,
+        time.perf_counter() - started,
+        (*kind_notes(adapters), *notes),
+        written.proof,
+        {"method": method, "dtype": dtype_name(number), "format": format},
+    )
+
+
+def merged(
+    adapters: Sequence[tuple[AdapterWeights, ModuleStrength]],
+    how: MergeMethod,
+    progress: Progress = silent,
+) -> Iterator[Part]:
+    """Yield each module's merged update, sorted by module.
+
+    Raises:
+        AdapterFileError: when two adapters hold a layer in different shapes.
+        ConfigError: when every weight is 0.
+    """
+    jobs = _jobs(adapters)
+    for done, part in enumerate(in_order(lambda job: _merge_module(job, how), jobs), 1):
+        yield part
+        progress(done, len(jobs))
+
+
+def summed_ranks(adapters: Sequence[tuple[AdapterWeights, ModuleStrength]]) -> dict[ModuleKey, int]:
+    """Return the rank of each module of the exact sum."""
+    return {job.module: sum(pair.rank for _, pair, _ in job.terms) for job in _jobs(adapters)}
+
+
+def _jobs(adapters: Sequence[tuple[AdapterWeights, ModuleStrength]]) -> list[_Job]:
+    jobs = []
+    for module in sorted({module for weights, _ in adapters for module in weights.pairs}):
+        terms = tuple(
+            (place, weights.pairs[module], strength.of(module))
+            for place, (weights, strength) in enumerate(adapters)
+            if module in weights.pairs and strength.of(module) != 0.0
+        )
+        if terms:
+            jobs.append(_Job(module, terms))
+    if not jobs:
+        raise ConfigError("every weight is 0, so nothing would be left; give at least one other weight")
+    return jobs
+
+
+def _merge_module(job: _Job, how: MergeMethod) -> Part:
+    where = f"two adapters for `{job.module.component}.{job.module.path}`"
+    if how.name == "linear":
+        update = joined([factors_of(pair, weight) for _, pair, weight in job.terms], where)
+        return cut_part(job.module, update, how.cut)
+    assert how.cut is not None and how.density is not None, "checked when the method was made"
+    shape = common_shape([(p.up.shape[0], *p.down.shape[1:]) for _, p, _ in job.terms], where)
+    deltas = [pair.delta().flatten(1) * weight for _, pair, weight in job.terms]
+    places = [place for place, _, _ in job.terms]
+    matrix = combined(deltas, how.name, how.density, how.seed or 0, job.module, places)
+    update, norm, lost = cut_matrix(matrix, shape, how.cut, layer_seed(0, job.module))
+    return Part(job.module, update, sum(pair.rank for _, pair, _ in job.terms), norm, lost)
+
+
+def _record(
+    sources: Sequence[tuple[Path, Strength]], blocks: Sequence[Mapping[str, float]], how: MergeMethod
+) -> dict[str, object]:
+    """Return what was done, for the header: by file names and hashes, without the user's folders."""
+    settings = {"method": how.name, "density": how.density, "seed": how.seed}
+    if how.cut is not None:
+        settings |= vars(how.cut)
+    prints = fingerprints([path for path, _ in sources])
+    listed = [
+        {**found, "strength": component_strengths(strength)}
+        for found, (_, strength) in zip(prints, sources, strict=True)
+    ]
+    return {
+        "operation": "merge",
+        "sources": listed,
+        **({"blocks": [dict(one) for one in blocks]} if any(blocks) else {}),
+        **{key: value for key, value in settings.items() if value is not None},
+    }

@@ -1,0 +1,102 @@
+"""Resizing an adapter: fewer ranks, chosen for each module from the singular values of its update.
+
+The best update of a given rank is the truncated SVD of dW (Eckart and Young 1936). It is computed from the
+factors (:func:`sdlora.surgery.factors.spectrum`), never from dW itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..adapters.base import AdapterWeights
+from ..config import Precision
+from ..errors import ConfigError
+from .factors import Cut, factors_of
+from .report import SurgeryReport
+from .result import Part, cut_part, finish
+from .sources import (
+    Progress,
+    check_target,
+    dtype_name,
+    family_of,
+    fingerprints,
+    kind_notes,
+    number_format,
+    open_adapters,
+    result_info,
+    silent,
+    write_adapter,
+)
+from .workers import in_order
+
+
+def resize_adapter(
+    source: Path,
+    output: Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    format: str = "webui",
+    dtype: Precision | None = None,
+    overwrite: bool = False,
+    report: bool = False,
+    progress: Progress = silent,
+) -> SurgeryReport:
+    """Write an adapter with fewer ranks.
+
+    Args:
+        source: adapter file or folder of any format.
+        output: the new file, or the folder for ``peft``.
+        rank: at most this rank in each module.
+        energy: share of each update's sum of squared singular values to keep, e.g. 0.99.
+        error: largest relative Frobenius error of each update, e.g. 0.05; instead of ``energy``.
+        format: a key of :data:`sdlora.formats.FORMATS`.
+        dtype: number format; the source's own when None.
+        overwrite: replace an existing file.
+        report: also measure each module's error, rounding included.
+        progress: told after each module.
+
+    Raises:
+        AdapterFileError: when the source cannot be read, or the result not be held by the format.
+        ConfigError: for sizes that are missing, contradict each other or change nothing.
+        OutputError: when the file exists or cannot be written.
+    """
+    started = time.perf_counter()
+    cut = Cut(rank, energy, error)
+    check_target(output, format, overwrite, [source])
+    [adapter] = open_adapters([source])
+    family = family_of([adapter])
+    largest = max(adapter.weights.ranks())
+    if cut.allowed_loss is None and rank is not None and rank >= largest:
+        raise ConfigError(f"--rank {rank}: {source} has no more than rank {largest}; give a smaller one")
+    number = number_format(dtype, [adapter])
+    parts = resized(adapter.weights, cut, progress)
+    weights, changes = finish(parts, format, number, with_errors=report)
+    record = {
+        "operation": "resize",
+        "sources": fingerprints([source]),
+        **{key: value for key, value in vars(cut).items() if value is not None},
+    }
+    info = result_info([adapter], output.stem, record, keep_all=True)
+    written = write_adapter(weights, info, family, output, format, number)
+    return SurgeryReport(
+        "resize",
+        written.files,
+        changes,
+        report,
+        time.perf_counter() - started,
+        kind_notes([adapter]),
+        written.proof,
+        {"dtype": dtype_name(number), "format": format},
+    )
+
+
+def resized(weights: AdapterWeights, cut: Cut, progress: Progress = silent) -> Iterator[Part]:
+    """Yield each module's update, cut to size."""
+    work = in_order(lambda item: cut_part(item[0], factors_of(item[1]), cut), weights.items())
+    for done, part in enumerate(work, 1):
+        yield part
+        progress(done, len(weights))

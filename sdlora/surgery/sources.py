@@ -1,0 +1,266 @@
+"""From adapter files to canonical adapters for surgery, and from results to proven files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import formats
+from ..adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair
+from ..adapters.kinds import TITLES
+from ..adapters.plain import to_plain
+from ..config import Precision
+from ..errors import AdapterFileError, ConfigError, OutputError
+from ..families import FAMILIES, family_info
+from ..files import replacing
+from ..formats.proof import prove
+from ..tensor_file import DTYPE_NAMES, data_sha256
+
+if TYPE_CHECKING:
+    from ..families.base import FamilyInfo
+
+Progress = Callable[[int, int], None]
+"""Told (modules done, modules in all)."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+RECORD = "sdlora.surgery"
+"""Header entry with what was done, as JSON."""
+_SHARED_ENTRIES = (
+    *("ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash", "ss_resolution", "ss_clip_skip"),
+    *("modelspec.resolution", "modelspec.prediction_type", "modelspec.license", "modelspec.author"),
+    *("modelspec.encoder_layer", "sdlora.base_digest"),
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files of a finished operation and the proof in one line."""
+
+    files: tuple[Path, ...]
+    proof: str
+
+
+def silent(_done: int, _total: int) -> None:
+    """Take progress without showing it."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter that surgery works on.
+
+    Attributes:
+        path: where it came from.
+        weights: as plain low-rank pairs.
+        info: its name and header.
+        dtype: number format of the file's factors, float32 where they differ.
+        converted: kind -> modules that were turned into plain pairs, without any loss.
+    """
+
+    path: Path
+    weights: AdapterWeights
+    info: AdapterInfo
+    dtype: torch.dtype
+    converted: Mapping[str, int]
+
+
+def open_adapters(paths: Sequence[Path]) -> list[Opened]:
+    """Read adapters that are to be worked on; other kinds become plain pairs where that is exact.
+
+    Raises:
+        AdapterFileError: when one cannot be read, has no exact plain form (DoRA), or two are for different
+            families.
+    """
+    opened = []
+    for path in paths:
+        adapter = formats.read_adapter(path)
+        dtypes = {t.dtype for update in adapter.weights.updates.values() for t in update.tensors().values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES.values()) else torch.float32
+        kinds = {kind: count for kind, count in adapter.weights.kinds().items() if kind != LowRankPair.kind}
+        if "dora" in kinds:
+            raise AdapterFileError(
+                f"{path}: is a DoRA, whose update depends on the base's weights and is not of low rank; turn "
+                "it into a plain LoRA first: sdlora convert FILE --to-lora --base BASE --rank N"
+            )
+        plain, _ = to_plain(adapter.weights)
+        opened.append(Opened(path, plain, adapter.info, dtype, kinds))
+    known = [(one.path, one.info.family) for one in opened if one.info.family]
+    for path, family in known[1:]:
+        if family != known[0][1]:
+            raise AdapterFileError(
+                f"{path}: is for {family}, but {known[0][0]} is for {known[0][1]}; combine adapters of one "
+                "model family"
+            )
+    return opened
+
+
+def kind_notes(adapters: Sequence[Opened]) -> tuple[str, ...]:
+    """Return what was said of adapters that were of another kind than plain LoRA."""
+    return tuple(
+        f"{one.path}: {count} {TITLES[kind]} modules were taken as plain LoRA of rank up to "
+        f"{max(one.weights.ranks())}, which loses nothing"
+        for one in adapters
+        for kind, count in one.converted.items()
+    )
+
+
+def family_of(adapters: Sequence[Opened]) -> FamilyInfo:
+    """Return the family that the adapters are for.
+
+    Raises:
+        AdapterFileError: when none of them says, or this version does not know it.
+    """
+    where = adapters[0].path
+    name = next((adapter.info.family for adapter in adapters if adapter.info.family), None)
+    if name is None:
+        raise AdapterFileError(
+            f"{where}: does not tell which base model it is for (no cross-attention layers, no header entry "
+            "`ss_base_model_version`); export it with the program that trained it"
+        )
+    if name not in FAMILIES:
+        raise AdapterFileError(
+            f"{where}: is for the model family `{name}`, which this version cannot write; it knows "
+            f"{', '.join(FAMILIES)}"
+        )
+    return family_info(name)
+
+
+def number_format(asked: Precision | None, adapters: Sequence[Opened]) -> torch.dtype:
+    """Return the number format to write: what is asked for, else that of the sources, float32 if mixed.
+
+    Raises:
+        ConfigError: for an unknown one.
+    """
+    if asked is not None:
+        if asked not in DTYPES:
+            raise ConfigError(f"--dtype {asked}: is not a number format; give one of {', '.join(DTYPES)}")
+        return DTYPES[asked]
+    found = {adapter.dtype for adapter in adapters}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``fp32``, ``fp16`` or ``bf16``."""
+    return next((name for name, value in DTYPES.items() if value == dtype), DTYPE_NAMES[dtype])
+
+
+def check_target(target: Path, format: str, overwrite: bool, sources: Iterable[Path]) -> None:
+    """Check that a result can be written without losing anything.
+
+    Raises:
+        ConfigError: for an unknown format.
+        OutputError: when the file exists, is one of the sources, or has the wrong kind of name.
+    """
+    if format not in formats.FORMATS:
+        raise ConfigError(f"--format {format}: is not a format; give one of {', '.join(formats.FORMATS)}")
+    refuse_source(target, sources)
+    is_file_name = target.suffix == ".safetensors"
+    if formats.FORMATS[format].is_folder and is_file_name:
+        raise OutputError(f"{target}: {format} needs a folder; give --output without .safetensors")
+    if not formats.FORMATS[format].is_folder and not is_file_name:
+        raise OutputError(f"{target}: give --output the name of the file, ending in .safetensors")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target}: exists; nothing was overwritten. Give another --output, or --overwrite")
+
+
+def refuse_source(target: Path, sources: Iterable[Path]) -> None:
+    """Check that a result is not written over what it is made of.
+
+    Raises:
+        OutputError: when it would be.
+    """
+    for source in sources:
+        if target.exists() and source.exists() and target.samefile(source):
+            raise OutputError(
+                f"{target}: is one of the inputs, which is never written over; choose another --output"
+            )
+
+
+def write_adapter(
+    weights: AdapterWeights,
+    info: AdapterInfo,
+    family: FamilyInfo,
+    target: Path,
+    format: str,
+    dtype: torch.dtype,
+) -> Written:
+    """Write an adapter under a temporary name, read it back and compare, and only then put it in place.
+
+    Raises:
+        AdapterFileError: when the format cannot hold it, or the proof fails (nothing is left then).
+        OutputError: when the place cannot be written.
+    """
+    with replacing(target) as temporary:
+        try:
+            written = formats.write_adapter(AdapterFile(weights, info), format, temporary, dtype, family)
+            proof, _ = prove(weights, temporary, format, dtype, family)
+        except AdapterFileError as error:
+            raise AdapterFileError(str(error).replace(str(temporary), str(target))) from error
+        if formats.FORMATS[format].is_folder:
+            formats.make_room(target)
+    files = tuple(target / file.relative_to(temporary) if file != temporary else target for file in written)
+    line = (
+        f"{proof.num_modules} modules read back by {' and '.join(proof.read_by)}, largest delta difference "
+        f"{proof.largest_difference:.1e} in {dtype_name(dtype)}"
+    )
+    return Written(files, line)
+
+
+def result_info(
+    adapters: Sequence[Opened],
+    name: str,
+    record: Mapping[str, object],
+    *,
+    keep_all: bool,
+) -> AdapterInfo:
+    """Return name, trigger words and header entries of a result.
+
+    Args:
+        adapters: what it was made of.
+        name: of the result.
+        record: what was done.
+        keep_all: keep all entries of the one source; else only those that all sources agree on and that
+            still hold for a combination.
+    """
+    words = tuple(dict.fromkeys(word for a in adapters for word in a.info.trigger_words))
+    first = adapters[0].info.metadata
+    if keep_all:
+        entries = dict(first)
+        past = entries.get(RECORD)
+    else:
+        entries = {
+            key: first[key]
+            for key in _SHARED_ENTRIES
+            if key in first and all(a.info.metadata.get(key) == first[key] for a in adapters)
+        }
+        past = None
+        entries["modelspec.merged_from"] = ", ".join(a.info.name for a in adapters)
+        entries["modelspec.title"] = name
+    entries[RECORD] = json.dumps([*_history(past), dict(record)], ensure_ascii=False, separators=(",", ":"))
+    family = next((a.info.family for a in adapters if a.info.family), None)
+    return AdapterInfo(family=family, name=name, trigger_words=words, metadata=entries)
+
+
+def fingerprints(paths: Sequence[Path]) -> list[dict[str, str]]:
+    """Return the name and the hash of the tensor data of each source, for the record."""
+    found = []
+    for path in paths:
+        header = formats.read_headers(path)[0]
+        found.append({"file": path.name, "sha256": data_sha256(header.path, header.data_offset)})
+    return found
+
+
+def _history(text: str | None) -> list[object]:
+    try:
+        tree = json.loads(text or "[]")
+    except (ValueError, RecursionError):
+        return []
+    return tree if isinstance(tree, list) else []

@@ -1,0 +1,119 @@
+"""The commands of adapter surgery: merge, resize, diff, extract, bake, convert."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+_FORMATS = ("webui", "diffusers", "peft")
+_DTYPES = ("fp32", "bf16", "fp16")
+
+Result = tuple[dict[str, Any], int]
+
+
+def declare_merge(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora merge``."""
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="FILE[:WEIGHT[:TEXT]]",
+        help="adapter and its weight, which may be negative (a second number is the text encoder's)",
+    )
+    parser.add_argument("--method", default="linear", help="linear (weighted sum), ties, dare or dare-ties")
+    parser.add_argument(
+        "--density", type=float, metavar="SHARE", help="share of the entries that ties and dare keep"
+    )
+    parser.add_argument("--seed", type=int, help="fixes what dare drops; 0 when left out")
+    parser.add_argument(
+        "--block",
+        action="append",
+        default=[],
+        metavar="[N:]BLOCK=WEIGHT,...",
+        help="factor for a block, of adapter N or of all; BLOCK is a component, the start of a module's "
+        "path, or BASE, IN00-IN11, MID, OUT00-OUT11; may be repeated",
+    )
+    _declare_cut(parser)
+    _declare_output(parser)
+
+
+def run_merge(options: argparse.Namespace) -> Result:
+    """Run ``sdlora merge``."""
+    from .display import progress_bar
+    from .generate import parse_adapter
+    from .surgery.merge import merge_adapters
+    from .surgery.strengths import parse_blocks
+
+    sources = [parse_adapter(text) for text in options.adapters]
+    blocks = parse_blocks(options.block, len(sources))
+    with progress_bar("merging") as progress:
+        report = merge_adapters(
+            sources,
+            options.output,
+            method=options.method,
+            density=options.density,
+            seed=options.seed,
+            blocks=blocks,
+            progress=progress,
+            **_cut(options),
+            **_output(options),
+        )
+    print(report.render())
+    return report.to_dict(), 0
+
+
+def declare_resize(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora resize``."""
+    parser.add_argument("source", type=Path, help="adapter file or PEFT folder")
+    _declare_cut(parser)
+    _declare_output(parser)
+
+
+def run_resize(options: argparse.Namespace) -> Result:
+    """Run ``sdlora resize``."""
+    from .display import progress_bar
+    from .surgery.resize import resize_adapter
+
+    with progress_bar("resizing") as progress:
+        report = resize_adapter(
+            options.source, options.output, progress=progress, **_cut(options), **_output(options)
+        )
+    print(report.render())
+    return report.to_dict(), 0
+
+
+def _declare_cut(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=int, help="at most this rank in each module")
+    parser.add_argument(
+        "--energy", type=float, metavar="SHARE", help="keep this share of each update's squared norm"
+    )
+    parser.add_argument(
+        "--error", type=float, metavar="SHARE", help="stay within this relative error of each update"
+    )
+
+
+def _cut(options: argparse.Namespace) -> dict[str, Any]:
+    return {"rank": options.rank, "energy": options.energy, "error": options.error}
+
+
+def _declare_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="the new file (for peft: the folder)"
+    )
+    parser.add_argument("--format", choices=_FORMATS, default="webui")
+    parser.add_argument("--dtype", choices=_DTYPES, help="number format; as in the source")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    _declare_report(parser)
+
+
+def _declare_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--report", action="store_true", help="show the relative error of each module")
+
+
+def _output(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "format": options.format,
+        "dtype": options.dtype,
+        "overwrite": options.overwrite,
+        "report": options.report,
+    }

@@ -1,0 +1,65 @@
+"""The commands of surgery: what they print, their JSON, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sdlora
+from sdlora.cli import main
+from sdlora.formats import read_adapter
+from surgery.adapters import exact, mixed_adapter, relative_errors, saved
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def test_merge_takes_signed_weights_blocks_and_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [saved(tmp_path, name, mixed_adapter(seed)) for seed, name in enumerate(("a", "b"))]
+    target = tmp_path / "out.safetensors"
+    words = ["merge", f"{files[0]}:0.8", f"{files[1]}:-0.5:0.25", "--block", "2:up_blocks=0.5"]
+    assert main([*words, "--output", str(target), "--report", "--json"]) == 0
+    result = last_json(capsys)
+    assert result["files"] == [str(target)]
+    assert isinstance(result["modules"], list) and len(result["modules"]) == result["num_modules"]
+    wanted = {}
+    for module, pair in mixed_adapter(0).items():
+        factor = 0.25 if module.component == "text_encoder" else -0.5
+        factor *= 0.5 if module.path.startswith("up_blocks.") else 1.0
+        wanted[module] = 0.8 * exact(pair) + factor * exact(mixed_adapter(1).pairs[module])
+    assert max(relative_errors(read_adapter(target).weights, wanted).values()) < 2e-7
+
+
+def test_resize_prints_a_table_of_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = saved(tmp_path, "big", mixed_adapter())
+    target = tmp_path / "small.safetensors"
+    assert main(["resize", str(source), "--rank", "2", "--output", str(target), "--report"]) == 0
+    printed = capsys.readouterr().out
+    assert "relative error" in printed and "6 -> 2" in printed
+    assert all(module.path in printed for module in mixed_adapter().pairs)
+
+
+def test_mistakes_give_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = saved(tmp_path, "big", mixed_adapter())
+    for words in (
+        ["merge", f"{source}:1", "--method", "ties", "--output", str(tmp_path / "x.safetensors")],
+        ["merge", str(tmp_path / "none.safetensors"), "--output", str(tmp_path / "x.safetensors")],
+        ["resize", str(source), "--output", str(tmp_path / "x.safetensors")],
+    ):
+        assert main([*words, "--json"]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("sdlora: ") and captured.err.count("\n") == 1
+        assert "error" in json.loads(captured.out.splitlines()[-1])
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_the_functions_are_public() -> None:
+    for name in ("merge_adapters", "resize_adapter"):
+        assert name in sdlora.__all__ and callable(getattr(sdlora, name))
