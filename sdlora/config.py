@@ -324,7 +324,7 @@ def _explain(item: dict[str, Any]) -> str:
     kind, given = item["type"], item.get("input")
     if kind == "extra_forbidden":
         return f"`{key}` is not a setting{_nearest(key)}"
-    message = str(item["msg"]).removeprefix("Input ")
+    message = str(item["msg"]).removeprefix("Input ").removeprefix("Value error, ")
     if kind == "literal_error":
         choices = _choices(key)
         close = difflib.get_close_matches(str(given), choices, 1)

@@ -5,15 +5,22 @@ Part of :mod:`sdlora.config`, where all settings meet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from .section import Positive, Probability, Section
 
 Resolution = Annotated[int, Field(ge=32, le=4096)]
+
+
+def _amount_or_folder(value: float | Path) -> float | Path:
+    if not isinstance(value, Path) and not 0 <= value < math.inf:
+        raise ValueError("should be 0 or more, or a folder")
+    return value
 
 
 class DataConfig(Section):
@@ -37,8 +44,9 @@ class DataConfig(Section):
     flip: bool = False
     """Also train on mirror images (half of the visits). Not for faces, text or other asymmetric
     subjects."""
-    validation: Annotated[float, Field(ge=0)] | None = None
-    """Pictures held out to measure progress: a share below 1, or a number of pictures; 0 for none."""
+    validation: Annotated[float | Path, AfterValidator(_amount_or_folder)] | None = None
+    """Pictures held out to measure progress: a share below 1, a number of pictures, or a folder of
+    their own; 0 for none. Near duplicates are never on both sides."""
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = "#ffffff"
     """Colour put behind transparent pictures."""
     cache_folder: Path | None = None
@@ -48,5 +56,5 @@ class DataConfig(Section):
 def data_contradictions(data: DataConfig) -> Iterator[str]:
     """Yield what cannot be meant together, or would silently have no effect."""
     held_out = data.validation or 0
-    if held_out >= 1 and held_out != int(held_out):
+    if not isinstance(held_out, Path) and held_out >= 1 and held_out != int(held_out):
         yield "`data.validation` from 1 up is a number of pictures and must be whole"

@@ -22,8 +22,10 @@ from .adapters.base import AdapterWeights
 from .adapters.lora import AttachedLayer, attach, create_adapter, read_weights
 from .config import Config, load_config, save_config
 from .data.buckets import make_buckets, place, square_bucket
-from .data.cache import EncodedDataset, default_cache_folder
-from .data.folder import Dataset, scan, split
+from .data.cache import EncodedDataset
+from .data.cache_folder import default_cache_folder
+from .data.folder import Dataset, scan
+from .data.holdout import keep_apart, split
 from .data.order import Order
 from .devices import choose_device, choose_dtype
 from .errors import ConfigError, OutputError, TrainingError
@@ -114,11 +116,11 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
         trigger_word=config.data.trigger_word,
         repeats=config.data.repeats,
     )
+    own_validation = _held_out_folder(config)
     config, model, decisions = _load(config, accelerator)
     facts = BaseFacts(model.base, model.native_resolution, model.device.type)
     config, more = resolve_data(config, facts, len(dataset.items))
-    assert config.data.validation is not None
-    training, validation = split(dataset, config.data.validation, config.training.seed)
+    training, validation = _hold_out(config, dataset, own_validation)
     for note in training.notes:
         tell(Noticed(note))
     config, rest = resolve_training(config, facts, training, validation)
@@ -127,6 +129,22 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     if resume:
         _check_same(config, folder)
     return _assemble(config, folder, model, training, validation, accelerator, tell, resume=resume)
+
+
+def _held_out_folder(config: Config) -> Dataset | None:
+    """Return the pictures of ``data.validation`` where it is a folder."""
+    wanted = config.data.validation
+    if not isinstance(wanted, Path):
+        return None
+    return scan(wanted, recursive=config.data.recursive, trigger_word=config.data.trigger_word)
+
+
+def _hold_out(config: Config, dataset: Dataset, own: Dataset | None) -> tuple[Dataset, Dataset]:
+    """Return (training, validation) as ``data.validation`` says: a share, a number, or a folder."""
+    if own is not None:
+        return keep_apart(dataset, own)
+    assert isinstance(config.data.validation, float)
+    return split(dataset, config.data.validation, config.training.seed)
 
 
 def _refuse_old_run(folder: Path) -> None:

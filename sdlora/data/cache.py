@@ -9,7 +9,6 @@ files are written under a temporary name, so a killed run leaves no half entry.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,12 +36,6 @@ class EncodedImage:
 
     posterior: Posterior
     size: SizeHint
-
-
-def default_cache_folder() -> Path:
-    """Return where encodings are kept: $SDLORA_CACHE_FOLDER, or the user's cache folder."""
-    chosen = os.environ.get("SDLORA_CACHE_FOLDER")
-    return Path(chosen) if chosen else user_cache_path("sdlora", appauthor=False) / "encoded"
 
 
 def to_pixels(image: Image.Image, placement: Placement, *, mirror: bool) -> Tensor:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .buckets import MAX_ASPECT, BucketCount, Placement, count_buckets, make_buckets, place, upscale
-from .folder import Dataset, ImageItem, Progress, near_duplicates, survey
+from .folder import Dataset, ImageItem, Progress, survey
+from .likeness import near_duplicates
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")

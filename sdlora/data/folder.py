@@ -2,48 +2,36 @@
 
 Every picture is read and decoded once in full, because a truncated file has a perfect header. The order
 of the items depends on names only, never on the file system. Nothing is left out silently: what is not
-taken is a problem or a note. Pillow only, no numpy and no torch: ``sdlora check`` must answer at once.
+taken is a problem or a note. No torch: ``sdlora check`` must answer at once.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DatasetError
+from .cache_folder import index_file
 from .captions import Caption, caption_of, has_word, with_trigger, words_of
-from .holdout import split
-from .items import CaptionSource, Dataset, ImageItem, Survey, Trait
-from .likeness import Likeness, likeness_of, near_duplicates
+from .items import CaptionSource, Dataset, ImageItem, Survey
 from .listing import FoundFile, clashes, list_files, no_pictures, sort_key
-from .picture_files import decode, load_pixels, read_file
-from .problems import Problem, Unusable, listed
+from .measure import Measured, Progress, measure_all
+from .picture_files import load_pixels
+from .problems import Problem, listed
 
 __all__ = [
     "CaptionSource",
     "Dataset",
     "ImageItem",
-    "Likeness",
     "Problem",
     "Progress",
     "Survey",
     "has_word",
     "load_pixels",
-    "near_duplicates",
     "scan",
-    "split",
     "survey",
     "with_trigger",
     "words_of",
 ]
-
-Progress = Callable[[int, int], None]
-"""Called with (pictures done, pictures in all) while a folder is read."""
 
 
 def scan(
@@ -87,8 +75,9 @@ def survey(
     if not listing.pictures and not listing.problems:
         raise DatasetError(no_pictures(folder, listing, recursive))
     problems = listing.problems + clashes(listing)
+    found = measure_all(listing.pictures, progress, index_file())
     items: list[ImageItem] = []
-    for file, measured in zip(listing.pictures, _measure_all(listing.pictures, progress), strict=True):
+    for file, measured in zip(listing.pictures, found, strict=True):
         caption = caption_of(file.name, file.path.stem, listing.captions_of(file), trigger_word)
         problems += [part for part in (measured, caption) if isinstance(part, Problem)]
         if not isinstance(measured, Problem) and not isinstance(caption, Problem):
@@ -101,16 +90,7 @@ def survey(
     return Survey(dataset, tuple(problems), len(listing.pictures))
 
 
-@dataclass(frozen=True)
-class _Measured:
-    height: int
-    width: int
-    digest: str
-    traits: tuple[Trait, ...]
-    likeness: Likeness
-
-
-def _item(file: FoundFile, measured: _Measured, caption: Caption, repeats: int) -> ImageItem:
+def _item(file: FoundFile, measured: Measured, caption: Caption, repeats: int) -> ImageItem:
     return ImageItem(
         file.path,
         caption.text,
@@ -123,25 +103,5 @@ def _item(file: FoundFile, measured: _Measured, caption: Caption, repeats: int) 
         caption.trigger_added,
         measured.traits,
         measured.likeness,
+        measured.detail,
     )
-
-
-def _measure_all(files: Sequence[FoundFile], progress: Progress | None) -> list[_Measured | Problem]:
-    measured: list[_Measured | Problem] = []
-    workers = max(1, min(32, os.cpu_count() or 1, len(files)))
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:  # Pillow decodes without the GIL
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd EXIF and TIFF tags
-        for result in pool.map(_measure, files):
-            measured.append(result)
-            if progress is not None:
-                progress(len(measured), len(files))
-    return measured
-
-
-def _measure(file: FoundFile) -> _Measured | Problem:
-    try:
-        data = read_file(file.path, file.name)
-        image, traits = decode(data, file.name, "#ffffff")
-    except Unusable as error:
-        return error.problem
-    return _Measured(image.height, image.width, hashlib.sha256(data).hexdigest(), traits, likeness_of(image))

@@ -1,8 +1,13 @@
-"""The hold-out: which pictures measure progress instead of being trained on."""
+"""Pictures kept out of training to measure progress: chosen by content, near duplicates on one side.
+
+The choice is made once and gives both sides, so that nothing can be in both; it depends on the seed and
+on the pictures' content only, not on their names, their order or the machine.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,13 +15,15 @@ from ..errors import DatasetError
 from .items import Dataset, ImageItem
 from .likeness import near_duplicates
 
+_NAMES_SHOWN = 5
+
 
 def split(dataset: Dataset, validation: float, seed: int) -> tuple[Dataset, Dataset]:
     """Return (training, held out): a share of the pictures below 1, or a number of them; 0 holds out none.
 
     Near duplicates stay on one side, so the hold-out does not leak. The choice depends on the seed and on
     the pictures' content, so adding a picture changes little. At least one picture is left to train on; if
-    fewer can be held out than asked for, a note of the training side says so.
+    another number is held out than asked for, a note of the training side says so.
     """
     if validation < 0:
         raise DatasetError(
@@ -24,18 +31,49 @@ def split(dataset: Dataset, validation: float, seed: int) -> tuple[Dataset, Data
         )
     total = len(dataset.items)
     asked = max(1, int(validation * total + 0.5)) if 0 < validation < 1 else int(validation)
-    held = _hold_out(dataset.items, min(asked, total - 1), seed)
+    held = _choose(dataset.items, min(asked, total - 1), seed)
     notes = dataset.notes
     if len(held) != asked:
         notes += (f"{len(held)} of {asked} wanted pictures are held out; near duplicates stay together",)
-    training = tuple(item for index, item in enumerate(dataset.items) if index not in held)
-    kept_out = tuple(item for index, item in enumerate(dataset.items) if index in held)
-    return replace(dataset, items=training, notes=notes), replace(
-        dataset, items=kept_out, notes=(), orphans=()
-    )
+    training, kept_out = _parted(dataset, held)
+    return replace(training, notes=notes), kept_out
 
 
-def _hold_out(items: Sequence[ImageItem], wanted: int, seed: int) -> set[int]:
+def keep_apart(dataset: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+    """Return (training, held out) when the pictures to hold out have a folder of their own.
+
+    Where that folder lies inside the training folder, its pictures are not trained on. A held-out picture
+    that nearly equals a training picture would measure memory, not learning: it is left out of the
+    measurement, and a note of the training side says so.
+
+    Raises:
+        DatasetError: when no picture is left on one of the sides.
+    """
+    own = {os.path.realpath(item.path) for item in validation.items}
+    inside = {index for index, item in enumerate(dataset.items) if os.path.realpath(item.path) in own}
+    training, taken = _parted(dataset, inside)
+    notes = list(training.notes)
+    if taken.items:
+        notes.append(f"{_named(taken.items)} not trained on: data.validation={validation.folder} holds them")
+    if not training.items:
+        raise DatasetError(
+            f"data.validation={validation.folder}: holds every picture of {dataset.folder}, so none is left "
+            "to train on; give a folder of other pictures"
+        )
+    leaks = _like_any(training.items, validation.items)
+    kept, leaked = _parted(validation, leaks)
+    if not kept.items:
+        raise DatasetError(
+            f"data.validation={validation.folder}: each of its pictures is nearly the same as one that is "
+            "trained on; give other pictures, or a number such as data.validation=0.1"
+        )
+    if leaked.items:
+        notes.append(f"{_named(leaked.items)} not measured: nearly the same as pictures trained on")
+    return replace(training, notes=tuple(notes)), kept
+
+
+def _choose(items: Sequence[ImageItem], wanted: int, seed: int) -> set[int]:
+    """Return indices of about ``wanted`` pictures, whole groups of near duplicates only."""
     if wanted < 1:
         return set()
     groups = near_duplicates(items)
@@ -54,3 +92,26 @@ def _hold_out(items: Sequence[ImageItem], wanted: int, seed: int) -> set[int]:
         smallest = min(groups, key=lambda group: (len(group), rank(group)))
         held.update(smallest if 2 * len(smallest) <= len(items) else ())
     return held
+
+
+def _parted(dataset: Dataset, away: set[int]) -> tuple[Dataset, Dataset]:
+    """Return the dataset without the pictures of those indices, and the dataset of these alone."""
+    kept = tuple(item for index, item in enumerate(dataset.items) if index not in away)
+    taken = tuple(item for index, item in enumerate(dataset.items) if index in away)
+    return replace(dataset, items=kept), replace(dataset, items=taken, notes=(), orphans=())
+
+
+def _like_any(training: Sequence[ImageItem], others: Sequence[ImageItem]) -> set[int]:
+    """Return the indices of ``others`` that share a group of near duplicates with a training picture."""
+    first = len(training)
+    found: set[int] = set()
+    for group in near_duplicates([*training, *others]):
+        if group[0] < first:  # ascending, so the training pictures come first
+            found.update(index - first for index in group if index >= first)
+    return found
+
+
+def _named(items: Sequence[ImageItem]) -> str:
+    names = ", ".join(item.name for item in items[:_NAMES_SHOWN])
+    more = f" and {len(items) - _NAMES_SHOWN} more" if len(items) > _NAMES_SHOWN else ""
+    return f"{names}{more} {'is' if len(items) == 1 else 'are'}"

@@ -8,6 +8,7 @@ from typing import Literal
 
 from .likeness import Likeness
 from .problems import Problem
+from .sharpness import Detail
 
 CaptionSource = Literal["txt", "caption", "file name"]
 Trait = Literal["animated", "transparent"]
@@ -31,6 +32,7 @@ class ImageItem:
     """The trigger word was put in front, because the caption lacked it."""
     traits: tuple[Trait, ...] = ()
     likeness: Likeness | None = field(default=None, repr=False)
+    detail: Detail = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

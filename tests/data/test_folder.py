@@ -9,19 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pictures import animation, drawing, encoded, folder_of, png_that_claims, put
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from sdlora.data.folder import (
     Dataset,
     ImageItem,
-    Likeness,
     load_pixels,
-    near_duplicates,
     scan,
-    split,
     survey,
     with_trigger,
     words_of,
@@ -59,6 +54,7 @@ def test_an_item_holds_everything_about_its_picture(tmp_path: Path) -> None:
         trigger_added=True,
         traits=(),
         likeness=dataset.items[0].likeness,
+        detail=dataset.items[0].detail,
     )
     assert dataset == Dataset(tmp_path, (expected,), "inkicon", (), ())
     assert dataset.num_visits == 3
@@ -548,111 +544,3 @@ def test_load_pixels_fails_with_the_path_of_the_file(tmp_path: Path) -> None:
     assert error_of(lambda: load_pixels(file)).startswith(f"{file}: cannot be decoded (")
     gone = tmp_path / "gone.png"
     assert error_of(lambda: load_pixels(gone)).startswith(f"{gone}: cannot be read (No such file")
-
-
-# --- near duplicates and the hold-out
-
-
-def item(number: int, digest: str | None = None, likeness: Likeness | None = None) -> ImageItem:
-    text = digest or hashlib.sha256(str(number).encode()).hexdigest()
-    return ImageItem(Path(f"{number}.png"), "x", 8, 8, 1, text, f"{number}.png", likeness=likeness)
-
-
-def test_resized_recompressed_and_brightened_copies_are_near_duplicates(tmp_path: Path) -> None:
-    for number in range(12):
-        put(tmp_path / f"p{number:02}.png", drawing(number, 160, 120))
-    base = drawing(3, 160, 120)
-    put(tmp_path / "q-small.png", base.resize((90, 68)))
-    put(tmp_path / "q-jpeg.jpg", encoded(base, "JPEG", quality=60))
-    put(tmp_path / "q-dark.png", ImageEnhance.Brightness(base).enhance(0.9))
-    put(tmp_path / "q-same.png", base)
-    items = scan(tmp_path, trigger_word="t").items
-    groups = [[items[index].name for index in group] for group in near_duplicates(items)]
-    assert groups == [["p03.png", "q-dark.png", "q-jpeg.jpg", "q-same.png", "q-small.png"]]
-
-
-def test_drawings_on_a_plain_ground_and_plain_colours_are_not_taken_for_each_other(tmp_path: Path) -> None:
-    for number in range(6):  # the hash of these is nearly all zeros
-        image = Image.new("RGB", (64, 64), (255, 255, 255))
-        image.paste((0, 0, 0), (4, 8 * number, 60, 8 * number + 6))
-        put(tmp_path / f"bar{number}.png", image)
-        put(tmp_path / f"plain{number}.png", Image.new("RGB", (64, 64), (40 * number, 200, 90)))
-    items = scan(tmp_path, trigger_word="t").items
-    assert len(items) == 12
-    assert near_duplicates(items) == []
-
-
-def plain(bits: int) -> Likeness:
-    return Likeness(bits, bytes(range(256)) * 3)
-
-
-@given(st.integers(0, 2**64 - 1), st.sets(st.integers(0, 63), max_size=10))
-@settings(max_examples=60, deadline=None)
-def test_the_search_by_slices_finds_exactly_the_hashes_up_to_six_bits_apart(
-    bits: int, flips: set[int]
-) -> None:
-    other = bits
-    for flip in flips:
-        other ^= 1 << flip
-    groups = near_duplicates([item(0, likeness=plain(bits)), item(1, likeness=plain(other))])
-    assert groups == ([(0, 1)] if len(flips) <= 6 else [])
-
-
-@given(
-    contents=st.lists(st.integers(0, 12), min_size=1, max_size=30),
-    validation=st.one_of(st.floats(0, 0.99), st.integers(0, 40).map(float)),
-    seed=st.integers(0, 5),
-)
-@settings(max_examples=150, deadline=None)
-def test_a_split_never_leaks_loses_or_takes_the_last_picture(
-    contents: list[int], validation: float, seed: int
-) -> None:
-    items = tuple(item(n, digest=f"digest {content}") for n, content in enumerate(contents))
-    dataset = Dataset(Path("x"), items)
-    training, held = split(dataset, validation, seed)
-
-    assert sorted(i.name for i in training.items + held.items) == sorted(i.name for i in items)
-    assert not {i.digest for i in training.items} & {i.digest for i in held.items}
-    assert training.items
-    assert split(dataset, validation, seed) == (training, held)
-    if validation == 0:
-        assert held.items == ()
-    asked = max(1, int(validation * len(items) + 0.5)) if 0 < validation < 1 else int(validation)
-    assert training.notes == (
-        ()
-        if len(held.items) == asked
-        else (f"{len(held.items)} of {asked} wanted pictures are held out; near duplicates stay together",)
-    )
-    assert [i for i in items if i in training.items] == list(training.items)
-
-
-@pytest.mark.parametrize(
-    ("validation", "count"), [(0, 0), (0.01, 1), (0.1, 1), (0.25, 3), (1, 1), (4, 4), (99, 11)]
-)
-def test_twelve_pictures_are_split_as_asked(validation: float, count: int) -> None:
-    dataset = Dataset(Path("x"), tuple(item(number) for number in range(12)))
-    training, held = split(dataset, validation, seed=7)
-    assert (len(training.items), len(held.items)) == (12 - count, count)
-
-
-def test_the_hold_out_depends_on_the_seed_and_hardly_on_added_pictures() -> None:
-    items = tuple(item(number) for number in range(40))
-    chosen = [{i.name for i in split(Dataset(Path("x"), items), 8, seed)[1].items} for seed in range(3)]
-    assert len({frozenset(names) for names in chosen}) == 3
-    more = Dataset(Path("x"), (*items, item(100)))
-    assert len(chosen[0] & {i.name for i in split(more, 8, 0)[1].items}) >= 7
-
-
-def test_where_all_groups_are_too_large_the_smallest_is_held_out_if_half_the_pictures_remain() -> None:
-    pairs = Dataset(Path("x"), tuple(item(n, digest=f"digest {n // 2}") for n in range(12)))
-    training, held = split(pairs, 1, seed=0)
-    assert (len(training.items), len(held.items)) == (10, 2)
-    one_motif = Dataset(Path("x"), tuple(item(n, digest="same") for n in range(12)))
-    training, held = split(one_motif, 0.1, seed=0)
-    assert (len(training.items), len(held.items)) == (12, 0)
-    assert training.notes == ("0 of 1 wanted pictures are held out; near duplicates stay together",)
-
-
-def test_a_negative_share_is_refused() -> None:
-    message = error_of(lambda: split(Dataset(Path("x"), (item(0),)), -1, 0))
-    assert message == "data.validation=-1: a share or a number of pictures cannot be negative"
