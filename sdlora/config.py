@@ -342,12 +342,23 @@ def _choices(key: str) -> list[str]:
 
 def _nearest(key: str) -> str:
     known = [name for name, _ in fields()]
+    if "[" in key:
+        return _nearest_in_table(key)
     close = difflib.get_close_matches(key, known, 1, cutoff=0.6)
     if not close:
         wanted = key.rpartition(".")[2]
         by_name = {name.partition(".")[2]: name for name in known}
         close = [by_name[name] for name in difflib.get_close_matches(wanted, list(by_name), 1, cutoff=0.6)]
     return f"; did you mean `{close[0]}`?" if close else "; see `sdlora train --help` for all settings"
+
+
+def _nearest_in_table(key: str) -> str:
+    """Return a hint for a key such as ``data.sources[1].wieght``."""
+    table, _, wanted = key.rpartition(".")
+    annotation = dict(fields())[table.partition("[")[0]].annotation
+    known = list(get_args(annotation)[0].model_fields)
+    close = difflib.get_close_matches(wanted, known, 1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else f"; it may have {', '.join(known)}"
 
 
 def _listing(problems: list[str], file: Path | None) -> str:

@@ -24,7 +24,8 @@ def loss_of(
 ) -> tuple[Tensor, Tensor]:
     """Return the objective of each picture and its plain error, both (B,) float32.
 
-    The objective is the mean squared error of the prediction times the min-SNR weight. Noise and
+    The objective is the mean squared error of the prediction times the min-SNR weight and the picture's
+    own. Noise and
     timesteps are drawn with ``generator``, in this order. ``predict`` stands in for the model's own call.
     """
     settings = config.training
@@ -37,5 +38,5 @@ def loss_of(
         text = batch.text if batch.text is not None else model.encode_text(batch.captions)
         prediction = (predict or model.predict)(corrupted.noisy, timesteps, text, batch.sizes)
     plain = per_image_loss(prediction, corrupted.target.to(prediction.device))
-    weights = model.process.loss_weights(timesteps, settings.min_snr_gamma).to(plain.device)
-    return plain * weights, plain.detach()
+    weights = model.process.loss_weights(timesteps, settings.min_snr_gamma) * batch.weights
+    return plain * weights.to(plain.device), plain.detach()

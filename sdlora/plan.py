@@ -76,7 +76,7 @@ def resolve_training(
 ) -> tuple[Config, list[Decision]]:
     """Fill every setting that is still open, from the pictures that are trained on."""
     resolver = _Resolver(config, facts)
-    _fill_adapter(resolver, len(training.items))
+    _fill_adapter(resolver, len(training.learned))
     _fill_length(resolver, training)
     _fill_optimizer(resolver)
     _fill_intervals(resolver, training, validation)
@@ -95,7 +95,7 @@ def _fill_adapter(resolver: _Resolver, num_images: int) -> None:
 
 
 def _fill_length(resolver: _Resolver, training: Dataset) -> None:
-    num_images = len(training.items)
+    num_images = len(training.learned)
     wanted = 4 if resolver.facts.device == "cuda" else 2
     if training.num_visits < resolver.facts.info.recommended.get("training.batch_size", wanted):
         reason = f"there are only {num_images} pictures"
@@ -155,5 +155,5 @@ def _fill_intervals(resolver: _Resolver, training: Dataset, validation: Dataset)
 
 def _preview_prompts(training: Dataset, validation: Dataset) -> tuple[str, ...]:
     """Return up to four captions, held-out ones first: they show what was learned, not remembered."""
-    captions: Sequence[str] = [item.caption for item in (*validation.items, *training.items)]
+    captions: Sequence[str] = [item.caption for item in (*validation.items, *training.learned)]
     return tuple(dict.fromkeys(caption for caption in captions if caption))[:4]

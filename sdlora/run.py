@@ -24,9 +24,10 @@ from .config import Config, load_config, save_config
 from .data.buckets import make_buckets, place, square_bucket
 from .data.cache import EncodedDataset
 from .data.cache_folder import default_cache_folder
-from .data.folder import Dataset, scan
 from .data.holdout import keep_apart, split
+from .data.items import Dataset, ImageItem
 from .data.order import Order
+from .data.sources import by_role, gather, gather_held_out, joined
 from .devices import choose_device, choose_dtype
 from .errors import ConfigError, OutputError, TrainingError
 from .events import Announcer, Caching, Decided, Noticed
@@ -100,7 +101,7 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
         SdloraError: for anything the user can mend; nothing has been overwritten then.
     """
     folder = run_folder(config)
-    if config.data.folder is None:
+    if config.data.folder is None and not config.data.sources:
         raise ConfigError("no folder of pictures given: sdlora train FOLDER, or data.folder in the settings")
     accelerator = Accelerator()
     if resume:
@@ -110,17 +111,13 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
             )
     elif accelerator.is_main_process:
         _refuse_old_run(folder)
-    dataset = scan(
-        config.data.folder,
-        recursive=config.data.recursive,
-        trigger_word=config.data.trigger_word,
-        repeats=config.data.repeats,
-    )
-    own_validation = _held_out_folder(config)
+    learned, priors = by_role(gather(config.data))
+    own_validation = gather_held_out(config.data)
     config, model, decisions = _load(config, accelerator)
     facts = BaseFacts(model.base, model.native_resolution, model.device.type)
-    config, more = resolve_data(config, facts, len(dataset.items))
-    training, validation = _hold_out(config, dataset, own_validation)
+    config, more = resolve_data(config, facts, len(learned.items))
+    training, validation = _hold_out(config, learned, own_validation)
+    training = joined(training, priors)
     for note in training.notes:
         tell(Noticed(note))
     config, rest = resolve_training(config, facts, training, validation)
@@ -129,14 +126,6 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     if resume:
         _check_same(config, folder)
     return _assemble(config, folder, model, training, validation, accelerator, tell, resume=resume)
-
-
-def _held_out_folder(config: Config) -> Dataset | None:
-    """Return the pictures of ``data.validation`` where it is a folder."""
-    wanted = config.data.validation
-    if not isinstance(wanted, Path):
-        return None
-    return scan(wanted, recursive=config.data.recursive, trigger_word=config.data.trigger_word)
 
 
 def _hold_out(config: Config, dataset: Dataset, own: Dataset | None) -> tuple[Dataset, Dataset]:
@@ -306,11 +295,15 @@ def state_values(run: Run) -> dict[str, Any]:
     }
 
 
-def dataset_digest(items: Iterable[Any]) -> str:
+def dataset_digest(items: Iterable[ImageItem]) -> str:
     """Return a digest of the pictures and captions trained on, in order."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(f"{item.digest} {item.repeats} {item.caption}\n".encode())
+        parts = (
+            *(item.digest, item.repeats, item.caption, item.lines, item.trigger_word),
+            *(item.focus, item.weight, item.regularisation, item.mask_digest),
+        )
+        digest.update(f"{parts!r}\n".encode())
     return digest.hexdigest()
 
 

@@ -29,6 +29,7 @@ class Batch:
         text: their conditioning, or None when the text encoder is trained and must run in the loop.
         sizes: pixel sizes of the B pictures.
         names: file names, for messages.
+        weights: (B,) float32, how much each picture counts in the loss.
     """
 
     latents: Tensor
@@ -36,6 +37,7 @@ class Batch:
     text: Conditioning | None
     sizes: tuple[SizeHint, ...]
     names: tuple[str, ...]
+    weights: Tensor
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
@@ -64,7 +66,8 @@ def make_batch(
         sizes.append(encoded.size)
         names.append(data.items[visit.index].name)
     text = stack_conditioning([data.caption(c) for c in captions]) if data.encode_captions else None
-    return Batch(torch.cat(latents), tuple(captions), text, tuple(sizes), tuple(names))
+    weights = torch.tensor([data.items[visit.index].weight for visit in visits], dtype=torch.float32)
+    return Batch(torch.cat(latents), tuple(captions), text, tuple(sizes), tuple(names), weights)
 
 
 def _draw(seed: int, what: str, visit: Visit) -> float:

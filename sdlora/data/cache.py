@@ -25,6 +25,7 @@ from ..families.base import Conditioning, DiffusionModel, Posterior, SizeHint
 from ..files import replacing
 from .buckets import Placement, flipped, source_box
 from .folder import ImageItem, load_pixels
+from .picture_files import PIXELS_VERSION
 
 _FORMAT = "1"  # part of every key: raise it when what is stored changes meaning
 _MEMORY_BUDGET = 1 << 30  # bytes of encoded data kept in RAM; the rest is read again when needed
@@ -109,7 +110,7 @@ class EncodedDataset:
         """
         item, placement = self.items[index], self.placements[index]
         used = flipped(placement) if mirror else placement
-        geometry = f"{used.resized} {used.crop} {used.bucket} {mirror} {self._background}"
+        geometry = f"{used.resized} {used.crop} {used.bucket} {mirror} {self._background} {PIXELS_VERSION}"
         tensors = self._tensors(
             "images", f"{self._image_print} {item.digest} {geometry}", lambda: self._encode(index, mirror)
         )

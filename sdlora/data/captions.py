@@ -17,11 +17,25 @@ _MAX_CAPTION_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Caption:
-    """A picture's caption with the trigger word in it, and where it comes from."""
+    """The lines of a picture's caption, without trigger word, and where they come from."""
 
-    text: str
+    lines: tuple[str, ...]
     source: CaptionSource
-    trigger_added: bool
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """What gives a picture its caption where several things could.
+
+    Attributes:
+        from_files: text and metadata files count; off, only names do.
+        fallback: caption of pictures without one of their own, instead of the words of their name.
+        wordless: an empty caption is good enough (there is a trigger word).
+    """
+
+    from_files: bool = True
+    fallback: str | None = None
+    wordless: bool = False
 
 
 def with_trigger(caption: str, trigger_word: str | None) -> str:
@@ -54,37 +68,53 @@ def words_of(stem: str) -> str:
 
 
 def caption_of(
-    name: str, stem: str, files: Sequence[tuple[Path, str]], trigger_word: str | None
+    name: str,
+    files: Sequence[tuple[Path, str]],
+    metadata: tuple[tuple[str, ...], str] | None,
+    folder_words: str | None,
+    rules: CaptionRules,
 ) -> Caption | Problem:
-    """Return a picture's caption, from its file or else from its name.
+    """Return a picture's caption: from its file, the metadata, the setting, its folder's or its own name.
 
     Args:
-        name: the picture's name for messages.
-        stem: its file name without ending.
+        name: the picture's name from the folder, with forward slashes.
         files: path and name of the caption files beside it.
-        trigger_word: put in front where the caption lacks it.
+        metadata: what a metadata file says of it, and where.
+        folder_words: what its folder's name says.
+        rules: which of these count.
     """
+    files, metadata = (files, metadata) if rules.from_files else ((), None)
     if len(files) > 1:
         names = " and ".join(path.name for path, _ in files)
         return Problem("bad caption", name, f"has two caption files, {names}", "delete one of them")
-    if not files:
-        text = words_of(stem)
-        if not text and trigger_word is None:
-            what = "has no caption, and its file name says nothing"
-            fix = f"write `{stem}.txt` beside it, or set data.trigger_word"
-            return Problem("no caption", name, what, fix)
-        full = with_trigger(text, trigger_word)
-        return Caption(full, "file name", full != text)
-    path, shown = files[0]
-    read = _read_caption(path, shown)
-    if isinstance(read, Problem):
-        return read
-    full = with_trigger(read, trigger_word)
-    source: CaptionSource = "txt" if path.suffix.lower() == ".txt" else "caption"
-    return Caption(full, source, full != read)
+    if files and metadata and metadata[0]:
+        what = f"has a caption in {files[0][0].name} and in {metadata[1]}"
+        return Problem("bad caption", name, what, "delete one of them")
+    if files:
+        path, shown = files[0]
+        read = _read_caption(path, shown)
+        if isinstance(read, Problem):
+            return read
+        return Caption(read, "txt" if path.suffix.lower() == ".txt" else "caption")
+    if metadata and metadata[0]:
+        return Caption(metadata[0], "metadata")
+    stem = name.rpartition("/")[2].rpartition(".")[0]
+    choices: list[tuple[str | None, CaptionSource]] = [
+        (rules.fallback, "setting"),
+        (folder_words, "folder name"),
+    ]
+    for text, source in choices:
+        if text:
+            return Caption((text,), source)
+    words = words_of(stem)
+    if not words and not rules.wordless:
+        what = "has no caption, and its file name says nothing"
+        fix = f"write `{stem}.txt` beside it, or set data.trigger_word"
+        return Problem("no caption", name, what, fix)
+    return Caption((words,) if words else (), "file name")
 
 
-def _read_caption(path: Path, name: str) -> str | Problem:
+def _read_caption(path: Path, name: str) -> tuple[str, ...] | Problem:
     try:
         data = read_file(path, name, _MAX_CAPTION_BYTES)
     except Unusable as error:
@@ -97,4 +127,4 @@ def _read_caption(path: Path, name: str) -> str | Problem:
         return Problem("bad caption", name, f"is not UTF-8 text ({hint})", fix)
     if "\0" in text:
         return Problem("bad caption", name, "holds zero bytes, so it is not UTF-8 text", fix)
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(line.strip() for line in text.splitlines() if line.strip())

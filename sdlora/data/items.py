@@ -10,8 +10,10 @@ from .likeness import Likeness
 from .problems import Problem
 from .sharpness import Detail
 
-CaptionSource = Literal["txt", "caption", "file name"]
+CaptionSource = Literal["txt", "caption", "metadata", "folder name", "setting", "file name"]
 Trait = Literal["animated", "transparent"]
+Point = tuple[float, float]
+"""(x, y) as shares of width and height, from the top left."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,19 @@ class ImageItem:
     traits: tuple[Trait, ...] = ()
     likeness: Likeness | None = field(default=None, repr=False)
     detail: Detail = field(default=(), repr=False)
+    lines: tuple[str, ...] = ()
+    """The caption's own lines, without trigger word; what varies at each visit is made from them."""
+    trigger_word: str | None = None
+    focus: Point | None = None
+    """What a crop should keep."""
+    weight: float = 1.0
+    """How much the picture counts in the loss."""
+    regularisation: bool = False
+    """Shows the class in general; never held out, without trigger word."""
+    mask: Path | None = None
+    """Where it is white, the picture is trained on."""
+    mask_digest: str = ""
+    """SHA-256 of the mask's bytes."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,11 @@ class Dataset:
     notes: tuple[str, ...] = ()
     orphans: tuple[str, ...] = ()
     """Caption files that belong to no picture."""
+
+    @property
+    def learned(self) -> tuple[ImageItem, ...]:
+        """The pictures that are to be learned: all but the regularisation pictures."""
+        return tuple(item for item in self.items if not item.regularisation)
 
     @property
     def num_visits(self) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DatasetError
 from .captions import CAPTION_ENDINGS
+from .metadata_files import METADATA_NAMES
 from .picture_files import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS
 from .problems import Problem
+from .sidecars import SIDECAR_ENDING
 
 _UTILITY_FOLDERS = frozenset({"__macosx", "@eadir"})  # thumbnails and forks left by macOS and Synology
 _NOT_CAPTIONS = frozenset(
@@ -44,10 +46,16 @@ class Listing:
     notes: list[str]
     others: Counter[str]
     folders: list[str]
+    metadata: list[FoundFile]
+    sidecars: dict[tuple[str, str], FoundFile]
 
     def captions_of(self, picture: FoundFile) -> list[tuple[Path, str]]:
         """Return path and name of the caption files that share a picture's stem."""
         return [(file.path, file.name) for file in self.captions.get(picture.key, [])]
+
+    def metadata_files(self) -> list[tuple[Path, str]]:
+        """Return path and name of the metadata files."""
+        return [(file.path, file.name) for file in self.metadata]
 
     def orphans(self) -> Iterator[str]:
         """Yield the caption files without a picture; texts about the folder itself do not count."""
@@ -57,8 +65,8 @@ class Listing:
                 yield from (file.name for file in self.captions[key])
 
 
-def list_files(root: Path, recursive: bool) -> Listing:
-    """Return what lies in a folder, and in the folders inside it if ``recursive``.
+def list_files(root: Path, recursive: bool, left_out: Sequence[Path] = ()) -> Listing:
+    """Return what lies in a folder, and in the folders inside it if ``recursive``, but not in ``left_out``.
 
     Raises:
         DatasetError: when the folder is missing or is a file.
@@ -69,9 +77,10 @@ def list_files(root: Path, recursive: bool) -> Listing:
         raise DatasetError(
             f"{root}: is a file where a folder of pictures is needed; give the folder it is in"
         )
-    listing = Listing([], {}, [], [], Counter(), [])
+    listing = Listing([], {}, [], [], Counter(), [], [], {})
     unread: Counter[str] = Counter()
     seen: set[str] = set()
+    apart = {os.path.realpath(folder) for folder in left_out}
 
     def refused(error: OSError) -> None:
         where = _relative(Path(error.filename), root) or str(root)
@@ -80,6 +89,9 @@ def list_files(root: Path, recursive: bool) -> Listing:
 
     for current, folders, names in os.walk(root, onerror=refused, followlinks=True):
         here, real = Path(current), os.path.realpath(current)
+        if real in apart:
+            folders[:] = []
+            continue
         if real in seen:  # a link in a circle, or two links to one place
             listing.notes.append(f"{_relative(here, root)}/: leads to a folder already read; taken once")
             folders[:] = []
@@ -104,6 +116,10 @@ def _sort_files(listing: Listing, files: Iterable[FoundFile], unread: Counter[st
             listing.pictures.append(file)
         elif ending in CAPTION_ENDINGS:
             listing.captions.setdefault(file.key, []).append(file)
+        elif file.path.name in METADATA_NAMES:
+            listing.metadata.append(file)
+        elif ending == SIDECAR_ENDING:
+            listing.sidecars[file.key] = file
         if ending not in PICTURE_ENDINGS:
             listing.others[ending or "files without ending"] += 1
         if ending in UNREAD_PICTURE_ENDINGS:

@@ -23,7 +23,7 @@ from .index import PictureIndex
 from .items import Trait
 from .likeness import Likeness, likeness_of
 from .listing import FoundFile
-from .picture_files import decode, read_file
+from .picture_files import PIXELS_VERSION, decode, read_file
 from .problems import Problem, Unusable
 from .sharpness import Detail, detail_of
 
@@ -59,7 +59,7 @@ def measure_all(
     """
     found: list[Measured | Problem] = []
     workers = max(1, min(32, os.cpu_count() or 1, len(files)))
-    version = f"{_FACTS} Pillow {PIL.__version__}"
+    version = f"{_FACTS} {PIXELS_VERSION} Pillow {PIL.__version__}"
     with (
         warnings.catch_warnings(),
         PictureIndex(index_file, version) as index,

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ProblemKind = Literal["unreadable", "undecodable", "bad caption", "no caption", "name clash"]
+ProblemKind = Literal[
+    "unreadable", "undecodable", "bad caption", "no caption", "name clash", "bad sidecar", "bad mask"
+]
 _MAX_LISTED = 20
 
 

@@ -74,7 +74,7 @@ def test_every_kind_of_trouble_is_found_with_its_severity(tmp_path: Path) -> Non
     put(tmp_path / "glass.png", Image.new("RGBA", (40, 40), (9, 9, 200, 99)))
     put(tmp_path / "glass.txt", "a glass")
     put(tmp_path / "lost.txt", "nobody's")
-    put(tmp_path / "phone.heic", "x")
+    put(tmp_path / "phone.psd", "x")
 
     report = examine(tmp_path, resolution=48, multiple=16)
 

@@ -55,6 +55,8 @@ def test_an_item_holds_everything_about_its_picture(tmp_path: Path) -> None:
         traits=(),
         likeness=dataset.items[0].likeness,
         detail=dataset.items[0].detail,
+        lines=("a teapot,", "blue"),
+        trigger_word="inkicon",
     )
     assert dataset == Dataset(tmp_path, (expected,), "inkicon", (), ())
     assert dataset.num_visits == 3
@@ -116,10 +118,10 @@ def test_a_scanned_run_folder_does_not_yield_its_own_samples(tmp_path: Path) -> 
 
 def test_files_that_look_like_pictures_but_are_not_read_are_noted(tmp_path: Path) -> None:
     folder_of(tmp_path, 1)
-    for name in ("a.heic", "b.HEIC", "c.svg", "notes.md"):
+    for name in ("a.psd", "b.PSD", "c.svg", "notes.md"):
         put(tmp_path / name, "x")
     assert scan(tmp_path).notes == (
-        "2 .heic file(s) are not read; convert them to PNG to use them",
+        "2 .psd file(s) are not read; convert them to PNG to use them",
         "1 .svg file(s) are not read; convert them to PNG to use them",
     )
 
@@ -343,12 +345,12 @@ def test_a_missing_folder_a_file_and_an_empty_folder_say_what_to_do(tmp_path: Pa
 def test_a_folder_without_pictures_says_what_it_holds(tmp_path: Path) -> None:
     put(tmp_path / "a.txt", "x")
     put(tmp_path / "b.txt", "x")
-    put(tmp_path / "c.heic", "x")
+    put(tmp_path / "c.psd", "x")
     put(tmp_path / "sub" / "d.md", "x")
     message = error_of(lambda: scan(tmp_path, recursive=True))
     assert message.startswith(
-        f"{tmp_path}: holds no pictures, only 1 .heic, 1 .md, 2 .txt, 1 folder(s); "
-        "1 .heic file(s) are not read; convert them to PNG to use them; put pictures there ("
+        f"{tmp_path}: holds no pictures, only 1 .md, 1 .psd, 2 .txt, 1 folder(s); "
+        "1 .psd file(s) are not read; convert them to PNG to use them; put pictures there ("
     )
     assert "\n" not in message
 
@@ -536,7 +538,10 @@ def test_a_pillow_without_avif_reads_the_rest_and_names_what_it_cannot(
     monkeypatch.delitem(Image.OPEN, "AVIF")
     found = survey(tmp_path, trigger_word="t")
     assert [item.name for item in found.dataset.items] == ["b.webp"]
-    assert [str(problem) for problem in found.problems] == [f"a.avif: {NO_PICTURE}"]
+    assert [str(problem) for problem in found.problems] == [
+        "a.avif: is an AVIF picture that this Pillow cannot read; "
+        "run `pip install 'pillow>=11.3'`, or convert it to PNG"
+    ]
 
 
 def test_load_pixels_fails_with_the_path_of_the_file(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Folders named ``N_words``, as kohya's trainer has them: repeats and class words in the name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .problems import Problem
+
+_NAME = re.compile(r"(\d+)_(.+)", re.DOTALL)
+_MOST_REPEATS = 1000  # beyond it a number is a year or a counter
+
+
+@dataclass(frozen=True)
+class KohyaFolder:
+    """What a folder's name says."""
+
+    repeats: int
+    words: str
+
+
+def parse_name(name: str) -> KohyaFolder | None:
+    """Return what ``10_sks cat`` says, or None for a name of another kind."""
+    match = _NAME.fullmatch(name)
+    if match is None or not 1 <= int(match[1]) <= _MOST_REPEATS:
+        return None
+    return KohyaFolder(int(match[1]), " ".join(match[2].replace("_", " ").split()))
+
+
+def kohya_folders(pictures: Iterable[str], asked: bool | None) -> Mapping[str, KohyaFolder]:
+    """Return the ``N_words`` folders that pictures lie in, by their names.
+
+    Args:
+        pictures: names with forward slashes from the folder.
+        asked: whether folders are to be read so; when None, if all pictures lie in such folders.
+    """
+    if asked is False:
+        return {}
+    tops = {name.partition("/")[0] if "/" in name else "" for name in pictures}
+    found = {top: parse_name(top) for top in sorted(tops)}
+    known = {top: folder for top, folder in found.items() if folder is not None}
+    return known if asked or len(known) == len(tops) else {}
+
+
+def outside(pictures: Iterable[str], folders: Mapping[str, KohyaFolder]) -> list[Problem]:
+    """Return the pictures that lie in none of the ``N_words`` folders, where these were asked for."""
+    fix = "move it into one (`10_words`), or leave out data.kohya_folders"
+    return [
+        Problem("name clash", name, "lies in no folder named `N_words`", fix)
+        for name in pictures
+        if name.partition("/")[0] not in folders or "/" not in name
+    ]
+
+
+def notes(root: Path, folders: Mapping[str, KohyaFolder], asked: bool | None) -> list[str]:
+    """Return in words how the folders are taken."""
+    own = parse_name(root.name) if asked is None and not folders else None
+    if own is not None:
+        return [
+            f"{root.name}: is named as kohya's folders are, but given itself it counts once; give the folder "
+            f"above it, or set data.repeats={own.repeats}"
+        ]
+    return [
+        f"{name}/: its pictures count {folder.repeats} times, `{folder.words}` is their caption where they "
+        "have none"
+        for name, folder in folders.items()
+    ]
