@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .export import export_adapter
     from .generate import GenerateRequest, ImageGenerator, generate
     from .inspection import inspect_adapter
+    from .surgery.convert import convert_adapter
+    from .surgery.diff import diff_adapters
     from .surgery.merge import merge_adapters
     from .surgery.resize import resize_adapter
     from .train import TrainResult, train
@@ -35,6 +37,8 @@ _HOMES = {
     "ImageGenerator": "generate",
     "generate": "generate",
     "inspect_adapter": "inspection",
+    "convert_adapter": "surgery.convert",
+    "diff_adapters": "surgery.diff",
     "merge_adapters": "surgery.merge",
     "resize_adapter": "surgery.resize",
     "TrainResult": "train",
@@ -54,7 +58,9 @@ __all__ = [
     "SdloraError",
     "TrainResult",
     "__version__",
+    "convert_adapter",
     "demo",
+    "diff_adapters",
     "examine",
     "export_adapter",
     "generate",

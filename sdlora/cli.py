@@ -19,7 +19,16 @@ from typing import Any, NamedTuple, TextIO
 
 from .errors import ConfigError, SdloraError
 from .files import write_problem
-from .surgery_commands import declare_merge, declare_resize, run_merge, run_resize
+from .surgery_commands import (
+    declare_convert,
+    declare_diff,
+    declare_merge,
+    declare_resize,
+    run_convert,
+    run_diff,
+    run_merge,
+    run_resize,
+)
 
 Result = tuple[dict[str, Any], int]
 
@@ -358,6 +367,8 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("show what an adapter file holds", _declare_inspect, _run_inspect),
     "merge": Command("merge adapters into one", declare_merge, run_merge),
     "resize": Command("write an adapter with fewer ranks", declare_resize, run_resize),
+    "diff": Command("compare two adapters by block and layer", declare_diff, run_diff),
+    "convert": Command("write an adapter in another format or kind", declare_convert, run_convert),
     "check": Command("look for trouble in a folder of pictures", _declare_check, _run_check),
     "demo": Command("learn an ink style on the built-in base and show it", _declare_demo, _run_demo),
 }

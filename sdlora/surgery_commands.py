@@ -82,6 +82,65 @@ def run_resize(options: argparse.Namespace) -> Result:
     return report.to_dict(), 0
 
 
+def declare_diff(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora diff``."""
+    parser.add_argument("one", type=Path, help="adapter file or PEFT folder")
+    parser.add_argument("other", type=Path, help="another one of the same model family")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw a heat map, block by kind of layer")
+    parser.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
+    parser.add_argument("--report", action="store_true", help="list every module, not only the blocks")
+
+
+def run_diff(options: argparse.Namespace) -> Result:
+    """Run ``sdlora diff``."""
+    from .display import progress_bar
+    from .surgery.diff import diff_adapters
+
+    with progress_bar("comparing") as progress:
+        found = diff_adapters(
+            options.one,
+            options.other,
+            picture=options.picture,
+            overwrite=options.overwrite,
+            report=options.report,
+            progress=progress,
+        )
+    print(found.render())
+    return found.to_dict(), 0
+
+
+def declare_convert(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora convert``."""
+    parser.add_argument("source", type=Path, help="adapter file or PEFT folder")
+    parser.add_argument(
+        "--to-lora",
+        action="store_true",
+        help="turn LoHa, LoKr and Tucker LoCon into plain LoRA, exactly or cut to a size; DoRA with --base",
+    )
+    parser.add_argument("--base", type=Path, help="checkpoint or folder that a DoRA was trained on")
+    _declare_cut(parser)
+    _declare_output(parser)
+
+
+def run_convert(options: argparse.Namespace) -> Result:
+    """Run ``sdlora convert``."""
+    from .display import progress_bar
+    from .surgery.convert import convert_adapter
+
+    with progress_bar("converting") as progress:
+        report = convert_adapter(
+            options.source,
+            options.output,
+            to_lora=options.to_lora,
+            base=options.base,
+            progress=progress,
+            **_cut(options),
+            **_output(options),
+        )
+    print(report.render())
+    return report.to_dict(), 0
+
+
 def _declare_cut(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="at most this rank in each module")
     parser.add_argument(

@@ -82,8 +82,6 @@ def open_adapters(paths: Sequence[Path]) -> list[Opened]:
     opened = []
     for path in paths:
         adapter = formats.read_adapter(path)
-        dtypes = {t.dtype for update in adapter.weights.updates.values() for t in update.tensors().values()}
-        dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES.values()) else torch.float32
         kinds = {kind: count for kind, count in adapter.weights.kinds().items() if kind != LowRankPair.kind}
         if "dora" in kinds:
             raise AdapterFileError(
@@ -91,7 +89,7 @@ def open_adapters(paths: Sequence[Path]) -> list[Opened]:
                 "it into a plain LoRA first: sdlora convert FILE --to-lora --base BASE --rank N"
             )
         plain, _ = to_plain(adapter.weights)
-        opened.append(Opened(path, plain, adapter.info, dtype, kinds))
+        opened.append(Opened(path, plain, adapter.info, own_dtype(adapter.weights), kinds))
     known = [(one.path, one.info.family) for one in opened if one.info.family]
     for path, family in known[1:]:
         if family != known[0][1]:
@@ -131,6 +129,12 @@ def family_of(adapters: Sequence[Opened]) -> FamilyInfo:
             f"{', '.join(FAMILIES)}"
         )
     return family_info(name)
+
+
+def own_dtype(weights: AdapterWeights) -> torch.dtype:
+    """Return the number format of an adapter's factors, float32 where they differ."""
+    found = {tensor.dtype for update in weights.updates.values() for tensor in update.tensors().values()}
+    return found.pop() if len(found) == 1 and found <= set(DTYPES.values()) else torch.float32
 
 
 def number_format(asked: Precision | None, adapters: Sequence[Opened]) -> torch.dtype:

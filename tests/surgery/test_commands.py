@@ -9,7 +9,7 @@ import pytest
 
 import sdlora
 from sdlora.cli import main
-from sdlora.formats import read_adapter
+from sdlora.formats import read_adapter, sniff
 from surgery.adapters import exact, mixed_adapter, relative_errors, saved
 
 
@@ -46,6 +46,27 @@ def test_resize_prints_a_table_of_errors(tmp_path: Path, capsys: pytest.CaptureF
     assert all(module.path in printed for module in mixed_adapter().pairs)
 
 
+def test_diff_prints_blocks_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(saved(tmp_path, name, mixed_adapter(seed))) for seed, name in enumerate(("a", "b"))]
+    picture = tmp_path / "heat.png"
+    assert main(["diff", *files, "--picture", str(picture), "--json"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    assert picture.is_file() and result["picture"] == str(picture)
+    assert {block["component"] for block in result["blocks"]} == {"unet", "text_encoder"}
+    assert "modules" not in result and "cosine" in printed
+
+
+def test_convert_writes_another_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = saved(tmp_path, "a", mixed_adapter()), tmp_path / "b.safetensors"
+    words = ["convert", str(source), "--format", "diffusers", "--dtype", "fp16", "--output", str(target)]
+    assert main([*words, "--report", "--json"]) == 0
+    result = last_json(capsys)
+    assert sniff(target) == "diffusers"
+    assert isinstance(result["largest_relative_error"], float)
+    assert 0 < result["largest_relative_error"] < 1e-3
+
+
 def test_mistakes_give_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = saved(tmp_path, "big", mixed_adapter())
     for words in (
@@ -61,5 +82,5 @@ def test_mistakes_give_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest
 
 
 def test_the_functions_are_public() -> None:
-    for name in ("merge_adapters", "resize_adapter"):
+    for name in ("merge_adapters", "resize_adapter", "diff_adapters", "convert_adapter"):
         assert name in sdlora.__all__ and callable(getattr(sdlora, name))

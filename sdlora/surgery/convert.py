@@ -1,0 +1,193 @@
+"""Converting adapters: to another file format, number format, or from other kinds to plain LoRA.
+
+A format or number format changes no update but by rounding, which is proven after writing. LoCon with
+Tucker factors, LoHa and LoKr have an exact plain form of a higher rank, which a size cuts by SVD.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..adapters.base import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.kinds import DoRA
+from ..adapters.plain import as_plain
+from ..config import Precision
+from ..errors import AdapterFileError, ConfigError
+from .dense import cut_matrix
+from .factors import Cut, distance, factors_of
+from .methods import layer_seed
+from .report import ModuleChange, SurgeryReport, relative, sorted_changes
+from .result import Part, cut_part, finish
+from .sources import (
+    Opened,
+    Progress,
+    check_target,
+    dtype_name,
+    family_of,
+    fingerprints,
+    number_format,
+    own_dtype,
+    result_info,
+    silent,
+    write_adapter,
+)
+from .workers import in_order
+
+BaseWeight = Callable[[ModuleKey], Tensor]
+"""Gives the base's weight of a module, float32, in the layer's shape."""
+
+
+def convert_adapter(
+    source: Path,
+    output: Path,
+    *,
+    format: str = "webui",
+    dtype: Precision | None = None,
+    to_lora: bool = False,
+    base: Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    overwrite: bool = False,
+    report: bool = False,
+    progress: Progress = silent,
+) -> SurgeryReport:
+    """Write an adapter in another format, number format or kind.
+
+    Args:
+        source: adapter file or folder of any format.
+        output: the new file, or the folder for ``peft``.
+        format: a key of :data:`sdlora.formats.FORMATS`.
+        dtype: number format; the source's own when None.
+        to_lora: turn other kinds into plain LoRA: exactly, or cut to a size. DoRA needs ``base`` and a size.
+        base: checkpoint or diffusers folder the adapter was trained on.
+        rank: at most this rank in each module that is converted.
+        energy: share of each update's sum of squared singular values to keep.
+        error: largest relative Frobenius error of each update; instead of ``energy``.
+        overwrite: replace an existing file.
+        report: also measure each module's error, rounding included.
+        progress: told after each module.
+
+    Raises:
+        AdapterFileError: when the source cannot be read, or the result not be held by the format.
+        ConfigError: for settings that contradict each other or have no effect.
+        OutputError: when the file exists or cannot be written.
+    """
+    started = time.perf_counter()
+    cut = None if (rank, energy, error) == (None, None, None) else Cut(rank, energy, error)
+    if not to_lora and (cut is not None or base is not None):
+        raise ConfigError(
+            "a size or --base has an effect with --to-lora only; sdlora resize cuts a plain LoRA"
+        )
+    check_target(output, format, overwrite, [source])
+    adapter = formats.read_adapter(source)
+    opened = Opened(source, adapter.weights, adapter.info, own_dtype(adapter.weights), {})
+    family, number = family_of([opened]), number_format(dtype, [opened])
+    if to_lora:
+        weights, changes = _plain(opened, cut, base, format, number, report, progress)
+        kinds = {kind: n for kind, n in adapter.weights.kinds().items() if kind != LowRankPair.kind}
+        record = {"operation": "to-lora", "sources": fingerprints([source]), "kinds": kinds}
+        info = result_info([opened], output.stem, record, keep_all=True)
+    else:
+        weights, changes, info = adapter.weights, (), adapter.info
+    written = write_adapter(weights, info, family, output, format, number)
+    if not to_lora:
+        changes = _rounding(adapter, output, report, progress)
+    return SurgeryReport(
+        "convert",
+        written.files,
+        changes,
+        report,
+        time.perf_counter() - started,
+        proof=written.proof,
+        details={"dtype": dtype_name(number), "format": format, "kinds": weights.kinds()},
+    )
+
+
+def plain_parts(
+    weights: AdapterWeights, cut: Cut | None, base: BaseWeight | None, progress: Progress = silent
+) -> Iterator[Part]:
+    """Yield each module's update as plain factors; what is plain already is not cut.
+
+    Raises:
+        AdapterFileError: for DoRA without the base's weights or without a size.
+    """
+
+    def one(item: tuple[ModuleKey, Update]) -> Part:
+        module, update = item
+        if isinstance(update, DoRA):
+            return _dora_part(module, update, cut, base)
+        return cut_part(
+            module, factors_of(as_plain(update).pair), None if isinstance(update, LowRankPair) else cut
+        )
+
+    for done, part in enumerate(in_order(one, weights.all_items()), 1):
+        yield part
+        progress(done, len(weights))
+
+
+def _dora_part(module: ModuleKey, update: DoRA, cut: Cut | None, base: BaseWeight | None) -> Part:
+    where = f"`{module.component}.{module.path}` is a DoRA"
+    if base is None:
+        raise AdapterFileError(f"{where}, whose update depends on the base's weights; give --base")
+    if cut is None:
+        raise AdapterFileError(
+            f"{where}, whose update is not of low rank, so it cannot be plain exactly; give --rank, --energy "
+            "or --error"
+        )
+    delta = update.delta(base(module))
+    factors, norm, lost = cut_matrix(delta.flatten(1), tuple(delta.shape), cut, layer_seed(0, module))
+    return Part(module, factors, update.rank, norm, lost)
+
+
+def _plain(
+    opened: Opened,
+    cut: Cut | None,
+    base: Path | None,
+    format: str,
+    number: torch.dtype,
+    report: bool,
+    progress: Progress,
+) -> tuple[AdapterWeights, tuple[ModuleChange, ...]]:
+    if opened.weights.is_plain:
+        raise ConfigError(f"--to-lora: {opened.path} is a plain LoRA already; leave it out")
+    if base is not None and "dora" not in opened.weights.kinds():
+        raise ConfigError("--base: only DoRA depends on the base's weights; leave it out")
+    if base is not None:
+        raise ConfigError("--base: not available")
+    parts = plain_parts(opened.weights, cut, None, progress)
+    return finish(parts, format, number, with_errors=report)
+
+
+def _rounding(
+    adapter: AdapterFile, output: Path, report: bool, progress: Progress
+) -> tuple[ModuleChange, ...]:
+    """Return each module as it is in the new file; its rounding error only where that is asked for."""
+    back = formats.read_adapter(output).weights if report else adapter.weights
+    changes = []
+    for done, (module, update) in enumerate(adapter.weights.all_items(), 1):
+        change = ModuleChange(module, update.rank, update.rank)
+        if report:
+            change = _measured(change, update, back.updates[module])
+        changes.append(change)
+        progress(done, len(adapter.weights))
+    return sorted_changes(changes)
+
+
+def _measured(change: ModuleChange, one: Update, other: Update) -> ModuleChange:
+    if isinstance(one, LowRankPair) and isinstance(other, LowRankPair):
+        first = factors_of(one)
+        norm, error = first.norm(), distance(first, factors_of(other))
+        return replace(change, rank_after=other.rank, norm=norm, error=relative(error, norm))
+    if isinstance(one, DoRA):
+        return change  # its update is not defined without the base
+    first_delta, second_delta = one.delta().double(), other.delta().double()
+    norm = float(first_delta.norm())
+    return replace(change, norm=norm, error=relative(float((first_delta - second_delta).norm()), norm))

@@ -1,0 +1,260 @@
+"""Comparing two adapters: cosine, norms and distance of their updates, by module and by block.
+
+All from the factors: ``<dW1, dW2> = trace((U1^T U2) (D2 D1^T))`` takes two matrices of rank x rank, in
+float64; no update is built. A cosine of 1 means the same direction at any strength, 0 nothing in common,
+-1 the opposite.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..errors import OutputError
+from .factors import Factors, common_shape, distance, factors_of, inner_product
+from .report import table_text
+from .sources import Progress, kind_notes, open_adapters, refuse_source, silent
+from .strengths import block_of
+from .workers import in_order
+
+Group = TypeVar("Group")
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How two updates compare; a missing one counts as zero.
+
+    Attributes:
+        norm: Frobenius norm of the first.
+        other_norm: of the second.
+        product: their inner product.
+        distance: norm of their difference.
+        num_modules: modules in the comparison.
+    """
+
+    norm: float
+    other_norm: float
+    product: float
+    distance: float
+    num_modules: int = 1
+
+    @property
+    def cosine(self) -> float | None:
+        """Return the cosine of the angle between them, None where one is zero or missing."""
+        if self.norm == 0.0 or self.other_norm == 0.0:
+            return None
+        return max(-1.0, min(1.0, self.product / (self.norm * self.other_norm)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "cosine": self.cosine,
+            "norm": self.norm,
+            "other_norm": self.other_norm,
+            "distance": self.distance,
+            "num_modules": self.num_modules,
+        }
+
+
+@dataclass(frozen=True)
+class AdapterDiff:
+    """Two adapters compared.
+
+    Attributes:
+        sources: the two files.
+        modules: module -> comparison.
+        with_modules: whether people asked for each module.
+        only_in: modules that the first, and the second, has alone.
+        picture: the heat map, if one was drawn.
+        seconds: wall time.
+        notes: what the user should know.
+    """
+
+    sources: tuple[Path, Path]
+    modules: Mapping[ModuleKey, Likeness]
+    with_modules: bool
+    only_in: tuple[int, int]
+    picture: Path | None
+    seconds: float
+    notes: tuple[str, ...]
+
+    @property
+    def total(self) -> Likeness:
+        """Return the comparison of the whole adapters."""
+        return together(list(self.modules.values()))
+
+    def blocks(self) -> dict[tuple[str, str], Likeness]:
+        """Return {(component, block): comparison}, in the order of the modules."""
+        return grouped(self.modules, lambda module: (module.component, block_of(module)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values; the modules only where they were asked for."""
+        found: dict[str, Any] = {
+            "operation": "diff",
+            "sources": [str(source) for source in self.sources],
+            "total": self.total.to_dict(),
+            "only_in_first": self.only_in[0],
+            "only_in_second": self.only_in[1],
+            "blocks": [
+                {"component": component, "block": block, **likeness.to_dict()}
+                for (component, block), likeness in self.blocks().items()
+            ],
+            "picture": self.picture and str(self.picture),
+            "seconds": round(self.seconds, 2),
+            "notes": list(self.notes),
+        }
+        if self.with_modules:
+            found["modules"] = [
+                {"component": module.component, "module": module.path, **likeness.to_dict()}
+                for module, likeness in self.modules.items()
+            ]
+        return found
+
+    def render(self) -> str:
+        """Return the comparison for a terminal."""
+        table = Table(title=f"A = {self.sources[0]}\nB = {self.sources[1]}", title_justify="left")
+        table.add_column("component")
+        table.add_column("module" if self.with_modules else "block", overflow="fold")
+        for name in ("layers", "cosine", "|A|", "|B|", "|A - B|"):
+            table.add_column(name, justify="right")
+        if self.with_modules:
+            for module, likeness in self.modules.items():
+                table.add_row(module.component, module.path, *_cells(likeness))
+        else:
+            for (component, block), likeness in self.blocks().items():
+                table.add_row(component, block, *_cells(likeness))
+        table.add_section()
+        table.add_row("all", "", *_cells(self.total))
+        lines = [table_text(table)]
+        for name, count in zip("AB", self.only_in, strict=True):
+            if count:
+                lines.append(f"{count} modules are only in {name}")
+        lines += [f"note: {note}" for note in self.notes]
+        if self.picture is not None:
+            lines.append(str(self.picture))
+        return "\n".join(lines)
+
+
+def diff_adapters(
+    one: Path,
+    other: Path,
+    *,
+    picture: Path | None = None,
+    overwrite: bool = False,
+    report: bool = False,
+    progress: Progress = silent,
+) -> AdapterDiff:
+    """Compare two adapters of one model family.
+
+    Args:
+        one: adapter file or folder of any format.
+        other: the same.
+        picture: PNG to draw a heat map into, block by kind of layer.
+        overwrite: replace an existing picture.
+        report: list every module, not only the blocks.
+        progress: told after each module.
+
+    Raises:
+        AdapterFileError: when one cannot be read, or they are not for the same layers.
+        OutputError: when the picture exists or cannot be written.
+    """
+    started = time.perf_counter()
+    if picture is not None:
+        _check_picture(picture, (one, other), overwrite)
+    adapters = open_adapters([one, other])
+    first, second = (adapter.weights for adapter in adapters)
+    modules = dict(compared(first, second, progress))
+    if picture is not None:
+        from .heatmap import draw_heatmap
+
+        draw_heatmap(modules, (one.name, other.name), picture)
+    shared = len(set(first.pairs) & set(second.pairs))
+    return AdapterDiff(
+        (one, other),
+        modules,
+        report,
+        (len(first) - shared, len(second) - shared),
+        picture,
+        time.perf_counter() - started,
+        kind_notes(adapters),
+    )
+
+
+def compared(
+    one: AdapterWeights, other: AdapterWeights, progress: Progress = silent
+) -> Iterator[tuple[ModuleKey, Likeness]]:
+    """Yield each module of either adapter with its comparison, sorted by module.
+
+    Raises:
+        AdapterFileError: when a layer has different shapes in them.
+    """
+    modules = sorted(set(one.pairs) | set(other.pairs))
+    work = in_order(lambda m: likeness_of(m, one.pairs.get(m), other.pairs.get(m)), modules)
+    for done, (module, likeness) in enumerate(zip(modules, work, strict=True), 1):
+        yield module, likeness
+        progress(done, len(modules))
+
+
+def likeness_of(module: ModuleKey, one: LowRankPair | None, other: LowRankPair | None) -> Likeness:
+    """Return the comparison of one module's updates.
+
+    Raises:
+        AdapterFileError: when their shapes differ.
+    """
+    first, second = (None if pair is None else factors_of(pair) for pair in (one, other))
+    if first is None or second is None:
+        norm, other_norm = _norm(first), _norm(second)
+        return Likeness(norm, other_norm, 0.0, norm + other_norm)
+    common_shape([first.shape, second.shape], f"the adapters for `{module.component}.{module.path}`")
+    return Likeness(first.norm(), second.norm(), inner_product(first, second), distance(first, second))
+
+
+def together(parts: Sequence[Likeness]) -> Likeness:
+    """Return the comparison of all parts at once, as if their updates were one long vector."""
+    return Likeness(
+        math.hypot(*(part.norm for part in parts)),
+        math.hypot(*(part.other_norm for part in parts)),
+        math.fsum(part.product for part in parts),
+        math.hypot(*(part.distance for part in parts)),
+        sum(part.num_modules for part in parts),
+    )
+
+
+def grouped(
+    modules: Mapping[ModuleKey, Likeness], group: Callable[[ModuleKey], Group]
+) -> dict[Group, Likeness]:
+    """Return {group: comparison of its modules}, in the order of their first modules."""
+    found: dict[Group, list[Likeness]] = {}
+    for module, likeness in modules.items():
+        found.setdefault(group(module), []).append(likeness)
+    return {name: together(parts) for name, parts in found.items()}
+
+
+def _check_picture(picture: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    if picture.suffix.lower() != ".png":
+        raise OutputError(f"{picture}: the heat map is a PNG; give --picture a name ending in .png")
+    refuse_source(picture, sources)
+    if picture.exists() and not overwrite:
+        raise OutputError(f"{picture}: exists; nothing was overwritten. Give another name, or --overwrite")
+
+
+def _norm(factors: Factors | None) -> float:
+    return 0.0 if factors is None else factors.norm()
+
+
+def _cells(likeness: Likeness) -> tuple[str, ...]:
+    cosine = likeness.cosine
+    return (
+        str(likeness.num_modules),
+        "" if cosine is None else f"{cosine:+.4f}",
+        f"{likeness.norm:.4g}",
+        f"{likeness.other_norm:.4g}",
+        f"{likeness.distance:.4g}",
+    )

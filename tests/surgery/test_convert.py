@@ -1,0 +1,105 @@
+"""Converting: to any format and number format, and from other kinds to plain LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import kinds
+
+from sdlora.adapters.base import AdapterWeights, ModuleKey
+from sdlora.errors import AdapterFileError, ConfigError
+from sdlora.formats import read_adapter, sniff
+from sdlora.surgery.convert import convert_adapter, plain_parts
+from sdlora.surgery.factors import Cut
+from sdlora.surgery.result import finish
+from surgery.adapters import exact, mixed_adapter, relative_errors, saved, truncated
+
+LINEAR = ModuleKey("unet", "mid_block.attentions.0.proj_in")
+CONV = ModuleKey("unet", "mid_block.resnets.0.conv1")
+OTHER_KINDS = {
+    "tucker": (CONV, kinds.tucker((12, 10, 3, 3))),
+    "loha": (LINEAR, kinds.loha((12, 20), rank=2)),
+    "loha of a convolution": (CONV, kinds.loha((12, 10, 3, 3), rank=3)),
+    "lokr": (LINEAR, kinds.lokr((12, 20))),
+}
+
+
+@pytest.mark.parametrize("format", ["webui", "diffusers", "peft"])
+def test_a_conversion_keeps_every_update(tmp_path: Path, format: str) -> None:
+    weights = mixed_adapter(scales=(0.5, 1.0, 2.0))
+    target = tmp_path / ("new" if format == "peft" else "new.safetensors")
+    report = convert_adapter(saved(tmp_path, "old", weights), target, format=format, report=True)
+    assert sniff(target) == format
+    found = read_adapter(target).weights
+    assert max(relative_errors(found, {m: exact(p) for m, p in weights.items()}).values()) < 2e-7
+    assert report.total_error is not None and report.total_error < 2e-7
+    assert len(report.changes) == len(weights)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 1e-3), ("bf16", 8e-3)])
+def test_the_reported_error_is_the_rounding(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    weights = mixed_adapter()
+    report = convert_adapter(
+        saved(tmp_path, "old", weights),
+        tmp_path / "new.safetensors",
+        dtype=dtype,
+        report=True,  # type: ignore[arg-type]
+    )
+    measured = relative_errors(
+        read_adapter(tmp_path / "new.safetensors").weights, {m: exact(p) for m, p in weights.items()}
+    )
+    assert 0 < max(measured.values()) < tolerance
+    for change in report.changes:
+        assert change.error == pytest.approx(measured[change.module], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", list(OTHER_KINDS))
+def test_other_kinds_become_plain_without_loss(kind: str) -> None:
+    module, update = OTHER_KINDS[kind]
+    weights, [change] = finish(
+        plain_parts(AdapterWeights({module: update}), None, None), "webui", torch.float32, with_errors=True
+    )
+    torch.testing.assert_close(weights.pairs[module].delta(), update.delta(), rtol=1e-5, atol=1e-6)
+    assert change.error is not None and change.error < 1e-6
+
+
+@pytest.mark.parametrize("kind", list(OTHER_KINDS))
+def test_other_kinds_are_cut_to_their_truncated_svd(kind: str) -> None:
+    module, update = OTHER_KINDS[kind]
+    weights, [change] = finish(
+        plain_parts(AdapterWeights({module: update}), Cut(rank=2), None),
+        "webui",
+        torch.float32,
+        with_errors=True,
+    )
+    delta = update.delta().flatten(1).double()
+    wanted = truncated(delta, 2)
+    assert float((exact(weights.pairs[module]) - wanted).norm()) < 1e-5 * float(delta.norm())
+    assert change.error == pytest.approx(float((wanted - delta).norm() / delta.norm()), rel=1e-3)
+
+
+def test_a_dora_needs_its_base_and_a_size() -> None:
+    base = torch.randn(12, 20, generator=torch.Generator().manual_seed(5))
+    update = kinds.dora(kinds.pair((12, 20)), base)
+    weights = AdapterWeights({LINEAR: update})
+    with pytest.raises(AdapterFileError, match="give --base"):
+        list(plain_parts(weights, Cut(rank=2), None))
+    with pytest.raises(AdapterFileError, match="give --rank"):
+        list(plain_parts(weights, None, lambda _: base))
+    found, _ = finish(
+        plain_parts(weights, Cut(rank=4), lambda _: base), "webui", torch.float32, with_errors=False
+    )
+    delta = update.delta(base).double()
+    assert float((exact(found.pairs[LINEAR]) - truncated(delta, 4)).norm()) < 1e-5 * float(delta.norm())
+
+
+def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
+    source = saved(tmp_path, "plain", mixed_adapter())
+    target = tmp_path / "new.safetensors"
+    with pytest.raises(ConfigError, match="--to-lora only"):
+        convert_adapter(source, target, rank=2)
+    with pytest.raises(ConfigError, match="plain LoRA already"):
+        convert_adapter(source, target, to_lora=True)
+    assert not target.exists()
