@@ -33,7 +33,7 @@ LAYERS = [
     {"score", "page"},
     {"demo"},
     {"display"},
-    {"surgery_commands"},
+    {"surgery_commands", "data_commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]
