@@ -282,6 +282,15 @@ def _declare_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="number format; as in the source")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="picture for the WebUI card")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument(
+        "--private", action="store_true", help="leave out folder names, captions, tags and file names"
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load the file again, also through diffusers or PEFT, and compare every update",
+    )
 
 
 def _run_export(options: argparse.Namespace) -> Result:
@@ -298,6 +307,8 @@ def _run_export(options: argparse.Namespace) -> Result:
         webui_folder=options.webui,
         overwrite=options.overwrite,
         name=options.name,
+        private=options.private,
+        verify=options.verify,
     )
     for file in report.files:
         print(file)
@@ -307,14 +318,29 @@ def _run_export(options: argparse.Namespace) -> Result:
 
 def _declare_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="adapter file or PEFT folder")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a header entry, e.g. modelspec.license=CC-BY-4.0; the tensors stay; may be repeated",
+    )
+    parser.add_argument("--remove", action="append", default=[], metavar="KEY", help="take an entry out")
 
 
 def _run_inspect(options: argparse.Namespace) -> Result:
     from .inspection import inspect_adapter
 
+    edits: dict[str, Any] = {}
+    if options.set or options.remove:
+        from .inspection import edit_adapter
+
+        edits = edit_adapter(options.file, options.set, options.remove)
+        for key, change in edits.items():
+            print(f"{key}: {change['before']} -> {change['after']}")
     summary = inspect_adapter(options.file)
     print(summary.render())
-    return summary.to_dict(), 0
+    return summary.to_dict() | ({"edited": edits} if edits else {}), 0
 
 
 def _declare_demo(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ LAYERS = [
     {"adapters"},
     {"formats"},
     {"surgery"},
+    {"webui_card"},
     {"optim", "checkpoint", "plan", "objective", "samplers", "pictures", "png_info", "export", "inspection"},
     {"parallel"},
     {"render"},
