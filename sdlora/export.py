@@ -268,8 +268,11 @@ def _write_proven(
     with replacing(target) as temporary:
         try:
             written = formats.write_adapter(adapter, format, temporary, dtype, info)
-            clients = support_of(temporary, format, info)
-            proof = prove(adapter.weights, temporary, format, dtype, info, clients) if verify else None
+            proof: Proof | None = None
+            if verify:
+                proof, clients = prove(adapter.weights, temporary, format, dtype, info)
+            else:
+                clients = support_of(temporary, format, info)
         except AdapterFileError as error:
             raise AdapterFileError(str(error).replace(str(temporary), str(target))) from error
         headers = formats.read_headers(temporary)

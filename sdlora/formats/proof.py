@@ -7,7 +7,7 @@ factor once to the file's number format.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,29 +61,17 @@ def support_of(path: Path, format: str, info: FamilyInfo) -> tuple[Support, ...]
 
 
 def prove(
-    weights: AdapterWeights,
-    path: Path,
-    format: str,
-    dtype: torch.dtype,
-    info: FamilyInfo,
-    clients: Sequence[Support],
-) -> Proof:
+    weights: AdapterWeights, path: Path, format: str, dtype: torch.dtype, info: FamilyInfo
+) -> tuple[Proof, tuple[Support, ...]]:
     """Read an adapter back and compare every module with what it should be.
 
     WebUI and diffusers files are also loaded by diffusers itself, unless it is known to misread adapters of
-    this shape (then ``clients`` says so), and PEFT folders by PEFT.
-
-    Args:
-        weights: what the file should hold.
-        path: the file or folder.
-        format: a key of :data:`sdlora.formats.FORMATS`.
-        dtype: the file's number format.
-        info: the family.
-        clients: what :func:`support_of` says of the file.
+    this shape (then the second result says so), and PEFT folders by PEFT.
 
     Raises:
         AdapterFileError: when a module is missing or differs by more than rounding.
     """
+    clients = support_of(path, format, info)
     back = formats.read_adapter(path).weights
     largest, relative = compare(weights, back, dtype, str(path))
     readers: dict[str, Callable[[], AdapterWeights]] = {}
@@ -99,7 +87,7 @@ def prove(
         largest, relative = max(largest, more[0]), max(relative, more[1])
     num_keys = sum(len(header.tensors) for header in formats.read_headers(path))
     tolerance = relative_rounding(dtype, max(weights.ranks()))
-    return Proof(len(back), num_keys, largest, relative, tolerance, ("sdlora", *readers))
+    return Proof(len(back), num_keys, largest, relative, tolerance, ("sdlora", *readers)), clients
 
 
 def compare(

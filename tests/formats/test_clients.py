@@ -19,7 +19,7 @@ from sdlora.families.base import FamilyInfo
 from sdlora.formats import FORMATS, read_adapter, write_adapter
 from sdlora.formats.clients import CLIENTS, client_support
 from sdlora.formats.other_readers import through_diffusers
-from sdlora.formats.proof import compare, prove, support_of
+from sdlora.formats.proof import compare, prove
 
 from .adapters import (
     ATTENTION,
@@ -280,8 +280,7 @@ def test_limits_of_clients_are_named(tmp_path: Path) -> None:
     for (format, name), failing in expected.items():
         target = tmp_path / f"{name}-{format}{'' if FORMATS[format].is_folder else '.safetensors'}"
         write_adapter(file_of(adapters[name]), format, target, torch.float32, SD1)
-        support = support_of(target, format, SD1)
-        prove(adapters[name], target, format, torch.float32, SD1, support)
+        _, support = prove(adapters[name], target, format, torch.float32, SD1)
         assert {one.client for one in support if not one.full} == failing, (format, name)
         assert all(one.reasons for one in support if not one.full)
 
