@@ -22,7 +22,6 @@ LAYERS = [
     {"adapters"},
     {"formats"},
     {"surgery"},
-    {"webui_card"},
     {"optim", "checkpoint", "plan", "objective", "samplers", "pictures", "png_info", "export", "inspection"},
     {"parallel"},
     {"render"},
@@ -34,7 +33,7 @@ LAYERS = [
     {"score", "page"},
     {"demo"},
     {"display"},
-    {"surgery_commands", "data_commands"},
+    {"surgery_commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]
