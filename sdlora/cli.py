@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from .data_commands import declare_cache, declare_check, run_cache, run_check
 from .errors import ConfigError, SdloraError
 from .files import write_problem
 from .surgery_commands import (
@@ -269,7 +270,7 @@ def _size(text: str) -> tuple[int, int]:
         raise ConfigError(f"--size {text}: give WIDTHxHEIGHT in px, e.g. 512x768") from None
 
 
-# --- export, inspect, check, demo ----------------------------------------------------------------------
+# --- export, inspect, demo ----------------------------------------------------------------------
 
 
 def _declare_export(parser: argparse.ArgumentParser) -> None:
@@ -281,6 +282,15 @@ def _declare_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="number format; as in the source")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="picture for the WebUI card")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument(
+        "--private", action="store_true", help="leave out folder names, captions, tags and file names"
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load the file again, also through diffusers or PEFT, and compare every update",
+    )
 
 
 def _run_export(options: argparse.Namespace) -> Result:
@@ -297,6 +307,8 @@ def _run_export(options: argparse.Namespace) -> Result:
         webui_folder=options.webui,
         overwrite=options.overwrite,
         name=options.name,
+        private=options.private,
+        verify=options.verify,
     )
     for file in report.files:
         print(file)
@@ -306,43 +318,29 @@ def _run_export(options: argparse.Namespace) -> Result:
 
 def _declare_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="adapter file or PEFT folder")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a header entry, e.g. modelspec.license=CC-BY-4.0; the tensors stay; may be repeated",
+    )
+    parser.add_argument("--remove", action="append", default=[], metavar="KEY", help="take an entry out")
 
 
 def _run_inspect(options: argparse.Namespace) -> Result:
     from .inspection import inspect_adapter
 
+    edits: dict[str, Any] = {}
+    if options.set or options.remove:
+        from .inspection import edit_adapter
+
+        edits = edit_adapter(options.file, options.set, options.remove)
+        for key, change in edits.items():
+            print(f"{key}: {change['before']} -> {change['after']}")
     summary = inspect_adapter(options.file)
     print(summary.render())
-    return summary.to_dict(), 0
-
-
-def _declare_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="folder of pictures")
-    parser.add_argument("--trigger", metavar="WORD", help="word the captions should hold")
-    parser.add_argument("--resolution", type=int, default=512, help="px trained at")
-    parser.add_argument(
-        "--multiple", type=int, default=64, help="picture sides are multiples of this many px"
-    )
-    parser.add_argument("--batch-size", type=int, help="also count the batches of an epoch")
-    parser.add_argument("--flat", action="store_true", help="do not look into folders inside")
-
-
-def _run_check(options: argparse.Namespace) -> Result:
-    from .data.doctor import examine, render_report, report_to_dict
-
-    for flag in ("resolution", "multiple"):
-        if getattr(options, flag) < 1:
-            raise ConfigError(f"--{flag} {getattr(options, flag)}: must be 1 or more")
-    report = examine(
-        options.folder,
-        recursive=not options.flat,
-        trigger_word=options.trigger,
-        resolution=options.resolution,
-        multiple=options.multiple,
-        batch_size=options.batch_size,
-    )
-    print(render_report(report))
-    return report_to_dict(report), 1 if report.harmful else 0
+    return summary.to_dict() | ({"edited": edits} if edits else {}), 0
 
 
 def _declare_demo(parser: argparse.ArgumentParser) -> None:
@@ -369,6 +367,7 @@ COMMANDS: dict[str, Command] = {
     "resize": Command("write an adapter with fewer ranks", declare_resize, run_resize),
     "diff": Command("compare two adapters by block and layer", declare_diff, run_diff),
     "convert": Command("write an adapter in another format or kind", declare_convert, run_convert),
-    "check": Command("look for trouble in a folder of pictures", _declare_check, _run_check),
+    "check": Command("look for trouble in a folder of pictures", declare_check, run_check),
+    "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
     "demo": Command("learn an ink style on the built-in base and show it", _declare_demo, _run_demo),
 }

@@ -175,6 +175,8 @@ class OutputConfig(Section):
     """Free text stored in the adapter file."""
     license: str = ""
     """Licence of the adapter, stored in the file."""
+    private: bool = False
+    """Keep folder names, captions, tags, prompts and file names out of the adapter file and its card."""
 
 
 class Config(Section):

@@ -5,11 +5,10 @@ Also what goes beside a file for WebUI: the preview picture and the card with th
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -22,10 +21,12 @@ from .checkpoint import list_checkpoints
 from .config import Config, Precision, load_config
 from .errors import AdapterFileError, ConfigError, OutputError
 from .families import FAMILIES, family_info
-from .files import replacing, write_bytes, write_json
+from .files import replacing
 from .formats.clients import Support
-from .formats.proof import Proof, compare, prove
+from .formats.privacy import without_private
+from .formats.proof import Proof, compare, prove, support_of
 from .tensor_file import data_sha256
+from .webui_card import card_picture, other_preview, write_card
 
 if TYPE_CHECKING:
     from .families.base import FamilyInfo
@@ -35,7 +36,6 @@ _TARGETS = {"webui": "{name}.safetensors", "diffusers": "{name}-diffusers.safete
 _PROGRAM_STEMS = {"adapter", "adapter_model", "pytorch_lora_weights"}
 _NAME = re.compile(r'^(?!\.)[^\\/:*?"<>|\x00-\x1f]{1,100}$')
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-_MAX_PREVIEW_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ExportReport:
         format: of the adapter.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         source: the file the numbers came from.
-        proof: the comparison.
+        proof: the comparison; None where none was asked for.
         model_hash: SHA-256 of the tensor data, as WebUI and kohya hash adapters.
         clients: which programs load it fully.
     """
@@ -56,13 +56,15 @@ class ExportReport:
     format: str
     dtype: str
     source: str
-    proof: Proof
+    proof: Proof | None
     model_hash: str
     clients: tuple[Support, ...]
 
     def proof_line(self) -> str:
         """Return the proof in one line for people."""
         proof = self.proof
+        if proof is None:
+            return "not read back (--no-verify)"
         return (
             f"{proof.num_modules} modules, {proof.num_keys} keys, largest delta difference "
             f"{proof.largest_difference:.1e} ({proof.relative_difference:.1e} relative; {self.dtype} "
@@ -76,12 +78,7 @@ class ExportReport:
             "format": self.format,
             "dtype": self.dtype,
             "source": self.source,
-            "num_modules": self.proof.num_modules,
-            "num_keys": self.proof.num_keys,
-            "largest_difference": self.proof.largest_difference,
-            "relative_difference": self.proof.relative_difference,
-            "tolerance": self.proof.tolerance,
-            "read_by": list(self.proof.read_by),
+            **(self.proof.to_dict() if self.proof else {}),
             "proof": self.proof_line(),
             "model_hash": self.model_hash,
             "clients": {one.client: list(one.reasons) or "full" for one in self.clients},
@@ -118,6 +115,8 @@ def export_adapter(
     overwrite: bool = False,
     name: str | None = None,
     preferred_strength: float | None = None,
+    private: bool = False,
+    verify: bool = True,
 ) -> ExportReport:
     """Write an adapter in a format, with preview and card for ``webui``, and prove that it is right.
 
@@ -132,6 +131,8 @@ def export_adapter(
         overwrite: replace files that exist.
         name: of the adapter; the run's or the source file's own when None.
         preferred_strength: strength that looks best, for the card; the source's own when None.
+        private: leave out what tells of the training pictures (folder names, captions, tags, file names).
+        verify: load the file through our reader, diffusers and PEFT and compare every update.
 
     Raises:
         AdapterFileError: when the source cannot be read, or the proof fails (nothing is left then).
@@ -150,17 +151,23 @@ def export_adapter(
     chosen = _check_name(name) if name is not None else found.name
     adapter = _renamed(found.adapter, name or found.adapter.info.name or chosen, preferred_strength)
     info = _family(adapter, source)
+    if private:
+        kept = without_private(adapter.info.metadata)
+        adapter = replace(adapter, info=replace(adapter.info, metadata=kept))
     target = _target(format, place, chosen)
-    picture = _png(preview or found.preview) if format == "webui" else None
+    picture = card_picture(preview or found.preview, private=private) if format == "webui" else None
+    if picture is not None and other_preview(target) is not None:
+        picture = None  # the one that is there stays the card's picture
     planned = _planned(target, format, picture is not None)
     if lora_folder is not None:
         planned += [lora_folder / file.name for file in planned if file.parent != lora_folder]
     taken = next((file for file in planned if file.exists()), None)
     if taken is not None and not overwrite:
         raise OutputError(f"{taken}: exists; nothing was overwritten. Give another --name, or --overwrite")
-    report = _write_proven(adapter, format, target, _dtype(dtype, found.dtype), info, str(found.path))
+    number_format = _dtype(dtype, found.dtype)
+    report = _write_proven(adapter, format, target, number_format, info, str(found.path), verify=verify)
     if format == "webui":
-        report = replace(report, files=(*report.files, *_write_card(adapter, target, info, picture)))
+        report = replace(report, files=(*report.files, *write_card(adapter, target, info, picture)))
     if lora_folder is not None:
         report = replace(report, files=(*report.files, *_copy_into(lora_folder, report.files)))
     return report
@@ -172,6 +179,8 @@ def write_finished(
     dtype: Precision | torch.dtype,
     info: FamilyInfo,
     preview: Path | None = None,
+    *,
+    private: bool = False,
 ) -> ExportReport:
     """Write a trained adapter for WebUI with preview and card, proven; replaces what is there.
 
@@ -181,15 +190,16 @@ def write_finished(
         dtype: number format of the file.
         info: the base's family.
         preview: picture for the card.
+        private: leave the settings out of the preview; ``adapter`` brings its own header.
 
     Raises:
         AdapterFileError: when the written file does not hold the adapter (it is removed then).
         OutputError: when the place cannot be written.
     """
-    picture = _png(preview)
+    picture = card_picture(preview, private=private)
     number_format = _dtype(dtype, torch.float16)
     report = _write_proven(adapter, "webui", target, number_format, info, "the trained weights")
-    return replace(report, files=(*report.files, *_write_card(adapter, target, info, picture)))
+    return replace(report, files=(*report.files, *write_card(adapter, target, info, picture)))
 
 
 def open_source(source: Path) -> Source:
@@ -245,13 +255,24 @@ def find_lora_folder(folder: Path) -> Path:
 
 
 def _write_proven(
-    adapter: AdapterFile, format: str, target: Path, dtype: torch.dtype, info: FamilyInfo, source: str
+    adapter: AdapterFile,
+    format: str,
+    target: Path,
+    dtype: torch.dtype,
+    info: FamilyInfo,
+    source: str,
+    *,
+    verify: bool = True,
 ) -> ExportReport:
     """Write under a temporary name, prove, and only then put it in place."""
     with replacing(target) as temporary:
         try:
             written = formats.write_adapter(adapter, format, temporary, dtype, info)
-            proof, clients = prove(adapter.weights, temporary, format, dtype, info)
+            proof: Proof | None = None
+            if verify:
+                proof, clients = prove(adapter.weights, temporary, format, dtype, info)
+            else:
+                clients = support_of(temporary, format, info)
         except AdapterFileError as error:
             raise AdapterFileError(str(error).replace(str(temporary), str(target))) from error
         headers = formats.read_headers(temporary)
@@ -261,67 +282,6 @@ def _write_proven(
     dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
     files = tuple(target / file.relative_to(temporary) if file != temporary else target for file in written)
     return ExportReport(files, format, dtype_name, source, proof, model_hash, clients)
-
-
-def _write_card(adapter: AdapterFile, target: Path, info: FamilyInfo, picture: bytes | None) -> list[Path]:
-    """Write what WebUI's card shows: ``STEM.png`` and ``STEM.json``."""
-    files = []
-    if picture is not None:
-        files.append(target.with_suffix(".png"))
-        write_bytes(files[0], picture)
-    entries = adapter.info.metadata
-    card = {
-        "description": entries.get("modelspec.description", ""),
-        "sd version": info.webui_version,
-        "activation text": ", ".join(adapter.info.trigger_words),
-        "preferred weight": _preferred(entries.get("sdlora.preferred_strength")),
-        "negative text": "",
-        "notes": _notes(entries),
-    }
-    write_json(target.with_suffix(".json"), card)
-    return [*files, target.with_suffix(".json")]
-
-
-def _png(picture: Path | None) -> bytes | None:
-    """Return a picture as PNG of a card's size; a small PNG as it is, with the settings stored in it."""
-    if picture is None:
-        return None
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(picture) as image:
-            if image.format == "PNG" and max(image.size) <= _MAX_PREVIEW_SIDE:
-                return picture.read_bytes()
-            small = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise OutputError(f"{picture}: is no usable preview picture ({error}); give a PNG or JPEG") from None
-    small.thumbnail((_MAX_PREVIEW_SIDE, _MAX_PREVIEW_SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _notes(entries: Mapping[str, str]) -> str:
-    labels = {
-        "ss_sd_model_name": "base",
-        "ss_steps": "steps",
-        "ss_num_train_images": "pictures",
-        "ss_resolution": "resolution",
-        "ss_learning_rate": "learning rate",
-        "modelspec.license": "licence",
-    }
-    known = [
-        f"{label}: {entries[key]}" for key, label in labels.items() if entries.get(key, "None") != "None"
-    ]
-    return "Made with sdlora. " + "; ".join(known) if known else "Made with sdlora."
-
-
-def _preferred(text: str | None) -> float:
-    try:
-        value = float(text) if text is not None else 0.0
-    except ValueError:
-        return 0.0
-    return value if 0.0 < value < 10.0 else 0.0  # 0 is WebUI's word for "the default"
 
 
 def _run_adapter(run: Path, config: Config) -> tuple[AdapterFile, Path]:

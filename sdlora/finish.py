@@ -24,9 +24,9 @@ def finish_run(run: Run, losses: Sequence[float]) -> Path:
     """Write ``NAME.safetensors`` in WebUI format into the run folder, proven by reading it back."""
     target = run.folder / f"{run.config.output.name}.safetensors"
     adapter = adapter_file(run, final_loss=sum(losses) / len(losses) if losses else None)
-    write_finished(
-        adapter, target, run.config.output.dtype, run.model.info, preview=newest_preview(run.folder)
-    )
+    output = run.config.output
+    preview = newest_preview(run.folder)
+    write_finished(adapter, target, output.dtype, run.model.info, preview, private=output.private)
     return target
 
 

@@ -6,13 +6,16 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import formats
 from .adapters.base import AdapterWeights, LowRankPair
+from .errors import ConfigError
 from .formats.clients import Support, client_support
+from .formats.detection import detect_family
+from .formats.editing import edit_header
 from .tensor_file import DTYPE_NAMES, Header, data_sha256, shown
 
 _SETTINGS = {
@@ -209,6 +212,44 @@ def inspect_adapter(path: Path) -> AdapterSummary:
         blocks=block_norms(adapter.weights),
         clients=client_support(format, adapter.info.family, formats.read_outline(path).weights, keys),
     )
+
+
+def edit_adapter(
+    path: Path, assignments: Sequence[str], removed: Sequence[str]
+) -> dict[str, dict[str, str | None]]:
+    """Change header entries of an adapter file, or of every file of a PEFT folder.
+
+    Args:
+        path: the file or folder.
+        assignments: ``KEY=VALUE`` texts.
+        removed: entries to take out.
+
+    Returns:
+        entry -> ``before`` and ``after``, shortened for people; None where there is none.
+
+    Raises:
+        AdapterFileError: when it cannot be read, or is no adapter.
+        ConfigError: for what may not be changed so.
+        OutputError: when it cannot be written.
+    """
+    values: dict[str, str] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: give KEY=VALUE, e.g. --set modelspec.license=CC-BY-4.0")
+        values[key.strip()] = value
+    formats.sniff(path)
+    family = detect_family(formats.read_outline(path).weights, {})
+    changes: dict[str, dict[str, str | None]] = {}
+    for header in formats.read_headers(path):
+        edit = edit_header(header, values, removed, family)
+        for key in (*edit.after, *removed):
+            before, after = edit.before.get(key), edit.after.get(key)
+            changes[key] = {
+                "before": None if before is None else shown(before, 80),
+                "after": None if after is None else shown(after, 80),
+            }
+    return changes
 
 
 def block_norms(weights: AdapterWeights) -> tuple[BlockNorm, ...]:

@@ -22,6 +22,7 @@ LAYERS = [
     {"adapters"},
     {"formats"},
     {"surgery"},
+    {"webui_card"},
     {"optim", "checkpoint", "plan", "objective", "samplers", "pictures", "png_info", "export", "inspection"},
     {"parallel"},
     {"render"},
@@ -33,7 +34,7 @@ LAYERS = [
     {"score", "page"},
     {"demo"},
     {"display"},
-    {"surgery_commands"},
+    {"surgery_commands", "data_commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -89,12 +89,13 @@ def test_every_format_and_number_format_is_proven(
 ) -> None:
     report = export_adapter(source, format, tmp_path / "out", dtype=dtype)
     proof = report.proof
+    assert proof is not None
     assert proof.num_modules == len(weights)
     assert proof.num_keys == len(weights) * (3 if format == "webui" else 2)
     assert proof.relative_difference <= proof.tolerance
     assert (proof.largest_difference == 0) == (dtype == "fp32")
     assert proof.tolerance < {"fp32": 2e-6, "fp16": 1e-3, "bf16": 8e-3}[dtype]
-    assert proof.read_by == (("sdlora",) if format == "peft" else ("sdlora", "diffusers"))
+    assert proof.read_by == ("sdlora", "peft" if format == "peft" else "diffusers")
     assert report.proof_line().startswith(
         f"{len(weights)} modules, {proof.num_keys} keys, largest delta difference"
     )
@@ -284,14 +285,14 @@ def test_the_trainer_writes_and_replaces_a_proven_file(weights: AdapterWeights, 
     assert [file.name for file in report.files] == ["my.style.safetensors", "my.style.png", "my.style.json"]
     with Image.open(tmp_path / "my.style.png") as image:
         assert image.size == (1024, 614)
-    assert report.proof.read_by == ("sdlora", "diffusers")
+    assert report.proof is not None and report.proof.read_by == ("sdlora", "diffusers")
     assert report.model_hash == read_adapter(target).info.metadata["sshs_model_hash"]
 
 
 def test_limits_of_other_programs_are_reported(tmp_path: Path) -> None:
     uneven = random_adapter({"unet": tiny_unet()}, EVERYTHING, ranks=(3,), scales=(1.0, 1.1))
     report = write_finished(file_of(uneven), tmp_path / "a.safetensors", "fp32", INFO)
-    assert report.proof.read_by == ("sdlora",)
+    assert report.proof is not None and report.proof.read_by == ("sdlora",)
     assert [one.client for one in report.clients if not one.full] == ["diffusers"]
 
 
@@ -306,3 +307,69 @@ def test_the_newest_preview_is_found(tmp_path: Path) -> None:
     last = picture(tmp_path / "samples" / "step-000100-1.png")
     os.utime(last, (1, 1))
     assert newest_preview(tmp_path) == last
+
+
+def test_without_verifying_nothing_is_read_back(source: Path, tmp_path: Path) -> None:
+    report = export_adapter(source, "webui", tmp_path / "out", verify=False)
+    assert report.proof is None and "not read back" in report.proof_line()
+    told = json.loads(json.dumps(report.to_dict()))
+    assert "read_by" not in told and len(told["clients"]) == 6
+    assert (tmp_path / "out" / "ink.safetensors").is_file()
+
+
+def test_a_reader_that_sees_other_numbers_stops_the_export(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdlora.formats import proof
+
+    def halved(path: Path, info: FamilyInfo) -> AdapterWeights:
+        seen = read_adapter(path).weights
+        return AdapterWeights({k: LowRankPair(p.down, p.up, p.alpha / 2) for k, p in seen.items()})
+
+    def without_first(path: Path, info: FamilyInfo) -> AdapterWeights:
+        return AdapterWeights(dict(list(read_adapter(path).weights.items())[1:]))
+
+    for reader, message in ((halved, "differs by"), (without_first, "modules are not the same")):
+        monkeypatch.setattr(proof, "through_diffusers", reader)
+        with pytest.raises(AdapterFileError, match=rf"read by diffusers\).*{message}"):
+            export_adapter(source, "webui", tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_private_export_tells_nothing_of_the_pictures(weights: AdapterWeights, tmp_path: Path) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    entries = {
+        "ss_tag_frequency": '{"secret set": {"secret tag": 3}}',
+        "ss_dataset_dirs": '{"secret set": {"n_repeats": 1, "img_count": 3}}',
+        "ss_sd_model_name": "secret-base.safetensors",
+        "sdlora.config": '{"sample": {"prompts": ["secret prompt"]}}',
+        "other_trainer": "secret settings",
+        "ss_steps": "300",
+        "modelspec.license": "CC-BY-4.0",
+    }
+    path = tmp_path / "source" / "ink.safetensors"
+    adapter = AdapterFile(weights, AdapterInfo("sd1", "ink", ("inkstyle",), entries))
+    write_adapter(adapter, "webui", path, torch.float16, INFO)
+    notes = PngInfo()
+    notes.add_text("parameters", "secret prompt, <lora:ink:1>")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "preview.png", pnginfo=notes)
+    for format in FORMATS:
+        out = tmp_path / format
+        export_adapter(path, format, out, private=True, preview=tmp_path / "preview.png")
+        files = [file for file in out.rglob("*") if file.is_file()]
+        assert len(files) >= (3 if format == "webui" else 1)
+        assert [file for file in files if b"secret" in file.read_bytes()] == []
+    header = read_adapter(tmp_path / "webui" / "ink.safetensors").info.metadata
+    assert header["ss_steps"] == "300" and header["modelspec.license"] == "CC-BY-4.0"
+    assert header["ss_base_model_version"] == "sd_v1" and header["ss_network_dim"] == "4"
+    assert header["modelspec.trigger_phrase"] == "inkstyle" and "sshs_model_hash" in header
+    public = export_adapter(path, "webui", tmp_path / "public", preview=tmp_path / "preview.png")
+    assert sum(b"secret" in file.read_bytes() for file in public.files) == 3
+
+
+def test_a_preview_that_is_there_under_another_name_stays_the_only_one(source: Path, tmp_path: Path) -> None:
+    mine = picture(tmp_path / "out" / "ink.preview.jpg")
+    report = export_adapter(source, "webui", tmp_path / "out", preview=picture(tmp_path / "p.png"))
+    assert mine.is_file() and not (tmp_path / "out" / "ink.png").exists()
+    assert [file.name for file in report.files] == ["ink.safetensors", "ink.json"]

@@ -9,25 +9,27 @@ files are written under a temporary name, so a killed run leaves no half entry.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import DatasetError
 from ..families.base import Conditioning, DiffusionModel, Posterior, SizeHint
-from ..files import replacing
 from .buckets import Placement, flipped, source_box
+from .cache_folder import mark_used
+from .entries import read_entry, write_entry
 from .folder import ImageItem, load_pixels
+from .lookahead import ahead
 from .picture_files import PIXELS_VERSION
 
-_FORMAT = "1"  # part of every key: raise it when what is stored changes meaning
+_FORMAT = "2"  # part of every key: raise it when what is stored changes meaning
 _MEMORY_BUDGET = 1 << 30  # bytes of encoded data kept in RAM; the rest is read again when needed
 
 
@@ -89,18 +91,36 @@ class EncodedDataset:
         self._text_print = model.encoder_fingerprint("captions") if encode_captions else ""
 
     def encode_all(self, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Encode what is not kept yet; ``tell`` gets (done, total)."""
+        """Encode what is not kept yet; ``tell`` gets (done, total).
+
+        Pictures are decoded ahead on all cores, so that the encoder does not wait for them.
+
+        Raises:
+            DatasetError: if latents are not finite, naming the file.
+        """
         mirrors = (False, True) if self.flip else (False,)
+        looks = [(index, mirror) for index in range(len(self.items)) for mirror in mirrors]
         captions = sorted({item.caption for item in self.items} | {""}) if self.encode_captions else []
-        total = len(self.items) * len(mirrors) + len(captions)
+        total = len(looks) + len(captions)
+        workers = max(1, min(16, os.cpu_count() or 1))
         done = 0
-        for index in range(len(self.items)):
-            for mirror in mirrors:
-                self.image(index, mirror=mirror)
+        with ThreadPoolExecutor(workers) as pool:
+            for index, mirror, pixels in ahead(self._started(pool, looks), 2 * workers):
+                if pixels is not None:
+                    self._keep(index, mirror, pixels)
                 tell(done := done + 1, total)
         for caption in captions:
-            self.caption(caption)
+            if not self._is_kept("captions", self._caption_key(caption)):
+                self.caption(caption)
             tell(done := done + 1, total)
+
+    def _started(
+        self, pool: ThreadPoolExecutor, looks: Sequence[tuple[int, bool]]
+    ) -> Iterator[tuple[int, bool, Future[Tensor] | None]]:
+        """Yield each look, with its pixels on their way where it must be encoded."""
+        for index, mirror in looks:
+            kept = self._is_kept("images", self._image_key(index, mirror))
+            yield index, mirror, None if kept else pool.submit(self._pixels, index, mirror)
 
     def image(self, index: int, *, mirror: bool = False) -> EncodedImage:
         """Return one encoded picture.
@@ -108,54 +128,86 @@ class EncodedDataset:
         Raises:
             DatasetError: if its latents are not finite, naming the file.
         """
-        item, placement = self.items[index], self.placements[index]
-        used = flipped(placement) if mirror else placement
-        geometry = f"{used.resized} {used.crop} {used.bucket} {mirror} {self._background} {PIXELS_VERSION}"
-        tensors = self._tensors(
-            "images", f"{self._image_print} {item.digest} {geometry}", lambda: self._encode(index, mirror)
-        )
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-            raise DatasetError(
-                f"{item.path}: its latents are not finite numbers; the VAE cannot encode this picture "
-                "(remove it, or use another base)"
-            )
+        return self._keep(index, mirror, None)
+
+    def caption(self, text: str) -> Conditioning:
+        """Return one encoded caption, tensors without batch axis, float32.
+
+        Raises:
+            DatasetError: if its encoding is not finite, naming the caption.
+        """
+
+        def encode() -> dict[str, Tensor]:
+            with torch.no_grad():
+                encoded = self._model.encode_text([text])
+            return {name: tensor[0].float().cpu().contiguous() for name, tensor in encoded.items()}
+
+        what = f"caption `{text[:60]}`: its encoding is"
+        return self._tensors("captions", self._caption_key(text), encode, what)
+
+    def _keep(self, index: int, mirror: bool, pixels: Future[Tensor] | None) -> EncodedImage:
+        """Return one encoded picture, from pixels that are decoded already if there are any."""
+        item, used = self.items[index], self._placement(index, mirror)
+
+        def encode() -> dict[str, Tensor]:
+            ready = self._pixels(index, mirror) if pixels is None else pixels.result()
+            posterior = self._model.encode_images(ready)
+            return {"mean": posterior.mean, "logvar": posterior.logvar}
+
+        what = f"{item.path}: its latents are"
+        tensors = self._tensors("images", self._image_key(index, mirror), encode, what)
         size = SizeHint((item.height, item.width), used.crop, used.bucket)
         return EncodedImage(Posterior(tensors["mean"], tensors["logvar"]), size)
 
-    def caption(self, text: str) -> Conditioning:
-        """Return one encoded caption, tensors without batch axis, float32."""
-        return self._tensors("captions", f"{self._text_print} {text}", lambda: self._encode_caption(text))
-
-    def _encode(self, index: int, mirror: bool) -> dict[str, Tensor]:
-        image = load_pixels(self.items[index], self._background)
+    def _placement(self, index: int, mirror: bool) -> Placement:
         # mirrored first, so the placement's own crop applies to the mirrored picture
-        placement = self.placements[index]
-        pixels = to_pixels(image, flipped(placement) if mirror else placement, mirror=mirror)
-        posterior = self._model.encode_images(pixels)
-        return {"mean": posterior.mean, "logvar": posterior.logvar}
+        return flipped(self.placements[index]) if mirror else self.placements[index]
 
-    def _encode_caption(self, text: str) -> dict[str, Tensor]:
-        with torch.no_grad():
-            encoded = self._model.encode_text([text])
-        return {name: tensor[0].float().cpu().contiguous() for name, tensor in encoded.items()}
+    def _pixels(self, index: int, mirror: bool) -> Tensor:
+        image = load_pixels(self.items[index], self._background)
+        return to_pixels(image, self._placement(index, mirror), mirror=mirror)
 
-    def _tensors(self, kind: str, key: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def _image_key(self, index: int, mirror: bool) -> str:
+        used = self._placement(index, mirror)
+        geometry = f"{used.resized} {used.crop} {used.bucket} {mirror} {self._background} {PIXELS_VERSION}"
+        return f"{self._image_print} {self.items[index].digest} {geometry}"
+
+    def _caption_key(self, text: str) -> str:
+        return f"{self._text_print} {text}"
+
+    def _is_kept(self, kind: str, key: str) -> bool:
+        """Tell whether an entry is there, without reading it, and note that it is used."""
+        file = self._file(kind, key)
+        kept = file.is_file()
+        if kept:
+            mark_used(file)
+        return kept
+
+    def _file(self, kind: str, key: str) -> Path:
         digest = hashlib.sha256(f"{_FORMAT} {kind} {key}".encode()).hexdigest()
-        file = self._folder / kind / digest[:2] / f"{digest}.safetensors"
+        return self._folder / kind / digest[:2] / f"{digest}.safetensors"
+
+    def _tensors(
+        self, kind: str, key: str, make: Callable[[], Mapping[str, Tensor]], what: str
+    ) -> dict[str, Tensor]:
+        file = self._file(kind, key)
         if file in self._memory:
             return self._memory[file]
-        tensors: dict[str, Tensor] | None = None
-        if file.is_file():
-            try:
-                tensors = load_file(file)
-            except (SafetensorError, OSError):
-                tensors = None  # damaged by something else than us: encode again
-        if tensors is None:
+        tensors = read_entry(file)
+        if tensors is None:  # not there, thinned out, or damaged by something else than us
             tensors = dict(make())
-            with replacing(file) as temporary:
-                save_file(tensors, temporary)
+            _refuse_non_finite(tensors, what)  # before it is written: a cache must not keep it
+            write_entry(file, tensors)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._memory_bytes + size <= _MEMORY_BUDGET:
             self._memory[file] = tensors
             self._memory_bytes += size
         return tensors
+
+
+def _refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise DatasetError(
+            f"{what} not finite numbers; the base cannot encode it (change or remove it, use "
+            "training.precision=fp32, or another base)"
+        )

@@ -23,6 +23,7 @@ from .index import PictureIndex
 from .items import Trait
 from .likeness import Likeness, likeness_of
 from .listing import FoundFile
+from .lookahead import ahead
 from .picture_files import PIXELS_VERSION, decode, read_file
 from .problems import Problem, Unusable
 from .sharpness import Detail, detail_of
@@ -66,39 +67,26 @@ def measure_all(
         ThreadPoolExecutor(workers) as pool,
     ):
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd EXIF and TIFF tags
-        for result in _in_order(files, index, pool, workers * _AHEAD):
-            found.append(result)
+        for file, status, facts in ahead(_started(files, index, pool), workers * _AHEAD):
+            if isinstance(facts, Measured):
+                found.append(facts)
+            else:
+                found.append(result := facts.result())
+                if status and isinstance(result, Measured):
+                    index.put(file.path, status, _to_json(result))
             if progress is not None:
                 progress(len(found), len(files))
     return found
 
 
-def _in_order(
-    files: Sequence[FoundFile], index: PictureIndex, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[Measured | Problem]:
-    waiting: list[tuple[FoundFile, os.stat_result | None, Future[Measured | Problem] | Measured]] = []
+def _started(
+    files: Sequence[FoundFile], index: PictureIndex, pool: ThreadPoolExecutor
+) -> Iterator[tuple[FoundFile, os.stat_result | None, Future[Measured | Problem] | Measured]]:
+    """Yield each file with its state before it is read, and its facts or their being found out."""
     for file in files:
         status = _status(file.path)
         known = index.get(file.path, status) if status else None
-        waiting.append((file, status, _from_json(known) if known else pool.submit(_measure, file)))
-        if len(waiting) > ahead:
-            yield _result(index, *waiting.pop(0))
-    for one in waiting:
-        yield _result(index, *one)
-
-
-def _result(
-    index: PictureIndex,
-    file: FoundFile,
-    status: os.stat_result | None,
-    pending: Future[Measured | Problem] | Measured,
-) -> Measured | Problem:
-    if isinstance(pending, Measured):
-        return pending
-    result = pending.result()
-    if status and isinstance(result, Measured):
-        index.put(file.path, status, _to_json(result))
-    return result
+        yield file, status, _from_json(known) if known else pool.submit(_measure, file)
 
 
 def _measure(file: FoundFile) -> Measured | Problem:

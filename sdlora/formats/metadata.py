@@ -11,10 +11,10 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch import Tensor
 from ..adapters.base import AdapterFile, AdapterWeights
 from ..tensor_file import header_bytes, in_file_order, tensor_bytes
 from . import folding
+from .dataset_entries import dataset_entries, folder_name
+from .privacy import without_private
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -35,6 +37,7 @@ _NOT_CARRIED = ("sshs_", "lora_adapter_metadata", folding.RECORDED_ALPHAS, "mode
 """Entries that describe one particular file, so that another file must not inherit them."""
 _NEVER_NONE = {
     *("tag_frequency", "dataset_dirs", "bucket_info", "training_started_at", "training_finished_at"),
+    *("min_bucket_reso", "max_bucket_reso"),
     *("base_model_version", "v2", "output_name"),
 }
 """WebUI takes these for tables or numbers without looking, so that ``None`` would break its card."""
@@ -58,7 +61,8 @@ class TrainingFacts:
         num_images: training pictures.
         num_batches_per_epoch: micro-batches in one epoch.
         buckets: (height, width) px -> pictures.
-        folder_images: folder name -> pictures, where there are several folders.
+        folder_images: folder -> pictures, where there are several folders.
+        reg_folder_images: folder -> regularisation pictures.
         tag_frequency: folder name -> tag or caption -> count.
         started_at: seconds since 1970, UTC.
         finished_at: seconds since 1970, UTC.
@@ -85,6 +89,7 @@ class TrainingFacts:
     num_batches_per_epoch: int | None = None
     buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
     folder_images: Mapping[str, int] = field(default_factory=dict)
+    reg_folder_images: Mapping[str, int] = field(default_factory=dict)
     tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     started_at: float | None = None
     finished_at: float | None = None
@@ -101,7 +106,8 @@ class TrainingFacts:
 def build_header(facts: TrainingFacts) -> dict[str, str]:
     """Return all header entries known before the tensors: ``ss_*``, ``modelspec.*``, ``sdlora.*``.
 
-    The network's rank and alpha and the hashes follow from the tensors; writing a file adds them.
+    The network's rank and alpha and the hashes follow from the tensors; writing a file adds them. With
+    ``output.private`` nothing tells of folders, captions and files.
 
     Raises:
         OutputError: when the preview cannot be read as a picture.
@@ -117,7 +123,7 @@ def build_header(facts: TrainingFacts) -> dict[str, str]:
     }
     texts |= {f"modelspec.{key}": value for key, value in _modelspec(facts).items() if value is not None}
     texts |= {f"sdlora.{key}": value for key, value in _own_entries(facts).items() if value is not None}
-    return texts
+    return without_private(texts) if facts.config is not None and facts.config.output.private else texts
 
 
 def kohya_text(value: object) -> str:
@@ -139,7 +145,7 @@ def for_file(adapter: AdapterFile, info: FamilyInfo, more: Mapping[str, str]) ->
         texts["ss_base_model_version"] = info.base_model_version
     texts["ss_v2"] = str(info.is_v2)
     texts |= _network_entries(adapter.weights, texts)
-    texts["modelspec.architecture"] = info.architecture
+    texts["modelspec.architecture"] = _architecture(info, texts["ss_base_model_version"].endswith("_v"))
     texts["modelspec.implementation"] = _implementation(info)
     texts.setdefault("modelspec.sai_model_spec", SAI_MODEL_SPEC)
     if adapter.info.name:
@@ -155,24 +161,41 @@ def for_file(adapter: AdapterFile, info: FamilyInfo, more: Mapping[str, str]) ->
 def with_hashes(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> dict[str, str]:
     """Return the entries with ``sshs_model_hash``, ``sshs_legacy_hash`` and ``modelspec.hash_sha256``.
 
-    The first is the SHA-256 of the tensor data; the second of 64 KiB at 1 MiB of a file whose header holds
-    only the ``ss_*`` entries (kohya sd-scripts, ``train_util.precalculate_safetensors_hashes``).
+    The first is the SHA-256 of the tensor data, the second that of :func:`legacy_hash`.
+    """
+    data = hashlib.sha256()
+    for tensor in in_file_order(tensors).values():
+        data.update(tensor_bytes(tensor))
+    return dict(entries) | {
+        "sshs_model_hash": data.hexdigest(),
+        "sshs_legacy_hash": legacy_hash(tensors, entries, lambda key: tensor_bytes(tensors[key])),
+        "modelspec.hash_sha256": "0x" + data.hexdigest(),
+    }
+
+
+def legacy_hash(
+    tensors: Mapping[str, Tensor], entries: Mapping[str, str], data: Callable[[str], bytes]
+) -> str:
+    """Return ``sshs_legacy_hash``: of 64 KiB at 1 MiB of a file whose header holds only the ``ss_*`` entries.
+
+    As in kohya sd-scripts (``train_util.precalculate_safetensors_hashes``), which lays the file out anew.
+
+    Args:
+        tensors: of the file; only shapes and number formats are looked at.
+        entries: all entries of the header.
+        data: gives the bytes of one tensor.
     """
     ordered = in_file_order(tensors)
     start = header_bytes(ordered, {key: value for key, value in entries.items() if key.startswith("ss_")})
-    data, window = hashlib.sha256(), hashlib.sha256()
+    window = hashlib.sha256()
     _feed(window, start, 0)
     position = len(start)
-    for tensor in ordered.values():
-        block = tensor_bytes(tensor)
-        data.update(block)
-        _feed(window, block, position)
-        position += len(block)
-    return dict(entries) | {
-        "sshs_model_hash": data.hexdigest(),
-        "sshs_legacy_hash": window.hexdigest()[:8],
-        "modelspec.hash_sha256": "0x" + data.hexdigest(),
-    }
+    for key, tensor in ordered.items():
+        end = position + tensor.numel() * tensor.element_size()
+        if end > _LEGACY_START and position < _LEGACY_START + _LEGACY_LENGTH:
+            _feed(window, data(key), position)
+        position = end
+    return window.hexdigest()[:8]
 
 
 def trigger_words(entries: Mapping[str, str]) -> tuple[str, ...]:
@@ -214,11 +237,6 @@ def thumbnail(picture: Path) -> str:
     return url
 
 
-def folder_name(name: str) -> str:
-    """Return the last part of a folder's path, in either system's spelling."""
-    return PureWindowsPath(name).name if "\\" in name else (PurePosixPath(name).name or "images")
-
-
 def _base_entries(facts: TrainingFacts) -> dict[str, Any]:
     version = facts.family.base_model_version if facts.family else None
     if version is not None and _prediction(facts) == "v" and not version.startswith("sdxl_"):
@@ -247,27 +265,22 @@ def _base_entries(facts: TrainingFacts) -> dict[str, Any]:
 
 
 def _data_entries(facts: TrainingFacts) -> dict[str, Any]:
-    repeats = facts.config.data.repeats if facts.config else 1
-    frequency = {folder_name(name): dict(tags) for name, tags in facts.tag_frequency.items()}
-    images = {folder_name(name): count for name, count in facts.folder_images.items()}
+    images = dict(facts.folder_images)
     if not images and facts.num_images is not None:
-        images = {next(iter(frequency)) if len(frequency) == 1 else "images": facts.num_images}
-    side = _resolution(facts)
-    buckets = {
-        str(index): {"resolution": [width, height], "count": count}
-        for index, ((height, width), count) in enumerate(sorted(facts.buckets.items()))
-    }
-    return {
-        "num_train_images": None if facts.num_images is None else facts.num_images * repeats,
-        "num_reg_images": 0,
-        "num_batches_per_epoch": facts.num_batches_per_epoch,
-        "resolution": None if side is None else f"({side}, {side})",
-        "enable_bucket": bool(buckets),
-        "bucket_info": {"buckets": buckets} if buckets else None,
-        "dataset_dirs": {name: {"n_repeats": repeats, "img_count": n} for name, n in images.items()} or None,
-        "reg_dataset_dirs": {},
-        "tag_frequency": frequency or None,
-    }
+        only = next(iter(facts.tag_frequency)) if len(facts.tag_frequency) == 1 else "images"
+        images = {only: facts.num_images}
+    config = facts.config
+    entries = dataset_entries(
+        images=images,
+        reg_images=facts.reg_folder_images,
+        tags=facts.tag_frequency,
+        buckets=facts.buckets,
+        side=_resolution(facts),
+        repeats=config.data.repeats if config else 1,
+        batch_size=config.training.batch_size if config else None,
+        flip=config.data.flip if config else False,
+    )
+    return entries | {"num_batches_per_epoch": facts.num_batches_per_epoch}
 
 
 def _setting_entries(config: Config) -> dict[str, Any]:
@@ -294,7 +307,9 @@ def _setting_entries(config: Config) -> dict[str, Any]:
         "clip_skip": config.model.clip_skip if config.model.clip_skip > 1 else None,
         "caption_dropout_rate": data.caption_dropout,
         "cache_latents": True,
-        "flip_aug": data.flip,
+        "loss_type": "l2",
+        "full_fp16": False,
+        "max_token_length": None,
         "network_dropout": config.adapter.dropout or None,
         "training_comment": config.output.description or None,
     }
@@ -306,7 +321,7 @@ def _modelspec(facts: TrainingFacts) -> dict[str, str | None]:
     words = ", ".join(facts.trigger_words)
     return {
         "sai_model_spec": SAI_MODEL_SPEC,
-        "architecture": facts.family.architecture if facts.family else None,
+        "architecture": _architecture(facts.family, _prediction(facts) == "v") if facts.family else None,
         "implementation": _implementation(facts.family) if facts.family else None,
         "title": facts.name or None,
         "resolution": None if side is None else f"{side}x{side}",
@@ -379,6 +394,11 @@ def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[
 
 def _implementation(info: FamilyInfo) -> str:
     return _SGM if info.unet_naming == "ldm" else "diffusers"
+
+
+def _architecture(info: FamilyInfo, predicts_v: bool) -> str:
+    """Return the model specification's word: of SD2 it knows a 512 px and a 768 px, v-predicting kind."""
+    return info.architecture.replace("v2-512", "v2-768-v") if predicts_v else info.architecture
 
 
 def _prediction(facts: TrainingFacts) -> str | None:

@@ -7,12 +7,11 @@ factor once to the file's number format.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,8 +19,8 @@ from torch import Tensor
 from .. import formats
 from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
-from . import names
 from .clients import Support, client_support
+from .other_readers import through_diffusers, through_peft
 
 if TYPE_CHECKING:
     from ..families.base import FamilyInfo
@@ -50,35 +49,45 @@ class Proof:
     tolerance: float
     read_by: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, object]:
+        """Return everything as JSON values."""
+        return {**asdict(self), "read_by": list(self.read_by)}
+
+
+def support_of(path: Path, format: str, info: FamilyInfo) -> tuple[Support, ...]:
+    """Return what each client makes of a written adapter."""
+    keys = [key for header in formats.read_headers(path) for key in header.tensors]
+    return client_support(format, info.name, formats.read_outline(path).weights, keys)
+
 
 def prove(
     weights: AdapterWeights, path: Path, format: str, dtype: torch.dtype, info: FamilyInfo
 ) -> tuple[Proof, tuple[Support, ...]]:
     """Read an adapter back and compare every module with what it should be.
 
-    WebUI and diffusers files are also read through diffusers' own conversion, unless diffusers is known
-    to misread adapters of this shape (then the second result says so).
+    WebUI and diffusers files are also loaded by diffusers itself, unless it is known to misread adapters of
+    this shape (then the second result says so), and PEFT folders by PEFT.
 
     Raises:
         AdapterFileError: when a module is missing or differs by more than rounding.
     """
-    headers = formats.read_headers(path)
-    keys = [key for header in headers for key in header.tensors]
+    clients = support_of(path, format, info)
     back = formats.read_adapter(path).weights
     largest, relative = compare(weights, back, dtype, str(path))
-    readers = ["sdlora"]
-    clients = client_support(format, info.name, formats.read_outline(path).weights, keys)
-    by_diffusers = next(one for one in clients if one.client == "diffusers")
-    if by_diffusers.full:
-        seen = read_through_diffusers(path, info)
-        # what diffusers holds in the very same numbers has been compared already
+    readers: dict[str, Callable[[], AdapterWeights]] = {}
+    if format == "peft":
+        readers["peft"] = lambda: through_peft(path)
+    elif next(one for one in clients if one.client == "diffusers").full:
+        readers["diffusers"] = lambda: through_diffusers(path, info)
+    for program, read in readers.items():
+        seen = read()
+        # what it holds in the very same numbers has been compared already
         same = {key for key, pair in seen.items() if key in back.pairs and _identical(pair, back.pairs[key])}
-        more = compare(_without(weights, same), _without(seen, same), dtype, f"{path} (read by diffusers)")
+        more = compare(_without(weights, same), _without(seen, same), dtype, f"{path} (read by {program})")
         largest, relative = max(largest, more[0]), max(relative, more[1])
-        readers.append("diffusers")
-    rank = max(weights.ranks())
-    proof = Proof(len(back), len(keys), largest, relative, relative_rounding(dtype, rank), tuple(readers))
-    return proof, clients
+    num_keys = sum(len(header.tensors) for header in formats.read_headers(path))
+    tolerance = relative_rounding(dtype, max(weights.ranks()))
+    return Proof(len(back), num_keys, largest, relative, tolerance, ("sdlora", *readers)), clients
 
 
 def compare(
@@ -164,7 +173,11 @@ def _scaled_factors(pair: LowRankPair) -> tuple[Tensor, Tensor]:
 
 
 def _identical(one: LowRankPair, other: LowRankPair) -> bool:
-    return one.alpha == other.alpha and torch.equal(one.down, other.down) and torch.equal(one.up, other.up)
+    def same(ours: Tensor, theirs: Tensor) -> bool:
+        wide = torch.promote_types(ours.dtype, theirs.dtype)
+        return torch.equal(ours.to(wide), theirs.to(wide))
+
+    return one.alpha == other.alpha and same(one.down, other.down) and same(one.up, other.up)
 
 
 def _without(weights: AdapterWeights, modules: set[ModuleKey]) -> AdapterWeights:
@@ -199,52 +212,3 @@ def rounding_bound(pair: LowRankPair, dtype: torch.dtype) -> tuple[Tensor, Tenso
         [up * relative_rounding(dtype, pair.rank), torch.full_like(by_row, (1 + unit) * of_up), by_row], 1
     )
     return left, torch.cat([down, down.sum(0, keepdim=True), torch.ones_like(down[:1])], 0)
-
-
-def read_through_diffusers(path: Path, info: FamilyInfo) -> AdapterWeights:
-    """Return a WebUI or diffusers file as diffusers' own loader understands it.
-
-    Runs the conversions of ``load_lora_weights`` without a model; alphas are taken as it takes them: one a
-    component, or the rank where there are none.
-
-    Raises:
-        AdapterFileError: when diffusers refuses the file.
-    """
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
-    from diffusers.utils.state_dict_utils import (
-        convert_state_dict_to_diffusers,
-        convert_state_dict_to_peft,
-        convert_unet_state_dict_to_peft,
-    )
-
-    is_xl = info.unet_naming == "ldm"
-    loader = StableDiffusionXLLoraLoaderMixin if is_xl else StableDiffusionLoraLoaderMixin
-    options: dict[str, Any] = {"unet_config": SimpleNamespace(layers_per_block=2)} if is_xl else {}
-    try:
-        state, alphas = loader.lora_state_dict(str(path), local_files_only=True, **options)
-        pairs: dict[ModuleKey, LowRankPair] = {}
-        for component in sorted({key.split(".", 1)[0] for key in state}):
-            start = component + "."
-            part = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-            if component == "unet" and "lora_A" not in next(iter(part)):
-                part = convert_unet_state_dict_to_peft(part)
-            elif component != "unet":
-                part = convert_state_dict_to_peft(convert_state_dict_to_diffusers(part))
-            values = {value for key, value in (alphas or {}).items() if key.startswith(start)}
-            pairs |= _pairs_of(component, part, values)
-    except (ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapterFileError(f"{path}: diffusers refuses it ({first_line}); please report this") from error
-    return AdapterWeights(pairs)
-
-
-def _pairs_of(component: str, part: Mapping[str, Tensor], alphas: set[float]) -> dict[ModuleKey, LowRankPair]:
-    pairs = {}
-    for key, down in part.items():
-        path, marker, _ = key.rpartition(".lora_A.")
-        if not marker:
-            continue
-        alpha = next(iter(alphas)) if alphas else float(down.shape[0])
-        canonical = path if component == "unet" else names.with_text_prefix(path)
-        pairs[ModuleKey(component, canonical)] = LowRankPair(down, part[f"{path}.lora_B.weight"], alpha)
-    return pairs

@@ -33,7 +33,8 @@ def encoded(dataset: Dataset, model: StableDiffusion1, folder: Path, **options: 
 
 
 def entries(folder: Path, kind: str) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in (folder / kind).rglob("*.safetensors")}
+    """Return the entries with their inodes, which change when one is written again."""
+    return {path: path.stat().st_ino for path in (folder / kind).rglob("*.safetensors")}
 
 
 def test_everything_is_encoded_once_and_found_again(
@@ -120,15 +121,35 @@ def test_a_damaged_entry_is_encoded_again(
     assert torch.equal(encoded(dataset, model, tmp_path).image(0).posterior.mean, wanted)
 
 
-def test_latents_that_are_not_finite_name_the_picture(
-    tiny_base: Path, picture_folder: Make, tmp_path: Path
+def test_an_entry_full_of_zeros_is_encoded_again(
+    model: StableDiffusion1, picture_folder: Make, tmp_path: Path
+) -> None:
+    """What a lost power supply can leave: the right length, the right header, no data."""
+    dataset = scan(picture_folder(1))
+    wanted = encoded(dataset, model, tmp_path).image(0).posterior.mean
+    entry = next(iter(entries(tmp_path, "images")))
+    data = entry.read_bytes()
+    entry.write_bytes(data[:-64] + bytes(64))
+    assert torch.equal(encoded(dataset, model, tmp_path).image(0).posterior.mean, wanted)
+    assert entry.read_bytes() == data
+
+
+@pytest.mark.parametrize("part", ["vae.quant_conv", "text_encoder"])
+def test_encodings_that_are_not_finite_are_named_and_not_kept(
+    tiny_base: Path, picture_folder: Make, tmp_path: Path, part: str
 ) -> None:
     broken = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
-        broken.vae.quant_conv.bias.fill_(float("nan"))
+        module = broken.vae.quant_conv if part == "vae.quant_conv" else broken.text_encoder
+        for values in module.parameters():
+            values.fill_(float("nan"))
     dataset = scan(picture_folder(1))
-    with pytest.raises(DatasetError, match=r"thing00\.png.*not finite"):
-        encoded(dataset, broken, tmp_path).image(0)
+    data = encoded(dataset, broken, tmp_path / "cache")
+    words = {"vae.quant_conv": r"thing00\.png: its latents", "text_encoder": "caption `.*`: its encoding"}
+    with pytest.raises(DatasetError, match=rf"{words[part]} (is|are) not finite"):
+        data.encode_all()
+    kept = entries(tmp_path / "cache", "images") | entries(tmp_path / "cache", "captions")
+    assert len(kept) == (0 if part == "vae.quant_conv" else 1)
 
 
 def test_crop_and_resize_are_cut_where_the_placement_says() -> None:

@@ -18,7 +18,8 @@ from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.families.base import FamilyInfo
 from sdlora.formats import FORMATS, read_adapter, write_adapter
 from sdlora.formats.clients import CLIENTS, client_support
-from sdlora.formats.proof import compare, prove, read_through_diffusers
+from sdlora.formats.other_readers import through_diffusers
+from sdlora.formats.proof import compare, prove
 
 from .adapters import (
     ATTENTION,
@@ -254,7 +255,7 @@ def test_diffusers_own_conversion_agrees_without_a_model(
     weights = random_adapter(models_in(make_pipeline(family)), EVERYTHING, ranks=(4, 2), scales=(0.5, 1.0))
     target = tmp_path / "a.safetensors"
     write_adapter(file_of(weights), format, target, torch.float32, family)
-    assert compare(weights, read_through_diffusers(target, family), torch.float32, "diffusers")[0] <= 1e-6
+    assert compare(weights, through_diffusers(target, family), torch.float32, "diffusers")[0] <= 1e-6
 
 
 def test_limits_of_clients_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -283,3 +284,54 @@ def test_the_family_follows_the_layers_before_the_header(tmp_path: Path) -> None
         path = tmp_path / f"{width}.safetensors"
         write_adapter(AdapterFile(AdapterWeights({key: pair})), "webui", path, torch.float32, SD2)
         assert read_adapter(path).info.family == family
+
+
+def test_the_data_set_is_told_flat_and_as_a_list(preview: Path) -> None:
+    known = dataclasses.replace(
+        facts(),
+        folder_images={"/a/ink": 30, "/b/ink": 10},
+        reg_folder_images={"/c/reg": 5},
+        tag_frequency={"/a/ink": {"cat": 3}, "/b/ink": {"dog": 1}},
+    )
+    header = build_header(known)
+    assert json.loads(header["ss_dataset_dirs"]) == {
+        "ink": {"n_repeats": 1, "img_count": 30},
+        "ink (2)": {"n_repeats": 1, "img_count": 10},
+    }
+    assert json.loads(header["ss_reg_dataset_dirs"]) == {"reg": {"n_repeats": 1, "img_count": 5}}
+    assert (header["ss_num_train_images"], header["ss_num_reg_images"]) == ("40", "5")
+    assert (header["ss_min_bucket_reso"], header["ss_max_bucket_reso"]) == ("48", "80")
+    (dataset,) = json.loads(header["ss_datasets"])
+    assert dataset["resolution"] == [64, 64] and dataset["num_train_images"] == 40
+    assert dataset["tag_frequency"] == json.loads(header["ss_tag_frequency"])
+    assert dataset["bucket_info"] == json.loads(header["ss_bucket_info"])
+    assert [(s["image_dir"], s["img_count"], s["is_reg"]) for s in dataset["subsets"]] == [
+        ("ink", 30, False),
+        ("ink (2)", 10, False),
+        ("reg", 5, True),
+    ]
+
+
+def test_a_private_run_tells_numbers_but_no_names(preview: Path) -> None:
+    public = facts(preview)
+    assert public.config is not None
+    private = dataclasses.replace(public, config=public.config.with_values({"output.private": True}))
+    header = build_header(private)
+    whole = build_header(public)
+    assert all(whole[key] == value for key, value in header.items())
+    gone = set(whole) - set(header)
+    assert {"ss_tag_frequency", "ss_dataset_dirs", "ss_datasets", "ss_bucket_info", "sdlora.config"} <= gone
+    assert {"ss_sd_model_name", "ss_training_comment", "ss_session_id"} <= gone
+    for key in ("ss_base_model_version", "ss_v2", "ss_steps", "modelspec.architecture", "modelspec.license"):
+        assert key in header
+    assert [key for key, value in header.items() if "ink set" in value or "a cat" in value] == []
+
+
+def test_v_prediction_is_the_768_px_kind_of_sd2(tmp_path: Path) -> None:
+    header = build_header(TrainingFacts(family=SD2, prediction_type="v_prediction"))
+    assert header["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    path = tmp_path / "a.safetensors"
+    write_adapter(adapter_of(AdapterInfo(metadata=header)), "webui", path, torch.float16, SD2)
+    assert read_header(path).metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    write_adapter(adapter_of(), "webui", path, torch.float16, SD2)
+    assert read_header(path).metadata["modelspec.architecture"] == "stable-diffusion-v2-512/lora"

@@ -1,0 +1,133 @@
+"""The commands of the data side: check a folder of pictures, show and thin out the cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+Result = tuple[dict[str, Any], int]
+
+_DAY = 86_400
+
+
+def declare_check(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora check``."""
+    parser.add_argument("folder", type=Path, help="folder of pictures")
+    parser.add_argument("--trigger", metavar="WORD", help="word the captions should hold")
+    parser.add_argument("--resolution", type=int, default=512, help="px trained at")
+    parser.add_argument(
+        "--multiple", type=int, default=64, help="picture sides are multiples of this many px"
+    )
+    parser.add_argument("--batch-size", type=int, help="also count the batches of an epoch")
+    parser.add_argument("--flat", action="store_true", help="do not look into folders inside")
+
+
+def run_check(options: argparse.Namespace) -> Result:
+    """Run ``sdlora check``; the exit code is 1 when training would be refused."""
+    from .data.doctor import examine, render_report, report_to_dict
+
+    for flag in ("resolution", "multiple"):
+        if getattr(options, flag) < 1:
+            raise ConfigError(f"--{flag} {getattr(options, flag)}: must be 1 or more")
+    report = examine(
+        options.folder,
+        recursive=not options.flat,
+        trigger_word=options.trigger,
+        resolution=options.resolution,
+        multiple=options.multiple,
+        batch_size=options.batch_size,
+    )
+    print(render_report(report))
+    return report_to_dict(report), 1 if report.harmful else 0
+
+
+def declare_cache(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora cache``."""
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="the cache; your own when left out")
+    parser.add_argument("--prune", action="store_true", help="remove entries, after listing what would go")
+    parser.add_argument("--older-than", type=float, metavar="DAYS", help="only those unused for so long")
+    parser.add_argument(
+        "--max-size", type=float, metavar="GB", help="the longest unused, until so much is left"
+    )
+    parser.add_argument("--yes", action="store_true", help="remove without asking")
+
+
+def run_cache(options: argparse.Namespace) -> Result:
+    """Run ``sdlora cache``: list what is kept, and remove on request what no run has needed for long."""
+    from .data.cache_folder import (
+        CacheEntry,
+        choose_entries,
+        default_cache_folder,
+        index_file,
+        list_entries,
+        remove_entries,
+    )
+    from .data.index import forget_missing
+
+    _refuse_odd_limits(options)
+    folder = options.folder or default_cache_folder()
+    if options.folder and not folder.is_dir():
+        raise ConfigError(f"--folder {folder}: no such folder")
+    entries = list_entries(folder)
+    chosen: list[CacheEntry] = []
+    if options.prune:
+        limit = None if options.max_size is None else round(options.max_size * 1e9)
+        chosen = choose_entries(entries, older_than_days=options.older_than, max_bytes=limit)
+    print(f"{folder}")
+    for kind in ("images", "captions", "leftovers"):
+        print(_line(kind, [entry for entry in entries if entry.kind == kind], chosen, options.prune))
+    freed, removed = 0, 0
+    if chosen and _agreed(options, len(chosen), sum(entry.bytes for entry in chosen)):
+        freed, removed = remove_entries(chosen), len(chosen)
+        print(f"removed {removed} entries, {_megabytes(freed)}")
+    elif options.prune and not chosen:
+        print("nothing to remove")
+    forgotten = forget_missing(index_file(folder)) if options.prune else 0
+    return {
+        "folder": folder,
+        "entries": len(entries),
+        "bytes": sum(entry.bytes for entry in entries),
+        "chosen": len(chosen),
+        "removed": removed,
+        "freed_bytes": freed,
+        "forgotten_pictures": forgotten,
+    }, 0
+
+
+def _refuse_odd_limits(options: argparse.Namespace) -> None:
+    for name in ("older_than", "max_size"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(options, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ConfigError(f"{flag} {value:g}: must be 0 or more")
+        if value is not None and not options.prune:
+            raise ConfigError(f"{flag} has no effect without --prune")
+    if options.yes and not options.prune:
+        raise ConfigError("--yes has no effect without --prune")
+
+
+def _line(kind: str, own: list[Any], chosen: list[Any], prune: bool) -> str:
+    text = f"  {kind:<10} {len(own):>7}  {_megabytes(sum(entry.bytes for entry in own)):>12}"
+    if own:
+        days = (time.time() - own[0].used) / _DAY
+        text += f"  unused for up to {days:.0f} days"
+    going = [entry for entry in chosen if entry.kind == kind]
+    if prune:
+        text += f"  to be removed: {len(going)}, {_megabytes(sum(entry.bytes for entry in going))}"
+    return text
+
+
+def _agreed(options: argparse.Namespace, count: int, size: int) -> bool:
+    if options.yes:
+        return True
+    if not sys.stdin.isatty() or options.json:
+        raise ConfigError(f"nothing was removed: add --yes to remove these {count} entries")
+    return input(f"remove these {count} entries ({_megabytes(size)})? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,106 @@
+"""Header entries about the training pictures, as kohya's scripts write them and WebUI's card reads them.
+
+Once flat, as for a single folder, and once as ``ss_datasets``, which tools that show several data sets
+read (kohya sd-scripts, ``train_network.py``). Folders appear by their last name only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+def folder_name(name: str) -> str:
+    """Return the last part of a folder's path, in either system's spelling."""
+    return PureWindowsPath(name).name if "\\" in name else (PurePosixPath(name).name or "images")
+
+
+def by_folder_name(folders: Mapping[str, Value]) -> dict[str, Value]:
+    """Return a mapping by last names; equal ones are told apart by a number, as kohya does."""
+    found: dict[str, Value] = {}
+    for path, value in folders.items():
+        name = folder_name(path)
+        number = 2
+        while name in found:
+            name, number = f"{folder_name(path)} ({number})", number + 1
+        found[name] = value
+    return found
+
+
+def dataset_entries(
+    *,
+    images: Mapping[str, int],
+    reg_images: Mapping[str, int],
+    tags: Mapping[str, Mapping[str, int]],
+    buckets: Mapping[tuple[int, int], int],
+    side: int | None,
+    repeats: int,
+    batch_size: int | None,
+    flip: bool,
+) -> dict[str, Any]:
+    """Return the ``ss_*`` entries (without the prefix) that tell of folders, tags and buckets.
+
+    Args:
+        images: folder -> training pictures.
+        reg_images: folder -> regularisation pictures.
+        tags: folder -> tag or caption -> count.
+        buckets: (height, width) px -> pictures.
+        side: px of the square of the area trained at.
+        repeats: of each picture in an epoch.
+        batch_size: pictures a step and process.
+        flip: whether mirror images are trained on too.
+    """
+    images, reg_images, tags = by_folder_name(images), by_folder_name(reg_images), by_folder_name(tags)
+    bucket_info = {
+        "buckets": {
+            str(index): {"resolution": [width, height], "count": count}
+            for index, ((height, width), count) in enumerate(sorted(buckets.items()))
+        }
+    }
+    sides = [length for size in buckets for length in size]
+    num_images, num_reg = sum(images.values()) * repeats, sum(reg_images.values())
+    entries: dict[str, Any] = {
+        "num_train_images": num_images if images else None,
+        "num_reg_images": num_reg,
+        "resolution": None if side is None else f"({side}, {side})",
+        "enable_bucket": bool(buckets),
+        "min_bucket_reso": min(sides, default=None),
+        "max_bucket_reso": max(sides, default=None),
+        "bucket_info": bucket_info if buckets else None,
+        "dataset_dirs": {n: {"n_repeats": repeats, "img_count": c} for n, c in images.items()} or None,
+        "reg_dataset_dirs": {n: {"n_repeats": 1, "img_count": c} for n, c in reg_images.items()},
+        "tag_frequency": {name: dict(counts) for name, counts in tags.items()} or None,
+        "flip_aug": flip,
+    }
+    if images:
+        subsets = [(name, count, repeats, False) for name, count in images.items()]
+        subsets += [(name, count, 1, True) for name, count in reg_images.items()]
+        entries["datasets"] = [
+            {
+                "is_dreambooth": True,
+                "batch_size_per_device": batch_size,
+                "num_train_images": num_images,
+                "num_reg_images": num_reg,
+                "resolution": None if side is None else [side, side],
+                "enable_bucket": bool(buckets),
+                "min_bucket_reso": entries["min_bucket_reso"],
+                "max_bucket_reso": entries["max_bucket_reso"],
+                "tag_frequency": entries["tag_frequency"] or {},
+                "bucket_info": entries["bucket_info"],
+                "subsets": [
+                    {
+                        "img_count": count,
+                        "num_repeats": times,
+                        "flip_aug": flip,
+                        "image_dir": name,
+                        "class_tokens": None,
+                        "is_reg": is_reg,
+                    }
+                    for name, count, times, is_reg in subsets
+                ],
+            }
+        ]
+    return entries

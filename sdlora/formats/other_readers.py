@@ -1,0 +1,165 @@
+"""An adapter as diffusers and PEFT themselves load it, for comparing with what was meant.
+
+Their own loading runs whole: ``load_lora_weights`` of the pipeline's class and ``PeftModel.from_pretrained``.
+What they load into are stand-ins: modules of the right names and shapes whose weights take no memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..errors import AdapterFileError
+from . import names, read_outline
+
+if TYPE_CHECKING:
+    from ..families.base import FamilyInfo
+
+
+def through_diffusers(path: Path, info: FamilyInfo) -> AdapterWeights:
+    """Return a WebUI or diffusers file as ``load_lora_weights`` of diffusers understands it.
+
+    Raises:
+        AdapterFileError: when diffusers refuses the file.
+    """
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+
+    mixin = StableDiffusionXLLoraLoaderMixin if info.unet_naming == "ldm" else StableDiffusionLoraLoaderMixin
+    standins = _standins(read_outline(path).weights)
+
+    class Pipeline(mixin):  # type: ignore[misc, valid-type]
+        hf_device_map = None
+        components = standins
+        unet = standins.get("unet") or _unet({})
+        text_encoder = standins.get("text_encoder")
+        text_encoder_2 = standins.get("text_encoder_2")
+
+    with _loading(path, "diffusers"):
+        Pipeline().load_lora_weights(str(path), local_files_only=True)
+    return AdapterWeights(
+        {key: pair for name, model in standins.items() for key, pair in _loaded(name, model)}
+    )
+
+
+def through_peft(folder: Path) -> AdapterWeights:
+    """Return the PEFT folders of an adapter, one a component, as ``PeftModel.from_pretrained`` loads them.
+
+    Raises:
+        AdapterFileError: when PEFT refuses one.
+    """
+    from peft import PeftModel
+
+    pairs: dict[ModuleKey, LowRankPair] = {}
+    for component, standin in _standins(read_outline(folder).weights).items():
+        inside = folder / component
+        with _loading(inside, "PEFT"):
+            model = PeftModel.from_pretrained(standin, str(inside if inside.is_dir() else folder))
+        pairs |= _loaded(component, model.base_model.model)
+    return AdapterWeights(pairs)
+
+
+@contextmanager
+def _loading(path: Path, program: str) -> Iterator[None]:
+    """Keep the program quiet (what it leaves out is found by comparing), and name it where it refuses."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AdapterFileError(f"{path}: {program} refuses it ({first_line}); please report this") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _standins(weights: AdapterWeights) -> dict[str, nn.Module]:
+    makers: dict[str, Callable[[Mapping[str, LowRankPair]], nn.Module]] = {
+        "unet": _unet,
+        "text_encoder": lambda pairs: _text_encoder("CLIPTextModel", pairs),
+        "text_encoder_2": lambda pairs: _text_encoder("CLIPTextModelWithProjection", pairs),
+    }
+    return {name: makers[name](weights.component(name)) for name in weights.components()}
+
+
+def _unet(pairs: Mapping[str, LowRankPair]) -> nn.Module:
+    """Return a tree of modules named as the adapter's, with the loader of diffusers' own models."""
+    from diffusers.loaders import PeftAdapterMixin
+
+    class UNet(nn.Module, PeftAdapterMixin):
+        config = SimpleNamespace(layers_per_block=2)
+
+    root = UNet()
+    for path, pair in pairs.items():
+        parent: nn.Module = root
+        *above, last = path.split(".")
+        for name in above:
+            if name not in parent._modules:
+                parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(last, _layer(pair))
+    return root
+
+
+def _text_encoder(kind: str, pairs: Mapping[str, LowRankPair]) -> nn.Module:
+    """Return a real text encoder, tiny but for the layers that are adapted."""
+    import transformers
+
+    numbers = [int(part) for path in pairs for part in path.split(".") if part.isdecimal()]
+    encoder: nn.Module = getattr(transformers, kind)(
+        transformers.CLIPTextConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=max(numbers, default=0) + 1,
+            num_attention_heads=1,
+            projection_dim=8,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    nested = hasattr(encoder, "text_model")
+    for path, pair in pairs.items():
+        parent, _, last = (path if nested else path.removeprefix(names.TEXT_PREFIX)).rpartition(".")
+        setattr(encoder.get_submodule(parent), last, _layer(pair))
+    return encoder
+
+
+def _layer(pair: LowRankPair) -> nn.Module:
+    """Return a layer that such an update fits, with a weight of a single number seen as many."""
+    if pair.down.ndim == 4:
+        kernel = (pair.down.shape[2], pair.down.shape[3])
+        layer: nn.Module = nn.Conv2d(pair.down.shape[1], pair.up.shape[0], kernel, bias=False, device="meta")
+    else:
+        layer = nn.Linear(pair.down.shape[1], pair.up.shape[0], bias=False, device="meta")
+    shape = (pair.up.shape[0], *pair.down.shape[1:])
+    layer.weight = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+    return layer
+
+
+def _loaded(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, LowRankPair]]:
+    """Yield what PEFT's layers in a model hold."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            any_layer: Any = layer
+            (name,) = any_layer.lora_A
+            down, up = any_layer.lora_A[name].weight, any_layer.lora_B[name].weight
+            alpha = float(any_layer.lora_alpha[name])
+            if any_layer.scaling[name] != alpha / down.shape[0]:
+                alpha = float(any_layer.scaling[name]) * down.shape[0]
+            canonical = path if component == "unet" else names.with_text_prefix(path)
+            yield ModuleKey(component, canonical), LowRankPair(down.detach(), up.detach(), alpha)

@@ -1,0 +1,43 @@
+"""What a header may tell when the maker of an adapter wants to keep the training pictures to themselves.
+
+Everything is dropped but what is listed here: what loaders need, numbers, and what the maker wrote for the
+public. So folder names, tags, captions, prompts and file names go, those of other trainers' own entries
+included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_KOHYA = (
+    # what loaders go by
+    *("base_model_version", "v2", "output_name", "network_module", "network_dim", "network_alpha"),
+    *("network_args", "network_dropout", "clip_skip", "sd_model_hash", "new_sd_model_hash"),
+    # numbers of the training
+    *("resolution", "num_train_images", "num_reg_images", "num_batches_per_epoch", "num_epochs", "epoch"),
+    *("steps", "max_train_steps", "batch_size_per_device", "total_batch_size", "learning_rate", "unet_lr"),
+    *("text_encoder_lr", "optimizer", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "mixed_precision"),
+    *("gradient_accumulation_steps", "gradient_checkpointing", "full_fp16", "min_snr_gamma", "noise_offset"),
+    *("zero_terminal_snr", "caption_dropout_rate", "loss_type", "seed", "cache_latents", "flip_aug"),
+    *("enable_bucket", "training_started_at", "training_finished_at"),
+)
+_MODELSPEC = (
+    *("sai_model_spec", "architecture", "implementation", "title", "resolution", "date", "author"),
+    *("description", "license", "usage_hint", "trigger_phrase", "thumbnail", "prediction_type"),
+    *("encoder_layer", "timestep_range"),
+)
+_OWN = (
+    *("version", "family", "trigger_words", "preferred_strength", "base_digest", "final_loss"),
+    "validation_loss",
+)
+KEPT = frozenset(
+    [f"ss_{key}" for key in _KOHYA]
+    + [f"modelspec.{key}" for key in _MODELSPEC]
+    + [f"sdlora.{key}" for key in _OWN]
+)
+"""Header entries that stay in a private file; writing adds hashes and what the file's format needs."""
+
+
+def without_private(entries: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries that tell nothing of pictures, captions and files."""
+    return {key: value for key, value in entries.items() if key in KEPT}

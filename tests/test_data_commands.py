@@ -1,0 +1,119 @@
+"""``sdlora cache`` and ``sdlora check`` on the command line: what they say, change and return."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdlora.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A cache of two pictures (3 and 40 days unused), a caption and what a killed run left."""
+    folder = tmp_path / "cache"
+    for name, days, size in (
+        ("images/aa/new", 3, 1_000_000),
+        ("images/ab/old", 40, 2_000_000),
+        ("captions/cc/text", 20, 500_000),
+        ("images/ab/.killed", 1, 700_000),
+        ("images/ab/.being-written", 0, 700_000),
+    ):
+        file = folder / f"{name}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(size))
+        os.utime(file, (time.time() - days * 86_400,) * 2)
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.rglob("*.safetensors"))
+
+
+def test_the_cache_is_listed_and_left_alone(run: Run, cache: Path) -> None:
+    before = names(cache)
+    code, output, _ = run("cache", "--folder", cache, "--json")
+    assert code == 0
+    assert output.splitlines()[:4] == [
+        str(cache),
+        "  images           2        3.0 MB  unused for up to 40 days",
+        "  captions         1        0.5 MB  unused for up to 20 days",
+        "  leftovers        2        1.4 MB  unused for up to 1 days",
+    ]
+    assert json.loads(output.splitlines()[-1])["entries"] == 5
+    assert names(cache) == before
+
+
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        ([], [".being-written"]),
+        (["--older-than", 30], [".being-written", "new", "text"]),
+        (["--max-size", 0.0012], [".being-written", "new"]),
+        (["--max-size", 1], [".being-written", "new", "old", "text"]),
+    ],
+)
+def test_pruning_removes_what_was_asked_for_and_lists_it_first(
+    run: Run, cache: Path, limits: list[object], left: list[str]
+) -> None:
+    code, output, _ = run("cache", "--folder", cache, "--prune", "--yes", *limits, "--json")
+    assert code == 0
+    assert names(cache) == left
+    result = json.loads(output.splitlines()[-1])
+    assert (result["removed"], result["chosen"]) == (5 - len(left), 5 - len(left))
+    assert output.index("to be removed") < output.index(f"removed {5 - len(left)} entries")
+
+
+def test_without_a_yes_nothing_is_removed(run: Run, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = names(cache)
+    code, _, errors = run("cache", "--folder", cache, "--prune")
+    assert (code, names(cache)) == (2, before)
+    assert "add --yes" in errors
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert run("cache", "--folder", cache, "--prune")[0] == 0
+    assert names(cache) == before
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert run("cache", "--folder", cache, "--prune")[0] == 0
+    assert names(cache) == [".being-written"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--older-than", "3"], "no effect without --prune"),
+        (["--max-size", "3"], "no effect without --prune"),
+        (["--yes"], "no effect without --prune"),
+        (["--prune", "--older-than", "-1"], "must be 0 or more"),
+        (["--prune", "--max-size", "nan"], "must be 0 or more"),
+        (["--folder", "nowhere"], "no such folder"),
+    ],
+)
+def test_odd_requests_get_one_clear_error(run: Run, arguments: list[str], words: str) -> None:
+    code, _, errors = run("cache", *arguments)
+    assert (code, words in errors) == (2, True), errors
+
+
+def test_an_empty_cache_is_fine(run: Run, tmp_path: Path) -> None:
+    result: dict[str, Any] = {}
+    code, output, _ = run("cache", "--folder", tmp_path, "--prune", "--json")
+    result = json.loads(output.splitlines()[-1])
+    assert (code, result["entries"], result["removed"]) == (0, 0, 0)
