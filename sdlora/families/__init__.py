@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from .base import FamilyInfo
+from .base import DiffusionModel, FamilyInfo
 from .sd1 import StableDiffusion1
-from .sd2 import StableDiffusion2
-from .sdxl import StableDiffusionXL
-from .unet_model import UNetModel
 
-FAMILIES: dict[str, type[UNetModel]] = {
+FAMILIES: dict[str, type[DiffusionModel]] = {
     StableDiffusion1.info.name: StableDiffusion1,
-    StableDiffusion2.info.name: StableDiffusion2,
-    StableDiffusionXL.info.name: StableDiffusionXL,
 }
 
 
