@@ -179,6 +179,7 @@ def _run_train(options: argparse.Namespace) -> Result:
         "loss": result.loss,
         "validation_loss": result.validation_loss,
         "seconds": round(result.seconds, 2),
+        "data_wait_share": round(result.data_wait_share, 4),
     }, 0
 
 
