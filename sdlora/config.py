@@ -29,6 +29,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
 SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
 PredictionType = Literal["epsilon", "v_prediction"]
+AttentionName = Literal["auto", "sdpa", "xformers"]
 
 
 class ModelConfig(Section):
@@ -38,8 +39,13 @@ class ModelConfig(Section):
     """The base: `mini` (ships with sdlora), a diffusers folder, a .safetensors file, or a hub id."""
     prediction_type: PredictionType | None = None
     """What the U-Net predicts; read from the base when left open."""
+    zero_terminal_snr: bool | None = None
+    """Whether the base's noise schedule ends in pure noise (v-prediction only); read from the base when
+    left open."""
+    vae: str | None = None
+    """Another autoencoder instead of the base's own: a .safetensors file, a folder, or a hub id."""
     clip_skip: Annotated[int, Field(ge=1, le=12)] = 1
-    """Use the n-th last layer of the CLIP text encoder (1 = the last, as the base was trained)."""
+    """Use the n-th last layer of the CLIP text encoder (1 = the last, as the base was trained); SD1 only."""
 
 
 class AdapterConfig(Section):
@@ -55,11 +61,28 @@ class AdapterConfig(Section):
     dropout: Dropout = 0.0
     """Share of the adapter's inputs set to zero in training."""
     text_encoder: bool = False
-    """Also adapt the text encoder."""
+    """Also adapt the text encoder (of SDXL: both, unless `adapter.text_encoder_2` says otherwise)."""
     text_encoder_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Rank in the text encoder; as in the U-Net when left open."""
     text_encoder_alpha: PositiveFloat | None = None
     """Alpha in the text encoder; equal to its rank when left open."""
+    text_encoder_2: bool | None = None
+    """Also adapt the base's second text encoder (SDXL); as `adapter.text_encoder` when left open."""
+    text_encoder_2_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Rank in the second text encoder; as in the U-Net when left open."""
+    text_encoder_2_alpha: PositiveFloat | None = None
+    """Alpha in the second text encoder; equal to its rank when left open."""
+
+    def adapts(self, component: str) -> bool:
+        """Return whether that component of the base gets an adapter."""
+        wanted = {"unet": True, "text_encoder": self.text_encoder}
+        second = self.text_encoder if self.text_encoder_2 is None else self.text_encoder_2
+        return wanted.get(component, second)
+
+    @property
+    def adapts_text(self) -> bool:
+        """Whether any text encoder gets an adapter, so that captions must be encoded in every step."""
+        return self.text_encoder or bool(self.text_encoder_2)
 
 
 class OptimizerConfig(Section):
@@ -71,6 +94,8 @@ class OptimizerConfig(Section):
     """Peak learning rate of the U-Net's adapter."""
     text_encoder_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the text encoder's adapter; a fifth of the U-Net's when left open."""
+    text_encoder_2_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the second text encoder's adapter; as the first one's when left open."""
     betas: tuple[Dropout, Dropout] = (0.9, 0.99)
     """Decay rates of AdamW's running mean and variance."""
     epsilon: PositiveFloat = 1e-8
@@ -102,6 +127,8 @@ class TrainingConfig(Section):
     """Fixes every random choice: a run repeats exactly on the same machine."""
     device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")] | None = None
     """`cpu`, `cuda`, `cuda:1`, `mps`; the fastest one present when left open."""
+    attention: AttentionName = "auto"
+    """How attention is computed: torch's own (`sdpa`), `xformers`, or the fastest one here (`auto`)."""
     min_snr_gamma: NonNegativeFloat = 5.0
     """Limit of the signal-to-noise weight (Hang et al. 2023); 0 weighs all timesteps alike."""
     noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -289,19 +316,26 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
     return config, contradictions(config)
 
 
+def component_keys(component: str) -> tuple[str, str, str]:
+    """Return the keys of rank, alpha and learning rate of one component's adapter."""
+    prefix = "" if component == "unet" else f"{component}_"
+    return f"adapter.{prefix}rank", f"adapter.{prefix}alpha", f"optimizer.{prefix}learning_rate"
+
+
 def contradictions(config: Config) -> list[str]:
     """Return what cannot be meant together, or would silently have no effect."""
     found: list[str] = []
     if config.training.steps is not None and config.training.epochs is not None:
         found.append("`training.steps` and `training.epochs` both fix the length: give one of them")
-    if not config.adapter.text_encoder:
-        for key in (
-            "adapter.text_encoder_rank",
-            "adapter.text_encoder_alpha",
-            "optimizer.text_encoder_learning_rate",
-        ):
-            if config.get(key) is not None:
-                found.append(f"`{key}` has no effect without `adapter.text_encoder=true`")
+    for component in ("text_encoder", "text_encoder_2"):
+        if not config.adapter.adapts(component):
+            found += [
+                f"`{key}` has no effect without `adapter.{component}=true`"
+                for key in component_keys(component)
+                if config.get(key) is not None
+            ]
+    if config.model.zero_terminal_snr and config.model.prediction_type == "epsilon":
+        found.append("`model.zero_terminal_snr=true` needs `model.prediction_type=v_prediction`")
     if config.sample.prompts == ():
         for name in ("every", "guidance"):
             if getattr(config.sample, name) is not None:

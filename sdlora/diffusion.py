@@ -52,8 +52,13 @@ class NoiseProcess:
         schedule: str,
         num_steps: int,
         prediction_type: PredictionType,
+        *,
+        zero_terminal_snr: bool = False,
     ) -> NoiseProcess:
         """Build from a scheduler's settings.
+
+        ``zero_terminal_snr`` rescales the schedule so that the last timestep is pure noise (Lin et al.
+        2024, algorithm 1).
 
         Raises:
             ValueError: for a beta schedule other than ``linear`` or ``scaled_linear``.
@@ -64,7 +69,17 @@ class NoiseProcess:
             betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
         else:
             raise ValueError(f"unknown beta schedule {schedule!r}")
-        return cls(torch.cumprod(1.0 - betas, dim=0), prediction_type)
+        alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        if zero_terminal_snr:
+            roots = alphas_cumprod.sqrt()
+            roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+            alphas_cumprod = roots**2
+        return cls(alphas_cumprod, prediction_type)
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether the last timestep keeps nothing of the picture."""
+        return float(self.alphas_cumprod[-1]) == 0.0
 
     @property
     def num_timesteps(self) -> int:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .config import Config
+from .config import Config, component_keys
 from .data.folder import Dataset
-
-if TYPE_CHECKING:
-    from .families.base import BaseModelInfo
+from .errors import ConfigError
+from .families.base import BaseModelInfo
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,18 @@ class BaseFacts:
         info: the loaded base.
         native_resolution: px.
         device: type of the device, e.g. ``cuda``.
+        components: what can be adapted, e.g. ``unet``, ``text_encoder``.
     """
 
     info: BaseModelInfo
     native_resolution: int
     device: str
+    components: tuple[str, ...] = ("unet", "text_encoder")
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The components that are text encoders."""
+        return tuple(name for name in self.components if name != "unet")
 
 
 class _Resolver:
@@ -61,19 +67,32 @@ class _Resolver:
         self.config = self.config.with_values({key: value})
 
 
+def check_components(config: Config, facts: BaseFacts) -> None:
+    """Refuse settings for a text encoder that the base has not.
+
+    Raises:
+        ConfigError: naming all such settings.
+    """
+    useless = []
+    for component in {"text_encoder", "text_encoder_2"} - set(facts.components):
+        useless += [key for key in component_keys(component) if config.get(key) is not None]
+        useless += [key for key in (f"adapter.{component}",) if config.get(key)]
+    if useless:
+        raise ConfigError(
+            f"`{'`, `'.join(sorted(useless))}`: {facts.info.title} has no such text encoder; leave it out"
+        )
+
+
 def resolve_data(config: Config, facts: BaseFacts, num_images: int) -> tuple[Config, list[Decision]]:
     """Fill the settings that preparing the pictures needs: resolution and hold-out."""
     resolver = _Resolver(config, facts)
     resolver.fill("data.resolution", facts.native_resolution, "the base's own resolution")
-    resolver.fill("data.validation", *hold_out(num_images))
-    return resolver.config, resolver.decisions
-
-
-def hold_out(num_images: int) -> tuple[int, str]:
-    """Return how many pictures are held out to measure progress, and why."""
     if num_images >= 20:
-        return min(8, max(2, round(num_images * 0.1))), f"a tenth of {num_images} pictures, at most 8"
-    return 0, f"{num_images} pictures are too few to hold some out"
+        held = min(8, max(2, round(num_images * 0.1)))
+        resolver.fill("data.validation", held, f"a tenth of {num_images} pictures, at most 8")
+    else:
+        resolver.fill("data.validation", 0, f"{num_images} pictures are too few to hold some out")
+    return resolver.config, resolver.decisions
 
 
 def resolve_training(
@@ -92,11 +111,14 @@ def _fill_adapter(resolver: _Resolver, num_images: int) -> None:
     rank = 8 if num_images < 10 else 16 if num_images < 200 else 32
     resolver.fill("adapter.rank", rank, f"enough for {num_images} pictures without learning them by heart")
     resolver.fill("adapter.alpha", float(resolver.config.adapter.rank or rank), "equal to the rank: scale 1")
-    adapter = resolver.config.adapter
-    if adapter.text_encoder:
-        resolver.fill("adapter.text_encoder_rank", adapter.rank, "as in the U-Net")
-        text_rank = resolver.config.adapter.text_encoder_rank
-        resolver.fill("adapter.text_encoder_alpha", float(text_rank or 1), "equal to its rank: scale 1")
+    for component in _adapted_text(resolver):
+        rank_key, alpha_key, _ = component_keys(component)
+        resolver.fill(rank_key, resolver.config.adapter.rank, "as in the U-Net")
+        resolver.fill(alpha_key, float(resolver.config.get(rank_key)), "equal to its rank: scale 1")
+
+
+def _adapted_text(resolver: _Resolver) -> list[str]:
+    return [name for name in resolver.facts.text_encoders if resolver.config.adapter.adapts(name)]
 
 
 def _fill_length(resolver: _Resolver, training: Dataset) -> None:
@@ -125,13 +147,14 @@ def _fill_optimizer(resolver: _Resolver) -> None:
     rate = float(f"{1e-4 / scale:.2e}")
     reason = "the usual rate" if scale == 1 else f"1e-4 divided by alpha / rank = {scale:g}"
     resolver.fill("optimizer.learning_rate", rate, reason)
-    if adapter.text_encoder:
-        assert resolver.config.optimizer.learning_rate is not None
-        resolver.fill(
-            "optimizer.text_encoder_learning_rate",
-            resolver.config.optimizer.learning_rate / 5,
-            "a fifth of the U-Net's: text encoders forget quickly",
-        )
+    assert resolver.config.optimizer.learning_rate is not None
+    fifth = resolver.config.optimizer.learning_rate / 5
+    for component in _adapted_text(resolver):
+        first = resolver.config.optimizer.text_encoder_learning_rate
+        value, reason = fifth, "a fifth of the U-Net's: text encoders forget quickly"
+        if component != "text_encoder" and first is not None:
+            value, reason = first, "as the first text encoder's"
+        resolver.fill(component_keys(component)[2], value, reason)
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:

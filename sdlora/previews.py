@@ -31,7 +31,7 @@ def preview(run: Run) -> None:
     run.model.prepare(
         training=True,
         gradient_checkpointing=run.config.training.gradient_checkpointing,
-        keep_text=run.config.adapter.text_encoder,
+        keep_text=run.config.adapter.adapts_text,
     )
     folder = run.folder / "samples"
     files = []

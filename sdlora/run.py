@@ -18,17 +18,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from . import checkpoint
-from .adapters.base import AdapterWeights
+from .adapters.base import COMPONENTS, AdapterWeights
 from .adapters.lora import AttachedLayer, attach, create_adapter, read_weights
-from .config import Config, load_config, save_config
-from .data.batches import generator_for, make_batch
+from .config import Config, component_keys, load_config, save_config
 from .data.buckets import make_buckets, place, square_bucket
 from .data.cache import EncodedDataset
 from .data.cache_folder import default_cache_folder
 from .data.holdout import keep_apart, split
 from .data.items import Dataset, ImageItem
-from .data.loader import BatchLoader, Loaded
-from .data.order import MicroBatch, Order
+from .data.order import Order
 from .data.sources import by_role, gather, gather_held_out, joined
 from .devices import choose_device, choose_dtype
 from .errors import ConfigError, OutputError, TrainingError
@@ -38,7 +36,7 @@ from .families.loading import load_model
 from .files import refuse_used_folder
 from .optim import MasterWeights, ParameterGroup, make_optimizer
 from .parallel import SplitPredictor
-from .plan import BaseFacts, Decision, resolve_data, resolve_training, total_steps
+from .plan import BaseFacts, Decision, check_components, resolve_data, resolve_training, total_steps
 
 ADAPTER_NAME = "run"
 # what a resumed run may change, as none of it alters the numbers of the adapter
@@ -73,9 +71,7 @@ class Run:
     tell: Announcer
     started_at: float
     splitter: SplitPredictor | None
-    loader: BatchLoader
     step: int = 0
-    step_seconds: float = 0.0
 
     @property
     def images_per_step(self) -> int:
@@ -118,7 +114,8 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     learned, priors = by_role(gather(config.data))
     own_validation = gather_held_out(config.data)
     config, model, decisions = _load(config, accelerator)
-    facts = BaseFacts(model.base, model.native_resolution, model.device.type)
+    facts = BaseFacts(model.base, model.native_resolution, model.device.type, tuple(model.components()))
+    check_components(config, facts)
     config, more = resolve_data(config, facts, len(learned.items))
     training, validation = _hold_out(config, learned, own_validation)
     training = joined(training, priors)
@@ -167,7 +164,10 @@ def _load(config: Config, accelerator: Accelerator) -> tuple[Config, DiffusionMo
         dtype=dtype,
         device=device,
         prediction_type=config.model.prediction_type,
+        zero_terminal_snr=config.model.zero_terminal_snr,
         clip_skip=config.model.clip_skip,
+        vae=config.model.vae,
+        attention=config.training.attention,
     )
     return config, model, decisions
 
@@ -198,7 +198,7 @@ def _assemble(
     weights = create_adapter(model, config.adapter, settings.seed)
     layers = attach(model, weights, ADAPTER_NAME, dropout=config.adapter.dropout)
     # component by component, in the order of the masters' groups
-    layers.sort(key=lambda one: (one.key.component != "unet", one.key))
+    layers.sort(key=lambda one: (COMPONENTS.index(one.key.component), one.key))
     groups = _groups(config, layers, weights)
     run = Run(
         config=config,
@@ -217,7 +217,6 @@ def _assemble(
         tell=tell,
         started_at=time.time(),
         splitter=_splitter(config, model),
-        loader=_loader(config, encoded[0], model, order, accelerator.process_index),
     )
     if resume:
         _restore(run)
@@ -226,7 +225,7 @@ def _assemble(
     model.prepare(
         training=True,
         gradient_checkpointing=settings.gradient_checkpointing,
-        keep_text=config.adapter.text_encoder,
+        keep_text=config.adapter.adapts_text,
     )
     return run
 
@@ -237,26 +236,8 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
     A trained text encoder is one graph that all parts would walk through; dropout draws from the
     global generator, which threads would share.
     """
-    whole = (
-        config.adapter.text_encoder or config.adapter.dropout > 0 or config.training.gradient_checkpointing
-    )
+    whole = config.adapter.adapts_text or config.adapter.dropout > 0 or config.training.gradient_checkpointing
     return SplitPredictor(model) if model.device.type == "cpu" and not whole else None
-
-
-def _loader(
-    config: Config, data: EncodedDataset, model: DiffusionModel, order: Order, rank: int
-) -> BatchLoader:
-    seed = config.training.seed
-
-    def make(step: int, micro: int, visits: MicroBatch) -> Loaded:
-        generator = generator_for(seed, step, micro, rank)
-        dropout = config.data.caption_dropout
-        return Loaded(
-            make_batch(data, model, visits, generator, seed=seed, caption_dropout=dropout), generator
-        )
-
-    steps = total_steps(config, order.steps_per_epoch)
-    return BatchLoader(order, rank, steps, make, single_threaded=model.device.type == "cpu")
 
 
 def _encode(config: Config, part: Dataset, model: DiffusionModel, tell: Announcer) -> EncodedDataset:
@@ -273,7 +254,7 @@ def _encode(config: Config, part: Dataset, model: DiffusionModel, tell: Announce
         config.data.cache_folder or default_cache_folder(),
         flip=config.data.flip,
         background=config.data.background,
-        encode_captions=not config.adapter.text_encoder,
+        encode_captions=not config.adapter.adapts_text,
     )
     if part.items:
         data.encode_all(lambda done, total: tell(Caching(done, total)))
@@ -281,13 +262,10 @@ def _encode(config: Config, part: Dataset, model: DiffusionModel, tell: Announce
 
 
 def _groups(config: Config, layers: list[AttachedLayer], weights: AdapterWeights) -> list[ParameterGroup]:
-    rates = {
-        "unet": config.optimizer.learning_rate,
-        "text_encoder": config.optimizer.text_encoder_learning_rate,
-    }
     groups = []
-    for component, rate in rates.items():
+    for component in COMPONENTS:
         own = [one for one in layers if one.key.component == component]
+        rate = config.get(component_keys(component)[2])
         if own:
             assert rate is not None
             parameters = [parameter for one in own for parameter in (one.down, one.up)]

@@ -9,6 +9,9 @@ follows A1111's WebUI, so that a preview shows what its users will get:
   (DPM++ takes whole timesteps, so its inner ones are rounded; WebUI's are fractions.)
 * ``DPM++ 2M Karras``: noise levels spaced as in Karras et al. 2022, equation 5, rho 7.
 
+A base whose schedule ends in pure noise (zero terminal SNR) is sampled from that last timestep on, in equal
+steps ("trailing", Lin et al. 2024, section 3.3); its infinite noise level is taken as 4096, as in diffusers.
+
 One scheduler serves one batch: it counts its steps.
 """
 
@@ -78,6 +81,8 @@ def make_scheduler(name: str, process: NoiseProcess, steps: int) -> Any:
         "num_train_timesteps": process.num_timesteps,
         "trained_betas": _betas(process.alphas_cumprod),
         "prediction_type": process.prediction_type,
+        # our betas are rescaled already, which this repeats without effect; it also makes sigmas finite
+        "rescale_betas_zero_snr": process.ends_in_noise,
     }
     scheduler = sampler.build(shared, steps)
     if hasattr(scheduler, "set_begin_index"):
@@ -107,8 +112,10 @@ def _plain(name: str) -> str:
 def _ddim(shared: dict[str, Any], steps: int) -> Any:
     from diffusers import DDIMScheduler
 
+    spacing = _spacing(shared, "leading")
+    offset = 1 if spacing == "leading" else 0
     scheduler = DDIMScheduler(
-        **shared, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"
+        **shared, clip_sample=False, set_alpha_to_one=False, steps_offset=offset, timestep_spacing=spacing
     )
     scheduler.set_timesteps(steps)
     return scheduler
@@ -117,7 +124,7 @@ def _ddim(shared: dict[str, Any], steps: int) -> Any:
 def _euler(shared: dict[str, Any], steps: int) -> Any:
     from diffusers import EulerDiscreteScheduler
 
-    scheduler = EulerDiscreteScheduler(**shared, timestep_spacing=_even(steps))
+    scheduler = EulerDiscreteScheduler(**shared, timestep_spacing=_spacing(shared, _even(steps)))
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -125,9 +132,14 @@ def _euler(shared: dict[str, Any], steps: int) -> Any:
 def _euler_ancestral(shared: dict[str, Any], steps: int) -> Any:
     from diffusers import EulerAncestralDiscreteScheduler
 
-    scheduler = EulerAncestralDiscreteScheduler(**shared, timestep_spacing=_even(steps))
+    scheduler = EulerAncestralDiscreteScheduler(**shared, timestep_spacing=_spacing(shared, _even(steps)))
     scheduler.set_timesteps(steps)
     return scheduler
+
+
+def _spacing(shared: dict[str, Any], usual: str) -> str:
+    """Return how timesteps are spaced: from the very last one if only that is pure noise."""
+    return "trailing" if shared["rescale_betas_zero_snr"] else usual
 
 
 def _even(steps: int) -> str:
@@ -139,10 +151,11 @@ def _dpm(shared: dict[str, Any], steps: int) -> Any:
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(**shared, **_DPM)
-    last = shared["num_train_timesteps"] - 1
+    count = shared["num_train_timesteps"]
+    first = count / steps - 1 if _spacing(shared, "even") == "trailing" else 0
     # given by number: diffusers' own "linspace" makes one more step and drops the first timestep
     scheduler.set_timesteps(
-        timesteps=torch.linspace(last, 0, steps, dtype=torch.float64).round().int().tolist()
+        timesteps=torch.linspace(count - 1, first, steps, dtype=torch.float64).round().int().tolist()
     )
     return scheduler
 

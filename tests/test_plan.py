@@ -20,7 +20,7 @@ def dataset(count: int) -> Dataset:
 
 
 def facts(**recommended: object) -> BaseFacts:
-    return BaseFacts(BaseModelInfo("x", "x", "0" * 64, recommended), 512, "cuda")
+    return BaseFacts(BaseModelInfo("x", "x", Path("x"), recommended), 512, "cuda")
 
 
 def resolved(*overrides: str, count: int = 20, held: int = 0, base: BaseFacts | None = None) -> Config:

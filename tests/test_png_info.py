@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from sdlora.families.base import BaseModelInfo
 from sdlora.png_info import lora_tag, parameters_text, parse_parameters, read_parameters, save_png
 from sdlora.render import GenerateRequest
 
-BASE = BaseModelInfo(source="mini", title="mini", digest="0123456789abcdef" * 4)
+BASE = BaseModelInfo(source="mini", title="mini", weights=Path(__file__))
+HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]
 REQUEST = GenerateRequest(
     "an icon of a cat, ink style",
     "blurry",
@@ -33,7 +35,7 @@ def test_the_text_is_webuis() -> None:
         "an icon of a cat, ink style <lora:ink-icons:0.8> <lora:soft:0.5:1>\n"
         "Negative prompt: blurry\n"
         "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 96x64, "
-        "Model hash: 0123456789, Model: mini, "
+        f"Model hash: {HASH}, Model: mini, "
         f'Lora hashes: "ink-icons: aabbccddeeff, soft: 112233445566", Version: sdlora {__version__}'
     )
 
@@ -80,7 +82,7 @@ def test_a_picture_gives_its_settings_back(tmp_path: Path, prompt: str, negative
         prompt, negative, height=64, width=96, steps=9, guidance=3.5, sampler="Euler a", seed=2**32
     )
     image = Image.new("RGB", (96, 64), (10, 200, 30))
-    odd = BaseModelInfo(source="x", title='my "best", v1: final', digest="ab" * 32)
+    odd = BaseModelInfo(source="x", title='my "best", v1: final', weights=Path(__file__))
     file = tmp_path / "new" / "one.png"
     save_png(image, file, parameters_text(request, odd))
     found = read_parameters(file)
@@ -93,7 +95,7 @@ def test_a_picture_gives_its_settings_back(tmp_path: Path, prompt: str, negative
         "CFG scale": "3.5",
         "Seed": str(2**32),
         "Size": "96x64",
-        "Model hash": "ababababab",
+        "Model hash": HASH,
         "Model": 'my "best", v1: final',
         "Version": f"sdlora {__version__}",
     }

@@ -66,8 +66,8 @@ def test_latents_equal_those_of_the_diffusers_pipeline(mini: DiffusionModel, nam
     parts = mini.__dict__
     pipeline = diffusers.StableDiffusionPipeline(
         vae=parts["vae"],
-        text_encoder=parts["text_encoder"],
-        tokenizer=parts["tokenizer"],
+        text_encoder=parts["text_encoders"]["text_encoder"],
+        tokenizer=parts["tokenizers"]["text_encoder"],
         unet=parts["unet"],
         scheduler=build(),
         safety_checker=None,

@@ -47,7 +47,7 @@ def target_modules(model: DiffusionModel, config: AdapterConfig) -> list[ModuleK
     Raises:
         ConfigError: if the preset matches nothing in the base.
     """
-    wanted = ["unet", *(["text_encoder"] if config.text_encoder else [])]
+    wanted = [component for component in model.components() if config.adapts(component)]
     found: list[ModuleKey] = []
     for component in wanted:
         endings = model.info.targets[component][config.targets]
@@ -73,13 +73,13 @@ def create_adapter(model: DiffusionModel, config: AdapterConfig, seed: int) -> A
     the values depend only on the seed and the layer's name.
 
     Args:
-        config: resolved settings: ``rank`` and ``alpha`` (and the text encoder's, if adapted) are set.
+        config: resolved settings: rank and alpha of every adapted component are set.
     """
     pairs: dict[ModuleKey, LowRankPair] = {}
     for key in target_modules(model, config):
-        text = key.component != "unet"
-        rank = (config.text_encoder_rank if text else None) or config.rank
-        alpha = (config.text_encoder_alpha if text else None) or config.alpha
+        prefix = "" if key.component == "unet" else f"{key.component}_"
+        rank: int | None = getattr(config, f"{prefix}rank") or config.rank
+        alpha: float | None = getattr(config, f"{prefix}alpha") or config.alpha
         assert rank is not None and alpha is not None, "settings must be resolved first"
         weight = _module(model, key).weight
         generator = torch.Generator().manual_seed(_layer_seed(seed, key))

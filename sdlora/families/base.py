@@ -11,20 +11,44 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion import NoiseProcess
+from .fingerprint import file_digest
 
 Conditioning = dict[str, Tensor]
 """Encoded captions: name -> (B, ...); what the names mean is the family's own business."""
 
 
 @dataclass(frozen=True)
+class TextEncoderInfo:
+    """Declared facts about one of a family's text encoders.
+
+    Attributes:
+        component: its name among the model's components and in diffusers folders.
+        tokenizer: name of its tokenizer's folder.
+        checkpoint_prefix: what its keys begin with in an LDM-layout checkpoint.
+        checkpoint_layout: whose names follow: transformers' (``clip``) or OpenCLIP's.
+        projected: whether a projection gives one vector for the whole caption, too.
+        pad_token: what short captions are filled up with, where the files leave it out.
+    """
+
+    component: str
+    tokenizer: str
+    checkpoint_prefix: str
+    checkpoint_layout: Literal["clip", "openclip"] = "clip"
+    projected: bool = False
+    pad_token: str = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
 class FamilyInfo:
-    """Declared facts about a family, read by adapters and formats.
+    """Declared facts about a family, read by loading, adapters and formats.
 
     Attributes:
         name: short name used in settings and files.
@@ -36,6 +60,12 @@ class FamilyInfo:
         is_v2: value of ``ss_v2``.
         architecture: value of ``modelspec.architecture``.
         webui_version: value of ``sd version`` in WebUI's sidecar.
+        assets: folder of the component configs that single files leave out.
+        text_encoders: in the order of their states.
+        context_width: width of the states that the U-Net's cross-attention reads, in the true models.
+        unet_config: settings of the U-Net's config that only this family has together.
+        clip_skip: whether an earlier layer of the text encoder may be used.
+        prediction_probe: checkpoint key of a vector that tells v-prediction from epsilon by its spread.
     """
 
     name: str
@@ -47,6 +77,12 @@ class FamilyInfo:
     is_v2: bool
     architecture: str
     webui_version: str
+    assets: str
+    text_encoders: tuple[TextEncoderInfo, ...]
+    context_width: int
+    unet_config: Mapping[str, Any]
+    clip_skip: bool = False
+    prediction_probe: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,14 +92,19 @@ class BaseModelInfo:
     Attributes:
         source: what the user gave (``mini``, a path, a hub id).
         title: name for people and for file headers.
-        digest: SHA-256 (hex) of the denoiser's weights file or folder; identifies the base.
+        weights: the checkpoint, or the file of a folder's denoiser.
         recommended: settings the base's author suggests, by dotted key (``sdlora.json`` of the base).
     """
 
     source: str
     title: str
-    digest: str
+    weights: Path
     recommended: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of :attr:`weights`; identifies the base. Read on first use: files are large."""
+        return file_digest(self.weights)
 
 
 @dataclass(frozen=True)

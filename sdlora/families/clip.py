@@ -40,6 +40,26 @@ def encode_chunks(encoder: Any, ids: Tensor, clip_skip: int) -> Tensor:
     return states.reshape(batch, chunks * length, -1)
 
 
+def encode_penultimate(encoder: Any, ids: Tensor, eos_token_id: int) -> tuple[Tensor, Tensor | None]:
+    """Encode ids (B, n, 77) to the last layer but one, without final norm, each chunk by itself.
+
+    Returns:
+        states (B, 77 n, width), and the projected state (B, projection) of the first end token of the
+        first chunk, or None for an encoder without projection.
+    """
+    batch, chunks, length = ids.shape
+    flat = ids.reshape(batch * chunks, length)
+    inner = getattr(encoder, "text_model", encoder)
+    output = inner(flat, output_hidden_states=True)
+    states = output.hidden_states[-2].reshape(batch, chunks * length, -1)
+    if not hasattr(encoder, "text_projection"):
+        return states, None
+    # found here, not by transformers: some configs name an end token that the tokenizer does not write
+    ends = (ids[:, 0] == eos_token_id).int().argmax(dim=-1)
+    first = output.last_hidden_state.reshape(batch, chunks, length, -1)[:, 0]
+    return states, encoder.text_projection(first[torch.arange(batch, device=ids.device), ends])
+
+
 def checkpoint_text_encoder(encoder: Any, enabled: bool) -> None:
     """Switch gradient checkpointing of a transformers model on or off, under its old or new name."""
     prefix = "activation" if hasattr(encoder, "activation_checkpointing_enable") else "gradient"

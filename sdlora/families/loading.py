@@ -1,32 +1,40 @@
 """From what the user gives (``mini``, a folder, a file, a hub id) to a loaded base model.
 
-Only safetensors are read. A folder or hub id is a diffusers layout; a single file is an LDM layout.
+Only safetensors are read. A folder or hub id is a diffusers layout; a single file is an LDM layout, for
+which the component configs and the CLIP tokenizer ship with this package: it needs no network at all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..diffusion import PredictionType
-from ..errors import ModelError
-from .base import BaseModelInfo
-from .fingerprint import file_digest
-from .sd1 import StableDiffusion1
-from .single_file import load_single_file
+from ..config import AttentionName
+from ..diffusion import NoiseProcess, PredictionType
+from ..errors import ConfigError, ModelError
+from . import FAMILIES
+from .base import BaseModelInfo, FamilyInfo, TextEncoderInfo
+from .hub import from_hub
+from .ldm import VAE_PREFIX, Place, text_places, unet_places, vae_places
+from .recognition import Recognised, read_json, recognise
+from .unet_model import Parts, UNetModel
+from .weights import TensorSource, fill, weight_files, without_memory
 
 ASSETS = Path(__file__).parent.parent / "assets"
-_HUB_FILES = ["model_index.json", "sdlora.json"] + [
-    f"{part}/{pattern}"
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    for pattern in ("*.json", "*.txt", "*.safetensors")
-]
+_CODE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+# spellings of published files that mean today's names
+_OLD_NAMES = {
+    ".to_q.": ".query.",
+    ".to_k.": ".key.",
+    ".to_v.": ".value.",
+    ".to_out.0.": ".proj_attn.",
+    "text_model.": "",
+}
 
 
 def load_model(
@@ -35,58 +43,135 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     prediction_type: PredictionType | None = None,
+    zero_terminal_snr: bool | None = None,
     clip_skip: int = 1,
-) -> StableDiffusion1:
+    vae: str | None = None,
+    attention: AttentionName = "auto",
+    offload: bool = False,
+) -> UNetModel:
     """Load a base model, frozen and in eval mode.
 
     Args:
         source: ``mini``, a diffusers folder, a ``.safetensors`` checkpoint, or a hub id.
-        dtype: number format of U-Net and text encoder; the autoencoder is always float32, since fp16
-            overflows in some and it runs once a picture.
-        prediction_type: overrides the base's own.
+        dtype: number format of U-Net and text encoders; the autoencoder is always float32, since fp16
+            overflows in SDXL's and it runs once a picture.
+        device: where the denoiser works.
+        prediction_type: overrides what the base says of itself.
+        zero_terminal_snr: overrides what the base says of itself; needs v-prediction.
         clip_skip: see :func:`sdlora.families.clip.encode_chunks`.
+        vae: another autoencoder: a file, a folder, or a hub id of one.
+        attention: see :func:`sdlora.families.attention.choose_attention`.
+        offload: keep in ``device``'s memory only the component that works (for drawing on small cards).
 
     Raises:
-        ModelError: if it is not there, not a supported family, or damaged.
+        ModelError: if it is not there, not a supported family, damaged, or contradicts itself.
+        ConfigError: for a setting that the family has no use for.
     """
-    path = _locate(source)
-    options: dict[str, Any] = {"prediction_type": prediction_type, "clip_skip": clip_skip}
+    path = locate(source)
+    found = recognise(path)
+    family = FAMILIES[found.family]
+    if clip_skip != 1 and not family.info.clip_skip:
+        raise ConfigError(
+            f"`model.clip_skip={clip_skip}`: {family.info.title} is made for one layer of its text encoder; "
+            "leave clip_skip out"
+        )
+    process = _process(found, family.info, prediction_type, zero_terminal_snr)
+    # An offloaded model waits in main memory.
+    place = torch.device("cpu") if offload else device
     try:
         with _quiet():
-            parts = (
-                load_single_file(path, ASSETS / "sd1", dtype) if path.is_file() else _load_folder(path, dtype)
-            )
+            parts = load_parts(found, dtype=dtype, device=place, vae=vae)
     except ModelError:
         raise
     except Exception as error:  # whatever the libraries raise on damaged input
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{path}: cannot be loaded as a Stable Diffusion base ({reason}); "
+            f"{path}: cannot be loaded as a {family.info.title} base ({reason}); "
             "check that the download is complete"
         ) from error
-    parts.setdefault("scheduler_config", _read_json(ASSETS / "sd1" / "scheduler" / "scheduler_config.json"))
-    base = BaseModelInfo(
-        source=source,
-        title=source if source == "mini" else path.stem if path.is_file() else path.name,
-        digest=_base_digest(path),
-        recommended=_recommended(path),
-    )
-    _check_family(path, parts["unet"])
-    model = StableDiffusion1(base, **parts, **options)
     # Measured on 2 AVX-512 cores: channels-last takes 5-10 % off a training step on the CPU. CUDA's
     # group norm forces the other layout, so there it would cost.
-    layout = torch.channels_last if device.type == "cpu" else torch.preserve_format
-    model.unet.to(device=device, memory_format=layout)
-    model.text_encoder.to(device)
-    model.vae.to(device)
-    return model
+    if device.type == "cpu":
+        parts.unet.to(memory_format=torch.channels_last)
+    base = BaseModelInfo(
+        source=source,
+        title=source if source == "mini" else found.title,
+        weights=path if path.is_file() else weight_files(path / "unet")[0],
+        recommended=_recommended(path),
+    )
+    return family(
+        base, parts, process, device=device, clip_skip=clip_skip, attention=attention, offload=offload
+    )
 
 
-def _locate(source: str) -> Path:
+def load_parts(
+    found: Recognised,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    vae: str | None = None,
+    configs: Path | None = None,
+) -> Parts:
+    """Return the components of a recognised base, each read straight into its format and place.
+
+    Peak memory is the finished weights and the largest tensor.
+
+    Args:
+        found: what it is.
+        dtype: of U-Net and text encoders.
+        device: where the weights go.
+        vae: see :func:`load_model`.
+        configs: a folder with the configs and tokenizers that a single file leaves out; the family's
+            own when None.
+
+    Raises:
+        ModelError: for missing or unfit weights.
+    """
+    info = FAMILIES[found.family].info
+    folder = found.path if found.layout == "folder" else configs or ASSETS / info.assets
+    missing = [part for part in found.missing if part != "vae" or vae is None]
+    if missing:
+        raise ModelError(
+            f"{found.path}: has no {' and no '.join(missing)}; use the full checkpoint, not a pruned one"
+            + (", or name a VAE as model.vae" if missing == ["vae"] else "")
+        )
+    source = TensorSource([found.path]) if found.layout == "file" else None
+    unet, default_vae = _new_unet(folder), _new_vae(folder)
+    fill(unet, *_unet_source(found.path, source, unet), dtype=dtype, device=device, what="U-Net")
+    if vae is None:
+        fill(
+            default_vae,
+            *_vae_source(found.path, source, default_vae),
+            dtype=torch.float32,
+            device=device,
+            what="VAE",
+        )
+    encoders, tokenizers = {}, {}
+    for one in info.text_encoders:
+        encoder = _new_text_encoder(folder / one.component, projected=one.projected)
+        names = encoder.state_dict()
+        if source is None:
+            component = TensorSource(weight_files(found.path / one.component))
+            places = _folder_places(names, component)
+        else:
+            component, places = source, _known_spelling(text_places(names, one), source)
+        fill(encoder, places, component, dtype=dtype, device=device, what=one.component)
+        encoders[one.component] = encoder.eval()
+        tokenizers[one.component] = _tokenizer(folder / one.tokenizer, one, shared=source is not None)
+    other = default_vae if vae is None else _load_vae(vae, default_vae, device)
+    return Parts(unet.eval(), other.eval(), encoders, tokenizers)
+
+
+def locate(source: str) -> Path:
+    """Return the folder or file of a base model, fetched from the hub if it is a hub id.
+
+    Raises:
+        ModelError: if there is none, or it is a kind of file that is not read.
+    """
     if source == "mini":
         return ASSETS / "mini"
     path = Path(source).expanduser()
-    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix.lower() in _CODE_SUFFIXES:
         raise ModelError(
             f"{source}: {path.suffix} files can run code when opened and are not read; use the "
             ".safetensors version of this checkpoint, or convert it once in your WebUI (Checkpoint Merger)"
@@ -103,63 +188,146 @@ def _locate(source: str) -> Path:
             )
         return path
     if source.count("/") == 1 and not path.is_absolute() and not source.startswith((".", "~")):
-        return _from_hub(source)
+        return from_hub(source)
     raise ModelError(f"{source}: no such base model; give `mini`, a folder, a .safetensors file or a hub id")
 
 
-def _from_hub(source: str) -> Path:
-    from huggingface_hub import snapshot_download
+def scheduler_config(found: Recognised) -> Mapping[str, Any]:
+    """Return the noise schedule's settings: the folder's own, or the family's."""
+    folder = found.path if found.layout == "folder" else ASSETS / FAMILIES[found.family].info.assets
+    config: Mapping[str, Any] = read_json(folder / "scheduler" / "scheduler_config.json")
+    return config
 
-    try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+def _process(
+    found: Recognised,
+    info: FamilyInfo,
+    prediction_type: PredictionType | None,
+    zero_terminal_snr: bool | None,
+) -> NoiseProcess:
+    prediction = found.prediction_type(prediction_type)
+    rescaled = found.zero_terminal_snr(zero_terminal_snr)
+    if rescaled and prediction != "v_prediction":
         raise ModelError(
-            f"{source}: neither a path here nor a model that the hub gives ({reason}); check the "
-            "spelling and the network, or give a local folder or .safetensors file"
-        ) from error
-
-
-def _load_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    index = _read_json(folder / "model_index.json")
-    if "text_encoder_2" in index or "transformer" in index:
-        raise ModelError(
-            f"{folder}: a {index.get('_class_name', 'model')} folder; this version trains "
-            f"{StableDiffusion1.info.title} bases"
+            f"{found.path}: a schedule that ends in pure noise (zero terminal SNR) needs v-prediction, but "
+            "this base predicts epsilon; set model.zero_terminal_snr=false, or "
+            "model.prediction_type=v_prediction if that is what it does"
         )
-    options = {"use_safetensors": True, "local_files_only": True}
-    return {
-        "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **options),
-        "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, **options),
-        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **options),
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        "scheduler_config": _read_json(folder / "scheduler" / "scheduler_config.json"),
+    config = scheduler_config(found)
+    return NoiseProcess.from_betas(
+        config["beta_start"],
+        config["beta_end"],
+        config["beta_schedule"],
+        config.get("num_train_timesteps", 1000),
+        prediction,
+        zero_terminal_snr=rescaled,
+    )
+
+
+def _unet_source(path: Path, source: TensorSource | None, unet: Any) -> tuple[dict[str, Place], TensorSource]:
+    names = unet.state_dict()
+    if source is not None:
+        return unet_places(names), source
+    source = TensorSource(weight_files(path / "unet"))
+    return _folder_places(names, source), source
+
+
+def _vae_source(path: Path, source: TensorSource | None, vae: Any) -> tuple[dict[str, Place], TensorSource]:
+    names = vae.state_dict()
+    if source is not None:
+        return vae_places(names), source
+    source = TensorSource(weight_files(path / "vae"))
+    return _folder_places(names, source), source
+
+
+def _load_vae(source: str, default: Any, device: torch.device) -> Any:
+    """Return another autoencoder of the family's build from a file, a folder or a hub id."""
+    path = Path(source).expanduser()
+    vae = default
+    if path.is_dir() or not path.exists():
+        folder = path if path.is_dir() else from_hub(source, vae=True)
+        folder = folder if (folder / "config.json").is_file() else folder / "vae"
+        vae = _new_vae(folder.parent, folder)
+        tensors = TensorSource(weight_files(folder))
+        places = _folder_places(vae.state_dict(), tensors)
+    else:
+        tensors = TensorSource([path])
+        places = _vae_places_of_file(path, tensors, vae)
+    fill(vae, places, tensors, dtype=torch.float32, device=device, what="VAE")
+    return vae
+
+
+def _vae_places_of_file(path: Path, source: TensorSource, vae: Any) -> dict[str, Place]:
+    """Return the places in a VAE file: diffusers' names, LDM names, or those inside a checkpoint."""
+    names = vae.state_dict()
+    keys = set(source.keys)
+    if path.suffix.lower() in _CODE_SUFFIXES:
+        raise ModelError(f"{path}: {path.suffix} files can run code when opened; use a .safetensors VAE")
+    if any(key.startswith(VAE_PREFIX) for key in keys):
+        return vae_places(names)
+    if any(key.startswith("decoder.up.") for key in keys):
+        return vae_places(names, prefix="")
+    if any(key.startswith("decoder.up_blocks.") for key in keys):
+        return _folder_places(names, source)
+    raise ModelError(f"{path}: holds no VAE; give a VAE file, a checkpoint with one, or a diffusers folder")
+
+
+def _folder_places(names: Mapping[str, Any], source: TensorSource) -> dict[str, Place]:
+    """Return the places in a diffusers component, whichever release of the libraries wrote it."""
+    keys = set(source.keys)
+    places = {}
+    for name in names:
+        spellings = [name, f"text_model.{name}"]
+        spellings += [name.replace(new, old) for new, old in _OLD_NAMES.items() if new in name]
+        places[name] = Place(next((one for one in spellings if one in keys), name))
+    return places
+
+
+def _known_spelling(places: dict[str, Place], source: TensorSource) -> dict[str, Place]:
+    """Some old SD1 files leave ``text_model.`` out."""
+    keys = set(source.keys)
+    if all(place.key in keys for place in places.values()):
+        return places
+    short = {
+        name: Place(place.key.replace(".text_model.", "."), place.third) for name, place in places.items()
     }
+    return short if all(place.key in keys for place in short.values()) else places
 
 
-def _check_family(path: Path, unet: Any) -> None:
-    config = unet.config
-    if config.in_channels != 4:
-        raise ModelError(
-            f"{path}: its U-Net takes {config.in_channels} channels (inpainting?); give a plain base"
-        )
-    if config.addition_embed_type is not None or config.use_linear_projection:
-        raise ModelError(
-            f"{path}: an SD2 or SDXL base; this version trains {StableDiffusion1.info.title} bases"
-        )
+def _new_unet(folder: Path) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    with without_memory():
+        return UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
 
 
-def _base_digest(path: Path) -> str:
-    if path.is_file():
-        return file_digest(path)
-    weights = sorted((path / "unet").glob("*.safetensors"))
-    if len(weights) > 1:  # both an fp16 variant and the full one: from_pretrained took the full one
-        plain = [w for w in weights if ".fp16." not in w.name and ".non_ema." not in w.name]
-        weights = plain or weights
-    return file_digest(weights[0])
+def _new_vae(folder: Path, own: Path | None = None) -> Any:
+    from diffusers import AutoencoderKL
+
+    with without_memory():
+        return AutoencoderKL.from_config(read_json((own or folder / "vae") / "config.json"))
+
+
+def _new_text_encoder(folder: Path, *, projected: bool) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = read_json(folder / "config.json")
+    kind = CLIPTextModelWithProjection if projected else CLIPTextModel
+    with without_memory():
+        return kind(CLIPTextConfig.from_dict(config))
+
+
+def _tokenizer(folder: Path, info: TextEncoderInfo, *, shared: bool) -> Any:
+    """Return a tokenizer of the folder; all families share one vocabulary, which we ship for single files."""
+    from transformers import CLIPTokenizer
+
+    if folder.is_dir():
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    if not shared:
+        raise ModelError(f"{folder}: is missing; check that the download is complete")
+    return CLIPTokenizer.from_pretrained(
+        ASSETS / "sd1" / "tokenizer", local_files_only=True, pad_token=info.pad_token
+    )
 
 
 def _recommended(path: Path) -> dict[str, Any]:
@@ -167,12 +335,8 @@ def _recommended(path: Path) -> dict[str, Any]:
     file = path / "sdlora.json"
     if not file.is_file():
         return {}
-    data = _read_json(file).get("recommended", {})
+    data = read_json(file).get("recommended", {})
     return data if isinstance(data, dict) else {}
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager

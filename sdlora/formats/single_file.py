@@ -8,13 +8,14 @@ leave the update as it is.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..adapters.base import COMPONENTS, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
-from ..tensor_file import Header, Load, entry_json
+from ..tensor_file import Header, Load
 from . import folding
 from .keys import group_keys
 from .peft import effective_alpha
@@ -52,8 +53,8 @@ def peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
     if text is None:
         return {}
     try:
-        tree = entry_json(text)
-    except ValueError:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict):
         raise AdapterFileError(

@@ -1,145 +1,94 @@
-"""Loading bases from a folder and from a single LDM-layout file, and refusing what is neither."""
+"""Loading bases from a folder, a single LDM-layout file and the hub's cache, and refusing what is neither."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from sdlora.errors import ModelError
-from sdlora.families.loading import ASSETS, load_model
-from sdlora.families.single_file import load_single_file
+from sdlora.errors import ConfigError, ModelError
+from sdlora.families.hub import wanted_files
+from sdlora.families.loading import ASSETS, load_model, load_parts
+from sdlora.families.recognition import recognise
+from sdlora.families.unet_model import UNetModel
+
+from .narrow import FAMILY_NAMES, States, as_ldm, as_openclip, copy_configs
 
 CPU = torch.device("cpu")
+Bases = Mapping[str, tuple[Path, States]]
 
 
-def load(source: Path | str) -> object:
+def load(source: Path | str) -> UNetModel:
     return load_model(str(source), dtype=torch.float32, device=CPU)
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Tensor]]]:
-    """Configs of a narrow SD1 (four levels, two residual layers, 1x1 VAE attention), and its weights."""
-    folder = tmp_path_factory.mktemp("narrow")
-    torch.manual_seed(5)
-    unet_config = json.loads((ASSETS / "sd1" / "unet" / "config.json").read_text(encoding="utf-8"))
-    vae_config = json.loads((ASSETS / "sd1" / "vae" / "config.json").read_text(encoding="utf-8"))
-    text_config = json.loads((ASSETS / "sd1" / "text_encoder" / "config.json").read_text(encoding="utf-8"))
-    unet_config |= {"block_out_channels": [32, 32, 64, 64], "cross_attention_dim": 16, "norm_num_groups": 8}
-    unet_config |= {"attention_head_dim": 4}
-    vae_config |= {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 4}
-    text_config |= {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    unet = UNet2DConditionModel.from_config(unet_config)
-    vae = AutoencoderKL.from_config(vae_config)
-    text = CLIPTextModel(CLIPTextConfig(**text_config))
-    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text)):
-        part.save_pretrained(folder / name)
-    for name in ("tokenizer", "scheduler"):
-        shutil.copytree(ASSETS / "sd1" / name, folder / name)
-    states = {"unet": unet.state_dict(), "vae": vae.state_dict(), "text_encoder": text.state_dict()}
-    return folder, states
+def states_of(model_parts: object) -> dict[str, dict[str, Tensor]]:
+    parts = {"unet": model_parts.unet, "vae": model_parts.vae, **model_parts.text_encoders}  # type: ignore[attr-defined]
+    return {name: dict(part.state_dict()) for name, part in parts.items()}
 
 
-def ldm_unet_name(name: str) -> str:
-    """Name a U-Net tensor as CompVis' code does (FORMATS.md 1.3), written for this test alone."""
-    inner = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "conv_shortcut": "skip_connection",
-    }
-    fixed = {
-        "conv_in": "input_blocks.0.0",
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-    }
-    for old, new in fixed.items():
-        if name.startswith(old + "."):
-            return new + name.removeprefix(old)
-    if m := re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions)\.(\d)\.(.*)", name):
-        side, i, kind, j, rest = m[1], int(m[2]), m[3], int(m[4]), m[5]
-        block = f"input_blocks.{1 + 3 * i + j}" if side == "down" else f"output_blocks.{3 * i + j}"
-        if kind == "resnets":
-            head, _, tail = rest.partition(".")
-            return f"{block}.0.{inner[head]}.{tail}"
-        return f"{block}.1.{rest}"
-    if m := re.match(r"down_blocks\.(\d)\.downsamplers\.0\.conv\.(.*)", name):
-        return f"input_blocks.{3 * (int(m[1]) + 1)}.0.op.{m[2]}"
-    if m := re.match(r"up_blocks\.(\d)\.upsamplers\.0\.conv\.(.*)", name):
-        return f"output_blocks.{3 * int(m[1]) + 2}.{1 if m[1] == '0' else 2}.conv.{m[2]}"
-    m = re.match(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name)
-    assert m, name
-    if m[1] == "attentions":
-        return f"middle_block.1.{m[3]}"
-    head, _, tail = m[3].partition(".")
-    return f"middle_block.{2 * int(m[2])}.{inner[head]}.{tail}"
+def differing(found: States, wanted: States) -> list[str]:
+    assert found.keys() == wanted.keys()
+    assert sum(len(state) for state in wanted.values()) > 300
+    different = []
+    for part, state in wanted.items():
+        assert found[part].keys() == state.keys()
+        different += [f"{part}.{key}" for key in state if not torch.equal(found[part][key], state[key])]
+    return different
 
 
-def ldm_vae_name(name: str) -> str:
-    name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-    name = re.sub(r"encoder\.down_blocks\.(\d)\.resnets\.", r"encoder.down.\1.block.", name)
-    name = re.sub(r"encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample", name)
-    name = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda m: f"up.{3 - int(m[1])}.block.", name)
-    name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample", name)
-    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-    for old, new in (
-        ("group_norm", "norm"),
-        ("to_q", "q"),
-        ("to_k", "k"),
-        ("to_v", "v"),
-        ("to_out.0", "proj_out"),
-    ):
-        name = name.replace(f"mid_block.attentions.0.{old}.", f"mid.attn_1.{new}.")
-    return name
-
-
-def as_ldm(states: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    tensors = {"model.diffusion_model." + ldm_unet_name(n): t for n, t in states["unet"].items()}
-    for name, tensor in states["vae"].items():
-        ldm = ldm_vae_name(name)
-        is_projection = "mid.attn_1" in ldm and ".norm." not in ldm and ldm.endswith("weight")
-        tensors["first_stage_model." + ldm] = tensor[:, :, None, None] if is_projection else tensor
-    for name, tensor in states["text_encoder"].items():
-        tensors["cond_stage_model.transformer.text_model." + name.removeprefix("text_model.")] = tensor
-    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    tensors["model_ema.decay"] = torch.tensor(0.9999)
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def test_single_file_equals_folder_tensor_for_tensor(
-    parts: tuple[Path, dict[str, dict[str, Tensor]]], tmp_path: Path
-) -> None:
-    folder, states = parts
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_single_file_equals_folder_tensor_for_tensor(family: str, bases: Bases, tmp_path: Path) -> None:
+    folder, states = bases[family]
     file = tmp_path / "narrow.safetensors"
-    save_file(as_ldm(states), file)
-    loaded = load_single_file(file, folder, torch.float32)
-    for name, wanted in states.items():
-        found = loaded[name].state_dict()
-        assert found.keys() == wanted.keys()
-        assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
-    half = load_single_file(file, folder, torch.bfloat16)
-    assert (half["unet"].dtype, half["text_encoder"].dtype, half["vae"].dtype) == (
-        torch.bfloat16,
-        torch.bfloat16,
-        torch.float32,
+    save_file(as_ldm(family, states), file)
+    configs = copy_configs(folder, tmp_path / "configs")
+    from_folder = load_parts(recognise(folder), dtype=torch.float32, device=CPU)
+    assert recognise(file).family == recognise(folder).family == family
+    from_file = load_parts(recognise(file), dtype=torch.float32, device=CPU, configs=configs)
+    assert differing(states_of(from_folder), states) == []
+    assert differing(states_of(from_file), states) == []
+    for name, tokenizer in from_folder.tokenizers.items():
+        assert tokenizer.get_vocab() == from_file.tokenizers[name].get_vocab()
+        assert tokenizer.pad_token_id == from_file.tokenizers[name].pad_token_id
+    assert not any(t.requires_grad for t in from_file.unet.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_half_precision_files_and_targets_round_once(family: str, bases: Bases, tmp_path: Path) -> None:
+    folder, states = bases[family]
+    file = tmp_path / "half.safetensors"
+    save_file({k: t.half() if t.is_floating_point() else t for k, t in as_ldm(family, states).items()}, file)
+    configs = copy_configs(folder, tmp_path / "configs")
+    found = load_parts(recognise(file), dtype=torch.bfloat16, device=CPU, configs=configs)
+    assert recognise(file).formats == {"float16": 1.0}
+    for name, state in states_of(found).items():
+        for key, tensor in state.items():
+            dtype = torch.float32 if name == "vae" else torch.bfloat16
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, states[name][key].half().to(dtype)), (name, key)
+
+
+def test_a_third_of_a_fused_matrix_keeps_no_more_memory_than_itself(bases: Bases, tmp_path: Path) -> None:
+    folder, states = bases["sdxl"]
+    file = tmp_path / "narrow.safetensors"
+    save_file(as_ldm("sdxl", states), file)
+    parts = load_parts(
+        recognise(file), dtype=torch.float32, device=CPU, configs=copy_configs(folder, tmp_path / "configs")
     )
+    checked = 0
+    for module in (parts.unet, parts.vae, *parts.text_encoders.values()):
+        for tensor in module.state_dict().values():
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            checked += 1
+    assert checked > 900
 
 
 def test_shipped_tokenizer_gives_clips_own_ids() -> None:
@@ -166,26 +115,113 @@ def test_mini_base_is_small_and_complete() -> None:
     assert {path.name for path in (ASSETS / "mini").iterdir()} >= {"README.md", "LICENSE", "model_index.json"}
 
 
-KINDS = {
-    "SDXL": {"conditioner.embedders.1.model.ln_final.weight": (4,)},
-    "SDXL refiner": {"conditioner.embedders.0.model.ln_final.weight": (4,)},
-    "SD2": {"cond_stage_model.model.ln_final.weight": (4,)},
-    "SD3": {"model.diffusion_model.joint_blocks.0.x.weight": (4,)},
-    "Flux": {"double_blocks.0.img_attn.weight": (4,)},
-    "adapter file": {"lora_unet_x.lora_down.weight": (4, 4)},
-    "VAE alone": {"decoder.conv_in.weight": (4,)},
-    "inpainting": {"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)},
-    "only a U-Net": {"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3)},
-    "no Stable Diffusion U-Net": {"something.weight": (2,)},
-}
+@pytest.mark.parametrize("spelling", ["old attention names", "no text_model", "shards", "fp16 variant"])
+def test_older_spellings_of_folders_load_alike(spelling: str, bases: Bases, tmp_path: Path) -> None:
+    source, states = bases["sd1"]
+    folder = tmp_path / "old"
+    shutil.copytree(source, folder)
+    vae, text = folder / "vae", folder / "text_encoder"
+    if spelling == "old attention names":
+        words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        state = {}
+        for name, tensor in states["vae"].items():
+            for new, old in words.items():
+                name = name.replace(f".{new}.", f".{old}.")
+            state[name] = tensor
+        assert sum(".query." in name for name in state) > 2
+        save_file(state, vae / "diffusion_pytorch_model.safetensors")
+    elif spelling == "no text_model":
+        flipped = {
+            name.removeprefix("text_model.") if name.startswith("text_model.") else f"text_model.{name}": t
+            for name, t in states["text_encoder"].items()
+        }
+        save_file(
+            flipped | {"text_model.embeddings.position_ids": torch.arange(77)[None]},
+            text / "model.safetensors",
+        )
+    elif spelling == "shards":
+        whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        whole.unlink()
+        names = sorted(states["unet"])
+        placed = {}
+        for number, part in enumerate((names[::2], names[1::2])):
+            shard = f"diffusion_pytorch_model-0000{number + 1}-of-00002.safetensors"
+            save_file({n: states["unet"][n].contiguous() for n in part}, folder / "unet" / shard)
+            placed |= dict.fromkeys(part, shard)
+        (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": placed}), encoding="utf-8"
+        )
+    else:
+        (text / "model.safetensors").rename(text / "model.fp16.safetensors")
+    parts = load_parts(recognise(folder), dtype=torch.float32, device=CPU)
+    assert differing(states_of(parts), states) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_other_kinds_of_files_are_refused_by_name(kind: str, tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    save_file({name: torch.zeros(shape) for name, shape in KINDS[kind].items()}, file)
-    with pytest.raises(ModelError, match=kind):
-        load(file)
+def test_another_vae_comes_from_a_file_a_folder_or_a_checkpoint(bases: Bases, tmp_path: Path) -> None:
+    folder, states = bases["sd1"]
+    other = {name: tensor + 0.25 for name, tensor in states["vae"].items()}
+    ldm = {
+        key.removeprefix("first_stage_model."): tensor
+        for key, tensor in as_ldm("sd1", {**states, "vae": other}).items()
+        if key.startswith("first_stage_model.")
+    }
+    places = {name: tmp_path / f"{name}.safetensors" for name in ("diffusers", "ldm", "checkpoint")}
+    save_file(other, places["diffusers"])
+    save_file(ldm, places["ldm"])
+    save_file(as_ldm("sd1", {**states, "vae": other}), places["checkpoint"])
+    shutil.copytree(folder / "vae", tmp_path / "vae")
+    save_file(other, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    for place in (*places.values(), tmp_path / "vae"):
+        found = load_parts(
+            recognise(folder), dtype=torch.float32, device=CPU, vae=str(place)
+        ).vae.state_dict()
+        assert [key for key in other if not torch.equal(found[key], other[key])] == [], place
+    with pytest.raises(ModelError, match="holds no VAE"):
+        save_file({"x": torch.zeros(2)}, tmp_path / "not.safetensors")
+        load_parts(recognise(folder), dtype=torch.float32, device=CPU, vae=str(tmp_path / "not.safetensors"))
+
+
+def test_a_checkpoint_without_vae_loads_only_with_another_one(bases: Bases, tmp_path: Path) -> None:
+    folder, states = bases["sd1"]
+    file = tmp_path / "pruned.safetensors"
+    whole = as_ldm("sd1", states)
+    save_file({k: t for k, t in whole.items() if not k.startswith("first_stage_model.")}, file)
+    assert recognise(file).missing == ("vae",)
+    configs = copy_configs(folder, tmp_path / "configs")
+    with pytest.raises(ModelError, match=r"has no vae.*model\.vae"):
+        load_parts(recognise(file), dtype=torch.float32, device=CPU, configs=configs)
+    parts = load_parts(
+        recognise(file), dtype=torch.float32, device=CPU, configs=configs, vae=str(folder / "vae")
+    )
+    assert differing(states_of(parts), states) == []
+
+
+def test_missing_and_misshapen_tensors_are_named(bases: Bases, tmp_path: Path) -> None:
+    folder, states = bases["sd1"]
+    configs = copy_configs(folder, tmp_path / "configs")
+    whole = as_ldm("sd1", states)
+    cut = dict(whole)
+    del cut["model.diffusion_model.middle_block.1.norm.weight"]
+    save_file(cut, tmp_path / "cut.safetensors")
+    with pytest.raises(ModelError, match=r"1 of \d+ tensors of the U-Net.*middle_block\.1\.norm\.weight"):
+        load_parts(recognise(tmp_path / "cut.safetensors"), dtype=torch.float32, device=CPU, configs=configs)
+    whole["model.diffusion_model.middle_block.1.norm.weight"] = torch.zeros(5)
+    save_file(whole, tmp_path / "odd.safetensors")
+    with pytest.raises(ModelError, match=r"middle_block\.1\.norm\.weight` has shape \(5,\), not \(32,\)"):
+        load_parts(recognise(tmp_path / "odd.safetensors"), dtype=torch.float32, device=CPU, configs=configs)
+
+
+def test_old_single_files_may_leave_text_model_out(bases: Bases, tmp_path: Path) -> None:
+    folder, states = bases["sd1"]
+    file = tmp_path / "old.safetensors"
+    save_file(
+        {k.replace("transformer.text_model.", "transformer."): t for k, t in as_ldm("sd1", states).items()},
+        file,
+    )
+    parts = load_parts(
+        recognise(file), dtype=torch.float32, device=CPU, configs=copy_configs(folder, tmp_path / "configs")
+    )
+    assert differing(states_of(parts), states) == []
 
 
 @pytest.mark.parametrize("ending", [".ckpt", ".pt", ".bin"])
@@ -199,7 +235,7 @@ def test_files_that_can_run_code_are_refused_with_the_way_out(ending: str, tmp_p
 def test_damaged_missing_and_wrong_places_are_named(tmp_path: Path, tiny_base: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
-    with pytest.raises(ModelError, match="download is complete"):
+    with pytest.raises(ModelError, match="damaged"):
         load(broken)
     with pytest.raises(ModelError, match="no such base model"):
         load(tmp_path / "missing.safetensors")
@@ -208,16 +244,19 @@ def test_damaged_missing_and_wrong_places_are_named(tmp_path: Path, tiny_base: P
     cut = tmp_path / "cut"
     shutil.copytree(tiny_base, cut)
     shutil.rmtree(cut / "unet")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"unet/config\.json"):
         load(cut)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_base, pickled)
+    weights = pickled / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ModelError, match="can run code"):
+        load(pickled)
 
 
-def test_sdxl_folder_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(
-        '{"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": []}', encoding="utf-8"
-    )
-    with pytest.raises(ModelError, match="StableDiffusionXLPipeline"):
-        load(tmp_path)
+def test_clip_skip_is_refused_where_it_has_no_meaning(bases: Bases) -> None:
+    with pytest.raises(ConfigError, match="clip_skip"):
+        load_model(str(bases["sdxl"][0]), dtype=torch.float32, device=CPU, clip_skip=2)
 
 
 def test_hub_id_without_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -227,15 +266,56 @@ def test_hub_id_without_network_is_one_clear_error(monkeypatch: pytest.MonkeyPat
         load("somebody/some-model")
 
 
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_hub_id_in_the_cache_loads_offline(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    family: str, bases: Bases, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    snapshot = tmp_path / "models--somebody--tiny" / "snapshots" / ("0" * 40)
-    shutil.copytree(tiny_base, snapshot)
-    refs = tmp_path / "models--somebody--tiny" / "refs"
+    folder, states = bases[family]
+    snapshot = tmp_path / "models--somebody--narrow" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    refs = tmp_path / "models--somebody--narrow" / "refs"
     refs.mkdir()
     (refs / "main").write_text("0" * 40, encoding="utf-8")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    model = load_model("somebody/tiny", dtype=torch.float32, device=CPU)
-    assert model.native_resolution == 32
+    model = load("somebody/narrow")
+    assert model.info.name == family
+    assert all(torch.equal(t, states["unet"][name]) for name, t in model.unet.state_dict().items())
+
+
+def test_only_the_files_that_are_read_are_fetched_from_the_hub() -> None:
+    names = [
+        "README.md",
+        "model_index.json",
+        "v1-5-pruned.safetensors",
+        "safety_checker/model.safetensors",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.fp16.safetensors",
+        "tokenizer/merges.txt",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert set(wanted_files(names)) == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.fp16.safetensors",
+        "tokenizer/merges.txt",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+
+
+def test_openclip_writer_of_these_tests_packs_what_it_should(bases: Bases) -> None:
+    _, states = bases["sdxl"]
+    packed = as_openclip("", states["text_encoder_2"])
+    assert packed["transformer.resblocks.0.attn.in_proj_weight"].shape == (72, 24)
+    assert packed["text_projection"].shape == (24, 20)

@@ -10,25 +10,25 @@ from diffusers import StableDiffusionPipeline
 
 from sdlora.families.base import stack_conditioning
 from sdlora.families.loading import load_model
-from sdlora.families.sd1 import StableDiffusion1
+from sdlora.families.unet_model import UNetModel
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def model() -> StableDiffusion1:
+def model() -> UNetModel:
     return load_model("mini", dtype=torch.float32, device=CPU)
 
 
-def loaded(base: Path, **options: object) -> StableDiffusion1:
+def loaded(base: Path, **options: object) -> UNetModel:
     return load_model(str(base), dtype=torch.float32, device=CPU, **options)  # type: ignore[arg-type]
 
 
-def test_short_captions_are_encoded_as_diffusers_does(model: StableDiffusion1) -> None:
+def test_short_captions_are_encoded_as_diffusers_does(model: UNetModel) -> None:
     pipeline = StableDiffusionPipeline(
         vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
+        text_encoder=model.text_encoders["text_encoder"],
+        tokenizer=model.tokenizers["text_encoder"],
         unet=model.unet,
         scheduler=None,
         safety_checker=None,
@@ -42,26 +42,26 @@ def test_short_captions_are_encoded_as_diffusers_does(model: StableDiffusion1) -
     assert torch.equal(found[1], negative[0])
 
 
-def test_long_captions_are_chunks_of_75_encoded_by_themselves(model: StableDiffusion1) -> None:
-    word = model.tokenizer(" cat", add_special_tokens=False).input_ids
+def test_long_captions_are_chunks_of_75_encoded_by_themselves(model: UNetModel) -> None:
+    word = model.tokenizers["text_encoder"](" cat", add_special_tokens=False).input_ids
     assert len(word) == 1
     caption = " ".join(["cat"] * 100)
     with torch.no_grad():
         states = model.encode_text([caption])["states"]
         first = model.encode_text([" ".join(["cat"] * 75)])["states"]
         second = model.encode_text([" ".join(["cat"] * 25)])["states"]
-    assert states.shape == (1, 154, model.text_encoder.config.hidden_size)
+    assert states.shape == (1, 154, model.text_encoders["text_encoder"].config.hidden_size)
     torch.testing.assert_close(states, torch.cat([first, second], dim=1), rtol=0, atol=2e-6)
 
 
-def test_shorter_captions_in_a_batch_get_empty_chunks(model: StableDiffusion1) -> None:
+def test_shorter_captions_in_a_batch_get_empty_chunks(model: UNetModel) -> None:
     with torch.no_grad():
         states = model.encode_text([" ".join(["cat"] * 80), "a dog"])["states"]
         empty = model.encode_text([""])["states"]
     torch.testing.assert_close(states[1:, 77:], empty, rtol=0, atol=2e-6)
 
 
-def test_repeating_a_context_leaves_attention_unchanged(model: StableDiffusion1) -> None:
+def test_repeating_a_context_leaves_attention_unchanged(model: UNetModel) -> None:
     """What stack_conditioning relies on to batch captions of different lengths."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -76,16 +76,19 @@ def test_repeating_a_context_leaves_attention_unchanged(model: StableDiffusion1)
 
 def test_clip_skip_takes_an_earlier_layer_and_the_final_norm(tiny_base: Path) -> None:
     model = loaded(tiny_base, clip_skip=2)
-    ids = model.tokenizer("a cat", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    ids = model.tokenizers["text_encoder"](
+        "a cat", padding="max_length", max_length=77, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
-        inner = getattr(model.text_encoder, "text_model", model.text_encoder)
-        hidden = model.text_encoder(ids, output_hidden_states=True).hidden_states
+        encoder = model.text_encoders["text_encoder"]
+        inner = getattr(encoder, "text_model", encoder)
+        hidden = encoder(ids, output_hidden_states=True).hidden_states
         wanted = inner.final_layer_norm(hidden[-2])
         assert torch.equal(model.encode_text(["a cat"])["states"], wanted)
         assert not torch.equal(model.encode_text(["a cat"])["states"], inner.final_layer_norm(hidden[-1]))
 
 
-def test_encoding_and_decoding_invert_each_other_on_the_mini_base(model: StableDiffusion1) -> None:
+def test_encoding_and_decoding_invert_each_other_on_the_mini_base(model: UNetModel) -> None:
     from PIL import Image
 
     from sdlora.data.buckets import place

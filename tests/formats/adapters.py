@@ -14,41 +14,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
+from sdlora.families import family_info
 from sdlora.families.base import FamilyInfo
 
-SD1 = FamilyInfo(
-    name="sd1",
-    title="Stable Diffusion 1.x",
-    targets={},
-    file_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
-    unet_naming="diffusers",
-    base_model_version="sd_v1",
-    is_v2=False,
-    architecture="stable-diffusion-v1/lora",
-    webui_version="SD1",
-)
-SD2 = FamilyInfo(
-    name="sd2",
-    title="Stable Diffusion 2.x",
-    targets={},
-    file_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
-    unet_naming="diffusers",
-    base_model_version="sd_v2",
-    is_v2=True,
-    architecture="stable-diffusion-v2-512/lora",
-    webui_version="SD2",
-)
-SDXL = FamilyInfo(
-    name="sdxl",
-    title="Stable Diffusion XL",
-    targets={},
-    file_prefixes={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-    unet_naming="ldm",
-    base_model_version="sdxl_base_v1-0",
-    is_v2=False,
-    architecture="stable-diffusion-xl-v1-base/lora",
-    webui_version="SDXL",
-)
+SD1, SD2, SDXL = (family_info(name) for name in ("sd1", "sd2", "sdxl"))
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 LINEAR = (*ATTENTION, ".ff.net.0.proj", ".ff.net.2", ".proj_in", ".proj_out")
 EVERYTHING = (

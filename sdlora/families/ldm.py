@@ -1,0 +1,219 @@
+"""Names between diffusers' layout and the original one (LDM), in which users own single-file checkpoints.
+
+Every tensor of a component has one place in a checkpoint. Nearly all are renamed only; the exceptions are
+the autoencoder's attention (1x1 convolutions there, linear layers here) and OpenCLIP text encoders, which
+hold query, key and value as thirds of one matrix and the projection transposed. Only names decide, so
+narrow or shallow models of the same build are mapped too. Source: FORMATS.md 1.3, checked there against
+ComfyUI's models, and the weight names of CompVis' and Stability's published checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..errors import ModelError
+
+if TYPE_CHECKING:
+    from .base import TextEncoderInfo
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+TEXT_ROOT = "text_model."
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_VAE_WORDS = (
+    (r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
+    (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+)
+_OPENCLIP_ENDS = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+_OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_FUSED = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint keeps one tensor.
+
+    Attributes:
+        key: its key there.
+        third: 0, 1 or 2 if it is only that third of the rows under ``key``.
+        transposed: whether rows and columns are exchanged there.
+    """
+
+    key: str
+    third: int | None = None
+    transposed: bool = False
+
+    def take(self, stored: Tensor, shape: Iterable[int]) -> Tensor:
+        """Return the tensor of that shape out of the one stored under :attr:`key`; a view if possible.
+
+        Raises:
+            ValueError: if the stored tensor does not hold as many numbers.
+        """
+        if self.third is not None:
+            if stored.shape[0] % 3:
+                raise ValueError(f"{stored.shape[0]} rows are not query, key and value")
+            rows = stored.shape[0] // 3
+            stored = stored[self.third * rows : (self.third + 1) * rows]
+        if self.transposed:
+            stored = stored.T
+        wanted = tuple(shape)
+        if tuple(n for n in stored.shape if n != 1) != tuple(n for n in wanted if n != 1):
+            raise ValueError(f"has shape {tuple(stored.shape)}, not {wanted}")
+        return stored.reshape(wanted)
+
+    def put(self, stored: Tensor, tensor: Tensor) -> None:
+        """Write the tensor into its part of the one stored under :attr:`key`, in place and format."""
+        if self.third is not None:
+            rows = stored.shape[0] // 3
+            stored = stored[self.third * rows : (self.third + 1) * rows]
+        target = stored.T if self.transposed else stored
+        target.copy_(tensor.reshape(target.shape))
+
+
+def unet_places(names: Iterable[str]) -> dict[str, Place]:
+    """Return the place of every tensor of a ``UNet2DConditionModel``, by diffusers name.
+
+    Raises:
+        ModelError: for a name that such checkpoints have no place for.
+    """
+    known = list(names)
+    layers = 1 + max(int(m[1]) for n in known if (m := re.match(r"down_blocks\.\d+\.resnets\.(\d+)\.", n)))
+    # an upsampler comes after the residual layer and, where there is one, the attention
+    attending = {int(m[1]) for n in known if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", n))}
+    return {name: Place(UNET_PREFIX + _unet_name(name, layers, attending)) for name in known}
+
+
+def vae_places(names: Iterable[str], prefix: str = VAE_PREFIX) -> dict[str, Place]:
+    """Return the place of every tensor of an ``AutoencoderKL``, by diffusers name."""
+    known = list(names)
+    last = max((int(m[1]) for n in known if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", n))), default=0)
+
+    def place(name: str) -> Place:
+        # the original counts the decoder's blocks from the finest one
+        renamed = re.sub(
+            r"^decoder\.up_blocks\.(\d+)\.resnets\.", lambda m: f"decoder.up.{last - int(m[1])}.block.", name
+        )
+        renamed = re.sub(
+            r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0\.",
+            lambda m: f"decoder.up.{last - int(m[1])}.upsample.",
+            renamed,
+        )
+        for pattern, words in _VAE_WORDS:
+            renamed = re.sub(pattern, words, renamed)
+        return Place(prefix + renamed)
+
+    return {name: place(name) for name in known}
+
+
+def text_places(names: Iterable[str], encoder: TextEncoderInfo) -> dict[str, Place]:
+    """Return the place of every tensor of a CLIP text encoder, by transformers name.
+
+    Args:
+        names: with or without ``text_model.`` in front, as the installed transformers has them.
+        encoder: says how and under which prefix checkpoints of the family keep it.
+
+    Raises:
+        ModelError: for a name that such checkpoints have no place for.
+    """
+    place = _openclip_place if encoder.checkpoint_layout == "openclip" else _clip_place
+    return {name: place(name.removeprefix(TEXT_ROOT), encoder.checkpoint_prefix) for name in names}
+
+
+def _unet_name(name: str, layers: int, attending: set[int]) -> str:
+    for old, new in _UNET_ENDS.items():
+        if name.startswith(old + "."):
+            return new + name.removeprefix(old)
+    if m := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", name):
+        side, i, kind, j, rest = m[1], int(m[2]), m[3], int(m[4]), m[5]
+        at = (layers + 1) * i + j
+        block = f"input_blocks.{1 + at}" if side == "down" else f"output_blocks.{at}"
+        return f"{block}.1.{rest}" if kind == "attentions" else f"{block}.0.{_inside_resnet(name, rest)}"
+    if m := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.+)", name):
+        return f"input_blocks.{(layers + 1) * (int(m[1]) + 1)}.0.op.{m[2]}"
+    if m := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(.+)", name):
+        i = int(m[1])
+        return f"output_blocks.{(layers + 1) * i + layers}.{2 if i in attending else 1}.conv.{m[2]}"
+    if m := re.fullmatch(r"mid_block\.attentions\.0\.(.+)", name):
+        return f"middle_block.1.{m[1]}"
+    if m := re.fullmatch(r"mid_block\.resnets\.([01])\.(.+)", name):
+        return f"middle_block.{2 * int(m[1])}.{_inside_resnet(name, m[2])}"
+    raise ModelError(
+        f"the U-Net tensor `{name}` has no place in an LDM checkpoint; keep the diffusers layout"
+    )
+
+
+def _inside_resnet(name: str, rest: str) -> str:
+    head, _, tail = rest.partition(".")
+    if head not in _RESNET:
+        raise ModelError(
+            f"the U-Net tensor `{name}` has no place in an LDM checkpoint; keep the diffusers layout"
+        )
+    return f"{_RESNET[head]}.{tail}"
+
+
+def _clip_place(name: str, prefix: str) -> Place:
+    return Place(f"{prefix}{name}" if name.startswith("text_projection") else f"{prefix}{TEXT_ROOT}{name}")
+
+
+def _openclip_place(name: str, prefix: str) -> Place:
+    if name == "text_projection.weight":
+        return Place(f"{prefix}text_projection", transposed=True)
+    if name in _OPENCLIP_ENDS:
+        return Place(prefix + _OPENCLIP_ENDS[name])
+    m = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if m:
+        block, inner, kind = f"{prefix}transformer.resblocks.{m[1]}", m[2], m[3]
+        if inner in _OPENCLIP_LAYER:
+            return Place(f"{block}.{_OPENCLIP_LAYER[inner]}.{kind}")
+        projection = inner.removeprefix("self_attn.")
+        if projection in _FUSED:
+            return Place(f"{block}.attn.in_proj_{kind}", third=_FUSED.index(projection))
+    raise ModelError(f"the text-encoder tensor `{name}` has no place in an LDM checkpoint")
+
+
+def by_key(places: Mapping[str, Place]) -> dict[str, list[str]]:
+    """Return checkpoint key -> the names of the tensors that lie under it."""
+    found: dict[str, list[str]] = {}
+    for name, place in places.items():
+        found.setdefault(place.key, []).append(name)
+    return found

@@ -1,0 +1,340 @@
+"""What a base model is, told from a file's header or a folder's configs alone, in milliseconds.
+
+Nothing is guessed in silence: every fact about the prediction type carries where it was read, and two that
+contradict each other are an error unless the user decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..diffusion import PredictionType
+from ..errors import ModelError
+from ..tensor_file import Header, shown
+from . import FAMILIES
+from .base import FamilyInfo
+from .ldm import UNET_PREFIX, VAE_PREFIX
+from .weights import TensorSource, checked_header
+
+_FIRST_CONV = f"{UNET_PREFIX}input_blocks.0.0.weight"
+_CONTEXT = ".attn2.to_k.weight"
+_PROBE_LIMIT = 0.09
+_TITLES = ", ".join(family.info.title for family in FAMILIES.values())
+
+# markers of other kinds of files, the more telling ones first
+_OTHER_KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("lora_", ".lora_A.", "hada_", "lokr_", "oft_"), "an adapter file, not a base model"),
+    (("time_stack", "motion_modules", "temporal_transformer", "time_mixer"), "a video model"),
+    (("control_model.", "controlnet_", "input_hint_block", "controlnet_cond_embedding"), "a ControlNet"),
+    (("joint_blocks.",), "an SD3 checkpoint, which this version does not train"),
+    (("double_blocks.", "double_stream_modules"), "a Flux checkpoint, which this version does not train"),
+    (
+        ("edm_vpred.", "edm_mean"),
+        "an EDM-trained checkpoint (Playground 2.5), which this version does not train",
+    ),
+    (("emb_params", "string_to_param"), "a textual-inversion embedding, not a base model"),
+)
+_IMAGE_CHANNELS = {
+    5: "a depth-to-image",
+    7: "an upscaler",
+    8: "an instruct-pix2pix",
+    9: "an inpainting",
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One place that says something: where, and what."""
+
+    where: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a base model is.
+
+    Attributes:
+        path: the file or folder.
+        layout: ``file`` (one LDM-layout checkpoint) or ``folder`` (diffusers).
+        family: name of the family.
+        title: what people call it.
+        predictions: what says which prediction type it has; the last resort is the family's default.
+        terminal_snr: what says whether the noise schedule ends in pure noise.
+        missing: parts it lacks: ``vae``, ``text_encoder``.
+        formats: number format -> share of the U-Net's tensors, e.g. ``{"float16": 1.0}``.
+        has_ema: whether averaged weights are in it, too (they are not used).
+        num_bytes: size on disk.
+        short_hash: the 8 hex digits older WebUIs showed for a checkpoint; "" for a folder.
+        stated_hash: SHA-256 its header states, if any.
+        metadata: text entries of its header.
+    """
+
+    path: Path
+    layout: Literal["file", "folder"]
+    family: str
+    title: str
+    predictions: tuple[Evidence, ...]
+    terminal_snr: tuple[Evidence, ...] = ()
+    missing: tuple[str, ...] = ()
+    formats: Mapping[str, float] | None = None
+    has_ema: bool = False
+    num_bytes: int = 0
+    short_hash: str = ""
+    stated_hash: str = ""
+    metadata: Mapping[str, str] | None = None
+
+    def prediction_type(self, override: PredictionType | None = None) -> PredictionType:
+        """Return the prediction type: the user's, or else what the base says of itself.
+
+        Raises:
+            ModelError: if the base says two things, naming both.
+        """
+        if override is not None:
+            return override
+        value = self._agreed(self.predictions, "prediction_type")
+        return "v_prediction" if value == "v_prediction" else "epsilon"
+
+    def zero_terminal_snr(self, override: bool | None = None) -> bool:
+        """Return whether the noise schedule is rescaled to end in pure noise.
+
+        Raises:
+            ModelError: if the base says two things, naming both.
+        """
+        if override is not None:
+            return override
+        return bool(self.terminal_snr) and bool(self._agreed(self.terminal_snr, "zero_terminal_snr"))
+
+    def _agreed(self, evidence: Sequence[Evidence], setting: str) -> Any:
+        values = {one.value for one in evidence}
+        if len(values) > 1:
+            said = "; ".join(f"{one.where} says {one.value}" for one in evidence)
+            raise ModelError(
+                f"{self.path}: contradicts itself: {said}. Say which is right: model.{setting}=..."
+            )
+        return evidence[0].value
+
+
+def recognise(path: Path) -> Recognised:
+    """Return what the base model at ``path`` (a diffusers folder or one checkpoint file) is.
+
+    Reads the header and at most two small tensors of a file, the configs of a folder.
+
+    Raises:
+        ModelError: for anything that is no base model of a known family, named by what it is.
+    """
+    return _recognise_folder(path) if path.is_dir() else _recognise_file(path)
+
+
+def is_checkpoint(header: Header) -> bool:
+    """Tell whether a file holds a whole model's or a component's weights rather than an adapter's."""
+    return any(
+        key.startswith((UNET_PREFIX, VAE_PREFIX, "cond_stage_model.", "conditioner."))
+        for key in header.tensors
+    )
+
+
+# --- one file ------------------------------------------------------------------------------------------
+
+
+def _recognise_file(path: Path) -> Recognised:
+    header = checked_header(path)
+    family, missing = _family_of_keys(path, header)
+    unet = [spec for key, spec in header.tensors.items() if key.startswith(UNET_PREFIX)]
+    formats = Counter(str(spec.dtype).removeprefix("torch.") for spec in unet)
+    return Recognised(
+        path=path,
+        layout="file",
+        family=family.name,
+        title=header.metadata.get("modelspec.title") or path.stem,
+        predictions=_predictions(path, header, family),
+        terminal_snr=_terminal_snr(header),
+        missing=missing,
+        formats={name: count / len(unet) for name, count in formats.most_common()},
+        has_ema=any(key.startswith("model_ema.") for key in header.tensors),
+        num_bytes=header.num_bytes,
+        short_hash=short_hash(path),
+        stated_hash=header.metadata.get("modelspec.hash_sha256", "").removeprefix("0x").lower(),
+        metadata=header.metadata,
+    )
+
+
+def _family_of_keys(path: Path, header: Header) -> tuple[FamilyInfo, tuple[str, ...]]:
+    """Return the family and what the file lacks; raise ModelError for every other kind, by its name."""
+    kind = _other_kind(header)
+    if kind:
+        raise ModelError(f"{path}: {kind}; give a text-to-image checkpoint of {_TITLES}")
+    family, text = None, False
+    for one in FAMILIES.values():
+        encoders = [_starts(header.tensors, e.checkpoint_prefix) for e in one.info.text_encoders]
+        if any(encoders):
+            family, text = one.info, all(encoders)
+    family = family or _family_of_width(path, header)
+    vae = _starts(header.tensors, VAE_PREFIX)
+    return family, tuple(name for name, there in (("vae", vae), ("text_encoder", text)) if not there)
+
+
+def _other_kind(header: Header) -> str | None:
+    keys = header.tensors
+    for markers, kind in _OTHER_KINDS:
+        if any(marker in key for key in keys for marker in markers):
+            return kind
+    if _FIRST_CONV not in keys:
+        return _without_unet(header)
+    channels = keys[_FIRST_CONV].shape[1] if len(keys[_FIRST_CONV].shape) == 4 else 0
+    if channels != 4:
+        return f"{_IMAGE_CHANNELS.get(channels, f'a {channels}-channel')} checkpoint"
+    # the refiner reads one text encoder, the larger one, in the first place
+    if _starts(keys, "conditioner.embedders.0.model."):
+        return "an SDXL refiner checkpoint"
+    return None
+
+
+def _without_unet(header: Header) -> str:
+    keys = header.tensors
+    if _starts(keys, "conditioner.embedders.0.model.") and not _starts(keys, UNET_PREFIX):
+        return "an SDXL refiner checkpoint"
+    if _starts(keys, "decoder.") or _starts(keys, VAE_PREFIX):
+        return "a VAE alone (model.vae takes it)"
+    if _starts(keys, "down_blocks."):
+        return "the U-Net of a diffusers folder (give the folder that holds model_index.json)"
+    if _starts(keys, "text_model."):
+        return "a text encoder alone"
+    return "holds no Stable Diffusion U-Net"
+
+
+def _family_of_width(path: Path, header: Header) -> FamilyInfo:
+    """Tell the family by the width of what its cross-attention reads, where no text encoder tells it."""
+    widths = {spec.shape[-1] for key, spec in header.tensors.items() if key.endswith(_CONTEXT)}
+    for family in FAMILIES.values():
+        if widths == {family.info.context_width}:
+            return family.info
+    raise ModelError(f"{path}: its U-Net fits no known family; give a checkpoint with its text encoder")
+
+
+def _predictions(path: Path, header: Header, family: FamilyInfo) -> tuple[Evidence, ...]:
+    found: list[Evidence] = []
+    stated = header.metadata.get("modelspec.prediction_type", "").lower()
+    if stated in ("v", "v_prediction", "v-prediction"):
+        found.append(Evidence("the header's modelspec.prediction_type", "v_prediction"))
+    elif stated in ("eps", "epsilon"):
+        found.append(Evidence("the header's modelspec.prediction_type", "epsilon"))
+    if "v_pred" in header.tensors:
+        found.append(Evidence("the marker key `v_pred`", "v_prediction"))
+    if "768-v" in header.metadata.get("modelspec.architecture", ""):
+        found.append(Evidence("the header's modelspec.architecture", "v_prediction"))
+    if not found and family.prediction_probe in header.tensors:
+        found.append(_probed(path, family.prediction_probe))
+    return tuple(found) or (Evidence(f"nothing ({family.title} usually has it)", "epsilon"),)
+
+
+def _probed(path: Path, key: str) -> Evidence:
+    """Tell a family's two kinds apart by one trained vector, as ComfyUI does: the spread of a norm's bias."""
+    (_, bias), *_ = TensorSource([path]).read([key])
+    spread = float(torch.std(bias.float(), unbiased=False))
+    value = "v_prediction" if spread > _PROBE_LIMIT else "epsilon"
+    return Evidence(f"the spread of `{key}` ({spread:.3f}; v above {_PROBE_LIMIT})", value)
+
+
+def _terminal_snr(header: Header) -> tuple[Evidence, ...]:
+    found = []
+    if "ztsnr" in header.tensors:
+        found.append(Evidence("the marker key `ztsnr`", True))
+    stated = header.metadata.get("ss_zero_terminal_snr", "")
+    if stated in ("True", "False"):
+        found.append(Evidence("the header's ss_zero_terminal_snr", stated == "True"))
+    return tuple(found)
+
+
+def short_hash(path: Path) -> str:
+    """Return the first 8 hex digits of SHA-256 over 64 KiB at 1 MiB, an old WebUI's hash of a file."""
+    with path.open("rb") as stream:
+        stream.seek(0x100000)
+        return hashlib.sha256(stream.read(0x10000)).hexdigest()[:8]
+
+
+def _starts(keys: Mapping[str, object], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in keys)
+
+
+# --- a folder ------------------------------------------------------------------------------------------
+
+
+def _recognise_folder(folder: Path) -> Recognised:
+    index = read_json(folder / "model_index.json")
+    name = str(index.get("_class_name", "model"))
+    unet_config = folder / "unet" / "config.json"
+    if "transformer" in index or not unet_config.is_file():
+        what = f"a {name} folder" if "transformer" in index else "holds no unet/config.json"
+        raise ModelError(f"{folder}: {what}; give a folder of {_TITLES}")
+    unet = read_json(unet_config)
+    family = _family_of_configs(folder, unet, index)
+    scheduler = _scheduler_config(folder)
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ModelError(f"{folder}: predicts `{shown(prediction)}`, which this version does not train")
+    weights = sorted((folder / "unet").glob("*.safetensors"))
+    rescaled = bool(scheduler.get("rescale_betas_zero_snr", False))
+    return Recognised(
+        path=folder,
+        layout="folder",
+        family=family,
+        title=folder.name,
+        predictions=(Evidence("scheduler/scheduler_config.json", prediction),),
+        terminal_snr=(Evidence("scheduler/scheduler_config.json", rescaled),),
+        formats=None,
+        num_bytes=sum(file.stat().st_size for file in weights),
+    )
+
+
+def _family_of_configs(folder: Path, unet: Mapping[str, Any], index: Mapping[str, Any]) -> str:
+    channels = unet.get("in_channels", 4)
+    if channels != 4:
+        kind = _IMAGE_CHANNELS.get(channels, f"a {channels}-channel")
+        raise ModelError(f"{folder}: {kind} model; give a text-to-image model")
+    if "motion" in str(unet.get("_class_name", "")).lower() or "SpatioTemporal" in str(
+        unet.get("_class_name", "")
+    ):
+        raise ModelError(f"{folder}: a video model; give a text-to-image model")
+    for family in FAMILIES.values():
+        if all(unet.get(key, default) == default for key, default in family.info.unet_config.items()):
+            if not (folder / family.info.text_encoders[0].component).is_dir():
+                raise ModelError(
+                    f"{folder}: has no text_encoder (an SDXL refiner?); give a text-to-image model"
+                )
+            return family.info.name
+    raise ModelError(f"{folder}: a {index.get('_class_name', 'model')} folder; give a folder of {_TITLES}")
+
+
+def _scheduler_config(folder: Path) -> Mapping[str, Any]:
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise ModelError(
+            f"{folder}: holds no scheduler/scheduler_config.json; check that the download is complete"
+        )
+    config: Mapping[str, Any] = read_json(file)
+    if "FlowMatch" in str(config.get("_class_name", "")):
+        raise ModelError(f"{folder}: a flow-matching model, which this version does not train")
+    return config
+
+
+def read_json(file: Path) -> Any:
+    """Return a JSON file's value.
+
+    Raises:
+        ModelError: if it is not there or not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file}: is missing; check that the download is complete") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON ({error}); download it again") from None

@@ -1,0 +1,205 @@
+"""What all families with a U-Net, a KL autoencoder and CLIP text encoders share.
+
+A family adds its facts, how its text encoders are read, and what its U-Net is told besides the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AttentionName
+from ..diffusion import NoiseProcess
+from .attention import choose_attention
+from .base import BaseModelInfo, Conditioning, DiffusionModel, Posterior, SizeHint
+from .clip import checkpoint_text_encoder
+from .fingerprint import module_fingerprint
+
+UNET_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
+UNET_LINEAR = (*UNET_ATTENTION, ".ff.net.0.proj", ".ff.net.2", ".proj_in", ".proj_out")
+UNET_ALL = (
+    *UNET_LINEAR,
+    ".conv1",
+    ".conv2",
+    ".conv_shortcut",
+    ".time_emb_proj",
+    ".downsamplers.0.conv",
+    ".upsamplers.0.conv",
+)
+TEXT_LINEAR = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
+UNET_TARGETS = {"attention": UNET_ATTENTION, "linear": UNET_LINEAR, "all": UNET_ALL}
+# q, k, v and out must be trained together: partial attention is lossy in WebUI and diffusers
+TEXT_TARGETS = {"attention": TEXT_LINEAR[:4], "linear": TEXT_LINEAR, "all": TEXT_LINEAR}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The components of a loaded base.
+
+    Attributes:
+        unet: ``UNet2DConditionModel``.
+        vae: ``AutoencoderKL``.
+        text_encoders: component name -> transformers' CLIP text model.
+        tokenizers: the same names -> its tokenizer.
+    """
+
+    unet: Any
+    vae: Any
+    text_encoders: Mapping[str, Any]
+    tokenizers: Mapping[str, Any]
+
+
+class UNetModel(DiffusionModel):
+    """A loaded base; see :class:`DiffusionModel` for what the methods mean."""
+
+    def __init__(
+        self,
+        base: BaseModelInfo,
+        parts: Parts,
+        process: NoiseProcess,
+        *,
+        device: torch.device,
+        clip_skip: int = 1,
+        attention: AttentionName = "auto",
+        offload: bool = False,
+    ) -> None:
+        self.base, self.process, self.clip_skip = base, process, clip_skip
+        self.unet, self.vae = parts.unet, parts.vae
+        self.text_encoders, self.tokenizers = dict(parts.text_encoders), dict(parts.tokenizers)
+        self.attention = attention
+        self._device, self._offload = device, offload
+        for module in (self.unet, self.vae, *self.text_encoders.values()):
+            module.requires_grad_(False).eval()
+        if offload:
+            # small cards: the autoencoder takes the most memory of all at the end
+            self.vae.enable_tiling()
+
+    @property
+    def _vae_factor(self) -> int:
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def native_resolution(self) -> int:
+        return int(self.unet.config.sample_size) * self._vae_factor
+
+    @property
+    def size_multiple(self) -> int:
+        return self._vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    def components(self) -> Mapping[str, nn.Module]:
+        return {"unet": self.unet, **self.text_encoders}
+
+    def encoder_fingerprint(self, which: Literal["images", "captions"]) -> str:
+        if which == "images":
+            return module_fingerprint(self.vae.encoder, extra=f"quant={self.vae.config.use_quant_conv}")
+        prints = [
+            module_fingerprint(
+                encoder,
+                extra=f"{name} skip={self.clip_skip} pad={self.tokenizers[name].pad_token_id} "
+                f"tokens={sorted(self.tokenizers[name].get_vocab().items())}",
+            )
+            for name, encoder in self.text_encoders.items()
+        ]
+        return " ".join([self.info.name, *prints])
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Posterior:
+        with self._working(self.vae):
+            distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        return Posterior(distribution.mean.float().cpu(), distribution.logvar.float().cpu())
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        return latents * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        with self._working(self.vae):
+            unscaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
+            # one at a time: decoding takes more memory than all else, and gains nothing from company
+            images = [self.vae.decode(one[None]).sample for one in unscaled]
+        return torch.cat(images).float().clamp(-1.0, 1.0)
+
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        with self._working(*self.text_encoders.values()):
+            return self._encode_text(captions)
+
+    def _encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """Return what :meth:`encode_text` returns, the text encoders being where they work."""
+        raise NotImplementedError
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Sequence[SizeHint]
+    ) -> Tensor:
+        with self._working(self.unet):
+            output = self.unet(
+                noisy.to(self.device, self.dtype),
+                timesteps.to(self.device),
+                encoder_hidden_states=text["states"].to(self.device, self.dtype),
+                added_cond_kwargs=self._added(text, sizes),
+                return_dict=False,
+            )
+        return output[0].float()
+
+    def _added(self, text: Conditioning, sizes: Sequence[SizeHint]) -> dict[str, Tensor] | None:
+        """Return what the U-Net is told besides the states of the text, if anything."""
+        return None
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        factor = self._vae_factor
+        return int(self.unet.config.in_channels), height // factor, width // factor
+
+    def prepare(
+        self, *, training: bool, gradient_checkpointing: bool = False, keep_text: bool = True
+    ) -> None:
+        choice = choose_attention(self.attention, self.device, self.dtype, training=training)
+        choice.apply(self.unet)
+        # checkpointing acts only in train mode; nothing else differs (all dropout rates are zero)
+        for module in (self.unet, *self.text_encoders.values()):
+            module.train(training)
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.disable_gradient_checkpointing()
+        for encoder in self.text_encoders.values():
+            checkpoint_text_encoder(encoder, gradient_checkpointing)
+        if not self._offload:
+            self.unet.to(self.device)
+            self.vae.to("cpu" if training else self.device)
+            for encoder in self.text_encoders.values():
+                encoder.to(self.device if keep_text or not training else "cpu")
+
+    @contextmanager
+    def _working(self, *modules: nn.Module) -> Iterator[None]:
+        """With offloading, have these modules alone on the device; else they are where they belong."""
+        if self._offload:
+            for other in (self.unet, self.vae, *self.text_encoders.values()):
+                if not any(other is module for module in modules):
+                    other.to("cpu")
+            for module in modules:
+                module.to(self.device)
+        yield
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        # the U-Net's own weights: adapters inside it may be kept in another format
+        dtype = self.unet.conv_in.weight.dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+def one_encoder_states(model: UNetModel, captions: Sequence[str]) -> Tensor:
+    """Return the states of the only text encoder, (B, 77 n, width), its final norm applied."""
+    from .clip import chunk_ids, encode_chunks
+
+    (name, encoder), *_ = model.text_encoders.items()
+    ids = chunk_ids(model.tokenizers[name], captions).to(encoder.device)
+    return encode_chunks(encoder, ids, model.clip_skip)

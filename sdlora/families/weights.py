@@ -1,0 +1,180 @@
+"""Tensors from safetensors files straight into a model: one at a time, in its format, on its device.
+
+A model is built without memory (on torch's meta device) and filled tensor by tensor in the order of the
+file, so that the peak is the finished weights and one tensor more. The file is read, not mapped: mapped
+pages of a 7 GB checkpoint count as this process's memory, and reading in order is as fast.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterFileError, ModelError
+from ..tensor_file import Header, TensorSpec, read_header, shown
+from .ldm import Place, by_key
+
+
+class TensorSource:
+    """The tensors of one safetensors file, or of the shards of one model; nothing is read before asked.
+
+    Args:
+        files: one or more files; no key may be in two of them.
+
+    Raises:
+        ModelError: for a file that is not a whole safetensors file.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self._specs: dict[str, tuple[Header, TensorSpec]] = {}
+        for file in files:
+            header = checked_header(file)
+            for key, spec in sorted(header.tensors.items(), key=lambda item: item[1].start):
+                self._specs[key] = (header, spec)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys, in the order their tensors lie on disk."""
+        return tuple(self._specs)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of the tensor under ``key``."""
+        return self._specs[key][1].shape
+
+    def read(self, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (key, tensor) of the wanted keys in the order of the files, each in memory of its own."""
+        chosen = set(wanted)
+        with ExitStack() as stack:
+            streams: dict[Path, BinaryIO] = {}
+            for key, (header, spec) in self._specs.items():
+                if key in chosen:
+                    if header.path not in streams:
+                        streams[header.path] = stack.enter_context(header.path.open("rb"))
+                    yield key, _read(streams[header.path], header, spec)
+
+
+def checked_header(file: Path) -> Header:
+    """Return a file's header.
+
+    Raises:
+        ModelError: if it is missing, damaged or no safetensors file.
+    """
+    try:
+        return read_header(file)
+    except AdapterFileError as error:
+        raise ModelError(str(error)) from None
+
+
+def _read(stream: BinaryIO, header: Header, spec: TensorSpec) -> Tensor:
+    tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    if tensor.numel():
+        stream.seek(header.data_offset + spec.start)
+        target = tensor.reshape(-1).view(torch.uint8).numpy()
+        if stream.readinto(target) != spec.end - spec.start:  # type: ignore[attr-defined]
+            raise ModelError(f"{header.path}: became shorter while it was read; check the disk")
+    return tensor
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weights of one component of a diffusers folder: a file, or shards.
+
+    The full-precision file wins over variants, the EMA-free ``non_ema`` one is never taken.
+
+    Raises:
+        ModelError: if there are none that can be read.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16", ".bf16"):
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if index.is_file():
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                return [folder / Path(name).name for name in sorted(names)]
+            file = folder / f"{stem}{variant}.safetensors"
+            if file.is_file():
+                return [file]
+    others = sorted(path.name for path in folder.glob("*.bin"))
+    if others:
+        raise ModelError(
+            f"{folder}: holds its weights as {others[0]}, which can run code when opened and is not read; "
+            "get the .safetensors files of this model"
+        )
+    raise ModelError(f"{folder}: holds no .safetensors weights; check that the download is complete")
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Have modules made inside take no memory; :func:`fill` gives them their weights."""
+    with torch.device("meta"):
+        yield
+
+
+def fill(
+    module: nn.Module,
+    places: Mapping[str, Place],
+    source: TensorSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    what: str,
+) -> None:
+    """Give a module made by :func:`without_memory` its weights, in ``dtype`` on ``device``, frozen.
+
+    Args:
+        module: all of its tensors must have a place.
+        places: name in the module -> where the source keeps it.
+        source: what is read.
+        dtype: number format to round to.
+        device: where the weights go.
+        what: the component's name, for messages.
+
+    Raises:
+        ModelError: for tensors that are missing or of another shape, naming the first.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    users = by_key({name: places[name] for name in wanted})
+    missing = sorted(set(users) - set(source.keys))
+    where = source.files[0]
+    if missing:
+        raise ModelError(
+            f"{where}: {len(missing)} of {len(users)} tensors of the {what} are missing (first: "
+            f"`{shown(missing[0])}`); it is incomplete, or a variant that is not supported"
+        )
+    for key, stored in source.read(users):
+        for name in users[key]:
+            try:
+                part = places[name].take(stored, wanted[name])
+            except ValueError as error:
+                raise ModelError(
+                    f"{where}: `{shown(key)}` {error}; it is a variant of the family that is not supported"
+                ) from None
+            # a copy of its own: a third of a matrix must not keep the whole one alive
+            whole = part.numel() == stored.numel() and part.is_contiguous()
+            _assign(module, name, part.to(device, dtype) if whole else part.to(device, dtype).clone())
+    _compute_buffers(module, device)
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    tensor = tensor.contiguous()
+    if child in owner._parameters:
+        owner._parameters[child] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[child] = tensor
+
+
+def _compute_buffers(module: nn.Module, device: torch.device) -> None:
+    """Make the buffers that files leave out because they follow from the settings."""
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            parent, _, child = name.rpartition(".")
+            assert child == "position_ids", f"{name} is in no file"
+            positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+            module.get_submodule(parent)._buffers[child] = positions

@@ -1,0 +1,103 @@
+"""SDXL's text and sizes against diffusers' own pipeline and against the formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from sdlora.families.base import SizeHint
+from sdlora.families.loading import load_model
+from sdlora.families.unet_model import UNetModel
+
+from .narrow import States
+
+Bases = Mapping[str, tuple[Path, States]]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(bases: Bases) -> UNetModel:
+    return load_model(str(bases["sdxl"][0]), dtype=torch.float32, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def pipeline(bases: Bases) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=None,
+        scheduler=None,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def test_states_and_pooled_text_equal_diffusers(
+    model: UNetModel, pipeline: StableDiffusionXLPipeline
+) -> None:
+    pipeline.register_modules(
+        text_encoder=model.text_encoders["text_encoder"],
+        text_encoder_2=model.text_encoders["text_encoder_2"],
+        tokenizer=model.tokenizers["text_encoder"],
+        tokenizer_2=model.tokenizers["text_encoder_2"],
+    )
+    with torch.no_grad():
+        states, negative, pooled, negative_pooled = pipeline.encode_prompt(
+            "a cat in ink", None, CPU, 1, True, negative_prompt=""
+        )
+        found = model.encode_text(["a cat in ink", ""])
+    assert found["states"].shape == (2, 77, 40)
+    torch.testing.assert_close(found["states"][:1], states, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["states"][1:], negative, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["pooled"][:1], pooled, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["pooled"][1:], negative_pooled, rtol=0, atol=1e-6)
+
+
+def test_tokenizers_fill_up_with_their_own_tokens(model: UNetModel) -> None:
+    assert model.tokenizers["text_encoder"].pad_token_id == 49407
+    assert model.tokenizers["text_encoder_2"].pad_token_id == 0
+
+
+def test_sizes_are_told_in_the_order_of_the_paper(model: UNetModel) -> None:
+    """Original, crop corner, target, each (height, width), as 256-wide sinusoids there (here 8)."""
+    seen: list[torch.Tensor] = []
+    hook = model.unet.add_time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        with torch.no_grad():
+            model.predict(
+                torch.zeros(2, 4, 8, 8),
+                torch.tensor([10, 10]),
+                model.encode_text(["a", "b"]),
+                [SizeHint((1, 2), (3, 4), (5, 6)), SizeHint((7, 8), (9, 10), (11, 12))],
+            )
+    finally:
+        hook.remove()
+    assert seen[0].tolist() == [float(n) for n in range(1, 13)]
+
+
+def test_the_prediction_equals_diffusers_unet_with_its_pipelines_time_ids(
+    model: UNetModel, pipeline: StableDiffusionXLPipeline
+) -> None:
+    pipeline.register_modules(unet=model.unet, text_encoder_2=model.text_encoders["text_encoder_2"])
+    hint = SizeHint((1023, 777), (16, 0), (64, 64))
+    ids = pipeline._get_add_time_ids(
+        hint.original, hint.crop, hint.target, torch.float32, text_encoder_projection_dim=20
+    )
+    with torch.no_grad():
+        text = model.encode_text(["a cat"])
+        noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        wanted = model.unet(
+            noisy,
+            torch.tensor([500]),
+            encoder_hidden_states=text["states"],
+            added_cond_kwargs={"text_embeds": text["pooled"], "time_ids": ids},
+        ).sample
+        found = model.predict(noisy, torch.tensor([500]), text, [hint])
+    assert torch.equal(found, wanted)

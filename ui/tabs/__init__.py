@@ -1,1 +1,0 @@
-"""The pages: each module builds one and connects it to the site."""

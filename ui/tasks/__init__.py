@@ -1,1 +1,0 @@
-"""What the worker process does; these modules import torch."""

@@ -1,4 +1,0 @@
-// Everything the page adds to Gradio.
-import "./dataset.js";
-import "./jobs.js";
-import "./pictures.js";
