@@ -179,6 +179,7 @@ def _run_train(options: argparse.Namespace) -> Result:
         "loss": result.loss,
         "validation_loss": result.validation_loss,
         "seconds": round(result.seconds, 2),
+        "data_wait_share": round(result.data_wait_share, 4),
     }, 0
 
 
@@ -358,6 +359,58 @@ def _run_demo(options: argparse.Namespace) -> Result:
     return result.to_dict(), 0
 
 
+def _declare_ui(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="training runs")
+    parser.add_argument(
+        "--pictures", type=Path, default=Path("pictures"), metavar="DIR", help="where what is drawn goes"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("training-pictures"),
+        metavar="DIR",
+        help="where dropped pictures go",
+    )
+    parser.add_argument(
+        "--allow",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a further folder the page may read and write; may be repeated",
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
+    parser.add_argument(
+        "--listen",
+        nargs="?",
+        const="0.0.0.0",
+        metavar="ADDRESS",
+        help="let others reach it; needs --password",
+    )
+    parser.add_argument("--password", help="asked of everyone (or the variable SDLORA_UI_PASSWORD)")
+    parser.add_argument("--browser", action="store_true", help="also open the page in the browser")
+
+
+def _run_ui(options: argparse.Namespace) -> Result:
+    try:
+        from sdlora_ui.start import start
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the web UI is not installed ({error.name} is missing); run: pip install -e '.[ui]'"
+        ) from None
+    start(
+        runs=options.runs,
+        pictures=options.pictures,
+        data=options.data,
+        allowed=options.allow,
+        host=options.listen or "127.0.0.1",
+        port=options.port,
+        password=options.password or os.environ.get("SDLORA_UI_PASSWORD"),
+        browser=options.browser,
+    )
+    return {"served": True}, 0
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command("train a LoRA on a folder of pictures", _declare_train, _run_train),
     "generate": Command("draw pictures with adapters at any strength", _declare_generate, _run_generate),
@@ -370,4 +423,5 @@ COMMANDS: dict[str, Command] = {
     "check": Command("look for trouble in a folder of pictures", declare_check, run_check),
     "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
     "demo": Command("learn an ink style on the built-in base and show it", _declare_demo, _run_demo),
+    "ui": Command("train, draw and export in the browser", _declare_ui, _run_ui),
 }

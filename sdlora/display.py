@@ -102,7 +102,8 @@ class TrainingDisplay:
                 self._say(f"step {event.step}: saved {event.folder}")
             case RunFinished():
                 word = "stopped" if event.stopped else "finished"
-                self._say(f"{word} after {event.step} steps and {duration(event.seconds)}")
+                waited = f"{event.data_wait_share:.1%} of the step time was spent waiting for data"
+                self._say(f"{word} after {event.step} steps and {duration(event.seconds)}; {waited}")
 
     def _start(self, event: RunStarted) -> None:
         time = "" if event.expected_seconds is None else f"about {duration(event.expected_seconds)} and "

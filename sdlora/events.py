@@ -76,6 +76,8 @@ class StepDone(Event):
     num_images: int
     images_per_second: float
     seconds_left: float
+    data_wait_share: float
+    """Share of the step's time spent waiting for data."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class RunFinished(Event):
     stopped: bool
     seconds: float
     adapter_file: Path | None
+    data_wait_share: float
+    """Share of all steps' time spent waiting for data."""
 
 
 Listener = Callable[[Event], None]

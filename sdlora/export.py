@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TARGETS = {"webui": "{name}.safetensors", "diffusers": "{name}-diffusers.safetensors", "peft": "{name}-peft"}
 _PROGRAM_STEMS = {"adapter", "adapter_model", "pytorch_lora_weights"}
-_NAME = re.compile(r'^(?!\.)[^\\/:*?"<>|\x00-\x1f]{1,100}$')
+_PLAIN = r'[^\\/:*?"<>|\x00-\x1f]'
+_NAME = re.compile(rf"^(?!\.)(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)){_PLAIN}{{1,100}}$(?<![. ])")
+"""File names that every system takes: no separators, none of Windows' devices, no dot or space at the end."""
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -353,7 +355,9 @@ def _dtype(asked: Precision | torch.dtype | None, default: torch.dtype) -> torch
 
 def _check_name(name: str) -> str:
     if not _NAME.match(name):
-        raise ConfigError(f'--name {name!r}: must be a plain file name without \\ / : * ? " < > |')
+        raise ConfigError(
+            f'--name {name!r}: must be a plain file name without \\ / : * ? " < > |, not a device of Windows'
+        )
     return name
 
 

@@ -132,7 +132,7 @@ def generate(
     generator = ImageGenerator.load(base, device=device, precision=precision)
     model = generator.model
     given = {generator.add_adapter(Path(file)): strength for file, strength in adapters}
-    hashes = {name: _tensor_hash(Path(file)) for name, (file, _) in zip(given, adapters, strict=True)}
+    hashes = {name: tensor_hash(Path(file)) for name, (file, _) in zip(given, adapters, strict=True)}
     recommended = float(model.base.recommended.get("sample.guidance", USUAL_GUIDANCE))
     first_seed = defaults.seed if seed is None else seed
     plain = GenerateRequest(
@@ -145,7 +145,7 @@ def generate(
         sampler=sampler,
         seed=first_seed,
     )
-    columns = [given] if strengths is None else [_swept(given, value) for value in strengths]
+    columns = [given] if strengths is None else [swept(given, value) for value in strengths]
     requests = [
         dataclasses.replace(plain, prompt=prompt, seed=first_seed + i, strengths=column)
         for prompt in prompts
@@ -154,9 +154,9 @@ def generate(
     ]
     for request in requests:
         check_request(model, request)
-    _make_folder(folder)  # after everything that can be wrong, before the long work
+    make_folder(folder)  # after everything that can be wrong, before the long work
     made = generator.generate(requests, merge=merge, progress=progress)
-    files = [_write_numbered(folder, one, parameters_text(one.request, model.base, hashes)) for one in made]
+    files = [write_numbered(folder, one, parameters_text(one.request, model.base, hashes)) for one in made]
     sheet = None if strengths is None else _write_sweep(folder, made, strengths, given)
     return GenerateResult(tuple(files), sheet, time.perf_counter() - started)
 
@@ -194,7 +194,7 @@ def _values(strength: Strength) -> list[float]:
     return [strength] if isinstance(strength, int | float) else list(strength.values())
 
 
-def _swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
+def swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
     """Return the strengths of one column of a sweep."""
     if len(given) == 1 and all(isinstance(strength, int | float) for strength in given.values()):
         return dict.fromkeys(given, value)
@@ -206,7 +206,7 @@ def _swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
     }
 
 
-def _tensor_hash(path: Path) -> str:
+def tensor_hash(path: Path) -> str:
     """Return the SHA-256 (hex) of a file's tensors, as WebUI does; empty for a folder."""
     from .tensor_file import read_header
 
@@ -218,7 +218,12 @@ def _tensor_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make the folder for pictures if it is missing.
+
+    Raises:
+        OutputError: when it is a file, or cannot be made.
+    """
     if folder.is_file():
         raise OutputError(f"{folder}: is a file, but pictures need a folder; choose another --output")
     try:
@@ -227,7 +232,8 @@ def _make_folder(folder: Path) -> None:
         raise OutputError(f"{folder}: {write_problem(error)}") from error
 
 
-def _write_numbered(folder: Path, made: GeneratedImage, text: str) -> Path:
+def write_numbered(folder: Path, made: GeneratedImage, text: str) -> Path:
+    """Write a picture with its settings as ``00001-SEED.png``, counting on; return the file."""
     file = _reserve(folder, r"(\d{5,})-\d+\.png", lambda number: f"{number:05d}-{made.request.seed}.png")
     with _giving_back(file):
         save_png(made.image, file, text)

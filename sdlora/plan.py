@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import Config, component_keys
 from .data.folder import Dataset
 from .errors import ConfigError
-from .families.base import BaseModelInfo
+
+if TYPE_CHECKING:
+    from .families.base import BaseModelInfo
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,15 @@ def resolve_data(config: Config, facts: BaseFacts, num_images: int) -> tuple[Con
     """Fill the settings that preparing the pictures needs: resolution and hold-out."""
     resolver = _Resolver(config, facts)
     resolver.fill("data.resolution", facts.native_resolution, "the base's own resolution")
-    if num_images >= 20:
-        held = min(8, max(2, round(num_images * 0.1)))
-        resolver.fill("data.validation", held, f"a tenth of {num_images} pictures, at most 8")
-    else:
-        resolver.fill("data.validation", 0, f"{num_images} pictures are too few to hold some out")
+    resolver.fill("data.validation", *hold_out(num_images))
     return resolver.config, resolver.decisions
+
+
+def hold_out(num_images: int) -> tuple[int, str]:
+    """Return how many pictures are held out to measure progress, and why."""
+    if num_images >= 20:
+        return min(8, max(2, round(num_images * 0.1))), f"a tenth of {num_images} pictures, at most 8"
+    return 0, f"{num_images} pictures are too few to hold some out"
 
 
 def resolve_training(

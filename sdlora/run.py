@@ -21,12 +21,14 @@ from . import checkpoint
 from .adapters.base import COMPONENTS, AdapterWeights
 from .adapters.lora import AttachedLayer, attach, create_adapter, read_weights
 from .config import Config, component_keys, load_config, save_config
+from .data.batches import generator_for, make_batch
 from .data.buckets import make_buckets, place, square_bucket
 from .data.cache import EncodedDataset
 from .data.cache_folder import default_cache_folder
 from .data.holdout import keep_apart, split
 from .data.items import Dataset, ImageItem
-from .data.order import Order
+from .data.loader import BatchLoader, Loaded
+from .data.order import MicroBatch, Order
 from .data.sources import by_role, gather, gather_held_out, joined
 from .devices import choose_device, choose_dtype
 from .errors import ConfigError, OutputError, TrainingError
@@ -71,7 +73,9 @@ class Run:
     tell: Announcer
     started_at: float
     splitter: SplitPredictor | None
+    loader: BatchLoader
     step: int = 0
+    step_seconds: float = 0.0
 
     @property
     def images_per_step(self) -> int:
@@ -217,6 +221,7 @@ def _assemble(
         tell=tell,
         started_at=time.time(),
         splitter=_splitter(config, model),
+        loader=_loader(config, encoded[0], model, order, accelerator.process_index),
     )
     if resume:
         _restore(run)
@@ -238,6 +243,22 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
     """
     whole = config.adapter.adapts_text or config.adapter.dropout > 0 or config.training.gradient_checkpointing
     return SplitPredictor(model) if model.device.type == "cpu" and not whole else None
+
+
+def _loader(
+    config: Config, data: EncodedDataset, model: DiffusionModel, order: Order, rank: int
+) -> BatchLoader:
+    seed = config.training.seed
+
+    def make(step: int, micro: int, visits: MicroBatch) -> Loaded:
+        generator = generator_for(seed, step, micro, rank)
+        dropout = config.data.caption_dropout
+        return Loaded(
+            make_batch(data, model, visits, generator, seed=seed, caption_dropout=dropout), generator
+        )
+
+    steps = total_steps(config, order.steps_per_epoch)
+    return BatchLoader(order, rank, steps, make, single_threaded=model.device.type == "cpu")
 
 
 def _encode(config: Config, part: Dataset, model: DiffusionModel, tell: Announcer) -> EncodedDataset:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,14 @@ from .files import replacing
 MAX_HEADER_BYTES = 32 * 2**20
 """Longest header we parse: real ones stay under a few MiB, even with cover images inside."""
 MAX_NUM_DIMENSIONS = 8
+MAX_ENTRY_CHARS = 4 * 2**20
+"""Longest text entry that is parsed as JSON itself."""
+_SMALL_HEADER_BYTES = 2**20
+"""Headers up to this size are parsed as they are: what comes of them stays under some tens of MiB."""
+_MAX_STRINGS = 100_000
+_MAX_STRUCTURE_BYTES = 4 * 2**20
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 DTYPES = {
     "F64": torch.float64,
@@ -117,6 +126,8 @@ def read_header(path: Path) -> Header:
             raise AdapterFileError(
                 f"{path}: is a folder, but a .safetensors file is needed here; name the file"
             )
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise AdapterFileError(f"{path}: is a pipe or a device, not a file; name a .safetensors file")
         with path.open("rb") as stream:
             num_bytes = stream.seek(0, 2)
             stream.seek(0)
@@ -131,6 +142,7 @@ def read_header(path: Path) -> Header:
         raise AdapterFileError(f"{path}: cannot be read ({reason}); check its permissions") from None
     if len(raw) != length:
         raise _broken(path, f"ends inside its header ({len(raw)} of {length} bytes are there)")
+    _check_amount(path, raw)
     tree = _parse(path, raw)
     metadata = _metadata(path, tree.pop("__metadata__", None))
     tensors = {key: _tensor_spec(path, key, entry) for key, entry in tree.items()}
@@ -258,6 +270,36 @@ def _header_length(path: Path, start: bytes, num_bytes: int) -> int:
     return int(length)
 
 
+def _check_amount(path: Path, raw: bytes) -> None:
+    """Refuse a header that would take far more memory parsed than as text: millions of tiny values.
+
+    Long texts, as of cover pictures and lists of tags, are no harm.
+    """
+    if len(raw) <= _SMALL_HEADER_BYTES:
+        return
+    rest, num_strings = _STRING.subn(b"", raw, count=_MAX_STRINGS + 1)
+    if num_strings > _MAX_STRINGS or len(rest) > _MAX_STRUCTURE_BYTES:
+        raise AdapterFileError(
+            f"{path}: has a header of {len(raw)} bytes with more values than any adapter has; it is damaged "
+            "or made to harm, get it from another source"
+        )
+
+
+def entry_json(text: str) -> object:
+    """Return the JSON value in a text entry of a header.
+
+    Raises:
+        ValueError: when it is not JSON, nested too deep, or longer than :data:`MAX_ENTRY_CHARS`.
+    """
+    if len(text) > MAX_ENTRY_CHARS:
+        raise ValueError(f"longer than {MAX_ENTRY_CHARS} characters")
+    try:
+        value: object = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return value
+
+
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -271,7 +313,26 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         raise _broken(path, f"has a header that is not valid JSON ({shown(error)})") from None
     if not isinstance(tree, dict):
         raise _broken(path, f"has a header that is a JSON {type(tree).__name__}, not an object")
+    if _SURROGATE.search(raw) and _has_surrogate(tree):
+        raise _broken(path, "has a header with half characters (lone surrogates), which is no Unicode text")
     return tree
+
+
+def _has_surrogate(tree: dict[str, Any]) -> bool:
+    """Tell whether a key or a text entry cannot be written as UTF-8."""
+    entries = tree.get("__metadata__")
+    texts = (
+        [*tree, *(text for pair in entries.items() for text in pair)] if isinstance(entries, dict) else tree
+    )
+    return any(isinstance(text, str) and not _is_utf8(text) for text in texts)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _metadata(path: Path, entries: object) -> dict[str, str]:
@@ -296,6 +357,8 @@ def _tensor_spec(path: Path, key: str, entry: object) -> TensorSpec:
         raise _broken(path, f"{where}: shape {shown(shape, 40)}")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _broken(path, f"{where}: offsets {shown(offsets, 60)}")
+    if math.prod(side for side in shape if side) >= 2**62:  # empty tensors may claim any other side
+        raise _broken(path, f"{where}: shape {shown(shape, 40)} is beyond any memory")
     needed = math.prod(shape) * dtype.itemsize
     if needed != offsets[1] - offsets[0]:
         raise _broken(

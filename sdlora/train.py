@@ -23,7 +23,7 @@ from torch import Tensor
 from . import checkpoint
 from .config import Config
 from .cost import measure_cost
-from .data.batches import Batch, generator_for, make_batch
+from .data.batches import Batch
 from .errors import TrainingError
 from .events import (
     Announcer,
@@ -56,6 +56,7 @@ class TrainResult:
         loss: mean over the last 20 steps; None if no step was made.
         validation_loss: the last one measured.
         seconds: wall time of this call.
+        data_wait_share: share of the steps' time spent waiting for data.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class TrainResult:
     loss: float | None
     validation_loss: float | None
     seconds: float
+    data_wait_share: float
 
 
 def train(
@@ -90,17 +92,18 @@ def train(
     tell = Announcer((early.append, *listeners))
     run = prepare_run(config, resume=resume, tell=tell)
     control = control or Control(run_folder(config))
-    with _journal(run, early) as journal:
+    with _journal(run, early) as journal, run.loader:
         run.tell = Announcer((journal, *listeners))
         losses, validation_loss, stopped = _loop(run, control)
+        waited = run.loader.waited / max(run.step_seconds, 1e-9)
         adapter_file = None
         if run.accelerator.is_main_process:
             draw_loss_curve(run)
             adapter_file = None if stopped else finish_run(run, losses)
         seconds = time.monotonic() - begun
-        run.tell(RunFinished(run.step, stopped, seconds, adapter_file))
+        run.tell(RunFinished(run.step, stopped, seconds, adapter_file, waited))
     loss = sum(losses) / len(losses) if losses else None
-    return TrainResult(run.folder, adapter_file, run.step, stopped, loss, validation_loss, seconds)
+    return TrainResult(run.folder, adapter_file, run.step, stopped, loss, validation_loss, seconds, waited)
 
 
 @contextmanager
@@ -128,19 +131,25 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
         validation_loss = validate(run)
         preview(run)
     while run.step < run.steps:
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), run.loader.waited
         loss, norm, rate, count = train_step(run)
         times.append(time.perf_counter() - began)
+        run.step_seconds += times[-1]
         recent.append(loss)
         left = (run.steps - run.step) * sum(times) / len(times)
         epoch = run.order.epoch_of(run.step - 1)
         speed = count / times[-1]
-        run.tell(StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left))
+        share = (run.loader.waited - waited) / times[-1]
+        run.tell(StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left, share))
         wishes = _agreed(run, control.take())
         last = run.step == run.steps
-        if last or _due(run.step, settings.validate_every):
+        validating = last or _due(run.step, settings.validate_every)
+        previewing = last or "SAMPLE" in wishes or _due(run.step, run.config.sample.every)
+        if validating or previewing:
+            run.loader.settle()  # both move the model and switch its modes
+        if validating:
             validation_loss = validate(run) or validation_loss
-        if last or "SAMPLE" in wishes or _due(run.step, run.config.sample.every):
+        if previewing:
             preview(run)
         if last or wishes & {"SAVE", "STOP"} or _due(run.step, settings.checkpoint_every):
             save(run)
@@ -151,26 +160,14 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
 
 def train_step(run: Run) -> tuple[float, float, float, int]:
     """Make one optimizer step; return (mean loss, gradient norm, learning rate, pictures seen)."""
-    config, settings = run.config, run.config.training
+    config = run.config
     assert config.optimizer.warmup_steps is not None
     factor = schedule_factor(config.optimizer.schedule, run.step, run.steps, config.optimizer.warmup_steps)
     for options, own in zip(run.optimizer.param_groups, run.groups, strict=True):
         options["lr"] = own.learning_rate * factor
-    rank = run.accelerator.process_index
     total, count = 0.0, 0
     names: list[str] = []
-    for micro, visits in enumerate(run.order.step(run.step)[rank]):
-        if not visits:
-            continue
-        generator = generator_for(settings.seed, run.step, micro, rank)
-        batch = make_batch(
-            run.training,
-            run.model,
-            visits,
-            generator,
-            seed=settings.seed,
-            caption_dropout=config.data.caption_dropout,
-        )
+    for batch, generator in run.loader.step(run.step):
         split = run.splitter
         predict = split.predict_with_gradients if split else None
         weighted, plain = loss_of(run.model, batch, config, generator, predict)
@@ -181,7 +178,7 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
             split.backward(run.parameters())
         for group in run.groups:
             group.master.collect()
-        total, count, names = total + float(plain.sum()), count + len(visits), [*names, *batch.names]
+        total, count, names = total + float(plain.sum()), count + len(batch.names), [*names, *batch.names]
     norm = _apply(run, names)
     run.step += 1
     if run.accelerator.num_processes > 1:

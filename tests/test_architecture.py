@@ -18,7 +18,7 @@ LAYERS = [
     {"config"},
     {"diffusion", "data", "devices"},
     {"families"},
-    {"data.cache", "data.batches"},
+    {"data.cache", "data.batches", "data.loader"},
     {"adapters"},
     {"formats"},
     {"surgery"},

@@ -23,7 +23,7 @@ from sdlora.adapters.base import AdapterWeights
 from sdlora.checkpoint import list_checkpoints, load_checkpoint
 from sdlora.config import Config, load_config
 from sdlora.errors import ConfigError, OutputError, TrainingError
-from sdlora.events import Announcer, Control, Event, RunStarted, StepDone, Validated
+from sdlora.events import Announcer, Control, Event, RunFinished, RunStarted, StepDone, Validated
 from sdlora.formats import read_adapter
 from sdlora.objective import loss_of
 from sdlora.run import Run, prepare_run
@@ -443,3 +443,13 @@ def same(one: AdapterWeights, other: AdapterWeights) -> bool:
         torch.equal(pair.down, other.pairs[key].down) and torch.equal(pair.up, other.pairs[key].up)
         for key, pair in one.items()
     )
+
+
+def test_the_share_of_time_spent_waiting_for_data_is_told(settings: Callable[..., Config]) -> None:
+    heard: list[Event] = []
+    result = train(settings("run", "training.steps=3"), listeners=[heard.append])
+    shares = [event.data_wait_share for event in heard if isinstance(event, StepDone)]
+    assert len(shares) == 3
+    assert all(0 <= share < 1 for share in shares)
+    (finished,) = (event for event in heard if isinstance(event, RunFinished))
+    assert 0 <= min(shares) <= finished.data_wait_share == result.data_wait_share <= max(shares)

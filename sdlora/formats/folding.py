@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
-from ..tensor_file import FLOAT_DTYPES, shown
+from ..tensor_file import FLOAT_DTYPES, entry_json, shown
 
 RECORDED_ALPHAS = "sdlora.alphas"
 
@@ -147,14 +147,14 @@ def original_alpha(path: Path, metadata: Mapping[str, str]) -> Mapping[str, floa
     if text is None:
         return {}
     try:
-        entries = json.loads(text)
+        entries = entry_json(text)
         valid = isinstance(entries, dict) and all(
             isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and abs(v) > 1e-30
             for v in entries.values()
         )
-    except (ValueError, RecursionError, OverflowError):
-        valid = False
-    if not valid:
+    except (ValueError, OverflowError):
+        entries, valid = None, False
+    if not valid or not isinstance(entries, dict):
         raise AdapterFileError(
             f"{path}: header entry `{RECORDED_ALPHAS}` is `{shown(text, 60)}`, not a list of alphas; "
             "the file was changed by another program, export it again"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..adapters.base import AdapterFile, AdapterWeights
-from ..tensor_file import header_bytes, in_file_order, tensor_bytes
+from ..tensor_file import entry_json, header_bytes, in_file_order, tensor_bytes
 from . import folding
 from .dataset_entries import dataset_entries, folder_name
 from .privacy import without_private
@@ -203,8 +203,8 @@ def trigger_words(entries: Mapping[str, str]) -> tuple[str, ...]:
     own = entries.get("sdlora.trigger_words")
     if own is not None:
         try:
-            words = json.loads(own)
-        except (ValueError, RecursionError):
+            words = entry_json(own)
+        except ValueError:
             words = None
         if isinstance(words, list) and all(isinstance(word, str) for word in words):
             return tuple(words)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..adapters.base import COMPONENTS, AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
-from ..tensor_file import MAX_HEADER_BYTES, Header, Load, shown
+from ..tensor_file import MAX_ENTRY_CHARS, Header, Load, shown
 from . import folding, foreign, names
 
 CONFIG_FILE = "adapter_config.json"
@@ -159,7 +159,7 @@ def read_config(path: Path) -> dict[str, Any]:
         AdapterFileError: when it is missing, too large or not a JSON object.
     """
     try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
+        if path.stat().st_size > MAX_ENTRY_CHARS:
             raise AdapterFileError(
                 f"{path}: is far too large for settings; get the adapter from another source"
             )

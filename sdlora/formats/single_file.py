@@ -8,14 +8,13 @@ leave the update as it is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..adapters.base import COMPONENTS, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
-from ..tensor_file import Header, Load
+from ..tensor_file import Header, Load, entry_json
 from . import folding
 from .keys import group_keys
 from .peft import effective_alpha
@@ -53,8 +52,8 @@ def peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
     if text is None:
         return {}
     try:
-        tree = json.loads(text)
-    except (ValueError, RecursionError):
+        tree = entry_json(text)
+    except ValueError:
         tree = None
     if not isinstance(tree, dict):
         raise AdapterFileError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import tracemalloc
 import zipfile
@@ -138,6 +139,11 @@ HEADERS = {
     "a gap": {"a": entry(1, 5, [1])},
     "a rest": {"a": entry(0, 0, [0])},
     "too many sides": {"a": entry(0, 4, [1] * 5000)},
+    "an empty tensor beyond any memory": {"a": entry(0, 0, [0, 2**62, 2**62]), "b": entry(0, 4, [1])},
+    "half a character in a key": b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+    "half a character in an entry": {"__metadata__": {"a": "\ud800"}, "b": entry(0, 4, [1])},
+    "a number of many digits": b'{"a":{"dtype":"F32","shape":[' + b"9" * 6000 + b'],"data_offsets":[0,4]}}',
+    "not a number": b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}',
 }
 
 
@@ -145,6 +151,52 @@ HEADERS = {
 def test_malformed_headers(what: str, tmp_path: Path) -> None:
     path = raw_file(tmp_path / "a.safetensors", HEADERS[what], b"\0\0\0\0")
     refusal(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.safetensors")
+    assert "is a pipe or a device" in refusal(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("what", ["objects", "lists", "numbers", "strings"])
+def test_a_header_of_millions_of_values_is_refused_before_it_is_parsed(what: str, tmp_path: Path) -> None:
+    count = 1_000_000
+    texts = {
+        "objects": b"{" + b",".join(b'"%d":{}' % i for i in range(count // 2)) + b"}",
+        "lists": b'{"a":[' + b",".join([b"[]"] * (2 * count)) + b"]}",
+        "numbers": b'{"a":[' + b",".join([b"12345"] * count) + b"]}",
+        "strings": b'{"a":[' + b",".join([b'""'] * count) + b"]}",
+    }
+    path = raw_file(tmp_path / "a.safetensors", texts[what])
+    tracemalloc.start()
+    with pytest.raises(AdapterFileError, match="more values than any adapter has"):
+        read_adapter(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * 2**20, "parsed, these would take hundreds of MiB"
+
+
+def test_a_large_but_honest_header_is_read(tmp_path: Path) -> None:
+    tags = json.dumps({"set": {f"tag {i}": i for i in range(100_000)}})
+    assert len(tags) > 2**20
+    path = tmp_path / "a.safetensors"
+    tensors = {f"{KEY}.lora_down.weight": torch.ones(2, 4), f"{KEY}.lora_up.weight": torch.ones(4, 2)}
+    save_file(tensors, path, {"ss_tag_frequency": tags, "ssmd_cover_images": '["' + "A" * 2**22 + '"]'})
+    assert len(read_adapter(path).info.metadata["ss_tag_frequency"]) == len(tags)
+
+
+def test_entries_too_long_to_parse_are_refused_where_they_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {f"{KEY}.lora_down.weight": torch.ones(2, 4), f"{KEY}.lora_up.weight": torch.ones(4, 2)}
+    for key, what in (
+        ("sdlora.alphas", "not a list of alphas"),
+        ("lora_adapter_metadata", "not a JSON object"),
+    ):
+        for text in ("[" * 100_000, '{"a":"' + "x" * (5 * 2**20) + '"}'):
+            save_file(tensors, path, {key: text})
+            with pytest.raises(AdapterFileError, match=what):
+                read_adapter(path)
 
 
 def test_control_characters_in_keys_stay_out_of_messages(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""A server on folders of its own, as a process or in this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio", reason="the web UI is not installed: pip install -e '.[ui]'")
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass
+class Server:
+    """``sdlora ui`` as a process."""
+
+    home: Path
+    port: int
+    process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(
+        self, path: str, body: object = None, headers: dict[str, str] | None = None, raw: bool = False
+    ) -> Any:
+        """Return the JSON (or the bytes) of an answer; raises HTTPError on a refusal."""
+        given = {"Content-Type": "application/json", "X-Sdlora": "1"} if body is not None else {}
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(self.url + path, data, given | (headers or {}))
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            text = answer.read()
+        return text if raw else json.loads(text)
+
+    def status(self, path: str, body: object = None, headers: dict[str, str] | None = None) -> int:
+        """Return only the status of an answer."""
+        try:
+            self.ask(path, body, headers, raw=True)
+        except urllib.error.HTTPError as error:
+            return error.code
+        return 200
+
+    def kill(self) -> None:
+        """End the server's process at once, as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_server(home: Path, *arguments: str, port: int | None = None) -> Server:
+    """Start ``sdlora ui`` in ``home`` and wait for its page."""
+    port = port or free_port()
+    log = (home / "server.log").open("ab")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdlora", "ui", "--port", str(port), *arguments],
+        cwd=home,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        stdout=log,
+        stderr=log,
+    )
+    server = Server(home, port, process)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"{server.url}/sdlora/jobs", timeout=5).close()
+            return server
+        except urllib.error.HTTPError as error:
+            if error.code == 401:
+                return server
+        except OSError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"the server did not start: {(home / 'server.log').read_text()}")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A running server on a new home."""
+    home = tmp_path / "home"
+    home.mkdir()
+    running = start_server(home)
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def wait() -> Callable[[Callable[[], Any], float], Any]:
+    """A function that waits for something to become true and returns it."""
+
+    def until(ready: Callable[[], Any], seconds: float = 30) -> Any:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if value := ready():
+                return value
+            time.sleep(0.05)
+        raise AssertionError(f"not within {seconds} s")
+
+    return until

@@ -1,0 +1,130 @@
+"""The form is made from the settings' schema, and says exactly what the schema can hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from sdlora_ui.forms import SECTION_TITLES, control, from_config, settings, to_values
+from sdlora_ui.places import PlaceRefused, Places
+from sdlora_ui.sent import from_parameters
+from sdlora_ui.settings import checked_base, checked_config
+
+from sdlora.config import Config, fields, load_config
+from sdlora.errors import ConfigError
+
+
+def test_every_setting_has_a_control_with_label_and_help() -> None:
+    made = settings()
+    assert [setting.key for setting in made] == [key for key, _ in fields()]
+    assert {setting.key.partition(".")[0] for setting in made} == set(SECTION_TITLES)
+    with gr.Blocks(analytics_enabled=False):
+        for setting in made:
+            shown = control(setting)
+            assert shown.label and shown.info and shown.elem_id.startswith("set-")
+
+
+def test_ranges_and_defaults_are_told() -> None:
+    known = {setting.key: setting for setting in settings()}
+    assert "From 1 to 1024." in known["adapter.rank"].help
+    assert "Above 0." in known["optimizer.learning_rate"].help
+    assert "Default: 0.05." in known["data.caption_dropout"].help
+    assert known["adapter.rank"].optional and not known["training.seed"].optional
+
+
+def test_an_untouched_form_says_nothing() -> None:
+    assert to_values(from_config(Config())) == {}
+
+
+def test_every_setting_survives_the_form() -> None:
+    given: dict[str, Any] = {
+        "model.base": "mini",
+        "model.clip_skip": 2,
+        "data.folder": Path("/tmp/x"),
+        "data.flip": True,
+        "data.caption_dropout": 0.2,
+        "adapter.targets": "all",
+        "adapter.rank": 8,
+        "optimizer.betas": (0.8, 0.95),
+        "optimizer.learning_rate": 2e-5,
+        "sample.prompts": ("a cat, sitting", "a dog"),
+        "output.name": "x",
+    }
+    config = load_config(values=given)
+    assert load_config(values=to_values(from_config(config))) == config
+
+
+def test_no_previews_is_an_empty_list() -> None:
+    assert to_values({"sample.prompts": "[]"}) == {"sample.prompts": ()}
+    assert to_values({"sample.prompts": " "}) == {}
+
+
+def test_what_cannot_be_read_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.betas=oops"):
+        to_values({"optimizer.betas": "oops"})
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Places:
+    (tmp_path / "pictures").mkdir()
+    return Places.of(tmp_path, runs=Path("runs"), pictures=Path("out"), data=Path("pictures"))
+
+
+def test_a_checked_config_has_absolute_places(places: Places) -> None:
+    config = checked_config(places, {"data.folder": "pictures", "output.name": " my style "})
+    assert config.data.folder == places.data
+    assert config.output.folder == places.runs / "my style"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"data.folder": "/etc"},
+        {"data.folder": "pictures", "output.folder": "/tmp/elsewhere"},
+        {"data.folder": "pictures", "data.cache_folder": "../cache"},
+        {"data.folder": "pictures", "model.base": "/etc/passwd"},
+        {"data.folder": "pictures", "model.base": "../base.safetensors"},
+        {"data.folder": "pictures", "data.validation": "/etc"},
+    ],
+)
+def test_settings_with_a_path_outside_are_refused(places: Places, raw: dict[str, str]) -> None:
+    with pytest.raises(PlaceRefused):
+        checked_config(places, raw)
+
+
+def test_contradictions_are_refused_before_the_start(places: Places) -> None:
+    with pytest.raises(ConfigError, match="both fix the length"):
+        checked_config(places, {"data.folder": "pictures", "training.steps": 5, "training.epochs": 2})
+
+
+def test_a_hub_id_is_a_base_but_a_folder_of_that_name_must_be_allowed(places: Places) -> None:
+    assert checked_base(places, "someone/a-model") == "someone/a-model"
+    (places.home / "someone" / "a-model").mkdir(parents=True)
+    with pytest.raises(PlaceRefused):
+        checked_base(places, "someone/a-model")
+
+
+def test_settings_come_back_from_a_pictures_text() -> None:
+    sent = from_parameters(
+        {
+            "Prompt": "a cat <lora:style:0.8> <lora:other:0.3:0.7>",
+            "Negative prompt": "dog",
+            "Steps": "12",
+            "Sampler": "DPM++ 2M",
+            "Schedule type": "Karras",
+            "CFG scale": "4.5",
+            "Seed": "7",
+            "Size": "64x96",
+        }
+    )
+    assert (sent.prompt, sent.negative, sent.seed, sent.steps) == ("a cat", "dog", 7, 12)
+    assert (sent.width, sent.height, sent.guidance) == (64, 96, 4.5)
+    assert sent.sampler == "DPM++ 2M Karras"
+    assert sent.adapters == (("style", 0.8, 0.8), ("other", 0.7, 0.3))
+
+
+def test_a_strange_pictures_text_sets_only_what_it_says() -> None:
+    sent = from_parameters({"Prompt": "x <lora:broken:high>", "Sampler": "unheard of", "Size": "big"})
+    assert (sent.prompt, sent.sampler, sent.width, sent.adapters) == ("x", None, None, ())

@@ -1,0 +1,239 @@
+"""The queue: one job at a time, state on disk, processes that outlive the server."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sdlora_ui.jobs import Job, JobQueue, memory_of
+from sdlora_ui.progress import RunView, thinned
+
+from sdlora.config import Config, load_config
+from sdlora.errors import ConfigError, OutputError
+
+# What `sdlora train` does as far as the queue can see it: events, STOP, checkpoints, one JSON line.
+PROGRAM = """
+import json, sys, time, tomllib
+from pathlib import Path
+arguments = sys.argv[1:]
+after = lambda name: arguments[arguments.index(name) + 1]
+resume = "--resume" in arguments
+if resume:
+    run = Path(after("--output"))
+    config = tomllib.loads((run / "config.toml").read_text())
+else:
+    config = tomllib.loads(Path(after("--config")).read_text())
+    run = Path(config["output"]["folder"])
+steps = config["training"]["steps"]
+if steps == 1:
+    print("sdlora: it is broken", file=sys.stderr)
+    print(json.dumps({"error": "the pictures are gone", "kind": "DatasetError"}))
+    sys.exit(2)
+run.mkdir(parents=True, exist_ok=True)
+if not resume:
+    (run / "config.toml").write_text(Path(after("--config")).read_text())
+events = open(after("--events"), "a")
+def tell(kind, **values):
+    events.write(json.dumps({"event": kind, **values}) + "\\n")
+    events.flush()
+saved = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*")) if resume else []
+first = saved[-1] if saved else 0
+tell("RunStarted", steps=steps, first_step=first, expected_seconds=1.0, expected_bytes=5)
+for step in range(first + 1, steps + 1):
+    time.sleep(0.02)
+    facts = dict(learning_rate=1e-4, seconds_left=0.1, images_per_second=2.0)
+    tell("StepDone", step=step, steps=steps, loss=1 / step, **facts)
+    stop = (run / "STOP").exists()
+    if stop or step == steps:
+        (run / "STOP").unlink(missing_ok=True)
+        place = run / "checkpoints" / f"step-{step}"
+        place.mkdir(parents=True)
+        (place / "adapter.safetensors").write_text("")
+    if stop:
+        print(json.dumps({"stopped": True, "step": step}))
+        sys.exit(0)
+tell("RunFinished", adapter_file=str(run / "x.safetensors"), seconds=1.0, stopped=False, step=steps)
+print(json.dumps({"stopped": False, "step": steps}))
+"""
+Wait = Callable[[Callable[[], Any], float], Any]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[[], JobQueue]]:
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM))
+    queues: list[JobQueue] = []
+
+    def queue() -> JobQueue:
+        queues.append(JobQueue(tmp_path / "jobs", tmp_path, (sys.executable, str(program))))
+        return queues[-1]
+
+    yield queue
+    for job in queues[-1].all() if queues else ():
+        if job.status in ("running", "stopping"):
+            queues[-1].kill(job.id)
+
+
+def settings(tmp_path: Path, name: str = "style", steps: int = 5) -> Config:
+    return load_config(
+        values={"output.name": name, "output.folder": tmp_path / "runs" / name, "training.steps": steps}
+    )
+
+
+def ended(queue: JobQueue, job: Job, wait: Wait) -> Job:
+    wait(lambda: queue.get(job.id).status in ("stopped", "finished", "failed"), 15)
+    return queue.get(job.id)
+
+
+def test_a_job_runs_from_its_own_toml_and_ends_finished(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path))
+    assert job.status == "waiting"
+    assert queue.command(job.id) == ["sdlora", "train", "--config", str(queue.settings(job.id))]
+    assert load_config(queue.settings(job.id)).training.steps == 5
+    queue.tick()
+    assert ended(queue, job, wait).status == "finished"
+    view = queue.view(job.id)
+    assert (view.step, view.steps, view.adapter_file) == (5, 5, str(job.run / "x.safetensors"))
+    assert sorted(view.loss) == [1, 2, 3, 4, 5]
+
+
+def test_only_one_job_trains_and_the_next_follows(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    first, second = queue.add(settings(tmp_path, "a", 20)), queue.add(settings(tmp_path, "b"))
+    queue.tick()
+    queue.tick()
+    assert [job.status for job in queue.all()] == ["running", "waiting"]
+    assert memory_of(queue.get(first.id))
+    ended(queue, first, wait)
+    queue.tick()
+    assert ended(queue, second, wait).status == "finished"
+
+
+def test_a_new_server_takes_over_running_and_waiting_jobs(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    old = make()
+    first, second = old.add(settings(tmp_path, "a", 60)), old.add(settings(tmp_path, "b"))
+    old.tick()
+    new = make()
+    assert [job.status for job in new.all()] == ["running", "waiting"]
+    new.tick()
+    assert new.get(second.id).status == "waiting"
+    assert new.stop(first.id).status == "stopping"
+    assert ended(new, first, wait).status == "stopped"
+    new.tick()
+    assert ended(new, second, wait).status == "finished"
+
+
+def test_stop_saves_and_resume_goes_on_from_there(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path, "a", 100))
+    queue.tick()
+    wait(lambda: queue.view(job.id).step > 1, 15)
+    queue.stop(job.id)
+    assert ended(queue, job, wait).status == "stopped"
+    stopped_at = queue.view(job.id).step
+    assert 0 < stopped_at < 100
+    queue.resume(job.id)
+    assert queue.command(job.id) == ["sdlora", "train", "--resume", "--output", str(job.run)]
+    queue.tick()
+    assert ended(queue, job, wait).status == "finished"
+    view = queue.view(job.id)
+    assert view.first_step == stopped_at and sorted(view.loss) == list(range(1, 101))
+
+
+def test_a_job_that_fails_says_why(make: Callable[[], JobQueue], tmp_path: Path, wait: Wait) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path, "a", 1))
+    queue.tick()
+    failed = ended(queue, job, wait)
+    assert (failed.status, failed.error) == ("failed", "the pictures are gone")
+    assert "it is broken" in queue.log(job.id)
+
+
+def test_a_job_killed_from_outside_is_not_shown_as_running(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path, "a", 500))
+    queue.tick()
+    wait(lambda: queue.view(job.id).step > 0, 15)
+    queue.kill(job.id)
+    assert ended(queue, job, wait).status == "stopped"
+    with pytest.raises(OutputError, match="no checkpoint"):
+        queue.resume(job.id)
+
+
+def test_deleting_keeps_the_run_unless_told(make: Callable[[], JobQueue], tmp_path: Path, wait: Wait) -> None:
+    queue = make()
+    for name, with_run in (("a", False), ("b", True)):
+        job = queue.add(settings(tmp_path, name))
+        queue.tick()
+        with pytest.raises(ConfigError, match="stop it first"):
+            queue.delete(job.id, with_run=False)
+        ended(queue, job, wait)
+        queue.delete(job.id, with_run=with_run)
+        assert queue.all() == [] and job.run.exists() is not with_run
+
+
+def test_a_folder_that_no_run_wrote_is_never_removed(make: Callable[[], JobQueue], tmp_path: Path) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path))
+    job.run.mkdir(parents=True)
+    (job.run / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not written by a training run"):
+        queue.delete(job.id, with_run=True)
+    assert (job.run / "thesis.txt").exists()
+
+
+def test_a_used_run_folder_is_refused(make: Callable[[], JobQueue], tmp_path: Path) -> None:
+    queue = make()
+    queue.add(settings(tmp_path, "a"))
+    with pytest.raises(OutputError, match="a job in the queue"):
+        queue.add(settings(tmp_path, "a"))
+    (tmp_path / "runs" / "b").mkdir(parents=True)
+    (tmp_path / "runs" / "b" / "x").write_text("")
+    with pytest.raises(OutputError, match="not empty"):
+        queue.add(settings(tmp_path, "b"))
+
+
+@pytest.mark.parametrize("job_id", ["../../etc", "x", "", "20260101-000000-zzzzzz"])
+def test_an_unknown_or_hostile_job_id_is_refused(make: Callable[[], JobQueue], job_id: str) -> None:
+    with pytest.raises(ConfigError, match="there is none"):
+        make().get(job_id)
+
+
+def test_two_servers_do_not_start_one_job_twice(make: Callable[[], JobQueue], tmp_path: Path) -> None:
+    first, second = make(), make()
+    job = first.add(settings(tmp_path, "a", 30))
+    first.tick()
+    second.tick()
+    assert first.get(job.id).pid == second.get(job.id).pid
+
+
+def test_a_half_written_event_waits_for_its_rest(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    view = RunView(file)
+    file.write_text('{"event": "Validated", "step": 3, "loss": 0.5}\n{"event": "Vali')
+    view.refresh()
+    assert view.validation == {3: 0.5}
+    with file.open("a") as stream:
+        stream.write('dated", "step": 6, "loss": 0.25}\n')
+    view.refresh()
+    assert view.validation == {3: 0.5, 6: 0.25}
+
+
+def test_long_curves_are_thinned_to_means() -> None:
+    points = thinned({step: float(step) for step in range(1, 1001)}, 100)
+    assert len(points) == 100 and points[0] == (10, 5.5) and points[-1] == (1000, 995.5)

@@ -1,0 +1,166 @@
+"""The page put together, and the server around it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdlora.errors import ConfigError
+
+from .gate import Gate
+from .opening import Opening
+from .places import Places
+from .site import Site
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from fastapi import FastAPI
+
+_FONTS = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+_MONO = ["ui-monospace", "SFMono-Regular", "Consolas", "Liberation Mono", "monospace"]
+MAX_UPLOAD = "2gb"
+
+
+def serve(places: Places, *, host: str = "127.0.0.1", port: int = 7860, password: str | None = None) -> None:
+    """Serve the page until interrupted.
+
+    Args:
+        places: the folders that may be used.
+        host: address to listen on.
+        port: to listen on.
+        password: asked of everyone; required when others can reach the address.
+
+    Raises:
+        ConfigError: for an open address without a password, or a port in use.
+    """
+    refuse_open_door(host, password)
+    taken = _port_taken(host, port)
+    if taken:
+        raise ConfigError(f"--port {port}: {taken}; choose another, e.g. --port {port + 1}")
+    import uvicorn
+
+    site = Site.open(places)
+    app = Gate(Opening(lambda: make_app(site)), host=host, password=password)
+    uvicorn.run(app, host=host, port=port, log_level="warning", ws="none", timeout_graceful_shutdown=2)
+
+
+def refuse_open_door(host: str, password: str | None) -> None:
+    """Refuse to listen to others without a password.
+
+    Raises:
+        ConfigError: when anyone on the network could use the server.
+    """
+    if host not in ("127.0.0.1", "::1", "localhost") and not password:
+        raise ConfigError(
+            f"--listen {host}: others can reach this address, so a password is needed; add --password TEXT "
+            "or set SDLORA_UI_PASSWORD"
+        )
+
+
+def make_app(site: Site) -> FastAPI:
+    """Return the ASGI application of a site: our own routes, and the Gradio page on ``/``."""
+    quiet(site.places.state / "uploads")
+    from contextlib import asynccontextmanager
+
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from .routes import routes
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> Any:
+        site.begin()
+        yield
+        site.end()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.router.routes.extend(routes(site.places, site.queue))
+    web = Path(__file__).parent / "web"
+    mounted: FastAPI = gr.mount_gradio_app(
+        app,
+        build(site),
+        "/",
+        ssr_mode=False,
+        mcp_server=False,
+        footer_links=[],
+        max_file_size=MAX_UPLOAD,
+        show_error=True,
+        theme=_theme(gr),
+        css=(web / "app.css").read_text(encoding="utf-8"),
+        head='<script type="module" src="/sdlora/web/app.js"></script>'
+        '<link rel="icon" href="/sdlora/web/icon.svg" type="image/svg+xml">',
+    )
+    return mounted
+
+
+def quiet(uploads: Path) -> None:
+    """Tell Gradio, before it is imported, to report nothing and where uploads go."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["GRADIO_SHARE"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def build(site: Site) -> gr.Blocks:
+    """Return the page with its four tabs."""
+    import gradio as gr
+
+    from .tabs import dataset, generate, tools, train
+    from .tabs.shared import Shell
+
+    with gr.Blocks(
+        title="sdlora", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
+    ) as page:
+        bridges = {
+            name: gr.Textbox(elem_id=name, visible="hidden", label=name.replace("-", " "))
+            for name in (
+                "chosen-folder", "chosen-trigger", "chosen-demo", "try-run", "export-run", "clone-run",
+                "chosen-cell", "sent-picture",
+            )
+        }  # fmt: skip
+        gr.HTML(
+            '<header class="sd-head"><img src="/sdlora/web/icon.svg" alt=""><h1>sdlora</h1></header>',
+            elem_id="head",
+        )
+        with gr.Tabs(selected="dataset", elem_id="pages") as tabs:
+            shell = Shell(tabs, *bridges.values())
+            with gr.Tab("1  Data set", id="dataset"):
+                dataset.build(site, shell)
+            with gr.Tab("2  Train", id="train", render_children=True):
+                train.build(site, shell)
+            with gr.Tab("3  Generate", id="generate", render_children=True) as drawing:
+                generate.build(site, shell, drawing)
+            with gr.Tab("4  Export and tools", id="tools", render_children=True) as exporting:
+                tools.build(site, shell, exporting)
+    return page
+
+
+def _theme(gr: Any) -> Any:
+    """Return a quiet theme on the system's own fonts."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.indigo,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        font=_FONTS,
+        font_mono=_MONO,
+    ).set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+        block_border_width="0px",
+        block_background_fill="transparent",
+        block_label_background_fill="transparent",
+    )
+
+
+def _port_taken(host: str, port: int) -> str:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""

@@ -1,0 +1,195 @@
+"""Calling the worker process: started on first use, restarted after a crash, ended when idle."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdlora.errors import SdloraError
+
+_CRASHED = (
+    "the process that does this work ended: it was killed, or the machine ran out of memory; "
+    "try a smaller size, or stop the training first (nothing was lost)"
+)
+
+
+class CallFailed(SdloraError):
+    """The worker answered with an error, in words for the user."""
+
+
+class CallCancelled(CallFailed):
+    """A newer call took this one's place."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One message of a call: progress (done, total, note), a part, or the result."""
+
+    progress: tuple[int, int, str] | None = None
+    part: Mapping[str, Any] | None = None
+    result: Mapping[str, Any] | None = None
+
+
+@dataclass
+class _Child:
+    process: subprocess.Popen[str]
+    inboxes: dict[int, queue.Queue[dict[str, Any] | None]] = field(default_factory=dict)
+
+
+class Worker:
+    """One worker process and the calls under way in it. Safe to use from any thread."""
+
+    def __init__(self, home: Path, idle_seconds: float = 600.0) -> None:
+        """Start nothing yet; ``home`` is the working folder."""
+        self._home, self._idle = home, idle_seconds
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._child: _Child | None = None
+        self._last = time.monotonic()
+        self._newest: dict[str, int] = {}
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._child is not None and self._child.process.poll() is None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way."""
+        return self._child is not None and bool(self._child.inboxes)
+
+    def call(
+        self, task: str, arguments: Mapping[str, Any], *, replace: str | None = None
+    ) -> Iterator[Answer]:
+        """Yield what a task tells; the last answer has its result.
+
+        Args:
+            task: key of :data:`sdlora_ui.worker.TASKS`.
+            arguments: JSON values.
+            replace: a newer call with the same word cancels this one.
+
+        Raises:
+            CallCancelled: when it was replaced.
+            CallFailed: with the task's own words.
+        """
+        number, inbox = next(self._numbers), queue.Queue[dict[str, Any] | None]()
+        with self._lock:
+            child = self._started()
+            child.inboxes[number] = inbox
+            if replace is not None:
+                if (older := self._newest.get(replace)) in child.inboxes:
+                    self._send(child, {"cancel": older})
+                self._newest[replace] = number
+            self._send(child, {"id": number, "task": task, "arguments": dict(arguments)})
+        done = False
+        try:
+            while not done:
+                message = inbox.get()
+                done = message is None or "error" in message or "result" in message
+                yield _answer(message)
+        finally:
+            with self._lock:
+                child.inboxes.pop(number, None)
+                self._last = time.monotonic()
+                if not done:  # the one who asked went away
+                    self._send(child, {"cancel": number})
+
+    def ask(self, task: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a task's result.
+
+        Raises:
+            CallFailed: with the task's own words.
+        """
+        for answer in self.call(task, arguments):
+            if answer.result is not None:
+                return answer.result
+        raise CallFailed(_CRASHED)
+
+    def end_if_idle(self) -> None:
+        """End the process when it has had nothing to do for a while: it holds a base in memory."""
+        with self._lock:
+            if self._child and not self._child.inboxes and time.monotonic() - self._last > self._idle:
+                self._end()
+
+    def release(self) -> None:
+        """End the process now unless it works, so that its memory is free."""
+        with self._lock:
+            if self._child and not self._child.inboxes:
+                self._end()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        with self._lock:
+            if self._child:
+                self._child.process.kill()
+                self._end()
+
+    def _end(self) -> None:
+        assert self._child is not None
+        process, self._child = self._child.process, None
+        with suppress(OSError):
+            assert process.stdin is not None
+            process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+            return
+        process.kill()
+
+    def _started(self) -> _Child:
+        if self._child is not None and self._child.process.poll() is None:
+            return self._child
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sdlora_ui.worker"],
+            cwd=self._home,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        self._child = _Child(process)
+        threading.Thread(target=self._listen, args=(self._child,), daemon=True).start()
+        return self._child
+
+    def _listen(self, child: _Child) -> None:
+        assert child.process.stdout is not None
+        with suppress(ValueError, OSError):
+            for line in child.process.stdout:
+                message = json.loads(line)
+                inbox = child.inboxes.get(message["id"])
+                if inbox is not None:
+                    inbox.put(message)
+        child.process.wait()
+        with self._lock:
+            for inbox in child.inboxes.values():
+                inbox.put(None)
+
+    def _send(self, child: _Child, message: Mapping[str, Any]) -> None:
+        with suppress(OSError, ValueError):  # a dead child: its listener tells everybody who waits
+            assert child.process.stdin is not None
+            child.process.stdin.write(json.dumps(message, default=str) + "\n")
+            child.process.stdin.flush()
+
+
+def _answer(message: Mapping[str, Any] | None) -> Answer:
+    if message is None:
+        raise CallFailed(_CRASHED)
+    if message.get("cancelled"):
+        raise CallCancelled("replaced by a newer one")
+    if "error" in message:
+        raise CallFailed(str(message["error"]))
+    if "progress" in message:
+        done, total = message["progress"]
+        return Answer(progress=(done, total, message.get("note") or "starting"))
+    return Answer(part=message.get("part"), result=message.get("result"))

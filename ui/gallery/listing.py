@@ -1,0 +1,20 @@
+"""The pictures that were drawn, newest first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def list_pictures(folder: Path, limit: int) -> dict[str, Any]:
+    """Return the newest PNGs below a folder as ``{"total": n, "pictures": [{file, name, changed}]}``."""
+    found = []
+    for file in folder.rglob("*.png") if folder.is_dir() else ():
+        if not file.name.startswith(".") and (state := file.stat()).st_size:
+            found.append((state.st_mtime_ns, file))
+    found.sort(reverse=True)
+    pictures = [
+        {"file": str(file), "name": str(file.relative_to(folder)), "changed": changed}
+        for changed, file in found[:limit]
+    ]
+    return {"total": len(found), "pictures": pictures}

@@ -1,0 +1,61 @@
+"""The page's own elements, written as HTML with their data as one escaped attribute."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+from urllib.parse import quote
+
+
+def file_url(path: str) -> str:
+    """Return where the server gives a file."""
+    return f"/sdlora/file?path={quote(path)}"
+
+
+def picture_html(picture: Mapping[str, Any], seconds: float | None = None) -> str:
+    """Return one picture with the settings it was drawn with."""
+    took = f'<span class="sd-dim">drawn in {seconds:.1f} s</span>' if seconds is not None else ""
+    return (
+        f'<figure class="sd-main"><img src="{escape(file_url(picture["file"]), quote=True)}" '
+        f'alt="{escape(picture["text"].splitlines()[0], quote=True)}">'
+        f"<figcaption>{took}<details><summary>Settings in the PNG</summary>"
+        f"<pre>{escape(picture['text'])}</pre></details></figcaption></figure>"
+    )
+
+
+def strip_html(
+    pictures: Sequence[Mapping[str, Any]], strengths: Sequence[float], total: int, chosen: float = 1.0
+) -> str:
+    """Return a strip of strengths, to be scrubbed in the browser."""
+    data = {
+        "pictures": [{"file": picture["file"]} for picture in pictures],
+        "strengths": list(strengths[: len(pictures)]),
+        "total": total,
+        "chosen": chosen,
+    }
+    return _element("sd-strip", data)
+
+
+def compare_html(before: str, after: str, labels: tuple[str, str]) -> str:
+    """Return two pictures on each other with a line to move between them."""
+    return _element("sd-compare", {"before": before, "after": after, "labels": labels})
+
+
+def grid_html(
+    rows: Sequence[Mapping[str, str]], columns: Sequence[float], cells: Mapping[tuple[int, int], str]
+) -> str:
+    """Return a grid of checkpoints x strengths whose pictures can be chosen.
+
+    Args:
+        rows: ``label`` and ``file`` of each checkpoint.
+        columns: strengths.
+        cells: (row, column) -> picture file.
+    """
+    named = {f"{row},{column}": file for (row, column), file in cells.items()}
+    return _element("sd-grid", {"rows": list(rows), "columns": list(columns), "cells": named})
+
+
+def _element(name: str, data: object) -> str:
+    return f'<{name} data="{escape(json.dumps(data), quote=True)}"></{name}>'

@@ -1,0 +1,288 @@
+"""Who may talk to the server, and what leaves it: an ASGI layer around everything.
+
+- The ``Host`` must be one of ours, so that no name of a stranger's can point here (DNS rebinding).
+- A request that another site's page makes is refused, read or write; only following a link to the page
+  itself is fine.
+- With a password, everything but the login needs its cookie.
+- Bodies are bounded while they come in.
+- The page is told to load nothing from elsewhere, and Gradio's references to other sites are taken out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import re
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping
+from html import escape
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_BODY = 2 * 2**30 + 2**20
+MAX_JSON_BODY = 2**20
+_COOKIE = "sdlora_session"
+_SAFE = ("GET", "HEAD", "OPTIONS")
+_TRIES, _WINDOW = 8, 60.0
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+)
+_HEADERS = [
+    (b"content-security-policy", _POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+]
+# whole tags that name another site: Gradio's page has scripts, fonts and pictures of a CDN in it
+_FOREIGN_TAG = re.compile(
+    r"<(?:script|link|meta|img)\b[^>]*?(?:src|href|content)\s*=\s*[\"'](?:https?:)?//[^\"']*[\"'][^>]*?>"
+    r"(?:\s*</script>)?",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class Refused(Exception):
+    """An answer without asking the application: status and words."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status, self.text = status, text
+
+
+class Gate:
+    """The ASGI application around another one."""
+
+    def __init__(self, app: App, *, host: str, password: str | None = None) -> None:
+        """Wrap ``app``; ``host`` is the address listened on, ``password`` asks everyone to log in."""
+        self.app = app
+        self._password = password
+        self._names = _own_names(host)
+        self._any_address = host in ("0.0.0.0", "::")
+        self._sessions: set[str] = set()
+        self._failures: deque[float] = deque()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in, or answer it here."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            self._check_host(headers)
+            _check_origin(scope, headers)
+            if scope["type"] == "websocket":
+                self._check_session(headers)
+                await self.app(scope, receive, send)
+                return
+            if self._password is not None and scope["path"] == "/sdlora/login":
+                await self._login(scope, receive, send)
+                return
+            self._check_session(headers)
+            limit = MAX_JSON_BODY if scope["path"].startswith("/sdlora/") else MAX_BODY
+            body = _Body(receive, headers, limit)
+            await self.app(scope, body.receive, body.refusing(_cleaned(send, scope["path"])))
+        except Refused as refusal:
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+            elif refusal.status == 401 and "text/html" in headers.get("accept", ""):
+                await _answer(send, 200, _login_page(""), "text/html; charset=utf-8")
+            else:
+                await _answer(send, refusal.status, refusal.text)
+
+    def _check_host(self, headers: MutableMapping[str, str]) -> None:
+        host = _hostname(headers.get("host", ""))
+        if host in self._names or (self._any_address and _is_address(host)):
+            return
+        raise Refused(421, f"this server does not answer to the name `{host}`")
+
+    def _check_session(self, headers: MutableMapping[str, str]) -> None:
+        if self._password is None:
+            return
+        try:
+            cookie = SimpleCookie(headers.get("cookie", "")).get(_COOKIE)
+        except CookieError:
+            cookie = None
+        if cookie is None or cookie.value not in self._sessions:
+            raise Refused(401, "log in first: open the page in a browser")
+
+    async def _login(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            await _answer(send, 200, _login_page(""), "text/html; charset=utf-8")
+            return
+        now = time.monotonic()
+        while self._failures and now - self._failures[0] > _WINDOW:
+            self._failures.popleft()
+        if len(self._failures) >= _TRIES:
+            raise Refused(429, "too many wrong passwords; wait a minute")
+        given = parse_qs((await _body(receive, 4096)).decode("utf-8", "replace")).get("password", [""])[0]
+        assert self._password is not None
+        if not hmac.compare_digest(given.encode(), self._password.encode()):
+            self._failures.append(now)
+            await asyncio.sleep(0.5)
+            await _answer(send, 403, _login_page("That is not the password."), "text/html; charset=utf-8")
+            return
+        token = secrets.token_urlsafe(32)
+        self._sessions.add(token)
+        cookie = f"{_COOKIE}={token}; Path=/; HttpOnly; SameSite=Strict"
+        await _answer(send, 303, "", extra=[(b"location", b"/"), (b"set-cookie", cookie.encode())])
+
+
+def _own_names(host: str) -> set[str]:
+    names = {"localhost", "127.0.0.1", "::1", host.lower()}
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        own = socket.gethostname().lower()
+        names |= {own, own.partition(".")[0], f"{own.partition('.')[0]}.local"}
+    return names
+
+
+def _hostname(value: str) -> str:
+    try:
+        return (urlsplit(f"//{value}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_origin(scope: Scope, headers: MutableMapping[str, str]) -> None:
+    method = scope.get("method", "GET")
+    follows_link = (
+        method in _SAFE and headers.get("sec-fetch-mode") == "navigate" and scope.get("path") == "/"
+    )
+    if follows_link:
+        return
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+        raise Refused(403, "refused: the request comes from another site's page")
+    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        raise Refused(403, "refused: the request comes from another site's page")
+
+
+class _Body:
+    """A request's body that is refused above a limit, whatever its header promised."""
+
+    def __init__(self, receive: Receive, headers: MutableMapping[str, str], limit: int) -> None:
+        announced = headers.get("content-length", "0")
+        self._receive, self._limit, self._taken, self._over = receive, limit, 0, False
+        if announced.isdigit() and int(announced) > limit:
+            raise self._refusal()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._taken += len(message.get("body", b""))
+        if self._taken > self._limit:
+            self._over = True
+            raise self._refusal()
+        return message
+
+    def refusing(self, send: Send) -> Send:
+        """Return a ``send`` that drops what the application says about being cut off."""
+
+        async def refuse(message: Message) -> None:
+            if not self._over:
+                await send(message)
+
+        return refuse
+
+    def _refusal(self) -> Refused:
+        return Refused(413, f"larger than {self._limit} bytes")
+
+
+def _cleaned(send: Send, path: str) -> Send:
+    """Return a ``send`` that adds our headers and takes other sites out of the page."""
+    start: Message | None = None
+    page = bytearray()
+
+    async def cleaned(message: Message) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start":
+            own = {name for name, _ in _HEADERS} | {b"access-control-allow-origin"}
+            kept = [(name, value) for name, value in message["headers"] if name.lower() not in own]
+            message = {**message, "headers": [*kept, *_HEADERS]}
+            if path == "/" and _is_html(kept):
+                start = message
+                return
+        elif start is not None:
+            page.extend(message.get("body", b""))
+            if message.get("more_body"):
+                return
+            text = without_other_sites(page.decode("utf-8"))
+            body, head = text.encode("utf-8"), start
+            start = None
+            length = [(n, v) for n, v in head["headers"] if n.lower() != b"content-length"]
+            await send({**head, "headers": [*length, (b"content-length", str(len(body)).encode())]})
+            message = {"type": "http.response.body", "body": body}
+        await send(message)
+
+    return cleaned
+
+
+def without_other_sites(page: str) -> str:
+    """Return an HTML page without tags that name another site."""
+    return _FOREIGN_TAG.sub("", page)
+
+
+def _is_html(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(name.lower() == b"content-type" and value.startswith(b"text/html") for name, value in headers)
+
+
+async def _body(receive: Receive, limit: int) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise Refused(413, f"larger than {limit} bytes")
+        if not message.get("more_body"):
+            return body
+
+
+async def _answer(
+    send: Send,
+    status: int,
+    text: str,
+    kind: str = "text/plain; charset=utf-8",
+    extra: list[tuple[bytes, bytes]] | None = None,
+) -> None:
+    body = text.encode("utf-8")
+    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+    await send(
+        {"type": "http.response.start", "status": status, "headers": [*headers, *_HEADERS, *(extra or [])]}
+    )
+    await send({"type": "http.response.body", "body": body})
+
+
+def _login_page(problem: str) -> str:
+    said = f'<p role="alert">{escape(problem)}</p>' if problem else ""
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>sdlora: log in</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root {{ color-scheme: light dark; font-family: system-ui, sans-serif }}
+body {{ display: grid; place-items: center; min-height: 90vh; margin: 0 }}
+form {{ display: grid; gap: .8rem; width: min(20rem, 86vw) }}
+input, button {{ font: inherit; padding: .6rem .8rem; border-radius: .5rem; border: 1px solid #8888 }}
+button {{ background: #4338ca; color: white; border: 0; cursor: pointer }} p {{ color: #dc2626; margin: 0 }}
+</style></head><body><form method="post" action="/sdlora/login"><h1>sdlora</h1>
+<label for="password">Password, as given to <code>sdlora ui --password</code></label>
+<input id="password" name="password" type="password" autofocus autocomplete="current-password">{said}
+<button>Log in</button></form></body></html>"""

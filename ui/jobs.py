@@ -1,0 +1,392 @@
+"""A queue of training jobs that survives the server: its state is on disk, its jobs are processes.
+
+A job is a folder with ``run.toml`` (what ``sdlora train --config`` gets), ``events.jsonl``, ``log.txt``,
+``output.txt`` (the command's JSON result) and ``job.json``. One job trains at a time. A job goes on when
+the server ends; the next server takes it over by its process id.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from sdlora.config import Config, save_config
+from sdlora.errors import ConfigError, OutputError
+from sdlora.files import write_json
+
+from .progress import RunView
+
+Status = Literal["waiting", "running", "stopping", "stopped", "finished", "failed"]
+ENDED: tuple[Status, ...] = ("stopped", "finished", "failed")
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+_MAX_LOG = 200_000
+_LOST = "the process ended without a word: it was killed, or the machine ran out of memory; look at the log"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run in the queue.
+
+    Attributes:
+        id: name of its folder.
+        name: of the adapter.
+        run: run folder.
+        created: seconds since 1970.
+        status: see :data:`Status`.
+        resume: whether the next start goes on from a checkpoint.
+        pid: of its process.
+        process_started: when that process was created, which tells it from a later one with its id.
+        forced: whether it was killed instead of being asked.
+        error: what went wrong, in the command's words.
+    """
+
+    id: str
+    name: str
+    run: Path
+    created: float
+    status: Status = "waiting"
+    resume: bool = False
+    pid: int | None = None
+    process_started: float | None = None
+    forced: bool = False
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return asdict(self) | {"run": str(self.run)}
+
+
+class JobQueue:
+    """The jobs below one state folder. Its methods may be called from any thread."""
+
+    def __init__(self, folder: Path, home: Path, program: Sequence[str] | None = None) -> None:
+        """Take over what an earlier server left.
+
+        Args:
+            folder: holds one folder a job.
+            home: working folder of the jobs' processes.
+            program: what runs a job's command; this Python's ``-m sdlora`` when None.
+        """
+        self._folder, self._home = folder, home
+        self._program = tuple(program or (sys.executable, "-m", "sdlora"))
+        self._lock = threading.RLock()
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._views: dict[str, RunView] = {}
+        self._ended = threading.Event()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    # --- what there is ---------------------------------------------------------------------------------
+
+    def all(self) -> list[Job]:
+        """Return every job, the oldest first, as it stands now."""
+        with self._lock:
+            names = [path.name for path in self._folder.iterdir() if _ID.fullmatch(path.name)]
+            jobs = [job for name in names if (job := self._read(name)) is not None]
+            return sorted(jobs, key=lambda job: (job.created, job.id))
+
+    def get(self, job_id: str) -> Job:
+        """Return one job.
+
+        Raises:
+            ConfigError: when there is none of this id.
+        """
+        with self._lock:
+            job = self._read(job_id) if _ID.fullmatch(job_id) else None
+        if job is None:
+            raise ConfigError(f"job {job_id}: there is none (any more); reload the page")
+        return job
+
+    def view(self, job_id: str) -> RunView:
+        """Return what a job's events tell so far."""
+        with self._lock:
+            view = self._views.setdefault(job_id, RunView(self._folder / job_id / "events.jsonl"))
+            view.refresh()
+            return view
+
+    def settings(self, job_id: str) -> Path:
+        """Return the job's own TOML file."""
+        return self._folder / self.get(job_id).id / "run.toml"
+
+    def log(self, job_id: str) -> str:
+        """Return the end of what the job's process said."""
+        file = self._folder / self.get(job_id).id / "log.txt"
+        with suppress(OSError), file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - _MAX_LOG))
+            return stream.read().decode("utf-8", "replace")
+        return ""
+
+    def command(self, job_id: str) -> list[str]:
+        """Return the shell command that does what this job does."""
+        job = self.get(job_id)
+        if job.resume:
+            return ["sdlora", "train", "--resume", "--output", str(job.run)]
+        return ["sdlora", "train", "--config", str(self._folder / job_id / "run.toml")]
+
+    # --- what one may do -------------------------------------------------------------------------------
+
+    def add(self, config: Config) -> Job:
+        """Queue a run with these settings; ``output.folder`` must be set.
+
+        Raises:
+            ConfigError: when no run folder is given.
+            OutputError: when another job or run has this folder.
+        """
+        run = config.output.folder
+        if run is None:
+            raise ConfigError("`output.folder`: give the run folder")
+        with self._lock:
+            if run.exists() and (run.is_file() or any(run.iterdir())):
+                raise OutputError(f"{run}: exists and is not empty; choose another name")
+            if any(job.run == run and job.status not in ENDED for job in self.all()):
+                raise OutputError(f"{run}: a job in the queue writes there; choose another name")
+            now = time.time()
+            stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+            job = Job(f"{stamp}-{uuid.uuid4().hex[:6]}", config.output.name, run, now)
+            save_config(config, self._folder / job.id / "run.toml")
+            return self._write(job)
+
+    def start(self, job_id: str) -> Job:
+        """Start a waiting job now, unless another one trains; return it as it stands.
+
+        Raises:
+            ConfigError: when it is not waiting.
+            OutputError: when its process cannot be started.
+        """
+        with self._lock:
+            job = self.get(job_id)
+            if job.status != "waiting":
+                raise ConfigError(f"{job.name}: is {job.status}, not waiting; resume it instead")
+            if any(other.status in ("running", "stopping") for other in self.all()):
+                return job
+            return self._launch(job)
+
+    def stop(self, job_id: str) -> Job:
+        """Ask a job to finish its step, save and end; a waiting one just leaves the queue.
+
+        Raises:
+            ConfigError: when it has ended already.
+        """
+        with self._lock:
+            job = self.get(job_id)
+            if job.status == "waiting":
+                return self._write(replace(job, status="stopped"))
+            if job.status != "running":
+                raise ConfigError(f"{job.name}: is {job.status} and cannot be stopped")
+            self._ask_to_stop(job)
+            return self._write(replace(job, status="stopping"))
+
+    def kill(self, job_id: str) -> Job:
+        """End a job's process at once; its last checkpoint remains.
+
+        Raises:
+            ConfigError: when it does not run.
+        """
+        with self._lock:
+            job = self.get(job_id)
+            process = _process_of(job)
+            if process is None:
+                raise ConfigError(f"{job.name}: does not run; reload the page")
+            self._write(replace(job, forced=True))
+            for one in [*process.children(recursive=True), process]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            return job
+
+    def wish(self, job_id: str, what: Literal["SAVE", "SAMPLE"]) -> None:
+        """Ask a running job for a checkpoint or for previews after its current step.
+
+        Raises:
+            ConfigError: when it is not at a step.
+        """
+        job = self.get(job_id)
+        if job.status != "running" or not self.view(job_id).started:
+            raise ConfigError(f"{job.name}: takes no step right now; try again while it trains")
+        (job.run / what).touch()
+
+    def resume(self, job_id: str) -> Job:
+        """Queue an ended job again, from its newest checkpoint, or from the start if it never began.
+
+        Raises:
+            ConfigError: when it has not ended, or is complete.
+            OutputError: when the run left something behind, but no checkpoint to go on from.
+        """
+        with self._lock:
+            job = self.get(job_id)
+            if job.status not in ("stopped", "failed"):
+                raise ConfigError(f"{job.name}: is {job.status}; only a stopped or failed job goes on")
+            saved = any((job.run / "checkpoints").glob("step-*/*"))
+            if not saved and job.run.exists() and any(job.run.iterdir()):
+                raise OutputError(
+                    f"{job.run}: holds no checkpoint to go on from; clone the job and start it anew"
+                )
+            return self._write(replace(job, status="waiting", resume=saved, pid=None, error="", forced=False))
+
+    def delete(self, job_id: str, *, with_run: bool) -> None:
+        """Forget an ended or waiting job, and on request remove its run folder.
+
+        Raises:
+            ConfigError: when it runs.
+            OutputError: when the run folder is not one that a run wrote.
+        """
+        with self._lock:
+            job = self.get(job_id)
+            if job.status in ("running", "stopping"):
+                raise ConfigError(f"{job.name}: is {job.status}; stop it first")
+            if with_run and job.run.exists():
+                if not (job.run / "config.toml").is_file():
+                    raise OutputError(f"{job.run}: was not written by a training run; remove it yourself")
+                shutil.rmtree(job.run)
+            shutil.rmtree(self._folder / job.id)
+            self._views.pop(job.id, None)
+
+    # --- keeping it going ------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Start the next waiting job if none runs."""
+        with self._lock:
+            jobs = self.all()
+            waiting = [job for job in jobs if job.status == "waiting"]
+            if waiting and not any(job.status in ("running", "stopping") for job in jobs):
+                self._launch(waiting[0])
+
+    def run_in_background(self, every: float = 0.5) -> None:
+        """Keep the queue going in a daemon thread until :meth:`close`."""
+
+        def work() -> None:
+            while not self._ended.wait(every):
+                with suppress(OSError, OutputError):  # a full disk now may have room at the next tick
+                    self.tick()
+
+        threading.Thread(target=work, name="job queue", daemon=True).start()
+
+    def close(self) -> None:
+        """Let the queue rest; running jobs go on."""
+        self._ended.set()
+
+    # --- on disk and in the process table ---------------------------------------------------------------
+
+    def _read(self, job_id: str) -> Job | None:
+        try:
+            text = (self._folder / job_id / "job.json").read_text(encoding="utf-8")
+            values = json.loads(text)
+            job = Job(**(values | {"run": Path(values["run"])}))
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        if job.status in ("running", "stopping") and not self._lives(job):
+            return self._write(self._outcome(job))
+        return job
+
+    def _write(self, job: Job) -> Job:
+        write_json(self._folder / job.id / "job.json", job.to_dict())
+        return job
+
+    def _launch(self, job: Job) -> Job:
+        folder = self._folder / job.id
+        claim = folder / "claim"
+        try:  # another server on the same folder may have been quicker
+            claim.open("x").close()
+        except FileExistsError:
+            return job
+        try:
+            arguments = ["--config", str(folder / "run.toml")]
+            if job.resume:
+                arguments = ["--resume", "--output", str(job.run)]
+            for wish in ("STOP", "SAVE", "SAMPLE"):  # left over when a run died before it looked
+                (job.run / wish).unlink(missing_ok=True)
+            with (folder / "log.txt").open("ab") as log, (folder / "output.txt").open("wb") as output:
+                process = subprocess.Popen(
+                    [*self._program, "train", *arguments, "--events", str(folder / "events.jsonl"), "--json"],
+                    cwd=self._home,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=log,
+                    **_own_group(),
+                )
+            self._processes[job.id] = process
+            started = psutil.Process(process.pid).create_time()
+            return self._write(
+                replace(job, status="running", pid=process.pid, process_started=started, error="")
+            )
+        except (OSError, psutil.Error) as error:
+            return self._write(replace(job, status="failed", error=f"could not be started: {error}"))
+        finally:
+            claim.unlink(missing_ok=True)
+
+    def _lives(self, job: Job) -> bool:
+        own = self._processes.get(job.id)
+        if own is not None and own.pid == job.pid:
+            return own.poll() is None
+        return _process_of(job) is not None
+
+    def _outcome(self, job: Job) -> Job:
+        """Return a job whose process is gone with how it ended."""
+        result = _last_json(self._folder / job.id / "output.txt")
+        if result is None:
+            if job.forced or job.status == "stopping":
+                return replace(job, status="stopped", pid=None, error="")
+            return replace(job, status="failed", pid=None, error=_LOST)
+        if "error" in result:
+            if job.status == "stopping" and result["error"] == "interrupted":
+                return replace(job, status="stopped", pid=None)
+            return replace(job, status="failed", pid=None, error=str(result["error"]))
+        return replace(job, status="stopped" if result.get("stopped") else "finished", pid=None)
+
+    def _ask_to_stop(self, job: Job) -> None:
+        if self.view(job.id).started and job.run.is_dir():
+            (job.run / "STOP").touch()
+            return
+        process = _process_of(job)
+        if process is not None:
+            # before the first step nothing is lost; on POSIX the run still ends by itself, saved
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+
+
+def _own_group() -> dict[str, Any]:
+    """Return what keeps a job alive when the server, or its terminal, goes away."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}
+    return {"start_new_session": True}
+
+
+def _process_of(job: Job) -> psutil.Process | None:
+    if job.pid is None or job.process_started is None:
+        return None
+    try:
+        process = psutil.Process(job.pid)
+        same = abs(process.create_time() - job.process_started) < 1
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:
+        return None
+
+
+def memory_of(job: Job) -> int | None:
+    """Return the bytes of memory a running job holds, its children's included."""
+    process = _process_of(job)
+    if process is None:
+        return None
+    total = 0
+    with suppress(psutil.Error):
+        for one in (process, *process.children(recursive=True)):
+            total += one.memory_info().rss
+    return total or None
+
+
+def _last_json(file: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError, IndexError):
+        value = json.loads(file.read_text(encoding="utf-8").strip().splitlines()[-1])
+        return value if isinstance(value, dict) else None
+    return None

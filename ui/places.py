@@ -1,0 +1,161 @@
+"""Which folders the server may read and write, whatever a request says.
+
+Everything a browser names goes through :meth:`Places.readable` or :meth:`Places.writable`. They follow
+links and ``..`` first and compare afterwards, so the answer is about the real place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdlora.errors import SdloraError
+
+STATE = ".sdlora-ui"
+_MODEL_FOLDERS = (
+    "models/Stable-diffusion",
+    "models/checkpoints",
+    "models/Lora",
+    "models/loras",
+)
+"""Where A1111's WebUI (and Forge) and ComfyUI keep checkpoints and adapters."""
+_USUAL_HOMES = (
+    "stable-diffusion-webui",
+    "stable-diffusion-webui-forge",
+    "sd.webui/webui",
+    "ComfyUI",
+    "ComfyUI_windows_portable/ComfyUI",
+)
+
+
+class PlaceRefused(SdloraError):
+    """A path outside the folders that the user named when starting the server."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """The folders of one server, all resolved.
+
+    Attributes:
+        home: where relative paths start.
+        runs: training runs; the queue's state lies in it.
+        pictures: what is drawn.
+        data: where dropped pictures are put.
+        allowed: further folders to read and write, as given with ``--allow``.
+        models: folders with checkpoints and adapters, to read only.
+    """
+
+    home: Path
+    runs: Path
+    pictures: Path
+    data: Path
+    allowed: tuple[Path, ...] = ()
+    models: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        home: Path,
+        *,
+        runs: Path,
+        pictures: Path,
+        data: Path,
+        allowed: Iterable[Path] = (),
+        models: Iterable[Path] = (),
+    ) -> Places:
+        """Return the places with every path made absolute and its links followed.
+
+        Raises:
+            PlaceRefused: when an allowed folder does not exist.
+        """
+        home = home.resolve()
+        named = [(home / folder.expanduser()).resolve() for folder in allowed]
+        for folder in named:
+            if not folder.is_dir():
+                raise PlaceRefused(f"--allow {folder}: no such folder; check the path")
+        first, second, third = ((home / one.expanduser()).resolve() for one in (runs, pictures, data))
+        return cls(home, first, second, third, tuple(named), tuple(folder.resolve() for folder in models))
+
+    @property
+    def state(self) -> Path:
+        """Where the queue and uploads are kept."""
+        return self.runs / STATE
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """Folders that may be written."""
+        return (self.runs, self.pictures, self.data, *self.allowed)
+
+    def readable(self, text: str | Path) -> Path:
+        """Return the real path of something that may be read.
+
+        Raises:
+            PlaceRefused: when it lies elsewhere.
+        """
+        return self._inside(text, (*self.roots, *self.models), "read")
+
+    def writable(self, text: str | Path) -> Path:
+        """Return the real path of something that may be written.
+
+        Raises:
+            PlaceRefused: when it lies elsewhere, or among the server's own records.
+        """
+        path = self._inside(text, self.roots, "written")
+        if path == self.state or path.is_relative_to(self.state):
+            raise PlaceRefused(f"{text}: holds the queue's records; choose another folder")
+        return path
+
+    def shown(self, path: Path) -> str:
+        """Return a path as people would type it: relative to the home where it lies in it."""
+        return str(path.relative_to(self.home)) if path.is_relative_to(self.home) else str(path)
+
+    def _inside(self, text: str | Path, roots: tuple[Path, ...], verb: str) -> Path:
+        named = str(text).strip()
+        path = self._resolve(named)
+        if path is None or not any(path == root or path.is_relative_to(root) for root in roots):
+            shown = ", ".join(dict.fromkeys(self.shown(root) or "." for root in roots))
+            raise PlaceRefused(
+                f"{named or 'an empty path'}: may not be {verb}, it is outside the folders this server was "
+                f"given ({shown}); start it with `sdlora ui --allow FOLDER` to add one"
+            )
+        return path
+
+    def _resolve(self, text: str) -> Path | None:
+        # a Windows share named by a request would make this machine log in to it
+        if not text or text.startswith(("\\\\", "//")):
+            return None
+        try:
+            return (self.home / Path(text).expanduser()).resolve()
+        except (OSError, RuntimeError, ValueError):  # a loop of links, an unknown ~user, a null byte
+            return None
+
+
+def usual_model_folders(user_home: Path | None = None) -> list[Path]:
+    """Return the folders of a WebUI or ComfyUI in the user's home that hold checkpoints and adapters."""
+    try:
+        start = user_home or Path.home()
+    except RuntimeError:  # no home folder
+        return []
+    return [
+        folder
+        for home in _USUAL_HOMES
+        for inside in _MODEL_FOLDERS
+        if (folder := start / home / inside).is_dir()
+    ]
+
+
+def model_files(places: Places, kind: str) -> list[Path]:
+    """Return the ``.safetensors`` files in WebUI's and ComfyUI's usual folders below the named ones.
+
+    Args:
+        places: the server's folders.
+        kind: ``base`` or ``adapter``.
+    """
+    wanted = _MODEL_FOLDERS[:2] if kind == "base" else _MODEL_FOLDERS[2:]
+    endings = {Path(inside).name for inside in wanted}
+    folders = [folder for folder in places.models if folder.name in endings]
+    folders += [folder for folder in places.allowed if folder.name in endings]
+    folders += [root / inside for root in places.allowed for inside in wanted if (root / inside).is_dir()]
+    found = [file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*.safetensors"))]
+    return [file for file in dict.fromkeys(found) if file.is_file()]

@@ -1,0 +1,60 @@
+"""What a run would be, as the page shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+
+def plan_html(plan: Mapping[str, Any]) -> str:
+    """Return time, memory, and every setting that was filled in with its reason."""
+    facts = [_fact(plan["images"], "pictures to train on")]
+    if "steps" in plan:
+        facts = [
+            _fact(duration(plan["seconds"]), "to train, previews not counted"),
+            _fact(plan["steps"], "steps"),
+            _fact(memory(plan["bytes"]), f"memory of {memory(plan['free_bytes'])} free ({plan['device']})"),
+            *facts,
+        ]
+    warning = ""
+    if plan.get("fits") is False:
+        warning = (
+            '<p class="sd-problem" role="alert">This does not fit into the free memory: lower the batch size '
+            "or the resolution, or switch gradient checkpointing on.</p>"
+        )
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(key)}</th><td>{escape(_value(value))}</td>"
+        f"<td>{escape(reason)}</td></tr>"
+        for key, value, reason in plan["decisions"]
+    )
+    return (
+        f'<div class="sd-facts">{"".join(facts)}</div>{warning}<details class="sd-panel"><summary>'
+        f"Filled in for you ({len(plan['decisions'])} settings, with reasons)</summary>"
+        f'<div class="sd-scroll"><table class="sd-reasons"><tbody>{rows}</tbody></table></div></details>'
+    )
+
+
+def _fact(value: object, what: str) -> str:
+    return f'<div class="sd-fact"><strong>{escape(str(value))}</strong><span>{escape(what)}</span></div>'
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(str(one) for one in value)
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: ``40 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def memory(count: float) -> str:
+    """Return bytes as MiB or GiB."""
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,122 @@
+"""What a job's events tell, read as they are appended, in the form the page shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_MAX_POINTS = 400
+_BLOCK = 2**22
+
+
+class RunView:
+    """The state of a run, as its event file says; :meth:`refresh` reads only what is new."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._offset = file, 0
+        self.step, self.steps, self.first_step = 0, 0, 0
+        self.started = False
+        self.preparing: tuple[int, int] | None = None
+        self.seconds_left: float | None = None
+        self.images_per_second: float | None = None
+        self.expected_seconds: float | None = None
+        self.expected_bytes: int | None = None
+        self.loss: dict[int, float] = {}
+        self.validation: dict[int, float] = {}
+        self.rate: float | None = None
+        self.samples: dict[int, list[str]] = {}
+        self.checkpoints: list[int] = []
+        self.decisions: dict[str, tuple[Any, str]] = {}
+        self.notes: list[str] = []
+        self.adapter_file: str | None = None
+        self.seconds: float | None = None
+
+    def refresh(self) -> None:
+        """Take in the lines written since the last call; a half-written last line waits."""
+        with suppress(OSError), self._file.open("rb") as stream:
+            stream.seek(self._offset)
+            while block := stream.read(_BLOCK):
+                end = block.rfind(b"\n") + 1
+                if end == 0:
+                    return
+                self._offset += end
+                stream.seek(self._offset)
+                for line in block[:end].splitlines():
+                    with suppress(ValueError, KeyError, TypeError):
+                        self._take(json.loads(line))
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "StepDone":
+            self.step, self.steps = event["step"], event["steps"]
+            self.loss[event["step"]] = event["loss"]
+            self.rate, self.seconds_left = event["learning_rate"], event["seconds_left"]
+            self.images_per_second = event["images_per_second"]
+            self.preparing = None
+        elif kind == "RunStarted":
+            self.started, self.preparing = True, None
+            self.steps, self.first_step = event["steps"], event["first_step"]
+            self.step = max(self.step, event["first_step"])
+            self.expected_seconds, self.expected_bytes = event["expected_seconds"], event["expected_bytes"]
+            self.seconds_left = event["expected_seconds"]
+            self._forget_after(event["first_step"])
+        elif kind == "Caching":
+            self.preparing = event["done"], event["total"]
+        elif kind == "Validated":
+            self.validation[event["step"]] = event["loss"]
+        elif kind == "Sampled":
+            self.samples[event["step"]] = list(event["files"])
+        elif kind == "CheckpointSaved":
+            self.checkpoints.append(event["step"])
+        elif kind == "Decided":
+            self.decisions[event["key"]] = event["value"], event["reason"]
+        elif kind == "Noticed":
+            self.notes.append(event["message"])
+        elif kind == "RunFinished":
+            self.adapter_file, self.seconds, self.started = event["adapter_file"], event["seconds"], False
+
+    def _forget_after(self, step: int) -> None:
+        """A resumed run repeats the steps after its checkpoint: the lost ones no longer count."""
+        self.step = step
+        self.loss = {at: value for at, value in self.loss.items() if at <= step}
+        self.validation = {at: value for at, value in self.validation.items() if at <= step}
+
+    def brief(self) -> dict[str, Any]:
+        """Return what a line of the queue shows."""
+        recent = [self.loss[at] for at in sorted(self.loss)[-20:]]
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "seconds_left": self.seconds_left,
+            "preparing": self.preparing,
+            "started": self.started,
+            "loss": sum(recent) / len(recent) if recent else None,
+            "adapter_file": self.adapter_file,
+        }
+
+    def full(self) -> dict[str, Any]:
+        """Return everything the page of one run shows."""
+        return self.brief() | {
+            "losses": thinned(self.loss),
+            "validation": sorted(self.validation.items()),
+            "samples": [[step, self.samples[step]] for step in sorted(self.samples)],
+            "checkpoints": sorted(set(self.checkpoints)),
+            "decisions": [[key, value, reason] for key, (value, reason) in self.decisions.items()],
+            "notes": self.notes[-20:],
+            "rate": self.rate,
+            "images_per_second": self.images_per_second,
+            "expected_seconds": self.expected_seconds,
+            "expected_bytes": self.expected_bytes,
+            "seconds": self.seconds,
+        }
+
+
+def thinned(values: Mapping[int, float], limit: int = _MAX_POINTS) -> list[tuple[int, float]]:
+    """Return at most about ``limit`` points of a curve, each the mean of its neighbours."""
+    points = sorted(values.items())
+    width = -(-len(points) // limit) or 1
+    groups = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]

@@ -1,0 +1,83 @@
+"""From what a form holds to settings that may be run: valid, and inside the folders the user named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from sdlora.config import Config, load_config
+from sdlora.errors import ConfigError
+
+from .forms import to_values
+from .places import Places
+from .uploads import folder_name
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def checked_config(places: Places, raw: Mapping[str, Any]) -> Config:
+    """Return the settings a form says, with absolute paths and the run folder filled in.
+
+    Raises:
+        ConfigError: for anything that cannot be, all of it at once.
+        PlaceRefused: for a path outside the named folders.
+    """
+    values = to_values(raw)
+    name = str(values.get("output.name") or "").strip()
+    if name:
+        values["output.name"] = name
+    config = load_config(values=values)
+    changes: dict[str, Any] = {"model.base": checked_base(places, config.model.base)}
+    if config.output.folder is None:
+        changes["output.folder"] = places.runs / folder_name(config.output.name)
+    for key, path in _paths(config):
+        written = key in ("output.folder", "data.cache_folder")
+        real = places.writable(path) if written else places.readable(path)
+        if config.get(key) == path:
+            changes[key] = real
+    config = config.with_values(changes)
+    assert config.output.folder is not None
+    places.writable(config.output.folder)
+    return config
+
+
+def checked_base(places: Places, base: str) -> str:
+    """Return a base that may be loaded: the built-in one, a hub id, or a file or folder that may be read.
+
+    Raises:
+        ConfigError: when nothing is named.
+        PlaceRefused: for a path outside the named folders.
+    """
+    base = base.strip()
+    if not base:
+        raise ConfigError("base: choose one, e.g. mini")
+    if base == "mini" or (_HUB_ID.fullmatch(base) and not (places.home / base).exists()):
+        return base
+    return str(places.readable(base))
+
+
+def _paths(config: Config) -> Iterator[tuple[str, Path]]:
+    """Yield every path in the settings with its dotted key, those inside lists and tables too."""
+    for section in type(config).model_fields:
+        part = getattr(config, section)
+        for name in type(part).model_fields:
+            for path in _inside(getattr(part, name)):
+                yield f"{section}.{name}", path
+
+
+def _inside(value: Any) -> Iterator[Path]:
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _inside(getattr(value, name))
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _inside(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _inside(one)

@@ -1,0 +1,123 @@
+"""What all pages share: the folders, the queue and the workers."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sdlora.config import load_config
+
+from .calls import Worker
+from .jobs import JobQueue
+from .places import STATE, Places, model_files
+
+_TEND_EVERY = 5.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something to choose in a list: what is shown, and the path behind it."""
+
+    label: str
+    path: str
+
+
+@dataclass
+class Site:
+    """One server's parts. The workers start when something needs torch."""
+
+    places: Places
+    queue: JobQueue
+    draw: Worker = field(init=False)
+    plan: Worker = field(init=False)
+    tools: Worker = field(init=False)
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        """Make the workers, not yet started."""
+        self.draw, self.plan, self.tools = (Worker(self.places.home) for _ in range(3))
+
+    @classmethod
+    def open(cls, places: Places) -> Site:
+        """Return a site over these folders, which are made where they are missing."""
+        for folder in (places.runs, places.pictures, places.data, places.state):
+            folder.mkdir(parents=True, exist_ok=True)
+        return cls(places, JobQueue(places.state / "jobs", places.home))
+
+    def begin(self) -> None:
+        """Let the queue go on, and end workers that have nothing to do."""
+        self.queue.run_in_background()
+
+        def tend() -> None:
+            while not self._ended.wait(_TEND_EVERY):
+                for worker in (self.draw, self.plan, self.tools):
+                    worker.end_if_idle()
+
+        threading.Thread(target=tend, name="tend workers", daemon=True).start()
+
+    def end(self) -> None:
+        """Let go of everything; running jobs go on."""
+        self._ended.set()
+        self.queue.close()
+        for worker in (self.draw, self.plan, self.tools):
+            worker.close()
+
+    def bases(self) -> list[Choice]:
+        """Return the bases that can be chosen: the built-in one and the checkpoints found."""
+        found = [Choice(file.stem, str(file)) for file in model_files(self.places, "base")]
+        return [Choice("mini (built in: icons of 64 px, trains in minutes without a GPU)", "mini"), *found]
+
+    def runs(self) -> list[Choice]:
+        """Return the run folders, the newest first."""
+        found = [folder for folder in self._run_folders() if list(_checkpoints(folder)) or _finished(folder)]
+        return [Choice(folder.name, str(folder)) for folder in found]
+
+    def adapters(self) -> list[Choice]:
+        """Return the adapters that can be drawn with: of the runs, then of the model folders."""
+        choices = []
+        for folder in self._run_folders():
+            finished = _finished(folder)
+            if finished is not None:
+                choices.append(Choice(folder.name, str(finished)))
+            elif saved := list(_checkpoints(folder)):
+                choices.append(Choice(f"{folder.name} (step {_step(saved[-1])})", str(saved[-1])))
+        choices += [Choice(file.stem, str(file)) for file in model_files(self.places, "adapter")]
+        return choices
+
+    def checkpoints(self, run: Path) -> list[Choice]:
+        """Return a run's checkpoints and its finished adapter, by step."""
+        found = [Choice(f"step {_step(file)}", str(file)) for file in _checkpoints(run)]
+        finished = _finished(run)
+        return [*found, Choice("finished", str(finished))] if finished else found
+
+    def data_sets(self) -> list[Choice]:
+        """Return the folders below the data folder."""
+        found = sorted(folder for folder in self.places.data.iterdir() if folder.is_dir())
+        return [Choice(folder.name, str(folder)) for folder in found if not folder.name.startswith(".")]
+
+    def base_of(self, run: Path) -> str:
+        """Return the base a run was trained on; the built-in one when it does not say."""
+        file = run / "config.toml"
+        return load_config(file).model.base if file.is_file() else "mini"
+
+    def _run_folders(self) -> list[Path]:
+        folders = [
+            folder
+            for folder in self.places.runs.iterdir()
+            if folder.name != STATE and (folder / "config.toml").is_file()
+        ]
+        return sorted(folders, key=lambda folder: (folder / "config.toml").stat().st_mtime, reverse=True)
+
+
+def _finished(run: Path) -> Path | None:
+    found = sorted(file for file in run.glob("*.safetensors") if not file.name.startswith("."))
+    return found[0] if found else None
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*/adapter.safetensors"))
+
+
+def _step(file: Path) -> int:
+    return int(file.parent.name.removeprefix("step-"))

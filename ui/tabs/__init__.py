@@ -1,0 +1,1 @@
+"""The pages: each module builds one and connects it to the site."""

@@ -1,0 +1,140 @@
+"""Page 1: a folder of pictures, or pictures dropped here; captions, findings, crops."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from sdlora.errors import SdloraError
+
+from ..site import Site
+from ..uploads import copy_folder, folder_name, import_files
+from .shared import Shell, choices, hint, problem
+
+RESOLUTIONS = [
+    ("64 px (mini base)", 64),
+    ("512 px (SD 1.5)", 512),
+    ("768 px (SD 2)", 768),
+    ("1024 px (SDXL)", 1024),
+]
+_PROGRESS = gr.Progress()
+_WELCOME = """<div class="sd-hero"><h2>Teach Stable Diffusion a style, from a folder of pictures</h2>
+<p>Choose a folder or drop pictures below, give the LoRA a name, and train. To see how it goes, start with the
+demo: ink icons on the built-in base, a few minutes without a GPU.</p></div>"""
+
+
+def build(site: Site, shell: Shell) -> None:
+    """Put the page into the current tab."""
+    gr.HTML(_WELCOME)
+    with gr.Row(elem_classes="sd-choose"):
+        with gr.Column(scale=2, min_width=280):
+            demo = gr.Button("Try the demo", variant="primary", elem_id="demo", size="lg")
+            folder = gr.Dropdown(
+                choices(site.data_sets()),
+                value=None,
+                label="Folder of pictures",
+                info="A folder on this machine, or one of those you dropped",
+                allow_custom_value=True,
+                elem_id="dataset-folder",
+            )
+            with gr.Row():
+                look = gr.Button("Open folder", elem_id="open-folder")
+                go = gr.Button("Train on it", variant="primary", elem_id="train-on-it", interactive=False)
+        with gr.Column(scale=2, min_width=280):
+            dropped = gr.File(
+                label="Drop pictures here (with .txt captions, or a zip)",
+                file_count="multiple",
+                elem_id="drop",
+                height=150,
+            )
+            named = gr.Textbox(
+                label="Name of the new folder", placeholder="my-pictures", elem_id="drop-name", max_lines=1
+            )
+        with gr.Column(scale=1, min_width=200):
+            trigger = gr.Textbox(
+                label="Trigger word",
+                info="The word that calls what is learned",
+                placeholder="none",
+                elem_id="dataset-trigger",
+                max_lines=1,
+            )
+            resolution = gr.Dropdown(
+                RESOLUTIONS, value=64, label="Show crops for", elem_id="dataset-resolution"
+            )
+    view = gr.HTML("", elem_id="dataset-view")
+
+    shown: list[Any] = [folder, trigger, resolution]
+    opened = [view, shell.folder, shell.trigger, go]
+
+    def show(path: str | None, word: str, px: int) -> tuple[Any, ...]:
+        return _show(site, path, word, px)
+
+    gr.on(
+        [look.click, folder.input, trigger.submit, resolution.input],
+        show,
+        shown,
+        opened,
+        show_progress="minimal",
+    )
+
+    def take(
+        files: list[str] | None, name: str, word: str, px: int, progress: gr.Progress = _PROGRESS
+    ) -> tuple[Any, ...]:
+        return _take(site, files, (name, word, px), progress)
+
+    dropped.upload(take, [dropped, named, trigger, resolution], [*opened, folder, dropped])
+    demo.click(
+        lambda: _demo(site), None, [*opened, folder, trigger, shell.demo, shell.tabs], show_progress="minimal"
+    )
+    go.click(lambda: gr.Tabs(selected="train"), None, shell.tabs)
+
+
+def _show(site: Site, path: str | None, word: str, px: int) -> tuple[Any, ...]:
+    if not (path or "").strip():
+        return hint("Choose a folder first."), "", word, gr.Button(interactive=False)
+    try:
+        folder = site.places.readable(str(path))
+    except SdloraError as error:
+        return problem(str(error)), "", word, gr.Button(interactive=False)
+    attributes = {"folder": str(folder), "trigger": word.strip(), "resolution": str(px)}
+    written = " ".join(f'{name}="{escape(value, quote=True)}"' for name, value in attributes.items())
+    return f"<sd-dataset {written}></sd-dataset>", str(folder), word.strip(), gr.Button(interactive=True)
+
+
+def _take(
+    site: Site, files: list[str] | None, said: tuple[str, str, int], progress: gr.Progress
+) -> tuple[Any, ...]:
+    name, word, px = said
+    paths = [Path(file) for file in files or []]
+    usual = paths[0].stem if len(paths) == 1 else "pictures"
+    try:
+        taken = import_files(
+            paths,
+            site.places.data,
+            folder_name(name, usual),
+            lambda done, total: progress((done, total), desc="checking the pictures"),
+        )
+    except SdloraError as error:
+        return (problem(str(error)), *([gr.skip()] * 4), None)
+    if taken.left_out:
+        gr.Warning(f"{len(taken.left_out)} left out: " + "; ".join(taken.left_out[:5]))
+    gr.Info(f"{taken.num_pictures} pictures are now in {site.places.shown(taken.folder)}")
+    listed = gr.Dropdown(choices(site.data_sets()), value=str(taken.folder))
+    return (*_show(site, str(taken.folder), word, px), listed, None)
+
+
+def _demo(site: Site) -> tuple[Any, ...]:
+    from sdlora.demo import STYLE, demo_config, find_data
+
+    folder = copy_folder(find_data() / STYLE, site.places.data)
+    word = demo_config(site.places.runs / STYLE, site.places.data).data.trigger_word or ""
+    return (
+        *_show(site, str(folder), word, 64),
+        gr.Dropdown(choices(site.data_sets()), value=str(folder)),
+        word,
+        str(folder),
+        gr.Tabs(selected="train"),
+    )

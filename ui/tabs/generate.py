@@ -1,0 +1,393 @@
+"""Page 3: draw with adapters at any strength; strips, comparisons, grids; the gallery."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import gradio as gr
+
+from sdlora.config import SampleConfig, SamplerName
+from sdlora.errors import ConfigError, SdloraError
+from sdlora.png_info import read_parameters
+
+from ..calls import CallCancelled
+from ..gallery import compare_html, grid_html, picture_html, strip_html
+from ..sent import Sent, from_parameters
+from ..settings import checked_base
+from ..site import Site
+from .shared import Shell, choices, hint, problem, working
+
+NUM_SLOTS = 4
+_LOW, _HIGH, _STEP = -1.0, 2.0, 0.05
+_STRIPS = {
+    "0 to 1.5 by 0.25": (0.0, 1.5, 0.25),
+    "0 to 1.5 by 0.1": (0.0, 1.5, 0.1),
+    "-1 to 2 by 0.25": (-1.0, 2.0, 0.25),
+    "-1 to 2 by 0.05": (-1.0, 2.0, 0.05),
+}
+_GRID_STRENGTHS = "0.5, 0.75, 1, 1.25"
+
+
+@dataclass
+class _Slot:
+    """The controls of one adapter."""
+
+    box: gr.Group
+    file: gr.Dropdown
+    strength: gr.Slider
+    separate: gr.Checkbox
+    text: gr.Slider
+
+    @property
+    def controls(self) -> list[Any]:
+        return [self.file, self.strength, self.separate, self.text]
+
+
+@dataclass
+class _Page:
+    """The controls of the page that functions read."""
+
+    base: gr.Dropdown
+    prompt: gr.Textbox
+    negative: gr.Textbox
+    seed: gr.Number
+    width: gr.Number
+    height: gr.Number
+    steps: gr.Number
+    guidance: gr.Number
+    sampler: gr.Dropdown
+    slots: list[_Slot]
+    main: gr.HTML
+    extra: gr.HTML
+
+    @property
+    def plain(self) -> list[Any]:
+        return [
+            self.base, self.prompt, self.negative, self.seed, self.width, self.height,
+            self.steps, self.guidance, self.sampler,
+        ]  # fmt: skip
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [*self.plain, *(one for slot in self.slots for one in slot.controls)]
+
+
+_PLAIN = ("base", "prompt", "negative", "seed", "width", "height", "steps", "guidance", "sampler")
+
+
+def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
+    """Put the page into the current tab."""
+    with gr.Row():
+        with gr.Column(scale=5, min_width=320):
+            page, more = _controls(site)
+        with gr.Column(scale=6, min_width=320):
+            page.main = gr.HTML(hint("Choose an adapter, write a prompt, press Draw."), elem_id="drawn")
+            page.extra = gr.HTML("", elem_id="extra")
+    with gr.Accordion("Gallery: everything drawn, with its settings", open=True, elem_id="gallery"):
+        gr.HTML("<sd-gallery></sd-gallery>")
+    _connect_drawing(site, page, more)
+    _connect_choosing(site, shell, tab, page, more["run"])
+    _connect_sending(site, shell, page, more)
+
+
+def _controls(site: Site) -> tuple[_Page, dict[str, Any]]:
+    defaults = SampleConfig()
+    prompt = gr.Textbox(label="Prompt", lines=2, placeholder="inkicon, an icon of a cat", elem_id="prompt")
+    slots = [_slot(site, number) for number in range(NUM_SLOTS)]
+    another = gr.Button("Another adapter", size="sm", elem_id="another")
+    with gr.Row():
+        draw = gr.Button("Draw", variant="primary", elem_id="draw")
+        compare = gr.Button("Before / after", elem_id="compare")
+    with gr.Group(), gr.Row():
+        strip = gr.Dropdown(
+            list(_STRIPS), value=next(iter(_STRIPS)), label="Strengths of the strip", elem_id="strip"
+        )
+        sweep = gr.Button("Sweep the strength", elem_id="sweep")
+    with gr.Accordion("Compare checkpoints", open=False, elem_id="checkpoints"):
+        run = gr.Dropdown(choices(site.runs()), value=None, label="Run", elem_id="grid-run")
+        strengths = gr.Textbox(_GRID_STRENGTHS, label="Strengths", elem_id="grid-strengths")
+        grid = gr.Button("Draw checkpoints by strengths", elem_id="grid")
+    with gr.Accordion("More settings", open=False, elem_id="draw-more"):
+        base = gr.Dropdown(
+            choices(site.bases()),
+            value="mini",
+            label="Base model",
+            allow_custom_value=True,
+            elem_id="draw-base",
+        )
+        negative = gr.Textbox(label="Negative prompt", elem_id="negative")
+        with gr.Row():
+            seed = gr.Number(1, label="Seed", precision=0, elem_id="seed")
+            steps = gr.Number(defaults.steps, label="Steps", precision=0, elem_id="steps")
+            guidance = gr.Number(None, label="Guidance", placeholder="the base's own", elem_id="guidance")
+        with gr.Row():
+            width = gr.Number(
+                None, label="Width, px", placeholder="the base's own", precision=0, elem_id="width"
+            )
+            height = gr.Number(
+                None, label="Height, px", placeholder="the base's own", precision=0, elem_id="height"
+            )
+            sampler = gr.Dropdown(
+                list(get_args(SamplerName)), value=defaults.sampler, label="Sampler", elem_id="sampler"
+            )
+        sent = gr.File(
+            label="Drop a PNG to use its settings", file_types=[".png"], elem_id="sent-file", height=110
+        )
+    page = _Page(base, prompt, negative, seed, width, height, steps, guidance, sampler, slots, None, None)
+    more = {
+        "draw": draw, "compare": compare, "strip": strip, "sweep": sweep, "run": run,
+        "strengths": strengths, "grid": grid, "another": another, "sent": sent,
+    }  # fmt: skip
+    return page, more
+
+
+def _slot(site: Site, number: int) -> _Slot:
+    with gr.Group(visible=number == 0, elem_id=f"slot-{number}") as box:
+        file = gr.Dropdown(
+            [("none", ""), *choices(site.adapters())],
+            value="",
+            label="Adapter" if number == 0 else f"Adapter {number + 1}",
+            elem_id=f"adapter-{number}",
+        )
+        strength = gr.Slider(_LOW, _HIGH, 1.0, step=_STEP, label="Strength", elem_id=f"strength-{number}")
+        with gr.Accordion("Separate strength for the text encoder", open=False):
+            separate = gr.Checkbox(False, label="Separate", elem_id=f"separate-{number}")
+            text = gr.Slider(_LOW, _HIGH, 1.0, step=_STEP, label="Text encoder", elem_id=f"text-{number}")
+    return _Slot(box, file, strength, separate, text)
+
+
+def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
+    def one(*held: Any) -> Iterator[Any]:
+        yield from _drawn(site, held, None, lambda parts, _: picture_html(parts[0]), "draw")
+
+    def again(*held: Any) -> Iterator[Any]:
+        if not _said(held)["prompt"].strip():
+            yield gr.skip()
+            return
+        yield from one(*held)
+
+    def sweep(strip: str, *held: Any) -> Iterator[Any]:
+        strengths = strip_strengths(strip)
+        if not _rows(held)[0]:
+            yield problem("choose an adapter first: a strip shows its strengths")
+            return
+        yield from _drawn(
+            site,
+            held,
+            strengths,
+            lambda parts, total: strip_html(parts, strengths, total, held[9 + 1]),
+            "sweep",
+        )
+
+    def compare(*held: Any) -> Iterator[Any]:
+        def shape(parts: Sequence[Mapping[str, Any]], total: int) -> str:
+            if len(parts) < 2:
+                return picture_html(parts[0])
+            return compare_html(parts[0]["file"], parts[1]["file"], ("base alone", "with the adapter"))
+
+        rows = [[], _rows(held)[0]]
+        yield from _drawn(site, held, None, shape, "compare", rows)
+
+    def grid(run: str, strengths: str, *held: Any) -> Iterator[Any]:
+        yield from _grid(site, run, strengths, held)
+
+    options: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8}
+    gr.on([more["draw"].click, page.prompt.submit], one, page.inputs, page.main, **options)
+    moved = [slider.release for slot in page.slots for slider in (slot.strength, slot.text)]
+    gr.on(moved, again, page.inputs, page.main, trigger_mode="multiple", **options)
+    more["sweep"].click(sweep, [more["strip"], *page.inputs], page.extra, **options)
+    more["compare"].click(compare, page.inputs, page.extra, **options)
+    more["grid"].click(grid, [more["run"], more["strengths"], *page.inputs], page.extra, **options)
+
+
+def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: gr.Dropdown) -> None:
+    files = [slot.file for slot in page.slots]
+
+    def refresh(*chosen: str) -> list[Any]:
+        found = [("none", ""), *choices(site.adapters())]
+        known = {path for _, path in found}
+        lists = [
+            gr.Dropdown(choices=found + ([(Path(c).parent.name, c)] if c not in known else []))
+            for c in chosen
+        ]
+        return [*lists, gr.Dropdown(choices=choices(site.runs()))]
+
+    tab.select(refresh, files, [*files, run], show_progress="hidden")
+
+    def use(said: str) -> list[Any]:
+        job = site.queue.get(json.loads(said)["id"])
+        return [gr.Tabs(selected="generate"), *_use_run(site, job.run)]
+
+    first = page.slots[0]
+    shell.try_run.input(use, shell.try_run, [shell.tabs, page.base, page.prompt, first.file, run])
+
+    def pick(said: str) -> tuple[Any, Any]:
+        cell = json.loads(said)
+        label = f"{Path(cell['file']).parent.name}"
+        known = [("none", ""), *choices(site.adapters())]
+        return gr.Dropdown(choices=[*known, (label, cell["file"])], value=cell["file"]), cell["strength"]
+
+    shell.chosen_cell.input(pick, shell.chosen_cell, [first.file, first.strength])
+
+
+def _connect_sending(site: Site, shell: Shell, page: _Page, more: Mapping[str, Any]) -> None:
+    boxes = [slot.box for slot in page.slots]
+    outputs = [*page.plain[1:], *boxes, *(one for slot in page.slots for one in slot.controls)]
+
+    def from_gallery(said: str) -> list[Any]:
+        return _sent(site, site.places.readable(json.loads(said)["file"]), len(outputs))
+
+    def from_file(file: str | None) -> list[Any]:
+        return _sent(site, Path(file), len(outputs)) if file else [gr.skip()] * len(outputs)
+
+    shell.sent_picture.input(from_gallery, shell.sent_picture, outputs, show_progress="hidden")
+    more["sent"].upload(from_file, more["sent"], outputs, show_progress="hidden")
+
+    def add(*files: str) -> list[Any]:
+        seen = max([number for number, file in enumerate(files) if file], default=0)
+        return [gr.Group(visible=number <= seen + 1) for number in range(NUM_SLOTS)]
+
+    more["another"].click(add, [slot.file for slot in page.slots], boxes, show_progress="hidden")
+
+
+def _sent(site: Site, file: Path, count: int) -> list[Any]:
+    try:
+        return _filled(site, from_parameters(read_parameters(file)))
+    except SdloraError as error:
+        gr.Warning(str(error))
+        return [gr.skip()] * count
+
+
+def _use_run(site: Site, run: Path) -> list[Any]:
+    """Return base, prompt, adapter and run list for trying out a run."""
+    found = choices(site.adapters())
+    file = next((path for _, path in found if Path(path).is_relative_to(run)), "")
+    from sdlora.config import load_config
+
+    prompts = load_config(run / "config.toml").sample.prompts or ("",)
+    return [
+        site.base_of(run),
+        prompts[0],
+        gr.Dropdown(choices=[("none", ""), *found], value=file),
+        gr.Dropdown(choices=choices(site.runs()), value=str(run)),
+    ]
+
+
+def _filled(site: Site, sent: Sent) -> list[Any]:
+    """Return every control but the base as a picture's settings say."""
+    by_label = {label: path for label, path in choices(site.adapters())}
+    by_label |= {Path(path).stem: path for path in by_label.values()}
+    missing = [name for name, _, _ in sent.adapters if name not in by_label]
+    if missing:
+        gr.Warning(f"not found here: {', '.join(missing)}; the rest of the settings is set")
+    given = [(by_label[name], unet, text) for name, unet, text in sent.adapters if name in by_label][
+        :NUM_SLOTS
+    ]
+    slots: list[Any] = []
+    for number in range(NUM_SLOTS):
+        file, unet, text = given[number] if number < len(given) else ("", 1.0, 1.0)
+        slots += [file, unet, unet != text, text]
+    boxes = [gr.Group(visible=number < max(1, len(given))) for number in range(NUM_SLOTS)]
+    plain = [
+        sent.prompt,
+        sent.negative,
+        sent.seed,
+        sent.width,
+        sent.height,
+        sent.steps,
+        sent.guidance,
+        sent.sampler,
+    ]
+    return [gr.skip() if one is None else one for one in plain] + boxes + slots
+
+
+def strip_strengths(name: str) -> list[float]:
+    """Return the strengths of a strip by its name."""
+    low, high, step = _STRIPS[name]
+    return [round(low + i * step, 4) for i in range(round((high - low) / step) + 1)]
+
+
+def _said(held: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(_PLAIN, held, strict=False))
+
+
+def _rows(held: Sequence[Any]) -> list[list[dict[str, Any]]]:
+    """Return the chosen adapters with their strengths, as one row."""
+    rest, row = held[len(_PLAIN) :], []
+    for number in range(NUM_SLOTS):
+        file, strength, separate, text = rest[4 * number : 4 * number + 4]
+        if file:
+            row.append({"file": file, "unet": strength, "text": text if separate else None})
+    return [row]
+
+
+def _arguments(
+    site: Site, held: Sequence[Any], rows: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    said = _said(held)
+    if not str(said["prompt"] or "").strip():
+        raise ConfigError("prompt: say what to draw")
+    for name in ("seed", "steps"):
+        if said[name] is None:
+            raise ConfigError(f"{name}: give a number")
+    checked = [[{**one, "file": str(site.places.readable(one["file"]))} for one in row] for row in rows]
+    base = checked_base(site.places, str(said["base"] or ""))
+    return said | {"base": base, "rows": checked, "folder": str(site.places.pictures)}
+
+
+def _drawn(
+    site: Site,
+    held: Sequence[Any],
+    strengths: Sequence[float] | None,
+    shape: Callable[[Sequence[Mapping[str, Any]], int], str],
+    word: str,
+    rows: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+) -> Iterator[Any]:
+    """Draw, and yield what to show while it goes on: progress, parts that are ready, the whole."""
+    parts: list[Mapping[str, Any]] = []
+    try:
+        rows = rows if rows is not None else _rows(held)
+        arguments = _arguments(site, held, rows) | {"strengths": strengths}
+        total = len(rows) * len(strengths or [None])
+        for answer in site.draw.call("draw", arguments, replace=word):
+            if answer.progress is not None:
+                if not parts or total > 1:
+                    before = shape(parts, total) if parts else ""
+                    yield working(*answer.progress) + before
+            elif answer.part is not None:
+                parts.append(answer.part)
+            elif answer.result is not None:
+                whole = shape(parts, total)
+                yield whole if total > 1 else picture_html(parts[0], answer.result["seconds"])
+    except CallCancelled:
+        yield gr.skip()
+    except SdloraError as error:
+        yield problem(str(error))
+
+
+def _grid(site: Site, run: str, text: str, held: Sequence[Any]) -> Iterator[Any]:
+    """Draw every checkpoint of a run at every strength."""
+    try:
+        if not run:
+            raise ConfigError("run: choose one")
+        try:
+            strengths = [float(part) for part in text.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"strengths `{text}`: give numbers with commas between them, e.g. 0.5, 1"
+            ) from None
+        found = site.checkpoints(site.places.readable(run))
+        rows = [[{"file": one.path, "unet": 1.0, "text": None}] for one in found]
+        labels = [{"label": one.label, "file": one.path} for one in found]
+    except SdloraError as error:
+        yield problem(str(error))
+        return
+
+    def shape(parts: Sequence[Mapping[str, Any]], total: int) -> str:
+        return grid_html(labels, strengths, {(part["row"], part["column"]): part["file"] for part in parts})
+
+    yield from _drawn(site, held, strengths, shape, "grid", rows)

@@ -1,0 +1,62 @@
+"""What the pages tell each other through: fields that one page sets and another listens to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+
+import gradio as gr
+
+from ..site import Choice
+
+
+@dataclass(frozen=True)
+class Shell:
+    """The page around the tabs.
+
+    Attributes:
+        tabs: to switch between pages.
+        folder: the data set chosen, for the training page.
+        trigger: its trigger word.
+        demo: set when the demo's pictures were chosen.
+        try_run: job whose adapter is to be drawn with.
+        export_run: job whose adapter is to be exported.
+        clone_run: job whose settings are to be copied into the form.
+        chosen_cell: checkpoint and strength pressed in a grid.
+        sent_picture: picture of the gallery whose settings are to be used.
+    """
+
+    tabs: gr.Tabs
+    folder: gr.Textbox
+    trigger: gr.Textbox
+    demo: gr.Textbox
+    try_run: gr.Textbox
+    export_run: gr.Textbox
+    clone_run: gr.Textbox
+    chosen_cell: gr.Textbox
+    sent_picture: gr.Textbox
+
+
+def choices(found: Iterable[Choice]) -> list[tuple[str, str]]:
+    """Return choices as a dropdown takes them."""
+    return [(one.label, one.path) for one in found]
+
+
+def problem(text: str) -> str:
+    """Return an error as HTML that screen readers announce."""
+    return f'<p class="sd-problem" role="alert">{escape(text)}</p>'
+
+
+def hint(text: str) -> str:
+    """Return a remark as HTML."""
+    return f'<p class="sd-dim">{escape(text)}</p>'
+
+
+def working(done: int, total: int, note: str) -> str:
+    """Return a progress bar as HTML."""
+    share = min(1.0, done / total) if total else 0.0
+    return (
+        f'<div class="sd-working" role="status"><progress max="1" value="{share:.3f}" '
+        f'aria-label="{escape(note)}"></progress><span>{escape(note)} …</span></div>'
+    )

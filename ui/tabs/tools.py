@@ -1,0 +1,160 @@
+"""Page 4: an adapter to other programs, with its proof; what a file holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from sdlora.errors import ConfigError, SdloraError
+
+from ..gallery.shapes import file_url
+from ..site import Site
+from .shared import Shell, choices, hint, problem, working
+
+_FORMATS = [
+    ("WebUI, ComfyUI, Forge (one .safetensors with preview and card)", "webui"),
+    ("diffusers", "diffusers"),
+    ("PEFT", "peft"),
+]
+
+
+def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
+    """Put the page into the current tab."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=320):
+            source = _export(site)
+        with gr.Column(scale=1, min_width=320):
+            file = _inspect(site)
+
+    def refresh() -> list[Any]:
+        return [gr.Dropdown(choices=_sources(site)), gr.Dropdown(choices=choices(site.adapters()))]
+
+    tab.select(refresh, None, [source, file], show_progress="hidden")
+
+    def take(said: str) -> list[Any]:
+        job = site.queue.get(json.loads(said)["id"])
+        return [gr.Tabs(selected="tools"), gr.Dropdown(choices=_sources(site), value=str(job.run))]
+
+    shell.export_run.input(take, shell.export_run, [shell.tabs, source])
+
+
+def _sources(site: Site) -> list[tuple[str, str]]:
+    runs = [(f"run {one.label}", one.path) for one in site.runs()]
+    return runs + [(label, path) for label, path in choices(site.adapters())]
+
+
+def _export(site: Site) -> gr.Dropdown:
+    gr.Markdown("## Export")
+    source = gr.Dropdown(
+        _sources(site),
+        value=None,
+        label="Run or adapter file",
+        allow_custom_value=True,
+        elem_id="export-source",
+    )
+    form = gr.Radio(_FORMATS, value="webui", label="For", elem_id="export-format")
+    place = gr.Textbox(
+        str(site.places.runs / "exported"), label="Into folder", elem_id="export-place", max_lines=1
+    )
+    webui = gr.Textbox(
+        label="WebUI folder (optional)",
+        info="Also copied into its models/Lora; the folder must be one this server was given with --allow",
+        elem_id="export-webui",
+        max_lines=1,
+    )
+    with gr.Row():
+        name = gr.Textbox(label="File name", placeholder="as the run", elem_id="export-name", max_lines=1)
+        dtype = gr.Dropdown(
+            [("as trained", ""), "fp16", "bf16", "fp32"],
+            value="",
+            label="Number format",
+            elem_id="export-dtype",
+        )
+    overwrite = gr.Checkbox(False, label="Replace files that exist", elem_id="export-overwrite")
+    button = gr.Button("Export", variant="primary", elem_id="export")
+    report = gr.HTML(
+        hint("The file is read back and compared with what was trained."), elem_id="export-report"
+    )
+
+    def export(*held: Any) -> Iterator[str]:
+        keys = ("source", "format", "output", "webui", "name", "dtype", "overwrite")
+        yield from _exported(site, dict(zip(keys, held, strict=True)))
+
+    inputs = [source, form, place, webui, name, dtype, overwrite]
+    button.click(export, inputs, report, show_progress="hidden")
+    return source
+
+
+def _exported(site: Site, said: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        if not said["source"]:
+            raise ConfigError("run or adapter file: choose one")
+        arguments = dict(said) | {
+            "source": str(site.places.readable(said["source"])),
+            "output": str(site.places.writable(said["output"])) if said["output"].strip() else None,
+            "webui": str(site.places.writable(said["webui"])) if said["webui"].strip() else None,
+            "name": said["name"].strip() or None,
+            "dtype": said["dtype"] or None,
+        }
+        for answer in site.tools.call("export", arguments):
+            if answer.progress is not None:
+                yield working(*answer.progress)
+            elif answer.result is not None:
+                yield _report_html(site, answer.result)
+    except SdloraError as error:
+        yield problem(str(error))
+
+
+def _report_html(site: Site, report: Mapping[str, Any]) -> str:
+    files = "".join(_file_html(site, Path(file)) for file in report["files"])
+    clients = "".join(_client_html(name, said) for name, said in report["clients"].items())
+    return (
+        f'<p class="sd-done" role="status">Exported and proven.</p><ul class="sd-files">{files}</ul>'
+        f'<p class="sd-proof"><b>Proof</b>: {escape(report["proof"])}</p>'
+        f'<table class="sd-reasons"><tbody>{clients}</tbody></table>'
+    )
+
+
+def _file_html(site: Site, file: Path) -> str:
+    link = escape(file_url(str(file)), quote=True)
+    return f'<li><a href="{link}" download>{escape(site.places.shown(file))}</a></li>'
+
+
+def _client_html(name: str, said: Any) -> str:
+    text = "loads it fully" if said == "full" else "; ".join(said)
+    return f"<tr><th scope='row'>{escape(name)}</th><td>{escape(text)}</td></tr>"
+
+
+def _inspect(site: Site) -> gr.Dropdown:
+    gr.Markdown("## Inspect")
+    file = gr.Dropdown(
+        choices(site.adapters()),
+        value=None,
+        label="Adapter file",
+        allow_custom_value=True,
+        elem_id="inspect-file",
+    )
+    button = gr.Button("Inspect", elem_id="inspect")
+    report = gr.HTML(
+        hint("Ranks, alphas, trigger words, settings, and which programs load it."), elem_id="inspect-report"
+    )
+
+    def inspect(path: str | None) -> Iterator[str]:
+        try:
+            if not path:
+                raise ConfigError("adapter file: choose one")
+            for answer in site.tools.call("inspect", {"file": str(site.places.readable(path))}):
+                if answer.progress is not None:
+                    yield working(*answer.progress)
+                elif answer.result is not None:
+                    yield f'<pre class="sd-text" tabindex="0">{escape(str(answer.result["text"]))}</pre>'
+        except SdloraError as error:
+            yield problem(str(error))
+
+    button.click(inspect, file, report, show_progress="hidden")
+    return file

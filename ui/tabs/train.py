@@ -1,0 +1,177 @@
+"""Page 2: a base, a name, a trigger word; everything else filled in; the queue and the running job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from sdlora.config import Config, load_config
+from sdlora.data.folder import survey
+from sdlora.errors import ConfigError, DatasetError, SdloraError
+
+from ..calls import CallCancelled
+from ..forms import SECTION_TITLES, Setting, control, from_config, settings
+from ..plan_view import plan_html
+from ..settings import checked_config
+from ..site import Site
+from ..uploads import folder_name
+from .shared import Shell, choices, hint, problem, working
+
+_FIRST = ("model.base", "data.folder", "output.name", "data.trigger_word")
+
+
+def build(site: Site, shell: Shell) -> None:
+    """Put the page into the current tab."""
+    known = {setting.key: setting for setting in settings()}
+    controls: dict[str, Any] = {}
+    with gr.Row():
+        with gr.Column(scale=4, min_width=320):
+            controls |= _first(site, known)
+            start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
+            said = gr.HTML("", elem_id="start-said")
+            plan = gr.HTML(hint("Choose a folder of pictures on the first page."), elem_id="plan")
+            with gr.Accordion("More settings", open=False, elem_id="more"):
+                gr.HTML(hint("What you leave empty follows your pictures and the base, as listed above."))
+                for section, title in SECTION_TITLES.items():
+                    own = [
+                        s for s in known.values() if s.key.startswith(f"{section}.") and s.key not in controls
+                    ]
+                    with gr.Accordion(title, open=False, elem_id=f"more-{section}"):
+                        controls |= {setting.key: control(setting) for setting in own}
+        with gr.Column(scale=6, min_width=320):
+            gr.HTML("<sd-jobs></sd-jobs>", elem_id="jobs")
+    _connect(site, shell, controls, start, said, plan)
+
+
+def _first(site: Site, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return the few controls that are always seen."""
+    base = gr.Dropdown(
+        choices(site.bases()),
+        value="mini",
+        label="Base model",
+        info="Built in, a file found here, a path, or a Hugging Face id: owner/name",
+        allow_custom_value=True,
+        elem_id="base",
+    )
+    folder = gr.Textbox(
+        label="Folder of pictures", info="Chosen on the first page", elem_id="train-folder", max_lines=1
+    )
+    with gr.Row():
+        name = gr.Textbox(label="Name of the LoRA", placeholder="my-style", elem_id="train-name", max_lines=1)
+        trigger = gr.Textbox(label="Trigger word", placeholder="none", elem_id="train-trigger", max_lines=1)
+    return dict(zip(_FIRST, (base, folder, name, trigger), strict=True))
+
+
+def _connect(
+    site: Site, shell: Shell, controls: dict[str, Any], start: gr.Button, said: gr.HTML, plan: gr.HTML
+) -> None:
+    keys, shown = list(controls), list(controls.values())
+
+    def predict(*held: Any) -> Iterator[str]:
+        yield from _predict(site, dict(zip(keys, held, strict=True)))
+
+    def begin(*held: Any) -> tuple[str, Any]:
+        return _begin(site, dict(zip(keys, held, strict=True)))
+
+    def choose(folder: str, trigger: str, name: str) -> tuple[Any, ...]:
+        return folder, trigger, _free_name(site, folder_name(Path(folder).name)) if folder else name
+
+    def fill(config: Config) -> list[Any]:
+        return list(from_config(config)[key] for key in keys)
+
+    def clone(said_text: str) -> list[Any]:
+        job = site.queue.get(json.loads(said_text)["id"])
+        config = load_config(site.queue.settings(job.id))
+        raw = fill(config.with_values({"output.name": _free_name(site, job.name), "output.folder": None}))
+        gr.Info("The job's settings are in the form, under a new name. Change them and start.")
+        return raw
+
+    def fill_demo(folder: str) -> list[Any]:
+        from sdlora.demo import STYLE, demo_config
+
+        config = demo_config(site.places.runs / STYLE, Path(folder).parent)
+        return fill(config.with_values({"output.name": _free_name(site, STYLE), "output.folder": None}))
+
+    edits = [one.blur if isinstance(one, gr.Textbox | gr.Number) else one.input for one in shown]
+    submits = [one.submit for one in shown if isinstance(one, gr.Textbox | gr.Number)]
+    gr.on([*edits, *submits], predict, shown, plan, show_progress="hidden", trigger_mode="always_last",
+          concurrency_limit=4)  # fmt: skip
+    folder, name, trigger = (controls[key] for key in ("data.folder", "output.name", "data.trigger_word"))
+    shell.folder.change(choose, [shell.folder, shell.trigger, name], [folder, trigger, name]).then(
+        predict, shown, plan, show_progress="hidden"
+    )
+    shell.trigger.change(lambda word: word, shell.trigger, trigger)
+    shell.demo.change(fill_demo, shell.demo, shown).then(predict, shown, plan, show_progress="hidden")
+    shell.clone_run.input(clone, shell.clone_run, shown).then(predict, shown, plan, show_progress="hidden")
+    start.click(begin, shown, [said, name], show_progress="minimal")
+
+
+def _predict(site: Site, raw: Mapping[str, Any]) -> Iterator[str]:
+    """Say what the run would be, or why it cannot be."""
+    if not str(raw["data.folder"] or "").strip():
+        yield hint("Choose a folder of pictures on the first page.")
+        return
+    try:
+        config = _config(site, raw)
+        yield working(0, 1, "working out the settings")
+        values, part = _values(config), None
+        for answer in site.plan.call("plan", {"values": values}, replace="plan"):
+            if answer.progress is not None:
+                yield working(*answer.progress) + (plan_html(part) if part else "")
+            elif answer.part is not None:
+                part = answer.part
+            elif answer.result is not None:
+                yield plan_html(answer.result)
+    except CallCancelled:
+        return
+    except SdloraError as error:
+        yield problem(str(error))
+
+
+def _begin(site: Site, raw: Mapping[str, Any]) -> tuple[str, Any]:
+    """Queue the run, or say why it cannot be."""
+    try:
+        config = _config(site, raw)
+        _refuse_bad_pictures(config)
+        job = site.queue.add(config)
+        site.plan.release()
+        site.queue.tick()
+    except SdloraError as error:
+        return problem(str(error)), gr.skip()
+    gr.Info(f"{job.name} is in the queue")
+    return "", gr.skip()
+
+
+def _config(site: Site, raw: Mapping[str, Any]) -> Config:
+    if not str(raw["output.name"] or "").strip():
+        raise ConfigError("name of the LoRA: give it one")
+    if not str(raw["data.folder"] or "").strip():
+        raise ConfigError("folder of pictures: choose one on the first page")
+    return checked_config(site.places, raw)
+
+
+def _refuse_bad_pictures(config: Config) -> None:
+    assert config.data.folder is not None
+    problems = survey(config.data.folder, recursive=config.data.recursive).problems
+    if problems:
+        listed = "; ".join(str(one) for one in problems[:3])
+        more = f"; and {len(problems) - 3} more, see the first page" if len(problems) > 3 else ""
+        raise DatasetError(f"{len(problems)} pictures or captions cannot be used: {listed}{more}")
+
+
+def _values(config: Config) -> dict[str, Any]:
+    """Return the set values by dotted key, as JSON takes them."""
+    tree = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    return {f"{section}.{name}": value for section, part in tree.items() for name, value in part.items()}
+
+
+def _free_name(site: Site, wanted: str) -> str:
+    taken = {job.name for job in site.queue.all()}
+    stem, _, number = wanted.rpartition("-")
+    base = stem if stem and number.isdigit() else wanted
+    names = [wanted, *(f"{base}-{count}" for count in range(2, 1000))]
+    return next(n for n in names if n not in taken and not (site.places.runs / n).exists())

@@ -1,0 +1,1 @@
+"""What the worker process does; these modules import torch."""

@@ -1,0 +1,147 @@
+"""Drawing with a base that stays loaded: one picture, a strip of strengths, or a grid of checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdlora.adapters.lora import Strength
+from sdlora.generate import (
+    USUAL_GUIDANCE,
+    GeneratedImage,
+    GenerateRequest,
+    ImageGenerator,
+    make_folder,
+    swept,
+    tensor_hash,
+    write_numbered,
+)
+from sdlora.png_info import parameters_text
+
+from ..worker import Tell
+
+
+@dataclass
+class _Studio:
+    """The loaded base and the adapters in it, by file and the time it was changed."""
+
+    base: str
+    generator: ImageGenerator
+    adapters: dict[tuple[Path, int], str]
+    hashes: dict[str, str]
+
+    def adapter(self, file: Path) -> str:
+        """Return the name of an adapter that is loaded now at the latest."""
+        key = file, file.stat().st_mtime_ns if file.exists() else 0
+        if key not in self.adapters:
+            for old in [one for one in self.adapters if one[0] == file]:  # trained on, or replaced
+                self.generator.remove_adapter(self.adapters.pop(old))
+            name = self.generator.add_adapter(file, self._free(adapter_name(file)))
+            self.adapters[key] = name
+            self.hashes[name] = tensor_hash(file)
+        return self.adapters[key]
+
+    def keep_only(self, names: Sequence[str]) -> None:
+        """Unload what was not used, when there are many: adapters take memory, too."""
+        if len(self.adapters) > 12:
+            for key, name in list(self.adapters.items()):
+                if name not in names:
+                    self.generator.remove_adapter(self.adapters.pop(key))
+
+    def _free(self, wanted: str) -> str:
+        taken, name, number = set(self.adapters.values()), wanted, 1
+        while name in taken:
+            number += 1
+            name = f"{wanted}-{number}"
+        return name
+
+
+_studio: list[_Studio] = []
+
+
+def adapter_name(file: Path) -> str:
+    """Return what an adapter is called; a checkpoint after its run and step."""
+    if file.parent.name.startswith("step-") and file.parent.parent.name == "checkpoints":
+        return f"{file.parent.parent.parent.name}-{file.parent.name}"
+    return file.name if file.is_dir() else file.stem
+
+
+def draw(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+    """Draw ``rows`` x ``strengths`` pictures and write each with its settings.
+
+    Args:
+        arguments: ``base``, ``prompt``, ``negative``, ``seed``, ``width``, ``height``, ``steps``,
+            ``guidance``, ``sampler``, ``folder``; ``rows``: lists of adapters ``{file, unet, text}``;
+            ``strengths``: of the columns, see :func:`sdlora.generate.swept`, or None for the adapters' own.
+        tell: hears the progress, and each picture as a part.
+    """
+    begun = time.perf_counter()
+    studio = _loaded(str(arguments["base"]), tell)
+    make_folder(Path(arguments["folder"]))
+    cells = list(_cells(studio, arguments))
+    steps_total = sum(request.steps for _, _, request in cells)
+    done, files, used = 0, [], set()
+    for row, column, request in cells:
+        before = done
+
+        def progress(step: int, _: int, before: int = before) -> None:
+            tell.progress(before + step, steps_total, "drawing")
+
+        made = studio.generator.generate([request], progress=progress)[0]
+        done += request.steps
+        used |= set(request.strengths)
+        files.append(_write(studio, made, Path(arguments["folder"])))
+        tell.part({"row": row, "column": column, **files[-1]})
+    studio.keep_only(tuple(used))
+    return {"pictures": files, "seconds": time.perf_counter() - begun}
+
+
+def _loaded(base: str, tell: Tell) -> _Studio:
+    if not _studio or _studio[0].base != base:
+        tell.progress(0, 1, f"loading {Path(base).name}")
+        _studio.clear()  # first, so that two bases are never in memory together
+        _studio.append(_Studio(base, ImageGenerator.load(base), {}, {}))
+    return _studio[0]
+
+
+def _cells(studio: _Studio, arguments: Mapping[str, Any]) -> Iterator[tuple[int, int, GenerateRequest]]:
+    plain = _plain(studio.generator, arguments)
+    columns = arguments.get("strengths") or [None]
+    for row, adapters in enumerate(arguments.get("rows") or [[]]):
+        given = {studio.adapter(Path(one["file"])): _strength(one) for one in adapters}
+        for column, factor in enumerate(columns):
+            strengths = given if factor is None else swept(given, float(factor))
+            yield row, column, replace(plain, strengths=strengths)
+
+
+def _plain(generator: ImageGenerator, arguments: Mapping[str, Any]) -> GenerateRequest:
+    model = generator.model
+    guidance = arguments.get("guidance")
+    if guidance is None:
+        guidance = model.base.recommended.get("sample.guidance", USUAL_GUIDANCE)
+    return GenerateRequest(
+        str(arguments["prompt"]),
+        str(arguments.get("negative") or ""),
+        height=int(arguments.get("height") or model.native_resolution),
+        width=int(arguments.get("width") or model.native_resolution),
+        steps=int(arguments["steps"]),
+        guidance=float(guidance),
+        sampler=str(arguments["sampler"]),
+        seed=int(arguments["seed"]),
+    )
+
+
+def _strength(adapter: Mapping[str, Any]) -> Strength:
+    unet, text = float(adapter["unet"]), adapter.get("text")
+    if text is None or float(text) == unet:
+        return unet
+    return {"unet": unet, "text_encoder": float(text), "text_encoder_2": float(text)}
+
+
+def _write(studio: _Studio, made: GeneratedImage, folder: Path) -> dict[str, Any]:
+    text = parameters_text(made.request, base=studio.generator.model.base, hashes=studio.hashes)
+    file = write_numbered(folder, made, text)
+    return {"file": str(file), "text": text}

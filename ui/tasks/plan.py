@@ -1,0 +1,106 @@
+"""What a run would be: the settings left open with their reasons, its time and its memory.
+
+The run is made ready by :func:`sdlora.run.prepare_run`, as for training, in a folder that is thrown away;
+what a step costs is measured by its trial step, again only when a setting changed that could change it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from sdlora.config import Config, load_config
+from sdlora.cost import Cost, measure_cost
+from sdlora.events import Announcer, Caching, Decided, Event
+from sdlora.run import Run, prepare_run
+
+from ..worker import Tell
+
+_costs: dict[str, Cost] = {}
+_FREE = (
+    "sample.",
+    "output.",
+    "optimizer.",
+    "training.steps",
+    "training.epochs",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.validate_every",
+    "training.seed",
+    "training.min_snr_gamma",
+    "training.noise_offset",
+    "data.caption_dropout",
+)
+"""Settings that change neither the time of a step nor the memory."""
+
+
+def plan(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+    """Return ``decisions`` [[key, value, reason]], ``steps``, ``seconds``, ``bytes``, ``free_bytes``.
+
+    Args:
+        arguments: ``values``: settings by dotted key, as the form has them.
+        tell: hears what is going on; the decisions come early, as a part.
+    """
+    config = load_config(values=dict(arguments["values"]))
+    decisions: list[list[Any]] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Decided):
+            decisions.append([event.key, event.value, event.reason])
+        elif isinstance(event, Caching):
+            tell.progress(event.done, event.total, "encoding the pictures")
+
+    tell.progress(0, 3, f"looking at the base {Path(config.model.base).name} and the pictures")
+    with tempfile.TemporaryDirectory(prefix="sdlora-plan-") as place:
+        trial = config.with_values({"output.folder": Path(place) / "trial"})
+        run = prepare_run(trial, resume=False, tell=Announcer((hear,)))
+        images = len(run.training.items)
+        tell.part({"decisions": decisions, "images": images})
+        tell.progress(2, 3, "trying one step")
+        cost = _cost_of(run)
+    free, device = _free_bytes(run.model.device.type), run.model.device.type
+    answer = {
+        "decisions": decisions,
+        "images": images,
+        "steps": run.steps,
+        "seconds": run.steps * cost.seconds_per_step,
+        "bytes": cost.bytes,
+        "free_bytes": free,
+        "device": device,
+        "fits": cost.bytes < free,
+    }
+    del run
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return answer
+
+
+def _cost_of(run: Run) -> Cost:
+    key = json.dumps([_structure(run.config), len(run.training.items)])
+    if key not in _costs:
+        _costs[key] = measure_cost(run)
+    return _costs[key]
+
+
+def _structure(config: Config) -> dict[str, Any]:
+    """Return the settings that a step's time and memory may depend on."""
+    return {
+        key: value
+        for section, part in config.model_dump(mode="json").items()
+        for name, value in part.items()
+        if not (key := f"{section}.{name}").startswith(_FREE)
+    }
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)

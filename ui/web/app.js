@@ -1,0 +1,4 @@
+// Everything the page adds to Gradio.
+import "./dataset.js";
+import "./jobs.js";
+import "./pictures.js";

@@ -1,0 +1,151 @@
+// The queue and the run that is looked at: progress, curves, previews, log.
+
+import { ask, attempt, button, bytes, duration, el, fileUrl, Live, svg, tellPython } from "./base.js";
+
+const WORDS = { waiting: "waiting", running: "training", stopping: "stopping after this step", stopped: "stopped", finished: "finished", failed: "failed" };
+const LIVE = ["running", "stopping"];
+
+class Jobs extends Live {
+  start() {
+    this.every = 1000;
+    this.queue = el("div", { class: "sd-queue" });
+    this.detail = el("div", { class: "sd-run" });
+    this.dialog = el("dialog", { class: "sd-dialog" });
+    this.replaceChildren(this.queue, this.detail, this.dialog);
+    this.keys = {};
+  }
+  async refresh() {
+    if (this.asking) return;
+    this.asking = true;
+    try {
+      const { jobs } = await ask("jobs");
+      const newest = jobs.length ? jobs[jobs.length - 1].id : null;
+      if (newest !== this.newest) { this.newest = newest; this.selected = newest; }
+      if (!jobs.some((job) => job.id === this.selected)) this.selected = newest;
+      this.drawQueue(jobs);
+      if (this.selected) this.drawRun(await ask(`jobs/${this.selected}`));
+      else this.fill("detail", "none", [el("p", { class: "sd-dim sd-none" }, "No training yet. Choose a folder and a name, then press Start training.")]);
+      this.lost = false;
+    } catch (error) {
+      if (!this.lost) this.fill("queue", error.message, [el("p", { class: "sd-problem", role: "alert" }, error.message)]);
+      this.lost = true;
+      this.keys = {};
+    } finally { this.asking = false; }
+  }
+  // Redraws only what changed, so that a focused button or an open log stays as it is.
+  fill(where, key, children) {
+    if (this.keys[where] === key) return;
+    this.keys[where] = key;
+    const target = typeof where === "string" && this[where] ? this[where] : this.parts[where];
+    const active = target.contains(document.activeElement) ? document.activeElement.dataset.what : null;
+    target.replaceChildren(...children);
+    if (active) target.querySelector(`[data-what="${active}"]`)?.focus();
+  }
+  drawQueue(jobs) {
+    const shown = [...jobs].reverse();
+    this.fill("queue", JSON.stringify([shown, this.selected]), shown.map((job) => this.line(job)));
+  }
+  line(job) {
+    const share = job.steps ? job.step / job.steps : 0;
+    const state = job.status === "running" && !job.started ? (job.preparing ? `preparing ${job.preparing[0]} of ${job.preparing[1]}` : "starting") : WORDS[job.status];
+    const left = LIVE.includes(job.status) && job.seconds_left ? `${duration(job.seconds_left)} left` : "";
+    return el("div", { class: `sd-job ${job.status} ${job.id === this.selected ? "on" : ""}`, "data-job": job.id },
+      el("button", { type: "button", class: "sd-job-name", "data-what": `open-${job.id}`, "aria-expanded": String(job.id === this.selected),
+        onclick: () => { this.selected = job.id; this.refresh(); } },
+        el("strong", {}, job.name), el("span", { class: `sd-chip ${job.status}` }, state), el("span", { class: "sd-dim" }, left)),
+      el("progress", { value: share, max: 1, "aria-label": `Progress of ${job.name}` }), el("span", { class: "sd-count" }, job.steps ? `${job.step} / ${job.steps}` : ""));
+  }
+  drawRun(run) {
+    if (this.drawn !== run.id) {
+      this.drawn = run.id;
+      this.keys = { queue: this.keys.queue };
+      this.parts = Object.fromEntries(["head", "actions", "curve", "previews", "facts", "log"].map((name) => [name, el("div", { class: `sd-${name}` })]));
+      this.detail.replaceChildren(...Object.values(this.parts));
+    }
+    this.fill("head", JSON.stringify([run.status, run.error, run.notes]), [
+      run.error ? el("p", { class: "sd-problem", role: "alert" }, run.error) : null,
+      run.status === "finished" ? el("p", { class: "sd-done", role: "status" }, `Done: ${run.shown_adapter}`) : null].filter(Boolean));
+    this.fill("actions", `${run.status}${run.started}`, this.actions(run));
+    this.fill("curve", `${run.step}|${run.validation.length}`, run.losses.length ? [curve(run)] : []);
+    this.fill("previews", JSON.stringify(run.samples), this.previews(run));
+    this.fill("facts", JSON.stringify([run.memory, run.rate, run.step, run.command, run.status]), this.facts(run));
+  }
+  actions(run) {
+    const act = (what, extra = {}) => () => attempt(async () => { await ask(`jobs/${run.id}/${what}`, extra); await this.refresh(); });
+    const can = (label, what, kind = "") => button(label, act(what), kind, { "data-what": what });
+    const ended = ["stopped", "failed", "finished"].includes(run.status);
+    return [el("div", { class: "sd-row" },
+      run.status === "waiting" ? [can("Start now", "start", "primary"), can("Take out of the queue", "stop")] : null,
+      run.status === "running" ? [can("Stop and save", "stop", "primary"), run.started ? can("Preview now", "sample") : null, run.started ? can("Save now", "save") : null] : null,
+      run.status === "stopping" ? can("Stop without saving", "kill", "danger") : null,
+      ["stopped", "failed"].includes(run.status) ? can("Resume", "resume", "primary") : null,
+      run.status === "finished" ? button("Try it out", () => tellPython("try-run", JSON.stringify({ id: run.id, at: Date.now() })), "primary", { "data-what": "try" }) : null,
+      run.status === "finished" ? button("Export", () => tellPython("export-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "export" }) : null,
+      button("Clone", () => tellPython("clone-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "clone" }),
+      button("Log", () => this.showLog(run), "", { "data-what": "log" }),
+      ended || run.status === "waiting" ? button("Delete", () => this.confirmDelete(run), "danger", { "data-what": "delete" }) : null)];
+  }
+  async showLog(run) {
+    const answer = await attempt(() => ask(`jobs/${run.id}/log`));
+    if (!answer) return;
+    const text = el("pre", { class: "sd-log", tabindex: "0" }, answer.text || "(nothing said yet)");
+    this.dialog.replaceChildren(el("h3", {}, `Log of ${run.name}`), text, el("div", { class: "sd-row" }, button("Close", () => this.dialog.close())));
+    this.dialog.showModal();
+    text.scrollTop = text.scrollHeight;
+  }
+  confirmDelete(run) {
+    const also = el("input", { type: "checkbox", id: "sd-also" });
+    const remove = () => attempt(async () => {
+      await ask(`jobs/${run.id}/delete`, { with_run: also.checked, confirmed: true });
+      this.dialog.close();
+      this.drawn = null;
+      await this.refresh();
+    });
+    this.dialog.replaceChildren(el("h3", {}, `Delete the job ${run.name}?`),
+      el("p", {}, "It leaves the queue. The run folder stays where it is, unless you say otherwise:"),
+      el("label", { class: "sd-check" }, also, ` also delete ${run.shown_run} with its checkpoints and adapter, for good`),
+      el("div", { class: "sd-row" }, button("Delete", remove, "danger", { id: "sd-confirm" }), button("Keep it", () => this.dialog.close())));
+    this.dialog.showModal();
+  }
+  previews(run) {
+    if (!run.samples.length) return [];
+    const prompts = run.prompts || [];
+    const rows = [...run.samples].reverse();
+    return [el("h4", {}, "Previews"), el("div", { class: "sd-scroll" }, el("table", { class: "sd-grid" },
+      el("thead", {}, el("tr", {}, el("th", {}, "step"), rows[0][1].map((_, i) => el("th", { scope: "col", title: prompts[i] || "" }, prompts[i] || `prompt ${i + 1}`)))),
+      el("tbody", {}, rows.map(([step, files]) => el("tr", {}, el("th", { scope: "row" }, step),
+        files.map((file, i) => el("td", {}, el("a", { href: fileUrl(file), target: "_blank", "aria-label": `step ${step}, ${prompts[i] || "preview"}` }, el("img", { src: fileUrl(file), alt: "", loading: "lazy" })))))))))];
+  }
+  facts(run) {
+    const pair = (name, value) => value ? [el("dt", {}, name), el("dd", {}, value)] : [];
+    return [el("dl", {}, pair("loss (last 20 steps)", run.loss?.toFixed(4)), pair("held-out loss", run.validation.length ? run.validation[run.validation.length - 1][1].toFixed(4) : ""),
+      pair("learning rate", run.rate?.toPrecision(3)), pair("speed", LIVE.includes(run.status) && run.images_per_second ? `${run.images_per_second.toFixed(1)} pictures/s` : ""),
+      pair("memory", run.memory ? `${bytes(run.memory)} held` : ""), pair("took", run.seconds ? duration(run.seconds) : ""),
+      pair("the same in a shell", el("code", {}, run.command)))];
+  }
+}
+
+function curve(run) {
+  const width = 640, height = 190, left = 44, bottom = 22, top = 8;
+  const every = [...run.losses, ...run.validation];
+  const values = every.map((point) => point[1]);
+  const low = Math.min(...values), high = Math.max(...values), span = high - low || 1;
+  const last = Math.max(run.steps, ...every.map((point) => point[0])) || 1;
+  const x = (step) => left + (step / last) * (width - left - 8);
+  const y = (value) => top + (1 - (value - low) / span) * (height - top - bottom);
+  const path = (points) => points.map(([step, value], i) => `${i ? "L" : "M"}${x(step).toFixed(1)},${y(value).toFixed(1)}`).join("");
+  const smooth = [];
+  let mean = null;
+  for (const [step, value] of run.losses) { mean = mean === null ? value : 0.85 * mean + 0.15 * value; smooth.push([step, mean]); }
+  const label = (text, at) => svg("text", at, document.createTextNode(text));
+  return el("figure", { class: "sd-figure" }, svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Loss over ${run.step} steps, now ${run.loss?.toFixed(4)}` },
+    [0, 0.5, 1].map((share) => svg("line", { x1: left, x2: width - 8, y1: y(low + share * span), y2: y(low + share * span), class: "grid" })),
+    [0, 0.5, 1].map((share) => label((low + share * span).toPrecision(2), { x: left - 6, y: y(low + share * span) + 4, class: "end" })),
+    [0, 0.5, 1].map((share) => label(String(Math.round(share * last)), { x: x(share * last), y: height - 5, class: share === 1 ? "end" : "middle" })),
+    svg("path", { d: path(run.losses), class: "raw" }), svg("path", { d: path(smooth), class: "smooth" }),
+    run.validation.length ? svg("path", { d: path(run.validation), class: "held" }) : [],
+    run.validation.map(([step, value]) => svg("circle", { cx: x(step), cy: y(value), r: 3, class: "held" }))),
+    el("figcaption", {}, el("i", { class: "key smooth" }), "training loss ", run.validation.length ? [el("i", { class: "key held" }), "held-out pictures"] : null));
+}
+
+customElements.define("sd-jobs", Jobs);
