@@ -336,7 +336,7 @@ def _family(adapter: AdapterFile, source: Path) -> FamilyInfo:
 
 def _own_dtype(weights: AdapterWeights) -> torch.dtype:
     """Return the number format of the adapter's factors, the widest if they differ."""
-    dtypes = {tensor.dtype for pair in weights.pairs.values() for tensor in (pair.down, pair.up)}
+    dtypes = {tensor.dtype for one in weights.updates.values() for tensor in one.tensors().values()}
     known = dtypes & set(DTYPES.values())
     return known.pop() if dtypes == known and len(dtypes) == 1 else torch.float32
 

@@ -10,8 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from . import formats
-from .adapters.base import AdapterWeights, LowRankPair
+from .adapters.base import AdapterWeights, LowRankPair, Update
+from .adapters.kinds import TITLES, DoRA, LoHa, LoKr, TuckerPair
 from .errors import ConfigError
 from .formats.clients import Support, client_support
 from .formats.detection import detect_family
@@ -76,6 +79,7 @@ class AdapterSummary:
         num_bytes: size of the file or files.
         num_keys: tensors.
         modules: component -> adapted layers.
+        kinds: kind of update, a key of :data:`sdlora.adapters.kinds.TITLES` -> layers.
         ranks: rank -> layers.
         alphas: alpha -> layers.
         dtypes: number format -> tensors.
@@ -96,6 +100,7 @@ class AdapterSummary:
     num_bytes: int
     num_keys: int
     modules: Mapping[str, int]
+    kinds: Mapping[str, int]
     ranks: Mapping[int, int]
     alphas: Mapping[float, int]
     dtypes: Mapping[str, int]
@@ -119,6 +124,7 @@ class AdapterSummary:
             "num_keys": self.num_keys,
             "num_modules": sum(self.modules.values()),
             "modules": dict(self.modules),
+            "kinds": dict(self.kinds),
             "ranks": {str(rank): count for rank, count in self.ranks.items()},
             "alphas": {f"{alpha:g}": count for alpha, count in self.alphas.items()},
             "dtypes": dict(self.dtypes),
@@ -148,6 +154,7 @@ class AdapterSummary:
             ("family", self.family or "not told by the file"),
             ("name", self.name),
             ("base", self.base or "not told by the file"),
+            ("kind", _counts({TITLES[kind]: count for kind, count in self.kinds.items()})),
             ("layers", layers),
             ("rank", _counts(self.ranks)),
             ("alpha", _counts({f"{alpha:g}": count for alpha, count in self.alphas.items()})),
@@ -186,7 +193,7 @@ def inspect_adapter(path: Path) -> AdapterSummary:
     format = formats.sniff(path)
     adapter = formats.read_adapter(path)
     entries = adapter.info.metadata
-    pairs = adapter.weights.pairs.values()
+    updates = adapter.weights.updates.values()
     digest = data_sha256(headers[0].path, headers[0].data_offset)
     recorded = entries.get("sshs_model_hash")
     keys = [key for header in headers for key in header.tensors]
@@ -198,9 +205,10 @@ def inspect_adapter(path: Path) -> AdapterSummary:
         base=_known(entries, "ss_sd_model_name"),
         num_bytes=sum(header.num_bytes for header in headers),
         num_keys=len(keys),
-        modules={c: len(adapter.weights.component(c)) for c in adapter.weights.components()},
-        ranks=dict(sorted(Counter(pair.rank for pair in pairs).items())),
-        alphas=dict(sorted(Counter(pair.alpha for pair in pairs).items())),
+        modules={c: len(adapter.weights.updates_of(c)) for c in adapter.weights.components()},
+        kinds=adapter.weights.kinds(),
+        ranks=dict(sorted(Counter(one.rank for one in updates).items())),
+        alphas=dict(sorted(Counter(one.alpha for one in updates).items())),
         dtypes=_dtypes(headers),
         trigger_words=adapter.info.trigger_words,
         tags=_tags(entries.get("ss_tag_frequency")),
@@ -257,18 +265,27 @@ def block_norms(weights: AdapterWeights) -> tuple[BlockNorm, ...]:
     found = []
     for component in weights.components():
         squares: dict[str, list[float]] = {}
-        for path, pair in weights.component(component).items():
-            squares.setdefault(_block(component, path), []).append(delta_norm(pair) ** 2)
+        for path, update in weights.updates_of(component).items():
+            squares.setdefault(_block(component, path), []).append(delta_norm(update) ** 2)
         for block in sorted(squares, key=_flow_order):
             found.append(BlockNorm(component, block, len(squares[block]), math.sqrt(sum(squares[block]))))
     return tuple(found)
 
 
-def delta_norm(pair: LowRankPair) -> float:
-    """Return the Frobenius norm of dW from rank x rank products, without building dW.
+def delta_norm(update: Update) -> float:
+    """Return the Frobenius norm of dW, where possible without building dW; of a DoRA that of its direction.
 
-    ``||up @ down||_F^2 = trace((up^T up) (down down^T))``, in float64.
+    ``||up @ down||_F^2 = trace((up^T up) (down down^T))`` and ``||kron(a, b)|| = ||a|| ||b||``, in float64.
     """
+    if isinstance(update, DoRA):
+        return delta_norm(update.direction)
+    if isinstance(update, LoKr):
+        sides = (side[0] if len(side) == 1 else side[0] @ side[1] for side in update.matrices())
+        return abs(update.scale) * math.prod(float(torch.linalg.norm(side.double())) for side in sides)
+    if isinstance(update, LoHa):
+        return float(torch.linalg.norm(update.delta().double()))
+    pair = update.merged() if isinstance(update, TuckerPair) else update
+    assert isinstance(pair, LowRankPair)
     up, down = pair.up.flatten(1).double(), pair.down.flatten(1).double()
     square = float(((up.T @ up) * (down @ down.T).T).sum())
     return abs(pair.scale) * math.sqrt(max(square, 0.0))

@@ -14,7 +14,7 @@ ROOT = Path(sdlora.__file__).parent
 LAYERS = [
     {"errors", "events"},
     {"files", "section"},
-    {"tensor_file", "data_config"},
+    {"tensor_file", "data_config", "adapter_config"},
     {"config"},
     {"diffusion", "data", "devices"},
     {"families"},

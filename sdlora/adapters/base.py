@@ -180,6 +180,10 @@ class AdapterWeights:
         """Return {module path: pair} of one component of a plain LoRA."""
         return {key.path: pair for key, pair in self.items() if key.component == name}
 
+    def only_plain(self) -> AdapterWeights:
+        """Return the modules with plain low-rank pairs."""
+        return AdapterWeights({k: one for k, one in self.updates.items() if isinstance(one, LowRankPair)})
+
     def all_items(self) -> Iterator[tuple[ModuleKey, Update]]:
         """Yield (module, update) of any kind in sorted order."""
         for key in sorted(self.updates):

@@ -99,7 +99,7 @@ def attach(
         AdapterFileError: if a module is missing in the model or has another shape.
     """
     _check_fit(model, weights, name)
-    plain = AdapterWeights({k: one for k, one in weights.all_items() if isinstance(one, LowRankPair)})
+    plain = weights.only_plain()
     for component in plain.components():
         module = model.components()[component]
         pairs = {_installed(module, path): pair for path, pair in plain.component(component).items()}

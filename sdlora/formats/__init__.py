@@ -20,7 +20,7 @@ from ..adapters.base import COMPONENTS, AdapterFile, AdapterInfo, AdapterWeights
 from ..errors import AdapterFileError, OutputError
 from ..files import replacing, write_json
 from ..tensor_file import PICKLE_SUFFIXES, Header, Load, opened, read_header, shapes_only, write_tensors
-from . import diffusers, folding, foreign, metadata, peft, single_file, webui
+from . import diffusers, folding, foreign, kinds, metadata, peft, single_file, webui
 from .detection import detect_family
 from .keys import spellings
 
@@ -53,7 +53,8 @@ def read_adapter(path: Path) -> AdapterFile:
     """
     headers = _headers(path)
     weights = _collected(path, headers, opened)
-    return AdapterFile(weights, _info(path, headers, weights))
+    info = _info(path, headers, weights)
+    return AdapterFile(kinds.with_projections(weights, info.family), info)
 
 
 def read_modules(path: Path) -> Iterator[tuple[ModuleKey, Update]]:
@@ -82,7 +83,8 @@ def read_outline(path: Path) -> AdapterFile:
         for header in headers
     ]
     weights = _collected(path, unrecorded, shapes_only)
-    return AdapterFile(weights, _info(path, headers, weights))
+    info = _info(path, headers, weights)
+    return AdapterFile(kinds.with_projections(weights, info.family), info)
 
 
 def _collected(
@@ -130,7 +132,7 @@ def write_adapter(
         AdapterFileError: when the format cannot hold the adapter.
         OutputError: when the place cannot be written.
     """
-    if not adapter.weights.pairs:
+    if not adapter.weights.updates:
         raise AdapterFileError(f"{target}: the adapter has no modules, so there is nothing to write")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise AdapterFileError(f"{target}: adapters are written as fp32, fp16 or bf16, not {dtype}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..adapters.base import AdapterWeights
+from .client_kinds import kind_reasons, magnitude_reasons
 from .keys import parse_key, spellings
 
 CLIENTS = ("WebUI", "Forge", "ComfyUI", "kohya sd-scripts", "diffusers", "stable-diffusion.cpp")
@@ -51,7 +52,7 @@ class _Facts:
     def scaled_rank_one(self) -> bool:
         """Whether a module of rank 1 has an alpha of its own."""
         parsed = [parse_key(key) for key in self.keys if key.endswith(".alpha")]
-        ranks = {key.module: self.weights.pairs[key.module].rank for key in parsed if key is not None}
+        ranks = {key.module: self.weights.updates[key.module].rank for key in parsed if key is not None}
         return 1 in ranks.values()
 
     @property
@@ -90,7 +91,7 @@ def client_support(
 def partial_attention(weights: AdapterWeights, component: str) -> list[str]:
     """Return the text-encoder attention blocks that have some but not all of q, k, v and out."""
     blocks: dict[str, set[str]] = {}
-    for path in weights.component(component):
+    for path in weights.updates_of(component):
         block, _, name = path.rpartition(".")
         if name in _TEXT_ATTENTION:
             blocks.setdefault(block, set()).add(name)
@@ -99,11 +100,11 @@ def partial_attention(weights: AdapterWeights, component: str) -> list[str]:
 
 def mixed_alphas(weights: AdapterWeights) -> list[str]:
     """Return the components whose modules do not all have one alpha."""
-    return [c for c in weights.components() if len({p.alpha for p in weights.component(c).values()}) > 1]
+    return [c for c in weights.components() if len({p.alpha for p in weights.updates_of(c).values()}) > 1]
 
 
 def _webui(client: str, facts: _Facts) -> list[str]:
-    return [*_names(client, facts), *_layers(client, facts)]
+    return [*_names(client, facts), *_layers(client, facts), *kind_reasons(client, facts.weights)]
 
 
 def _names(client: str, facts: _Facts) -> list[str]:
@@ -127,16 +128,16 @@ def _names(client: str, facts: _Facts) -> list[str]:
 
 def _layers(client: str, facts: _Facts) -> list[str]:
     reasons = []
-    outer = [p for p in facts.weights.component("unet") if p.split(".", 1)[0] in _UNSEEN_BY_KOHYA]
+    outer = [p for p in facts.weights.updates_of("unet") if p.split(".", 1)[0] in _UNSEEN_BY_KOHYA]
     if outer and client in ("kohya sd-scripts", "stable-diffusion.cpp"):
         reasons.append(f"leaves out `{outer[0]}`" + (f" and {len(outer) - 1} more" if len(outer) > 1 else ""))
     if client == "WebUI":
         open_clip = {"sdxl": "text_encoder_2", "sd2": "text_encoder"}.get(facts.family or "", "")
         if partial := partial_attention(facts.weights, open_clip):
             reasons.append(f"applies text attention only when q, k, v and out are all there (`{partial[0]}`)")
-    if client == "diffusers":
+    if client == "diffusers" and set(facts.weights.kinds()) <= {"lora", "dora"}:
         for component in ("text_encoder", "text_encoder_2"):
-            paths = facts.weights.component(component)
+            paths = facts.weights.updates_of(component)
             if paths and not any(path.endswith("out_proj") for path in paths):
                 reasons.append(f"loses the attention of `{component}`, which has no `out_proj`")
         reasons += [
@@ -151,18 +152,20 @@ def _diffusers(client: str, facts: _Facts) -> list[str]:
     if client == "diffusers":
         return ["finds nothing without `unet.` before the names; export it again"] if _bare(facts) else []
     if client == "ComfyUI":
-        reasons = []
-        attention = [path for path in facts.weights.component("unet") if path.endswith(_ATTENTION)]
+        reasons = magnitude_reasons(client, facts.weights)
+        attention = [path for path in facts.weights.updates_of("unet") if path.endswith(_ATTENTION)]
         if attention and not facts.any_part(".processor."):
             reasons.append(
                 f"loses {len(attention)} U-Net attention layers in diffusers keys; export as webui"
             )
-        if not facts.any_part(".alpha") and any(pair.scale != 1.0 for pair in facts.weights.pairs.values()):
+        if not facts.any_part(".alpha") and any(one.scale != 1.0 for one in facts.weights.updates.values()):
             reasons.append("ignores the alphas, which are in the header only; export as webui")
         return reasons
     if client == "stable-diffusion.cpp":
-        text = [c for c in facts.weights.components() if c != "unet"]
-        return ["leaves out text encoders in diffusers keys; export as webui"] if text else []
+        reasons = magnitude_reasons(client, facts.weights)
+        if any(component != "unet" for component in facts.weights.components()):
+            reasons.append("leaves out text encoders in diffusers keys; export as webui")
+        return reasons
     return ["reads no diffusers keys; export as webui"]
 
 
@@ -171,12 +174,16 @@ def _bare(facts: _Facts) -> bool:
 
 
 def _comfyui(client: str, facts: _Facts) -> list[str]:
-    return [] if client in _BY_KEY else ["reads no ComfyUI keys; export as webui"]
+    if client in _BY_KEY:
+        return kind_reasons(client, facts.weights)
+    return ["reads no ComfyUI keys; export as webui"]
 
 
 def _lycoris(client: str, facts: _Facts) -> list[str]:
     readers = (*_BY_KEY, "stable-diffusion.cpp")
-    return [] if client in readers else ["reads no `lycoris_` keys; export as webui"]
+    if client in readers:
+        return kind_reasons(client, facts.weights)
+    return ["reads no `lycoris_` keys; export as webui"]
 
 
 def _peft(client: str, facts: _Facts) -> list[str]:

@@ -21,20 +21,20 @@ _HEADER_FAMILIES = (
 
 def detect_family(weights: AdapterWeights, metadata: Mapping[str, str]) -> str | None:
     """Return ``sd1``, ``sd2``, ``sdxl`` or None; what the layers say goes before what the header says."""
-    if weights.component("text_encoder_2"):
+    if weights.updates_of("text_encoder_2"):
         return "sdxl"
-    unet = weights.component("unet")
-    for path, pair in unet.items():
-        if path.endswith((".attn2.to_k", ".attn2.to_v")) and pair.down.shape[1] in CONTEXT_WIDTHS:
-            return CONTEXT_WIDTHS[pair.down.shape[1]]
+    unet = weights.updates_of("unet")
+    for path, update in unet.items():
+        if path.endswith((".attn2.to_k", ".attn2.to_v")) and update.shape[1] in CONTEXT_WIDTHS:
+            return CONTEXT_WIDTHS[update.shape[1]]
     if any(".transformer_blocks.1." in path for path in unet):
         return "sdxl"  # the only one with several transformer blocks in one attention module
     for entry, start, family in _HEADER_FAMILIES:
         if metadata.get(entry, "").startswith(start):
             return family
     widths = {
-        pair.down.shape[1]
-        for path, pair in weights.component("text_encoder").items()
+        update.shape[1]
+        for path, update in weights.updates_of("text_encoder").items()
         if path.endswith((".q_proj", ".k_proj", ".v_proj"))
     }
     return "sd2" if widths == {1024} else None  # 768 is both SD1's and SDXL's first encoder

@@ -10,13 +10,14 @@ are and the alphas go where diffusers itself keeps them since 0.34, into ``lora_
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..adapters.base import AdapterWeights, LowRankPair
-from . import folding, names, peft
+from . import folding, kinds, names, peft
 from .single_file import CONFIG_ENTRY
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ def encode(
     """Return the tensors of a diffusers file, and the header entry with the alphas as trained.
 
     Raises:
-        AdapterFileError: when values do not fit the number format.
+        AdapterFileError: for a kind that diffusers cannot hold, or values that do not fit the number format.
     """
+    weights, magnitudes = kinds.as_low_rank(where, "diffusers", weights)
     fold = all(_folds(pair, dtype) for pair in weights.pairs.values())
     tensors: dict[str, Tensor] = {}
     for module, pair in weights.items():
@@ -39,9 +41,14 @@ def encode(
         key = f"{module.component}.{module.path}"
         tensors[f"{key}.lora_A.weight"] = folding.fitting(at, pair.down, dtype)
         tensors[f"{key}.lora_B.weight"] = folding.fitting(at, up, dtype)
+        if module in magnitudes:
+            # transformers' loader of text encoders finds the magnitude only with `.weight`
+            ending = "" if module.component == "unet" else ".weight"
+            tensors[f"{key}.lora_magnitude_vector{ending}"] = folding.fitting(at, magnitudes[module], dtype)
     if fold:
         return tensors, {folding.RECORDED_ALPHAS: folding.recorded_alphas(weights), "format": "pt"}
-    return tensors, {CONFIG_ENTRY: _settings(weights), "format": "pt"}
+    dora = {module.component for module in magnitudes}
+    return tensors, {CONFIG_ENTRY: _settings(weights, dora), "format": "pt"}
 
 
 def _folds(pair: LowRankPair, dtype: torch.dtype) -> bool:
@@ -53,7 +60,7 @@ def _folds(pair: LowRankPair, dtype: torch.dtype) -> bool:
     return bool(torch.isfinite(folding.scaled(pair.up, pair.scale).to(dtype)).all())
 
 
-def _settings(weights: AdapterWeights) -> str:
+def _settings(weights: AdapterWeights, dora: Collection[str]) -> str:
     """Return the PEFT settings of all components, as diffusers 0.34 and later write them.
 
     Text-encoder modules go without ``text_model.``: PEFT matches the end of a name, so that they are found
@@ -65,5 +72,6 @@ def _settings(weights: AdapterWeights) -> str:
         settings = peft.settings_of(
             weights.component(component), spelled, anchor="^" if component == "unet" else ""
         )
+        settings["use_dora"] = component in dora
         entries |= {f"{component}.{name}": value for name, value in settings.items()}
     return json.dumps(entries, separators=(",", ":"))

@@ -10,10 +10,6 @@ from ..errors import AdapterFileError
 from ..tensor_file import TensorSpec, shown
 
 _KINDS: tuple[tuple[str, str], ...] = (
-    (r"\.hada_(w|t)\d", "a LoHa (LyCORIS) adapter"),
-    (r"\.lokr_(w|t)\d", "a LoKr (LyCORIS) adapter"),
-    (r"\.dora_scale$|lora_magnitude_vector", "a DoRA adapter"),
-    (r"\.lora_mid\.weight$", "a LoCon adapter with Tucker factors (`lora_mid`)"),
     (r"\.oft_|\.boft_", "an OFT adapter"),
     (r"\.(a1|a2|b1|b2)\.weight$", "a GLoRA adapter"),
     (r"\.diff(_b)?$|\.(w|b)_norm$", "an adapter with full-weight differences (`diff`)"),
@@ -29,7 +25,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ),
 )
 _LORA = re.compile(
-    r"lora_(down|up|A|B|linear_layer)|\.lora\.(down|up)|_lora\.(down|up)|^(lora_unet|lora_te\d?|lycoris)_"
+    r"lora_(down|up|A|B|linear_layer)|\.(hada|lokr)_[wt]\d|\.lora\.(down|up)|_lora\.(down|up)|^(lora_unet|lora_te\d?|lycoris)_"
 )
 _MODELS = (
     (

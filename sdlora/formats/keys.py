@@ -24,6 +24,7 @@ from typing import NamedTuple
 from ..adapters.base import COMPONENTS, ModuleKey
 from ..errors import AdapterFileError
 from . import foreign, names
+from .kinds import MAGNITUDE
 
 WEBUI_PREFIXES = {
     "lora_unet_": "unet",
@@ -35,11 +36,14 @@ _COMFYUI_TEXT = re.compile(r"^(?:text_encoders\.)?clip_(?P<which>[lgh])\.(?:tran
 _COMFYUI_UNET = re.compile(r"^(?:model\.)?diffusion_model\.(?P<path>.+)$")
 _CLIP = {"l": "text_encoder", "h": "text_encoder", "g": "text_encoder_2"}
 
-_PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
+_PARTS: tuple[tuple[re.Pattern[str], str | None], ...] = (
     (re.compile(r"\.lora_(?:down|A)(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"), "down"),
     (re.compile(r"\.lora_(?:up|B)(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"), "up"),
     (re.compile(r"(?:\.lora|_lora|\.lora_linear_layer)\.down\.weight$"), "down"),
     (re.compile(r"(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight$"), "up"),
+    (re.compile(r"\.lora_mid\.weight$"), "mid"),
+    (re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|dora_scale)$"), None),
+    (re.compile(r"\.lora_magnitude_vector(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"), MAGNITUDE),
     (re.compile(r"\.alpha$"), "alpha"),
     (re.compile(r"\.scale$"), "scale"),
 )
@@ -52,7 +56,7 @@ class ParsedKey(NamedTuple):
 
     Attributes:
         module: the layer.
-        part: ``down``, ``up``, ``alpha`` or ``scale``.
+        part: ``down``, ``up``, ``mid``, ``alpha``, ``scale``, ``magnitude``, or what LyCORIS calls it.
         spelling: how the layer is spelled: ``webui``, ``diffusers``, ``comfyui`` or ``lycoris``.
     """
 
@@ -73,7 +77,7 @@ def parse_key(key: str) -> ParsedKey | None:
     for pattern, part in _PARTS:
         match = pattern.search(key)
         if match is not None and (name := parse_name(key[: match.start()])) is not None:
-            return ParsedKey(name.module, part, name.spelling)
+            return ParsedKey(name.module, part or match[1], name.spelling)
     return None
 
 

@@ -367,28 +367,38 @@ def _shareable(config: Config) -> str:
     return json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
 
 
+_KOHYA_MODULE, _LYCORIS_MODULE = "networks.lora", "lycoris.kohya"
+_LYCORIS_ALGORITHMS = {"tucker": "locon", "loha": "loha", "lokr": "lokr"}
+
+
 def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[str, str]:
     """Return rank and alpha of the linear layers (3x3 convolutions apart, as kohya does)."""
-    linear = [p for p in weights.pairs.values() if p.down.ndim == 2 or p.down.shape[2:] == (1, 1)]
-    spatial = [p for p in weights.pairs.values() if p.down.ndim == 4 and p.down.shape[2:] != (1, 1)]
+    linear = [p for p in weights.updates.values() if p.shape[2:] in ((), (1, 1))]
+    spatial = [p for p in weights.updates.values() if p.shape[2:] not in ((), (1, 1))]
     pairs = linear or spatial
     ranks, alphas = {p.rank for p in pairs}, {p.alpha for p in pairs}
     dimension = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     alpha = str(_plain(alphas.pop())) if len(alphas) == 1 else "Dynamic"
-    arguments = "None"
+    arguments: dict[str, str] = {}
+    algorithms = [kind for kind in weights.kinds() if kind in _LYCORIS_ALGORITHMS]
+    if algorithms:
+        arguments["algo"] = _LYCORIS_ALGORITHMS[algorithms[0]]
+    if "dora" in weights.kinds():
+        arguments["dora_wd"] = "True"
     if spatial:
         values: dict[str, set[float]] = {
             "conv_dim": {p.rank for p in spatial},
             "conv_alpha": {p.alpha for p in spatial},
         }
-        arguments = json.dumps(
-            {k: str(_plain(v.pop())) if len(v) == 1 else "Dynamic" for k, v in values.items()}
-        )
+        arguments |= {k: str(_plain(v.pop())) if len(v) == 1 else "Dynamic" for k, v in values.items()}
+    module = texts.get("ss_network_module", _KOHYA_MODULE)
+    if module in (_KOHYA_MODULE, _LYCORIS_MODULE):  # of the source, which may have been of another kind
+        module = _LYCORIS_MODULE if algorithms else _KOHYA_MODULE
     return {
-        "ss_network_module": texts.get("ss_network_module", "networks.lora"),
+        "ss_network_module": module,
         "ss_network_dim": dimension,
         "ss_network_alpha": alpha,
-        "ss_network_args": arguments,
+        "ss_network_args": json.dumps(arguments) if arguments else "None",
     }
 
 

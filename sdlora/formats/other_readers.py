@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.base import AdapterWeights, ModuleKey, Update
 from ..errors import AdapterFileError
-from . import names, read_outline
+from . import kinds, names, read_outline
 
 if TYPE_CHECKING:
     from ..families.base import FamilyInfo
@@ -57,7 +57,7 @@ def through_peft(folder: Path) -> AdapterWeights:
     """
     from peft import PeftModel
 
-    pairs: dict[ModuleKey, LowRankPair] = {}
+    pairs: dict[ModuleKey, Update] = {}
     for component, standin in _standins(read_outline(folder).weights).items():
         inside = folder / component
         with _loading(inside, "PEFT"):
@@ -85,15 +85,15 @@ def _loading(path: Path, program: str) -> Iterator[None]:
 
 
 def _standins(weights: AdapterWeights) -> dict[str, nn.Module]:
-    makers: dict[str, Callable[[Mapping[str, LowRankPair]], nn.Module]] = {
+    makers: dict[str, Callable[[Mapping[str, Update]], nn.Module]] = {
         "unet": _unet,
         "text_encoder": lambda pairs: _text_encoder("CLIPTextModel", pairs),
         "text_encoder_2": lambda pairs: _text_encoder("CLIPTextModelWithProjection", pairs),
     }
-    return {name: makers[name](weights.component(name)) for name in weights.components()}
+    return {name: makers[name](weights.updates_of(name)) for name in weights.components()}
 
 
-def _unet(pairs: Mapping[str, LowRankPair]) -> nn.Module:
+def _unet(pairs: Mapping[str, Update]) -> nn.Module:
     """Return a tree of modules named as the adapter's, with the loader of diffusers' own models."""
     from diffusers.loaders import PeftAdapterMixin
 
@@ -112,7 +112,7 @@ def _unet(pairs: Mapping[str, LowRankPair]) -> nn.Module:
     return root
 
 
-def _text_encoder(kind: str, pairs: Mapping[str, LowRankPair]) -> nn.Module:
+def _text_encoder(kind: str, pairs: Mapping[str, Update]) -> nn.Module:
     """Return a real text encoder, tiny but for the layers that are adapted."""
     import transformers
 
@@ -137,19 +137,18 @@ def _text_encoder(kind: str, pairs: Mapping[str, LowRankPair]) -> nn.Module:
     return encoder
 
 
-def _layer(pair: LowRankPair) -> nn.Module:
+def _layer(update: Update) -> nn.Module:
     """Return a layer that such an update fits, with a weight of a single number seen as many."""
-    if pair.down.ndim == 4:
-        kernel = (pair.down.shape[2], pair.down.shape[3])
-        layer: nn.Module = nn.Conv2d(pair.down.shape[1], pair.up.shape[0], kernel, bias=False, device="meta")
+    out, width, *kernel = update.shape
+    if kernel:
+        layer: nn.Module = nn.Conv2d(width, out, (kernel[0], kernel[1]), bias=False, device="meta")
     else:
-        layer = nn.Linear(pair.down.shape[1], pair.up.shape[0], bias=False, device="meta")
-    shape = (pair.up.shape[0], *pair.down.shape[1:])
-    layer.weight = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+        layer = nn.Linear(width, out, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.zeros(()).expand(update.shape), requires_grad=False)
     return layer
 
 
-def _loaded(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, LowRankPair]]:
+def _loaded(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, Update]]:
     """Yield what PEFT's layers in a model hold."""
     from peft.tuners.lora import LoraLayer
 
@@ -162,4 +161,8 @@ def _loaded(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, LowRa
             if any_layer.scaling[name] != alpha / down.shape[0]:
                 alpha = float(any_layer.scaling[name]) * down.shape[0]
             canonical = path if component == "unet" else names.with_text_prefix(path)
-            yield ModuleKey(component, canonical), LowRankPair(down.detach(), up.detach(), alpha)
+            parts = {"down": down.detach(), "up": up.detach()}
+            if name in any_layer.lora_magnitude_vector:
+                parts[kinds.MAGNITUDE] = any_layer.lora_magnitude_vector[name].weight.detach()
+            module = ModuleKey(component, canonical)
+            yield module, kinds.update_of(canonical, module, parts, alpha)

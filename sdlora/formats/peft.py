@@ -18,16 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.base import COMPONENTS, AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.base import COMPONENTS, AdapterWeights, LowRankPair, ModuleKey, Update
 from ..errors import AdapterFileError
 from ..tensor_file import MAX_ENTRY_CHARS, Header, Load, shown
-from . import folding, foreign, names
+from . import folding, foreign, kinds, names
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_FACTOR = re.compile(r"^base_model\.model\.(?P<path>.+?)\.lora_(?P<factor>[AB])(?:\.[A-Za-z]\w*)?\.weight$")
+_FACTOR = re.compile(
+    r"^base_model\.model\.(?P<path>.+?)\.lora_(?P<part>A|B|magnitude_vector)"
+    r"(?:\.(?!weight$)[A-Za-z]\w*)?(?:\.weight)?$"
+)
+_PARTS = {"A": "down", "B": "up", "magnitude_vector": kinds.MAGNITUDE}
 _LITERAL_PATTERN = re.compile(r"^\^?[\w.\\-]+\$?$")
 _OPEN_CLIP_WIDTH = 1280
 """Width of SDXL's second text encoder, which no other encoder of these families has."""
@@ -47,6 +51,7 @@ def encode(
     Raises:
         AdapterFileError: when values do not fit the number format.
     """
+    weights, magnitudes = kinds.as_low_rank(where, "PEFT", weights)
     pairs = weights.component(component)
     spelled = {path: installed_name(component, path) for path in pairs}
     tensors: dict[str, Tensor] = {}
@@ -54,7 +59,12 @@ def encode(
         at = f"{where}: module `{component}.{path}`"
         tensors[f"{PREFIX}{spelled[path]}.lora_A.weight"] = folding.fitting(at, pair.down, dtype)
         tensors[f"{PREFIX}{spelled[path]}.lora_B.weight"] = folding.fitting(at, pair.up, dtype)
-    return tensors, settings_of(pairs, spelled)
+        if (magnitude := magnitudes.get(ModuleKey(component, path))) is not None:
+            name = f"{PREFIX}{spelled[path]}.lora_magnitude_vector"
+            tensors[name] = folding.fitting(at, magnitude, dtype)
+    settings = settings_of(pairs, spelled)
+    settings["use_dora"] = any(module.component == component for module in magnitudes)
+    return tensors, settings
 
 
 def settings_of(
@@ -93,7 +103,7 @@ def settings_of(
     }
 
 
-def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, LowRankPair]]:
+def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update]]:
     """Yield every module of one PEFT folder with its update, in sorted order, holding one at a time.
 
     The component is the folder's name, or else follows from the modules.
@@ -114,10 +124,9 @@ def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, LowRan
         )
     for module, parts in sorted(_groups(header).items()):
         where = f"{path}: module `{module.component}.{module.path}`"
-        down, up = (load(parts[part]) if part in parts else None for part in ("down", "up"))
-        pair = folding.pair_of(where, down, up, None)
-        alpha = effective_alpha(where, config, module, pair.rank)
-        yield module, folding.pair_of(where, pair.down, pair.up, alpha)
+        tensors = {part: load(key) for part, key in parts.items()}
+        rank = tensors["down"].shape[0] if "down" in tensors else 1
+        yield module, kinds.update_of(where, module, tensors, effective_alpha(where, config, module, rank))
 
 
 def _groups(header: Header) -> dict[ModuleKey, dict[str, str]]:
@@ -126,7 +135,7 @@ def _groups(header: Header) -> dict[ModuleKey, dict[str, str]]:
     unknown: list[str] = []
     for key in header.tensors:
         match = _FACTOR.match(key)
-        part = "down" if match is not None and match["factor"] == "A" else "up"
+        part = _PARTS[match["part"]] if match is not None else ""
         if match is None:
             unknown.append(key)
         elif part in found.setdefault(match["path"], {}):
@@ -187,12 +196,8 @@ def effective_alpha(where: str, config: Mapping[str, Any], module: ModuleKey, ra
     rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023), so its alpha counts sqrt(rank) times.
 
     Raises:
-        AdapterFileError: for DoRA, or settings that are not numbers or not plain names.
+        AdapterFileError: for settings that are not numbers or not plain names.
     """
-    if config.get("use_dora"):
-        raise AdapterFileError(
-            f"{where}: the settings say DoRA, which sdlora does not read; give a plain LoRA"
-        )
     alpha = config.get("lora_alpha", 8)  # 8 is PEFT's own default
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):

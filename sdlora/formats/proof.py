@@ -7,7 +7,7 @@ factor once to the file's number format.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import formats
-from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.kinds import DoRA
 from ..errors import AdapterFileError
 from .clients import Support, client_support
 from .other_readers import through_diffusers, through_peft
@@ -82,7 +83,9 @@ def prove(
     for program, read in readers.items():
         seen = read()
         # what it holds in the very same numbers has been compared already
-        same = {key for key, pair in seen.items() if key in back.pairs and _identical(pair, back.pairs[key])}
+        same = {
+            key for key, one in seen.all_items() if key in back.updates and _identical(one, back.updates[key])
+        }
         more = compare(_without(weights, same), _without(seen, same), dtype, f"{path} (read by {program})")
         largest, relative = max(largest, more[0]), max(relative, more[1])
     num_keys = sum(len(header.tensors) for header in formats.read_headers(path))
@@ -99,7 +102,7 @@ def compare(
         AdapterFileError: when a module is missing or added, or an element differs by more than rounding
             both factors to ``dtype`` can cause.
     """
-    missing = set(wanted.pairs) ^ set(written.pairs)
+    missing = set(wanted.updates) ^ set(written.updates)
     if missing:
         first = min(missing)
         raise AdapterFileError(
@@ -114,14 +117,14 @@ def _compare_modules(
     wanted: AdapterWeights, written: AdapterWeights, dtype: torch.dtype, where: str
 ) -> tuple[float, float]:
     largest = relative = 0.0
-    for module, pair in wanted.items():
-        other = written.pairs[module]
-        if other.down.shape != pair.down.shape or other.up.shape != pair.up.shape:
+    for module, update in wanted.all_items():
+        other = written.updates[module]
+        if other.kind != update.kind or _shapes(other) != _shapes(update):
             raise AdapterFileError(
-                f"{where}: module `{module.component}.{module.path}` is of shape {tuple(other.down.shape)} "
-                f"instead of {tuple(pair.down.shape)}; this is a fault of sdlora, please report it"
+                f"{where}: module `{module.component}.{module.path}` is {other.kind} of {_shapes(other)} "
+                f"instead of {update.kind} of {_shapes(update)}; this is a fault of sdlora, please report it"
             )
-        difference, allowed, tolerable = _largest_of(pair, other, dtype)
+        difference, allowed, tolerable = largest_difference(update, other, dtype)
         if not difference <= allowed:  # also when one of them is NaN
             raise AdapterFileError(
                 f"{where}: the update of `{module.component}.{module.path}` differs by {difference:.3g} "
@@ -129,7 +132,7 @@ def _compare_modules(
                 "sdlora, please report it"
             )
         largest = max(largest, difference)
-        relative = max(relative, difference / tolerable * relative_rounding(dtype, pair.rank))
+        relative = max(relative, difference / tolerable * relative_rounding(dtype, update.rank))
     return largest, relative
 
 
@@ -167,21 +170,71 @@ def _largest_of(wanted: LowRankPair, written: LowRankPair, dtype: torch.dtype) -
     return largest, math.inf, tolerable
 
 
+def largest_difference(wanted: Update, written: Update, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Return (difference, allowed, tolerable) of one module, as :func:`_largest_of` does.
+
+    What is no plain pair is compared factor by factor, as files hold them unscaled and without folding:
+    each value may differ by one rounding, and where the scale is in the file it is the same.
+    """
+    if isinstance(wanted, LowRankPair) and isinstance(written, LowRankPair):
+        return _largest_of(wanted, written, dtype)
+    if _identical(wanted, written):
+        return 0.0, math.inf, 1.0
+    if isinstance(wanted, DoRA) and isinstance(written, DoRA):
+        found = largest_difference(wanted.direction, written.direction, dtype)
+        if not found[0] <= found[1]:
+            return found
+        other = _of_factors([(wanted.magnitude, written.magnitude)], dtype, 1)
+        return other if found[0] / found[2] <= other[0] / other[2] or not other[0] <= other[1] else found
+    theirs = written.tensors()
+    if wanted.scale != written.scale:
+        return abs(wanted.scale - written.scale), 0.0, 1.0
+    return _of_factors([(one, theirs[name]) for name, one in wanted.tensors().items()], dtype, wanted.rank)
+
+
+def _of_factors(
+    factors: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype, rank: int
+) -> tuple[float, float, float]:
+    numbers = torch.finfo(dtype)
+    unit, half_step = numbers.eps / 2, numbers.smallest_normal * numbers.eps / 2
+    largest = tolerable = 0.0
+    for ours, theirs in factors:
+        difference = (ours.float() - theirs.float()).abs()
+        bound = ours.float().abs() * unit * (1 + unit) + half_step
+        if not bool((difference <= bound).all()):
+            worst = int((difference - bound).argmax())
+            return float(difference.flatten()[worst]), float(bound.flatten()[worst]), 1.0
+        largest = max(largest, float(difference.max()))
+        # in the terms of a whole update, whose bound is relative_rounding times the largest value
+        tolerable = max(tolerable, float(ours.abs().max()) * relative_rounding(dtype, rank))
+    return largest, math.inf, tolerable or 1.0
+
+
 def _scaled_factors(pair: LowRankPair) -> tuple[Tensor, Tensor]:
     """Return (up * alpha / rank, down) as float32 matrices; their product is dW."""
     return pair.up.flatten(1).float() * pair.scale, pair.down.flatten(1).float()
 
 
-def _identical(one: LowRankPair, other: LowRankPair) -> bool:
+def _identical(one: Update, other: Update) -> bool:
     def same(ours: Tensor, theirs: Tensor) -> bool:
         wide = torch.promote_types(ours.dtype, theirs.dtype)
         return torch.equal(ours.to(wide), theirs.to(wide))
 
-    return one.alpha == other.alpha and same(one.down, other.down) and same(one.up, other.up)
+    mine, theirs = one.tensors(), other.tensors()
+    return (
+        one.kind == other.kind
+        and one.scale == other.scale
+        and mine.keys() == theirs.keys()
+        and all(same(mine[name], theirs[name]) for name in mine)
+    )
+
+
+def _shapes(update: Update) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in update.tensors().items()}
 
 
 def _without(weights: AdapterWeights, modules: set[ModuleKey]) -> AdapterWeights:
-    return AdapterWeights({key: pair for key, pair in weights.items() if key not in modules})
+    return AdapterWeights({key: one for key, one in weights.all_items() if key not in modules})
 
 
 def relative_rounding(dtype: torch.dtype, rank: int) -> float:

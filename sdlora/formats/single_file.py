@@ -9,20 +9,22 @@ leave the update as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.base import COMPONENTS, LowRankPair, ModuleKey
+from ..adapters.base import COMPONENTS, LowRankPair, ModuleKey, Update
+from ..adapters.kinds import DoRA
 from ..errors import AdapterFileError
 from ..tensor_file import Header, Load, entry_json
-from . import folding
+from . import folding, kinds
 from .keys import group_keys
 from .peft import effective_alpha
 
 CONFIG_ENTRY = "lora_adapter_metadata"
 
 
-def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, LowRankPair]]:
+def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update]]:
     """Yield every module of a file with its update, in sorted order, holding one module at a time.
 
     Args:
@@ -38,8 +40,8 @@ def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, LowRan
     originals = folding.original_alpha(path, metadata)
     for module in sorted(groups):
         where = f"{path}: module `{module.component}.{module.path}`"
-        pair = _pair(where, groups[module], load, configs.get(module.component), module)
-        yield module, folding.restore(pair, module, originals)
+        update = _update(where, groups[module], load, configs.get(module.component), module)
+        yield module, _restored(update, module, originals)
 
 
 def peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -67,14 +69,23 @@ def peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
     return configs
 
 
-def _pair(
+def _restored(update: Update, module: ModuleKey, originals: Mapping[str, float]) -> Update:
+    if isinstance(update, LowRankPair):
+        return folding.restore(update, module, originals)
+    if isinstance(update, DoRA):
+        return replace(update, direction=_restored(update.direction, module, originals))
+    return update
+
+
+def _update(
     where: str, parts: Mapping[str, str], load: Load, config: Mapping[str, Any] | None, module: ModuleKey
-) -> LowRankPair:
-    down, up = (load(parts[part]) if part in parts else None for part in ("down", "up"))
-    alpha = folding.alpha_value(where, load(parts["alpha"])) if "alpha" in parts else None
-    pair = folding.pair_of(where, down, up, alpha)
-    if "scale" in parts:  # WebUI and stable-diffusion.cpp: takes the place of alpha / rank
-        return LowRankPair(pair.down, pair.up, folding.alpha_value(where, load(parts["scale"])) * pair.rank)
-    if alpha is None and config is not None:
-        return folding.pair_of(where, pair.down, pair.up, effective_alpha(where, config, module, pair.rank))
-    return pair
+) -> Update:
+    tensors = {part: load(key) for part, key in parts.items()}
+    alpha, scale = (
+        folding.alpha_value(where, tensors.pop(part)) if part in tensors else None
+        for part in ("alpha", "scale")
+    )
+    if alpha is None and scale is None and config is not None and "down" in tensors:
+        alpha = effective_alpha(where, config, module, tensors["down"].shape[0])
+    # WebUI and stable-diffusion.cpp: a `scale` takes the place of alpha / rank
+    return kinds.update_of(where, module, tensors, alpha, scale)

@@ -30,26 +30,28 @@ def encode(
         AdapterFileError: for a module that the format has no name for, or values that do not fit.
     """
     tensors: dict[str, Tensor] = {}
-    folded = False
+    taken: set[str] = set()
+    plain, folded = weights.only_plain(), False
     for component in weights.components():
-        pairs = weights.component(component)
+        pairs = plain.component(component)
         uniform, implied = _shared_alpha(pairs, dtype)
-        for path, pair in pairs.items():
+        for path, update in weights.updates_of(component).items():
             module = _module_name(where, component, path, info)
-            if module + ".lora_down.weight" in tensors:
+            if module in taken:
                 raise AdapterFileError(
                     f"{where}: two modules would both be named `{module}`; rename one of them in the adapter"
                 )
-            alpha, up = pair.alpha, pair.up
-            if uniform is not None and alpha != uniform:
-                alpha, up = uniform, folding.scaled(up, pair.alpha / uniform)
-                folded = True
+            taken.add(module)
+            alpha, factors = update.alpha, update.tensors()
+            if path in pairs and uniform is not None and alpha != uniform:
+                factors["lora_up.weight"] = folding.scaled(pairs[path].up, alpha / uniform)
+                alpha, folded = uniform, True
             at = f"{where}: module `{component}.{path}`"
-            tensors[f"{module}.lora_down.weight"] = folding.fitting(at, pair.down, dtype)
-            tensors[f"{module}.lora_up.weight"] = folding.fitting(at, up, dtype)
-            if not (implied and pair.rank == 1):
+            for name, factor in factors.items():
+                tensors[f"{module}.{name}"] = folding.fitting(at, factor, dtype)
+            if not (implied and path in pairs and update.rank == 1):
                 tensors[f"{module}.alpha"] = folding.stored_alpha(at, alpha)
-    return tensors, {folding.RECORDED_ALPHAS: folding.recorded_alphas(weights)} if folded else {}
+    return tensors, {folding.RECORDED_ALPHAS: folding.recorded_alphas(plain)} if folded else {}
 
 
 def _shared_alpha(pairs: Mapping[str, LowRankPair], dtype: torch.dtype) -> tuple[float | None, bool]:
@@ -66,7 +68,7 @@ def _shared_alpha(pairs: Mapping[str, LowRankPair], dtype: torch.dtype) -> tuple
 
     if any(pair.rank == 1 for pair in pairs.values()) and shares(1.0):
         return 1.0, True
-    least = min((pair.alpha for pair in pairs.values()), key=abs)
+    least = min((pair.alpha for pair in pairs.values()), key=abs, default=1.0)
     return (least if shares(least) else None), False
 
 
