@@ -292,11 +292,22 @@ def _declare_export(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="load the file again, also through diffusers or PEFT, and compare every update",
     )
+    parser.add_argument(
+        "--verify-images",
+        action="store_true",
+        help="also draw with the trained adapter and with the file, at several strengths, and compare",
+    )
+    parser.add_argument("--base", help="base to draw on for --verify-images; a run's own when left out")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="what to draw for --verify-images; may be repeated"
+    )
 
 
 def _run_export(options: argparse.Namespace) -> Result:
     if options.output is None and options.webui is None:
         raise ConfigError("sdlora export needs --output DIR (or --webui DIR)")
+    if not options.verify_images and (options.base or options.prompt):
+        raise ConfigError("--base and --prompt of sdlora export have no effect without --verify-images")
     from .export import export_adapter
 
     report = export_adapter(
@@ -314,7 +325,17 @@ def _run_export(options: argparse.Namespace) -> Result:
     for file in report.files:
         print(file)
     print(f"proof: {report.proof_line()}")
-    return report.to_dict(), 0
+    if not options.verify_images:
+        return report.to_dict(), 0
+    from .display import progress_bar
+    from .picture_proof import compare_pictures
+
+    with progress_bar("drawing") as progress:
+        pictures = compare_pictures(
+            options.source, report.adapter, base=options.base, prompts=options.prompt, progress=progress
+        )
+    print(f"pictures: {pictures.line()}")
+    return report.to_dict() | {"pictures": pictures.to_dict()}, 0
 
 
 def _declare_inspect(parser: argparse.ArgumentParser) -> None:

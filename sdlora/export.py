@@ -62,6 +62,11 @@ class ExportReport:
     model_hash: str
     clients: tuple[Support, ...]
 
+    @property
+    def adapter(self) -> Path:
+        """The adapter's own file, or its folder for PEFT."""
+        return self.files[0].parent.parent if formats.FORMATS[self.format].is_folder else self.files[0]
+
     def proof_line(self) -> str:
         """Return the proof in one line for people."""
         proof = self.proof

@@ -28,6 +28,7 @@ LAYERS = [
     {"render"},
     {"image_generator"},
     {"generate"},
+    {"picture_proof"},
     {"run"},
     {"finish", "previews", "cost", "validation"},
     {"train"},
