@@ -219,15 +219,22 @@ def _declare_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights first")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the fastest when left out")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="number format")
+    parser.add_argument("--vae", metavar="FILE", help="another autoencoder: a file, a folder, or a hub id")
+    parser.add_argument("--clip-skip", type=int, default=1, help="n-th last layer of the text encoder (SD1)")
+    parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what the U-Net predicts")
+    parser.add_argument("--zero-terminal-snr", action=argparse.BooleanOptionalAction, help="schedule's end")
+    parser.add_argument("--attention", choices=["auto", "sdpa", "xformers"], default="auto")
+    parser.add_argument("--offload", action="store_true", help="one component on the card at a time")
 
 
 def _run_generate(options: argparse.Namespace) -> Result:
     strengths = _numbers(options.strengths, "--strengths") if options.strengths else None
     width, height = _size(options.size) if options.size else (None, None)
-    for name, least in (("count", 1), ("steps", 1), ("seed", 0)):
+    for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("clip_skip", 1)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name} {getattr(options, name)}: must be {least} or more")
     from .display import progress_bar
+    from .families.loading import LoadOptions
     from .generate import generate, parse_adapter
 
     adapters = [parse_adapter(text) for text in options.adapter]
@@ -249,6 +256,14 @@ def _run_generate(options: argparse.Namespace) -> Result:
             output=options.output,
             device=options.device,
             precision=options.precision,
+            options=LoadOptions(
+                prediction_type=options.prediction,
+                zero_terminal_snr=options.zero_terminal_snr,
+                clip_skip=options.clip_skip,
+                vae=options.vae,
+                attention=options.attention,
+                offload=options.offload,
+            ),
             progress=progress,
         )
     for file in [*result.files, *([result.grid] if result.grid else [])]:
@@ -351,8 +366,13 @@ def _declare_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_inspect(options: argparse.Namespace) -> Result:
+    from .base_inspection import inspect_base, is_base
     from .inspection import inspect_adapter
 
+    if is_base(str(options.file)):
+        base = inspect_base(str(options.file))
+        print(base.render())
+        return base.to_dict(), 0
     edits: dict[str, Any] = {}
     if options.set or options.remove:
         from .inspection import edit_adapter
@@ -436,7 +456,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("train a LoRA on a folder of pictures", _declare_train, _run_train),
     "generate": Command("draw pictures with adapters at any strength", _declare_generate, _run_generate),
     "export": Command("write an adapter for WebUI, diffusers or PEFT", _declare_export, _run_export),
-    "inspect": Command("show what an adapter file holds", _declare_inspect, _run_inspect),
+    "inspect": Command("show what an adapter file or a base model holds", _declare_inspect, _run_inspect),
     "merge": Command("merge adapters into one", declare_merge, run_merge),
     "resize": Command("write an adapter with fewer ranks", declare_resize, run_resize),
     "diff": Command("compare two adapters by block and layer", declare_diff, run_diff),

@@ -20,6 +20,7 @@ from pathlib import Path
 from .adapters.lora import Strength
 from .config import Precision, SampleConfig
 from .errors import ConfigError, OutputError
+from .families.loading import DEFAULT_OPTIONS, LoadOptions
 from .files import replacing, write_problem
 from .image_generator import ImageGenerator
 from .pictures import grid
@@ -98,6 +99,7 @@ def generate(
     count: int = 1,
     device: str | None = None,
     precision: Precision | None = None,
+    options: LoadOptions = DEFAULT_OPTIONS,
     progress: Progress | None = None,
 ) -> GenerateResult:
     """Make pictures and write them as ``00001-SEED.png``, counting on from what the folder holds.
@@ -117,6 +119,7 @@ def generate(
         count: pictures a prompt (and strength).
         device: see :func:`sdlora.devices.choose_device`.
         precision: see :func:`sdlora.devices.choose_dtype`.
+        options: how the base is loaded.
         progress: told after every denoising step.
 
     Raises:
@@ -129,7 +132,7 @@ def generate(
     folder, defaults = Path(output), SampleConfig()
     sampler = sampler or defaults.sampler
     _check_call(adapters, prompts, sampler, strengths, count)
-    generator = ImageGenerator.load(base, device=device, precision=precision)
+    generator = ImageGenerator.load(base, device=device, precision=precision, options=options)
     model = generator.model
     given = {generator.add_adapter(Path(file)): strength for file, strength in adapters}
     hashes = {name: tensor_hash(Path(file)) for name, (file, _) in zip(given, adapters, strict=True)}

@@ -13,7 +13,7 @@ from .adapters.lora import Merged, Strength, attach, detach, set_strengths
 from .config import Precision
 from .devices import choose_device, choose_dtype
 from .errors import AdapterFileError, ConfigError
-from .families.loading import load_model
+from .families.loading import DEFAULT_OPTIONS, LoadOptions, load_model
 from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
 
 if TYPE_CHECKING:
@@ -33,20 +33,29 @@ class ImageGenerator:
         model.prepare(training=False)
 
     @classmethod
-    def load(cls, base: str, *, device: str | None = None, precision: Precision | None = None) -> Self:
+    def load(
+        cls,
+        base: str,
+        *,
+        device: str | None = None,
+        precision: Precision | None = None,
+        options: LoadOptions = DEFAULT_OPTIONS,
+    ) -> Self:
         """Load a base (``mini``, a folder, a .safetensors file or a hub id).
 
         Args:
             base: see :func:`sdlora.families.loading.load_model`.
             device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; the fastest one present by default.
             precision: ``fp32``, ``bf16`` or ``fp16``; the fastest safe one by default.
+            options: prediction type, VAE, attention and the like.
 
         Raises:
             ConfigError: for a device that is not there.
             ModelError: for a base that cannot be loaded.
         """
         chosen = choose_device(device)
-        return cls(load_model(base, dtype=choose_dtype(precision, chosen), device=chosen))
+        dtype = choose_dtype(precision, chosen)
+        return cls(load_model(base, dtype=dtype, device=chosen, **dataclasses.asdict(options)))
 
     @property
     def adapters(self) -> tuple[str, ...]:

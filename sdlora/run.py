@@ -33,6 +33,7 @@ from .data.sources import by_role, gather, gather_held_out, joined
 from .devices import choose_device, choose_dtype
 from .errors import ConfigError, OutputError, TrainingError
 from .events import Announcer, Caching, Decided, Noticed
+from .families.attention import choose_attention
 from .families.base import DiffusionModel
 from .families.loading import load_model
 from .files import refuse_used_folder
@@ -163,6 +164,7 @@ def _load(config: Config, accelerator: Accelerator) -> tuple[Config, DiffusionMo
     open_keys = [key for key in chosen if config.get(key) is None]
     decisions = [Decision(key, chosen[key], reasons[key]) for key in open_keys]
     config = config.with_values({key: chosen[key] for key in open_keys})
+    decisions.append(_attention(config, device, dtype))
     model = load_model(
         config.model.base,
         dtype=dtype,
@@ -174,6 +176,11 @@ def _load(config: Config, accelerator: Accelerator) -> tuple[Config, DiffusionMo
         attention=config.training.attention,
     )
     return config, model, decisions
+
+
+def _attention(config: Config, device: torch.device, dtype: torch.dtype) -> Decision:
+    choice = choose_attention(config.training.attention, device, dtype, training=True)
+    return Decision("training.attention", choice.name, choice.reason)
 
 
 def _assemble(

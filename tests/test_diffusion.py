@@ -61,3 +61,17 @@ def test_per_image_loss_keeps_images_apart() -> None:
 def test_unknown_beta_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="cosine"):
         NoiseProcess.from_betas(0.1, 0.2, "cosine", 10, "epsilon")
+
+
+def test_zero_terminal_snr_rescales_as_diffusers_does() -> None:
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    wanted = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
+    process = NoiseProcess.from_betas(
+        0.00085, 0.012, "scaled_linear", 1000, "v_prediction", zero_terminal_snr=True
+    )
+    torch.testing.assert_close(process.alphas_cumprod, wanted, rtol=1e-9, atol=1e-12)
+    assert process.ends_in_noise
+    assert not NoiseProcess.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon").ends_in_noise
+    assert bool(torch.isfinite(process.loss_weights(torch.arange(1000), 5.0)).all())

@@ -211,3 +211,27 @@ def test_the_tiny_base_runs_with_v_prediction(tiny_base: Path) -> None:
     for name in SAMPLERS:
         request = GenerateRequest("a", height=32, width=32, steps=3, guidance=2.0, sampler=name, seed=0)
         assert bool(torch.isfinite(denoise(model, [request])).all())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_schedule_that_ends_in_noise_is_sampled_from_its_very_end(name: str) -> None:
+    rescaled = NoiseProcess.from_betas(
+        0.00085, 0.012, "scaled_linear", 1000, "v_prediction", zero_terminal_snr=True
+    )
+    scheduler = make_scheduler(name, rescaled, 10)
+    assert int(scheduler.timesteps[0]) == 999
+    clean = torch.full((1, 4, 2, 2), 0.5)
+    latents = (
+        torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    )
+    generator = {"generator": torch.Generator().manual_seed(1)} if SAMPLERS[name].ancestral else {}
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        # what a perfect denoiser of that one picture would say, at the timestep's own signal and noise
+        alpha_bar = rescaled.alphas_cumprod[int(float(timestep))].float()
+        a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        noise = (scaled - a * clean) / s
+        latents = scheduler.step(a * noise - s * clean, timestep, latents, **generator).prev_sample
+    assert bool(torch.isfinite(latents).all())
+    # DDIM ends at the first trained noise level, 0.03
+    torch.testing.assert_close(latents, clean, rtol=0, atol=0.1)

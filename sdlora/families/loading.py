@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,21 @@ _OLD_NAMES = {
     ".to_out.0.": ".proj_attn.",
     "text_model.": "",
 }
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What may be said about a base besides its name; see :func:`load_model`."""
+
+    prediction_type: PredictionType | None = None
+    zero_terminal_snr: bool | None = None
+    clip_skip: int = 1
+    vae: str | None = None
+    attention: AttentionName = "auto"
+    offload: bool = False
+
+
+DEFAULT_OPTIONS = LoadOptions()
 
 
 def load_model(
