@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from .export import export_adapter
     from .generate import GenerateRequest, ImageGenerator, generate
     from .inspection import inspect_adapter
+    from .surgery.bake import bake_checkpoint
     from .surgery.convert import convert_adapter
     from .surgery.diff import diff_adapters
+    from .surgery.extract import extract_adapter
     from .surgery.merge import merge_adapters
     from .surgery.resize import resize_adapter
     from .train import TrainResult, train
@@ -37,7 +39,9 @@ _HOMES = {
     "ImageGenerator": "generate",
     "generate": "generate",
     "inspect_adapter": "inspection",
+    "bake_checkpoint": "surgery.bake",
     "convert_adapter": "surgery.convert",
+    "extract_adapter": "surgery.extract",
     "diff_adapters": "surgery.diff",
     "merge_adapters": "surgery.merge",
     "resize_adapter": "surgery.resize",
@@ -58,11 +62,13 @@ __all__ = [
     "SdloraError",
     "TrainResult",
     "__version__",
+    "bake_checkpoint",
     "convert_adapter",
     "demo",
     "diff_adapters",
     "examine",
     "export_adapter",
+    "extract_adapter",
     "generate",
     "inspect_adapter",
     "load_config",

@@ -21,12 +21,16 @@ from .data_commands import declare_cache, declare_check, run_cache, run_check
 from .errors import ConfigError, SdloraError
 from .files import write_problem
 from .surgery_commands import (
+    declare_bake,
     declare_convert,
     declare_diff,
+    declare_extract,
     declare_merge,
     declare_resize,
+    run_bake,
     run_convert,
     run_diff,
+    run_extract,
     run_merge,
     run_resize,
 )
@@ -459,6 +463,8 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("show what an adapter file or a base model holds", _declare_inspect, _run_inspect),
     "merge": Command("merge adapters into one", declare_merge, run_merge),
     "resize": Command("write an adapter with fewer ranks", declare_resize, run_resize),
+    "bake": Command("add adapters to a checkpoint, or take them out", declare_bake, run_bake),
+    "extract": Command("make a LoRA of the difference of two checkpoints", declare_extract, run_extract),
     "diff": Command("compare two adapters by block and layer", declare_diff, run_diff),
     "convert": Command("write an adapter in another format or kind", declare_convert, run_convert),
     "check": Command("look for trouble in a folder of pictures", declare_check, run_check),

@@ -25,14 +25,7 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
         "--density", type=float, metavar="SHARE", help="share of the entries that ties and dare keep"
     )
     parser.add_argument("--seed", type=int, help="fixes what dare drops; 0 when left out")
-    parser.add_argument(
-        "--block",
-        action="append",
-        default=[],
-        metavar="[N:]BLOCK=WEIGHT,...",
-        help="factor for a block, of adapter N or of all; BLOCK is a component, the start of a module's "
-        "path, or BASE, IN00-IN11, MID, OUT00-OUT11; may be repeated",
-    )
+    _declare_blocks(parser)
     _declare_cut(parser)
     _declare_output(parser)
 
@@ -139,6 +132,93 @@ def run_convert(options: argparse.Namespace) -> Result:
         )
     print(report.render())
     return report.to_dict(), 0
+
+
+def declare_bake(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora bake``."""
+    parser.add_argument("checkpoint", type=Path, help=".safetensors checkpoint or diffusers folder")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="FILE[:STRENGTH[:TEXT]]",
+        help="adapter and its strength (a second number is the text encoder's); may be repeated",
+    )
+    _declare_blocks(parser)
+    parser.add_argument(
+        "--inverse", action="store_true", help="subtract instead: exact only within the rounding"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="PATH", help="the new file, or the new folder"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    parser.add_argument("--report", action="store_true", help="show what rounding spoils in each module")
+
+
+def run_bake(options: argparse.Namespace) -> Result:
+    """Run ``sdlora bake``."""
+    from .display import progress_bar
+    from .generate import parse_adapter
+    from .surgery.bake import bake_checkpoint
+    from .surgery.strengths import parse_blocks
+
+    adapters = [parse_adapter(text) for text in options.adapter]
+    with progress_bar("baking") as progress:
+        report = bake_checkpoint(
+            options.checkpoint,
+            adapters,
+            options.output,
+            blocks=parse_blocks(options.block, len(adapters)),
+            inverse=options.inverse,
+            overwrite=options.overwrite,
+            report=options.report,
+            progress=progress,
+        )
+    print(report.render())
+    return report.to_dict(), 0
+
+
+def declare_extract(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora extract``."""
+    parser.add_argument("base", type=Path, help="checkpoint the LoRA will be used on")
+    parser.add_argument("tuned", type=Path, help="checkpoint it should give")
+    parser.add_argument(
+        "--targets", choices=["attention", "linear", "all"], help="layers of the U-Net; as in training"
+    )
+    parser.add_argument("--no-text-encoders", action="store_true", help="leave the text encoders out")
+    _declare_cut(parser)
+    _declare_output(parser)
+
+
+def run_extract(options: argparse.Namespace) -> Result:
+    """Run ``sdlora extract``."""
+    from .display import progress_bar
+    from .surgery.extract import extract_adapter
+
+    with progress_bar("extracting") as progress:
+        report = extract_adapter(
+            options.base,
+            options.tuned,
+            options.output,
+            targets=options.targets,
+            text_encoders=not options.no_text_encoders,
+            progress=progress,
+            **_cut(options),
+            **_output(options),
+        )
+    print(report.render())
+    return report.to_dict(), 0
+
+
+def _declare_blocks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--block",
+        action="append",
+        default=[],
+        metavar="[N:]BLOCK=WEIGHT,...",
+        help="factor for a block, of adapter N or of all; BLOCK is a component, the start of a module's "
+        "path, or BASE, IN00-IN11, MID, OUT00-OUT11; may be repeated",
+    )
 
 
 def _declare_cut(parser: argparse.ArgumentParser) -> None:

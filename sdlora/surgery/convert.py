@@ -19,7 +19,8 @@ from ..adapters.base import AdapterFile, AdapterWeights, LowRankPair, ModuleKey,
 from ..adapters.kinds import DoRA
 from ..adapters.plain import as_plain
 from ..config import Precision
-from ..errors import AdapterFileError, ConfigError
+from ..errors import AdapterFileError, ConfigError, ModelError
+from .checkpoints import open_checkpoint
 from .dense import cut_matrix
 from .factors import Cut, distance, factors_of
 from .methods import layer_seed
@@ -160,10 +161,22 @@ def _plain(
         raise ConfigError(f"--to-lora: {opened.path} is a plain LoRA already; leave it out")
     if base is not None and "dora" not in opened.weights.kinds():
         raise ConfigError("--base: only DoRA depends on the base's weights; leave it out")
-    if base is not None:
-        raise ConfigError("--base: not available")
-    parts = plain_parts(opened.weights, cut, None, progress)
+    parts = plain_parts(opened.weights, cut, None if base is None else _weights_of(base), progress)
     return finish(parts, format, number, with_errors=report)
+
+
+def _weights_of(base: Path) -> BaseWeight:
+    model = open_checkpoint(base)
+
+    def weight(module: ModuleKey) -> Tensor:
+        sites = model.sites(module)
+        if not sites:
+            raise ModelError(
+                f"{base}: has no {module.component}.{module.path}; give the base that the DoRA was trained on"
+            )
+        return sites[0].read()
+
+    return weight
 
 
 def _rounding(

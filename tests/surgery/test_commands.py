@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import sdlora
 from sdlora.cli import main
 from sdlora.formats import read_adapter, sniff
 from surgery.adapters import exact, mixed_adapter, relative_errors, saved
+from surgery.checkpoints import adapter_for, ldm_file, saved_for
+from surgery.conftest import Bases
 
 
 def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -67,6 +70,31 @@ def test_convert_writes_another_format(tmp_path: Path, capsys: pytest.CaptureFix
     assert 0 < result["largest_relative_error"] < 1e-3
 
 
+def test_bake_and_extract_undo_each_other(
+    tmp_path: Path, bases: Bases, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, states = bases["sd1"]
+    weights = adapter_for("sd1", states)
+    source, adapter = (
+        ldm_file(tmp_path, "sd1", states, torch.float32),
+        saved_for(tmp_path, "sd1", "a", weights),
+    )
+    baked, found = tmp_path / "baked.safetensors", tmp_path / "found.safetensors"
+    words = ["bake", str(source), "--adapter", f"{adapter}:0.5:-1", "--block", "BASE=2,mid_block=0"]
+    assert main([*words, "--output", str(baked), "--report", "--json"]) == 0
+    result = last_json(capsys)
+    assert result["layout"] == "file" and isinstance(result["relative_error"], float)
+    words = ["extract", str(source), str(baked), "--rank", "4", "--targets", "all"]
+    assert main([*words, "--output", str(found), "--json"]) == 0
+    assert last_json(capsys)["dtype"] == "fp32"
+    wanted = {
+        module: (-2.0 if module.component == "text_encoder" else 0.5) * exact(pair)
+        for module, pair in weights.items()
+        if not module.path.startswith("mid_block")
+    }
+    assert max(relative_errors(read_adapter(found).weights, wanted).values()) < 1e-4
+
+
 def test_mistakes_give_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = saved(tmp_path, "big", mixed_adapter())
     for words in (
@@ -82,5 +110,5 @@ def test_mistakes_give_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest
 
 
 def test_the_functions_are_public() -> None:
-    for name in ("merge_adapters", "resize_adapter", "diff_adapters", "convert_adapter"):
+    for name in ("merge_adapters", "resize_adapter", "bake_checkpoint", "extract_adapter"):
         assert name in sdlora.__all__ and callable(getattr(sdlora, name))

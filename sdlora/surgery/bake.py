@@ -1,0 +1,398 @@
+"""Baking adapters into a checkpoint, and taking them out again.
+
+Each weight is computed in float32 (``W + sum of strength * dW``) and rounded once to the format it is
+stored in. The result has the layout of the input: an LDM single file or a diffusers folder. The inverse
+subtracts, which restores the weights to within the two roundings, not bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import formats
+from ..adapters.base import AdapterFile, LowRankPair, ModuleKey, Update
+from ..adapters.kinds import DoRA
+from ..adapters.lora import Strength
+from ..errors import AdapterFileError, ConfigError, ModelError, OutputError
+from ..files import replacing
+from ..tensor_file import DTYPE_NAMES, Header
+from .checkpoints import Checkpoint, Site, open_checkpoint, variant_of
+from .report import ModuleChange, SurgeryReport, relative, sorted_changes
+from .rewriting import rewrite
+from .sources import Progress, fingerprints, refuse_source, silent
+from .strengths import ModuleStrength, check_blocks, component_strengths
+
+RECORD = "sdlora.baked"
+"""Header entry that lists what was baked in, as JSON."""
+_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""Entries that hold the hash of the data, which changes."""
+_OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".pb", ".h5")
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One adapter's share in a module."""
+
+    module: ModuleKey
+    site: Site
+    update: Update
+    strength: float
+
+
+@dataclass
+class _Baking:
+    """Which tensors change and by what; collects the errors."""
+
+    with_errors: bool
+    terms: dict[tuple[Path, str], list[_Term]] = field(default_factory=dict)
+    changes: dict[ModuleKey, ModuleChange] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
+
+    def keys(self, header: Header) -> frozenset[str]:
+        return frozenset(key for path, key in self.terms if path == header.path)
+
+    def change(self, header: Header, key: str, stored: Tensor) -> Tensor:
+        """Return the tensor to store: computed wide, rounded once."""
+        by_module: dict[ModuleKey, list[_Term]] = {}
+        for term in self.terms[header.path, key]:
+            by_module.setdefault(term.module, []).append(term)
+        original = stored.to(torch.promote_types(torch.float32, stored.dtype))
+        plain = all(isinstance(term.update, LowRankPair) for term in self.terms[header.path, key])
+        wide = original if plain and not self.with_errors else original.clone()
+        for terms in by_module.values():
+            site = terms[0].site
+            rows = _rows(site, wide)
+            rows += _sum(terms, _rows(site, original), rows.dtype)
+        rounded = wide.to(stored.dtype)
+        for module, terms in by_module.items():
+            self._note(module, terms, original, rounded)
+        return rounded
+
+    def _note(self, module: ModuleKey, terms: Sequence[_Term], before: Tensor, after: Tensor) -> None:
+        norm = error = None
+        if self.with_errors:
+            site = terms[0].site
+            old = _rows(site, before).double()
+            exact = _sum(terms, _rows(site, before), torch.float64)
+            norm = float(exact.norm())
+            error = relative(float((_rows(site, after).double() - old - exact).norm()), norm)
+        with self.lock:
+            self.changes[module] = ModuleChange(module, None, None, norm, error)
+
+
+def bake_checkpoint(
+    checkpoint: Path,
+    adapters: Sequence[tuple[Path, Strength]],
+    output: Path,
+    *,
+    blocks: Sequence[Mapping[str, float]] = (),
+    inverse: bool = False,
+    overwrite: bool = False,
+    report: bool = False,
+    progress: Progress = silent,
+) -> SurgeryReport:
+    """Write a checkpoint with adapters added to its weights, or subtracted.
+
+    Args:
+        checkpoint: an LDM-layout ``.safetensors`` file or a diffusers folder.
+        adapters: (file, strength) of each adapter, of any kind and format.
+        output: the new file, or the new folder; never the input.
+        blocks: block -> factor for each adapter; see :mod:`sdlora.surgery.strengths`.
+        inverse: subtract what baking at these strengths added.
+        overwrite: replace an existing file; folders are never replaced.
+        report: also measure how much of each update the rounding spoils.
+        progress: told the bytes done.
+
+    Raises:
+        ModelError: when the checkpoint cannot be read, lacks a module of an adapter, or values do not fit.
+        AdapterFileError: when an adapter cannot be read or does not fit.
+        ConfigError: for settings without effect.
+        OutputError: when the place exists, is the input, or cannot be written.
+    """
+    started = time.perf_counter()
+    if not adapters:
+        raise ConfigError("bake needs adapters: give --adapter FILE:STRENGTH")
+    model = open_checkpoint(checkpoint)
+    _check_target(model, output, overwrite, [path for path, _ in adapters])
+    opened = [formats.read_adapter(path) for path, _ in adapters]
+    factors = blocks or [{}] * len(adapters)
+    strengths = [ModuleStrength(s, b) for (_, s), b in zip(adapters, factors, strict=True)]
+    check_blocks([(one.weights, strength) for one, strength in zip(opened, strengths, strict=True)])
+    baking = _Baking(report)
+    sign = -1.0 if inverse else 1.0
+    for (path, _), adapter, strength in zip(adapters, opened, strengths, strict=True):
+        _plan(model, path, adapter, strength, sign, baking)
+    if not baking.terms:
+        raise ConfigError("every strength is 0, so the result would be the input; give another strength")
+    records = [
+        {**found, "strength": component_strengths(strength), **({"blocks": dict(b)} if b else {})}
+        for found, (_, strength), b in zip(
+            fingerprints([path for path, _ in adapters]), adapters, factors, strict=True
+        )
+    ]
+    notes = _notes(model, records, inverse)
+    files = (
+        [_bake_file(model, output, baking, records, inverse, progress)]
+        if model.layout == "file"
+        else _bake_folder(model, output, baking, records, inverse, progress, notes)
+    )
+    return SurgeryReport(
+        "bake" if not inverse else "bake --inverse",
+        tuple(files),
+        sorted_changes(baking.changes.values()),
+        report,
+        time.perf_counter() - started,
+        tuple(notes),
+        details={"layout": model.layout, "family": model.family.name, "inverse": inverse},
+    )
+
+
+def _plan(
+    model: Checkpoint,
+    path: Path,
+    adapter: AdapterFile,
+    strength: ModuleStrength,
+    sign: float,
+    baking: _Baking,
+) -> None:
+    for module, update in adapter.weights.all_items():
+        value = sign * strength.of(module)
+        if value == 0.0:
+            continue
+        if sign < 0 and isinstance(update, DoRA):
+            raise AdapterFileError(
+                f"{path}: is a DoRA, which rescales whole weights; it cannot be taken out again, use the "
+                "original checkpoint"
+            )
+        sites = model.sites(module)
+        if len({variant_of(site.header.path) for site in sites}) < len(model.variants(module.component)):
+            raise ModelError(_missing(model, path, module))
+        for site in sites:
+            if _plain_shape(site.shape) != _plain_shape(update.shape):
+                raise AdapterFileError(
+                    f"{path}: {module.path} is {update.shape} in the adapter but {site.shape} in "
+                    f"{model.path}; use the base it was trained on"
+                )
+            terms = baking.terms.setdefault((site.header.path, site.place.key), [])
+            terms.append(_Term(module, site, update, value))
+
+
+def _missing(model: Checkpoint, path: Path, module: ModuleKey) -> str:
+    if module.component not in model.components:
+        if module.component == "unet":
+            return f"{model.path}: has no U-Net; give a complete checkpoint"
+        return (
+            f"{model.path}: has no {module.component}, which {path} changes; give {path.name}:STRENGTH:0 to "
+            "bake the U-Net alone, or a complete checkpoint"
+        )
+    return (
+        f"{model.path} ({model.family.title}): has no {module.component}.{module.path}, which {path} "
+        "changes; use the base it was trained on"
+    )
+
+
+def _plain_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
+
+
+def _rows(site: Site, stored: Tensor) -> Tensor:
+    """Return a module's weight as a view into the tensor that holds it, (out, rest)."""
+    if site.place.third is not None:
+        rows = stored.shape[0] // 3
+        stored = stored[site.place.third * rows : (site.place.third + 1) * rows]
+    return stored.T if site.place.transposed else stored.view(stored.shape[0], -1)
+
+
+def _sum(terms: Sequence[_Term], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum of strength * dW of a module as a matrix, computed in ``dtype``."""
+    plain = [(t.update, t.strength) for t in terms if isinstance(t.update, LowRankPair)]
+    total: Tensor | None = None
+    if plain:  # all in one product
+        up = torch.cat([p.up.flatten(1).to(dtype) * (s * p.alpha / p.rank) for p, s in plain], 1)
+        total = up @ torch.cat([p.down.flatten(1).to(dtype) for p, _ in plain])
+    for term in terms:
+        if not isinstance(term.update, LowRankPair):
+            base = weight.reshape(term.site.shape).to(torch.promote_types(torch.float32, dtype))
+            delta = term.update.delta(base).to(dtype).reshape(weight.shape) * term.strength
+            total = delta if total is None else total + delta
+    assert total is not None, "a module without terms is not changed"
+    return total
+
+
+def _bake_file(
+    model: Checkpoint,
+    output: Path,
+    baking: _Baking,
+    records: Sequence[Mapping[str, Any]],
+    inverse: bool,
+    progress: Progress,
+) -> Path:
+    [header] = model.headers
+    _rewrite(header, output, baking, records, inverse, _Counter(progress, header.num_bytes))
+    return output
+
+
+def _bake_folder(
+    model: Checkpoint,
+    output: Path,
+    baking: _Baking,
+    records: Sequence[Mapping[str, Any]],
+    inverse: bool,
+    progress: Progress,
+    notes: list[str],
+) -> list[Path]:
+    """Write a new folder: weights of changed components again, everything else copied."""
+    changed = {path for path, _ in baking.terms}
+    components = {path.parent for path in changed}
+    left_out: list[str] = []
+    copied: list[Path] = []
+    weights = {header.path: header for header in model.headers}
+    for file in sorted(path for path in model.path.rglob("*") if path.is_file()):
+        name = file.relative_to(model.path)
+        other = file.suffix in _OTHER_WEIGHTS and file.parent in components
+        loose = file.parent == model.path and file.suffix in (".safetensors", *_OTHER_WEIGHTS)
+        unknown = file.suffix == ".safetensors" and file.parent in components and file not in weights
+        if other or loose or unknown:
+            left_out.append(str(name))
+        elif not any(part.startswith(".") for part in name.parts):
+            copied.append(file)
+    if left_out:
+        notes.append(f"not copied, since they hold the weights without the adapters: {', '.join(left_out)}")
+    counter = _Counter(progress, sum(file.stat().st_size for file in copied))
+    with replacing(output) as folder:
+        folder.mkdir(parents=True)
+        for file in copied:
+            place = folder / file.relative_to(model.path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if file in changed:
+                _rewrite(weights[file], place, baking, records, inverse, counter)
+            else:
+                shutil.copyfile(file, place)
+                counter.advance(file.stat().st_size)
+    return [output / file.relative_to(model.path) for file in sorted(changed)]
+
+
+class _Counter:
+    """Adds up bytes for the progress."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        self._progress(min(self._done, self._total), self._total)
+
+
+def _rewrite(
+    header: Header,
+    target: Path,
+    baking: _Baking,
+    records: Sequence[Mapping[str, Any]],
+    inverse: bool,
+    counter: _Counter,
+) -> None:
+    rewrite(
+        header,
+        target,
+        entries_after(header.metadata, records, inverse),
+        baking.keys(header),
+        lambda key, stored: baking.change(header, key, stored),
+        counter.advance,
+    )
+
+
+def entries_after(
+    metadata: Mapping[str, str], records: Sequence[Mapping[str, Any]], inverse: bool
+) -> dict[str, str]:
+    """Return a checkpoint's header entries after baking: all it had but stale hashes, and what was done."""
+    entries = {key: value for key, value in metadata.items() if key not in _STALE}
+    baked = baked_adapters(metadata)
+    names = [part.strip() for part in entries.get("modelspec.merged_from", "").split(",") if part.strip()]
+    for record in records:
+        name = Path(record["file"]).stem
+        if inverse and record in baked:
+            baked.remove(dict(record))
+            if name in names:
+                names.remove(name)
+        else:
+            baked.append({**record, **({"inverse": True} if inverse else {})})
+            if not inverse:
+                names.append(name)
+    entries.pop("modelspec.merged_from", None)
+    entries.pop(RECORD, None)
+    if names:
+        entries["modelspec.merged_from"] = ", ".join(names)
+    if baked:
+        entries[RECORD] = json.dumps(baked, ensure_ascii=False, separators=(",", ":"))
+    return entries
+
+
+def baked_adapters(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return what a checkpoint's header says was baked in."""
+    try:
+        tree = json.loads(metadata.get(RECORD, "[]"))
+    except (ValueError, RecursionError):
+        return []
+    return [one for one in tree if isinstance(one, dict)] if isinstance(tree, list) else []
+
+
+def _notes(model: Checkpoint, records: Sequence[Mapping[str, Any]], inverse: bool) -> list[str]:
+    notes = []
+    if any(key.startswith("model_ema.") for key in model.headers[0].tensors):
+        notes.append("the checkpoint also holds averaged weights (model_ema), which were left as they are")
+    stored = {
+        DTYPE_NAMES[spec.dtype]
+        for header in model.headers
+        for spec in header.tensors.values()
+        if spec.dtype.is_floating_point
+    }
+    if inverse:
+        notes.append(
+            "subtracting restores each weight to within the rounding of both steps "
+            f"({', '.join(sorted(stored))}), not bit for bit; the original checkpoint is exact"
+        )
+        baked = baked_adapters(model.headers[0].metadata)
+        for record in records:
+            if record not in baked:
+                notes.append(
+                    f"the header does not say that {record['file']} was baked in at this strength; it was "
+                    "subtracted all the same"
+                )
+    elif stored & {"F8_E4M3", "F8_E5M2"}:
+        notes.append("fp8 weights are so coarse that most of an adapter is lost in rounding; see --report")
+    return notes
+
+
+def _check_target(model: Checkpoint, output: Path, overwrite: bool, adapters: Sequence[Path]) -> None:
+    refuse_source(output, [model.path, *adapters])
+    if model.layout == "file":
+        if output.suffix != ".safetensors":
+            raise OutputError(f"{output}: give --output the name of the new file, ending in .safetensors")
+        if output.exists() and not overwrite:
+            raise OutputError(
+                f"{output}: exists; nothing was overwritten. Give another --output, or --overwrite"
+            )
+        needed = model.headers[0].num_bytes
+    else:
+        if output.exists():
+            raise OutputError(f"{output}: exists; give --output a new folder for the model")
+        if model.path.resolve() in output.resolve().parents:
+            raise OutputError(f"{output}: lies inside the model it is made from; choose another --output")
+        needed = sum(file.stat().st_size for file in model.path.rglob("*") if file.is_file())
+    parent = next(p for p in output.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"{output}: needs {needed / 2**30:.1f} GiB, but {parent} has {free / 2**30:.1f} GiB free; free "
+            "some space or choose another --output"
+        )

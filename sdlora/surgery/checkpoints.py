@@ -1,0 +1,289 @@
+"""Where a checkpoint keeps the weights that adapters change: LDM single files and diffusers folders.
+
+A module's weight is a tensor of its own, or a third of the rows of one: OpenCLIP text encoders of
+LDM files hold query, key and value as one matrix. Names alone decide, so nothing is loaded; each tensor is
+read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import COMPONENTS, ModuleKey
+from ..errors import ModelError
+from ..families import FAMILIES, family_info
+from ..families.base import FamilyInfo, TextEncoderInfo
+from ..families.ldm import UNET_PREFIX, Place, text_places
+from ..families.weights import checked_header
+from ..formats import names
+from ..tensor_file import FLOAT_DTYPES, Header, TensorSpec, shown
+
+_TEXT_LAYER_INSIDES = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+    *("mlp.fc1", "mlp.fc2"),
+)
+_LAYER_NUMBER = {
+    "clip": re.compile(r"text_model\.encoder\.layers\.(\d+)\."),
+    "openclip": re.compile(r"transformer\.resblocks\.(\d+)\."),
+}
+_CONTEXT = ".attn2.to_k.weight"
+_VARIANT = re.compile(r"^(?:diffusion_pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?$")
+_ENDING = ".weight"
+_ASSETS = Path(__file__).parent.parent / "assets"
+PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one module's weight lies in a file."""
+
+    header: Header
+    place: Place
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor that holds it, perhaps among others."""
+        return self.header.tensors[self.place.key]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the module's weight: (out, in) or (out, in, kh, kw)."""
+        rows, *rest = self.spec.shape
+        shape = (rows if self.place.third is None else rows // 3, *rest)
+        return tuple(reversed(shape)) if self.place.transposed else shape
+
+    def read(self) -> Tensor:
+        """Return the module's weight, float32 (float64 stays)."""
+        stored = read_tensor(self.header, self.place.key)
+        wide = torch.promote_types(torch.float32, stored.dtype)
+        return self.place.take(stored, self.shape).to(wide)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's files and what adapters can change in them.
+
+    Attributes:
+        path: the file or folder.
+        layout: ``file`` (one LDM-layout checkpoint) or ``folder`` (diffusers).
+        headers: of all files with weights of adaptable components.
+    """
+
+    path: Path
+    layout: Literal["file", "folder"]
+    headers: tuple[Header, ...]
+    _sites: Mapping[ModuleKey, tuple[Site, ...]] = field(repr=False)
+
+    def sites(self, module: ModuleKey) -> tuple[Site, ...]:
+        """Return where a module's weight lies; several in a folder with several variants of its files."""
+        return self._sites.get(module, ())
+
+    @property
+    def modules(self) -> tuple[ModuleKey, ...]:
+        """All modules that have a weight matrix or kernel, in the order of the files."""
+        return tuple(self._sites)
+
+    def variants(self, component: str) -> set[str]:
+        """Return which variants of a component's weights a folder holds; one for a single file."""
+        if self.layout == "file":
+            return {""}
+        return {variant_of(h.path) for h in self.headers if h.path.parent.name == component} or {""}
+
+    @cached_property
+    def components(self) -> tuple[str, ...]:
+        """The adaptable components that are there."""
+        present = {module.component for module in self._sites}
+        return tuple(name for name in COMPONENTS if name in present)
+
+    @cached_property
+    def family(self) -> FamilyInfo:
+        """The model family.
+
+        Raises:
+            ModelError: when nothing tells it.
+        """
+        if self.layout == "file":
+            return _family_of_file(self.headers[0])
+        encoders = len(self.components) - 1
+        widths = {
+            self._sites[module][0].shape[1]
+            for module in self._sites
+            if module.component == "unet" and f"{module.path}{_ENDING}".endswith(_CONTEXT)
+        }
+        fitting = [one.info for one in FAMILIES.values() if len(one.info.text_encoders) == encoders]
+        exact = [info for info in fitting if widths == {info.context_width}]
+        if not (exact or fitting):
+            raise ModelError(
+                f"{self.path}: fits no known model family; give a complete Stable Diffusion model"
+            )
+        return (exact or fitting)[0]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the headers of a checkpoint.
+
+    Raises:
+        ModelError: when it is missing, damaged, holds pickles only, or is no Stable Diffusion model.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix.lower() in PICKLE_ENDINGS:
+        raise ModelError(
+            f"{path}: {path.suffix} files can run code when opened and are not read; use the .safetensors "
+            "version of this checkpoint"
+        )
+    if not path.is_file():
+        raise ModelError(f"{path}: no such checkpoint; give a .safetensors file or a diffusers folder")
+    header = checked_header(path)
+    if not any(key.startswith(UNET_PREFIX) for key in header.tensors):
+        raise ModelError(
+            f"{path}: holds no `{UNET_PREFIX}...` tensors, so it is no Stable Diffusion checkpoint; give the "
+            "full .safetensors file or a diffusers folder"
+        )
+    if any(key.endswith((".scale_weight", "scaled_fp8", ".weight_scale")) for key in header.tensors):
+        raise ModelError(
+            f"{path}: holds scaled fp8 weights, whose numbers mean nothing without their scales; use the "
+            "fp16 version"
+        )
+    return Checkpoint(path, "file", (header,), _sites_of_file(header))
+
+
+def read_tensor(header: Header, key: str) -> Tensor:
+    """Return one tensor of a file, in memory of its own.
+
+    Raises:
+        ModelError: when the file became shorter meanwhile.
+    """
+    spec = header.tensors[key]
+    tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    if tensor.numel():
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
+        with header.path.open("rb", buffering=0) as stream:
+            stream.seek(header.data_offset + spec.start)
+            done = 0
+            while done < len(view):
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise ModelError(f"{header.path}: became shorter while it was read; check the disk")
+                done += count
+    return tensor
+
+
+def component_files(folder: Path) -> list[Path]:
+    """Return the files with a component's weights in a diffusers folder: all variants and shards."""
+    return sorted(
+        file
+        for file in folder.glob("*.safetensors")
+        if _VARIANT.match(file.name.removesuffix(".safetensors"))
+    )
+
+
+def variant_of(file: Path) -> str:
+    """Return which variant of a component's weights a file belongs to, e.g. ``fp16``; usually none."""
+    found = _VARIANT.match(file.name.removesuffix(".safetensors"))
+    return (found["variant"] or "") if found else ""
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    if not (path / "model_index.json").is_file():
+        raise ModelError(
+            f"{path}: no model_index.json inside, so this is no diffusers model folder; give the folder that "
+            "holds model_index.json, or a .safetensors checkpoint"
+        )
+    headers: list[Header] = []
+    sites: dict[ModuleKey, list[Site]] = {}
+    for component in COMPONENTS:
+        files = component_files(path / component)
+        others = sorted(file.name for file in (path / component).glob("*.bin"))
+        if not files and others:
+            raise ModelError(
+                f"{path / component}: holds its weights as {others[0]}, which can run code when opened and "
+                "is not read; get the .safetensors files of this model"
+            )
+        for file in files:
+            header = checked_header(file)
+            headers.append(header)
+            for key, spec in header.tensors.items():
+                if key.endswith(_ENDING) and _is_matrix(spec):
+                    name = key.removesuffix(_ENDING)
+                    module = ModuleKey(
+                        component, name if component == "unet" else names.with_text_prefix(name)
+                    )
+                    sites.setdefault(module, []).append(Site(header, Place(key)))
+    if not any(module.component == "unet" for module in sites):
+        raise ModelError(
+            f"{path}: holds no U-Net weights in {path / 'unet'}; check that the download is complete"
+        )
+    return Checkpoint(path, "folder", tuple(headers), {m: tuple(found) for m, found in sites.items()})
+
+
+def _sites_of_file(header: Header) -> dict[ModuleKey, tuple[Site, ...]]:
+    found: dict[ModuleKey, tuple[Site, ...]] = {}
+    for key, spec in header.tensors.items():
+        if key.startswith(UNET_PREFIX) and key.endswith(_ENDING) and _is_matrix(spec):
+            path = names.from_ldm(key.removeprefix(UNET_PREFIX).removesuffix(_ENDING))
+            if path is not None:
+                found[ModuleKey("unet", path)] = (Site(header, Place(key)),)
+    family = _family_of_file(header)
+    for encoder in family.text_encoders:
+        for name, place in _places(header, encoder, family.assets):
+            module = ModuleKey(encoder.component, names.with_text_prefix(name.removesuffix(_ENDING)))
+            found[module] = (Site(header, place),)
+    return found
+
+
+def _places(header: Header, encoder: TextEncoderInfo, assets: str) -> Iterator[tuple[str, Place]]:
+    """Yield (transformers name, place) of the matrices of a text encoder that are in the file.
+
+    SD2's checkpoints have a layer more than is used; no adapter has it.
+    """
+    config = json.loads((_ASSETS / assets / encoder.component / "config.json").read_text(encoding="utf-8"))
+    last = int(config["num_hidden_layers"])
+    pattern = _LAYER_NUMBER[encoder.checkpoint_layout]
+    numbers = {
+        int(match[1])
+        for key in header.tensors
+        if key.startswith(encoder.checkpoint_prefix)
+        and (match := pattern.match(key, len(encoder.checkpoint_prefix)))
+    }
+    wanted = [
+        f"encoder.layers.{n}.{inside}{_ENDING}"
+        for n in sorted(numbers)
+        if n < last
+        for inside in _TEXT_LAYER_INSIDES
+    ]
+    if encoder.projected:
+        wanted.append(f"text_projection{_ENDING}")
+    for name, place in text_places(wanted, encoder).items():
+        if place.key in header.tensors:
+            yield name, place
+
+
+def _family_of_file(header: Header) -> FamilyInfo:
+    keys: Sequence[str] = tuple(header.tensors)
+    for family in reversed(FAMILIES.values()):
+        for encoder in family.info.text_encoders:
+            if any(key.startswith(encoder.checkpoint_prefix) for key in keys):
+                return family.info
+    widths = {spec.shape[-1] for key, spec in header.tensors.items() if key.endswith(_CONTEXT) and spec.shape}
+    for name in FAMILIES:
+        if widths == {family_info(name).context_width}:
+            return family_info(name)
+    raise ModelError(
+        f"{header.path}: has no text encoder, and its U-Net fits no known family "
+        f"({', '.join(shown(width) for width in sorted(widths)) or 'no'} cross-attention width); give a "
+        "complete checkpoint"
+    )
+
+
+def _is_matrix(spec: TensorSpec) -> bool:
+    return len(spec.shape) in (2, 4) and spec.dtype in (*FLOAT_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
