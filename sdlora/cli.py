@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
@@ -367,6 +368,7 @@ def _declare_inspect(parser: argparse.ArgumentParser) -> None:
         help="change a header entry, e.g. modelspec.license=CC-BY-4.0; the tensors stay; may be repeated",
     )
     parser.add_argument("--remove", action="append", default=[], metavar="KEY", help="take an entry out")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="also draw the norms by block as a picture")
 
 
 def _run_inspect(options: argparse.Namespace) -> Result:
@@ -384,9 +386,24 @@ def _run_inspect(options: argparse.Namespace) -> Result:
         edits = edit_adapter(options.file, options.set, options.remove)
         for key, change in edits.items():
             print(f"{key}: {change['before']} -> {change['after']}")
+    from .inspection_view import draw_norms, render
+
     summary = inspect_adapter(options.file)
-    print(summary.render())
-    return summary.to_dict() | ({"edited": edits} if edits else {}), 0
+    if options.chart is not None:
+        draw_norms(summary, options.chart)
+    columns = shutil.get_terminal_size((140, 24)).columns
+    print(render(summary, width=columns, colour=sys.stdout.isatty(), plain=not _shows_blocks()))
+    more = {"chart": options.chart} if options.chart else {}
+    return summary.to_dict() | more | ({"edited": edits} if edits else {}), 0
+
+
+def _shows_blocks() -> bool:
+    """Tell whether the terminal's encoding has block characters."""
+    try:
+        "\u2588\u258c".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def _declare_demo(parser: argparse.ArgumentParser) -> None:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from . import formats
-from .adapters.base import AdapterWeights, LowRankPair, Update
-from .adapters.kinds import TITLES, DoRA, LoHa, LoKr, TuckerPair
+from .adapters.base import ModuleKey, Update
 from .errors import ConfigError
 from .formats.clients import Support, client_support
 from .formats.detection import detect_family
 from .formats.editing import edit_header
-from .tensor_file import DTYPE_NAMES, Header, data_sha256, shown
+from .norms import BlockNorm, block_norms
+from .tensor_file import DTYPE_NAMES, Header, data_sha256, entry_json, shown
 
 _SETTINGS = {
     "ss_steps": "steps",
@@ -38,32 +33,12 @@ _SETTINGS = {
     "ss_seed": "seed",
     "sdlora.final_loss": "final loss",
     "sdlora.validation_loss": "validation loss",
+    "ss_training_comment": "comment",
+    "modelspec.author": "author",
     "modelspec.date": "date",
     "modelspec.license": "licence",
 }
 _DTYPE_WORDS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
-_UNET_BLOCK = re.compile(
-    r"^(?:(down|up)_blocks\.(\d+)\.(attentions|resnets|downsamplers|upsamplers)|mid_block)"
-)
-_TEXT_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
-_BAR = 24
-
-
-@dataclass(frozen=True)
-class BlockNorm:
-    """Size of the updates in one block.
-
-    Attributes:
-        component: e.g. ``unet``.
-        block: e.g. ``down_blocks.0.attentions``.
-        num_modules: adapted layers in it.
-        norm: Frobenius norm of all their updates together.
-    """
-
-    component: str
-    block: str
-    num_modules: int
-    norm: float
 
 
 @dataclass(frozen=True)
@@ -141,84 +116,52 @@ class AdapterSummary:
             "clients": {c.client: {"full": c.full, "reasons": list(c.reasons)} for c in self.clients},
         }
 
-    def render(self) -> str:
-        """Return the summary as text for a terminal."""
-        layers = ", ".join(f"{count} in {component}" for component, count in self.modules.items())
-        hash_note = {True: "", False: " (the header says another!)", None: ""}[self.hash_matches]
-        rows = [
-            ("file", f"{self.path} ({_size(self.num_bytes)})"),
-            (
-                "format",
-                f"{formats.READERS[self.format].title}, {self.num_keys} tensors, {_counts(self.dtypes)}",
-            ),
-            ("family", self.family or "not told by the file"),
-            ("name", self.name),
-            ("base", self.base or "not told by the file"),
-            ("kind", _counts({TITLES[kind]: count for kind, count in self.kinds.items()})),
-            ("layers", layers),
-            ("rank", _counts(self.ranks)),
-            ("alpha", _counts({f"{alpha:g}": count for alpha, count in self.alphas.items()})),
-            ("trigger words", ", ".join(self.trigger_words) or "none recorded"),
-            ("tags", ", ".join(f"{tag} ({count})" for tag, count in self.tags[:8]) or "none recorded"),
-            ("hash", f"{self.model_hash[:12]}{hash_note}"),
-        ]
-        lines = _table([(label, shown(text, 200)) for label, text in rows])
-        if self.settings:
-            lines += [
-                "",
-                "training",
-                *_table([(k, shown(v, 120)) for k, v in self.settings.items()], indent=2),
-            ]
-        lines += ["", "size of the update by block (Frobenius norm)", *self._chart()]
-        lines += ["", "loads fully in", *_table([(c.client, _verdict(c)) for c in self.clients], indent=2)]
-        return "\n".join(lines)
-
-    def _chart(self) -> list[str]:
-        largest = max((block.norm for block in self.blocks), default=0.0) or 1.0
-        rows = []
-        for one in self.blocks:
-            bar = "#" * max(1 if one.norm > 0 else 0, round(_BAR * one.norm / largest))
-            label = f"{one.component} {one.block}"
-            rows.append((label, f"{one.norm:10.4g}  {bar:<{_BAR}}  {one.num_modules} layers"))
-        return _table(rows, indent=2)
-
 
 def inspect_adapter(path: Path) -> AdapterSummary:
-    """Describe an adapter file or PEFT folder.
+    """Describe an adapter file or PEFT folder, with one of its modules in memory at a time.
 
     Raises:
         AdapterFileError: when it cannot be read, or is no adapter.
     """
     headers = formats.read_headers(path)
     format = formats.sniff(path)
-    adapter = formats.read_adapter(path)
-    entries = adapter.info.metadata
-    updates = adapter.weights.updates.values()
+    outline = formats.read_outline(path)
+    ranks: Counter[int] = Counter()
+    alphas: Counter[float] = Counter()
+
+    def counted() -> Iterator[tuple[ModuleKey, Update]]:
+        for module, update in formats.read_modules(path):
+            ranks[update.rank] += 1
+            alphas[update.alpha] += 1
+            yield module, update
+
+    blocks = block_norms(counted())
+    entries, weights = outline.info.metadata, outline.weights
     digest = data_sha256(headers[0].path, headers[0].data_offset)
     recorded = entries.get("sshs_model_hash")
     keys = [key for header in headers for key in header.tensors]
     return AdapterSummary(
         path=path,
         format=format,
-        family=adapter.info.family,
-        name=adapter.info.name,
+        family=outline.info.family,
+        name=outline.info.name,
         base=_known(entries, "ss_sd_model_name"),
         num_bytes=sum(header.num_bytes for header in headers),
         num_keys=len(keys),
-        modules={c: len(adapter.weights.updates_of(c)) for c in adapter.weights.components()},
-        kinds=adapter.weights.kinds(),
-        ranks=dict(sorted(Counter(one.rank for one in updates).items())),
-        alphas=dict(sorted(Counter(one.alpha for one in updates).items())),
+        modules={c: len(weights.updates_of(c)) for c in weights.components()},
+        kinds=weights.kinds(),
+        ranks=dict(sorted(ranks.items())),
+        alphas=dict(sorted(alphas.items())),
         dtypes=_dtypes(headers),
-        trigger_words=adapter.info.trigger_words,
+        trigger_words=outline.info.trigger_words,
         tags=_tags(entries.get("ss_tag_frequency")),
         settings={
             label: entries[key] for key, label in _SETTINGS.items() if _known(entries, key) is not None
         },
         model_hash=digest,
         hash_matches=None if recorded is None or len(headers) > 1 else recorded == digest,
-        blocks=block_norms(adapter.weights),
-        clients=client_support(format, adapter.info.family, formats.read_outline(path).weights, keys),
+        blocks=blocks,
+        clients=client_support(format, outline.info.family, weights, keys),
     )
 
 
@@ -260,51 +203,6 @@ def edit_adapter(
     return changes
 
 
-def block_norms(weights: AdapterWeights) -> tuple[BlockNorm, ...]:
-    """Return the Frobenius norm of the updates of each block, the components in canonical order."""
-    found = []
-    for component in weights.components():
-        squares: dict[str, list[float]] = {}
-        for path, update in weights.updates_of(component).items():
-            squares.setdefault(_block(component, path), []).append(delta_norm(update) ** 2)
-        for block in sorted(squares, key=_flow_order):
-            found.append(BlockNorm(component, block, len(squares[block]), math.sqrt(sum(squares[block]))))
-    return tuple(found)
-
-
-def delta_norm(update: Update) -> float:
-    """Return the Frobenius norm of dW, where possible without building dW; of a DoRA that of its direction.
-
-    ``||up @ down||_F^2 = trace((up^T up) (down down^T))`` and ``||kron(a, b)|| = ||a|| ||b||``, in float64.
-    """
-    if isinstance(update, DoRA):
-        return delta_norm(update.direction)
-    if isinstance(update, LoKr):
-        sides = (side[0] if len(side) == 1 else side[0] @ side[1] for side in update.matrices())
-        return abs(update.scale) * math.prod(float(torch.linalg.norm(side.double())) for side in sides)
-    if isinstance(update, LoHa):
-        return float(torch.linalg.norm(update.delta().double()))
-    pair = update.merged() if isinstance(update, TuckerPair) else update
-    assert isinstance(pair, LowRankPair)
-    up, down = pair.up.flatten(1).double(), pair.down.flatten(1).double()
-    square = float(((up.T @ up) * (down @ down.T).T).sum())
-    return abs(pair.scale) * math.sqrt(max(square, 0.0))
-
-
-def _block(component: str, path: str) -> str:
-    match = (_UNET_BLOCK if component == "unet" else _TEXT_LAYER).search(path)
-    if match is None:
-        return path.split(".", 1)[0]
-    return match.group().rstrip(".")
-
-
-def _flow_order(block: str) -> tuple[int, int, str]:
-    """Order blocks as data flows: in, down, middle, up, out; text layers by number."""
-    number = re.search(r"\d+", block)
-    first = {"down_blocks": 1, "mid_block": 2, "up_blocks": 3, "conv_out": 4}.get(block.split(".", 1)[0], 0)
-    return first, int(number.group()) if number else 0, block
-
-
 def _dtypes(headers: Iterable[Header]) -> dict[str, int]:
     """Count the factors by number format; alphas are always fp32 and say nothing."""
     counts: Counter[str] = Counter()
@@ -318,13 +216,13 @@ def _dtypes(headers: Iterable[Header]) -> dict[str, int]:
 
 def _tags(text: str | None, limit: int = 24) -> tuple[tuple[str, int], ...]:
     try:
-        tree = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        tree = entry_json(text or "{}")
+    except ValueError:
         return ()
     counts: Counter[str] = Counter()
     for tags in tree.values() if isinstance(tree, dict) else ():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
-            if isinstance(count, int):
+            if type(count) is int and abs(count) < 2**53:
                 counts[tag.strip()] += count
     return tuple(counts.most_common(limit))
 
@@ -332,23 +230,3 @@ def _tags(text: str | None, limit: int = 24) -> tuple[tuple[str, int], ...]:
 def _known(entries: Mapping[str, str], key: str) -> str | None:
     value = entries.get(key, "None")
     return None if value in ("None", "") else value
-
-
-def _counts(counts: Mapping[str, int] | Mapping[int, int]) -> str:
-    if len(counts) == 1:
-        return str(next(iter(counts)))
-    return ", ".join(f"{value} ({count}x)" for value, count in counts.items())
-
-
-def _verdict(support: Support) -> str:
-    return "yes" if support.full else "no: " + "; ".join(support.reasons)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
-
-
-def _table(rows: Iterable[tuple[str, str]], indent: int = 0) -> list[str]:
-    listed = list(rows)
-    width = max((len(label) for label, _ in listed), default=0)
-    return [f"{'':{indent}}{label:<{width}}  {text}".rstrip() for label, text in listed]

@@ -22,7 +22,7 @@ LAYERS = [
     {"adapters"},
     {"formats"},
     {"surgery"},
-    {"webui_card"},
+    {"webui_card", "norms"},
     {
         "optim",
         "checkpoint",
@@ -35,7 +35,7 @@ LAYERS = [
         "base_inspection",
         "inspection",
     },
-    {"parallel"},
+    {"parallel", "inspection_view"},
     {"render"},
     {"image_generator"},
     {"generate"},

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..files import replacing
-from ..tensor_file import MAX_HEADER_BYTES, Header, header_bytes, shown
+from ..tensor_file import MAX_ENTRY_CHARS, MAX_HEADER_BYTES, Header, header_bytes, shown
 from . import folding, metadata
 from .single_file import CONFIG_ENTRY
 
@@ -181,6 +181,8 @@ def _legacy_hash(
 
 def _broken(key: str, text: str, family: str | None) -> str | None:
     """Return what is wrong with a value, or None."""
+    if len(text) > MAX_ENTRY_CHARS:
+        return f"`{key}`: is longer than the {MAX_ENTRY_CHARS} characters that readers take; shorten it"
     if any(ord(c) < 32 and c not in "\n\t" for c in text) or any(0xD800 <= ord(c) < 0xE000 for c in text):
         return f"`{key}`: holds control characters; give plain text"
     if text.startswith("{") and _json(text) is None:

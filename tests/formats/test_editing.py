@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
 from sdlora.cli import main
 from sdlora.errors import AdapterFileError, ConfigError
-from sdlora.formats import FORMATS, read_adapter, write_adapter
+from sdlora.formats import FORMATS, editing, read_adapter, write_adapter
 from sdlora.inspection import edit_adapter
 from sdlora.tensor_file import data_sha256, read_header
 
@@ -187,11 +187,16 @@ def test_all_problems_are_told_together(sd1_file: Path) -> None:
         assert part in str(caught.value)
 
 
-def test_a_header_beyond_what_readers_take_is_refused(sd1_file: Path) -> None:
+def test_values_and_headers_beyond_what_readers_take_are_refused(
+    sd1_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = sd1_file.read_bytes()
+    with pytest.raises(ConfigError, match="shorten it"):
+        edit_adapter(sd1_file, ["x=" + "y" * 5_000_000], [])
+    monkeypatch.setattr(editing, "MAX_HEADER_BYTES", 5_000)
     with pytest.raises(ConfigError, match="set shorter values"):
-        edit_adapter(sd1_file, ["x=" + "y" * 40_000_000], [])
-    assert sd1_file.read_bytes() == before
+        edit_adapter(sd1_file, ["x=" + "y" * 5_000], [])
+    assert sd1_file.read_bytes() == before and list(sd1_file.parent.iterdir()) == [sd1_file]
 
 
 def test_only_adapters_are_edited(tmp_path: Path) -> None:

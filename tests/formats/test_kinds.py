@@ -24,6 +24,7 @@ from sdlora.formats import read_adapter, read_headers, read_outline, write_adapt
 from sdlora.formats.clients import client_support
 from sdlora.formats.proof import compare, prove
 from sdlora.inspection import inspect_adapter
+from sdlora.inspection_view import render
 
 from .adapters import ATTENTION, EVERYTHING, SD1, SD2, SDXL, TEXT, canonical, models_of
 from .test_clients import make_pipeline, models_in
@@ -282,7 +283,7 @@ def test_inspect_and_export_name_the_kinds_and_who_computes_them(tmp_path: Path)
     write_adapter(file_of(weights, SD1), "webui", source, torch.float32, SD1)
     summary = inspect_adapter(source)
     assert dict(summary.kinds) == weights.kinds()
-    text = summary.render()
+    text = render(summary)
     assert "LoHa" in text and "LoKr" in text and "DoRA" in text and "Tucker" in text
     squares = 0.0
     for update in weights.updates.values():

@@ -8,6 +8,7 @@ from typing import Any
 
 from sdlora.export import export_adapter
 from sdlora.inspection import inspect_adapter
+from sdlora.inspection_view import render
 
 from ..worker import Tell
 
@@ -32,7 +33,7 @@ def inspect(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     """Return everything an adapter file holds, and the text the command line shows."""
     tell.progress(0, 1, "reading")
     summary = inspect_adapter(Path(arguments["file"]))
-    return {"text": summary.render(), **summary.to_dict()}
+    return {"text": render(summary, width=100), **summary.to_dict()}
 
 
 def _path(text: Any) -> Path | None:
