@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, OutputError
 
 Result = tuple[dict[str, Any], int]
 
@@ -25,25 +25,50 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, help="also count the batches of an epoch")
     parser.add_argument("--flat", action="store_true", help="do not look into folders inside")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write a page with every picture's crop"
+    )
 
 
 def run_check(options: argparse.Namespace) -> Result:
     """Run ``sdlora check``; the exit code is 1 when training would be refused."""
-    from .data.doctor import examine, render_report, report_to_dict
+    from .data.doctor import examine, report_to_dict
+    from .data.report_text import print_report
+    from .display import progress_bar
 
     for flag in ("resolution", "multiple"):
         if getattr(options, flag) < 1:
             raise ConfigError(f"--{flag} {getattr(options, flag)}: must be 1 or more")
-    report = examine(
-        options.folder,
-        recursive=not options.flat,
-        trigger_word=options.trigger,
-        resolution=options.resolution,
-        multiple=options.multiple,
-        batch_size=options.batch_size,
-    )
-    print(render_report(report))
-    return report_to_dict(report), 1 if report.harmful else 0
+    if options.html:
+        _refuse_to_replace(options.html)
+    with progress_bar("reading") as progress:
+        report = examine(
+            options.folder,
+            recursive=not options.flat,
+            trigger_word=options.trigger,
+            resolution=options.resolution,
+            multiple=options.multiple,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+    print_report(report)
+    result = report_to_dict(report)
+    if options.html:
+        from .data.report_page import write_report_page
+
+        with progress_bar("drawing") as progress:
+            write_report_page(report, options.html, progress)
+        print(options.html)
+        result["html"] = options.html
+    return result, 1 if report.harmful else 0
+
+
+def _refuse_to_replace(file: Path) -> None:
+    """Refuse a place where something else than an earlier page lies."""
+    if file.is_dir():
+        raise OutputError(f"--html {file}: is a folder; give the name of a file")
+    if file.exists() and b"- sdlora check</title>" not in file.read_bytes()[:4096]:
+        raise OutputError(f"--html {file}: exists and is not a page of sdlora check; give another name")
 
 
 def declare_cache(parser: argparse.ArgumentParser) -> None:

@@ -117,3 +117,27 @@ def test_an_empty_cache_is_fine(run: Run, tmp_path: Path) -> None:
     code, output, _ = run("cache", "--folder", tmp_path, "--prune", "--json")
     result = json.loads(output.splitlines()[-1])
     assert (code, result["entries"], result["removed"]) == (0, 0, 0)
+
+
+def test_check_writes_a_page_and_says_where(
+    run: Run, picture_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    code, output, _ = run("check", picture_folder(), "--resolution", 64, "--html", page, "--json")
+    assert code == 0
+    assert str(page) in output.splitlines()
+    assert json.loads(output.splitlines()[-1])["html"] == str(page)
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_check_replaces_a_page_of_its_own_and_no_other_file(
+    run: Run, picture_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, page, other = picture_folder(), tmp_path / "page.html", tmp_path / "thesis.html"
+    for _ in range(2):
+        assert run("check", folder, "--resolution", 64, "--html", page)[0] == 0
+    other.write_text("<title>my work</title>", encoding="utf-8")
+    for file, words in ((other, "is not a page of sdlora check"), (tmp_path, "is a folder")):
+        code, _, errors = run("check", folder, "--resolution", 64, "--html", file)
+        assert (code, words in errors) == (2, True)
+    assert other.read_text(encoding="utf-8") == "<title>my work</title>"

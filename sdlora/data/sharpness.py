@@ -27,7 +27,6 @@ Detail = tuple[tuple[int, float], ...]
 BLURRED = 0.14
 _LARGEST, _SMALLEST = 1024, 16
 _FAINT = 6.0  # variance below which there is nothing in the picture that could be sharp
-_ROUNDING = 1.0  # about the variance that rounding to whole values makes by itself
 _STRIP = 64  # rows worked on at once
 
 
@@ -56,7 +55,7 @@ def focus(detail: Detail, shorter_side: int) -> float | None:
     first = min(range(len(detail)), key=lambda step: abs(math.log(detail[step][0] / shorter_side)))
     for steps, (_, variance) in enumerate(detail[first + 1 :], start=1):
         if variance >= _FAINT:
-            each = (max(detail[first][1], _ROUNDING) / variance) ** (1 / steps)
+            each = (detail[first][1] / variance) ** (1 / steps)
             return each if steps == 1 else each / 2  # the last of several steps may lie beyond the blur
     return None
 

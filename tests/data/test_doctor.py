@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pictures import animation, drawing, encoded, folder_of, put
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from sdlora.data.buckets import BucketCount
-from sdlora.data.doctor import (
-    CaptionStats,
-    Finding,
-    Report,
-    estimated_tokens,
-    examine,
-    render_report,
-    report_to_dict,
-)
+from sdlora.data.doctor import CaptionStats, Report, examine, report_to_dict
+from sdlora.data.findings import Finding
+from sdlora.data.report_text import render_report
 from sdlora.errors import ConfigError, DatasetError
 
 
@@ -30,7 +25,12 @@ def test_a_good_folder_gets_counts_and_no_findings(tmp_path: Path) -> None:
     folder_of(tmp_path, 10)
     put(tmp_path / "tall.png", drawing(50, 40, 80))
     put(tmp_path / "tall.txt", "something tall")
-    assert examine(tmp_path, resolution=48, multiple=8, batch_size=4) == Report(
+    report = examine(tmp_path, resolution=48, multiple=8, batch_size=4)
+    assert [(picture.item.name, picture.tokens) for picture in report.pictures][-2:] == [
+        ("p09.png", 2),
+        ("tall.png", 2),
+    ]
+    assert replace(report, pictures=(), tags=()) == Report(
         folder=tmp_path,
         recursive=True,
         trigger_word=None,
@@ -79,7 +79,7 @@ def test_every_kind_of_trouble_is_found_with_its_severity(tmp_path: Path) -> Non
     report = examine(tmp_path, resolution=48, multiple=16)
 
     assert found(report, "error") == [
-        ("undecodable", "bad.png"),
+        ("truncated", "bad.png"),
         ("bad caption", "latin.txt"),
         ("name clash", "twin.jpg and twin.png"),
     ]
@@ -145,21 +145,6 @@ def test_one_caption_for_all_and_a_stuck_tag_are_found(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("caption", "tokens"),
-    [
-        ("", 0),
-        ("a cat", 2),
-        ("ink, a cat's 2 toys!", 8),
-        ("2024", 4),
-        ("extraordinarily", 2),
-        ("猫と犬", 3),
-    ],
-)
-def test_token_estimates(caption: str, tokens: int) -> None:
-    assert estimated_tokens(caption) == tokens
-
-
 def test_a_folder_of_broken_pictures_only_is_a_report_not_a_crash(tmp_path: Path) -> None:
     put(tmp_path / "a.png", b"")
     put(tmp_path / "b.png", b"x")
@@ -203,7 +188,9 @@ def test_missing_empty_and_too_small_are_errors(tmp_path: Path) -> None:
 
 
 def test_the_report_is_plain_json_with_its_verdict(tmp_path: Path) -> None:
-    folder_of(tmp_path, 2)
+    folder_of(tmp_path, 1)
+    put(tmp_path / "wide.png", drawing(9, 100, 40))
+    put(tmp_path / "wide.txt", "picture 0, wide")
     put(tmp_path / "lost.txt", "x")
     values = json.loads(json.dumps(report_to_dict(examine(tmp_path, resolution=48, multiple=8))))
     assert values == {
@@ -213,15 +200,18 @@ def test_the_report_is_plain_json_with_its_verdict(tmp_path: Path) -> None:
         "resolution": 48,
         "num_images": 2,
         "num_unusable": 0,
-        "buckets": [{"bucket": [40, 56], "num_images": 2, "num_visits": 2}],
+        "buckets": [
+            {"bucket": [40, 56], "num_images": 1, "num_visits": 1},
+            {"bucket": [32, 72], "num_images": 1, "num_visits": 1},
+        ],
         "num_batches": None,
         "num_short_batches": None,
         "captions": {
             "from_files": 2,
             "from_names": 0,
             "trigger_added": 0,
-            "mean_tokens": 2.0,
-            "max_tokens": 2,
+            "mean_tokens": 3.0,
+            "max_tokens": 4,
         },
         "findings": [
             {
@@ -230,11 +220,84 @@ def test_the_report_is_plain_json_with_its_verdict(tmp_path: Path) -> None:
                 "what": "belongs to no picture and is not used",
                 "where": "lost.txt",
                 "fix": "name it after its picture (cup.txt for cup.png), or delete it",
-            }
+            },
+            {
+                "severity": "note",
+                "kind": "stuck tag",
+                "what": "have the tag `picture 0` in the caption, so it acts as a trigger word",
+                "where": "all 2 pictures",
+                "fix": "delete it, or make it data.trigger_word",
+            },
+        ],
+        "tags": [["picture 0", 2], ["wide", 1]],
+        "pictures": [
+            {
+                "name": "p00.png",
+                "width": 48,
+                "height": 40,
+                "bucket": [40, 56],
+                "resized": [47, 56],
+                "crop": [3, 0],
+                "box": [0.0, 2.55, 48.0, 36.6],
+                "cropped_share": 0.1489,
+                "upscale": 1.175,
+                "repeats": 1,
+                "caption": "picture 0",
+                "tokens": 2,
+            },
+            {
+                "name": "wide.png",
+                "width": 100,
+                "height": 40,
+                "bucket": [32, 72],
+                "resized": [32, 80],
+                "crop": [0, 4],
+                "box": [5.0, 0.0, 95.0, 40.0],
+                "cropped_share": 0.1,
+                "upscale": 0.8,
+                "repeats": 1,
+                "caption": "picture 0, wide",
+                "tokens": 4,
+            },
         ],
         "harmful": False,
-        "counts": {"error": 0, "warning": 1, "note": 0},
+        "verdict": "Can be trained; the warnings make the result worse.",
+        "counts": {"error": 0, "warning": 1, "note": 1},
     }
+
+
+def test_a_tag_in_nearly_all_of_many_captions_is_stuck(tmp_path: Path) -> None:
+    for number in range(20):
+        put(tmp_path / f"{number:02}.png", drawing(number))
+        put(
+            tmp_path / f"{number:02}.txt",
+            f"thing {number}" + ", dark" * (number > 0) + ", big" * (number > 2),
+        )
+    report = examine(tmp_path, resolution=48, multiple=8)
+    assert [(f.kind, f.where) for f in report.findings] == [("stuck tag", "19 of 20 pictures")]
+    assert report.tags[:3] == (("dark", 19), ("big", 17), ("thing 0", 1))
+
+
+def test_a_blurred_picture_is_found_at_the_size_it_is_trained_at(tmp_path: Path) -> None:
+    folder_of(tmp_path, 3)
+    soft = drawing(30, 800, 600).filter(ImageFilter.GaussianBlur(2))
+    put(tmp_path / "soft.png", soft)
+    put(tmp_path / "soft.txt", "soft")
+    blurred = [f for f in examine(tmp_path, resolution=640, multiple=64).findings if f.kind == "blurred"]
+    assert [(f.severity, f.where) for f in blurred] == [("warning", "soft.png")]
+    small = examine(tmp_path, resolution=64, multiple=32)
+    assert not [f for f in small.findings if f.kind == "blurred"]
+
+
+def test_copies_whose_captions_differ_are_said_to(tmp_path: Path) -> None:
+    for name, caption in (("a", "a cup"), ("b", "a cup"), ("c", "a mug")):
+        put(tmp_path / f"{name}.png", drawing(1))
+        put(tmp_path / f"{name}.txt", caption)
+    report = examine(tmp_path, resolution=48, multiple=8)
+    assert [(f.where, f.what) for f in report.findings if f.kind == "duplicate"] == [
+        ("b.png", "is the same file as a.png, so it counts twice"),
+        ("c.png", "is the same file as a.png, so it counts twice; and their captions differ"),
+    ]
 
 
 def test_the_text_shows_counts_buckets_and_findings_by_severity(tmp_path: Path) -> None:
@@ -255,41 +318,50 @@ def test_a_folder_without_troubles_is_ready(tmp_path: Path) -> None:
 
 TEXT = """\
 {folder}
-  pictures   5, 1 unusable
-  captions   5 from files, 0 from file names
-  trigger    ink (put in front of 5)
-  tokens     4.0 on average, 4 at most (estimated)
-  batches    2 per epoch, 1 of them short
+  pictures  5, 1 unusable
+  captions  5 from files, 0 from file names
+  trigger   ink (put in front of 5)
+  tokens    4.0 on average, 4 at most
+  batches   2 per epoch, 1 of them short
 
 buckets at 48 px (width x height)
-       32x72 ########                       1
-       56x40 ############################## 4
+       32x72 ████████                       1
+       56x40 ██████████████████████████████ 4
 
 ERRORS (1)
-  undecodable (1)
-    bad.png: is empty (0 bytes)
-    -> replace or delete it
+
+  what          where     details
+ ────────────────────────────────────────────────
+  undecodable   bad.png   is empty (0 bytes)
+                          → replace or delete it
+
 
 WARNINGS (10)
-  orphan caption (10)
-    lost0.txt: belongs to no picture and is not used
-    lost1.txt: belongs to no picture and is not used
-    lost2.txt: belongs to no picture and is not used
-    lost3.txt: belongs to no picture and is not used
-    lost4.txt: belongs to no picture and is not used
-    lost5.txt: belongs to no picture and is not used
-    lost6.txt: belongs to no picture and is not used
-    lost7.txt: belongs to no picture and is not used
-    and 2 more (all with --json)
-    -> name it after its picture (cup.txt for cup.png), or delete it
+
+  what                  where       details
+ ──────────────────────────────────────────────────────────────────────────────────────────────────
+  orphan caption (10)   lost0.txt   belongs to no picture and is not used
+                        lost1.txt   belongs to no picture and is not used
+                        lost2.txt   belongs to no picture and is not used
+                        lost3.txt   belongs to no picture and is not used
+                        lost4.txt   belongs to no picture and is not used
+                        lost5.txt   belongs to no picture and is not used
+                        lost6.txt   belongs to no picture and is not used
+                        lost7.txt   belongs to no picture and is not used
+                                    and 2 more (all with --json or --html FILE)
+                                    → name it after its picture (cup.txt for cup.png), or delete
+                                    it
+
 
 NOTES (5)
-  no trigger word (5)
-    p00.png: has a caption without `ink`; it is put in front
-    p01.png: has a caption without `ink`; it is put in front
-    p02.png: has a caption without `ink`; it is put in front
-    p03.png: has a caption without `ink`; it is put in front
-    tall.png: has a caption without `ink`; it is put in front
-    -> write it where it reads best
+
+  what                  where      details
+ ──────────────────────────────────────────────────────────────────────────────────
+  no trigger word (5)   p00.png    has a caption without `ink`; it is put in front
+                        p01.png    has a caption without `ink`; it is put in front
+                        p02.png    has a caption without `ink`; it is put in front
+                        p03.png    has a caption without `ink`; it is put in front
+                        tall.png   has a caption without `ink`; it is put in front
+                                   → write it where it reads best
 
 Not ready: mend the errors first."""

@@ -1,0 +1,112 @@
+"""The doctor's report for a terminal: counts, a chart of buckets, and findings with how to fix them."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from .doctor import Report
+from .findings import SEVERITIES, Finding, Severity
+
+_LINES_PER_KIND = 8
+_BAR_WIDTH = 30
+_MOST_BUCKETS = 24
+_COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow", "note": "cyan"}
+_LEAST_WIDTH = 100
+
+
+def print_report(report: Report) -> None:
+    """Show the report on stdout, in colour where that is a terminal."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(_report(report))
+    else:  # a file or a pipe has no width of its own
+        console.print(Text(render_report(report)), soft_wrap=True)
+
+
+def render_report(report: Report, width: int = _LEAST_WIDTH) -> str:
+    """Return the report as plain text of that many columns."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    with console.capture() as captured:
+        console.print(_report(report))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _report(report: Report) -> RenderableType:
+    colour = "red" if report.harmful else "yellow" if report.count("warning") else "green"
+    parts: list[RenderableType] = [Text(str(report.folder), style="bold"), _summary(report), _buckets(report)]
+    for severity in SEVERITIES:
+        parts += _findings(report, severity)
+    return Group(*parts, Text(report.verdict(), style=f"bold {colour}"))
+
+
+def _summary(report: Report) -> Table:
+    captions = report.captions
+    unusable = f", {report.num_unusable} unusable" if report.num_unusable else ""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_row("  pictures", f"{report.num_images}{unusable}")
+    table.add_row("  captions", f"{captions.from_files} from files, {captions.from_names} from file names")
+    if report.trigger_word:
+        table.add_row("  trigger", f"{report.trigger_word} (put in front of {captions.trigger_added})")
+    table.add_row("  tokens", f"{captions.mean_tokens} on average, {captions.max_tokens} at most")
+    if report.num_batches is not None:
+        table.add_row(
+            "  batches", f"{report.num_batches} per epoch, {report.num_short_batches} of them short"
+        )
+    return table
+
+
+def _buckets(report: Report) -> RenderableType:
+    table = Table.grid(padding=(0, 1, 0, 0))
+    most = max((bucket.num_images for bucket in report.buckets), default=1)
+    shown = sorted(report.buckets, key=lambda bucket: -bucket.num_images)[:_MOST_BUCKETS]
+    for bucket in report.buckets:
+        if bucket in shown:
+            height, width = bucket.bucket
+            bar = "█" * max(1, round(_BAR_WIDTH * bucket.num_images / most))
+            table.add_row(Text(f"{f'{width}x{height}':>12}"), Text(bar, style="blue"), f"{bucket.num_images}")
+    hidden = len(report.buckets) - len(shown)
+    if hidden > 0:
+        table.add_row("", f"and {hidden} smaller buckets", "")
+    head = Text(f"buckets at {report.resolution} px (width x height)", style="bold")
+    return Padding(Group(head, table), (1, 0, 0, 0))
+
+
+def _findings(report: Report, severity: Severity) -> Iterator[RenderableType]:
+    kinds: dict[str, list[Finding]] = {}
+    for finding in report.findings:
+        if finding.severity == severity:
+            kinds.setdefault(finding.kind, []).append(finding)
+    if not kinds:
+        return
+    title = f"{severity.upper()}S ({report.count(severity)})"
+    table = Table(
+        title=Text(title, style=f"bold {_COLOURS[severity]}"), title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("what", style=_COLOURS[severity], no_wrap=True)
+    table.add_column("where", overflow="fold")
+    table.add_column("details")
+    for kind, members in kinds.items():
+        _add_kind(table, kind, members)
+    yield Padding(table, (1, 0, 0, 0))
+
+
+def _add_kind(table: Table, kind: str, members: Sequence[Finding]) -> None:
+    fixes = Counter(finding.fix for finding in members)
+    for number, finding in enumerate(members[:_LINES_PER_KIND]):
+        own = f"; {finding.fix}" if len(fixes) > 1 else ""
+        name = f"{kind} ({len(members)})" if len(members) > 1 else kind
+        # Text, because names may hold what rich takes for markup
+        table.add_row(name if number == 0 else "", Text(finding.where), Text(f"{finding.what}{own}"))
+    if len(members) > _LINES_PER_KIND:
+        more = f"and {len(members) - _LINES_PER_KIND} more (all with --json or --html FILE)"
+        table.add_row("", "", Text(more, style="dim"))
+    if len(fixes) == 1:
+        table.add_row("", "", Text(f"→ {members[0].fix}", style="italic"))

@@ -1,0 +1,43 @@
+"""Small JPEGs of pictures as data URLs, made on all cores."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+
+from ..errors import DatasetError
+from .folder import load_pixels
+from .items import ImageItem
+from .lookahead import ahead
+from .measure import Progress
+
+_QUALITY = 80
+
+
+def thumbnails(
+    items: Sequence[ImageItem], side: int, progress: Progress | None = None
+) -> Iterator[str | None]:
+    """Yield each picture, reduced to ``side`` px, as a data URL; None where it cannot be read any more."""
+    workers = max(1, min(32, os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers) as pool:
+        futures = (pool.submit(_thumbnail, item, side) for item in items)
+        for done, future in enumerate(ahead(futures, 4 * workers), start=1):
+            yield future.result()
+            if progress is not None:
+                progress(done, len(items))
+
+
+def _thumbnail(item: ImageItem, side: int) -> str | None:
+    try:
+        image = load_pixels(item)
+    except DatasetError:  # changed since it was examined
+        return None
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
