@@ -359,7 +359,7 @@ def _run_export(options: argparse.Namespace) -> Result:
 
 
 def _declare_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="adapter file or PEFT folder")
+    parser.add_argument("file", type=Path, help="adapter file or PEFT folder, or a base model")
     parser.add_argument(
         "--set",
         action="append",
@@ -376,6 +376,10 @@ def _run_inspect(options: argparse.Namespace) -> Result:
     from .inspection import inspect_adapter
 
     if is_base(str(options.file)):
+        if options.set or options.remove or options.chart:
+            raise ConfigError(
+                f"{options.file}: is a base model; --set, --remove and --chart are for adapters"
+            )
         base = inspect_base(str(options.file))
         print(base.render())
         return base.to_dict(), 0
