@@ -19,12 +19,14 @@ import tomli_w
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from .adapter_config import AdapterConfig as AdapterConfig
+from .adapter_config import Targets as Targets
+from .adapter_config import adapter_contradictions
 from .data_config import DataConfig, data_contradictions
 from .errors import ConfigError
 from .files import write_text
 from .section import Dropout, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
-Targets = Literal["attention", "linear", "all"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant"]
 SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
@@ -48,43 +50,6 @@ class ModelConfig(Section):
     """Use the n-th last layer of the CLIP text encoder (1 = the last, as the base was trained); SD1 only."""
 
 
-class AdapterConfig(Section):
-    """The LoRA: where it is put and how large it is."""
-
-    targets: Targets = "attention"
-    """U-Net layers that get a LoRA: attention projections (`attention`), every linear layer of the
-    transformer blocks (`linear`), or these and the convolutions (`all`)."""
-    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Rank of the update of each layer; higher learns more detail and makes a larger file."""
-    alpha: PositiveFloat | None = None
-    """The update is multiplied by alpha / rank; equal to the rank when left open."""
-    dropout: Dropout = 0.0
-    """Share of the adapter's inputs set to zero in training."""
-    text_encoder: bool = False
-    """Also adapt the text encoder (of SDXL: both, unless `adapter.text_encoder_2` says otherwise)."""
-    text_encoder_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Rank in the text encoder; as in the U-Net when left open."""
-    text_encoder_alpha: PositiveFloat | None = None
-    """Alpha in the text encoder; equal to its rank when left open."""
-    text_encoder_2: bool | None = None
-    """Also adapt the base's second text encoder (SDXL); as `adapter.text_encoder` when left open."""
-    text_encoder_2_rank: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Rank in the second text encoder; as in the U-Net when left open."""
-    text_encoder_2_alpha: PositiveFloat | None = None
-    """Alpha in the second text encoder; equal to its rank when left open."""
-
-    def adapts(self, component: str) -> bool:
-        """Return whether that component of the base gets an adapter."""
-        wanted = {"unet": True, "text_encoder": self.text_encoder}
-        second = self.text_encoder if self.text_encoder_2 is None else self.text_encoder_2
-        return wanted.get(component, second)
-
-    @property
-    def adapts_text(self) -> bool:
-        """Whether any text encoder gets an adapter, so that captions must be encoded in every step."""
-        return self.text_encoder or bool(self.text_encoder_2)
-
-
 class OptimizerConfig(Section):
     """How the adapter's weights follow the gradient."""
 
@@ -104,6 +69,12 @@ class OptimizerConfig(Section):
     """Decoupled weight decay."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after the warm-up."""
+    lora_plus_ratio: PositiveFloat = 1.0
+    """The up factors (B) learn this many times as fast as the down factors (A); LoRA+ (Hayou et al.
+    2024) recommends 16 with a lower learning rate."""
+    block_rates: dict[str, PositiveFloat] = Field(default={})
+    """Factors on the learning rate of single blocks, e.g. `{"mid_block" = 0.5}`; patterns as in
+    `adapter.block_ranks`."""
     warmup_steps: NonNegative | None = None
     """Steps over which the learning rate rises from zero."""
     max_grad_norm: NonNegativeFloat = 1.0
@@ -261,9 +232,17 @@ def save_config(config: Config, file: Path) -> None:
                     tables.append(help_text)
                     tables += [f"[[{section}.{name}]]\n{tomli_w.dumps(one).strip()}" for one in values[name]]
                 else:
-                    lines += [help_text, tomli_w.dumps({name: values[name]}).strip()]
+                    lines += [help_text, _toml_line(name, values[name])]
         lines += [*tables, ""]
     write_text(file, "\n".join(lines))
+
+
+def _toml_line(name: str, value: Any) -> str:
+    """Return one setting as TOML; a table on one line, as a header would start another section."""
+    if not isinstance(value, dict):
+        return tomli_w.dumps({name: value}).strip()
+    inner = ", ".join(tomli_w.dumps({key: one}).strip() for key, one in value.items())
+    return f"{name} = {{ {inner} }}" if inner else f"{name} = {{}}"
 
 
 def _is_tables(value: Any) -> bool:
@@ -336,6 +315,7 @@ def contradictions(config: Config) -> list[str]:
             ]
     if config.model.zero_terminal_snr and config.model.prediction_type == "epsilon":
         found.append("`model.zero_terminal_snr=true` needs `model.prediction_type=v_prediction`")
+    found += adapter_contradictions(config)
     if config.sample.prompts == ():
         for name in ("every", "guidance"):
             if getattr(config.sample, name) is not None:

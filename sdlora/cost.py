@@ -65,7 +65,7 @@ def measure_cost(run: Run) -> Cost:
     }
     activations = sum(size for pointer, size in saved.items() if pointer not in weights)
     # master, its gradient and two moments in fp32; the model's own copy and gradient
-    per_value = 16 + 2 * run.layers[0].down.element_size()
+    per_value = 16 + 2 * run.model.dtype.itemsize
     adapter = sum(group.master.flat.numel() for group in run.groups) * per_value
     return Cost(seconds * settings.gradient_accumulation, sum(weights.values()) + adapter + activations)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .adapters.base import ModuleKey
 from .config import OptimizerConfig, Schedule
 
 
@@ -58,10 +59,18 @@ class MasterWeights:
             self._compute.copy_(self.flat.data)
         self.flat.grad.zero_()
 
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The model's parameters, in the order of the flat buffer."""
+        return self._parameters
+
     def tensors(self) -> list[Tensor]:
         """Return the fp32 values as views, in the parameters' order and shapes."""
-        sizes = [parameter.numel() for parameter in self._parameters]
-        parts = self.flat.data.split(sizes)
+        return self.shaped(self.flat.data)
+
+    def shaped(self, flat: Tensor) -> list[Tensor]:
+        """Return a flat tensor of this layout as views, in the parameters' order and shapes."""
+        parts = flat.split([parameter.numel() for parameter in self._parameters])
         return [part.view(p.shape) for part, p in zip(parts, self._parameters, strict=True)]
 
     def load(self, values: Tensor) -> None:
@@ -72,17 +81,34 @@ class MasterWeights:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Master weights with their own peak learning rate."""
+    """Master weights with their own peak learning rate.
+
+    Attributes:
+        name: part of the names in a checkpoint.
+        master: the values.
+        learning_rate: at its peak.
+        slots: module and factor of each parameter, in the master's order.
+        decays: whether weight decay pulls them to zero (DoRA's magnitudes are not to be pulled there).
+    """
 
     name: str
     master: MasterWeights
     learning_rate: float
+    slots: tuple[tuple[ModuleKey, str], ...] = ()
+    decays: bool = True
 
 
 def make_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov and Hutter 2019) over the groups' flat buffers."""
     return torch.optim.AdamW(
-        [{"params": [group.master.flat], "lr": group.learning_rate} for group in groups],
+        [
+            {
+                "params": [group.master.flat],
+                "lr": group.learning_rate,
+                "weight_decay": config.weight_decay if group.decays else 0.0,
+            }
+            for group in groups
+        ],
         betas=config.betas,
         eps=config.epsilon,
         weight_decay=config.weight_decay,

@@ -114,12 +114,23 @@ def resolve_training(
 
 def _fill_adapter(resolver: _Resolver, num_images: int) -> None:
     rank = 8 if num_images < 10 else 16 if num_images < 200 else 32
-    resolver.fill("adapter.rank", rank, f"enough for {num_images} pictures without learning them by heart")
-    resolver.fill("adapter.alpha", float(resolver.config.adapter.rank or rank), "equal to the rank: scale 1")
+    loha = resolver.config.adapter.kind == "loha"
+    reason = f"enough for {num_images} pictures without learning them by heart"
+    if loha:
+        rank, reason = rank // 2, f"as large a file as a LoRA of rank {rank}"
+    resolver.fill("adapter.rank", rank, reason, ask_base=not loha)
+    resolver.fill("adapter.alpha", *_usual_alpha(resolver, "adapter.rank"), ask_base=not loha)
     for component in _adapted_text(resolver):
         rank_key, alpha_key, _ = component_keys(component)
         resolver.fill(rank_key, resolver.config.adapter.rank, "as in the U-Net")
-        resolver.fill(alpha_key, float(resolver.config.get(rank_key)), "equal to its rank: scale 1")
+        resolver.fill(alpha_key, *_usual_alpha(resolver, rank_key))
+
+
+def _usual_alpha(resolver: _Resolver, rank_key: str) -> tuple[float, str]:
+    """Return the alpha with which the usual learning rate fits, and why."""
+    if resolver.config.adapter.kind == "loha":
+        return 1.0, "usual for LoHa, whose factors start large"
+    return float(resolver.config.get(rank_key)), "equal to the rank: scale 1"
 
 
 def _adapted_text(resolver: _Resolver) -> list[str]:
@@ -147,10 +158,12 @@ def _fill_length(resolver: _Resolver, training: Dataset) -> None:
 def _fill_optimizer(resolver: _Resolver) -> None:
     adapter = resolver.config.adapter
     assert adapter.rank is not None and adapter.alpha is not None
-    scale = adapter.alpha / adapter.rank
+    divisor = math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank
+    # a LoHa of alpha 1 changes about as much a step as a LoRA of scale 1
+    scale = adapter.alpha if adapter.kind == "loha" else adapter.alpha / divisor
     # the size of dW is scale * rate: keep it when the user picks another alpha
     rate = float(f"{1e-4 / scale:.2e}")
-    reason = "the usual rate" if scale == 1 else f"1e-4 divided by alpha / rank = {scale:g}"
+    reason = "the usual rate" if scale == 1 else f"1e-4 divided by the scale {scale:g}"
     resolver.fill("optimizer.learning_rate", rate, reason)
     assert resolver.config.optimizer.learning_rate is not None
     fifth = resolver.config.optimizer.learning_rate / 5

@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from . import checkpoint
-from .adapters.base import COMPONENTS, AdapterWeights
-from .adapters.lora import AttachedLayer, attach, create_adapter, read_weights
-from .config import Config, component_keys, load_config, save_config
+from .adapters.base import AdapterWeights
+from .adapters.lora import create_adapter
+from .config import Config, load_config, save_config
+from .continued import continued, digest_of
 from .data.batches import generator_for, make_batch
 from .data.buckets import make_buckets, place, square_bucket
 from .data.cache import EncodedDataset
@@ -37,11 +38,11 @@ from .families.attention import choose_attention
 from .families.base import DiffusionModel
 from .families.loading import load_model
 from .files import refuse_used_folder
-from .optim import MasterWeights, ParameterGroup, make_optimizer
+from .learned import Learned, learn
+from .optim import ParameterGroup, make_optimizer
 from .parallel import SplitPredictor
 from .plan import BaseFacts, Decision, check_components, resolve_data, resolve_training, total_steps
 
-ADAPTER_NAME = "run"
 # what a resumed run may change, as none of it alters the numbers of the adapter
 _FREE_ON_RESUME = (
     "sample.",
@@ -66,8 +67,7 @@ class Run:
     validation: EncodedDataset
     order: Order
     steps: int
-    layers: list[AttachedLayer]
-    groups: list[ParameterGroup]
+    learned: Learned
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     accelerator: Accelerator
@@ -85,13 +85,18 @@ class Run:
         assert settings.batch_size is not None
         return settings.batch_size * settings.gradient_accumulation * self.accelerator.num_processes
 
+    @property
+    def groups(self) -> list[ParameterGroup]:
+        """The masters by learning rate."""
+        return self.learned.groups
+
     def parameters(self) -> list[Tensor]:
         """Return the adapter's parameters inside the model, in the order of the masters."""
-        return [parameter for one in self.layers for parameter in (one.down, one.up)]
+        return self.learned.parameters()
 
     def masters(self) -> AdapterWeights:
         """Return the adapter's fp32 master weights as copies on the CPU."""
-        return read_weights(self.layers, [t for group in self.groups for t in group.master.tensors()])
+        return self.learned.masters()
 
 
 def run_folder(config: Config) -> Path:
@@ -126,12 +131,16 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     training = joined(training, priors)
     for note in training.notes:
         tell(Noticed(note))
+    start: AdapterWeights | None = None
+    if config.adapter.from_file is not None:
+        config, start, followed = continued(config, model)
+        more += followed
     config, rest = resolve_training(config, facts, training, validation)
     for one in decisions + more + rest:
         tell(Decided(one.key, one.value, one.reason))
     if resume:
         _check_same(config, folder)
-    return _assemble(config, folder, model, training, validation, accelerator, tell, resume=resume)
+    return _assemble(config, folder, model, start, training, validation, accelerator, tell, resume=resume)
 
 
 def _hold_out(config: Config, dataset: Dataset, own: Dataset | None) -> tuple[Dataset, Dataset]:
@@ -187,6 +196,7 @@ def _assemble(
     config: Config,
     folder: Path,
     model: DiffusionModel,
+    start: AdapterWeights | None,
     training: Dataset,
     validation: Dataset,
     accelerator: Accelerator,
@@ -206,11 +216,7 @@ def _assemble(
         world_size=accelerator.num_processes,
         seed=settings.seed,
     )
-    weights = create_adapter(model, config.adapter, settings.seed)
-    layers = attach(model, weights, ADAPTER_NAME, dropout=config.adapter.dropout)
-    # component by component, in the order of the masters' groups
-    layers.sort(key=lambda one: (COMPONENTS.index(one.key.component), one.key))
-    groups = _groups(config, layers, weights)
+    learned = learn(model, config, start or create_adapter(model, config.adapter, settings.seed))
     run = Run(
         config=config,
         folder=folder,
@@ -220,9 +226,8 @@ def _assemble(
         validation=encoded[1],
         order=order,
         steps=total_steps(config, order.steps_per_epoch),
-        layers=layers,
-        groups=groups,
-        optimizer=make_optimizer(config.optimizer, groups),
+        learned=learned,
+        optimizer=make_optimizer(config.optimizer, learned.groups),
         scaler=torch.amp.GradScaler(model.device.type, enabled=settings.precision == "fp16"),
         accelerator=accelerator,
         tell=tell,
@@ -289,23 +294,9 @@ def _encode(config: Config, part: Dataset, model: DiffusionModel, tell: Announce
     return data
 
 
-def _groups(config: Config, layers: list[AttachedLayer], weights: AdapterWeights) -> list[ParameterGroup]:
-    groups = []
-    for component in COMPONENTS:
-        own = [one for one in layers if one.key.component == component]
-        rate = config.get(component_keys(component)[2])
-        if own:
-            assert rate is not None
-            parameters = [parameter for one in own for parameter in (one.down, one.up)]
-            pairs = [weights.pairs[one.key] for one in own]
-            values = [tensor for pair in pairs for tensor in (pair.down, pair.up)]
-            groups.append(ParameterGroup(component, MasterWeights(parameters, values), rate))
-    return groups
-
-
 def state_tensors(run: Run) -> dict[str, Tensor]:
     """Return everything numeric that the next steps depend on, by name."""
-    tensors: dict[str, Tensor] = {}
+    tensors = run.learned.tensors()
     for group in run.groups:
         tensors[f"{group.name}.master"] = group.master.flat.data
         for name, value in run.optimizer.state.get(group.master.flat, {}).items():
@@ -319,7 +310,13 @@ def state_values(run: Run) -> dict[str, Any]:
         "run_id": dataset_digest(run.dataset.items),
         "scaler": run.scaler.state_dict(),
         "started_at": run.started_at,
+        "from_file": _origin(run),
     }
+
+
+def _origin(run: Run) -> str | None:
+    file = run.config.adapter.from_file
+    return digest_of(file) if file is not None else None
 
 
 def dataset_digest(items: Iterable[ImageItem]) -> str:
@@ -341,10 +338,20 @@ def _restore(run: Run) -> None:
             f"{run.config.data.folder}: the pictures or captions changed since {saved.folder.name}; put them "
             "back, or start a new run in another --output"
         )
+    if saved.state.get("from_file") != _origin(run):
+        raise TrainingError(
+            f"{run.config.adapter.from_file}: changed since {saved.folder.name}; put the file back, or start "
+            "a new run in another --output"
+        )
     run.step, run.started_at = saved.step, float(saved.state["started_at"])
+    by_group: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in saved.tensors.items():
+        group_name, _, name = full_name.rpartition(".")
+        by_group.setdefault(group_name, {})[name] = tensor
+    starts = {name: own.pop("start") for name, own in by_group.items() if "start" in own}
+    run.learned.restore_start(run.model, starts)
     for group in run.groups:
-        prefix = f"{group.name}."
-        own = {n.removeprefix(prefix): t for n, t in saved.tensors.items() if n.startswith(prefix)}
+        own = by_group[group.name]
         group.master.load(own.pop("master"))
         device = group.master.flat.device
         run.optimizer.state[group.master.flat] = {

@@ -40,6 +40,7 @@ LAYERS = [
     {"image_generator"},
     {"generate"},
     {"picture_proof"},
+    {"continued", "learned"},
     {"run"},
     {"finish", "previews", "cost", "validation"},
     {"train"},

@@ -7,8 +7,9 @@ Here: Tucker, a convolution's kernel in a small core between the factors (LoCon'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from .base import LowRankPair, Update, check_factors
 from .lycoris import LoHa, LoKr
 
-__all__ = ["TITLES", "DoRA", "LoHa", "LoKr", "TuckerPair"]
+__all__ = ["TITLES", "DoRA", "LoHa", "LoKr", "TuckerPair", "with_tensors"]
 
 TITLES = {
     "lora": "LoRA",
@@ -162,3 +163,19 @@ class DoRA(Update):
     def to(self, dtype: torch.dtype) -> DoRA:
         """Return it in another number format."""
         return DoRA(self.direction.to(dtype), self.magnitude.to(dtype))
+
+
+def with_tensors(update: Update, tensors: Mapping[str, Tensor]) -> Update:
+    """Return an update of the same kind, alpha and shape with other factors, by their file names."""
+    if isinstance(update, DoRA):
+        return DoRA(with_tensors(update.direction, tensors), tensors["dora_scale"])
+    if isinstance(update, LowRankPair):
+        return LowRankPair(tensors["lora_down.weight"], tensors["lora_up.weight"], update.alpha)
+    if isinstance(update, TuckerPair):
+        down, mid, up = (tensors[f"lora_{name}.weight"] for name in ("down", "mid", "up"))
+        return TuckerPair(down, mid, up, update.alpha)
+    assert isinstance(update, LoHa | LoKr)
+    own: dict[str, Any] = {
+        name.partition("_")[2]: tensor for name, tensor in tensors.items() if name in update.tensors()
+    }
+    return replace(update, **own)
