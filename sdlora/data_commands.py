@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from .data.doctor import Report
 
 Result = tuple[dict[str, Any], int]
 
@@ -28,29 +32,24 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="also write a page with every picture's crop"
     )
+    parser.add_argument("--fix", action="store_true", help="write a mended copy of the folder to --output")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where --fix puts the copy")
 
 
 def run_check(options: argparse.Namespace) -> Result:
     """Run ``sdlora check``; the exit code is 1 when training would be refused."""
-    from .data.doctor import examine, report_to_dict
+    from .data.doctor import report_to_dict
     from .data.report_text import print_report
     from .display import progress_bar
 
     for flag in ("resolution", "multiple"):
         if getattr(options, flag) < 1:
             raise ConfigError(f"--{flag} {getattr(options, flag)}: must be 1 or more")
+    if options.fix != (options.output is not None):
+        raise ConfigError("--fix and --output DIR belong together: the copy is written to DIR")
     if options.html:
         _refuse_to_replace(options.html)
-    with progress_bar("reading") as progress:
-        report = examine(
-            options.folder,
-            recursive=not options.flat,
-            trigger_word=options.trigger,
-            resolution=options.resolution,
-            multiple=options.multiple,
-            batch_size=options.batch_size,
-            progress=progress,
-        )
+    report = _examined(options, options.folder)
     print_report(report)
     result = report_to_dict(report)
     if options.html:
@@ -60,7 +59,49 @@ def run_check(options: argparse.Namespace) -> Result:
             write_report_page(report, options.html, progress)
         print(options.html)
         result["html"] = options.html
+    if options.fix:
+        result["fix"] = _mend(options)
+        return result, 1 if result["fix"]["harmful"] else 0
     return result, 1 if report.harmful else 0
+
+
+def _examined(options: argparse.Namespace, folder: Path) -> Report:
+    from .data.doctor import examine
+    from .display import progress_bar
+
+    with progress_bar("reading") as progress:
+        return examine(
+            folder,
+            recursive=not options.flat,
+            trigger_word=options.trigger,
+            resolution=options.resolution,
+            multiple=options.multiple,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+
+
+def _mend(options: argparse.Namespace) -> dict[str, Any]:
+    """Write the mended copy, say what is different in it and what is still wrong with it."""
+    from .data.findings import SEVERITIES
+    from .data.repair import repair
+    from .data.report_text import print_changes
+    from .display import progress_bar
+
+    with progress_bar("copying") as progress:
+        changes = repair(options.folder, options.output, recursive=not options.flat, progress=progress)
+    print_changes(options.output, changes)
+    copy = _examined(options, options.output)
+    counts = {severity: copy.count(severity) for severity in SEVERITIES}
+    left = ", ".join(f"{count} {severity}(s)" for severity, count in counts.items())
+    print(f"{options.output}: {copy.num_images} pictures; {left}. {copy.verdict()}")
+    return {
+        "output": options.output,
+        "changes": [asdict(change) for change in changes],
+        "num_images": copy.num_images,
+        "counts": counts,
+        "harmful": copy.harmful,
+    }
 
 
 def _refuse_to_replace(file: Path) -> None:

@@ -12,7 +12,7 @@ from .picture_files import read_file
 from .problems import Problem, Unusable
 
 CAPTION_ENDINGS = frozenset({".txt", ".caption"})
-_MAX_CAPTION_BYTES = 64 * 1024
+MAX_CAPTION_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def caption_of(
 
 def _read_caption(path: Path, name: str) -> tuple[str, ...] | Problem:
     try:
-        data = read_file(path, name, _MAX_CAPTION_BYTES)
+        data = read_file(path, name, MAX_CAPTION_BYTES)
     except Unusable as error:
         return replace(error.problem, kind="bad caption")
     fix = "save it as UTF-8 text"

@@ -5,7 +5,6 @@ An error is what training refuses; a warning is what makes the result worse; a n
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Literal
 from .buckets import MAX_ASPECT, Placement, upscale
 from .items import Dataset, ImageItem
 from .likeness import near_duplicates
-from .problems import Problem
+from .problems import Problem, is_cut_short
 from .sharpness import BLURRED, focus
 from .tokens import CHUNK_TOKENS
 
@@ -25,9 +24,6 @@ _MAX_UPSCALE = 1.5
 _MAX_CROPPED = 0.25
 _STUCK_SHARE = 0.9
 _FEW = 5  # pictures up to which a tag must be in every caption to count as stuck
-_CUT_SHORT = re.compile(
-    r"truncat|unexpected end|end of (file|data|image)|premature|incomplete", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Finding:
 def about_problems(problems: Sequence[Problem]) -> Iterator[Finding]:
     """Yield what training refuses."""
     for problem in problems:
-        cut_short = problem.kind == "undecodable" and _CUT_SHORT.search(problem.what)
+        cut_short = is_cut_short(problem)
         kind = "truncated" if cut_short else problem.kind
         fix = "get the whole file again, or delete it" if cut_short else problem.fix
         yield Finding("error", kind, problem.what, problem.where, fix)

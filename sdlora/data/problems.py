@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ ProblemKind = Literal[
     "unreadable", "undecodable", "bad caption", "no caption", "name clash", "bad sidecar", "bad mask"
 ]
 _MAX_LISTED = 20
+_CUT_SHORT = re.compile(r"truncat|unexpected end|end of (file|data|image)|premature|incomplete", re.I)
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}; {self.fix}"
+
+
+def is_cut_short(problem: Problem) -> bool:
+    """Return whether a picture was being decoded well until its file ended."""
+    return problem.kind == "undecodable" and _CUT_SHORT.search(problem.what) is not None
 
 
 class Unusable(Exception):

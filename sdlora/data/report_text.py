@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from .doctor import Report
 from .findings import SEVERITIES, Finding, Severity
+from .repair import Change
 
 _LINES_PER_KIND = 8
 _BAR_WIDTH = 30
@@ -24,18 +26,40 @@ _LEAST_WIDTH = 100
 
 def print_report(report: Report) -> None:
     """Show the report on stdout, in colour where that is a terminal."""
-    console = Console(highlight=False)
-    if console.is_terminal:
-        console.print(_report(report))
-    else:  # a file or a pipe has no width of its own
-        console.print(Text(render_report(report)), soft_wrap=True)
+    _print(_report(report))
 
 
 def render_report(report: Report, width: int = _LEAST_WIDTH) -> str:
     """Return the report as plain text of that many columns."""
+    return _plain(_report(report), width)
+
+
+def print_changes(output: Path, changes: Sequence[Change]) -> None:
+    """Show on stdout what is different in a mended copy."""
+    table = Table(
+        title=Text(f"mended copy: {output}", style="bold"), title_justify="left", box=box.SIMPLE_HEAD
+    )
+    for head in ("file", "what was done", "in the copy"):
+        table.add_column(head, overflow="fold")
+    for change in changes:
+        table.add_row(Text(change.name), Text(change.what), Text(change.written or "-"))
+    if not changes:
+        table.add_row("", "nothing needed mending", "")
+    _print(table)
+
+
+def _print(what: RenderableType) -> None:
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(what)
+    else:  # a file or a pipe has no width of its own
+        console.print(Text(_plain(what, _LEAST_WIDTH)), soft_wrap=True)
+
+
+def _plain(what: RenderableType, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     with console.capture() as captured:
-        console.print(_report(report))
+        console.print(what)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
