@@ -323,6 +323,8 @@ def contradictions(config: Config) -> list[str]:
     if config.data.validation == 0 and config.training.validate_every is not None:
         found.append("`training.validate_every` has no effect with `data.validation=0`")
     found += data_contradictions(config.data)
+    if config.adapter.adapts_text and config.data.encode_captions is not None:
+        found.append("`data.encode_captions` has no effect with `adapter.text_encoder=true`")
     steps, warmup = config.training.steps, config.optimizer.warmup_steps
     if steps is not None and warmup is not None and warmup >= steps:
         found.append(

@@ -12,10 +12,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from .section import Positive, PositiveFloat, Probability, Section
+from .section import NonNegative, Positive, PositiveFloat, Probability, Section
 
 Resolution = Annotated[int, Field(ge=32, le=4096)]
+Crop = Literal["centre", "random"]
 CaptionFrom = Literal["files", "file name"]
+CaptionLines = Literal["joined", "one"]
+EncodeWhen = Literal["before", "in loop"]
 
 
 class SourceConfig(Section):
@@ -40,6 +43,8 @@ class SourceConfig(Section):
     """Weight of these pictures in the loss."""
     regularisation: bool = False
     """These pictures show the class in general: they are never held out, and get no trigger word."""
+    mask_folder: Path | None = None
+    """Folder of masks of the same names: white is trained, black is not."""
 
 
 def _amount_or_folder(value: float | Path) -> float | Path:
@@ -66,20 +71,63 @@ class DataConfig(Section):
     caption_from: CaptionFrom = "files"
     """Captions come from `files` beside the pictures (or else the file name), or always from the
     `file name`."""
+    caption_lines: CaptionLines = "joined"
+    """Captions of several lines: `joined` to one, or `one` of them a visit, in turn."""
     trigger_word: str | None = None
     """Word that calls the style; put in front of captions that lack it, and the caption's start
     where there is no caption file."""
+    caption_prefix: str = ""
+    """Put before every caption (after the trigger word)."""
+    caption_suffix: str = ""
+    """Put after every caption."""
+    shuffle_tags: bool = False
+    """Shuffle the tags of a caption at each visit."""
+    keep_tags: NonNegative = 0
+    """This many tags at the start stay in front; a `|||` in a caption says it for that caption: what is
+    before the first and after the second stays in its place."""
+    tag_separator: Annotated[str, Field(min_length=1)] = ","
+    """What stands between the tags of a caption."""
+    tag_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the tags left out at each visit; kept ones and the trigger word are not."""
+    wildcards: bool = False
+    """Of `{a|b}` in a caption one alternative is taken at each visit; `{{` and `}}` are plain braces."""
+    emphasis: bool = False
+    """`(word:1.2)`, `(word)` and `[word]` in captions weigh words as in prompts. Off, the brackets are
+    ordinary characters, as in tags like `miku (vocaloid)`."""
     caption_dropout: Probability = 0.05
     """Share of visits that train on the empty caption, which guidance needs."""
+    encode_captions: EncodeWhen | None = None
+    """Captions that vary are encoded `before` training, each variant once, or `in loop`; when left open
+    the variants of the run are counted and kept if they are few."""
     resolution: Resolution | None = None
     """Side in px of a square of the area trained at; the base's own resolution when left open."""
+    more_resolutions: tuple[Resolution, ...] = ()
+    """Each picture is also trained at these resolutions, as far as it is large enough for them."""
     repeats: Positive = 1
-    """How often each picture is seen in one epoch."""
+    """How often each picture is seen in one epoch (and at each resolution)."""
     buckets: bool = True
     """Keep each picture's aspect ratio by grouping pictures into buckets; off: crop to squares."""
+    upscale: bool = True
+    """Enlarge pictures that are smaller than the resolution; off: train them at their own size."""
+    top_up: bool = False
+    """Fill up micro-batches that would be short with further visits, so that all are of one size."""
+    crop: Crop = "centre"
+    """Which part of a picture is kept: the `centre` (or the point `focus` of a sidecar JSON file), or a
+    `random` one at each visit that holds the focus, if there is one."""
+    colour_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Change brightness, contrast and saturation by up to this share, differently at each visit."""
+    variants: NonNegative = 4
+    """How many random crops and colours of each picture are encoded beforehand and taken in turn; 0
+    encodes a new one at each visit, which runs the picture encoder in the loop."""
     flip: bool = False
     """Also train on mirror images (half of the visits). Not for faces, text or other asymmetric
     subjects."""
+    alpha_mask: bool = False
+    """Train only on what is not transparent."""
+    mask_folder: Path | None = None
+    """Folder of masks of the same names: white is trained, black is not, grey in between."""
+    unmasked_weight: Probability = 0.0
+    """How much the loss counts where a mask is black."""
     validation: Annotated[float | Path, AfterValidator(_amount_or_folder)] | None = None
     """Pictures held out to measure progress: a share below 1, a number of pictures, or a folder of
     their own; 0 for none. Near duplicates are never on both sides."""
@@ -88,15 +136,59 @@ class DataConfig(Section):
     cache_folder: Path | None = None
     """Where encoded pictures and captions are kept; the user's cache folder when left open."""
 
+    @property
+    def varies_pictures(self) -> bool:
+        """Whether a picture looks different from visit to visit, besides being mirrored."""
+        return self.crop == "random" or self.colour_jitter > 0
+
+    @property
+    def varies_captions(self) -> bool:
+        """Whether a caption reads different from visit to visit, besides being dropped as a whole."""
+        one_line = self.caption_lines == "one"
+        return self.shuffle_tags or self.tag_dropout > 0 or self.wildcards or one_line
+
 
 def data_contradictions(data: DataConfig) -> Iterator[str]:
     """Yield what cannot be meant together, or would silently have no effect."""
     held_out = data.validation or 0
     if not isinstance(held_out, Path) and held_out >= 1 and held_out != int(held_out):
         yield "`data.validation` from 1 up is a number of pictures and must be whole"
-    if data.caption_from == "file name" and data.metadata_caption is not None:
-        yield '`data.metadata_caption` has no effect with `data.caption_from="file name"`'
+    yield from _about_captions(data)
+    yield from _about_pictures(data)
     yield from _about_sources(data)
+
+
+def _about_captions(data: DataConfig) -> Iterator[str]:
+    moves = data.shuffle_tags or data.tag_dropout > 0
+    for key in ("keep_tags", "tag_separator"):
+        if not moves and _chosen(data, key):
+            yield f"`data.{key}` has no effect without `data.shuffle_tags=true` or `data.tag_dropout`"
+    if data.encode_captions is not None and not data.varies_captions:
+        yield (
+            "`data.encode_captions` has no effect: the captions do not vary (see `data.shuffle_tags`, "
+            "`data.tag_dropout`, `data.wildcards`, `data.caption_lines`)"
+        )
+    if data.caption_from == "file name":
+        for key in ("metadata_caption", "caption_lines"):
+            if _chosen(data, key):
+                yield f'`data.{key}` has no effect with `data.caption_from="file name"`'
+
+
+def _about_pictures(data: DataConfig) -> Iterator[str]:
+    if _chosen(data, "variants") and not data.varies_pictures:
+        yield "`data.variants` has no effect without `data.crop=random` or `data.colour_jitter`"
+    folders = [source.mask_folder for source in data.sources]
+    masked = data.alpha_mask or data.mask_folder is not None or any(folders)
+    if data.alpha_mask and (data.mask_folder is not None or any(folders)):
+        yield "`data.alpha_mask` and `data.mask_folder` both give the mask: choose one of them"
+    if data.mask_folder is not None and data.folder is None:
+        yield "`data.mask_folder` belongs to `data.folder`; give each source a `mask_folder` of its own"
+    if data.unmasked_weight and not masked:
+        yield "`data.unmasked_weight` has no effect without `data.alpha_mask=true` or `data.mask_folder`"
+    if data.resolution is not None and data.resolution in data.more_resolutions:
+        yield f"`data.more_resolutions` repeats `data.resolution={data.resolution}`"
+    if len(set(data.more_resolutions)) != len(data.more_resolutions):
+        yield "`data.more_resolutions` names a resolution twice"
 
 
 def _about_sources(data: DataConfig) -> Iterator[str]:
@@ -106,3 +198,8 @@ def _about_sources(data: DataConfig) -> Iterator[str]:
         where = f"data.sources[{number}] ({source.folder})"
         if source.regularisation and source.trigger_word:
             yield f"`{where}.trigger_word` has no effect: regularisation pictures get none"
+
+
+def _chosen(data: DataConfig, key: str) -> bool:
+    """Return whether a setting differs from its default (a saved run names all of them)."""
+    return bool(getattr(data, key) != DataConfig.model_fields[key].default)

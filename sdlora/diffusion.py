@@ -142,6 +142,18 @@ def draw_noise(shape: Sequence[int], generator: torch.Generator, *, noise_offset
     return noise
 
 
-def per_image_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of each picture, (B,) float32."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def per_image_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mean squared error of each picture, (B,) float32.
+
+    Args:
+        prediction: (B, C, h, w).
+        target: of the same shape.
+        mask: (B or 1, 1, h, w) from 0 to 1: the mean is weighted with it, so that a picture of which little
+            counts weighs as much as any other. Where all of it is 0, the error is 0.
+    """
+    errors = (prediction.float() - target.float()).square()
+    if mask is None:
+        return errors.flatten(1).mean(1)
+    weights = mask.to(errors).expand(errors.shape[0], 1, *errors.shape[2:])
+    area = weights.flatten(1).sum(1) * errors.shape[1]
+    return (errors * weights).flatten(1).sum(1) / area.clamp(min=torch.finfo(torch.float32).tiny)

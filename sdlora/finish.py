@@ -37,7 +37,7 @@ def write_checkpoint_adapter(run: Run, target: Path) -> None:
 
 def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
     """Return the adapter as it is now, with its header."""
-    config, items = run.config, run.training.items
+    config, items = run.config, run.dataset.items
     triggers = (config.data.trigger_word,) if config.data.trigger_word else ()
     folder = run.dataset.folder.resolve().name
     facts = TrainingFacts(

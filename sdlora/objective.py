@@ -37,6 +37,6 @@ def loss_of(
             torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=generator)))
         text = batch.text if batch.text is not None else model.encode_text(batch.captions)
         prediction = (predict or model.predict)(corrupted.noisy, timesteps, text, batch.sizes)
-    plain = per_image_loss(prediction, corrupted.target.to(prediction.device))
+    plain = per_image_loss(prediction, corrupted.target.to(prediction.device), batch.mask)
     weights = model.process.loss_weights(timesteps, settings.min_snr_gamma) * batch.weights
     return plain * weights.to(plain.device), plain.detach()

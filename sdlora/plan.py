@@ -16,6 +16,7 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .families.base import BaseModelInfo
+from .families.emphasis import escape
 
 
 @dataclass(frozen=True)
@@ -193,13 +194,19 @@ def _fill_intervals(resolver: _Resolver, training: Dataset, validation: Dataset)
     resolver.fill("training.checkpoint_every", every, "what a crash may cost at most")
     if validation.items:
         resolver.fill("training.validate_every", max(5, steps // 10), "about ten points on the curve")
-    resolver.fill("sample.prompts", _preview_prompts(training, validation), "captions of the pictures")
+    resolver.fill(
+        "sample.prompts", _preview_prompts(resolver.config, training, validation), "captions of the pictures"
+    )
     if resolver.config.sample.prompts:
         resolver.fill("sample.every", max(10, steps // 4), "four rows of previews")
         resolver.fill("sample.guidance", 7.0, "the usual guidance scale")
 
 
-def _preview_prompts(training: Dataset, validation: Dataset) -> tuple[str, ...]:
-    """Return up to four captions, held-out ones first: they show what was learned, not remembered."""
+def _preview_prompts(config: Config, training: Dataset, validation: Dataset) -> tuple[str, ...]:
+    """Return up to four captions, held-out ones first: they show what was learned, not remembered.
+
+    They are written as prompts: brackets that are ordinary characters in captions are escaped.
+    """
     captions: Sequence[str] = [item.caption for item in (*validation.items, *training.learned)]
-    return tuple(dict.fromkeys(caption for caption in captions if caption))[:4]
+    prompts = captions if config.data.emphasis else [escape(caption) for caption in captions]
+    return tuple(dict.fromkeys(prompt for prompt in prompts if prompt))[:4]

@@ -31,7 +31,8 @@ def preview(run: Run) -> None:
     run.model.prepare(
         training=True,
         gradient_checkpointing=run.config.training.gradient_checkpointing,
-        keep_text=run.config.adapter.adapts_text,
+        keep_text=run.keep_text,
+        keep_images=run.training.looks.in_loop,
     )
     folder = run.folder / "samples"
     files = []

@@ -23,25 +23,25 @@ from .adapters.lora import create_adapter
 from .config import Config, load_config, save_config
 from .continued import continued, digest_of
 from .data.batches import generator_for, make_batch
-from .data.buckets import make_buckets, place, square_bucket
 from .data.cache import EncodedDataset
-from .data.cache_folder import default_cache_folder
 from .data.holdout import keep_apart, split
 from .data.items import Dataset, ImageItem
 from .data.loader import BatchLoader, Loaded
 from .data.order import MicroBatch, Order
 from .data.sources import by_role, gather, gather_held_out, joined
+from .data.wording import Wording
 from .devices import choose_device, choose_dtype
 from .errors import ConfigError, OutputError, TrainingError
-from .events import Announcer, Caching, Decided, Noticed
+from .events import Announcer, Decided, Noticed
 from .families.attention import choose_attention
 from .families.base import DiffusionModel
 from .families.loading import load_model
+from .feed import Feed, make_feed, reworded
 from .files import refuse_used_folder
 from .learned import Learned, learn
 from .optim import ParameterGroup, make_optimizer
 from .parallel import SplitPredictor
-from .plan import BaseFacts, Decision, check_components, resolve_data, resolve_training, total_steps
+from .plan import BaseFacts, Decision, check_components, resolve_data, resolve_training
 
 # what a resumed run may change, as none of it alters the numbers of the adapter
 _FREE_ON_RESUME = (
@@ -49,6 +49,7 @@ _FREE_ON_RESUME = (
     "output.",
     "data.folder",
     "data.cache_folder",
+    "data.encode_captions",
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.validate_every",
@@ -90,6 +91,11 @@ class Run:
         """The masters by learning rate."""
         return self.learned.groups
 
+    @property
+    def keep_text(self) -> bool:
+        """Whether the text encoder is needed while training."""
+        return self.config.adapter.adapts_text or self.config.data.encode_captions == "in loop"
+
     def parameters(self) -> list[Tensor]:
         """Return the adapter's parameters inside the model, in the order of the masters."""
         return self.learned.parameters()
@@ -121,8 +127,11 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
             )
     elif accelerator.is_main_process:
         _refuse_old_run(folder)
-    learned, priors = by_role(gather(config.data))
+    wording = Wording.of(config.data)
+    learned, priors = by_role(reworded(gather(config.data), wording))
     own_validation = gather_held_out(config.data)
+    if own_validation is not None:
+        own_validation = reworded(own_validation, wording)
     config, model, decisions = _load(config, accelerator)
     facts = BaseFacts(model.base, model.native_resolution, model.device.type, tuple(model.components()))
     check_components(config, facts)
@@ -205,27 +214,19 @@ def _assemble(
     resume: bool,
 ) -> Run:
     with accelerator.main_process_first():  # the others find everything in the cache
-        encoded = [_encode(config, part, model, tell) for part in (training, validation)]
+        feed = make_feed(config, training, validation, model, accelerator.num_processes, tell)
+    config = feed.config
     settings = config.training
-    assert settings.batch_size is not None
-    order = Order(
-        [placement.bucket for placement in encoded[0].placements],
-        [item.repeats for item in training.items],
-        batch_size=settings.batch_size,
-        accumulation=settings.gradient_accumulation,
-        world_size=accelerator.num_processes,
-        seed=settings.seed,
-    )
     learned = learn(model, config, start or create_adapter(model, config.adapter, settings.seed))
     run = Run(
         config=config,
         folder=folder,
         model=model,
         dataset=training,
-        training=encoded[0],
-        validation=encoded[1],
-        order=order,
-        steps=total_steps(config, order.steps_per_epoch),
+        training=feed.training,
+        validation=feed.validation,
+        order=feed.order,
+        steps=feed.steps,
         learned=learned,
         optimizer=make_optimizer(config.optimizer, learned.groups),
         scaler=torch.amp.GradScaler(model.device.type, enabled=settings.precision == "fp16"),
@@ -233,7 +234,7 @@ def _assemble(
         tell=tell,
         started_at=time.time(),
         splitter=_splitter(config, model),
-        loader=_loader(config, encoded[0], model, order, accelerator.process_index),
+        loader=_loader(feed, model, accelerator.process_index),
     )
     if resume:
         _restore(run)
@@ -242,7 +243,8 @@ def _assemble(
     model.prepare(
         training=True,
         gradient_checkpointing=settings.gradient_checkpointing,
-        keep_text=config.adapter.adapts_text,
+        keep_text=run.keep_text,
+        keep_images=run.training.looks.in_loop,
     )
     return run
 
@@ -257,41 +259,23 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
     return SplitPredictor(model) if model.device.type == "cpu" and not whole else None
 
 
-def _loader(
-    config: Config, data: EncodedDataset, model: DiffusionModel, order: Order, rank: int
-) -> BatchLoader:
-    seed = config.training.seed
+def _loader(feed: Feed, model: DiffusionModel, rank: int) -> BatchLoader:
+    config, seed = feed.config, feed.config.training.seed
 
     def make(step: int, micro: int, visits: MicroBatch) -> Loaded:
         generator = generator_for(seed, step, micro, rank)
-        dropout = config.data.caption_dropout
-        return Loaded(
-            make_batch(data, model, visits, generator, seed=seed, caption_dropout=dropout), generator
+        batch = make_batch(
+            feed.training,
+            model,
+            visits,
+            generator,
+            seed=seed,
+            caption_dropout=config.data.caption_dropout,
+            unmasked_weight=config.data.unmasked_weight,
         )
+        return Loaded(batch, generator)
 
-    steps = total_steps(config, order.steps_per_epoch)
-    return BatchLoader(order, rank, steps, make, single_threaded=model.device.type == "cpu")
-
-
-def _encode(config: Config, part: Dataset, model: DiffusionModel, tell: Announcer) -> EncodedDataset:
-    resolution = config.data.resolution
-    assert resolution is not None
-    if resolution < model.size_multiple:
-        raise ConfigError(f"`data.resolution={resolution}`: the base needs at least {model.size_multiple} px")
-    make = make_buckets if config.data.buckets else square_bucket
-    buckets = make(resolution, model.size_multiple)
-    data = EncodedDataset(
-        part.items,
-        [place(item.height, item.width, buckets) for item in part.items],
-        model,
-        config.data.cache_folder or default_cache_folder(),
-        flip=config.data.flip,
-        background=config.data.background,
-        encode_captions=not config.adapter.adapts_text,
-    )
-    if part.items:
-        data.encode_all(lambda done, total: tell(Caching(done, total)))
-    return data
+    return BatchLoader(feed.order, rank, feed.steps, make, single_threaded=model.device.type == "cpu")
 
 
 def state_tensors(run: Run) -> dict[str, Tensor]:

@@ -42,9 +42,9 @@ def _loss_of_picture(run: Run, index: int) -> float:
     if run.validation.encode_captions:
         text = {name: tensor[None] for name, tensor in run.validation.caption(item.caption).items()}
     else:
-        text = model.encode_text([item.caption])
+        text = model.encode_text([run.validation.prompt(item.caption)])
     repeated = {
         name: tensor.repeat(_NUM_TIMESTEPS, *[1] * (tensor.ndim - 1)) for name, tensor in text.items()
     }
     output = model.predict(corrupted.noisy, timesteps, repeated, [encoded.size] * _NUM_TIMESTEPS)
-    return float(per_image_loss(output.cpu(), corrupted.target).mean())
+    return float(per_image_loss(output.cpu(), corrupted.target, encoded.mask).mean())

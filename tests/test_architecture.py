@@ -36,6 +36,7 @@ LAYERS = [
         "inspection",
     },
     {"parallel", "inspection_view"},
+    {"feed"},
     {"render"},
     {"image_generator"},
     {"generate"},

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
+from sdlora.checkpoint import list_checkpoints
 from sdlora.config import Config, load_config
-from sdlora.errors import ConfigError
-from sdlora.events import Announcer, Event, Noticed
+from sdlora.data.batches import generator_for, make_batch
+from sdlora.data.cache import to_pixels
+from sdlora.data.order import Visit
+from sdlora.data.picture_files import load_pixels
+from sdlora.diffusion import per_image_loss
+from sdlora.errors import ConfigError, DatasetError
+from sdlora.events import Announcer, Control, Decided, Event, Noticed, StepDone
 from sdlora.run import Run, prepare_run
-from sdlora.train import train_step
+from sdlora.train import train, train_step
 
 Make = Callable[..., Path]
 FAST = (
@@ -109,3 +118,233 @@ def test_what_is_odd_about_the_folders_is_told(settings: Callable[..., Config], 
 def test_without_any_folder_nothing_starts(settings: Callable[..., Config]) -> None:
     with pytest.raises(ConfigError, match="no folder of pictures given"):
         prepared(settings("run", **{"data.folder": None}))
+
+
+# --- captions
+
+
+def test_varying_captions_are_told_encoded_and_trained_on(
+    settings: Callable[..., Config], picture_folder: Make
+) -> None:
+    told: list[Event] = []
+    config = settings("run", "data.shuffle_tags=true", "data.caption_suffix='ink, drawn, {x|y}'")
+    run = prepared(config, told)
+    assert run.config.data.encode_captions == "before"
+    decided = [event for event in told if isinstance(event, Decided) and event.key == "data.encode_captions"]
+    assert len(decided) == 1 and "different captions in" in decided[0].reason
+    assert not run.keep_text
+
+
+@pytest.mark.parametrize("mode", ["before", "in loop"])
+def test_text_is_that_of_the_captions_whenever_it_is_encoded(
+    settings: Callable[..., Config], picture_folder: Make, mode: str
+) -> None:
+    folder = picture_folder(3, "tags")
+    for number in range(3):
+        (folder / f"thing{number:02d}.txt").write_text(f"n{number}, (a:2), b, c, d", encoding="utf-8")
+    run = prepared(
+        settings(
+            mode.replace(" ", "-"),
+            "data.shuffle_tags=true",
+            f"data.encode_captions='{mode}'",
+            **{"data.folder": folder},
+        )
+    )
+    assert run.keep_text == (mode == "in loop")
+    texts = set()
+    for step in range(9):
+        visits = run.order.step(step)[0][0]
+        batch = make_batch(run.training, run.model, visits, generator_for(step), seed=0)
+        assert batch.text is not None
+        for place, caption in enumerate(batch.captions):
+            expected = run.model.encode_text([caption])["states"][0]
+            torch.testing.assert_close(batch.text["states"][place], expected)
+            texts.add(caption)
+    assert len(texts) > 4
+    assert all(r"\(a:2\)" in text for text in texts)
+
+
+def test_in_the_loop_nothing_but_plain_captions_is_kept(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    run = prepared(settings("run", "data.tag_dropout=0.5", "data.encode_captions='in loop'"))
+    kept = set((tmp_path / "cache" / "captions").rglob("*.safetensors"))
+    for step in range(3):
+        visits = run.order.step(step)[0][0]
+        make_batch(run.training, run.model, visits, generator_for(step), seed=0)
+    assert set((tmp_path / "cache" / "captions").rglob("*.safetensors")) == kept
+    assert len(kept) == 7
+
+
+# --- crops, masks, resolutions
+
+
+def test_random_looks_give_the_sizes_and_crops_that_were_cut(settings: Callable[..., Config]) -> None:
+    for variants in (0, 3):
+        run = prepared(
+            settings(
+                f"run{variants}",
+                "data.buckets=false",
+                "data.crop=random",
+                f"data.variants={variants}",
+                "data.flip=true",
+            )
+        )
+        crops = set()
+        for step in range(6):
+            visits = run.order.step(step)[0][0]
+            batch = make_batch(run.training, run.model, visits, generator_for(step), seed=0)
+            for visit, size in zip(visits, batch.sizes, strict=True):
+                look, item = run.training.looks.at(visit, 0), run.training.items[visit.index]
+                assert (size.crop, size.target) == (look.placement.crop, look.placement.bucket)
+                assert size.original == (item.height, item.width)
+                pixels = to_pixels(load_pixels(item), look.placement, mirror=look.mirror)
+                direct = run.model.encode_images(pixels)
+                stored = run.training.image(visit.index, look).posterior
+                torch.testing.assert_close(stored.mean, direct.mean)
+                crops.add(size.crop)
+        assert len(crops) > 4
+
+
+def test_only_what_the_mask_shows_is_trained(settings: Callable[..., Config], picture_folder: Make) -> None:
+    """Outside of the mask the picture may be anything: with equal latents inside, the loss is the same."""
+    prediction, target = torch.randn((2, 2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros((2, 1, 8, 8))
+    mask[0, :, :4], mask[1, :, 0, 0] = 1.0, 0.5
+    loss = per_image_loss(prediction, target, mask)
+    first = (prediction[0, :, :4] - target[0, :, :4]).square().mean()
+    second = (prediction[1, :, 0, 0] - target[1, :, 0, 0]).square().mean()
+    torch.testing.assert_close(loss, torch.stack([first, second]))
+    torch.testing.assert_close(
+        per_image_loss(prediction, target, torch.ones_like(mask)), per_image_loss(prediction, target)
+    )
+    assert per_image_loss(prediction, target, torch.zeros_like(mask)).tolist() == [0.0, 0.0]
+
+
+def test_masks_reach_the_loss_at_the_size_of_the_latents(
+    settings: Callable[..., Config], picture_folder: Make, tmp_path: Path
+) -> None:
+    folder = picture_folder(2, "square")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    mask = Image.new("L", (40, 40), 0)
+    mask.paste(255, (0, 0, 20, 40))
+    mask.save(masks / "thing00.png")
+    values = {"data.folder": folder, "data.mask_folder": masks}
+    run = prepared(settings("run", "data.buckets=false", "data.unmasked_weight=0.25", **values))
+    batch = make_batch(
+        run.training,
+        run.model,
+        (Visit(0, 0, 0), Visit(1, 0, 0)),
+        generator_for(0),
+        seed=0,
+        unmasked_weight=0.25,
+    )
+    assert batch.mask is not None
+    assert batch.mask[0, 0].tolist() == [[1.0] * 4 + [0.25] * 4] * 8
+    assert torch.equal(batch.mask[1], torch.ones((1, 8, 8)))
+    train_step(run)
+
+
+def test_a_mask_outside_of_the_crop_is_refused_by_name(
+    settings: Callable[..., Config], picture_folder: Make, tmp_path: Path
+) -> None:
+    folder, masks = picture_folder(2, "wide"), tmp_path / "masks"
+    masks.mkdir()
+    mask = Image.new("L", (64, 32), 0)
+    mask.paste(255, (0, 0, 4, 32))
+    mask.save(masks / "thing01.png")
+    values = {"data.folder": folder, "data.mask_folder": masks}
+    with pytest.raises(DatasetError, match=r"thing01\.png: its mask lets nothing through"):
+        prepared(settings("run", "data.buckets=false", **values))
+    (folder / "thing01.json").write_text('{"focus": [0, 0.5]}', encoding="utf-8")
+    run = prepared(settings("run2", "data.buckets=false", **values))
+    assert run.training.image(1).size.crop == (0, 0)
+
+
+def test_each_picture_is_trained_at_each_resolution_it_is_large_enough_for(
+    settings: Callable[..., Config],
+) -> None:
+    values = ("data.buckets=false", "data.resolution=40", "data.more_resolutions=[32, 64]")
+    run = prepared(settings("run", *values))
+    buckets = Counter(placement.bucket for placement in run.training.placements)
+    assert buckets == {(40, 40): 6, (32, 32): 6}  # 64 px would enlarge them more than 1.5 times
+    assert len(run.dataset.items) == 6
+    assert Counter(visits_of(run)) == dict.fromkeys(range(12), 1)
+    train_step(run)
+
+
+def test_small_pictures_keep_their_size_if_enlarging_is_off_and_are_warned_of_if_not(
+    settings: Callable[..., Config],
+) -> None:
+    told: list[Event] = []
+    prepared(settings("up", "data.resolution=128"), told)
+    notes = [event.message for event in told if isinstance(event, Noticed)]
+    assert any(note.startswith("6 of 6 pictures are enlarged more than 1.5 times") for note in notes)
+    run = prepared(settings("own", "data.resolution=128", "data.upscale=false"))
+    sizes = {
+        (item.height, item.width): p.bucket
+        for item, p in zip(run.training.items, run.training.placements, strict=True)
+    }
+    assert sizes == {(40, 40): (40, 40), (32, 64): (32, 64), (64, 32): (64, 32)}
+
+
+def test_topped_up_batches_are_full(settings: Callable[..., Config]) -> None:
+    run = prepared(settings("run", "data.top_up=true", "training.batch_size=4"))
+    sizes = {len(micro) for step in range(6) for rank in run.order.step(step) for micro in rank if micro}
+    assert sizes == {4}
+    train_step(run)
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (
+            *(
+                "data.shuffle_tags=true",
+                "data.tag_dropout=0.3",
+                "data.wildcards=true",
+                "data.caption_lines=one",
+            ),
+            *("data.crop=random", "data.colour_jitter=0.1", "data.flip=true", "data.buckets=false"),
+        ),
+        (
+            *("data.shuffle_tags=true", "data.encode_captions='in loop'", "data.emphasis=true"),
+            *("data.crop=random", "data.variants=0", "data.alpha_mask=true", "data.top_up=true"),
+        ),
+        ("data.shuffle_tags=true", "adapter.text_encoder=true", "data.more_resolutions=[40]"),
+    ],
+    ids=["kept", "in-loop", "text-encoder"],
+)
+def test_a_run_stopped_and_resumed_ends_bit_identical_with_everything_that_varies(
+    settings: Callable[..., Config], picture_folder: Make, overrides: tuple[str, ...]
+) -> None:
+    folder = picture_folder(4, "varied")
+    for number in range(4):
+        text = f"a {{b|c|d}}, e{number}, (f:1.3), g\nsecond, line {number}, of, tags"
+        (folder / f"thing{number:02d}.txt").write_text(text, encoding="utf-8")
+    Image.new("RGBA", (40, 40), (9, 9, 200, 90)).save(folder / "thing00.png")
+    values = {"data.folder": folder}
+    whole = train(settings("whole", *overrides, **values))
+    control = Control()
+    config = settings("parts", *overrides, **values)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 2:
+            control.stop()
+
+    first = train(config, listeners=[stop], control=control)
+    assert (first.stopped, first.step) == (True, 2)
+    second = train(config, resume=True)
+    assert whole.adapter_file is not None and second.adapter_file is not None
+    one, other = load_file(whole.adapter_file), load_file(second.adapter_file)
+    assert one.keys() == other.keys() and len(one) > 10
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    states = [
+        load_file(list_checkpoints(result.folder / "checkpoints")[-1] / "optimizer.safetensors")
+        for result in (whole, second)
+    ]
+    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []

@@ -7,7 +7,6 @@ latents, noise and timesteps.
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
 from .cache import EncodedDataset
+from .looks import draw_for
 from .order import Visit
 
 
@@ -25,11 +25,12 @@ class Batch:
 
     Attributes:
         latents: (B, C, h, w) float32, scaled.
-        captions: the B captions after dropout.
+        captions: the B captions after dropout, as the text encoder takes them.
         text: their conditioning, or None when the text encoder is trained and must run in the loop.
         sizes: pixel sizes of the B pictures.
         names: file names, for messages.
         weights: (B,) float32, how much each picture counts in the loss.
+        mask: (B, 1, h, w) float32, how much each place counts; None where all count alike.
     """
 
     latents: Tensor
@@ -38,6 +39,7 @@ class Batch:
     sizes: tuple[SizeHint, ...]
     names: tuple[str, ...]
     weights: Tensor
+    mask: Tensor | None = None
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
@@ -54,21 +56,39 @@ def make_batch(
     *,
     seed: int,
     caption_dropout: float = 0.0,
+    unmasked_weight: float = 0.0,
 ) -> Batch:
-    """Gather one micro-batch; the posterior is sampled with ``generator``."""
-    latents, captions, sizes, names = [], [], [], []
+    """Gather one micro-batch; the posterior is sampled with ``generator``.
+
+    Where a mask is black, the loss counts ``unmasked_weight``.
+    """
+    latents, captions, sizes, names, masks = [], [], [], [], []
     for visit in visits:
-        mirror = data.flip and _draw(seed, "flip", visit) < 0.5
-        dropped = _draw(seed, "caption", visit) < caption_dropout
-        encoded = data.image(visit.index, mirror=mirror)
+        encoded = data.image(visit.index, data.looks.at(visit, seed))
         latents.append(model.scale_latents(encoded.posterior.sample(generator)))
-        captions.append("" if dropped else data.items[visit.index].caption)
+        captions.append(caption_at(data, visit, seed, caption_dropout))
         sizes.append(encoded.size)
         names.append(data.items[visit.index].name)
-    text = stack_conditioning([data.caption(c) for c in captions]) if data.encode_captions else None
-    weights = torch.tensor([data.items[visit.index].weight for visit in visits], dtype=torch.float32)
-    return Batch(torch.cat(latents), tuple(captions), text, tuple(sizes), tuple(names), weights)
+        masks.append(torch.ones_like(latents[-1][:, :1]) if encoded.mask is None else encoded.mask)
+    text = None
+    if data.encode_captions:
+        text = stack_conditioning([data.caption(caption) for caption in captions])
+    items = [data.items[visit.index] for visit in visits]
+    return Batch(
+        latents=torch.cat(latents),
+        captions=tuple(data.prompt(caption) for caption in captions),
+        text=text,
+        sizes=tuple(sizes),
+        names=tuple(names),
+        weights=torch.tensor([item.weight for item in items], dtype=torch.float32),
+        mask=torch.cat(masks) * (1 - unmasked_weight) + unmasked_weight if data.has_masks else None,
+    )
 
 
-def _draw(seed: int, what: str, visit: Visit) -> float:
-    return random.Random(f"{seed}/{what}/{visit.epoch}/{visit.index}/{visit.repeat}").random()
+def caption_at(data: EncodedDataset, visit: Visit, seed: int, caption_dropout: float) -> str:
+    """Return the caption of one visit: as its wording has it, or empty where it is dropped."""
+    if draw_for(seed, "caption", visit) < caption_dropout:
+        return ""
+    item = data.items[visit.index]
+    wording = data.captions.wording
+    return item.caption if wording is None else wording.at(item, visit, seed)

@@ -21,6 +21,12 @@ MAX_ASPECT = 4.0
 """Longest side over shortest of a bucket; pictures beyond it are cropped to it."""
 
 
+NEGLIGIBLE_UPSCALE = 1.05
+"""Pictures may be enlarged so much where enlarging is switched off: nobody sees a twentieth."""
+MAX_UPSCALE = 1.5
+"""Pictures enlarged more than this are warned of."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a picture ends up: all in px, (height, width) order; ``crop`` is (top, left)."""
@@ -78,11 +84,14 @@ def square_bucket(resolution: int, multiple: int) -> list[Size]:
     return [(side, side)]
 
 
-def place(height: int, width: int, buckets: Sequence[Size]) -> Placement:
-    """Return the bucket of nearest aspect ratio, the covering size and the centred crop.
+def place(
+    height: int, width: int, buckets: Sequence[Size], focus: tuple[float, float] | None = None
+) -> Placement:
+    """Return the bucket of nearest aspect ratio, the covering size and the crop.
 
-    A tie goes to the larger bucket, then to the one nearer to a square: a picture and its transpose get
-    transposed buckets.
+    The crop is centred on ``focus`` (x, y as shares from the top left) as far as the picture reaches, or
+    else on the middle. A tie goes to the larger bucket, then to the one nearer to a square: a picture and
+    its transpose get transposed buckets.
     """
     aspect = math.log(width) - math.log(height)  # a difference, so that the transpose is exactly -aspect
 
@@ -91,8 +100,66 @@ def place(height: int, width: int, buckets: Sequence[Size]) -> Placement:
         return abs(own - aspect), -math.prod(bucket), abs(own), bucket
 
     bucket = min(buckets, key=far)
+    return _placement(height, width, bucket, focus)
+
+
+def place_without_upscaling(
+    height: int,
+    width: int,
+    resolution: int,
+    multiple: int,
+    buckets: Sequence[Size],
+    focus: tuple[float, float] | None = None,
+    max_aspect: float = MAX_ASPECT,
+) -> Placement:
+    """Return a placement that does not enlarge the picture by more than :data:`NEGLIGIBLE_UPSCALE`.
+
+    A picture that is large enough goes where :func:`place` puts it. A smaller one gets a bucket of its
+    own: of all sizes with sides in multiples of ``multiple`` that it covers, the one that keeps most of
+    its pixels (those cropped away and those lost to reduction count alike). So 1023 px become 1024,
+    not 960. Only a picture smaller than one multiple must still be enlarged.
+
+    Args:
+        height: of the picture, px.
+        width: of the picture, px.
+        resolution: largest area is its square.
+        multiple: of all sides, px.
+        buckets: of larger pictures.
+        focus: see :func:`place`.
+        max_aspect: longest side over shortest.
+    """
+    usual = place(height, width, buckets, focus)
+    if upscale(height, width, usual) <= NEGLIGIBLE_UPSCALE:
+        return usual
+    limit = NEGLIGIBLE_UPSCALE
+    sizes = [
+        (tall, wide)
+        for tall in range(multiple, max(multiple, int(height * limit)) + 1, multiple)
+        for wide in range(multiple, max(multiple, int(width * limit)) + 1, multiple)
+        if tall * wide <= resolution * resolution and max(tall, wide) <= max_aspect * min(tall, wide)
+    ]
+    aspect = math.log(width) - math.log(height)
+
+    def cost(size: Size) -> tuple[float, int, float, Size]:
+        scale = max(size[0] / height, size[1] / width)
+        lost = 1 - math.prod(size) / (height * width * max(1.0, scale * scale))
+        off = abs(math.log(size[1]) - math.log(size[0]) - aspect)
+        return round(lost, 9), -math.prod(size), round(off, 9), size
+
+    return _placement(height, width, min(sizes, key=cost), focus)
+
+
+def _placement(height: int, width: int, bucket: Size, focus: tuple[float, float] | None) -> Placement:
     resized = _cover(height, width, bucket)
-    return Placement(bucket, resized, ((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2))
+    slack = resized[0] - bucket[0], resized[1] - bucket[1]
+    if focus is None:
+        return Placement(bucket, resized, (slack[0] // 2, slack[1] // 2))
+    wanted = (
+        round(share * whole - kept / 2)
+        for share, whole, kept in zip((focus[1], focus[0]), resized, bucket, strict=True)
+    )
+    top, left = (max(0, min(most, start)) for start, most in zip(wanted, slack, strict=True))
+    return Placement(bucket, resized, (top, left))
 
 
 def _cover(height: int, width: int, bucket: Size) -> Size:

@@ -2,13 +2,14 @@
 
 In an epoch every picture is visited exactly ``repeats`` times, none dropped and none twice in its place.
 A micro-batch holds pictures of one bucket. It is full except for at most one per bucket and epoch; these
-short ones are spread over the epoch, and micro-batches over its steps, as evenly as they go.
+short ones are spread over the epoch, and micro-batches over its steps, as evenly as they go. On request
+they are topped up: then some pictures, others each epoch, are visited once more.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 
@@ -34,6 +35,7 @@ class Order:
         accumulation: micro-batches per rank and optimizer step.
         world_size: number of processes.
         seed: fixes the order.
+        top_up: fill short micro-batches with further visits of their bucket.
 
     Raises:
         ValueError: when there are no pictures, or a number is below 1.
@@ -42,7 +44,7 @@ class Order:
     steps_per_epoch: int
     """Optimizer steps in which every visit of an epoch is made."""
     images_per_epoch: int
-    """Visits of an epoch: the sum of the repeats."""
+    """Visits of an epoch: the sum of the repeats, and what tops up."""
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class Order:
         accumulation: int = 1,
         world_size: int = 1,
         seed: int = 0,
+        top_up: bool = False,
     ) -> None:
         if not bucket_of or len(bucket_of) != len(repeats):
             raise ValueError(
@@ -65,9 +68,11 @@ class Order:
             self._members.setdefault(bucket, []).append(index)
         self._repeats = tuple(repeats)
         self._batch_size, self._accumulation, self._world_size = batch_size, accumulation, world_size
-        self._seed = seed
+        self._seed, self._top_up = seed, top_up
         visits = [sum(self._repeats[index] for index in members) for members in self._members.values()]
         self.images_per_epoch = sum(visits)
+        if top_up:
+            self.images_per_epoch = sum(-(-count // batch_size) * batch_size for count in visits)
         self.batches_per_epoch = sum(-(-count // batch_size) for count in visits)
         self.steps_per_epoch = -(-self.batches_per_epoch // (world_size * accumulation))
         self._plan: tuple[int, list[MicroBatch]] = (-1, [])
@@ -113,10 +118,31 @@ class Order:
             ]
             keyed.sort(key=lambda pair: pair[0])
             visits = [visit for _, visit in keyed]
+            if self._top_up:
+                visits += self._extra(members, visits, epoch, draw)
             for start in range(0, len(visits), self._batch_size):
                 batch = tuple(visits[start : start + self._batch_size])
                 (full if len(batch) == self._batch_size else short).append((draw(), batch))
         return _interleaved(full, short, draw())
+
+    def _extra(
+        self, members: Sequence[int], visits: Sequence[Visit], epoch: int, draw: Callable[[], float]
+    ) -> list[Visit]:
+        """Return the visits that fill a bucket's last micro-batch, of pictures not in it if there are any."""
+        remainder = len(visits) % self._batch_size
+        if not remainder:
+            return []
+        last = {visit.index for visit in visits[-remainder:]}
+        ranked = sorted((index in last, draw(), index) for index in members)
+        missing = self._batch_size - remainder
+        return [
+            Visit(
+                ranked[n % len(ranked)][2],
+                epoch,
+                self._repeats[ranked[n % len(ranked)][2]] + n // len(ranked),
+            )
+            for n in range(missing)
+        ]
 
 
 def _interleaved(

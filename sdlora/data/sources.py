@@ -87,7 +87,7 @@ def joined(learned: Dataset, priors: Dataset) -> Dataset:
 
 
 def _all_sources(data: DataConfig) -> list[SourceConfig]:
-    main = [SourceConfig(folder=data.folder)] if data.folder else []
+    main = [SourceConfig(folder=data.folder, mask_folder=data.mask_folder)] if data.folder else []
     return [*main, *data.sources]
 
 
@@ -105,6 +105,7 @@ def _reading(source: SourceConfig, data: DataConfig) -> Reading:
         fallback_caption=source.caption,
         weight=source.weight,
         regularisation=source.regularisation,
+        mask_folder=source.mask_folder,
     )
 
 

@@ -169,7 +169,10 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        """Encode captions of any length; with gradients if the caller has them enabled."""
+        """Encode prompts of any length; with gradients if the caller has them enabled.
+
+        Brackets weigh words (:mod:`sdlora.families.emphasis`); what is meant literally is escaped.
+        """
 
     @abstractmethod
     def predict(
@@ -193,7 +196,12 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def prepare(
-        self, *, training: bool, gradient_checkpointing: bool = False, keep_text: bool = True
+        self,
+        *,
+        training: bool,
+        gradient_checkpointing: bool = False,
+        keep_text: bool = True,
+        keep_images: bool = False,
     ) -> None:
         """Set modes, placement and the attention that is fastest for what comes next.
 
@@ -201,6 +209,7 @@ class DiffusionModel(ABC):
             training: train mode with the picture encoder off the accelerator; else eval mode with all on it.
             gradient_checkpointing: compute activations twice instead of keeping them.
             keep_text: keep the text encoders on the accelerator while training.
+            keep_images: keep the picture encoder there too.
         """
 
     @property

@@ -1,4 +1,7 @@
-"""Prompt encoding that all CLIP-conditioned families share: chunks of 75 tokens, clip skip."""
+"""Prompt encoding that all CLIP-conditioned families share: chunks of 75 tokens, weights, clip skip.
+
+Prompts are read in the grammar of :mod:`.emphasis`, in training, previews and generation alike.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 75
+from .emphasis import CHUNK_TOKENS, Chunk, layout, weigh
 
 
-def chunk_ids(tokenizer: Any, captions: Sequence[str]) -> Tensor:
-    """Return token ids (B, n, 77): n chunks of up to 75 tokens, each wrapped BOS..EOS and padded.
+def chunk_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Return token ids (B, n, 77); see :func:`chunk_tokens`."""
+    return chunk_tokens(tokenizer, prompts)[0]
 
-    Captions shorter than the longest get chunks of the empty caption, as A1111's WebUI pads them.
+
+def chunk_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return token ids and their weights, each (B, n, 77): n chunks of up to 75 tokens in BOS..EOS, padded.
+
+    Prompts shorter than the longest get chunks of the empty prompt, as A1111's WebUI pads them. BOS, EOS
+    and padding have weight 1.
     """
-    all_chunks = [_chunks(tokenizer, caption) for caption in captions]
-    most = max(len(chunks) for chunks in all_chunks)
-    empty = _wrap(tokenizer, [])
-    return torch.tensor([chunks + [empty] * (most - len(chunks)) for chunks in all_chunks])
+
+    def tokenize(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    commas = tokenize(",")
+    comma = commas[0] if len(commas) == 1 else None
+    chunks = [layout(prompt, tokenize, comma) for prompt in prompts]
+    most = max(len(own) for own in chunks)
+    padded = [own + [Chunk((), ())] * (most - len(own)) for own in chunks]
+    ids = torch.tensor([[_wrap(tokenizer, chunk.ids) for chunk in own] for own in padded])
+    weights = torch.tensor([[_wrap_weights(chunk) for chunk in own] for own in padded])
+    return ids, weights
+
+
+def weigh_states(states: Tensor, weights: Tensor) -> Tensor:
+    """Apply the weights (B, n, 77) of a prompt's tokens to its states (B, 77 n, width), chunk by chunk."""
+    flat = states.reshape(-1, weights.shape[-1], states.shape[-1])
+    return weigh(flat, weights.reshape(-1, weights.shape[-1])).reshape(states.shape)
 
 
 def count_tokens(tokenizer: Any, caption: str) -> int:
@@ -71,12 +94,10 @@ def checkpoint_text_encoder(encoder: Any, enabled: bool) -> None:
         getattr(encoder, f"{prefix}_checkpointing_disable")()
 
 
-def _chunks(tokenizer: Any, caption: str) -> list[list[int]]:
-    ids = tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
-    parts = [ids[start : start + CHUNK_TOKENS] for start in range(0, len(ids), CHUNK_TOKENS)]
-    return [_wrap(tokenizer, part) for part in parts or [[]]]
-
-
-def _wrap(tokenizer: Any, ids: list[int]) -> list[int]:
+def _wrap(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     padding = [tokenizer.pad_token_id] * (CHUNK_TOKENS - len(ids))
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *padding]
+
+
+def _wrap_weights(chunk: Chunk) -> list[float]:
+    return [1.0, *chunk.weights, *[1.0] * (CHUNK_TOKENS + 1 - len(chunk.ids))]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Conditioning, FamilyInfo, SizeHint, TextEncoderInfo
-from .clip import chunk_ids, encode_penultimate
+from .clip import chunk_tokens, encode_penultimate, weigh_states
 from .unet_model import TEXT_TARGETS, UNET_TARGETS, UNetModel
 
 
@@ -50,9 +50,10 @@ class StableDiffusionXL(UNetModel):
     def _encode_text(self, captions: Sequence[str]) -> Conditioning:
         states, pooled = [], None
         for name, encoder in self.text_encoders.items():
-            ids = chunk_ids(self.tokenizers[name], captions).to(encoder.device)
+            ids, weights = chunk_tokens(self.tokenizers[name], captions)
+            ids = ids.to(encoder.device)
             one, last = encode_penultimate(encoder, ids, self.tokenizers[name].eos_token_id)
-            states.append(one)
+            states.append(weigh_states(one, weights))  # each encoder's own; the pooled vector is not weighed
             pooled = last if last is not None else pooled
         assert pooled is not None, "one of the text encoders has a projection"
         return {"states": torch.cat(states, dim=-1), "pooled": pooled}

@@ -154,7 +154,12 @@ class UNetModel(DiffusionModel):
         return int(self.unet.config.in_channels), height // factor, width // factor
 
     def prepare(
-        self, *, training: bool, gradient_checkpointing: bool = False, keep_text: bool = True
+        self,
+        *,
+        training: bool,
+        gradient_checkpointing: bool = False,
+        keep_text: bool = True,
+        keep_images: bool = False,
     ) -> None:
         choice = choose_attention(self.attention, self.device, self.dtype, training=training)
         choice.apply(self.unet)
@@ -169,7 +174,7 @@ class UNetModel(DiffusionModel):
             checkpoint_text_encoder(encoder, gradient_checkpointing)
         if not self._offload:
             self.unet.to(self.device)
-            self.vae.to("cpu" if training else self.device)
+            self.vae.to("cpu" if training and not keep_images else self.device)
             for encoder in self.text_encoders.values():
                 encoder.to(self.device if keep_text or not training else "cpu")
 
@@ -198,8 +203,8 @@ class UNetModel(DiffusionModel):
 
 def one_encoder_states(model: UNetModel, captions: Sequence[str]) -> Tensor:
     """Return the states of the only text encoder, (B, 77 n, width), its final norm applied."""
-    from .clip import chunk_ids, encode_chunks
+    from .clip import chunk_tokens, encode_chunks, weigh_states
 
     (name, encoder), *_ = model.text_encoders.items()
-    ids = chunk_ids(model.tokenizers[name], captions).to(encoder.device)
-    return encode_chunks(encoder, ids, model.clip_skip)
+    ids, weights = chunk_tokens(model.tokenizers[name], captions)
+    return weigh_states(encode_chunks(encoder, ids.to(encoder.device), model.clip_skip), weights)

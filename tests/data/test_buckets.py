@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdlora.data.buckets import (
+    NEGLIGIBLE_UPSCALE,
     BucketCount,
     Placement,
     count_buckets,
     flipped,
     make_buckets,
     place,
+    place_without_upscaling,
     source_box,
     square_bucket,
     upscale,
@@ -147,3 +149,84 @@ def test_buckets_are_counted_from_portrait_to_landscape() -> None:
         BucketCount((64, 64), 1, 1),
         BucketCount((64, 128), 1, 1),
     ]
+
+
+# --- not enlarging
+
+
+def alone(height: int, width: int, resolution: int = 1024, multiple: int = 64) -> Placement:
+    buckets = make_buckets(resolution, multiple)
+    return place_without_upscaling(height, width, resolution, multiple, buckets)
+
+
+@pytest.mark.parametrize(
+    ("picture", "bucket"),
+    [
+        ((1023, 1023), (1024, 1024)),
+        ((980, 980), (1024, 1024)),
+        ((970, 970), (960, 960)),
+        ((500, 700), (512, 704)),
+        ((700, 500), (704, 512)),
+        ((640, 640), (640, 640)),
+        ((300, 4000), (256, 1024)),
+        ((3000, 2000), (1216, 832)),
+        ((100, 100), (64, 64)),
+        ((70, 200), (64, 192)),
+        ((20, 30), (64, 64)),
+    ],
+)
+def test_small_pictures_keep_their_own_size_to_the_nearest_multiple(
+    picture: tuple[int, int], bucket: tuple[int, int]
+) -> None:
+    assert alone(*picture).bucket == bucket
+
+
+@given(layouts, sides, sides)
+@settings(max_examples=150, deadline=None)
+def test_nothing_is_enlarged_noticeably_and_large_pictures_go_where_they_would(
+    layout: tuple[int, int], height: int, width: int
+) -> None:
+    resolution, multiple = layout
+    buckets = make_buckets(resolution, multiple)
+    placement = place_without_upscaling(height, width, resolution, multiple, buckets)
+    (tall, wide), factor = placement.bucket, upscale(height, width, placement)
+    assert tall % multiple == wide % multiple == 0
+    assert tall * wide <= resolution**2
+    if min(height, width) * NEGLIGIBLE_UPSCALE >= multiple:
+        # by rounding to whole pixels, a side may get half a pixel more
+        assert factor <= NEGLIGIBLE_UPSCALE + 1 / min(height, width)
+    usual = place(height, width, buckets)
+    if upscale(height, width, usual) <= NEGLIGIBLE_UPSCALE:
+        assert placement == usual
+    other = place_without_upscaling(width, height, resolution, multiple, buckets)
+    assert (other.bucket[::-1], other.resized[::-1], other.crop[::-1]) == (
+        placement.bucket,
+        placement.resized,
+        placement.crop,
+    )
+
+
+# --- the point of interest
+
+
+def test_a_crop_is_centred_on_the_focus_as_far_as_the_picture_reaches() -> None:
+    square = [(512, 512)]
+    assert place(1000, 2000, square).crop == (0, 256)
+    assert place(1000, 2000, square, (0.5, 0.5)).crop == (0, 256)
+    assert place(1000, 2000, square, (0.3, 0.9)).crop == (0, 51)
+    assert place(1000, 2000, square, (0.0, 0.0)).crop == (0, 0)
+    assert place(1000, 2000, square, (1.0, 0.0)).crop == (0, 512)
+    assert place(2000, 1000, square, (0.0, 1.0)).crop == (512, 0)
+
+
+@given(layouts, sides, sides, st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_the_focus_is_inside_the_crop(
+    layout: tuple[int, int], height: int, width: int, x: float, y: float
+) -> None:
+    placement = place(height, width, make_buckets(*layout), (x, y))
+    for share, whole, kept, start in zip(
+        (y, x), placement.resized, placement.bucket, placement.crop, strict=True
+    ):
+        assert 0 <= start <= whole - kept
+        assert start - 1 <= share * whole <= start + kept + 1

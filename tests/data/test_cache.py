@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from sdlora.data.buckets import Placement, make_buckets, place
 from sdlora.data.cache import EncodedDataset, to_pixels
 from sdlora.data.folder import Dataset, scan
+from sdlora.data.looks import Looks
 from sdlora.errors import DatasetError
 from sdlora.families.loading import load_model
 from sdlora.families.sd1 import StableDiffusion1
@@ -29,7 +30,12 @@ def model(tiny_base: Path) -> StableDiffusion1:
 def encoded(dataset: Dataset, model: StableDiffusion1, folder: Path, **options: object) -> EncodedDataset:
     buckets = make_buckets(32, model.size_multiple)
     placements = [place(item.height, item.width, buckets) for item in dataset.items]
-    return EncodedDataset(dataset.items, placements, model, folder, **options)  # type: ignore[arg-type]
+    looks = Looks(tuple(placements), dataset.items, flip=bool(options.pop("flip", False)))
+    return EncodedDataset(dataset.items, looks, model, folder, **options)  # type: ignore[arg-type]
+
+
+def replaced(data: EncodedDataset, *placements: Placement) -> None:
+    data.looks = replace(data.looks, placements=placements)
 
 
 def entries(folder: Path, kind: str) -> dict[Path, int]:
@@ -92,7 +98,7 @@ def test_any_change_is_noticed(
     data = encoded(dataset, used, cache, **options)
     if change == "geometry":
         placement = data.placements[0]
-        data.placements = (Placement((24, 24), (24, 24), (0, 0)),)
+        replaced(data, Placement((24, 24), (24, 24), (0, 0)))
         assert placement != data.placements[0]
     data.encode_all()
     after = entries(cache, "images") | entries(cache, "captions")
@@ -105,7 +111,7 @@ def test_mirrored_pictures_are_encoded_as_mirrored(
     dataset = scan(picture_folder(2))
     data = encoded(dataset, model, tmp_path, flip=True)
     image = Image.open(dataset.items[1].path).convert("RGB")
-    mirrored = data.image(1, mirror=True)
+    mirrored = data.image(1, data.looks.plain(1, mirror=True))
     pixels = to_pixels(ImageOps.mirror(image), data.placements[1], mirror=False)
     assert torch.equal(mirrored.posterior.mean, model.vae.encode(pixels).latent_dist.mean)
     assert not torch.equal(mirrored.posterior.mean, data.image(1).posterior.mean)
@@ -140,7 +146,7 @@ def test_encodings_that_are_not_finite_are_named_and_not_kept(
 ) -> None:
     broken = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
-        module = broken.vae.quant_conv if part == "vae.quant_conv" else broken.text_encoder
+        module = broken.vae.quant_conv if part == "vae.quant_conv" else broken.components()["text_encoder"]
         for values in module.parameters():
             values.fill_(float("nan"))
     dataset = scan(picture_folder(1))
@@ -183,5 +189,5 @@ def test_size_hints_hold_the_original_size_and_the_true_crop(
     )
     wider = placement.bucket[1] + 6
     moved = replace(placement, resized=(placement.resized[0], wider), crop=(0, 2))
-    data.placements = (data.placements[0], moved)
-    assert data.image(1, mirror=True).size.crop == (0, 4)
+    replaced(data, data.placements[0], moved)
+    assert data.image(1, data.looks.plain(1, mirror=True)).size.crop == (0, 4)

@@ -23,6 +23,7 @@ from sdlora.data.cache_folder import (
 )
 from sdlora.data.entries import read_entry
 from sdlora.data.folder import Dataset, scan
+from sdlora.data.looks import Looks
 from sdlora.families.loading import load_model
 from sdlora.families.sd1 import StableDiffusion1
 
@@ -39,7 +40,7 @@ def model(tiny_base: Path) -> StableDiffusion1:
 def encoded(dataset: Dataset, model: StableDiffusion1, folder: Path) -> EncodedDataset:
     buckets = make_buckets(32, model.size_multiple)
     placements = [place(item.height, item.width, buckets) for item in dataset.items]
-    return EncodedDataset(dataset.items, placements, model, folder, flip=True)
+    return EncodedDataset(dataset.items, Looks(tuple(placements), dataset.items, flip=True), model, folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -149,3 +149,47 @@ def test_twenty_pictures_and_eight_workers_leave_none_out() -> None:
 def test_orders_that_cannot_be_are_refused(buckets: list[int], repeats: list[int], batch_size: int) -> None:
     with pytest.raises(ValueError, match=r"need one of each|must be 1 or more"):
         Order(buckets, repeats, batch_size=batch_size)
+
+
+@given(plans, st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_topped_up_micro_batches_are_full_and_every_picture_still_gets_its_visits(
+    plan: dict[str, object], epoch: int
+) -> None:
+    pictures, size = plan["pictures"], plan["batch_size"]
+    assert isinstance(pictures, list) and isinstance(size, int)
+    numbers = {key: plan[key] for key in ("accumulation", "world_size", "seed")}
+    order = Order(
+        [bucket for bucket, _ in pictures],
+        [times for _, times in pictures],
+        batch_size=size,
+        top_up=True,
+        **numbers,  # type: ignore[arg-type]
+    )
+    batches = micro_batches(epoch_of(order, epoch))
+    assert {len(batch) for batch in batches} == {size}
+    visits = [visit for batch in batches for visit in batch]
+    assert len(set(visits)) == len(visits) == order.images_per_epoch
+    counts = Counter(visit.index for visit in visits)
+    extra: Counter[int] = Counter()
+    for index, (bucket, times) in enumerate(pictures):
+        assert {visit.repeat for visit in visits if visit.index == index} == set(range(counts[index]))
+        assert counts[index] >= times
+        extra[bucket] += counts[index] - times
+    assert all(count < size for count in extra.values())
+
+
+def test_topping_up_takes_other_pictures_each_epoch() -> None:
+    order = Order([0] * 9, [1] * 9, batch_size=5, top_up=True)
+    twice = []
+    for epoch in range(6):
+        visits = [visit.index for batch in micro_batches(epoch_of(order, epoch)) for visit in batch]
+        twice.append(next(index for index, count in Counter(visits).items() if count == 2))
+    assert len(set(twice)) > 2
+
+
+def test_a_batch_is_topped_up_with_pictures_it_does_not_hold() -> None:
+    order = Order([0] * 6, [1] * 6, batch_size=4, top_up=True)
+    for epoch in range(10):
+        for batch in micro_batches(epoch_of(order, epoch)):
+            assert len({visit.index for visit in batch}) == 4

@@ -1,0 +1,156 @@
+"""Prompts as A1111's WebUI reads them: ``(word:1.2)``, ``(word)``, ``[word]``, ``BREAK``, escapes by ``\\``.
+
+One grammar for training, previews and generation, so that a caption means the same everywhere. A round
+bracket multiplies the weight of what it holds by 1.1 or by the number after a colon, a square bracket
+divides it by 1.1; brackets left open count to the end. Chunks of 75 tokens are filled as the WebUI fills
+them: an item between commas that would be cut moves to the next chunk as a whole, and ``BREAK`` begins
+a new one. (WebUI: modules/prompt_parser.py, sd_hijack_clip.py, sd_emphasis.py, behaviour only.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+CHUNK_TOKENS = 75
+_ROUND = 1.1
+_BACKTRACK = 20
+"""Tokens after the last comma of a full chunk that may move to the next one (the WebUI's default)."""
+
+_TOKEN = re.compile(
+    r"""(?P<literal>\\[()\[\]\\]|\\BREAK\b)
+      | (?P<weight>:\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))\s*\))
+      | (?P<bracket>[()\[\]])
+      | (?P<text>[^\\()\[\]:]+|.)""",
+    re.VERBOSE | re.DOTALL,
+)
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A piece of a prompt and the weight of its words."""
+
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Up to 75 tokens, each with its weight."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all weights are 1."""
+        return all(weight == 1.0 for weight in self.weights)
+
+
+def parse(prompt: str) -> list[list[Fragment]]:
+    """Return the fragments of a prompt, in one list for each part between ``BREAK`` s."""
+    pieces: list[tuple[str | None, float]] = []  # a None is a BREAK
+    open_round: list[int] = []
+    open_square: list[int] = []
+
+    def multiply(start: int, factor: float) -> None:
+        pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
+
+    for match in _TOKEN.finditer(prompt):
+        text = match.group()
+        if match["literal"]:
+            pieces.append((text[1:], 1.0))
+        elif match["weight"] and open_round:
+            multiply(open_round.pop(), float(match["number"]))
+        elif text == "(":
+            open_round.append(len(pieces))
+        elif text == "[":
+            open_square.append(len(pieces))
+        elif text == ")" and open_round:
+            multiply(open_round.pop(), _ROUND)
+        elif text == "]" and open_square:
+            multiply(open_square.pop(), 1 / _ROUND)
+        else:
+            for number, part in enumerate(_BREAK.split(text)):
+                pieces += [(None, 1.0)] if number else []
+                pieces += [(part, 1.0)] if part else []
+    for start in open_round:
+        multiply(start, _ROUND)
+    for start in open_square:
+        multiply(start, 1 / _ROUND)
+    return _sections(pieces)
+
+
+def escape(text: str) -> str:
+    """Return the prompt that says ``text`` literally: brackets and backslashes without their meaning."""
+    return re.sub(r"([()\[\]\\])|\b(?=BREAK\b)", lambda match: f"\\{match[1] or ''}", text)
+
+
+def layout(prompt: str, tokenize: Callable[[str], Sequence[int]], comma: int | None) -> list[Chunk]:
+    """Return the chunks a prompt is encoded in; at least one, possibly empty.
+
+    Args:
+        prompt: in the grammar of this module.
+        tokenize: text to token ids, without the tokens for begin and end.
+        comma: the id of the comma, which chunks are preferably cut at.
+    """
+    chunks: list[Chunk] = []
+    for section in parse(prompt):
+        tokens = [(token, one.weight) for one in section for token in tokenize(one.text)]
+        while len(tokens) > CHUNK_TOKENS:
+            cut = _cut([token for token, _ in tokens[: CHUNK_TOKENS + 1]], comma)
+            chunks.append(_chunk(tokens[:cut]))
+            tokens = tokens[cut:]
+        if tokens or section or not chunks:
+            chunks.append(_chunk(tokens))
+    return chunks
+
+
+def weigh(states: Tensor, weights: Tensor) -> Tensor:
+    """Multiply the states of each token by its weight, and bring each chunk back to its mean.
+
+    Args:
+        states: (chunks, tokens, width) text states.
+        weights: (chunks, tokens), 1 for begin, end and padding.
+
+    Returns:
+        (chunks, tokens, width); chunks whose weights are all 1 come back bit for bit.
+    """
+    weights = weights.to(states.device)
+    plain = (weights == 1).all(dim=1)
+    if bool(plain.all()):
+        return states
+    wide = states.float()
+    scaled = wide * weights.float()[..., None]
+    ratio = wide.mean(dim=(1, 2), keepdim=True) / scaled.mean(dim=(1, 2), keepdim=True)
+    return states.where(plain[:, None, None], (scaled * ratio).to(states.dtype))
+
+
+def _sections(pieces: Sequence[tuple[str | None, float]]) -> list[list[Fragment]]:
+    sections: list[list[Fragment]] = [[]]
+    for text, weight in pieces:
+        if text is None:
+            sections.append([])
+        elif sections[-1] and sections[-1][-1].weight == weight:
+            sections[-1][-1] = Fragment(sections[-1][-1].text + text, weight)
+        else:
+            sections[-1].append(Fragment(text, weight))
+    return sections
+
+
+def _cut(ids: Sequence[int], comma: int | None) -> int:
+    """Return how many of 76 tokens stay in this chunk: 75, or up to the last comma if it is near."""
+    if ids[CHUNK_TOKENS] == comma:
+        return CHUNK_TOKENS
+    for place in range(CHUNK_TOKENS - 1, CHUNK_TOKENS - _BACKTRACK - 1, -1):
+        if ids[place] == comma:
+            return place + 1
+    return CHUNK_TOKENS
+
+
+def _chunk(tokens: Sequence[tuple[int, float]]) -> Chunk:
+    return Chunk(tuple(token for token, _ in tokens), tuple(weight for _, weight in tokens))
