@@ -13,12 +13,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 75
 _ROUND = 1.1
 _BACKTRACK = 20
 """Tokens after the last comma of a full chunk that may move to the next one (the WebUI's default)."""
+_LEAST_MEAN = 1e-4  # of the root mean square
 
 _TOKEN = re.compile(
     r"""(?P<literal>\\[()\[\]\\]|\\BREAK\b)
@@ -117,6 +119,9 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
         states: (chunks, tokens, width) text states.
         weights: (chunks, tokens), 1 for begin, end and padding.
 
+    A mean that is next to nothing beside the states themselves cannot be brought back: the quotient of two
+    rounding errors would scale the whole chunk by chance. Such chunks keep the mean they get.
+
     Returns:
         (chunks, tokens, width); chunks whose weights are all 1 come back bit for bit.
     """
@@ -126,7 +131,12 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
         return states
     wide = states.float()
     scaled = wide * weights.float()[..., None]
-    ratio = wide.mean(dim=(1, 2), keepdim=True) / scaled.mean(dim=(1, 2), keepdim=True)
+    before, after = wide.mean(dim=(1, 2), keepdim=True), scaled.mean(dim=(1, 2), keepdim=True)
+    size = wide.square().mean(dim=(1, 2), keepdim=True).sqrt()
+    certain = torch.minimum(before.abs(), after.abs()) > _LEAST_MEAN * size
+    ratio = torch.where(
+        certain, before / after.where(certain, torch.ones_like(after)), torch.ones_like(after)
+    )
     return states.where(plain[:, None, None], (scaled * ratio).to(states.dtype))
 
 

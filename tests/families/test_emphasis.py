@@ -134,6 +134,15 @@ def test_weighed_states_keep_the_mean_of_their_chunk() -> None:
     assert weigh(states, torch.ones((3, 77))) is states
 
 
+def test_states_without_a_mean_are_not_scaled_by_chance() -> None:
+    states = torch.randn((1, 77, 8), generator=torch.Generator().manual_seed(1))
+    states = states - states.mean(dim=2, keepdim=True)
+    weights = torch.ones((1, 77))
+    weights[0, 3] = 1.5
+    torch.testing.assert_close(weigh(states, weights), states * weights[..., None])
+    assert torch.equal(weigh(torch.zeros((1, 77, 8)), weights), torch.zeros((1, 77, 8)))
+
+
 # --- in a real text encoder
 
 
