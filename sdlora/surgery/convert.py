@@ -201,6 +201,6 @@ def _measured(change: ModuleChange, one: Update, other: Update) -> ModuleChange:
         return replace(change, rank_after=other.rank, norm=norm, error=relative(error, norm))
     if isinstance(one, DoRA):
         return change  # its update is not defined without the base
-    first_delta, second_delta = one.delta().double(), other.delta().double()
+    first_delta, second_delta = one.delta().double().flatten(1), other.delta().double().flatten(1)
     norm = float(first_delta.norm())
     return replace(change, norm=norm, error=relative(float((first_delta - second_delta).norm()), norm))

@@ -8,15 +8,18 @@ import pytest
 import torch
 from adapters import kinds
 
-from sdlora.adapters.base import AdapterWeights, ModuleKey
+from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey
 from sdlora.errors import AdapterFileError, ConfigError
-from sdlora.formats import read_adapter, sniff
+from sdlora.families import family_info
+from sdlora.formats import read_adapter, sniff, write_adapter
 from sdlora.surgery.convert import convert_adapter, plain_parts
 from sdlora.surgery.factors import Cut
 from sdlora.surgery.result import finish
 from surgery.adapters import exact, mixed_adapter, relative_errors, saved, truncated
+from surgery.checkpoints import layers, ldm_file
+from surgery.conftest import Bases
 
-LINEAR = ModuleKey("unet", "mid_block.attentions.0.proj_in")
+LINEAR = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
 CONV = ModuleKey("unet", "mid_block.resnets.0.conv1")
 OTHER_KINDS = {
     "tucker": (CONV, kinds.tucker((12, 10, 3, 3))),
@@ -103,3 +106,39 @@ def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="plain LoRA already"):
         convert_adapter(source, target, to_lora=True)
     assert not target.exists()
+
+
+def test_a_dora_file_becomes_a_plain_lora_with_its_base(bases: Bases, tmp_path: Path) -> None:
+    _, states = bases["sdxl"]
+    known = layers("sdxl", states)
+    text = ModuleKey("text_encoder_2", "text_model.encoder.layers.0.self_attn.k_proj")
+    linear = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    updates = {
+        m: kinds.dora(kinds.pair(tuple(known[m][1].shape)), known[m][1], seed=n)
+        for n, m in enumerate((text, linear))
+    }
+    source, target = tmp_path / "dora.safetensors", tmp_path / "plain.safetensors"
+    info = AdapterInfo(family="sdxl", name="dora")
+    write_adapter(
+        AdapterFile(AdapterWeights(updates), info), "webui", source, torch.float32, family_info("sdxl")
+    )
+    base = ldm_file(tmp_path, "sdxl", states, torch.float32)
+    report = convert_adapter(source, target, to_lora=True, base=base, energy=0.9, report=True)
+    found = read_adapter(target).weights
+    assert sorted(found.pairs) == sorted(updates)
+    for change in report.changes:
+        delta = updates[change.module].delta(known[change.module][1]).double()
+        error = float((exact(found.pairs[change.module]) - delta).norm() / delta.norm())
+        assert change.error == pytest.approx(error, rel=1e-3) and error**2 <= 0.1 + 1e-6
+
+
+def test_other_kinds_keep_their_kind_in_another_number_format(tmp_path: Path) -> None:
+    weights = AdapterWeights({LINEAR: kinds.loha((12, 20), rank=2), CONV: kinds.tucker((12, 10, 3, 3))})
+    source, target = saved(tmp_path, "old", weights), tmp_path / "new.safetensors"
+    report = convert_adapter(source, target, dtype="fp16", report=True)
+    found = read_adapter(target).weights
+    assert found.kinds() == weights.kinds()
+    for change in report.changes:
+        delta = weights.updates[change.module].delta().double()
+        error = float((found.updates[change.module].delta().double() - delta).norm() / delta.norm())
+        assert change.error == pytest.approx(error, rel=1e-3) and 0 < error < 2e-3

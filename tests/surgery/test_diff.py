@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats.adapters import EVERYTHING, SDXL, models_of, random_adapter
+from formats.adapters import SDXL
 from PIL import Image
 
 from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
@@ -60,8 +60,7 @@ def test_modules_of_one_adapter_alone_count_as_zero_in_the_other(tmp_path: Path)
 
 
 def test_the_heat_map_is_a_picture_with_a_cell_for_each_block_and_kind(tmp_path: Path) -> None:
-    one = random_adapter(models_of(SDXL), EVERYTHING, (2,))
-    other = random_adapter(models_of(SDXL), EVERYTHING, (2,), seed=1)
+    one, other = mixed_adapter(0, family=SDXL), mixed_adapter(1, family=SDXL)
     draw_heatmap(dict(compared(one, other)), ("a$_b", "b"), tmp_path / "heat.png")
     with Image.open(tmp_path / "heat.png") as picture:
         picture.load()

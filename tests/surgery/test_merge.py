@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import kinds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -262,3 +263,23 @@ def test_layers_of_different_shapes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=r"mid_block\.attentions\.0\.proj_in"):
         merge_adapters([(file, 1.0) for file in files], tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_other_kinds_are_taken_as_the_plain_lora_they_are_equal_to(tmp_path: Path) -> None:
+    module = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    loha, pair = kinds.loha((16, 16), rank=2), kinds.pair((16, 16), seed=4)
+    files = [saved(tmp_path, n, AdapterWeights({module: u})) for n, u in (("loha", loha), ("lora", pair))]
+    report = merge_adapters([(files[0], 0.5), (files[1], 2.0)], tmp_path / "out.safetensors", report=True)
+    found = read_adapter(tmp_path / "out.safetensors").weights
+    wanted = {module: 0.5 * loha.delta().double() + 2.0 * exact(pair)}
+    assert max(relative_errors(found, wanted).values()) < 1e-6
+    assert found.pairs[module].rank == 4 + pair.rank
+    assert any("LoHa modules were taken as plain LoRA of rank up to 4" in note for note in report.notes)
+
+
+def test_a_dora_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    module = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    dora = kinds.dora(kinds.pair((16, 16)), torch.randn(16, 16))
+    source = saved(tmp_path, "dora", AdapterWeights({module: dora}))
+    with pytest.raises(AdapterFileError, match=r"is a DoRA.*sdlora convert FILE --to-lora --base"):
+        merge_adapters([(source, 1.0)], tmp_path / "out.safetensors")

@@ -1,0 +1,193 @@
+"""Time and memory of adapter surgery on files of SDXL's true shapes with random weights.
+
+``python benchmarks/surgery.py --folder DIR`` makes a 6.9 GB checkpoint in LDM layout and an adapter of rank
+128 for all linear layers (722 in the U-Net, 72 + 192 in the text encoders), runs the commands as users do,
+and prints wall time, processor time and peak memory of each. The yardstick of ``bake`` is reading and writing
+the checkpoint twice. Needs 21 GB of disk; everything it made is deleted at the end unless ``--keep``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
+from sdlora.families import family_info
+from sdlora.families.ldm import by_key, text_places, unet_places, vae_places
+from sdlora.formats import write_adapter
+
+ASSETS = Path(__file__).parent.parent / "sdlora" / "assets" / "sdxl"
+_BLOCK_ELEMENTS = 2**24
+
+
+def component_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return {component: {tensor: shape}} of SDXL, from its configs, without making any weight."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    def config(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((ASSETS / name / "config.json").read_text(encoding="utf-8"))
+        return found
+
+    with torch.device("meta"):
+        parts: dict[str, Any] = {
+            "unet": UNet2DConditionModel.from_config(config("unet")),
+            "vae": AutoencoderKL.from_config(config("vae")),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**config("text_encoder"))),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**config("text_encoder_2"))),
+        }
+    return {
+        name: {key: tuple(tensor.shape) for key, tensor in part.state_dict().items()}
+        for name, part in parts.items()
+    }
+
+
+def checkpoint_layout(shapes: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """Return {key: shape} of a single-file checkpoint."""
+    places = {"unet": unet_places(shapes["unet"]), "vae": vae_places(shapes["vae"])}
+    for encoder in family_info("sdxl").text_encoders:
+        places[encoder.component] = text_places(shapes[encoder.component], encoder)
+    found: dict[str, tuple[int, ...]] = {}
+    for component, own in places.items():
+        for key, names in by_key(own).items():
+            rows, *rest = shapes[component][names[0]]
+            found[key] = (rows * len(names), *rest)
+    return found
+
+
+def write_checkpoint(path: Path, layout: dict[str, tuple[int, ...]]) -> None:
+    """Write random float16 weights under these keys, piece by piece."""
+    tree: dict[str, Any] = {"__metadata__": {"modelspec.title": "random SDXL"}}
+    position = 0
+    for key, shape in layout.items():
+        end = position + 2 * torch.Size(shape).numel()
+        tree[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(tree).encode()
+    block = (torch.randn(_BLOCK_ELEMENTS, generator=torch.Generator().manual_seed(0)) * 0.03).half()
+    data = memoryview(block.view(torch.uint8).numpy()).cast("B")
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        while position > 0:
+            position -= stream.write(data[: min(position, len(data))])
+
+
+def adapter(shapes: dict[str, dict[str, tuple[int, ...]]], rank: int) -> AdapterWeights:
+    """Return random float16 factors for every linear layer of U-Net and text encoders."""
+    return AdapterWeights(dict(_pairs(shapes, rank)))
+
+
+def _pairs(
+    shapes: dict[str, dict[str, tuple[int, ...]]], rank: int
+) -> Iterator[tuple[ModuleKey, LowRankPair]]:
+    generator = torch.Generator().manual_seed(1)
+    for component, presets in family_info("sdxl").targets.items():
+        for key, shape in shapes[component].items():
+            path = key.removesuffix(".weight")
+            if key.endswith(".weight") and len(shape) == 2 and f".{path}".endswith(presets["linear"]):
+                out, width = shape
+                if component != "unet" and not path.startswith("text_model."):
+                    path = f"text_model.{path}"
+                # a falling spectrum, as training gives
+                sizes = torch.exp(-torch.arange(rank) / (rank / 6))
+                down = (torch.randn(rank, width, generator=generator) * 0.05 * sizes[:, None]).half()
+                up = (torch.randn(out, rank, generator=generator) * 0.02).half()
+                yield ModuleKey(component, path), LowRankPair(down, up, rank / 2)
+
+
+def measured(words: list[str], threads: int) -> dict[str, Any]:
+    """Run ``sdlora`` with these words; return its JSON with wall seconds, CPU seconds and peak MiB."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdlora", *words, "--json"], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"sdlora {' '.join(words)}: exit code {process.returncode}\n{printed}")
+    return {
+        "command": " ".join(words[:1]),
+        "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_mib": usage.ru_maxrss // 1024,
+        **{k: v for k, v in json.loads(printed.splitlines()[-1]).items() if k != "modules"},
+    }
+
+
+def copy_twice(source: Path, target: Path) -> float:
+    """Return the seconds that reading and writing a file twice takes, through to the disk."""
+    started = time.perf_counter()
+    for _ in range(2):
+        with source.open("rb") as reading, target.open("wb") as writing:
+            shutil.copyfileobj(reading, writing, 16 * 2**20)
+            writing.flush()
+            os.fsync(writing.fileno())
+        target.unlink()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="place for the files, 21 GB")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", action="store_true", help="leave the files there")
+    options = parser.parse_args()
+    folder: Path = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = component_shapes()
+    base, lora = folder / "base.safetensors", folder / "lora.safetensors"
+    write_checkpoint(base, checkpoint_layout(shapes))
+    weights = adapter(shapes, options.rank)
+    info = AdapterInfo(family="sdxl", name="lora")
+    write_adapter(AdapterFile(weights, info), "webui", lora, torch.float16, family_info("sdxl"))
+    print(
+        f"checkpoint {base.stat().st_size / 1e9:.2f} GB; adapter {lora.stat().st_size / 1e9:.2f} GB, "
+        f"{len(weights)} modules; load average {os.getloadavg()[0]:.1f}",
+        flush=True,
+    )
+    made = {name: folder / f"{name}.safetensors" for name in ("small", "merged", "baked", "extracted")}
+    del weights
+    runs = [
+        ["resize", str(lora), "--rank", str(options.rank // 4), "--output", str(made["small"])],
+        ["merge", f"{lora}:0.8", f"{made['small']}:-0.5", "--output", str(made["merged"])],
+        ["diff", str(lora), str(made["small"])],
+        ["bake", str(base), "--adapter", f"{lora}:0.8", "--output", str(made["baked"])],
+        [
+            "extract",
+            str(base),
+            str(made["baked"]),
+            "--rank",
+            "32",
+            "--targets",
+            "linear",
+            "--output",
+            str(made["extracted"]),
+        ],
+    ]
+    for words in runs:
+        found = measured(words, options.threads)
+        keys = ("seconds", "cpu_seconds", "peak_mib", "num_modules")
+        print(f"{words[0]}: " + ", ".join(f"{key} {found[key]}" for key in keys if key in found), flush=True)
+    print(f"reading and writing the checkpoint twice: {copy_twice(base, folder / 'copy.safetensors'):.1f} s")
+    if not options.keep:
+        for file in (base, lora, *made.values()):
+            file.unlink()
+
+
+if __name__ == "__main__":
+    main()
