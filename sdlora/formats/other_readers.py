@@ -70,9 +70,12 @@ def through_peft(folder: Path) -> AdapterWeights:
 def _loading(path: Path, program: str) -> Iterator[None]:
     """Keep the program quiet (what it leaves out is found by comparing), and name it where it refuses."""
     from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -82,6 +85,8 @@ def _loading(path: Path, program: str) -> Iterator[None]:
         raise AdapterFileError(f"{path}: {program} refuses it ({first_line}); please report this") from error
     finally:
         logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _standins(weights: AdapterWeights) -> dict[str, nn.Module]:

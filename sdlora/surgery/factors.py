@@ -17,6 +17,9 @@ from torch import Tensor
 from ..adapters.base import LowRankPair
 from ..errors import AdapterFileError, ConfigError
 
+_CANCELLED = 1e-5
+"""Below this share, a difference of sums has lost so many digits that a dearer way is worth it."""
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -159,9 +162,13 @@ def inner_product(one: Factors, other: Factors) -> float:
 def distance(one: Factors, other: Factors) -> float:
     """Return the Frobenius norm of ``dW1 - dW2``, right to float64 rounding of the larger of the two.
 
-    The difference has the factors ``[U1 -U2]`` and ``[D1; D2]``; their triangular factors carry its norm
-    without the cancellation of ``|dW1|^2 - 2 <dW1, dW2> + |dW2|^2``, which loses half the digits.
+    Of nearly equal updates ``|dW1|^2 - 2 <dW1, dW2> + |dW2|^2`` loses half the digits. There the triangular
+    factors of ``[U1 -U2]`` and ``[D1; D2]``, the factors of the difference, carry its norm without loss.
     """
+    whole = inner_product(one, one) + inner_product(other, other)
+    square = whole - 2.0 * inner_product(one, other)
+    if square > _CANCELLED * whole:
+        return math.sqrt(square)
     left = torch.linalg.qr(torch.cat([one.up, -other.up], 1), mode="r").R
     right = torch.linalg.qr(torch.cat([one.down, other.down]).T, mode="r").R
     return float(torch.linalg.matrix_norm(left @ right.T))
@@ -185,33 +192,46 @@ class Spectrum:
     """The singular value decomposition of an update, kept in factored form.
 
     Attributes:
-        left: (out, k) orthonormal columns.
         values: (k,) falling.
-        right: (k, in * kh * kw) orthonormal rows.
         shape: of the layer's weight.
     """
 
-    left: Tensor
     values: Tensor
-    right: Tensor
     shape: tuple[int, ...]
+    _left: tuple[Tensor, Tensor, Tensor]
+    _right: tuple[Tensor, Tensor, Tensor]
 
     def first(self, count: int) -> Factors:
         """Return the best update of this rank (Eckart and Young 1936), half of each value on each side."""
         roots = self.values[:count].sqrt()
-        return Factors(self.left[:, :count] * roots, roots[:, None] * self.right[:count], self.shape)
+        up = _turned(*self._left[:2], self._left[2][:, :count] * roots)
+        down = _turned(*self._right[:2], self._right[2][:, :count] * roots)
+        return Factors(up, down.T, self.shape)
 
 
-def spectrum(update: Factors) -> Spectrum:
+def spectrum(factors: Factors) -> Spectrum:
     """Return the SVD of an update through QR of its two factors and the SVD of an R x R matrix.
 
     With ``up = Qu Ru`` and ``down^T = Qd Rd``: ``dW = Qu (Ru Rd^T) Qd^T``, so the small matrix in the middle
-    has the singular values of dW, and its vectors turned by Qu and Qd are those of dW.
+    has the singular values of dW, and its vectors turned by Qu and Qd are those of dW. Qu and Qd stay
+    Householder reflections: to turn the few vectors that are kept is cheaper than to write the matrices out.
     """
-    left, up = torch.linalg.qr(update.up)
-    right, down = torch.linalg.qr(update.down.T)
+    (left, left_tau, up), (right, right_tau, down) = (_reduced(m) for m in (factors.up, factors.down.T))
     inner_left, values, inner_right = torch.linalg.svd(up @ down.T, full_matrices=False)
-    return Spectrum(left @ inner_left, values, inner_right @ right.T, update.shape)
+    return Spectrum(values, factors.shape, (left, left_tau, inner_left), (right, right_tau, inner_right.T))
+
+
+def _reduced(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the Householder reflections of a matrix (their vectors and sizes) and its triangular factor."""
+    vectors, sizes = torch.geqrf(matrix)
+    return vectors[:, : len(sizes)], sizes, vectors[: len(sizes)].triu()
+
+
+def _turned(vectors: Tensor, sizes: Tensor, small: Tensor) -> Tensor:
+    """Return Q @ small of the Q that :func:`_reduced` gives, (rows, columns of small)."""
+    padded = small.new_zeros(vectors.shape[0], small.shape[1])
+    padded[: small.shape[0]] = small
+    return torch.ormqr(vectors, sizes, padded)
 
 
 def singular_values(update: Factors) -> Tensor:

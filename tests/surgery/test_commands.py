@@ -49,6 +49,15 @@ def test_resize_prints_a_table_of_errors(tmp_path: Path, capsys: pytest.CaptureF
     assert all(module.path in printed for module in mixed_adapter().pairs)
 
 
+def test_nothing_but_our_own_words_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = saved(tmp_path, "big", mixed_adapter())
+    target = tmp_path / "small.safetensors"
+    assert main(["resize", str(source), "--rank", "2", "--output", str(target)]) == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    assert [line.split(":")[0] for line in captured.out.splitlines()] == [str(target), "resize", "proof"]
+
+
 def test_diff_prints_blocks_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(saved(tmp_path, name, mixed_adapter(seed))) for seed, name in enumerate(("a", "b"))]
     picture = tmp_path / "heat.png"
