@@ -96,7 +96,9 @@ class UNetModel(DiffusionModel):
 
     def encoder_fingerprint(self, which: Literal["images", "captions"]) -> str:
         if which == "images":
-            return module_fingerprint(self.vae.encoder, extra=f"quant={self.vae.config.use_quant_conv}")
+            quantisation = self.vae.quant_conv  # the encoder's last layer, which some autoencoders lack
+            last = module_fingerprint(quantisation) if quantisation is not None else "none"
+            return module_fingerprint(self.vae.encoder, extra=f"quant={last}")
         prints = [
             module_fingerprint(
                 encoder,

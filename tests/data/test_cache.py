@@ -74,7 +74,9 @@ def test_what_is_kept_is_the_posterior_and_each_draw_is_fresh(
     assert not torch.equal(draws[0], draws[2])
 
 
-@pytest.mark.parametrize("change", ["picture", "caption", "geometry", "background", "encoder"])
+@pytest.mark.parametrize(
+    "change", ["picture", "caption", "geometry", "background", "encoder", "quantisation"]
+)
 def test_any_change_is_noticed(
     model: StableDiffusion1, tiny_base: Path, picture_folder: Make, tmp_path: Path, change: str
 ) -> None:
@@ -93,6 +95,10 @@ def test_any_change_is_noticed(
         dataset = scan(folder)
     elif change == "background":
         options["background"] = "#000000"
+    elif change == "quantisation":
+        used = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"))
+        with torch.no_grad():
+            used.vae.quant_conv.bias.add_(0.1)
     elif change == "encoder":
         used = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"), clip_skip=2)
     data = encoded(dataset, used, cache, **options)
