@@ -232,12 +232,12 @@ def save_config(config: Config, file: Path) -> None:
                     tables.append(help_text)
                     tables += [f"[[{section}.{name}]]\n{tomli_w.dumps(one).strip()}" for one in values[name]]
                 else:
-                    lines += [help_text, _toml_line(name, values[name])]
+                    lines += [help_text, toml_line(name, values[name])]
         lines += [*tables, ""]
     write_text(file, "\n".join(lines))
 
 
-def _toml_line(name: str, value: Any) -> str:
+def toml_line(name: str, value: Any) -> str:
     """Return one setting as TOML; a table on one line, as a header would start another section."""
     if not isinstance(value, dict):
         return tomli_w.dumps({name: value}).strip()

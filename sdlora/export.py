@@ -23,6 +23,7 @@ from .errors import AdapterFileError, ConfigError, OutputError
 from .families import FAMILIES, family_info
 from .files import replacing
 from .formats.clients import Support
+from .formats.kinds import DORA_SCALE
 from .formats.privacy import without_private
 from .formats.proof import Proof, compare, prove, support_of
 from .tensor_file import data_sha256
@@ -341,7 +342,12 @@ def _family(adapter: AdapterFile, source: Path) -> FamilyInfo:
 
 def _own_dtype(weights: AdapterWeights) -> torch.dtype:
     """Return the number format of the adapter's factors, the widest if they differ."""
-    dtypes = {tensor.dtype for one in weights.updates.values() for tensor in one.tensors().values()}
+    dtypes = {
+        tensor.dtype
+        for one in weights.updates.values()
+        for name, tensor in one.tensors().items()
+        if name != DORA_SCALE  # always fp32
+    }
     known = dtypes & set(DTYPES.values())
     return known.pop() if dtypes == known and len(dtypes) == 1 else torch.float32
 

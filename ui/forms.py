@@ -13,7 +13,7 @@ import gradio as gr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sdlora.config import Config, fields
+from sdlora.config import Config, fields, toml_line
 from sdlora.errors import ConfigError
 
 Kind = Literal["switch", "choice", "whole", "number", "text", "lines", "toml"]
@@ -191,10 +191,8 @@ def to_raw(setting: Setting, value: Any) -> Any:
 
 
 def _toml(value: Any) -> str:
-    import tomli_w
-
     plain = list(value) if isinstance(value, tuple) else value
-    return tomli_w.dumps({"value": plain}, multiline_strings=False).partition("=")[2].strip()
+    return "" if plain == {} else toml_line("value", plain).partition("=")[2].strip()
 
 
 def to_values(raw: Mapping[str, Any]) -> dict[str, Any]:

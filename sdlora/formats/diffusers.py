@@ -44,7 +44,9 @@ def encode(
         if module in magnitudes:
             # transformers' loader of text encoders finds the magnitude only with `.weight`
             ending = "" if module.component == "unet" else ".weight"
-            tensors[f"{key}.lora_magnitude_vector{ending}"] = folding.fitting(at, magnitudes[module], dtype)
+            tensors[f"{key}.lora_magnitude_vector{ending}"] = folding.fitting(
+                at, magnitudes[module], torch.float32
+            )
     if fold:
         return tensors, {folding.RECORDED_ALPHAS: folding.recorded_alphas(weights), "format": "pt"}
     dora = {module.component for module in magnitudes}

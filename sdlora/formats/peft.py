@@ -61,7 +61,7 @@ def encode(
         tensors[f"{PREFIX}{spelled[path]}.lora_B.weight"] = folding.fitting(at, pair.up, dtype)
         if (magnitude := magnitudes.get(ModuleKey(component, path))) is not None:
             name = f"{PREFIX}{spelled[path]}.lora_magnitude_vector"
-            tensors[name] = folding.fitting(at, magnitude, dtype)
+            tensors[name] = folding.fitting(at, magnitude, torch.float32)
     settings = settings_of(pairs, spelled)
     settings["use_dora"] = any(module.component == component for module in magnitudes)
     return tensors, settings

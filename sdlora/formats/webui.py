@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
-from . import folding, keys, names
+from . import folding, keys, kinds, names
 
 if TYPE_CHECKING:
     from ..families.base import FamilyInfo
@@ -48,7 +48,8 @@ def encode(
                 alpha, folded = uniform, True
             at = f"{where}: module `{component}.{path}`"
             for name, factor in factors.items():
-                tensors[f"{module}.{name}"] = folding.fitting(at, factor, dtype)
+                stored = torch.float32 if name == kinds.DORA_SCALE else dtype  # see DoRA.to
+                tensors[f"{module}.{name}"] = folding.fitting(at, factor, stored)
             if not (implied and path in pairs and update.rank == 1):
                 tensors[f"{module}.alpha"] = folding.stored_alpha(at, alpha)
     return tensors, {folding.RECORDED_ALPHAS: folding.recorded_alphas(plain)} if folded else {}

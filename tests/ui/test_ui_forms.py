@@ -128,3 +128,12 @@ def test_settings_come_back_from_a_pictures_text() -> None:
 def test_a_strange_pictures_text_sets_only_what_it_says() -> None:
     sent = from_parameters({"Prompt": "x <lora:broken:high>", "Sampler": "unheard of", "Size": "big"})
     assert (sent.prompt, sent.sampler, sent.width, sent.adapters) == ("x", None, None, ())
+
+
+def test_a_table_of_blocks_is_shown_and_read_on_one_line() -> None:
+    config = load_config(None, ['adapter.block_ranks={"down_blocks.1" = 4, mid_block = 0}'])
+    shown = from_config(config)
+    assert shown["adapter.block_ranks"] == '{ "down_blocks.1" = 4, mid_block = 0 }'
+    assert shown["optimizer.block_rates"] == ""
+    assert to_values(shown)["adapter.block_ranks"] == {"down_blocks.1": 4, "mid_block": 0}
+    assert "optimizer.block_rates" not in to_values(shown)
