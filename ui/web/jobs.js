@@ -8,10 +8,9 @@ const LIVE = ["running", "stopping"];
 class Jobs extends Live {
   start() {
     this.every = 1000;
-    this.queue = el("div", { class: "sd-queue" });
-    this.detail = el("div", { class: "sd-run" });
+    this.boxes = { queue: el("div", { class: "sd-queue" }), detail: el("div", { class: "sd-run" }) };
     this.dialog = el("dialog", { class: "sd-dialog" });
-    this.replaceChildren(this.queue, this.detail, this.dialog);
+    this.replaceChildren(this.boxes.queue, this.boxes.detail, this.dialog);
     this.keys = {};
   }
   async refresh() {
@@ -29,6 +28,7 @@ class Jobs extends Live {
     } catch (error) {
       if (!this.lost) this.fill("queue", error.message, [el("p", { class: "sd-problem", role: "alert" }, error.message)]);
       this.lost = true;
+      this.drawn = null;
       this.keys = {};
     } finally { this.asking = false; }
   }
@@ -36,7 +36,7 @@ class Jobs extends Live {
   fill(where, key, children) {
     if (this.keys[where] === key) return;
     this.keys[where] = key;
-    const target = typeof where === "string" && this[where] ? this[where] : this.parts[where];
+    const target = this.boxes[where] || this.parts[where];
     const active = target.contains(document.activeElement) ? document.activeElement.dataset.what : null;
     target.replaceChildren(...children);
     if (active) target.querySelector(`[data-what="${active}"]`)?.focus();
@@ -60,7 +60,7 @@ class Jobs extends Live {
       this.drawn = run.id;
       this.keys = { queue: this.keys.queue };
       this.parts = Object.fromEntries(["head", "actions", "curve", "previews", "facts", "log"].map((name) => [name, el("div", { class: `sd-${name}` })]));
-      this.detail.replaceChildren(...Object.values(this.parts));
+      this.boxes.detail.replaceChildren(...Object.values(this.parts));
     }
     this.fill("head", JSON.stringify([run.status, run.error, run.notes]), [
       run.error ? el("p", { class: "sd-problem", role: "alert" }, run.error) : null,
