@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,9 +50,16 @@ class _Child:
 class Worker:
     """One worker process and the calls under way in it. Safe to use from any thread."""
 
-    def __init__(self, home: Path, idle_seconds: float = 600.0) -> None:
-        """Start nothing yet; ``home`` is the working folder."""
+    def __init__(self, home: Path, idle_seconds: float = 600.0, program: Sequence[str] | None = None) -> None:
+        """Start nothing yet.
+
+        Args:
+            home: working folder of the process.
+            idle_seconds: after so long without a call :meth:`end_if_idle` ends it.
+            program: what is started; :mod:`sdlora_ui.worker` when None.
+        """
         self._home, self._idle = home, idle_seconds
+        self._program = tuple(program or (sys.executable, "-m", "sdlora_ui.worker"))
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._child: _Child | None = None
@@ -116,22 +123,24 @@ class Worker:
                 return answer.result
         raise CallFailed(_CRASHED)
 
+    def cancel(self, word: str) -> None:
+        """Cancel the call that was made with ``replace=word``, if it is still under way."""
+        with self._lock:
+            if self._child and (number := self._newest.get(word)) in self._child.inboxes:
+                self._send(self._child, {"cancel": number})
+
     def end_if_idle(self) -> None:
         """End the process when it has had nothing to do for a while: it holds a base in memory."""
         with self._lock:
             if self._child and not self._child.inboxes and time.monotonic() - self._last > self._idle:
                 self._end()
 
-    def release(self) -> None:
-        """End the process now unless it works, so that its memory is free."""
-        with self._lock:
-            if self._child and not self._child.inboxes:
-                self._end()
-
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does; calls under way are cancelled."""
         with self._lock:
             if self._child:
+                for inbox in self._child.inboxes.values():
+                    inbox.put({"error": "ended", "cancelled": True})
                 self._child.process.kill()
                 self._end()
 
@@ -150,7 +159,7 @@ class Worker:
         if self._child is not None and self._child.process.poll() is None:
             return self._child
         process = subprocess.Popen(
-            [sys.executable, "-m", "sdlora_ui.worker"],
+            self._program,
             cwd=self._home,
             env=os.environ | {"PYTHONIOENCODING": "utf-8"},
             stdin=subprocess.PIPE,

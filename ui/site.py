@@ -12,6 +12,8 @@ from .calls import Worker
 from .jobs import JobQueue
 from .places import STATE, Places, model_files
 
+EXPORTED = "exported"
+"""Folder below the runs where exports go unless another one is named."""
 _TEND_EVERY = 5.0
 
 
@@ -25,18 +27,21 @@ class Choice:
 
 @dataclass
 class Site:
-    """One server's parts. The workers start when something needs torch."""
+    """One server's parts.
+
+    The workers start when something needs torch: one draws, the other plans, exports and changes adapters.
+    """
 
     places: Places
     queue: JobQueue
     draw: Worker = field(init=False)
-    plan: Worker = field(init=False)
-    tools: Worker = field(init=False)
+    desk: Worker = field(init=False)
+    device: str = "cpu"
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         """Make the workers, not yet started."""
-        self.draw, self.plan, self.tools = (Worker(self.places.home) for _ in range(3))
+        self.draw, self.desk = Worker(self.places.home), Worker(self.places.home)
 
     @classmethod
     def open(cls, places: Places) -> Site:
@@ -51,7 +56,7 @@ class Site:
 
         def tend() -> None:
             while not self._ended.wait(_TEND_EVERY):
-                for worker in (self.draw, self.plan, self.tools):
+                for worker in (self.draw, self.desk):
                     worker.end_if_idle()
 
         threading.Thread(target=tend, name="tend workers", daemon=True).start()
@@ -60,8 +65,14 @@ class Site:
         """Let go of everything; running jobs go on."""
         self._ended.set()
         self.queue.close()
-        for worker in (self.draw, self.plan, self.tools):
+        for worker in (self.draw, self.desk):
             worker.close()
+
+    def make_room(self) -> None:
+        """Stop planning, and on a GPU give its memory back: a job is about to start."""
+        self.desk.cancel("plan")
+        if self.device == "cuda":
+            self.desk.close()
 
     def bases(self) -> list[Choice]:
         """Return the bases that can be chosen: the built-in one and the checkpoints found."""
@@ -82,6 +93,8 @@ class Site:
                 choices.append(Choice(folder.name, str(finished)))
             elif saved := list(_checkpoints(folder)):
                 choices.append(Choice(f"{folder.name} (step {_step(saved[-1])})", str(saved[-1])))
+        made = sorted((self.places.runs / EXPORTED).glob("*.safetensors"))
+        choices += [Choice(f"{EXPORTED}/{file.stem}", str(file)) for file in made if file.name[0] != "."]
         choices += [Choice(file.stem, str(file)) for file in model_files(self.places, "adapter")]
         return choices
 

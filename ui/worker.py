@@ -25,6 +25,9 @@ TASKS = {
     "plan": "sdlora_ui.tasks.plan:plan",
     "export": "sdlora_ui.tasks.tools:export",
     "inspect": "sdlora_ui.tasks.tools:inspect",
+    "merge": "sdlora_ui.tasks.tools:merge",
+    "bake": "sdlora_ui.tasks.tools:bake",
+    "resize": "sdlora_ui.tasks.tools:resize",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,6 @@ def _demo(site: Site) -> tuple[Any, ...]:
         *_show(site, str(folder), word, 64),
         gr.Dropdown(choices(site.data_sets()), value=str(folder)),
         word,
-        str(folder),
+        json.dumps({"folder": str(folder), "at": time.time()}),
         gr.Tabs(selected="train"),
     )

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from sdlora.config import SampleConfig, SamplerName
+from sdlora.config import SampleConfig, SamplerName, load_config
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.png_info import read_parameters
 
@@ -19,7 +19,7 @@ from ..gallery import compare_html, grid_html, picture_html, strip_html
 from ..sent import Sent, from_parameters
 from ..settings import checked_base
 from ..site import Site
-from .shared import Shell, choices, hint, problem, working
+from .shared import Shell, choices, problem, working
 
 NUM_SLOTS = 4
 _LOW, _HIGH, _STEP = -1.0, 2.0, 0.05
@@ -29,6 +29,7 @@ _STRIPS = {
     "-1 to 2 by 0.25": (-1.0, 2.0, 0.25),
     "-1 to 2 by 0.05": (-1.0, 2.0, 0.05),
 }
+_EMPTY = '<p class="sd-dim sd-none">Choose an adapter, write a prompt, press Draw.</p>'
 _GRID_STRENGTHS = "0.5, 0.75, 1, 1.25"
 
 
@@ -85,7 +86,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
         with gr.Column(scale=5, min_width=320):
             page, more = _controls(site)
         with gr.Column(scale=6, min_width=320):
-            page.main = gr.HTML(hint("Choose an adapter, write a prompt, press Draw."), elem_id="drawn")
+            page.main = gr.HTML(_EMPTY, elem_id="drawn")
             page.extra = gr.HTML("", elem_id="extra")
     with gr.Accordion("Gallery: everything drawn, with its settings", open=True, elem_id="gallery"):
         gr.HTML("<sd-gallery></sd-gallery>")
@@ -207,31 +208,34 @@ def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
 def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: gr.Dropdown) -> None:
     files = [slot.file for slot in page.slots]
 
-    def refresh(*chosen: str) -> list[Any]:
-        found = [("none", ""), *choices(site.adapters())]
-        known = {path for _, path in found}
-        lists = [
-            gr.Dropdown(choices=found + ([(Path(c).parent.name, c)] if c not in known else []))
-            for c in chosen
-        ]
-        return [*lists, gr.Dropdown(choices=choices(site.runs()))]
+    def refresh(prompt: str, *chosen: str) -> list[Any]:
+        known = choices(site.adapters())
+        shown = [("none", ""), *known]
+        paths = {path for _, path in shown}
+        extra = [[] if file in paths else [(adapter_label(file), file)] for file in chosen]
+        lists = [gr.Dropdown(choices=[*shown, *more]) for more in extra]
+        text = gr.skip()
+        if not any(chosen) and not (prompt or "").strip() and known:  # the first look at the page
+            lists[0] = gr.Dropdown(choices=shown, value=known[0][1])
+            text = _first_prompt(Path(known[0][1]).parent)
+        return [text, *lists, gr.Dropdown(choices=choices(site.runs()))]
 
-    tab.select(refresh, files, [*files, run], show_progress="hidden")
+    tab.select(refresh, [page.prompt, *files], [page.prompt, *files, run], show_progress="hidden")
 
     def use(said: str) -> list[Any]:
         job = site.queue.get(json.loads(said)["id"])
         return [gr.Tabs(selected="generate"), *_use_run(site, job.run)]
 
     first = page.slots[0]
-    shell.try_run.input(use, shell.try_run, [shell.tabs, page.base, page.prompt, first.file, run])
+    shell.try_run.change(use, shell.try_run, [shell.tabs, page.base, page.prompt, first.file, run])
 
     def pick(said: str) -> tuple[Any, Any]:
         cell = json.loads(said)
-        label = f"{Path(cell['file']).parent.name}"
+        label = adapter_label(cell["file"])
         known = [("none", ""), *choices(site.adapters())]
         return gr.Dropdown(choices=[*known, (label, cell["file"])], value=cell["file"]), cell["strength"]
 
-    shell.chosen_cell.input(pick, shell.chosen_cell, [first.file, first.strength])
+    shell.chosen_cell.change(pick, shell.chosen_cell, [first.file, first.strength])
 
 
 def _connect_sending(site: Site, shell: Shell, page: _Page, more: Mapping[str, Any]) -> None:
@@ -244,7 +248,7 @@ def _connect_sending(site: Site, shell: Shell, page: _Page, more: Mapping[str, A
     def from_file(file: str | None) -> list[Any]:
         return _sent(site, Path(file), len(outputs)) if file else [gr.skip()] * len(outputs)
 
-    shell.sent_picture.input(from_gallery, shell.sent_picture, outputs, show_progress="hidden")
+    shell.sent_picture.change(from_gallery, shell.sent_picture, outputs, show_progress="hidden")
     more["sent"].upload(from_file, more["sent"], outputs, show_progress="hidden")
 
     def add(*files: str) -> list[Any]:
@@ -266,15 +270,27 @@ def _use_run(site: Site, run: Path) -> list[Any]:
     """Return base, prompt, adapter and run list for trying out a run."""
     found = choices(site.adapters())
     file = next((path for _, path in found if Path(path).is_relative_to(run)), "")
-    from sdlora.config import load_config
-
-    prompts = load_config(run / "config.toml").sample.prompts or ("",)
     return [
         site.base_of(run),
-        prompts[0],
+        _first_prompt(run),
         gr.Dropdown(choices=[("none", ""), *found], value=file),
         gr.Dropdown(choices=choices(site.runs()), value=str(run)),
     ]
+
+
+def _first_prompt(run: Path) -> str:
+    """Return what a run's previews show first; nothing for a folder that is no run."""
+    file = run / "config.toml"
+    prompts = load_config(file).sample.prompts if file.is_file() else None
+    return prompts[0] if prompts else ""
+
+
+def adapter_label(file: str) -> str:
+    """Return how an adapter that is in no list is shown: a checkpoint by its run and step."""
+    path = Path(file)
+    if path.name == "adapter.safetensors":
+        return f"{path.parents[2].name} ({path.parent.name.replace('-', ' ')})"
+    return path.stem
 
 
 def _filled(site: Site, sent: Sent) -> list[Any]:

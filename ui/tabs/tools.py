@@ -13,7 +13,8 @@ import gradio as gr
 from sdlora.errors import ConfigError, SdloraError
 
 from ..gallery.shapes import file_url
-from ..site import Site
+from ..site import EXPORTED, Site
+from . import surgery
 from .shared import Shell, choices, hint, problem, working
 
 _FORMATS = [
@@ -29,18 +30,21 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
         with gr.Column(scale=1, min_width=320):
             source = _export(site)
         with gr.Column(scale=1, min_width=320):
-            file = _inspect(site)
+            files = [_inspect(site), *surgery.build(site)]
 
-    def refresh() -> list[Any]:
-        return [gr.Dropdown(choices=_sources(site)), gr.Dropdown(choices=choices(site.adapters()))]
+    def refresh(chosen: str | None) -> list[Any]:
+        found = _sources(site)
+        first = chosen or (found[0][1] if found else None)
+        known = choices(site.adapters())
+        return [gr.Dropdown(choices=found, value=first), *(gr.Dropdown(choices=known) for _ in files)]
 
-    tab.select(refresh, None, [source, file], show_progress="hidden")
+    tab.select(refresh, source, [source, *files], show_progress="hidden")
 
     def take(said: str) -> list[Any]:
         job = site.queue.get(json.loads(said)["id"])
         return [gr.Tabs(selected="tools"), gr.Dropdown(choices=_sources(site), value=str(job.run))]
 
-    shell.export_run.input(take, shell.export_run, [shell.tabs, source])
+    shell.export_run.change(take, shell.export_run, [shell.tabs, source])
 
 
 def _sources(site: Site) -> list[tuple[str, str]]:
@@ -59,7 +63,7 @@ def _export(site: Site) -> gr.Dropdown:
     )
     form = gr.Radio(_FORMATS, value="webui", label="For", elem_id="export-format")
     place = gr.Textbox(
-        str(site.places.runs / "exported"), label="Into folder", elem_id="export-place", max_lines=1
+        str(site.places.runs / EXPORTED), label="Into folder", elem_id="export-place", max_lines=1
     )
     webui = gr.Textbox(
         label="WebUI folder (optional)",
@@ -101,7 +105,7 @@ def _exported(site: Site, said: Mapping[str, Any]) -> Iterator[str]:
             "name": said["name"].strip() or None,
             "dtype": said["dtype"] or None,
         }
-        for answer in site.tools.call("export", arguments):
+        for answer in site.desk.call("export", arguments):
             if answer.progress is not None:
                 yield working(*answer.progress)
             elif answer.result is not None:
@@ -148,7 +152,7 @@ def _inspect(site: Site) -> gr.Dropdown:
         try:
             if not path:
                 raise ConfigError("adapter file: choose one")
-            for answer in site.tools.call("inspect", {"file": str(site.places.readable(path))}):
+            for answer in site.desk.call("inspect", {"file": str(site.places.readable(path))}):
                 if answer.progress is not None:
                     yield working(*answer.progress)
                 elif answer.result is not None:

@@ -90,10 +90,10 @@ def _connect(
         gr.Info("The job's settings are in the form, under a new name. Change them and start.")
         return raw
 
-    def fill_demo(folder: str) -> list[Any]:
+    def fill_demo(said_text: str) -> list[Any]:
         from sdlora.demo import STYLE, demo_config
 
-        config = demo_config(site.places.runs / STYLE, Path(folder).parent)
+        config = demo_config(site.places.runs / STYLE, Path(json.loads(said_text)["folder"]).parent)
         return fill(config.with_values({"output.name": _free_name(site, STYLE), "output.folder": None}))
 
     edits = [one.blur if isinstance(one, gr.Textbox | gr.Number) else one.input for one in shown]
@@ -106,7 +106,7 @@ def _connect(
     )
     shell.trigger.change(lambda word: word, shell.trigger, trigger)
     shell.demo.change(fill_demo, shell.demo, shown).then(predict, shown, plan, show_progress="hidden")
-    shell.clone_run.input(clone, shell.clone_run, shown).then(predict, shown, plan, show_progress="hidden")
+    shell.clone_run.change(clone, shell.clone_run, shown).then(predict, shown, plan, show_progress="hidden")
     start.click(begin, shown, [said, name], show_progress="minimal")
 
 
@@ -119,12 +119,13 @@ def _predict(site: Site, raw: Mapping[str, Any]) -> Iterator[str]:
         config = _config(site, raw)
         yield working(0, 1, "working out the settings")
         values, part = _values(config), None
-        for answer in site.plan.call("plan", {"values": values}, replace="plan"):
+        for answer in site.desk.call("plan", {"values": values}, replace="plan"):
             if answer.progress is not None:
                 yield working(*answer.progress) + (plan_html(part) if part else "")
             elif answer.part is not None:
                 part = answer.part
             elif answer.result is not None:
+                site.device = str(answer.result["device"])
                 yield plan_html(answer.result)
     except CallCancelled:
         return
@@ -138,7 +139,7 @@ def _begin(site: Site, raw: Mapping[str, Any]) -> tuple[str, Any]:
         config = _config(site, raw)
         _refuse_bad_pictures(config)
         job = site.queue.add(config)
-        site.plan.release()
+        site.make_room()
         site.queue.tick()
     except SdloraError as error:
         return problem(str(error)), gr.skip()

@@ -1,4 +1,4 @@
-"""Export and inspection: the functions behind ``sdlora export`` and ``sdlora inspect``."""
+"""The functions behind ``sdlora export``, ``inspect``, ``merge``, ``resize`` and ``bake``."""
 
 from __future__ import annotations
 
@@ -34,6 +34,55 @@ def inspect(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     tell.progress(0, 1, "reading")
     summary = inspect_adapter(Path(arguments["file"]))
     return {"text": render(summary, width=100), **summary.to_dict()}
+
+
+def merge(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+    """Merge adapters into one and return the report with its text."""
+    from sdlora.surgery.merge import merge_adapters
+
+    sources = [(Path(one["file"]), float(one["weight"])) for one in arguments["sources"]]
+    report = merge_adapters(
+        sources,
+        Path(arguments["output"]),
+        method=str(arguments["method"]),
+        density=arguments.get("density"),
+        rank=arguments.get("rank"),
+        overwrite=bool(arguments.get("overwrite")),
+        report=True,
+        progress=lambda done, total: tell.progress(done, total, "merging"),
+    )
+    return {"text": report.render(), **report.to_dict()}
+
+
+def resize(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+    """Write an adapter with fewer ranks and return the report with its text."""
+    from sdlora.surgery.resize import resize_adapter
+
+    report = resize_adapter(
+        Path(arguments["source"]),
+        Path(arguments["output"]),
+        rank=arguments.get("rank"),
+        energy=arguments.get("energy"),
+        overwrite=bool(arguments.get("overwrite")),
+        report=True,
+        progress=lambda done, total: tell.progress(done, total, "resizing"),
+    )
+    return {"text": report.render(), **report.to_dict()}
+
+
+def bake(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+    """Write a checkpoint with an adapter in its weights and return the report with its text."""
+    from sdlora.surgery.bake import bake_checkpoint
+
+    report = bake_checkpoint(
+        Path(arguments["checkpoint"]),
+        [(Path(arguments["source"]), float(arguments["strength"]))],
+        Path(arguments["output"]),
+        overwrite=bool(arguments.get("overwrite")),
+        report=True,
+        progress=lambda done, total: tell.progress(done, total, "baking"),
+    )
+    return {"text": report.render(), **report.to_dict()}
 
 
 def _path(text: Any) -> Path | None:

@@ -1,0 +1,158 @@
+"""The part of page 4 that changes adapters: merge, resize, bake; each with the command's own report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+import sdlora
+from sdlora.errors import ConfigError, SdloraError
+
+from ..site import EXPORTED, Site
+from ..uploads import folder_name
+from .shared import choices, hint, problem, working
+
+_NUM_MERGED = 3
+MINI = Path(sdlora.__file__).parent / "assets" / "mini"
+
+
+def build(site: Site) -> list[gr.Dropdown]:
+    """Put the tools into the current column; return the lists of adapters, for keeping them fresh."""
+    with gr.Accordion("Merge adapters into one", open=False, elem_id="merge-box"):
+        merged = _merge(site)
+    with gr.Accordion("Resize: fewer ranks", open=False, elem_id="resize-box"):
+        resized = _resize(site)
+    with gr.Accordion("Bake into a checkpoint", open=False, elem_id="bake-box"):
+        baked = _bake(site)
+    return [*merged, resized, baked]
+
+
+def _merge(site: Site) -> list[gr.Dropdown]:
+    files, weights = [], []
+    for number in range(_NUM_MERGED):
+        with gr.Row():
+            label = f"Adapter {number + 1}" + (" (optional)" if number > 1 else "")
+            files.append(
+                gr.Dropdown(choices(site.adapters()), value=None, label=label, elem_id=f"merge-{number}")
+            )
+            weights.append(gr.Slider(-1, 2, 1, step=0.05, label="Weight", elem_id=f"merge-weight-{number}"))
+    with gr.Row():
+        method = gr.Dropdown(
+            ["linear", "ties", "dare", "dare-ties"], value="linear", label="Method", elem_id="merge-method"
+        )
+        density = gr.Number(None, label="Density", placeholder="for ties and dare", elem_id="merge-density")
+        rank = gr.Number(None, label="Rank", placeholder="exact sum", precision=0, elem_id="merge-rank")
+    name = gr.Textbox("merged", label="Name of the new file", elem_id="merge-name", max_lines=1)
+    overwrite = gr.Checkbox(False, label="Replace a file that exists", elem_id="merge-overwrite")
+    button = gr.Button("Merge", variant="primary", elem_id="merge")
+    report = gr.HTML(hint("A linear merge without a rank is the exact weighted sum."), elem_id="merge-report")
+
+    def merge(*held: Any) -> Iterator[str]:
+        chosen, given = held[:_NUM_MERGED], held[_NUM_MERGED : 2 * _NUM_MERGED]
+        said = dict(
+            zip(("method", "density", "rank", "name", "overwrite"), held[2 * _NUM_MERGED :], strict=True)
+        )
+        yield from _done(site, "merge", lambda: _merge_arguments(site, chosen, given, said))
+
+    inputs = [*files, *weights, method, density, rank, name, overwrite]
+    button.click(merge, inputs, report, show_progress="hidden")
+    return files
+
+
+def _merge_arguments(
+    site: Site, files: Sequence[str | None], weights: Sequence[float], said: Mapping[str, Any]
+) -> dict[str, Any]:
+    sources = [
+        {"file": str(site.places.readable(file)), "weight": weight}
+        for file, weight in zip(files, weights, strict=True)
+        if file
+    ]
+    if len(sources) < 2:
+        raise ConfigError("merge: choose two adapters or more")
+    return {**said, "sources": sources, "output": _target(site, said["name"])}
+
+
+def _resize(site: Site) -> gr.Dropdown:
+    file = gr.Dropdown(choices(site.adapters()), value=None, label="Adapter", elem_id="resize-file")
+    with gr.Row():
+        rank = gr.Number(
+            None, label="Rank at most", placeholder="no limit", precision=0, elem_id="resize-rank"
+        )
+        energy = gr.Number(None, label="Energy to keep", placeholder="e.g. 0.99", elem_id="resize-energy")
+    name = gr.Textbox("resized", label="Name of the new file", elem_id="resize-name", max_lines=1)
+    overwrite = gr.Checkbox(False, label="Replace a file that exists", elem_id="resize-overwrite")
+    button = gr.Button("Resize", variant="primary", elem_id="resize")
+    report = gr.HTML(
+        hint("The best smaller adapter, with the error of every layer."), elem_id="resize-report"
+    )
+
+    def resize(*held: Any) -> Iterator[str]:
+        said = dict(zip(("source", "rank", "energy", "name", "overwrite"), held, strict=True))
+        yield from _done(site, "resize", lambda: _resize_arguments(site, said))
+
+    button.click(resize, [file, rank, energy, name, overwrite], report, show_progress="hidden")
+    return file
+
+
+def _resize_arguments(site: Site, said: Mapping[str, Any]) -> dict[str, Any]:
+    if not said["source"]:
+        raise ConfigError("adapter: choose one")
+    source = str(site.places.readable(said["source"]))
+    return {**said, "source": source, "output": _target(site, said["name"])}
+
+
+def _bake(site: Site) -> gr.Dropdown:
+    base = gr.Dropdown(choices(site.bases()), value="mini", label="Checkpoint", elem_id="bake-base")
+    file = gr.Dropdown(choices(site.adapters()), value=None, label="Adapter", elem_id="bake-file")
+    strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength", elem_id="bake-strength")
+    name = gr.Textbox("baked", label="Name of the new checkpoint", elem_id="bake-name", max_lines=1)
+    overwrite = gr.Checkbox(False, label="Replace a file that exists", elem_id="bake-overwrite")
+    button = gr.Button("Bake", variant="primary", elem_id="bake")
+    report = gr.HTML(hint("A new checkpoint with the adapter in its weights."), elem_id="bake-report")
+
+    def bake(*held: Any) -> Iterator[str]:
+        said = dict(zip(("base", "source", "strength", "name", "overwrite"), held, strict=True))
+        yield from _done(site, "bake", lambda: _bake_arguments(site, said))
+
+    button.click(bake, [base, file, strength, name, overwrite], report, show_progress="hidden")
+    return file
+
+
+def _bake_arguments(site: Site, said: Mapping[str, Any]) -> dict[str, Any]:
+    if not said["source"]:
+        raise ConfigError("adapter: choose one")
+    base = MINI if said["base"] == "mini" else site.places.readable(str(said["base"] or ""))
+    ending = "" if base.is_dir() else ".safetensors"
+    return {
+        **said,
+        "checkpoint": str(base),
+        "source": str(site.places.readable(said["source"])),
+        "output": _target(site, said["name"], ending),
+    }
+
+
+def _target(site: Site, name: str, ending: str = ".safetensors") -> str:
+    if not name.strip():
+        raise ConfigError("name of the new file: give it one")
+    return str(site.places.writable(site.places.runs / EXPORTED / f"{folder_name(name)}{ending}"))
+
+
+def _done(site: Site, task: str, arguments: Any) -> Iterator[str]:
+    """Do a task in the worker, and show its progress and its report."""
+    try:
+        for answer in site.desk.call(task, arguments()):
+            if answer.progress is not None:
+                yield working(*answer.progress)
+            elif answer.result is not None:
+                files = ", ".join(site.places.shown(Path(file)) for file in answer.result["files"])
+                text = escape(str(answer.result["text"]))
+                yield (
+                    f'<p class="sd-done" role="status">Written: {escape(files)}</p>'
+                    f'<pre class="sd-text" tabindex="0">{text}</pre>'
+                )
+    except SdloraError as error:
+        yield problem(str(error))
