@@ -125,7 +125,7 @@ def build(site: Site) -> gr.Blocks:
             '<header class="sd-head"><img src="/sdlora/web/icon.svg" alt=""><h1>sdlora</h1></header>',
             elem_id="head",
         )
-        with gr.Tabs(selected="dataset", elem_id="pages") as tabs:
+        with gr.Tabs(selected="dataset", elem_id="pages", overflow_behavior="wrap") as tabs:
             shell = Shell(tabs, *bridges.values())
             with gr.Tab("1  Data set", id="dataset"):
                 dataset.build(site, shell)

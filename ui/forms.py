@@ -162,9 +162,8 @@ def control(setting: Setting) -> gr.components.FormComponent:
         choices = [(OPEN, "")] if setting.optional else []
         choices += [(one, one) for one in setting.choices]
         return gr.Dropdown(choices=choices, value=start, **common)
-    if setting.kind in ("whole", "number"):
-        precision = 0 if setting.kind == "whole" else None
-        return gr.Number(value=start, placeholder=OPEN, precision=precision, step=1, **common)
+    if setting.kind in ("whole", "number") and not setting.optional:
+        return gr.Number(value=start, precision=0 if setting.kind == "whole" else None, **common)
     lines = 3 if setting.kind == "lines" else 1
     placeholder = OPEN if setting.optional and setting.default is None else ""
     return gr.Textbox(value=start, placeholder=placeholder, lines=lines, max_lines=8, **common)
@@ -179,7 +178,7 @@ def to_raw(setting: Setting, value: Any) -> Any:
     """Return a setting's value as its control holds it."""
     if setting.kind == "switch":
         return bool(value)
-    if setting.kind in ("whole", "number"):
+    if setting.kind in ("whole", "number") and not setting.optional:
         return value
     if value is None:
         return ""
@@ -225,6 +224,8 @@ def _from_raw(setting: Setting, held: Any) -> Any:
         return None
     if setting.kind == "choice" and setting.choices == ("true", "false"):
         return held == "true"
+    if setting.kind in ("whole", "number") and isinstance(held, str):
+        return number(held, whole=setting.kind == "whole")
     if setting.kind == "lines":
         if held.strip() == "[]":
             return ()
@@ -238,6 +239,22 @@ def _from_raw(setting: Setting, held: Any) -> Any:
             raise ValueError("write it as in a TOML file, e.g. [0.9, 0.99]") from None
         return tuple(value) if isinstance(value, list) else value
     return held.strip() if isinstance(held, str) else held
+
+
+def number(text: str, *, whole: bool = False) -> float | int | None:
+    """Return the number a text field holds; None for an empty one.
+
+    Fields that may be left open are text fields: Gradio's number fields turn emptiness into 0.
+
+    Raises:
+        ValueError: when it holds something else.
+    """
+    if not text.strip():
+        return None
+    try:
+        return int(text) if whole else float(text)
+    except ValueError:
+        raise ValueError(f"give a {'whole ' if whole else ''}number, or leave it empty") from None
 
 
 def from_config(config: Config) -> dict[str, Any]:

@@ -26,6 +26,7 @@ pytestmark = [
     ),
 ]
 PHONE = (390, 844)
+NAME = "#train-name textarea, #train-name input"
 
 
 class Page:
@@ -133,11 +134,11 @@ def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., An
     page.open()
     page.click("#demo")
     page.one("#start-training")
-    wait(lambda: page.one("#train-name textarea, #train-name input").get_attribute("value") == "ink-icons")
+    wait(lambda: page.one(NAME).get_attribute("value") == "ink-icons")
     for section in ("#more", "#more-training", "#more-sample"):
         page.click(f"{section} > button")
-    page.type("#set-training-steps input", "6")
-    page.type("#set-training-batch-size input", "2")
+    page.type("#set-training-steps textarea, #set-training-steps input", "6")
+    page.type("#set-training-batch-size textarea, #set-training-batch-size input", "2")
     page.type("#set-sample-prompts textarea", "inkicon, an icon of a cat")
     page.type("#set-sample-steps input", "2")
     page.click("#start-training")
@@ -338,26 +339,31 @@ def test_captions_outside_are_not_written(page: Page) -> None:
     assert not (outside / "bee.txt").exists()
 
 
-def test_the_queue_survives_a_killed_server(driver: Any, tmp_path: Path, wait: Callable[..., Any]) -> None:
+def test_the_queue_survives_a_killed_server(
+    driver: Any, tmp_path: Path, wait: Callable[..., Any], request: pytest.FixtureRequest
+) -> None:
     shutil.copytree(ROOT / "datasets" / "ink-icons", tmp_path / "training-pictures" / "few", ignore=few)
     port = free_port()
     page = Page(driver, start_server(tmp_path, port=port))
+    request.addfinalizer(page.server.kill)
     page.open()
     open_folder(page, "few")
     page.click("#train-on-it")
     page.one("#start-training")
+    wait(lambda: page.one(NAME).get_attribute("value") == "few")
     for section in ("#more", "#more-training", "#more-sample"):
         page.click(f"{section} > button")
-    page.type("#set-training-steps input", "5000")
+    page.type("#set-training-steps textarea, #set-training-steps input", "5000")
     page.type("#set-sample-prompts textarea", "[]")
     for name in ("first", "second"):
-        page.type("#train-name textarea, #train-name input", name)
+        page.type(NAME, name)
         page.click("#start-training")
         wait(lambda name=name: name in [job["name"] for job in page.server.ask("/sdlora/jobs")["jobs"]])
     wait(lambda: page.server.ask("/sdlora/jobs")["jobs"][0]["step"] > 0, 150)
     page.server.kill()
 
     page = Page(driver, start_server(tmp_path, port=port))
+    request.addfinalizer(page.server.kill)
     jobs = page.server.ask("/sdlora/jobs")["jobs"]
     assert [(job["name"], job["status"]) for job in jobs] == [("first", "running"), ("second", "waiting")]
     step = jobs[0]["step"]
@@ -371,4 +377,3 @@ def test_the_queue_survives_a_killed_server(driver: Any, tmp_path: Path, wait: C
     page.click("button[data-what=stop]")
     page.one(".sd-job.stopped", 90)
     assert list((tmp_path / "runs" / "first" / "checkpoints").iterdir())
-    page.server.kill()

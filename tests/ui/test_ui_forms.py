@@ -61,6 +61,16 @@ def test_no_previews_is_an_empty_list() -> None:
     assert to_values({"sample.prompts": " "}) == {}
 
 
+def test_an_empty_number_is_open_and_a_word_is_no_number() -> None:
+    assert to_values({"adapter.rank": "", "training.epochs": None}) == {}
+    assert to_values({"adapter.rank": "8", "optimizer.learning_rate": "2e-5"}) == {
+        "adapter.rank": 8,
+        "optimizer.learning_rate": 2e-5,
+    }
+    with pytest.raises(ConfigError, match=r"adapter.rank=eight.*whole number"):
+        to_values({"adapter.rank": "eight"})
+
+
 def test_what_cannot_be_read_is_named() -> None:
     with pytest.raises(ConfigError, match=r"optimizer.betas=oops"):
         to_values({"optimizer.betas": "oops"})

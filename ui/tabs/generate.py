@@ -19,7 +19,7 @@ from ..gallery import compare_html, grid_html, picture_html, strip_html
 from ..sent import Sent, from_parameters
 from ..settings import checked_base
 from ..site import Site
-from .shared import Shell, choices, problem, working
+from .shared import Shell, checked_number, choices, problem, working
 
 NUM_SLOTS = 4
 _LOW, _HIGH, _STEP = -1.0, 2.0, 0.05
@@ -56,10 +56,10 @@ class _Page:
     prompt: gr.Textbox
     negative: gr.Textbox
     seed: gr.Number
-    width: gr.Number
-    height: gr.Number
+    width: gr.Textbox
+    height: gr.Textbox
     steps: gr.Number
-    guidance: gr.Number
+    guidance: gr.Textbox
     sampler: gr.Dropdown
     slots: list[_Slot]
     main: gr.HTML
@@ -124,13 +124,15 @@ def _controls(site: Site) -> tuple[_Page, dict[str, Any]]:
         with gr.Row():
             seed = gr.Number(1, label="Seed", precision=0, elem_id="seed")
             steps = gr.Number(defaults.steps, label="Steps", precision=0, elem_id="steps")
-            guidance = gr.Number(None, label="Guidance", placeholder="the base's own", elem_id="guidance")
-        with gr.Row():
-            width = gr.Number(
-                None, label="Width, px", placeholder="the base's own", precision=0, elem_id="width"
+            guidance = gr.Textbox(
+                "", label="Guidance", placeholder="the base's own", elem_id="guidance", max_lines=1
             )
-            height = gr.Number(
-                None, label="Height, px", placeholder="the base's own", precision=0, elem_id="height"
+        with gr.Row():
+            width = gr.Textbox(
+                "", label="Width, px", placeholder="the base's own", elem_id="width", max_lines=1
+            )
+            height = gr.Textbox(
+                "", label="Height, px", placeholder="the base's own", elem_id="height", max_lines=1
             )
             sampler = gr.Dropdown(
                 list(get_args(SamplerName)), value=defaults.sampler, label="Sampler", elem_id="sampler"
@@ -312,10 +314,10 @@ def _filled(site: Site, sent: Sent) -> list[Any]:
         sent.prompt,
         sent.negative,
         sent.seed,
-        sent.width,
-        sent.height,
+        f"{sent.width or ''}",
+        f"{sent.height or ''}",
         sent.steps,
-        sent.guidance,
+        "" if sent.guidance is None else f"{sent.guidance:g}",
         sent.sampler,
     ]
     return [gr.skip() if one is None else one for one in plain] + boxes + slots
@@ -350,6 +352,8 @@ def _arguments(
     for name in ("seed", "steps"):
         if said[name] is None:
             raise ConfigError(f"{name}: give a number")
+    for name in ("width", "height", "guidance"):
+        said[name] = checked_number(name, str(said[name] or ""), whole=name != "guidance")
     checked = [[{**one, "file": str(site.places.readable(one["file"]))} for one in row] for row in rows]
     base = checked_base(site.places, str(said["base"] or ""))
     return said | {"base": base, "rows": checked, "folder": str(site.places.pictures)}

@@ -8,6 +8,9 @@ from html import escape
 
 import gradio as gr
 
+from sdlora.errors import ConfigError
+
+from ..forms import number
 from ..site import Choice
 
 
@@ -41,6 +44,18 @@ class Shell:
 def choices(found: Iterable[Choice]) -> list[tuple[str, str]]:
     """Return choices as a dropdown takes them."""
     return [(one.label, one.path) for one in found]
+
+
+def checked_number(label: str, text: str, *, whole: bool = False) -> float | int | None:
+    """Return the number in a text field that may be empty.
+
+    Raises:
+        ConfigError: when it holds something else.
+    """
+    try:
+        return number(text, whole=whole)
+    except ValueError as error:
+        raise ConfigError(f"{label} `{text}`: {error}") from None
 
 
 def problem(text: str) -> str:

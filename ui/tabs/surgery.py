@@ -14,7 +14,7 @@ from sdlora.errors import ConfigError, SdloraError
 
 from ..site import EXPORTED, Site
 from ..uploads import folder_name
-from .shared import choices, hint, problem, working
+from .shared import checked_number, choices, hint, problem, working
 
 _NUM_MERGED = 3
 MINI = Path(sdlora.__file__).parent / "assets" / "mini"
@@ -44,8 +44,10 @@ def _merge(site: Site) -> list[gr.Dropdown]:
         method = gr.Dropdown(
             ["linear", "ties", "dare", "dare-ties"], value="linear", label="Method", elem_id="merge-method"
         )
-        density = gr.Number(None, label="Density", placeholder="for ties and dare", elem_id="merge-density")
-        rank = gr.Number(None, label="Rank", placeholder="exact sum", precision=0, elem_id="merge-rank")
+        density = gr.Textbox(
+            "", label="Density", placeholder="for ties and dare", elem_id="merge-density", max_lines=1
+        )
+        rank = gr.Textbox("", label="Rank", placeholder="exact sum", elem_id="merge-rank", max_lines=1)
     name = gr.Textbox("merged", label="Name of the new file", elem_id="merge-name", max_lines=1)
     overwrite = gr.Checkbox(False, label="Replace a file that exists", elem_id="merge-overwrite")
     button = gr.Button("Merge", variant="primary", elem_id="merge")
@@ -73,16 +75,18 @@ def _merge_arguments(
     ]
     if len(sources) < 2:
         raise ConfigError("merge: choose two adapters or more")
-    return {**said, "sources": sources, "output": _target(site, said["name"])}
+    return {**said, **_numbers(said), "sources": sources, "output": _target(site, said["name"])}
 
 
 def _resize(site: Site) -> gr.Dropdown:
     file = gr.Dropdown(choices(site.adapters()), value=None, label="Adapter", elem_id="resize-file")
     with gr.Row():
-        rank = gr.Number(
-            None, label="Rank at most", placeholder="no limit", precision=0, elem_id="resize-rank"
+        rank = gr.Textbox(
+            "", label="Rank at most", placeholder="no limit", elem_id="resize-rank", max_lines=1
         )
-        energy = gr.Number(None, label="Energy to keep", placeholder="e.g. 0.99", elem_id="resize-energy")
+        energy = gr.Textbox(
+            "", label="Energy to keep", placeholder="e.g. 0.99", elem_id="resize-energy", max_lines=1
+        )
     name = gr.Textbox("resized", label="Name of the new file", elem_id="resize-name", max_lines=1)
     overwrite = gr.Checkbox(False, label="Replace a file that exists", elem_id="resize-overwrite")
     button = gr.Button("Resize", variant="primary", elem_id="resize")
@@ -102,7 +106,14 @@ def _resize_arguments(site: Site, said: Mapping[str, Any]) -> dict[str, Any]:
     if not said["source"]:
         raise ConfigError("adapter: choose one")
     source = str(site.places.readable(said["source"]))
-    return {**said, "source": source, "output": _target(site, said["name"])}
+    return {**said, **_numbers(said), "source": source, "output": _target(site, said["name"])}
+
+
+def _numbers(said: Mapping[str, Any]) -> dict[str, float | int | None]:
+    known = ("rank", "density", "energy")
+    return {
+        name: checked_number(name, said[name] or "", whole=name == "rank") for name in known if name in said
+    }
 
 
 def _bake(site: Site) -> gr.Dropdown:
