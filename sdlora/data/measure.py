@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all) while a folder is read."""
 
 # Raise it when what is measured, or what decoding accepts, changes; another Pillow may decode otherwise.
-_FACTS = "1"
+_FACTS = "2"
 _AHEAD = 4  # files a thread has waiting for it
 
 
