@@ -10,6 +10,7 @@ headers made up from a grammar. Run from the repository:
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import re
@@ -217,11 +218,10 @@ def damaged_header(rng: random.Random, data: bytes) -> bytes:
         entry = tree.get(key)
         kind = rng.randrange(9)
         if kind == 0:
-            tree[key] = rng.choice(NASTY_VALUES)
+            tree[key] = copy.deepcopy(rng.choice(NASTY_VALUES))
         elif kind == 1 and isinstance(entry, dict):
-            entry[rng.choice(("dtype", "shape", "data_offsets", "more"))] = rng.choice(
-                (*NASTY_VALUES, *DTYPES)
-            )
+            field = rng.choice(("dtype", "shape", "data_offsets", "more"))
+            entry[field] = copy.deepcopy(rng.choice((*NASTY_VALUES, *DTYPES)))
         elif kind == 2 and isinstance(entry, dict):
             entry["dtype"] = rng.choice(DTYPES)
         elif kind == 3 and isinstance(entry, dict):
@@ -239,7 +239,7 @@ def damaged_header(rng: random.Random, data: bytes) -> bytes:
             if isinstance(entries, dict):
                 entries[rng.choice(ENTRIES)] = rng.choice(NASTY_TEXTS)
         else:
-            tree["__metadata__"] = rng.choice(NASTY_VALUES)
+            tree["__metadata__"] = copy.deepcopy(rng.choice(NASTY_VALUES))
     return with_header(rng, json.dumps(tree).encode("utf-8", "surrogatepass"), body)
 
 
