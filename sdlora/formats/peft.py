@@ -122,11 +122,12 @@ def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update
         raise AdapterFileError(
             f"{path.with_name(CONFIG_FILE)}: peft_type is `{shown(kind, 20)}`, not LORA; give a plain LoRA"
         )
+    alphas = Alphas(str(path.with_name(CONFIG_FILE)), config)
     for module, parts in sorted(_groups(header).items()):
         where = f"{path}: module `{module.component}.{module.path}`"
         tensors = {part: load(key) for part, key in parts.items()}
         rank = tensors["down"].shape[0] if "down" in tensors else 1
-        yield module, kinds.update_of(where, module, tensors, effective_alpha(where, config, module, rank))
+        yield module, kinds.update_of(where, module, tensors, alphas.of(where, module, rank))
 
 
 def _groups(header: Header) -> dict[ModuleKey, dict[str, str]]:
@@ -190,28 +191,58 @@ def read_config(path: Path) -> dict[str, Any]:
     return tree
 
 
-def effective_alpha(where: str, config: Mapping[str, Any], module: ModuleKey, rank: int) -> float:
-    """Return the alpha for which alpha / rank is the scale that PEFT would use.
+class Alphas:
+    """The alpha of every module by one component's settings, found without trying pattern by pattern.
 
-    rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023), so its alpha counts sqrt(rank) times.
-
-    Raises:
-        AdapterFileError: for settings that are not numbers or not plain names.
+    PEFT tries ``(.*\\.)?PATTERN$`` for each pattern in turn. Only plain names are taken here: a regular
+    expression from a stranger's file can run for ever.
     """
-    alpha = config.get("lora_alpha", 8)  # 8 is PEFT's own default
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise AdapterFileError(f"{where}: `alpha_pattern` is not a table; export the adapter again")
-    for pattern, value in patterns.items():
-        if _names(where, pattern, module):
-            alpha = value
-            break
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not number or not abs(alpha) < 1e30 or alpha == 0:
-        raise AdapterFileError(
-            f"{where}: lora_alpha is `{shown(alpha, 20)}`; set it to a number other than 0"
-        )
-    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+    def __init__(self, where: str, config: Mapping[str, Any]) -> None:
+        """Sort the patterns of settings.
+
+        Raises:
+            AdapterFileError: for patterns that are no table of plain names.
+        """
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise AdapterFileError(f"{where}: `alpha_pattern` is not a table; export the adapter again")
+        self._config = config
+        self._whole: dict[str, tuple[int, object]] = {}
+        self._endings: dict[str, tuple[int, object]] = {}
+        for number, (pattern, value) in enumerate(patterns.items()):
+            if not _LITERAL_PATTERN.match(pattern):
+                raise AdapterFileError(
+                    f"{where}: `alpha_pattern` has the regular expression `{shown(pattern, 60)}`; "
+                    "write full module names there"
+                )
+            literal = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
+            table = self._whole if pattern.startswith("^") else self._endings
+            table.setdefault(literal, (number, value))
+
+    def of(self, where: str, module: ModuleKey, rank: int) -> float:
+        """Return the alpha for which alpha / rank is the scale that PEFT would use.
+
+        rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023), so its alpha counts sqrt(rank) times.
+
+        Raises:
+            AdapterFileError: for a value that is not a number other than 0.
+        """
+        paths = {module.path}
+        if module.component != "unet":
+            paths.add(module.path.removeprefix(names.TEXT_PREFIX))
+        found = [self._whole[path] for path in paths if path in self._whole]
+        for path in paths:
+            parts = path.split(".")
+            endings = (".".join(parts[start:]) for start in range(len(parts)))
+            found += [self._endings[ending] for ending in endings if ending in self._endings]
+        usual = self._config.get("lora_alpha", 8)  # 8 is PEFT's own default
+        alpha = min(found, key=lambda one: one[0])[1] if found else usual
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < abs(alpha) < 1e30:
+            raise AdapterFileError(
+                f"{where}: lora_alpha is `{shown(alpha, 20)}`; set it to a number other than 0"
+            )
+        return float(alpha) * (math.sqrt(rank) if self._config.get("use_rslora") else 1.0)
 
 
 def installed_name(component: str, path: str) -> str:
@@ -238,27 +269,6 @@ def _has_text_model(component: str) -> bool:
     with torch.device("meta"):
         encoder = getattr(transformers, _TEXT_CLASSES[component])(settings)
     return any(name.startswith(names.TEXT_PREFIX) for name, _ in encoder.named_modules())
-
-
-def _names(where: str, pattern: str, module: ModuleKey) -> bool:
-    """Tell whether a pattern means this module; PEFT matches ``(.*\\.)?PATTERN$``.
-
-    Only plain names are taken: a regular expression from a stranger's file can run for ever.
-    """
-    if not _LITERAL_PATTERN.match(pattern):
-        raise AdapterFileError(
-            f"{where}: `alpha_pattern` has the regular expression `{shown(pattern, 60)}`; "
-            "write full module names there"
-        )
-    literal = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
-    paths = (
-        {module.path, module.path.removeprefix(names.TEXT_PREFIX)}
-        if module.component != "unet"
-        else {module.path}
-    )
-    if pattern.startswith("^"):
-        return literal in paths
-    return any(path == literal or path.endswith("." + literal) for path in paths)
 
 
 def _component_of(header: Header, found: Mapping[str, Mapping[str, str]]) -> str:

@@ -19,7 +19,7 @@ from ..errors import AdapterFileError
 from ..tensor_file import Header, Load, entry_json
 from . import folding, kinds
 from .keys import group_keys
-from .peft import effective_alpha
+from .peft import Alphas
 
 CONFIG_ENTRY = "lora_adapter_metadata"
 
@@ -36,11 +36,14 @@ def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update
     """
     path, metadata = header.path, header.metadata
     groups = group_keys(path, header.tensors)
-    configs = peft_settings(path, metadata)
+    settings = {
+        component: Alphas(f"{path}: header entry `{CONFIG_ENTRY}`", config)
+        for component, config in peft_settings(path, metadata).items()
+    }
     originals = folding.original_alpha(path, metadata)
     for module in sorted(groups):
         where = f"{path}: module `{module.component}.{module.path}`"
-        update = _update(where, groups[module], load, configs.get(module.component), module)
+        update = _update(where, groups[module], load, settings.get(module.component), module)
         yield module, _restored(update, module, originals)
 
 
@@ -78,14 +81,14 @@ def _restored(update: Update, module: ModuleKey, originals: Mapping[str, float])
 
 
 def _update(
-    where: str, parts: Mapping[str, str], load: Load, config: Mapping[str, Any] | None, module: ModuleKey
+    where: str, parts: Mapping[str, str], load: Load, alphas: Alphas | None, module: ModuleKey
 ) -> Update:
     tensors = {part: load(key) for part, key in parts.items()}
     alpha, scale = (
         folding.alpha_value(where, tensors.pop(part)) if part in tensors else None
         for part in ("alpha", "scale")
     )
-    if alpha is None and scale is None and config is not None and "down" in tensors:
-        alpha = effective_alpha(where, config, module, tensors["down"].shape[0])
+    if alpha is None and scale is None and alphas is not None and "down" in tensors:
+        alpha = alphas.of(where, module, tensors["down"].shape[0])
     # WebUI and stable-diffusion.cpp: a `scale` takes the place of alpha / rank
     return kinds.update_of(where, module, tensors, alpha, scale)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from sdlora.families.base import FamilyInfo
 from sdlora.formats import FORMATS, READERS, names, read_adapter, read_modules, read_outline, sniff
 from sdlora.formats.clients import CLIENTS, client_support
 from sdlora.formats.keys import parse_key, parse_name, spellings
+from sdlora.formats.peft import Alphas
 
 from .adapters import EVERYTHING, SD1, SD2, SDXL, assert_same, models_of, random_adapter
 
@@ -329,3 +332,47 @@ def test_names_of_peft_saved_as_one_file_are_explained(tmp_path: Path) -> None:
 
 def test_readers_know_every_spelling_that_keys_can_have() -> None:
     assert {spelling for spelling, _ in NAMES.values()} | {"lycoris", "peft"} == set(READERS)
+
+
+def test_alpha_patterns_mean_what_they_mean_to_peft() -> None:
+    patterns = {
+        "attn1.to_q": 2,
+        "^mid_block.attentions.0.proj_in": 3,
+        "proj_in": 4,
+        "to_q": 5,
+        "^to_k": 6,
+        r"down_blocks\.0\.proj_out$": 7,
+    }
+    paths = [
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_q",
+        "mid_block.attentions.0.proj_in",
+        "down_blocks.0.attentions.0.proj_in",
+        "down_blocks.0.attentions.0.to_k",
+        "down_blocks.0.proj_out",
+        "xto_q",
+    ]
+    alphas = Alphas("here", {"lora_alpha": 1, "alpha_pattern": patterns})
+    for path in paths:
+        key = next((one for one in patterns if re.match(rf"(.*\.)?({one})$", path)), None)
+        wanted = 1 if key is None else patterns[key]
+        assert alphas.of("here", ModuleKey("unet", path), 4) == wanted, path
+
+
+def test_thousands_of_patterns_are_read_at_once(tmp_path: Path) -> None:
+    pair = LowRankPair(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    weights = {
+        ModuleKey("unet", f"down_blocks.0.attentions.0.transformer_blocks.{i}.attn1.to_q"): LowRankPair(
+            pair.down, pair.up, float(i + 1)
+        )
+        for i in range(1500)
+    }
+    from sdlora.formats import write_adapter
+
+    from .adapters import file_of
+
+    write_adapter(file_of(AdapterWeights(weights)), "peft", tmp_path / "a", torch.float32, SD1)
+    started = time.process_time()
+    found = read_adapter(tmp_path / "a").weights
+    assert time.process_time() - started < 5.0, "trying 1500 patterns for 1500 modules takes much longer"
+    assert {key: one.alpha for key, one in found.items()} == {key: one.alpha for key, one in weights.items()}

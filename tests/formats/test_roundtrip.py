@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,11 @@ from .adapters import (
     SDXL,
     TEXT,
     assert_same,
+    canonical,
     file_of,
     models_of,
     random_adapter,
+    random_pair,
     tiny_text_encoder,
     tiny_unet,
 )
@@ -226,6 +229,50 @@ def test_any_shape_comes_back(
     write_adapter(file_of(weights), format, target, dtype, SD1)
     found = read_adapter(target).weights
     assert_same(found, weights)
+
+
+def layers_of(family: FamilyInfo) -> list[tuple[ModuleKey, nn.Module]]:
+    return _layers()[family.name]
+
+
+@functools.cache
+def _layers() -> dict[str, list[tuple[ModuleKey, nn.Module]]]:
+    return {family.name: _listed(family) for family in (SD1, SD2, SDXL)}
+
+
+def _listed(family: FamilyInfo) -> list[tuple[ModuleKey, nn.Module]]:
+    return [
+        (canonical(component, path), layer)
+        for component, model in models_of(family).items()
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and path.endswith(EVERYTHING if component == "unet" else TEXT)
+    ]
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_part_of_any_family_comes_back_through_any_two_formats(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    family = data.draw(st.sampled_from([SD1, SD2, SDXL]), label="family")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), label="dtype")
+    chosen = data.draw(st.lists(st.sampled_from(layers_of(family)), min_size=1, max_size=12, unique_by=id))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    pairs = {}
+    for module, layer in chosen:
+        rank = data.draw(st.integers(1, 5))
+        alpha = data.draw(st.sampled_from([0.5, 1.0, 1.5, 3.0, 12.7, float(rank), 2.0 * rank, -1.0]))
+        pairs[module] = random_pair(layer, rank, alpha, generator, dtype)
+    weights = AdapterWeights(dict(pairs))
+    adapter, folder = file_of(weights), tmp_path_factory.mktemp("two")
+    for step in ("first", "second"):
+        format = data.draw(st.sampled_from(sorted(FORMATS)), label=step)
+        target = target_in(folder / step, format)
+        write_adapter(adapter, format, target, dtype, family)
+        adapter = read_adapter(target)
+        assert_same(adapter.weights, weights)
+        assert sniff(target) == format
 
 
 def test_layers_without_a_webui_name_are_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from sdlora.formats.proof import compare, prove
 
 from .adapters import EVERYTHING, LINEAR, file_of, random_adapter
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
