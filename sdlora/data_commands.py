@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 Result = tuple[dict[str, Any], int]
 
 _DAY = 86_400
+_RESOLUTION = 512
 
 
 def declare_check(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora check``."""
-    parser.add_argument("folder", type=Path, help="folder of pictures")
+    parser.add_argument("folder", nargs="?", help="folder of pictures; as in the settings when left out")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="look at what these settings train on")
     parser.add_argument("--trigger", metavar="WORD", help="word the captions should hold")
-    parser.add_argument("--resolution", type=int, default=512, help="px trained at")
+    parser.add_argument("--resolution", type=int, help="px trained at; 512 when left out")
     parser.add_argument(
         "--multiple", type=int, default=64, help="picture sides are multiples of this many px"
     )
@@ -34,6 +36,8 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fix", action="store_true", help="write a mended copy of the folder to --output")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where --fix puts the copy")
+    parser.set_defaults(overrides=[])
+    parser.usage = "sdlora check FOLDER [options] [data.name=value ...]"
 
 
 def run_check(options: argparse.Namespace) -> Result:
@@ -43,13 +47,18 @@ def run_check(options: argparse.Namespace) -> Result:
     from .display import progress_bar
 
     for flag in ("resolution", "multiple"):
-        if getattr(options, flag) < 1:
-            raise ConfigError(f"--{flag} {getattr(options, flag)}: must be 1 or more")
+        if (value := getattr(options, flag)) is not None and value < 1:
+            raise ConfigError(f"--{flag} {value}: must be 1 or more")
     if options.fix != (options.output is not None):
         raise ConfigError("--fix and --output DIR belong together: the copy is written to DIR")
+    settled = options.config is not None or bool(options.overrides)
+    if settled and options.fix:
+        raise ConfigError("--fix mends one folder as it is: give it without --config and key=value")
+    if not settled and options.folder is None:
+        raise ConfigError("no folder of pictures given: sdlora check FOLDER, or --config FILE")
     if options.html:
         _refuse_to_replace(options.html)
-    report = _examined(options, options.folder)
+    report = _examined_settings(options) if settled else _examined(options, Path(options.folder))
     print_report(report)
     result = report_to_dict(report)
     if options.html:
@@ -74,11 +83,38 @@ def _examined(options: argparse.Namespace, folder: Path) -> Report:
             folder,
             recursive=not options.flat,
             trigger_word=options.trigger,
-            resolution=options.resolution,
+            resolution=options.resolution or _RESOLUTION,
             multiple=options.multiple,
             batch_size=options.batch_size,
             progress=progress,
         )
+
+
+def _examined_settings(options: argparse.Namespace) -> Report:
+    """Look at all folders that the settings train on, placed as they say."""
+    from .config import load_config
+    from .data.doctor import diagnose
+    from .data.placing import placer
+    from .data.sources import survey_all
+    from .display import progress_bar
+
+    config = load_config(
+        options.config,
+        options.overrides,
+        {
+            "data.folder": options.folder and Path(options.folder),
+            "data.trigger_word": options.trigger,
+            "data.resolution": options.resolution,
+            "data.recursive": False if options.flat else None,
+        },
+    )
+    data = config.data
+    resolution = data.resolution or _RESOLUTION
+    placed = placer(resolution, options.multiple, grouped=data.buckets, upscale=data.upscale)
+    with progress_bar("reading") as progress:
+        found = survey_all(data, progress)
+    batch_size = options.batch_size or config.training.batch_size
+    return diagnose(found, placed, resolution=resolution, recursive=data.recursive, batch_size=batch_size)
 
 
 def _mend(options: argparse.Namespace) -> dict[str, Any]:
@@ -89,7 +125,7 @@ def _mend(options: argparse.Namespace) -> dict[str, Any]:
     from .display import progress_bar
 
     with progress_bar("copying") as progress:
-        changes = repair(options.folder, options.output, recursive=not options.flat, progress=progress)
+        changes = repair(Path(options.folder), options.output, recursive=not options.flat, progress=progress)
     print_changes(options.output, changes)
     copy = _examined(options, options.output)
     counts = {severity: copy.count(severity) for severity in SEVERITIES}

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from .config import Config
 from .data.buckets import (
-    MAX_ASPECT,
     MAX_UPSCALE,
     Placement,
-    make_buckets,
-    place,
-    place_without_upscaling,
-    square_bucket,
     upscale,
 )
 from .data.cache import EncodedDataset
@@ -24,6 +19,7 @@ from .data.caption_plan import CaptionRun, plan_captions
 from .data.items import Dataset, ImageItem
 from .data.looks import Looks
 from .data.order import Order
+from .data.placing import Placer, placer
 from .data.wording import Wording
 from .errors import ConfigError
 from .events import Announcer, Caching, Decided, Noticed
@@ -119,26 +115,15 @@ def _of_main_resolution(
     return tuple(map(_placer(config, config.data.resolution, model), items)), tuple(items)
 
 
-def _placer(config: Config, resolution: int, model: DiffusionModel) -> Callable[[ImageItem], Placement]:
+def _placer(config: Config, resolution: int, model: DiffusionModel) -> Placer:
     """Return what places pictures at one resolution.
 
     Raises:
         ConfigError: for a resolution the base cannot work at.
     """
-    multiple, grouped = model.size_multiple, config.data.buckets
-    if resolution < multiple:
-        raise ConfigError(f"`data.resolution={resolution}`: the base needs at least {multiple} px")
-    buckets = (make_buckets if grouped else square_bucket)(resolution, multiple)
-
-    def placed(item: ImageItem) -> Placement:
-        if config.data.upscale:
-            return place(item.height, item.width, buckets, item.focus)
-        aspect = MAX_ASPECT if grouped else 1.0
-        return place_without_upscaling(
-            item.height, item.width, resolution, multiple, buckets, item.focus, aspect
-        )
-
-    return placed
+    if resolution < model.size_multiple:
+        raise ConfigError(f"`data.resolution={resolution}`: the base needs at least {model.size_multiple} px")
+    return placer(resolution, model.size_multiple, grouped=config.data.buckets, upscale=config.data.upscale)
 
 
 def _looks(config: Config, items: tuple[ImageItem, ...], placements: tuple[Placement, ...]) -> Looks:

@@ -141,3 +141,48 @@ def test_check_replaces_a_page_of_its_own_and_no_other_file(
         code, _, errors = run("check", folder, "--resolution", 64, "--html", file)
         assert (code, words in errors) == (2, True)
     assert other.read_text(encoding="utf-8") == "<title>my work</title>"
+
+
+def test_check_looks_at_what_the_settings_train_on(
+    run: Run, picture_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    first, second = picture_folder(), picture_folder(3, "more", caption=False)
+    (second / "broken.png").write_bytes(b"x")
+    settings = tmp_path / "run.toml"
+    settings.write_text(
+        f"[data]\nfolder = '{first}'\nresolution = 64\nbuckets = false\n"
+        f"[training]\nbatch_size = 4\n"
+        f"[[data.sources]]\nfolder = '{second}'\nrepeats = 2\ncaption = 'a thing'\n",
+        encoding="utf-8",
+    )
+    code, output, _ = run("check", "--config", settings, "--multiple", 8, "--json")
+    result = json.loads(output.splitlines()[-1])
+    assert code == 1
+    assert (result["num_images"], result["num_unusable"], result["num_batches"]) == (9, 1, 3)
+    assert result["buckets"] == [{"bucket": [64, 64], "num_images": 9, "num_visits": 12}]
+    assert [f["where"] for f in result["findings"] if f["severity"] == "error"] == [f"{second}/broken.png"]
+    captions = {picture["name"]: picture["caption"] for picture in result["pictures"]}
+    assert captions["more/thing00.png"] == "a thing"
+    (second / "broken.png").unlink()
+    code, output, _ = run("check", "--config", settings, "--multiple", 8, "data.upscale=false", "--json")
+    sizes = {tuple(bucket["bucket"]) for bucket in json.loads(output.splitlines()[-1])["buckets"]}
+    assert (code, sizes) == (0, {(40, 40), (32, 32)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "no folder of pictures given"),
+        (["--config", "nowhere.toml"], "no such settings file"),
+        (["pictures", "data.resolutoin=64"], "data.resolution"),
+        (["pictures", "--fix", "--output", "x", "data.flip=true"], "without --config"),
+        (["pictures", "--resolution", "0"], "must be 1 or more"),
+    ],
+)
+def test_a_check_that_makes_no_sense_gets_one_clear_error(
+    run: Run, picture_folder: Callable[..., Path], arguments: list[str], words: str
+) -> None:
+    folder = picture_folder()
+    given = [str(folder) if argument == "pictures" else argument for argument in arguments]
+    code, _, errors = run("check", *given)
+    assert (code, words in errors) == (2, True), errors

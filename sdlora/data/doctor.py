@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .buckets import BucketCount, Placement, count_buckets, make_buckets, place, source_box, upscale
+from .buckets import BucketCount, Placement, count_buckets, source_box, upscale
 from .findings import (
     SEVERITIES,
     Finding,
@@ -26,7 +26,8 @@ from .findings import (
     count_tags,
 )
 from .folder import Progress, survey
-from .items import ImageItem
+from .items import ImageItem, Survey
+from .placing import Placer, placer
 from .tokens import count_tokens
 
 _MOST_TAGS = 50
@@ -130,10 +131,17 @@ def examine(
         DatasetError: when the folder is missing, is a file, or holds no pictures.
         ConfigError: when the resolution is smaller than the size multiple.
     """
-    sizes = make_buckets(resolution, multiple)
+    placed = placer(resolution, multiple)  # refuses before anything is read
     found = survey(folder, recursive=recursive, trigger_word=trigger_word, progress=progress)
+    return diagnose(found, placed, resolution=resolution, recursive=recursive, batch_size=batch_size)
+
+
+def diagnose(
+    found: Survey, placed: Placer, *, resolution: int, recursive: bool = True, batch_size: int | None = None
+) -> Report:
+    """Return the report about pictures that were read, placed as training would place them."""
     dataset = found.dataset
-    placements = [place(item.height, item.width, sizes) for item in dataset.items]
+    placements = [placed(item) for item in dataset.items]
     tokens = count_tokens([item.caption for item in dataset.items])
     findings = chain(
         about_problems(found.problems),
@@ -145,7 +153,7 @@ def examine(
     buckets = count_buckets(placements, [item.repeats for item in dataset.items])
     batches, short = _batches(buckets, batch_size)
     return Report(
-        folder=Path(folder),
+        folder=dataset.folder,
         recursive=recursive,
         trigger_word=dataset.trigger_word,
         resolution=resolution,

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data_config import DataConfig, SourceConfig
 from ..errors import DatasetError
 from .folder import Progress, Reading, scan, survey
-from .items import Dataset, ImageItem
+from .items import Dataset, ImageItem, Survey
 from .problems import listed
 
 
@@ -24,29 +24,54 @@ def gather(data: DataConfig, progress: Progress | None = None) -> Dataset:
         DatasetError: when no folder is given, one is missing or empty, or any picture or caption cannot
             be used.
     """
+    read = _read_all(data, progress)
+    complaints = [listed(found.problems, source.folder) for source, found in read if found.problems]
+    if complaints:
+        raise DatasetError("\n".join(complaints))
+    return _together(data, read)
+
+
+def survey_all(data: DataConfig, progress: Progress | None = None) -> Survey:
+    """Return the usable pictures of all folders and the problems of the rest, as :func:`gather` reads them.
+
+    Raises:
+        DatasetError: when no folder is given, or one is missing or empty.
+    """
+    read = _read_all(data, progress)
+    problems = [
+        replace(problem, where=f"{source.folder}/{problem.where}") if len(read) > 1 else problem
+        for source, found in read
+        for problem in found.problems
+    ]
+    return Survey(_together(data, read), tuple(problems), sum(found.num_pictures for _, found in read))
+
+
+def _read_all(data: DataConfig, progress: Progress | None) -> list[tuple[SourceConfig, Survey]]:
     sources = _all_sources(data)
     if not sources:
         raise DatasetError("no folder of pictures given: sdlora train FOLDER, or data.folder in the settings")
-    found: list[Dataset] = []
-    complaints: list[str] = []
-    for source in sources:
-        read = survey(
-            source.folder,
-            recursive=data.recursive if source.recursive is None else source.recursive,
-            trigger_word=_trigger(source, data),
-            repeats=source.repeats or (1 if source.regularisation else data.repeats),
-            reading=_reading(source, data),
-            progress=progress,
+    return [
+        (
+            source,
+            survey(
+                source.folder,
+                recursive=data.recursive if source.recursive is None else source.recursive,
+                trigger_word=_trigger(source, data),
+                repeats=source.repeats or (1 if source.regularisation else data.repeats),
+                reading=_reading(source, data),
+                progress=progress,
+            ),
         )
-        found.append(read.dataset)
-        if read.problems:
-            complaints.append(listed(read.problems, source.folder))
-    if complaints:
-        raise DatasetError("\n".join(complaints))
+        for source in sources
+    ]
+
+
+def _together(data: DataConfig, read: Sequence[tuple[SourceConfig, Survey]]) -> Dataset:
+    sources, found = [source for source, _ in read], [survey.dataset for _, survey in read]
     parts = _named(found) if len(found) > 1 else found
     parts, notes = _balanced(sources, parts)
     items = tuple(item for part in parts for item in part.items)
-    if not any(not item.regularisation for item in items):
+    if all(source.regularisation for source in sources):
         raise DatasetError("data.sources: there are only regularisation pictures; add pictures to be learned")
     notes += _shared(items)
     return Dataset(

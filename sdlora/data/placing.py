@@ -1,0 +1,35 @@
+"""Where every picture of a run ends up: the one rule that training follows and the doctor shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .buckets import MAX_ASPECT, Placement, make_buckets, place, place_without_upscaling, square_bucket
+from .items import ImageItem
+
+Placer = Callable[[ImageItem], Placement]
+
+
+def placer(resolution: int, multiple: int, *, grouped: bool = True, upscale: bool = True) -> Placer:
+    """Return what places pictures at one resolution.
+
+    Args:
+        resolution: side of a square of the area trained at, px.
+        multiple: of all sides, px.
+        grouped: keep aspect ratios by buckets; off, crop to squares.
+        upscale: enlarge pictures that are smaller than the resolution.
+
+    Raises:
+        ConfigError: when the resolution is smaller than the size multiple.
+    """
+    buckets = (make_buckets if grouped else square_bucket)(resolution, multiple)
+
+    def placed(item: ImageItem) -> Placement:
+        if upscale:
+            return place(item.height, item.width, buckets, item.focus)
+        aspect = MAX_ASPECT if grouped else 1.0
+        return place_without_upscaling(
+            item.height, item.width, resolution, multiple, buckets, item.focus, aspect
+        )
+
+    return placed
