@@ -14,9 +14,10 @@ from torch import Tensor
 from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
 from sdlora.adapters.initial import split_side
 from sdlora.adapters.kinds import DoRA, LoHa, LoKr
-from sdlora.adapters.lora import attach, detach, set_strengths
+from sdlora.adapters.lora import attach, create_adapter, detach, set_strengths
 from sdlora.checkpoint import list_checkpoints
 from sdlora.config import Config, load_config, save_config
+from sdlora.continued import continued
 from sdlora.errors import ConfigError
 from sdlora.events import Announcer, Control, Event, StepDone
 from sdlora.families.base import DiffusionModel, SizeHint
@@ -94,7 +95,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+FAST = ("dora", "pissa")
+
+
+@pytest.mark.parametrize(
+    "variant", [v if v in FAST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+)
 def test_each_variant_starts_at_the_base_resumes_exactly_and_is_what_it_trained(
     variant: str, settings: Settings
 ) -> None:
@@ -148,6 +154,20 @@ def check_kind(variant: str, weights: AdapterWeights) -> None:
             "mid_block.attentions.0.proj_in": 1
         }
         assert {pair.scale for pair in weights.pairs.values()} == {1.0}
+
+
+@pytest.mark.parametrize("variant", ["loha", "lokr"])
+def test_lycoris_kinds_start_at_the_base_and_every_layer_learns(variant: str, settings: Settings) -> None:
+    config = settings("run", *VARIANTS[variant])
+    run = prepared(config)
+    assert torch.equal(output(run.model), output(base_of(config)))
+    before = run.learned.masters()
+    run.model.prepare(training=True)
+    train_step(run)
+    after = run.learned.masters()
+    assert after.kinds() == {variant: len(before)} and len(before) > 20
+    for key, update in after.all_items():
+        assert float(update.delta().abs().max()) > 0 == float(before.updates[key].delta().abs().max()), key
 
 
 def test_dora_in_bf16_starts_at_the_base_and_keeps_its_magnitudes_in_fp32(settings: Settings) -> None:
@@ -215,55 +235,52 @@ def test_pissa_takes_the_largest_singular_values_and_leaves_the_base_alone(setti
     assert max(float(pair.delta().abs().max()) for pair in masters.pairs.values()) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "kind", ["loha", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lora", "dora", "lokr"))]
+)
 def test_a_run_goes_on_from_a_file_of_any_kind_with_its_ranks_and_alphas(
-    settings: Settings, tmp_path: Path
+    kind: str, settings: Settings
 ) -> None:
-    for kind in ("lora", "dora", "loha", "lokr"):
-        first = train(settings(f"first-{kind}", f"adapter.kind={kind}", "adapter.alpha=3", "adapter.rank=3"))
-        assert first.adapter_file is not None
-        file = read_adapter(first.adapter_file)
-        config = settings(
-            *(f"second-{kind}", f"adapter.kind={kind}", "training.steps=1"),
-            f"adapter.from_file={first.adapter_file.as_posix()}",
-        )
-        run = prepared(config)
-        assert (run.config.adapter.rank, run.config.adapter.alpha) == (file.weights.ranks()[-1], 3.0) or (
-            kind == "lokr"
-        )
-        start = run.learned.masters()
-        for key, update in file.weights.all_items():
-            assert (start.updates[key].kind, start.updates[key].alpha) == (update.kind, update.alpha)
-            for name, tensor in update.tensors().items():
-                assert torch.equal(start.updates[key].tensors()[name], tensor.float()), (key, name)
-        model = base_of(config)
-        attach(model, file.weights, "file")
-        torch.testing.assert_close(output(run.model), output(model), rtol=1e-4, atol=1e-5)
-    result = train(settings("third", "training.steps=2", f"adapter.from_file={first_file(tmp_path)}"))
-    assert result.adapter_file is not None
-
-
-def first_file(tmp_path: Path) -> str:
-    return (tmp_path / "first-lora" / "lora.safetensors").as_posix()
+    first = train(settings("first", f"adapter.kind={kind}", "adapter.alpha=3", "adapter.rank=3"))
+    assert first.adapter_file is not None
+    file = read_adapter(first.adapter_file)
+    config = settings(
+        *("second", f"adapter.kind={kind}", "training.steps=1"),
+        f"adapter.from_file={first.adapter_file.as_posix()}",
+    )
+    run = prepared(config)
+    assert run.config.adapter.alpha == 3.0 and run.config.adapter.rank in file.weights.ranks()
+    start = run.learned.masters()
+    for key, update in file.weights.all_items():
+        assert (start.updates[key].kind, start.updates[key].alpha) == (update.kind, update.alpha)
+        for name, tensor in update.tensors().items():
+            assert torch.equal(start.updates[key].tensors()[name], tensor.float()), (key, name)
+    model = base_of(config)
+    attach(model, file.weights, "file")
+    torch.testing.assert_close(output(run.model), output(model), rtol=1e-4, atol=1e-5)
 
 
 def test_contradictions_with_the_file_are_errors(settings: Settings, tmp_path: Path) -> None:
-    first = train(settings("first", "training.steps=1", "adapter.rank=3"))
-    assert first.adapter_file is not None
-    file = f"adapter.from_file={first.adapter_file.as_posix()}"
+    model = base_of(settings("probe"))
+    adapter = settings("probe", "adapter.rank=3", "adapter.alpha=1.5").adapter
+    target = tmp_path / "first.safetensors"
+    info = AdapterInfo(metadata={"ss_base_model_version": "sd_v1"})
+    file = AdapterFile(create_adapter(model, adapter, 0), info)
+    write_adapter(file, "webui", target, torch.float32, model.info)
+    given = f"adapter.from_file={target.as_posix()}"
     wrong = {
-        "rank": ("adapter.rank=4", r"adapter.rank=4` contradicts .* whose layers have 3"),
-        "alpha": ("adapter.alpha=9", r"adapter.alpha=9.0` contradicts"),
-        "kind": ("adapter.kind=loha", r"which holds LoRA; set adapter.kind=lora"),
-        "text": (
-            "adapter.text_encoder=true",
-            r"does not adapt the text_encoder; set adapter.text_encoder=false",
-        ),
-        "targets": ("adapter.targets=all", r"adapter.targets=all` contradicts"),
+        "adapter.rank=4": r"adapter.rank=4` contradicts .* whose layers have 3",
+        "adapter.alpha=9": r"adapter.alpha=9.0` contradicts .* whose layers have 1.5",
+        "adapter.kind=loha": r"which holds LoRA; set adapter.kind=lora",
+        "adapter.text_encoder=true": r"does not adapt the text_encoder; set adapter.text_encoder=false",
+        "adapter.targets=all": r"adapter.targets=all` contradicts",
     }
-    for name, (override, message) in wrong.items():
+    for override, message in wrong.items():
         with pytest.raises(ConfigError, match=message):
-            prepared(settings(f"wrong-{name}", file, override))
-    assert prepared(settings("right", file, "adapter.rank=3")).config.adapter.rank == 3
+            continued(settings("wrong", given, override), model)
+    config, weights, decisions = continued(settings("right", given, "adapter.rank=3"), model)
+    assert (config.adapter.rank, config.adapter.alpha, len(weights)) == (3, 1.5, len(file.weights))
+    assert [one.key for one in decisions] == ["adapter.alpha"]
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,18 @@ def assert_same(found: AdapterWeights, wanted: AdapterWeights) -> None:
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((SD1, torch.float16), (SDXL, torch.float32)),
+        *(pytest.param(family, torch.bfloat16, marks=SLOW) for family in FAMILIES),
+        *(pytest.param(family, torch.float16, marks=SLOW) for family in (SD2, SDXL)),
+        *(pytest.param(family, torch.float32, marks=SLOW) for family in (SD1, SD2)),
+    ],
+)
 def test_webui_files_hold_every_kind_without_loss(
     family: FamilyInfo, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -124,7 +134,7 @@ def lycoris_keys(path: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("family", [SD1, SD2], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [SD1, pytest.param(SD2, marks=SLOW)])
 def test_wrapper_keys_are_read(family: FamilyInfo, tmp_path: Path) -> None:
     weights = mixture(family)
     unet = AdapterWeights({k: u for k, u in weights.all_items() if k.component == "unet"})
