@@ -58,6 +58,19 @@ def pair_of(where: str, down: Tensor | None, up: Tensor | None, alpha: float | N
         raise AdapterFileError(f"{where}: {error}; the file is damaged, export it again") from None
 
 
+def check_sides(where: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a factor that is a single number, before its rank is asked for.
+
+    Raises:
+        AdapterFileError: naming the part.
+    """
+    for part, tensor in tensors.items():
+        if tensor.ndim == 0:
+            raise AdapterFileError(
+                f"{where}: its `{part}` factor is a single number; the file is damaged, export it again"
+            )
+
+
 def alpha_value(where: str, tensor: Tensor) -> float:
     """Return the number in an alpha tensor, in the shortest decimal form that stores to the same float32.
 

@@ -126,6 +126,7 @@ def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update
     for module, parts in sorted(_groups(header).items()):
         where = f"{path}: module `{module.component}.{module.path}`"
         tensors = {part: load(key) for part, key in parts.items()}
+        folding.check_sides(where, tensors)
         rank = tensors["down"].shape[0] if "down" in tensors else 1
         yield module, kinds.update_of(where, module, tensors, alphas.of(where, module, rank))
 

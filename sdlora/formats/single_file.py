@@ -88,6 +88,7 @@ def _update(
         folding.alpha_value(where, tensors.pop(part)) if part in tensors else None
         for part in ("alpha", "scale")
     )
+    folding.check_sides(where, tensors)
     if alpha is None and scale is None and alphas is not None and "down" in tensors:
         alpha = alphas.of(where, module, tensors["down"].shape[0])
     # WebUI and stable-diffusion.cpp: a `scale` takes the place of alpha / rank

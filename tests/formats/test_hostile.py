@@ -255,6 +255,9 @@ NOT_ADAPTERS: dict[str, dict[str, tuple[int, ...]]] = {
         f"{KEY}.lora_up.weight": (4, 2),
         f"{KEY}.alpha": (2,),
     },
+    "`down` factor is a single number": {f"{KEY}.lora_down.weight": (), f"{KEY}.lora_up.weight": (4, 2)},
+    "`up` factor is a single number": {f"{KEY}.lora_down.weight": (2, 4), f"{KEY}.lora_up.weight": ()},
+    "`hada_w1_b` factor is a single number": {f"{KEY}.hada_w1_a": (4, 2), f"{KEY}.hada_w1_b": ()},
     "is there twice": {
         f"{KEY}.lora_down.weight": (2, 4),
         "lora_unet_middle_block_1_proj_in.lora_down.weight": (2, 4),
@@ -311,6 +314,15 @@ def test_broken_peft_folders(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04x")
     with pytest.raises(AdapterFileError, match="only as a pickle"):
+        read_adapter(tmp_path)
+
+
+def test_a_peft_factor_that_is_a_single_number(tmp_path: Path) -> None:
+    key = "base_model.model.mid_block.attentions.0.proj_in"
+    tensors = {f"{key}.lora_A.weight": torch.tensor(1.0), f"{key}.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterFileError, match="is a single number"):
         read_adapter(tmp_path)
 
 
