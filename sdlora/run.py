@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     facts = BaseFacts(model.base, model.native_resolution, model.device.type, tuple(model.components()))
     check_components(config, facts)
     config, more = resolve_data(config, facts, len(learned.items))
-    training, validation = _hold_out(config, learned, own_validation)
+    training, validation = _hold_out(config, learned, own_validation, priors.items)
     training = joined(training, priors)
     for note in training.notes:
         tell(Noticed(note))
@@ -152,12 +152,14 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     return _assemble(config, folder, model, start, training, validation, accelerator, tell, resume=resume)
 
 
-def _hold_out(config: Config, dataset: Dataset, own: Dataset | None) -> tuple[Dataset, Dataset]:
+def _hold_out(
+    config: Config, dataset: Dataset, own: Dataset | None, priors: Sequence[ImageItem]
+) -> tuple[Dataset, Dataset]:
     """Return (training, validation) as ``data.validation`` says: a share, a number, or a folder."""
     if own is not None:
-        return keep_apart(dataset, own)
+        return keep_apart(dataset, own, priors)
     assert isinstance(config.data.validation, float)
-    return split(dataset, config.data.validation, config.training.seed)
+    return split(dataset, config.data.validation, config.training.seed, priors)
 
 
 def _refuse_old_run(folder: Path) -> None:

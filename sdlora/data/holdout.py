@@ -18,12 +18,15 @@ from .likeness import near_duplicates
 _NAMES_SHOWN = 5
 
 
-def split(dataset: Dataset, validation: float, seed: int) -> tuple[Dataset, Dataset]:
+def split(
+    dataset: Dataset, validation: float, seed: int, always_trained: Sequence[ImageItem] = ()
+) -> tuple[Dataset, Dataset]:
     """Return (training, held out): a share of the pictures below 1, or a number of them; 0 holds out none.
 
     Near duplicates stay on one side, so the hold-out does not leak. The choice depends on the seed and on
-    the pictures' content, so adding a picture changes little. At least one picture is left to train on; if
-    another number is held out than asked for, a note of the training side says so.
+    the pictures' content, so adding a picture changes little. What nearly equals a picture of
+    ``always_trained`` (regularisation pictures) is not held out. At least one picture is left to train on;
+    if another number is held out than asked for, a note of the training side says so.
     """
     if validation < 0:
         raise DatasetError(
@@ -31,7 +34,7 @@ def split(dataset: Dataset, validation: float, seed: int) -> tuple[Dataset, Data
         )
     total = len(dataset.items)
     asked = max(1, int(validation * total + 0.5)) if 0 < validation < 1 else int(validation)
-    held = _choose(dataset.items, min(asked, total - 1), seed)
+    held = _choose(dataset.items, always_trained, min(asked, total - 1), seed)
     notes = dataset.notes
     if len(held) != asked:
         notes += (f"{len(held)} of {asked} wanted pictures are held out; near duplicates stay together",)
@@ -39,7 +42,9 @@ def split(dataset: Dataset, validation: float, seed: int) -> tuple[Dataset, Data
     return replace(training, notes=notes), kept_out
 
 
-def keep_apart(dataset: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]:
+def keep_apart(
+    dataset: Dataset, validation: Dataset, always_trained: Sequence[ImageItem] = ()
+) -> tuple[Dataset, Dataset]:
     """Return (training, held out) when the pictures to hold out have a folder of their own.
 
     Where that folder lies inside the training folder, its pictures are not trained on. A held-out picture
@@ -60,7 +65,7 @@ def keep_apart(dataset: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]
             f"data.validation={validation.folder}: holds every picture of {dataset.folder}, so none is left "
             "to train on; give a folder of other pictures"
         )
-    leaks = _like_any(training.items, validation.items)
+    leaks = _like_any([*training.items, *always_trained], validation.items)
     kept, leaked = _parted(validation, leaks)
     if not kept.items:
         raise DatasetError(
@@ -72,13 +77,17 @@ def keep_apart(dataset: Dataset, validation: Dataset) -> tuple[Dataset, Dataset]
     return replace(training, notes=tuple(notes)), kept
 
 
-def _choose(items: Sequence[ImageItem], wanted: int, seed: int) -> set[int]:
+def _choose(
+    items: Sequence[ImageItem], always_trained: Sequence[ImageItem], wanted: int, seed: int
+) -> set[int]:
     """Return indices of about ``wanted`` pictures, whole groups of near duplicates only."""
     if wanted < 1:
         return set()
-    groups = near_duplicates(items)
+    total = len(items)
+    groups = near_duplicates([*items, *always_trained])
     grouped = {index for group in groups for index in group}
-    groups += [(index,) for index in range(len(items)) if index not in grouped]
+    groups += [(index,) for index in range(total) if index not in grouped]
+    groups = [group for group in groups if group[-1] < total]  # ascending: those always trained on are last
 
     def rank(group: tuple[int, ...]) -> str:
         first = min(items[index].digest for index in group)
@@ -88,7 +97,7 @@ def _choose(items: Sequence[ImageItem], wanted: int, seed: int) -> set[int]:
     for group in sorted(groups, key=rank):
         if len(held) + len(group) <= wanted:
             held.update(group)
-    if not held:  # every group is larger than what was asked for: rather a few more than none
+    if not held and groups:  # every group is larger than what was asked for: rather a few more than none
         smallest = min(groups, key=lambda group: (len(group), rank(group)))
         held.update(smallest if 2 * len(smallest) <= len(items) else ())
     return held

@@ -157,3 +157,31 @@ def test_a_hold_out_folder_that_leaves_one_side_empty_is_refused(tmp_path: Path)
         keep_apart(training, scan(tmp_path / "copy"))
     with pytest.raises(DatasetError, match="so none is left to train on"):
         keep_apart(training, training)
+
+
+@given(
+    contents=st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    priors=st.sets(st.integers(0, 9), max_size=6),
+    validation=st.integers(0, 20).map(float),
+)
+@settings(max_examples=80, deadline=None)
+def test_nothing_like_a_regularisation_picture_is_held_out(
+    contents: list[int], priors: set[int], validation: float
+) -> None:
+    items = tuple(item(n, likeness=looks(content, n)) for n, content in enumerate(contents))
+    trained = tuple(item(100 + content, likeness=looks(content, 300)) for content in sorted(priors))
+    training, held = split(Dataset(Path("x"), items), validation, 0, trained)
+    assert sorted(i.name for i in training.items + held.items) == sorted(i.name for i in items)
+    content_of = {one.name: content for one, content in zip(items, contents, strict=True)}
+    assert not {content_of[i.name] for i in held.items} & priors
+    if set(contents) <= priors:
+        assert held.items == ()
+
+
+def test_a_hold_out_folder_does_not_measure_regularisation_pictures(tmp_path: Path) -> None:
+    training = scan(folder_of(tmp_path / "train", 2))
+    priors = scan(put(tmp_path / "class" / "dog.png", drawing(20)).parent).items
+    put(tmp_path / "val" / "same dog.jpg", encoded(drawing(20), "JPEG"))
+    put(tmp_path / "val" / "another dog.png", drawing(21))
+    _, held = keep_apart(training, scan(tmp_path / "val"), priors)
+    assert [i.name for i in held.items] == ["another dog.png"]
