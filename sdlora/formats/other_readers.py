@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from ..adapters.base import AdapterWeights, ModuleKey, Update
+from ..adapters.kinds import LoKr
 from ..errors import AdapterFileError
 from . import kinds, names, read_outline
 
@@ -156,8 +158,12 @@ def _layer(update: Update) -> nn.Module:
 def _loaded(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, Update]]:
     """Yield what PEFT's layers in a model hold."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lycoris_utils import LycorisLayer
 
     for path, layer in model.named_modules():
+        if isinstance(layer, LycorisLayer):
+            module = ModuleKey(component, path if component == "unet" else names.with_text_prefix(path))
+            yield module, _lycoris(module, layer)
         if isinstance(layer, LoraLayer):
             any_layer: Any = layer
             (name,) = any_layer.lora_A
@@ -171,3 +177,15 @@ def _loaded(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, Updat
                 parts[kinds.MAGNITUDE] = any_layer.lora_magnitude_vector[name].weight.detach()
             module = ModuleKey(component, canonical)
             yield module, kinds.update_of(canonical, module, parts, alpha)
+
+
+def _lycoris(module: ModuleKey, layer: Any) -> Update:
+    """Return the LoHa or LoKr that PEFT's layer holds."""
+    held = {name: getattr(layer, name) for name in layer.adapter_layer_names}
+    (inner,) = {inner for factors in held.values() for inner in factors}
+    parts = {name: factors[inner].detach() for name, factors in held.items() if inner in factors}
+    update = kinds.update_of(module.path, module, parts, float(layer.alpha[inner]))
+    scale = float(layer.scaling[inner])
+    if isinstance(update, LoKr) and update.w1 is not None and update.w2 is not None and scale != 1.0:
+        return replace(update, w1=update.w1 * scale)
+    return update

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,23 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import COMPONENTS, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.kinds import LoHa, LoKr
 from ..errors import AdapterFileError
 from ..tensor_file import MAX_ENTRY_CHARS, Header, Load, shown
-from . import folding, foreign, kinds, names
+from . import folding, foreign, kinds, names, peft_lycoris
+from .peft_lycoris import PEFT_TYPES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 _FACTOR = re.compile(
-    r"^base_model\.model\.(?P<path>.+?)\.lora_(?P<part>A|B|magnitude_vector)"
+    r"^base_model\.model\.(?P<path>.+?)\.(?:lora_(?P<part>A|B|magnitude_vector)|(?P<factor>(?:hada|lokr)_\w+))"
     r"(?:\.(?!weight$)[A-Za-z]\w*)?(?:\.weight)?$"
 )
-_PARTS = {"A": "down", "B": "up", "magnitude_vector": kinds.MAGNITUDE}
+_PARTS = {"A": "down", "B": "up", "magnitude_vector": kinds.MAGNITUDE} | {
+    name: name for name in (*kinds.LOHA_PARTS, *kinds.LOKR_PARTS)
+}
 _LITERAL_PATTERN = re.compile(r"^\^?[\w.\\-]+\$?$")
 _OPEN_CLIP_WIDTH = 1280
 """Width of SDXL's second text encoder, which no other encoder of these families has."""
@@ -49,12 +54,21 @@ def encode(
     """Return the tensors and the settings of one component's folder.
 
     Raises:
-        AdapterFileError: when values do not fit the number format.
+        AdapterFileError: for what PEFT has no settings for, or values that do not fit the number format.
     """
-    weights, magnitudes = kinds.as_low_rank(where, "PEFT", weights)
-    pairs = weights.component(component)
-    spelled = {path: installed_name(component, path) for path in pairs}
+    updates = weights.updates_of(component)
+    spelled = {path: installed_name(component, path) for path in updates}
     tensors: dict[str, Tensor] = {}
+    if any(isinstance(one, LoHa | LoKr) for one in updates.values()):
+        settings = peft_lycoris.settings_of(f"{where}: {component}", updates, spelled)
+        for path, one in updates.items():
+            at = f"{where}: module `{component}.{path}`"
+            for name, factor in one.tensors().items():
+                tensors[f"{PREFIX}{spelled[path]}.{name}"] = folding.fitting(at, factor, dtype)
+        return tensors, settings
+    own = AdapterWeights({ModuleKey(component, path): one for path, one in updates.items()})
+    weights, magnitudes = kinds.as_low_rank(where, "PEFT", own)
+    pairs = weights.component(component)
     for path, pair in pairs.items():
         at = f"{where}: module `{component}.{path}`"
         tensors[f"{PREFIX}{spelled[path]}.lora_A.weight"] = folding.fitting(at, pair.down, dtype)
@@ -118,17 +132,31 @@ def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update
     path = header.path
     config = read_config(path.with_name(CONFIG_FILE))
     kind = str(config.get("peft_type", "LORA"))
-    if kind != "LORA":
+    if kind not in PEFT_TYPES:
         raise AdapterFileError(
-            f"{path.with_name(CONFIG_FILE)}: peft_type is `{shown(kind, 20)}`, not LORA; give a plain LoRA"
+            f"{path.with_name(CONFIG_FILE)}: peft_type is `{shown(kind, 20)}`, not one of "
+            f"{', '.join(PEFT_TYPES)}; convert it to a LoRA with PEFT"
         )
+    if kind != "LORA":
+        config = {**config, "lora_alpha": config.get("alpha", 8)}
     alphas = Alphas(str(path.with_name(CONFIG_FILE)), config)
+    ranks = Alphas(
+        str(path.with_name(CONFIG_FILE)),
+        {"lora_alpha": config.get("r", 8), "alpha_pattern": config.get("rank_pattern")},
+    )
     for module, parts in sorted(_groups(header).items()):
         where = f"{path}: module `{module.component}.{module.path}`"
         tensors = {part: load(key) for part, key in parts.items()}
         folding.check_sides(where, tensors)
         rank = tensors["down"].shape[0] if "down" in tensors else 1
-        yield module, kinds.update_of(where, module, tensors, alphas.of(where, module, rank))
+        update = kinds.update_of(where, module, tensors, alphas.of(where, module, rank))
+        if update.kind not in PEFT_TYPES[kind]:
+            raise AdapterFileError(f"{where}: is no {kind}, as its settings say; export the adapter again")
+        if isinstance(update, LoKr) and update.w1 is not None and update.w2 is not None:
+            # everyone else takes two whole factors as they are, PEFT scales them as well
+            scale = update.alpha / ranks.of(where, module, 1)
+            update = replace(update, w1=folding.scaled(update.w1, scale)) if scale != 1.0 else update
+        yield module, update
 
 
 def _groups(header: Header) -> dict[ModuleKey, dict[str, str]]:
@@ -137,8 +165,8 @@ def _groups(header: Header) -> dict[ModuleKey, dict[str, str]]:
     unknown: list[str] = []
     for key in header.tensors:
         match = _FACTOR.match(key)
-        part = _PARTS[match["part"]] if match is not None else ""
-        if match is None:
+        part = _PARTS.get(match["part"] or match["factor"], "") if match is not None else ""
+        if match is None or not part:
             unknown.append(key)
         elif part in found.setdefault(match["path"], {}):
             raise AdapterFileError(

@@ -302,7 +302,8 @@ def test_broken_peft_folders(tmp_path: Path) -> None:
     configs = {
         "not valid JSON": "{",
         "not a JSON object": "[]",
-        "not LORA": '{"peft_type": "LOHA"}',
+        "not one of LORA": '{"peft_type": "IA3"}',
+        "is no LOHA": '{"peft_type": "LOHA"}',
         "lora_alpha is": '{"lora_alpha": 0}',
         "regular expression": '{"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 2}}',
         "is not a table": '{"lora_alpha": 1, "alpha_pattern": [1]}',

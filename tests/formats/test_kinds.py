@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey, Update
-from sdlora.adapters.kinds import DoRA
+from sdlora.adapters.initial import fresh
+from sdlora.adapters.kinds import DoRA, with_tensors
 from sdlora.adapters.plain import to_plain
+from sdlora.config import AdapterConfig
 from sdlora.errors import AdapterFileError
 from sdlora.export import export_adapter
 from sdlora.families.base import FamilyInfo
@@ -216,6 +218,60 @@ def test_dora_goes_to_peft_and_back(component: str, tmp_path: Path) -> None:
     assert checked == len(weights.updates_of(component)) > 0
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_what_is_trained_as_loha_or_lokr_goes_to_peft_and_back(kind: str, tmp_path: Path) -> None:
+    import copy
+
+    model = models_of(SD2)["unet"]
+    settings = AdapterConfig.model_validate({"kind": kind, "rank": 3, "alpha": 1.5})
+    generator = torch.Generator().manual_seed(2)
+    updates: dict[ModuleKey, Update] = {}
+    for path, layer in model.named_modules():
+        if path.endswith(EVERYTHING) and isinstance(layer, nn.Linear | nn.Conv2d):
+            start = fresh(settings, layer.weight, 3, 1.5, generator)
+            moved = {name: 0.1 + tensor for name, tensor in start.tensors().items()}
+            updates[ModuleKey("unet", path)] = with_tensors(start, moved)
+    weights = AdapterWeights(updates)
+    assert len(weights) > 100 and len({len(one.tensors()) for one in updates.values()}) == (
+        2 if kind == "lokr" else 1
+    )
+    write_adapter(file_of(weights, SD2), "peft", tmp_path / "out", torch.float32, SD2)
+    proof, _ = prove(weights, tmp_path / "out", "peft", torch.float32, SD2)
+    assert proof.read_by == ("sdlora", "peft") and proof.largest_difference == 0.0
+    back = read_adapter(tmp_path / "out").weights
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded: Any = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "out" / "unet"))
+    checked = 0
+    for path, layer in loaded.named_modules():
+        if isinstance(layer, peft.tuners.lycoris_utils.LycorisLayer):
+            key = ModuleKey("unet", path.removeprefix("base_model.model."))
+            wanted = weights.updates[key].delta()
+            torch.testing.assert_close(
+                layer.get_delta_weight("default").detach(), wanted, rtol=1e-5, atol=1e-6
+            )
+            assert torch.equal(back.updates[key].delta(), wanted)
+            checked += 1
+    assert checked == len(weights)
+
+
+def test_peft_refuses_lycoris_factors_that_its_settings_cannot_make(tmp_path: Path) -> None:
+    refused: dict[str, dict[ModuleKey, Update]] = {
+        "mixes kinds": {KEY: loha((8, 12)), CONVOLUTION: lokr((8, 12, 3, 3))},
+        "only some convolutions": {
+            CONVOLUTION: loha((8, 12, 3, 3)),
+            ModuleKey("unet", "mid_block.resnets.0.conv2"): loha((8, 12, 3, 3), core=True),
+        },
+        "first factor decomposed": {KEY: lokr((8, 12), form="both")},
+        "split otherwise": {KEY: lokr((8, 12), (4, 3))},
+        "keeps the whole factor": {KEY: lokr((8, 12), (2, 3), rank=3)},
+    }
+    for reason, updates in refused.items():
+        with pytest.raises(AdapterFileError, match=reason):
+            write_adapter(file_of(AdapterWeights(updates), SD1), "peft", tmp_path / "x", torch.float32, SD1)
+    assert not list(tmp_path.iterdir())
+
+
 KEY = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
 CONVOLUTION = ModuleKey("unet", "mid_block.resnets.0.conv1")
 WEIGHT = torch.randn((8, 12), generator=torch.Generator().manual_seed(1))
@@ -224,8 +280,14 @@ WEIGHT = torch.randn((8, 12), generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("format", ["diffusers", "peft"])
 def test_formats_refuse_what_they_cannot_hold_with_the_reason(format: str, tmp_path: Path) -> None:
     refused = {
-        "is LoHa, which .* no place": {KEY: loha((8, 12))},
-        "is LoKr, which .* no place": {KEY: lokr((8, 12))},
+        **(
+            {}
+            if format == "peft"
+            else {
+                "is LoHa, which .* no place": {KEY: loha((8, 12))},
+                "is LoKr, which .* no place": {KEY: lokr((8, 12))},
+            }
+        ),
         "is LoCon with Tucker factors": {CONVOLUTION: tucker((8, 12, 3, 3))},
         "is a DoRA by input column": {KEY: dora(pair((8, 12)), WEIGHT, by_output=False)},
         "is a plain LoRA beside DoRA": {
