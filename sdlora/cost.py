@@ -1,4 +1,4 @@
-"""What a step costs, measured on the real model with a real batch before the first step is made."""
+"""What a step costs: its time is measured on the real model with a real batch before the first step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from .data.batches import generator_for, make_batch
 from .data.order import Visit
@@ -29,7 +28,7 @@ class Cost:
 def measure_cost(run: Run) -> Cost:
     """Run forward and backward of the largest micro-batch twice, and throw the gradients away.
 
-    The first pass warms up and counts the bytes kept for the backward pass, the second is timed.
+    The first pass warms up, the second is timed. The memory is the plan's, made before any weight was read.
 
     Raises:
         TrainingError: if the device's memory does not suffice.
@@ -37,18 +36,10 @@ def measure_cost(run: Run) -> Cost:
     settings = run.config.training
     micros = [micro for rank in run.order.step(run.step) for micro in rank if micro]
     visits = max(micros, key=lambda micro: len(micro))
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     try:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            _pass(run, visits, split=False)  # the hooks hear only this thread
+        _pass(run, visits)
         began = time.perf_counter()
-        _pass(run, visits, split=True)
+        _pass(run, visits)
         if run.model.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
@@ -58,22 +49,13 @@ def measure_cost(run: Run) -> Cost:
             f"{run.config.data.resolution} px; use a smaller training.batch_size, "
             "training.gradient_checkpointing=true or a smaller data.resolution"
         ) from None
-    weights = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for module in run.model.components().values()
-        for tensor in module.parameters()
-    }
-    activations = sum(size for pointer, size in saved.items() if pointer not in weights)
-    # master, its gradient and two moments in fp32; the model's own copy and gradient
-    per_value = 16 + 2 * run.model.dtype.itemsize
-    adapter = sum(group.master.flat.numel() for group in run.groups) * per_value
-    return Cost(seconds * settings.gradient_accumulation, sum(weights.values()) + adapter + activations)
+    return Cost(seconds * settings.gradient_accumulation, run.memory.peak)
 
 
-def _pass(run: Run, visits: tuple[Visit, ...], *, split: bool) -> None:
+def _pass(run: Run, visits: tuple[Visit, ...]) -> None:
     generator = generator_for("cost")
     batch = make_batch(run.training, run.model, visits, generator, seed=0)
-    splitter = run.splitter if split else None
+    splitter = run.splitter
     predict = splitter.predict_with_gradients if splitter else None
     loss, _ = loss_of(run.model, batch, run.config, generator, predict)
     loss.sum().backward()

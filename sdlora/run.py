@@ -39,6 +39,7 @@ from .families.loading import load_model
 from .feed import Feed, make_feed, reworded
 from .files import refuse_used_folder
 from .learned import Learned, learn
+from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
 from .optim import ParameterGroup, make_optimizer
 from .parallel import SplitPredictor
 from .plan import BaseFacts, Decision, check_components, resolve_data, resolve_training
@@ -68,6 +69,7 @@ class Run:
     validation: EncodedDataset
     order: Order
     steps: int
+    memory: MemoryPlan
     learned: Learned
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
@@ -132,8 +134,9 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     own_validation = gather_held_out(config.data)
     if own_validation is not None:
         own_validation = reworded(own_validation, wording)
-    config, model, decisions = _load(config, accelerator)
-    facts = BaseFacts(model.base, model.native_resolution, model.device.type, tuple(model.components()))
+    config, device, decisions = _choose(config, accelerator)
+    blueprint = _base(config, torch.device("meta"))
+    facts = BaseFacts(blueprint.base, blueprint.native_resolution, device.type, tuple(blueprint.components()))
     check_components(config, facts)
     config, more = resolve_data(config, facts, len(learned.items))
     training, validation = _hold_out(config, learned, own_validation, priors.items)
@@ -142,14 +145,18 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
         tell(Noticed(note))
     start: AdapterWeights | None = None
     if config.adapter.from_file is not None:
-        config, start, followed = continued(config, model)
+        config, start, followed = continued(config, blueprint)
         more += followed
     config, rest = resolve_training(config, facts, training, validation)
     for one in decisions + more + rest:
         tell(Decided(one.key, one.value, one.reason))
     if resume:
         _check_same(config, folder)
-    return _assemble(config, folder, model, start, training, validation, accelerator, tell, resume=resume)
+    plan = _plan_memory(config, device, tell)
+    model = _base(config, device)
+    return _assemble(
+        config, folder, model, plan, start, training, validation, accelerator, tell, resume=resume
+    )
 
 
 def _hold_out(
@@ -170,7 +177,8 @@ def _refuse_old_run(folder: Path) -> None:
     refuse_used_folder(folder, "a training run")
 
 
-def _load(config: Config, accelerator: Accelerator) -> tuple[Config, DiffusionModel, list[Decision]]:
+def _choose(config: Config, accelerator: Accelerator) -> tuple[Config, torch.device, list[Decision]]:
+    """Return the device, and settings with device and number format filled in."""
     device = choose_device(config.training.device)
     if accelerator.num_processes > 1:
         device = accelerator.device
@@ -184,10 +192,16 @@ def _load(config: Config, accelerator: Accelerator) -> tuple[Config, DiffusionMo
     open_keys = [key for key in chosen if config.get(key) is None]
     decisions = [Decision(key, chosen[key], reasons[key]) for key in open_keys]
     config = config.with_values({key: chosen[key] for key in open_keys})
-    decisions.append(_attention(config, device, dtype))
-    model = load_model(
+    attention = choose_attention(config.training.attention, device, dtype, training=True)
+    decisions.append(Decision("training.attention", attention.name, attention.reason))
+    return config, device, decisions
+
+
+def _base(config: Config, device: torch.device) -> DiffusionModel:
+    """Return the base; on the meta device a blueprint of it, for which no weight is read."""
+    return load_model(
         config.model.base,
-        dtype=dtype,
+        dtype=choose_dtype(config.training.precision, device),
         device=device,
         prediction_type=config.model.prediction_type,
         zero_terminal_snr=config.model.zero_terminal_snr,
@@ -195,18 +209,26 @@ def _load(config: Config, accelerator: Accelerator) -> tuple[Config, DiffusionMo
         vae=config.model.vae,
         attention=config.training.attention,
     )
-    return config, model, decisions
 
 
-def _attention(config: Config, device: torch.device, dtype: torch.dtype) -> Decision:
-    choice = choose_attention(config.training.attention, device, dtype, training=True)
-    return Decision("training.attention", choice.name, choice.reason)
+def _plan_memory(config: Config, device: torch.device, tell: Announcer) -> MemoryPlan:
+    """Return what a step will take; warn or refuse if the device has not so much."""
+    free = free_memory(device)
+
+    def plan(settings: Config) -> MemoryPlan:
+        return plan_memory(settings, lambda: _base(settings, torch.device("meta")), free=free)
+
+    found = plan(config)
+    warning = refuse_what_cannot_fit(found, config, device, plan)
+    tell(Noticed(warning or f"memory: about {found.render()}"))
+    return found
 
 
 def _assemble(
     config: Config,
     folder: Path,
     model: DiffusionModel,
+    plan: MemoryPlan,
     start: AdapterWeights | None,
     training: Dataset,
     validation: Dataset,
@@ -229,6 +251,7 @@ def _assemble(
         validation=feed.validation,
         order=feed.order,
         steps=feed.steps,
+        memory=plan,
         learned=learned,
         optimizer=make_optimizer(config.optimizer, learned.groups),
         scaler=torch.amp.GradScaler(model.device.type, enabled=settings.precision == "fp16"),

@@ -101,3 +101,14 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def narrow_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder in SDXL layout with random weights: all levels, few channels."""
+    from families.narrow import make_base
+
+    folder = tmp_path_factory.mktemp("bases") / "narrow-sdxl"
+    folder.mkdir()
+    make_base(folder, "sdxl")
+    return folder

@@ -42,6 +42,7 @@ LAYERS = [
     {"generate"},
     {"picture_proof"},
     {"continued", "learned"},
+    {"memory"},
     {"run"},
     {"finish", "previews", "cost", "validation"},
     {"train"},

@@ -7,6 +7,7 @@ which the component configs and the CLIP tokenizer ship with this package: it ne
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def load_parts(
     Raises:
         ModelError: for missing or unfit weights.
     """
-    info = FAMILIES[found.family].info
+    info, blueprint = FAMILIES[found.family].info, device.type == "meta"
     folder = found.path if found.layout == "folder" else configs or ASSETS / info.assets
     missing = [part for part in found.missing if part != "vae" or vae is None]
     if missing:
@@ -151,7 +152,7 @@ def load_parts(
             f"{found.path}: has no {' and no '.join(missing)}; use the full checkpoint, not a pruned one"
             + (", or name a VAE as model.vae" if missing == ["vae"] else "")
         )
-    source = TensorSource([found.path]) if found.layout == "file" else None
+    source = None if found.layout == "folder" else TensorSource([] if blueprint else [found.path])
     unet, default_vae = _new_unet(folder), _new_vae(folder)
     fill(unet, *_unet_source(found.path, source, unet), dtype=dtype, device=device, what="U-Net")
     if vae is None:
@@ -333,6 +334,7 @@ def _new_text_encoder(folder: Path, *, projected: bool) -> Any:
         return kind(CLIPTextConfig.from_dict(config))
 
 
+@functools.lru_cache(maxsize=8)
 def _tokenizer(folder: Path, info: TextEncoderInfo, *, shared: bool) -> Any:
     """Return a tokenizer of the folder; all families share one vocabulary, which we ship for single files."""
     from transformers import CLIPTokenizer

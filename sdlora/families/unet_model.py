@@ -174,7 +174,7 @@ class UNetModel(DiffusionModel):
             self.unet.disable_gradient_checkpointing()
         for encoder in self.text_encoders.values():
             checkpoint_text_encoder(encoder, gradient_checkpointing)
-        if not self._offload:
+        if not self._offload and self.device.type != "meta":  # a blueprint has nothing to move
             self.unet.to(self.device)
             self.vae.to("cpu" if training and not keep_images else self.device)
             for encoder in self.text_encoders.values():

@@ -126,6 +126,8 @@ def fill(
 ) -> None:
     """Give a module made by :func:`without_memory` its weights, in ``dtype`` on ``device``, frozen.
 
+    On the meta device nothing is read: the module is a blueprint, for counting.
+
     Args:
         module: all of its tensors must have a place.
         places: name in the module -> where the source keeps it.
@@ -138,6 +140,9 @@ def fill(
         ModelError: for tensors that are missing or of another shape, naming the first.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if device.type == "meta":
+        module.to(dtype)
+        return
     users = by_key({name: places[name] for name in wanted})
     missing = sorted(set(users) - set(source.keys))
     where = source.files[0]

@@ -1,0 +1,164 @@
+"""The memory plan against what torch really allocates."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from sdlora.adapters.lora import attach, create_adapter
+from sdlora.config import Config, load_config
+from sdlora.errors import TrainingError
+from sdlora.families.base import SizeHint
+from sdlora.families.loading import load_model
+from sdlora.memory import (
+    GIB,
+    MemoryPlan,
+    counting_memory,
+    free_memory,
+    gib,
+    plan_memory,
+    refuse_what_cannot_fit,
+)
+from sdlora.optim import MasterWeights
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def settings(*overrides: str) -> Config:
+    fixed = ("adapter.rank=8", "adapter.alpha=8", "training.device=cpu", "training.batch_size=4")
+    chosen = {text.partition("=")[0] for text in overrides}
+    return load_config(None, [*(t for t in fixed if t.partition("=")[0] not in chosen), *overrides])
+
+
+def planned(base: str, config: Config, free: int | None = None) -> MemoryPlan:
+    dtype = DTYPES[config.training.precision or "fp32"]
+    return plan_memory(config, lambda: load_model(base, dtype=dtype, device=META), free=free)
+
+
+def allocated(base: str, config: Config) -> int:
+    """Return the most bytes that two true training steps have allocated at once, as torch's profiler says."""
+    side, count = config.data.resolution, config.training.batch_size
+    assert side is not None and count is not None
+    model = load_model(base, dtype=DTYPES[config.training.precision or "fp32"], device=CPU)
+    weights = create_adapter(model, config.adapter, 0)
+    layers = attach(model, weights, "run")
+    pairs = [weights.pairs[one.key] for one in layers]
+    parameters = [parameter for one in layers for parameter in (one.down, one.up)]
+    master = MasterWeights(parameters, [t for pair in pairs for t in (pair.down, pair.up)])
+    optimizer = torch.optim.AdamW([master.flat])
+    text_trained = config.adapter.adapts_text
+    model.prepare(training=True, gradient_checkpointing=config.training.gradient_checkpointing)
+    with torch.no_grad():
+        cached = model.encode_text([""] * count)
+
+    def step() -> None:
+        text = model.encode_text([""] * count) if text_trained else cached
+        latents = torch.zeros((count, *model.latent_shape(side, side)))
+        sizes = [SizeHint((side, side), (0, 0), (side, side))] * count
+        prediction = model.predict(latents, torch.full((count,), 500), text, sizes)
+        prediction.square().mean().backward()
+        master.collect()
+        optimizer.step()
+        master.publish()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    assert record.profiler is not None
+    raw = record.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in raw if event.name() == "[memory]")
+    assert len(changes) > 1000
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+CASES = {
+    "mini": ("mini", "data.resolution=64"),
+    "mini, wide batch": ("mini", "data.resolution=64", "training.batch_size=12"),
+    "mini, checkpointed": ("mini", "data.resolution=128", "training.gradient_checkpointing=true"),
+    "mini, text": (
+        *("mini", "data.resolution=64", "adapter.text_encoder=true"),
+        *("adapter.text_encoder_rank=8", "adapter.text_encoder_alpha=8"),
+    ),
+    "mini, bf16, all": ("mini", "data.resolution=64", "training.precision=bf16", "adapter.targets=all"),
+    "sdxl": ("sdxl", "data.resolution=256"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_planned_peak_is_within_15_percent_of_what_torch_allocates(case: str, narrow_sdxl: Path) -> None:
+    base, *overrides = CASES[case]
+    config = settings(*overrides)
+    base = str(narrow_sdxl) if base == "sdxl" else base
+    plan, true = planned(base, config), allocated(base, config)
+    assert true > 2**20
+    assert plan.activations == pytest.approx(true, rel=0.15)
+
+
+def test_weights_and_adapter_are_counted_exactly() -> None:
+    config = settings("data.resolution=64")
+    plan = planned("mini", config)
+    model = load_model("mini", dtype=torch.float32, device=CPU)
+    modules = (model.unet, model.vae, *model.text_encoders.values())
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    assert plan.weights == sum(t.numel() * t.element_size() for t in tensors)
+    pairs = create_adapter(model, config.adapter, 0).pairs.values()
+    # fp32: master, gradient, two moments, and the model's own gradient buffer
+    assert plan.adapter == 20 * sum(pair.down.numel() + pair.up.numel() for pair in pairs)
+
+
+def test_a_storage_is_counted_once_and_its_release_is_seen() -> None:
+    with counting_memory() as memory:
+        first = torch.zeros(1000)
+        view = first.view(10, 100)[2:]
+        assert memory.alive == 4000
+        second = first + 1
+        assert (memory.alive, memory.peak) == (8000, 8000)
+        alive = weakref.ref(second)
+        del second
+        assert alive() is None
+        assert (memory.alive, memory.peak) == (4000, 8000)
+        del first
+        assert memory.alive == 4000, "a view keeps it alive"
+        del view
+        assert memory.alive == 0
+
+
+def fake(free: int, needs: Mapping[tuple[bool, int], int]) -> tuple[MemoryPlan, Any]:
+    def again(config: Config) -> MemoryPlan:
+        key = (config.training.gradient_checkpointing, config.training.batch_size or 0)
+        return MemoryPlan(0, 0, needs[key], free)
+
+    return MemoryPlan(0, 0, needs[(False, 4)], free), again
+
+
+def test_the_mildest_settings_that_fit_are_named() -> None:
+    config = settings("data.resolution=512")
+    needs = {(False, 4): 10 * GIB, (True, 4): 7 * GIB, (False, 1): 5 * GIB, (True, 1): 2 * GIB}
+    plan, again = fake(6 * GIB, needs)
+    with pytest.raises(TrainingError, match=r"10\.0 GiB.*6\.0 GiB free.*it fits with training\.batch_size=1"):
+        refuse_what_cannot_fit(plan, config, CPU, again)
+    plan, again = fake(9 * GIB, needs)
+    warning = refuse_what_cannot_fit(plan, config, CPU, again)
+    assert warning is not None and "training.gradient_checkpointing=true" in warning
+    plan, again = fake(11 * GIB, needs)
+    assert refuse_what_cannot_fit(plan, config, CPU, again) is None
+    plan, again = fake(GIB, needs)
+    with pytest.raises(TrainingError, match="a device with more memory"):
+        refuse_what_cannot_fit(plan, config, CPU, again)
+
+
+def test_free_memory_and_its_words() -> None:
+    found = free_memory(CPU)
+    assert found is not None and found > 2**20
+    assert (gib(3 * GIB), gib(5 * 2**20)) == ("3.0 GiB", "5 MiB")
