@@ -125,10 +125,10 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (chunks, tokens, width); chunks whose weights are all 1 come back bit for bit.
     """
-    weights = weights.to(states.device)
-    plain = (weights == 1).all(dim=1)
+    plain = (weights == 1).all(dim=1)  # asked where the weights come from: no waiting for the device
     if bool(plain.all()):
         return states
+    weights, plain = weights.to(states.device), plain.to(states.device)
     wide = states.float()
     scaled = wide * weights.float()[..., None]
     before, after = wide.mean(dim=(1, 2), keepdim=True), scaled.mean(dim=(1, 2), keepdim=True)
