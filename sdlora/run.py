@@ -208,6 +208,7 @@ def _base(config: Config, device: torch.device) -> DiffusionModel:
         clip_skip=config.model.clip_skip,
         vae=config.model.vae,
         attention=config.training.attention,
+        denoiser_waits=True,
     )
 
 
@@ -241,6 +242,8 @@ def _assemble(
         feed = make_feed(config, training, validation, model, accelerator.num_processes, tell)
     config = feed.config
     settings = config.training
+    # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
+    model.prepare(training=True, keep_text=config.adapter.adapts_text)
     learned = learn(model, config, start or create_adapter(model, config.adapter, settings.seed))
     run = Run(
         config=config,

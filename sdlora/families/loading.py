@@ -65,6 +65,7 @@ def load_model(
     vae: str | None = None,
     attention: AttentionName = "auto",
     offload: bool = False,
+    denoiser_waits: bool = False,
 ) -> UNetModel:
     """Load a base model, frozen and in eval mode.
 
@@ -79,6 +80,8 @@ def load_model(
         vae: another autoencoder: a file, a folder, or a hub id of one.
         attention: see :func:`sdlora.families.attention.choose_attention`.
         offload: keep in ``device``'s memory only the component that works (for drawing on small cards).
+        denoiser_waits: leave the U-Net in main memory until :meth:`UNetModel.prepare`, so that encoding the
+            pictures and captions before training has the device to itself.
 
     Raises:
         ModelError: if it is not there, not a supported family, damaged, or contradicts itself.
@@ -97,7 +100,8 @@ def load_model(
     place = torch.device("cpu") if offload else device
     try:
         with _quiet():
-            parts = load_parts(found, dtype=dtype, device=place, vae=vae)
+            waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else place
+            parts = load_parts(found, dtype=dtype, device=place, unet_device=waiting, vae=vae)
     except ModelError:
         raise
     except Exception as error:  # whatever the libraries raise on damaged input
@@ -126,6 +130,7 @@ def load_parts(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    unet_device: torch.device | None = None,
     vae: str | None = None,
     configs: Path | None = None,
 ) -> Parts:
@@ -137,6 +142,7 @@ def load_parts(
         found: what it is.
         dtype: of U-Net and text encoders.
         device: where the weights go.
+        unet_device: where the U-Net's go, if elsewhere.
         vae: see :func:`load_model`.
         configs: a folder with the configs and tokenizers that a single file leaves out; the family's
             own when None.
@@ -154,7 +160,8 @@ def load_parts(
         )
     source = None if found.layout == "folder" else TensorSource([] if blueprint else [found.path])
     unet, default_vae = _new_unet(folder), _new_vae(folder)
-    fill(unet, *_unet_source(found.path, source, unet), dtype=dtype, device=device, what="U-Net")
+    unet_device = unet_device or device
+    fill(unet, *_unet_source(found.path, source, unet), dtype=dtype, device=unet_device, what="U-Net")
     if vae is None:
         fill(
             default_vae,
