@@ -14,8 +14,11 @@ from formats.adapters import (
     EVERYTHING,
     LINEAR,
     SD1,
+    SD2,
+    SDXL,
     assert_same,
     file_of,
+    models_of,
     random_adapter,
     tiny_text_encoder,
     tiny_unet,
@@ -24,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
+from sdlora.cli import main
 from sdlora.config import Config, Precision, save_config
 from sdlora.errors import AdapterFileError, ConfigError, OutputError
 from sdlora.export import (
@@ -374,3 +378,38 @@ def test_a_preview_that_is_there_under_another_name_stays_the_only_one(source: P
     report = export_adapter(source, "webui", tmp_path / "out", preview=picture(tmp_path / "p.png"))
     assert mine.is_file() and not (tmp_path / "out" / "ink.png").exists()
     assert [file.name for file in report.files] == ["ink.safetensors", "ink.json"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", [SD1, SD2, SDXL], ids=lambda family: family.name)
+def test_every_family_goes_to_every_format_unchanged(
+    family: FamilyInfo, format: str, dtype: Precision, tmp_path: Path
+) -> None:
+    whole = random_adapter(
+        models_of(family), EVERYTHING, ranks=(4, 2, 8), scales=(0.5, 1.0, 0.25), dtype=DTYPES[dtype]
+    )
+    attention = {key for key, _ in whole.items() if key.path.endswith(("_proj", "fc1"))}
+    weights = AdapterWeights({k: p for n, (k, p) in enumerate(whole.items()) if k in attention or n % 5 == 0})
+    source = tmp_path / "ink.safetensors"
+    adapter = AdapterFile(weights, AdapterInfo(family.name, "ink", ("inkstyle",)))
+    write_adapter(adapter, "webui", source, DTYPES[dtype], family)
+    report = export_adapter(source, format, tmp_path / "out")
+    assert report.dtype == dtype and report.proof is not None
+    assert report.proof.largest_difference == 0.0 and report.proof.num_modules == len(weights)
+    assert report.proof.read_by == ("sdlora", "peft" if format == "peft" else "diffusers")
+    assert_same(read_adapter(report.adapter).weights, weights)
+    assert read_adapter(report.adapter).info.family == family.name
+
+
+def test_the_command_takes_private_and_no_verify(
+    weights: AdapterWeights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "source" / "ink.safetensors"
+    adapter = AdapterFile(weights, AdapterInfo("sd1", "ink", (), {"ss_sd_model_name": "secret-base"}))
+    write_adapter(adapter, "webui", path, torch.float32, INFO)
+    words = ["export", str(path), "--output", str(tmp_path / "out"), "--private", "--no-verify", "--json"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["proof"] == "not read back (--no-verify)" and "largest_difference" not in told
+    assert "ss_sd_model_name" not in read_adapter(tmp_path / "out" / "ink.safetensors").info.metadata
