@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from .formats import write_adapter
 from .formats.metadata import TrainingFacts, build_header
 
 if TYPE_CHECKING:
+    from .data.items import ImageItem
     from .run import Run
 
 
@@ -39,7 +40,8 @@ def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
     """Return the adapter as it is now, with its header."""
     config, items = run.config, run.dataset.items
     triggers = (config.data.trigger_word,) if config.data.trigger_word else ()
-    folder = run.dataset.folder.resolve().name
+    learned = _by_folder(item for item in items if not item.regularisation)
+    regularisation = _by_folder(item for item in items if item.regularisation)
     facts = TrainingFacts(
         family=run.model.info,
         name=config.output.name,
@@ -50,11 +52,15 @@ def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
         native_resolution=run.model.native_resolution,
         steps=run.step,
         epochs=run.step / run.order.steps_per_epoch,
-        num_images=len(items),
+        num_images=sum(map(len, learned.values())),
         num_batches_per_epoch=run.order.steps_per_epoch * config.training.gradient_accumulation,
         buckets=Counter(placement.bucket for placement in run.training.placements),
-        folder_images={folder: len(items)},
-        tag_frequency={folder: _tags([item.caption for item in items])},
+        folder_images={folder: len(found) for folder, found in learned.items()},
+        reg_folder_images={folder: len(found) for folder, found in regularisation.items()},
+        folder_repeats={
+            folder: found[0].repeats for folder, found in (*learned.items(), *regularisation.items())
+        },
+        tag_frequency={folder: _tags([item.caption for item in found]) for folder, found in learned.items()},
         started_at=run.started_at,
         finished_at=time.time(),
         final_loss=final_loss,
@@ -64,6 +70,13 @@ def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
     )
     info = AdapterInfo(run.model.info.name, config.output.name, triggers, build_header(facts))
     return AdapterFile(run.masters(), info)
+
+
+def _by_folder(items: Iterable[ImageItem]) -> dict[str, list[ImageItem]]:
+    folders: dict[str, list[ImageItem]] = {}
+    for item in items:
+        folders.setdefault(str(item.path.absolute().parent), []).append(item)
+    return folders
 
 
 def _tags(captions: Sequence[str]) -> dict[str, int]:

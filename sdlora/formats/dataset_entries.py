@@ -38,6 +38,7 @@ def dataset_entries(
     buckets: Mapping[tuple[int, int], int],
     side: int | None,
     repeats: int,
+    folder_repeats: Mapping[str, int],
     batch_size: int | None,
     flip: bool,
 ) -> dict[str, Any]:
@@ -50,9 +51,12 @@ def dataset_entries(
         buckets: (height, width) px -> pictures.
         side: px of the square of the area trained at.
         repeats: of each picture in an epoch.
+        folder_repeats: folder -> repeats, where they are others.
         batch_size: pictures a step and process.
         flip: whether mirror images are trained on too.
     """
+    times = by_folder_name({path: folder_repeats.get(path, repeats) for path in images})
+    reg_times = by_folder_name({path: folder_repeats.get(path, 1) for path in reg_images})
     images, reg_images, tags = by_folder_name(images), by_folder_name(reg_images), by_folder_name(tags)
     bucket_info = {
         "buckets": {
@@ -61,7 +65,8 @@ def dataset_entries(
         }
     }
     sides = [length for size in buckets for length in size]
-    num_images, num_reg = sum(images.values()) * repeats, sum(reg_images.values())
+    num_images = sum(count * times[name] for name, count in images.items())
+    num_reg = sum(count * reg_times[name] for name, count in reg_images.items())
     entries: dict[str, Any] = {
         "num_train_images": num_images if images else None,
         "num_reg_images": num_reg,
@@ -70,14 +75,14 @@ def dataset_entries(
         "min_bucket_reso": min(sides, default=None),
         "max_bucket_reso": max(sides, default=None),
         "bucket_info": bucket_info if buckets else None,
-        "dataset_dirs": {n: {"n_repeats": repeats, "img_count": c} for n, c in images.items()} or None,
-        "reg_dataset_dirs": {n: {"n_repeats": 1, "img_count": c} for n, c in reg_images.items()},
+        "dataset_dirs": {n: {"n_repeats": times[n], "img_count": c} for n, c in images.items()} or None,
+        "reg_dataset_dirs": {n: {"n_repeats": reg_times[n], "img_count": c} for n, c in reg_images.items()},
         "tag_frequency": {name: dict(counts) for name, counts in tags.items()} or None,
         "flip_aug": flip,
     }
     if images:
-        subsets = [(name, count, repeats, False) for name, count in images.items()]
-        subsets += [(name, count, 1, True) for name, count in reg_images.items()]
+        subsets = [(name, count, times[name], False) for name, count in images.items()]
+        subsets += [(name, count, reg_times[name], True) for name, count in reg_images.items()]
         entries["datasets"] = [
             {
                 "is_dreambooth": True,
@@ -93,13 +98,13 @@ def dataset_entries(
                 "subsets": [
                     {
                         "img_count": count,
-                        "num_repeats": times,
+                        "num_repeats": number,
                         "flip_aug": flip,
                         "image_dir": name,
                         "class_tokens": None,
                         "is_reg": is_reg,
                     }
-                    for name, count, times, is_reg in subsets
+                    for name, count, number, is_reg in subsets
                 ],
             }
         ]

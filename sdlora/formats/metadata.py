@@ -63,6 +63,7 @@ class TrainingFacts:
         buckets: (height, width) px -> pictures.
         folder_images: folder -> pictures, where there are several folders.
         reg_folder_images: folder -> regularisation pictures.
+        folder_repeats: folder -> repeats of its pictures, where ``config`` does not tell.
         tag_frequency: folder name -> tag or caption -> count.
         started_at: seconds since 1970, UTC.
         finished_at: seconds since 1970, UTC.
@@ -90,6 +91,7 @@ class TrainingFacts:
     buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
     folder_images: Mapping[str, int] = field(default_factory=dict)
     reg_folder_images: Mapping[str, int] = field(default_factory=dict)
+    folder_repeats: Mapping[str, int] = field(default_factory=dict)
     tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     started_at: float | None = None
     finished_at: float | None = None
@@ -277,6 +279,7 @@ def _data_entries(facts: TrainingFacts) -> dict[str, Any]:
         buckets=facts.buckets,
         side=_resolution(facts),
         repeats=config.data.repeats if config else 1,
+        folder_repeats=facts.folder_repeats,
         batch_size=config.training.batch_size if config else None,
         flip=config.data.flip if config else False,
     )

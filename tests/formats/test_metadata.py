@@ -291,24 +291,25 @@ def test_the_data_set_is_told_flat_and_as_a_list(preview: Path) -> None:
         facts(),
         folder_images={"/a/ink": 30, "/b/ink": 10},
         reg_folder_images={"/c/reg": 5},
+        folder_repeats={"/b/ink": 3, "/c/reg": 2},
         tag_frequency={"/a/ink": {"cat": 3}, "/b/ink": {"dog": 1}},
     )
     header = build_header(known)
     assert json.loads(header["ss_dataset_dirs"]) == {
         "ink": {"n_repeats": 1, "img_count": 30},
-        "ink (2)": {"n_repeats": 1, "img_count": 10},
+        "ink (2)": {"n_repeats": 3, "img_count": 10},
     }
-    assert json.loads(header["ss_reg_dataset_dirs"]) == {"reg": {"n_repeats": 1, "img_count": 5}}
-    assert (header["ss_num_train_images"], header["ss_num_reg_images"]) == ("40", "5")
+    assert json.loads(header["ss_reg_dataset_dirs"]) == {"reg": {"n_repeats": 2, "img_count": 5}}
+    assert (header["ss_num_train_images"], header["ss_num_reg_images"]) == ("60", "10")
     assert (header["ss_min_bucket_reso"], header["ss_max_bucket_reso"]) == ("48", "80")
     (dataset,) = json.loads(header["ss_datasets"])
-    assert dataset["resolution"] == [64, 64] and dataset["num_train_images"] == 40
+    assert dataset["resolution"] == [64, 64] and dataset["num_train_images"] == 60
     assert dataset["tag_frequency"] == json.loads(header["ss_tag_frequency"])
     assert dataset["bucket_info"] == json.loads(header["ss_bucket_info"])
-    assert [(s["image_dir"], s["img_count"], s["is_reg"]) for s in dataset["subsets"]] == [
-        ("ink", 30, False),
-        ("ink (2)", 10, False),
-        ("reg", 5, True),
+    assert [(s["image_dir"], s["img_count"], s["num_repeats"], s["is_reg"]) for s in dataset["subsets"]] == [
+        ("ink", 30, 1, False),
+        ("ink (2)", 10, 3, False),
+        ("reg", 5, 2, True),
     ]
 
 
