@@ -141,7 +141,7 @@ def fill(
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if device.type == "meta":
-        module.to(dtype)
+        nn.Module.to(module, dtype)  # diffusers' own would warn about formats it keeps
         return
     users = by_key({name: places[name] for name in wanted})
     missing = sorted(set(users) - set(source.keys))
