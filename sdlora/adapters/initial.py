@@ -50,6 +50,8 @@ def fresh(
     if config.kind == "lora":
         return pair
     ones = [1] * (weight.ndim - 1)
+    if weight.is_meta:  # a blueprint, on which only shapes count
+        return DoRA(pair, torch.ones((weight.shape[0], *ones)))
     length = torch.linalg.vector_norm(weight.detach().float().flatten(1), dim=1)
     return DoRA(pair, length.cpu().reshape(-1, *ones))
 
