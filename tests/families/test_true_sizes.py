@@ -75,7 +75,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "dtype"), [("sd1", "float32"), ("sd1", "float16"), ("sdxl", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("sd1", "float32"), ("sd1", "float16"), ("sd2", "float16"), ("sdxl", "bfloat16")]
+)
 def test_loading_takes_its_weights_and_at_most_one_gib_more(
     family: str, dtype: str, checkpoint: Callable[[str], Path]
 ) -> None:
@@ -88,11 +90,11 @@ def test_loading_takes_its_weights_and_at_most_one_gib_more(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_true_checkpoint_trains_and_its_adapter_loads_again(
     family: str, checkpoint: Callable[[str], Path], picture_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    steps = 3 if family == "sd1" else 1
+    steps = 1 if family == "sdxl" else 3
     base = checkpoint(family)
     command = [
         *(sys.executable, "-m", "sdlora", "train", str(picture_folder(count=2)), "--base", str(base)),
