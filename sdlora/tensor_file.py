@@ -250,12 +250,14 @@ def data_sha256(path: Path, data_offset: int) -> str:
 def _header_length(path: Path, start: bytes, num_bytes: int) -> int:
     if num_bytes == 0:
         raise AdapterFileError(f"{path}: is empty (0 bytes); {_DOWNLOAD} again or export the adapter again")
-    for magic, what in _FOREIGN_STARTS:
-        if start.startswith(magic):
-            fix = _CONVERT if "pickle" in what or "zip" in what else _DOWNLOAD
-            raise AdapterFileError(f"{path}: is {what} and not safetensors; {fix}")
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else None
     brace = start[8:9]
+    # a header of 640 bytes begins like a pickle: only what cannot be safetensors is something else
+    plausible = length is not None and brace == b"{" and 2 <= length <= num_bytes - 8
+    for magic, what in _FOREIGN_STARTS:
+        if start.startswith(magic) and not plausible:
+            fix = _CONVERT if "pickle" in what or "zip" in what else _DOWNLOAD
+            raise AdapterFileError(f"{path}: is {what} and not safetensors; {fix}")
     if length is None or brace != b"{" or length < 2 or length > num_bytes - 8:
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise AdapterFileError(f"{path}: is a {path.suffix} file and not safetensors; {_CONVERT}")

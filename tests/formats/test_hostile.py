@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -109,6 +110,15 @@ def test_nonsense_header_lengths(tmp_path: Path) -> None:
     for length in (0, 1, 2**31, 2**62, 2**64 - 1):
         raw_file(path, {}, length=length)
         refusal(path)
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(length: int, tmp_path: Path) -> None:
+    entry = json.dumps({"lora_unet_x.alpha": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}).encode()
+    file = tmp_path / "unlucky.safetensors"
+    file.write_bytes(struct.pack("<Q", length) + entry.ljust(length) + struct.pack("<f", 1.0))
+    assert file.read_bytes()[0] == 0x80
+    assert list(read_header(file).tensors) == ["lora_unet_x.alpha"]
 
 
 def test_an_enormous_header_is_not_read(tmp_path: Path) -> None:

@@ -109,7 +109,14 @@ def wait() -> Callable[[Callable[[], Any], float], Any]:
     def until(ready: Callable[[], Any], seconds: float = 30) -> Any:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if value := ready():
+            try:
+                value = ready()
+            except Exception as error:
+                # the page replaced it between finding and reading (selenium may not be installed here)
+                if type(error).__name__ != "StaleElementReferenceException":
+                    raise
+                value = None
+            if value:
                 return value
             time.sleep(0.05)
         raise AssertionError(f"not within {seconds} s")
