@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from .section import NonNegative, Positive, PositiveFloat, Probability, Section
+from .section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability, Section
 
 Resolution = Annotated[int, Field(ge=32, le=4096)]
 Crop = Literal["centre", "random"]
@@ -128,6 +128,9 @@ class DataConfig(Section):
     """Folder of masks of the same names: white is trained, black is not, grey in between."""
     unmasked_weight: Probability = 0.0
     """How much the loss counts where a mask is black."""
+    prior_preservation: NonNegativeFloat = 0.0
+    """Weight of a loss that keeps the adapter to what the base predicts by itself: on the regularisation
+    pictures, or on the empty caption if there are none."""
     validation: Annotated[float | Path, AfterValidator(_amount_or_folder)] | None = None
     """Pictures held out to measure progress: a share below 1, a number of pictures, or a folder of
     their own; 0 for none. Near duplicates are never on both sides."""
@@ -135,6 +138,11 @@ class DataConfig(Section):
     """Colour put behind transparent pictures."""
     cache_folder: Path | None = None
     """Where encoded pictures and captions are kept; the user's cache folder when left open."""
+
+    @property
+    def has_regularisation(self) -> bool:
+        """Whether any source holds regularisation pictures."""
+        return any(source.regularisation for source in self.sources)
 
     @property
     def varies_pictures(self) -> bool:

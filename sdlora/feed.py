@@ -82,6 +82,9 @@ def make_feed(
     config, captions = _captions(config, items, model, order, steps, tell)
     looks = _looks(config, items, placements)
     _tell_looks(looks, model, tell)
+    if config.data.prior_preservation > 0 and not config.data.has_regularisation:
+        text = "data.prior_preservation: each step also predicts for the empty caption, once with the adapter"
+        tell(Noticed(f"{text} and once without; batches take twice the memory"))
     encoded = _encoded(config, looks, model, captions)
     plain = Looks(*_of_main_resolution(config, validation.items, model))
     held_out = _encoded(config, plain, model, CaptionRun(emphasis=config.data.emphasis))

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sdlora.adapters.silence import silenced
 from sdlora.checkpoint import list_checkpoints
 from sdlora.config import Config, load_config
 from sdlora.data.batches import generator_for, make_batch
@@ -21,6 +22,9 @@ from sdlora.data.picture_files import load_pixels
 from sdlora.diffusion import per_image_loss
 from sdlora.errors import ConfigError, DatasetError
 from sdlora.events import Announcer, Control, Decided, Event, Noticed, StepDone
+from sdlora.families.base import SizeHint
+from sdlora.families.loading import load_model
+from sdlora.objective import loss_of
 from sdlora.run import Run, prepare_run
 from sdlora.train import train, train_step
 
@@ -296,6 +300,88 @@ def test_topped_up_batches_are_full(settings: Callable[..., Config]) -> None:
     train_step(run)
 
 
+# --- prior preservation
+
+
+def drift_on_blank(run: Run) -> float:
+    """Return how far the adapter has moved what the base predicts for the empty caption."""
+    generator = generator_for("drift")
+    noisy = torch.randn((4, 4, 8, 8), generator=generator)
+    timesteps = torch.tensor([100, 300, 500, 800])
+    sizes = [SizeHint((32, 32), (0, 0), (32, 32))] * 4
+    with torch.no_grad():
+        text = run.model.encode_text([""] * 4)
+        ours = run.model.predict(noisy, timesteps, text, sizes)
+        with silenced(run.model):
+            theirs = run.model.predict(noisy, timesteps, text, sizes)
+    return float((ours - theirs).square().mean())
+
+
+def test_silenced_adapters_leave_the_base_bit_for_bit_and_go_on_learning(
+    settings: Callable[..., Config], tiny_base: Path
+) -> None:
+    run = prepared(
+        settings("run", "optimizer.learning_rate=0.01", "training.steps=3", "optimizer.warmup_steps=0")
+    )
+    for _ in range(2):
+        train_step(run)
+    base = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"))
+    base.prepare(training=True)
+    noisy = torch.randn((1, 4, 8, 8), generator=generator_for(1))
+    inputs = (noisy, torch.tensor([500]), base.encode_text(["a cat"]), [SizeHint((32, 32), (0, 0), (32, 32))])
+    with torch.no_grad():
+        changed = run.model.predict(*inputs)
+        with silenced(run.model):
+            assert torch.equal(run.model.predict(*inputs), base.predict(*inputs))
+        assert torch.equal(run.model.predict(*inputs), changed)
+    assert not torch.allclose(changed, base.predict(*inputs))
+    assert all(parameter.requires_grad for parameter in run.parameters())
+    train_step(run)
+
+
+def test_regularisation_pictures_hold_the_adapter_to_the_base_where_asked_for(
+    settings: Callable[..., Config], picture_folder: Make
+) -> None:
+    """At first the adapter is the base, so these pictures have no error; without it they have one."""
+    source = {"folder": picture_folder(1, "class"), "regularisation": True}
+    learned = picture_folder(1, "me")
+    losses = {}
+    for prior in (0.0, 0.5):
+        config = settings(
+            f"prior{prior}",
+            f"data.prior_preservation={prior}",
+            "data.caption_dropout=0",
+            **{"data.sources": [source], "data.folder": learned},
+        )
+        run = prepared(config)
+        visits = (Visit(0, 0, 0), Visit(1, 0, 0))
+        batch = make_batch(run.training, run.model, visits, generator_for(0), seed=0)
+        assert batch.regularisation == (False, True)
+        losses[prior] = loss_of(run.model, batch, config, generator_for(1))[0].tolist()
+    assert losses[0.5][0] == losses[0.0][0] > 0
+    assert losses[0.5][1] < 1e-10 < 1e-3 < losses[0.0][1]  # rounding: the base sees that picture alone
+
+
+def test_without_such_pictures_the_empty_caption_holds_it(settings: Callable[..., Config]) -> None:
+    drifts, first = {}, {}
+    for prior in (0.0, 30.0):
+        config = settings(
+            f"prior{prior}",
+            f"data.prior_preservation={prior}",
+            "data.caption_dropout=0",
+            "optimizer.learning_rate=0.01",
+            "training.steps=14",
+            "optimizer.max_grad_norm=0",
+        )
+        run = prepared(config)
+        first[prior] = train_step(run)[:2]
+        for _ in range(13):
+            train_step(run)
+        drifts[prior] = drift_on_blank(run)
+    assert first[0.0] == pytest.approx(first[30.0], rel=1e-5)  # nothing has moved yet
+    assert 0 < drifts[30.0] < 0.5 * drifts[0.0]
+
+
 # --- resuming
 
 
@@ -315,7 +401,10 @@ def test_topped_up_batches_are_full(settings: Callable[..., Config]) -> None:
             *("data.shuffle_tags=true", "data.encode_captions='in loop'", "data.emphasis=true"),
             *("data.crop=random", "data.variants=0", "data.alpha_mask=true", "data.top_up=true"),
         ),
-        ("data.shuffle_tags=true", "adapter.text_encoder=true", "data.more_resolutions=[40]"),
+        (
+            *("data.shuffle_tags=true", "adapter.text_encoder=true", "data.more_resolutions=[40]"),
+            "data.prior_preservation=0.5",
+        ),
     ],
     ids=["kept", "in-loop", "text-encoder"],
 )

@@ -31,6 +31,8 @@ class Batch:
         names: file names, for messages.
         weights: (B,) float32, how much each picture counts in the loss.
         mask: (B, 1, h, w) float32, how much each place counts; None where all count alike.
+        regularisation: which of the B are regularisation pictures.
+        blank: conditioning of the empty caption, without batch axis; None as for ``text``.
     """
 
     latents: Tensor
@@ -40,6 +42,8 @@ class Batch:
     names: tuple[str, ...]
     weights: Tensor
     mask: Tensor | None = None
+    regularisation: tuple[bool, ...] = ()
+    blank: Conditioning | None = None
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
@@ -82,6 +86,8 @@ def make_batch(
         names=tuple(names),
         weights=torch.tensor([item.weight for item in items], dtype=torch.float32),
         mask=torch.cat(masks) * (1 - unmasked_weight) + unmasked_weight if data.has_masks else None,
+        regularisation=tuple(item.regularisation for item in items),
+        blank=data.caption("") if data.encode_captions else None,
     )
 
 
