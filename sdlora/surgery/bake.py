@@ -71,8 +71,7 @@ class _Baking:
         wide = original if plain and not self.with_errors else original.clone()
         for terms in by_module.values():
             site = terms[0].site
-            rows = _rows(site, wide)
-            rows += _sum(terms, _rows(site, original), rows.dtype)
+            _add(_rows(site, wide), terms, _rows(site, original))
         rounded = wide.to(stored.dtype)
         for module, terms in by_module.items():
             self._note(module, terms, original, rounded)
@@ -83,7 +82,7 @@ class _Baking:
         if self.with_errors:
             site = terms[0].site
             old = _rows(site, before).double()
-            exact = _sum(terms, _rows(site, before), torch.float64)
+            exact = _add(torch.zeros_like(old), terms, _rows(site, before))
             norm = float(exact.norm())
             error = relative(float((_rows(site, after).double() - old - exact).norm()), norm)
         with self.lock:
@@ -213,20 +212,24 @@ def _rows(site: Site, stored: Tensor) -> Tensor:
     return stored.T if site.place.transposed else stored.view(stored.shape[0], -1)
 
 
-def _sum(terms: Sequence[_Term], weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sum of strength * dW of a module as a matrix, computed in ``dtype``."""
+def _add(target: Tensor, terms: Sequence[_Term], weight: Tensor) -> Tensor:
+    """Add the sum of strength * dW of a module to a matrix in place, in its number format.
+
+    Args:
+        target: (out, rest), float32 or float64.
+        terms: of this module.
+        weight: the module's stored weight, (out, rest), for DoRA.
+    """
+    dtype = target.dtype
     plain = [(t.update, t.strength) for t in terms if isinstance(t.update, LowRankPair)]
-    total: Tensor | None = None
     if plain:  # all in one product
         up = torch.cat([p.up.flatten(1).to(dtype) * (s * p.alpha / p.rank) for p, s in plain], 1)
-        total = up @ torch.cat([p.down.flatten(1).to(dtype) for p, _ in plain])
+        target.addmm_(up, torch.cat([p.down.flatten(1).to(dtype) for p, _ in plain]))
     for term in terms:
         if not isinstance(term.update, LowRankPair):
             base = weight.reshape(term.site.shape).to(torch.promote_types(torch.float32, dtype))
-            delta = term.update.delta(base).to(dtype).reshape(weight.shape) * term.strength
-            total = delta if total is None else total + delta
-    assert total is not None, "a module without terms is not changed"
-    return total
+            target += term.update.delta(base).to(dtype).reshape(weight.shape) * term.strength
+    return target
 
 
 def _bake_file(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..files import replacing
-from ..tensor_file import DTYPE_NAMES, Header, shown
+from ..tensor_file import DTYPE_NAMES, FLOAT_DTYPES, Header, shown
 from .checkpoints import read_tensor
 from .workers import in_order
 
@@ -58,7 +58,8 @@ def rewrite(
         stored = read_tensor(header, key)
         changed = change(key, stored)
         assert changed.dtype == stored.dtype and changed.shape == stored.shape, key
-        if not bool(torch.isfinite(changed.float()).all()):
+        seen = changed if changed.dtype in FLOAT_DTYPES else changed.float()  # fp8 has few operations
+        if not bool(torch.isfinite(seen).all()):
             raise ModelError(
                 f"{header.path}: `{shown(key)}` would hold values too large for its number format "
                 f"({DTYPE_NAMES[stored.dtype]}), or holds NaN already; use smaller strengths"
