@@ -26,9 +26,9 @@ from ..adapters.lora import Strength
 from ..errors import AdapterFileError, ConfigError, ModelError, OutputError
 from ..files import replacing
 from ..tensor_file import DTYPE_NAMES, Header
-from .checkpoints import Checkpoint, Site, open_checkpoint, variant_of
+from .checkpoints import Checkpoint, Site, open_checkpoint, variant_of, wide_dtype
 from .report import ModuleChange, SurgeryReport, relative, sorted_changes
-from .rewriting import rewrite
+from .rewriting import Scratch, rewrite
 from .sources import Progress, fingerprints, refuse_source, silent
 from .strengths import ModuleStrength, check_blocks, component_strengths
 
@@ -57,25 +57,25 @@ class _Baking:
     terms: dict[tuple[Path, str], list[_Term]] = field(default_factory=dict)
     changes: dict[ModuleKey, ModuleChange] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
+    scratch: Scratch = field(default_factory=Scratch)
 
     def keys(self, header: Header) -> frozenset[str]:
         return frozenset(key for path, key in self.terms if path == header.path)
 
-    def change(self, header: Header, key: str, stored: Tensor) -> Tensor:
-        """Return the tensor to store: computed wide, rounded once."""
+    def change(self, header: Header, key: str, stored: Tensor) -> None:
+        """Add the updates to a stored tensor in place: computed wide, rounded once."""
         by_module: dict[ModuleKey, list[_Term]] = {}
         for term in self.terms[header.path, key]:
             by_module.setdefault(term.module, []).append(term)
-        original = stored.to(torch.promote_types(torch.float32, stored.dtype))
+        wide = self.scratch.tensor("wide", stored.shape, wide_dtype(stored.dtype)).copy_(stored)
         plain = all(isinstance(term.update, LowRankPair) for term in self.terms[header.path, key])
-        wide = original if plain and not self.with_errors else original.clone()
+        original = wide if plain and not self.with_errors else wide.clone()
         for terms in by_module.values():
             site = terms[0].site
             _add(_rows(site, wide), terms, _rows(site, original))
-        rounded = wide.to(stored.dtype)
+        stored.copy_(wide)
         for module, terms in by_module.items():
-            self._note(module, terms, original, rounded)
-        return rounded
+            self._note(module, terms, original, stored)
 
     def _note(self, module: ModuleKey, terms: Sequence[_Term], before: Tensor, after: Tensor) -> None:
         norm = error = None

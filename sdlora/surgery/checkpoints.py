@@ -64,8 +64,7 @@ class Site:
     def read(self) -> Tensor:
         """Return the module's weight, float32 (float64 stays)."""
         stored = read_tensor(self.header, self.place.key)
-        wide = torch.promote_types(torch.float32, stored.dtype)
-        return self.place.take(stored, self.shape).to(wide)
+        return self.place.take(stored, self.shape).to(wide_dtype(stored.dtype))
 
 
 @dataclass(frozen=True)
@@ -166,16 +165,29 @@ def read_tensor(header: Header, key: str) -> Tensor:
     spec = header.tensors[key]
     tensor = torch.empty(spec.shape, dtype=spec.dtype)
     if tensor.numel():
-        view = tensor.reshape(-1).view(torch.uint8).numpy().data
-        with header.path.open("rb", buffering=0) as stream:
-            stream.seek(header.data_offset + spec.start)
-            done = 0
-            while done < len(view):
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise ModelError(f"{header.path}: became shorter while it was read; check the disk")
-                done += count
+        read_into(header, spec.start, tensor.reshape(-1).view(torch.uint8))
     return tensor
+
+
+def read_into(header: Header, start: int, block: Tensor) -> None:
+    """Fill a flat uint8 tensor with a file's bytes from ``start`` of its data on.
+
+    Raises:
+        ModelError: when the file became shorter meanwhile.
+    """
+    view = block.numpy().data
+    with header.path.open("rb", buffering=0) as stream:
+        stream.seek(header.data_offset + start)
+        while view:
+            count = stream.readinto(view)
+            if not count:
+                raise ModelError(f"{header.path}: became shorter while it was read; check the disk")
+            view = view[count:]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the number format to compute in: float64 for itself, float32 for all narrower ones."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def component_files(folder: Path) -> list[Path]:

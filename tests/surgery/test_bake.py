@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -103,6 +104,40 @@ def test_a_folder_gets_the_sum_and_stays_a_folder(family: str, bases: Bases, tmp
     assert (tmp_path / "baked" / "vae").is_dir()
     names = [{str(p.relative_to(root)) for p in root.rglob("*")} for root in (folder, tmp_path / "baked")]
     assert names[0] == names[1]
+
+
+def test_fp8_checkpoints_are_rounded_to_the_nearest_and_the_loss_is_told(
+    bases: Bases, tmp_path: Path
+) -> None:
+    _, states = bases["sd1"]
+    coarse = torch.float8_e4m3fn
+    weights = adapter_for("sd1", states)
+    source = ldm_file(tmp_path, "sd1", states, coarse)
+    adapter = saved_for(tmp_path, "sd1", "ink", weights)
+    report = bake_checkpoint(source, [(adapter, 1.0)], tmp_path / "baked.safetensors", report=True)
+    found = load_file(tmp_path / "baked.safetensors")
+    wanted = as_ldm("sd1", added("sd1", states, coarse, [(weights, ONE)]))
+    compared = 0
+    for key, tensor in wanted.items():
+        if found[key].dtype == coarse:
+            off = (found[key].double() - tensor).abs()
+            # below 2^-6 all numbers of the format are 2^-9 apart
+            allowed = 0.5 * torch.maximum(steps(coarse, tensor), torch.tensor(2.0**-9)) + 1e-6
+            assert bool((off <= allowed).all()), key
+            compared += 1
+    assert compared > 100
+    assert report.total_error is not None and report.total_error > 0.1
+    assert any("fp8" in note for note in report.notes)
+
+
+def test_scaled_fp8_checkpoints_are_refused(bases: Bases, tmp_path: Path) -> None:
+    _, states = bases["sd1"]
+    tensors = as_ldm("sd1", states)
+    tensors["model.diffusion_model.input_blocks.0.0.scale_weight"] = torch.ones(1)
+    save_file(tensors, tmp_path / "scaled.safetensors")
+    adapter = saved_for(tmp_path, "sd1", "ink", adapter_for("sd1", states))
+    with pytest.raises(ModelError, match="scaled fp8"):
+        bake_checkpoint(tmp_path / "scaled.safetensors", [(adapter, 1.0)], tmp_path / "baked.safetensors")
 
 
 def test_float32_checkpoints_are_exact_to_float32(bases: Bases, tmp_path: Path) -> None:
@@ -273,6 +308,33 @@ def test_values_too_large_for_the_format_are_refused_and_nothing_is_left(
     with pytest.raises(ModelError, match="too large for its number format"):
         bake_checkpoint(source, [(adapter, 1e9)], tmp_path / "out" / "baked.safetensors")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupted_bake_leaves_nothing(bases: Bases, tmp_path: Path) -> None:
+    base, states = bases["sd1"]
+    adapter = saved_for(tmp_path, "sd1", "ink", adapter_for("sd1", states))
+
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    for source, target in ((ldm_file(tmp_path, "sd1", states, torch.float16), "x.safetensors"), (base, "x")):
+        with pytest.raises(KeyboardInterrupt):
+            bake_checkpoint(source, [(adapter, 1.0)], tmp_path / "out" / target, progress=interrupt)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_too_full_is_told_before_anything_is_written(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, states = bases["sd1"]
+    source = ldm_file(tmp_path, "sd1", states, torch.float16)
+    adapter = saved_for(tmp_path, "sd1", "ink", adapter_for("sd1", states))
+    usage = shutil.disk_usage(tmp_path)._replace(free=source.stat().st_size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match="GiB free"):
+        bake_checkpoint(source, [(adapter, 1.0)], tmp_path / "baked.safetensors")
+    assert not (tmp_path / "baked.safetensors").exists()
 
 
 def _write_in_order(path: Path, tensors: States | dict[str, Tensor]) -> None:

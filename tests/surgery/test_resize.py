@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import kinds
 from formats.adapters import file_of
 
 from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
@@ -108,6 +109,17 @@ def test_the_header_keeps_the_training_and_says_what_was_done(tmp_path: Path) ->
     assert (first["operation"], first["rank"], second["rank"]) == ("resize", 3, 2)
     assert first["sources"][0]["file"] == "big.safetensors"
     assert info.metadata["ss_network_dim"] == "2"
+
+
+def test_a_loha_is_resized_as_the_plain_lora_it_is(tmp_path: Path) -> None:
+    module = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    loha = kinds.loha((16, 16), rank=3)
+    source = saved(tmp_path, "loha", AdapterWeights({module: loha}))
+    report = resize_adapter(source, tmp_path / "small.safetensors", rank=4)
+    found = read_adapter(tmp_path / "small.safetensors").weights
+    wanted = truncated(loha.delta().double(), 4)
+    assert relative_errors(found, {module: wanted})[module] < 1e-6
+    assert any("LoHa" in note for note in report.notes)
 
 
 def test_a_rank_that_cuts_nothing_is_refused(tmp_path: Path) -> None:
