@@ -283,3 +283,12 @@ def test_unknown_option_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
         main(["check", "somewhere", "--no-such-option"])
     assert caught.value.code == 2
     assert "--no-such-option" in capsys.readouterr().err
+
+
+def test_public_functions_are_not_shadowed_by_modules_of_their_name() -> None:
+    code = (
+        "import sdlora, sdlora.cli, sdlora.demo, sdlora.generate, sdlora.train; "
+        "print([callable(getattr(sdlora, name)) for name in ('train', 'generate', 'demo')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[True, True, True]"

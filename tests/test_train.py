@@ -239,7 +239,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
         plain = (prediction - corrupted.target).square().flatten(1).mean(1)
         return plain, plain.detach()
 
-    monkeypatch.setattr("sdlora.train.loss_of", by_name)
+    monkeypatch.setattr(sys.modules["sdlora.train"], "loss_of", by_name)
     monkeypatch.setattr("sdlora.cost.loss_of", by_name)
     gradients = []
     square = ("data.buckets=false", "data.caption_dropout=0", "optimizer.max_grad_norm=0")
@@ -293,7 +293,7 @@ def test_non_finite_loss_stops_before_the_weights_and_names_the_pictures(
         poisoned.name = batch.names[0]  # type: ignore[attr-defined]
         return weighted * bad, plain
 
-    monkeypatch.setattr("sdlora.train.loss_of", poisoned)
+    monkeypatch.setattr(sys.modules["sdlora.train"], "loss_of", poisoned)
     with pytest.raises(TrainingError, match="not a finite number") as caught:
         train_step(run)
     assert poisoned.name in str(caught.value)  # type: ignore[attr-defined]
