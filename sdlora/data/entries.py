@@ -23,6 +23,7 @@ from .cache_folder import mark_used
 
 _CHECKSUM = "crc32"
 _MAX_HEADER = 1 << 20
+_ATTEMPTS = 5
 
 
 def read_entry(file: Path) -> dict[str, Tensor] | None:
@@ -47,12 +48,18 @@ def write_entry(file: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OutputError: when it cannot be written.
     """
-    try:
-        with replacing(file) as temporary:
-            save_file(dict(tensors), temporary, metadata={_CHECKSUM: "0" * 8})
-            _stamp(temporary)
-    except OutputError as error:
-        if read_entry(file) is None:  # else another process was faster, and holds it open (Windows)
+    for attempt in range(_ATTEMPTS):
+        try:
+            with replacing(file) as temporary:
+                save_file(dict(tensors), temporary, metadata={_CHECKSUM: "0" * 8})
+                _stamp(temporary)
+            return
+        except OutputError as error:
+            if read_entry(file) is not None:  # another process was faster, and holds it open (Windows)
+                return
+            # thinning out removes folders that became empty, also between our making one and using it
+            if attempt + 1 < _ATTEMPTS:
+                continue
             where = "set data.cache_folder, or free space with `sdlora cache --prune`"
             raise OutputError(f"{error}; this is the cache of encodings: {where}") from error
 

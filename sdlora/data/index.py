@@ -12,7 +12,7 @@ import os
 import sqlite3
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -42,10 +42,11 @@ class PictureIndex:
     Args:
         file: the index, made when missing; None for an index that remembers nothing.
         version: of the facts; entries of other versions are not used.
+        clock: tells the seconds since 1970.
     """
 
-    def __init__(self, file: Path | None, version: str) -> None:
-        self._file, self._version = file, version
+    def __init__(self, file: Path | None, version: str, clock: Callable[[], float] = time.time) -> None:
+        self._file, self._version, self._clock = file, version, clock
         self._pending: list[tuple[str, str, str, str]] = []
         self._connection = _connect(file) if file else None
 
@@ -74,7 +75,7 @@ class PictureIndex:
     def put(self, path: Path, status: os.stat_result, facts: str) -> None:
         """Remember facts about a file, if it was at rest; ``status`` is from before it was read."""
         touched = max(status.st_mtime, status.st_ctime)
-        if self._connection is None or time.time() - touched < REST_SECONDS:
+        if self._connection is None or self._clock() - touched < REST_SECONDS:
             return
         self._pending.append((_key(path), state_of(status), self._version, facts))
         if len(self._pending) >= _BATCH:

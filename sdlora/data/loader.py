@@ -36,6 +36,7 @@ class BatchLoader:
         steps: where the run ends.
         make: (step, micro-batch, visits) -> what is loaded; called in the loader's own thread.
         single_threaded: torch uses one core in that thread, and leaves the others to the training.
+        clock: tells the seconds that waiting is measured with; read before and after each wait.
     """
 
     waited: float
@@ -49,8 +50,10 @@ class BatchLoader:
         make: Callable[[int, int, MicroBatch], Loaded],
         *,
         single_threaded: bool,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._order, self._rank, self._steps, self._make = order, rank, steps, make
+        self._clock = clock
         threads = (torch.set_num_threads, (1,)) if single_threaded else (None, ())
         self._pool = ThreadPoolExecutor(1, "batches", *threads)
         self._pending: dict[tuple[int, int], Future[Loaded]] = {}
@@ -74,9 +77,9 @@ class BatchLoader:
         for micro, visits in self._micro_batches(step):
             future = self._pending.pop((step, micro), None) or self._submit(step, micro, visits)
             self._look_ahead(step, micro)
-            began = time.perf_counter()
+            began = self._clock()
             loaded = future.result()
-            self.waited += time.perf_counter() - began
+            self.waited += self._clock() - began
             yield loaded
 
     def settle(self) -> None:

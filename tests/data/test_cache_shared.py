@@ -6,13 +6,15 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from sdlora.data import entries
 from sdlora.data.buckets import make_buckets, place
 from sdlora.data.cache import EncodedDataset
 from sdlora.data.cache_folder import (
@@ -24,6 +26,7 @@ from sdlora.data.cache_folder import (
 from sdlora.data.entries import read_entry
 from sdlora.data.folder import Dataset, scan
 from sdlora.data.looks import Looks
+from sdlora.errors import OutputError
 from sdlora.families.loading import load_model
 from sdlora.families.sd1 import StableDiffusion1
 
@@ -47,6 +50,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute as the processes here do, whose numbers are compared bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def in_process(work: Callable[[], None]) -> multiprocessing.process.BaseProcess:
     def alone() -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
@@ -66,29 +80,52 @@ def reference(
 
     root = tmp_path_factory.mktemp("shared")
     dataset = scan(folder_of(root / "pictures", 12))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    encoded(dataset, model, root / "cache").encode_all()
-    torch.set_num_threads(threads)
+    with one_thread():
+        encoded(dataset, model, root / "cache").encode_all()
     whole = contents(root / "cache")
     assert len(whole) == 12 * 2 + 13
     return dataset, whole
 
 
+def kill_at(number: int, place: str) -> None:
+    """Let this process be killed at its ``number``-th entry: within the file, or before it gets its name."""
+    written = 0
+
+    def save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+        nonlocal written
+        written += 1
+        save_file(tensors, file, metadata=metadata)
+        if written == number:
+            if place == "within the file":
+                os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    entries.save_file = save  # type: ignore[attr-defined]
+
+
 @needs_fork
-@pytest.mark.parametrize("kill_after", [1, 6, 15, 30])
+@pytest.mark.parametrize(
+    ("number", "place"), [(1, "within the file"), (15, "before its name"), (30, "within the file")]
+)
 def test_a_killed_process_leaves_only_whole_entries_and_the_next_one_finishes(
-    model: StableDiffusion1, reference: tuple[Dataset, dict[str, bytes]], tmp_path: Path, kill_after: int
+    model: StableDiffusion1,
+    reference: tuple[Dataset, dict[str, bytes]],
+    tmp_path: Path,
+    number: int,
+    place: str,
 ) -> None:
     dataset, whole = reference
-    process = in_process(lambda: encoded(dataset, model, tmp_path).encode_all())
-    deadline = time.monotonic() + 60
-    while len(list_entries(tmp_path)) < kill_after and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
+
+    def doomed() -> None:
+        kill_at(number, place)
+        encoded(dataset, model, tmp_path).encode_all()
+
+    process = in_process(doomed)
     process.join()
-    for entry in list_entries(tmp_path):
+    assert process.exitcode == -signal.SIGKILL
+    found = list_entries(tmp_path)
+    assert sorted(entry.kind == "leftovers" for entry in found) == [False] * (number - 1) + [True]
+    for entry in found:
         assert entry.kind == "leftovers" or read_entry(entry.path) is not None
     finisher = in_process(lambda: encoded(dataset, model, tmp_path).encode_all())
     finisher.join()
@@ -109,20 +146,49 @@ def test_two_processes_fill_one_cache_together(
     assert contents(tmp_path) == whole
 
 
-@needs_fork
+@pytest.mark.parametrize("when", ["before an entry is written", "after each entry"])
 def test_a_run_goes_on_when_the_cache_is_emptied_under_it(
-    model: StableDiffusion1, reference: tuple[Dataset, dict[str, bytes]], tmp_path: Path
+    model: StableDiffusion1,
+    reference: tuple[Dataset, dict[str, bytes]],
+    tmp_path: Path,
+    when: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dataset, whole = reference
-    process = in_process(lambda: encoded(dataset, model, tmp_path).encode_all())
-    while process.is_alive():
-        remove_entries(choose_entries(list_entries(tmp_path)))
-        time.sleep(0.002)
-    process.join()
-    assert process.exitcode == 0
-    finisher = in_process(lambda: encoded(dataset, model, tmp_path).encode_all())
-    finisher.join()
+    emptied = 0
+    seen: set[Path] = set()
+
+    def empty() -> None:
+        nonlocal emptied
+        emptied += 1
+        remove_entries(list_entries(tmp_path))
+        for folder in tmp_path.glob("*/*"):
+            folder.rmdir()
+
+    def save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+        if file.parent not in seen:  # the folder was made for this entry; now it goes with all the others
+            seen.add(file.parent)
+            empty()
+        save_file(tensors, file, metadata=metadata)
+
+    if when == "before an entry is written":
+        monkeypatch.setattr(entries, "save_file", save)
+    with one_thread():
+        data = encoded(dataset, model, tmp_path)
+        data.encode_all(lambda done, total: empty() if when == "after each entry" else None)
+        assert emptied >= 20
+        encoded(dataset, model, tmp_path).encode_all()
     assert contents(tmp_path) == whole
+
+
+def test_a_folder_that_cannot_be_kept_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+        file.parent.rmdir()
+        save_file(tensors, file, metadata=metadata)
+
+    monkeypatch.setattr(entries, "save_file", save)
+    with pytest.raises(OutputError, match=r"cache of encodings: set data\.cache_folder"):
+        entries.write_entry(tmp_path / "images" / "ab" / "abc.safetensors", {"mean": torch.zeros(3)})
 
 
 def test_an_entry_removed_after_encoding_is_encoded_again_on_use(

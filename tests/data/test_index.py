@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 from pictures import drawing, folder_of, put
 
 from sdlora.data import measure
-from sdlora.data.index import PictureIndex, forget_missing
+from sdlora.data.index import REST_SECONDS, PictureIndex, forget_missing
 from sdlora.data.listing import FoundFile
 from sdlora.data.measure import Measured, measure_all
 from sdlora.data.problems import Problem
@@ -25,7 +25,7 @@ def files_in(folder: Path) -> list[FoundFile]:
 
 def let_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take files written just now for files that have been lying there."""
-    monkeypatch.setattr("sdlora.data.index.REST_SECONDS", 0.0)
+    monkeypatch.setattr("sdlora.data.index.REST_SECONDS", -math.inf)
 
 
 @pytest.fixture
@@ -55,11 +55,27 @@ def test_a_second_run_reads_nothing_and_finds_the_same(
     assert all(isinstance(one, Measured) for one in again)
 
 
-def test_files_written_a_moment_ago_are_not_remembered(tmp_path: Path, read: list[str]) -> None:
+def test_files_written_a_moment_ago_are_not_remembered(
+    tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdlora.data.index.REST_SECONDS", 86_400.0)  # a moment, however slow this test is
     files = files_in(folder_of(tmp_path / "pictures", 2, captions=False))
     for _ in range(2):
         measure_all(files, index_file=tmp_path / "index")
     assert len(read) == 4
+
+
+@pytest.mark.parametrize("last_touch", ["modified", "changed"])
+@pytest.mark.parametrize(("rested", "remembered"), [(REST_SECONDS - 0.01, None), (REST_SECONDS, "facts")])
+def test_a_file_must_have_rested_as_long_as_file_systems_may_be_imprecise(
+    tmp_path: Path, last_touch: str, rested: float, remembered: str | None
+) -> None:
+    file = put(tmp_path / "p.png", drawing(1))
+    status = _touched(file.stat(), **{"modified": 1000, "changed": 1000, last_touch: 2000})
+    with PictureIndex(tmp_path / "index", "1", clock=lambda: 2000 + rested) as index:
+        index.put(file, status, "facts")
+    with PictureIndex(tmp_path / "index", "1") as index:
+        assert index.get(file, status) == remembered
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no time of change")
@@ -70,8 +86,9 @@ def test_another_content_of_the_same_size_and_time_is_noticed(
     file = put(tmp_path / "p.bmp", _bmp(1))
     status = file.stat()
     before = measure_all(files_in(tmp_path), index_file=tmp_path / "i" / "index")
-    file.write_bytes(_bmp(2))
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    while file.stat().st_ctime_ns == status.st_ctime_ns:  # until the file system's clock has ticked
+        file.write_bytes(_bmp(2))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
     after = measure_all(files_in(tmp_path), index_file=tmp_path / "i" / "index")
     assert before != after
@@ -98,10 +115,10 @@ def test_facts_of_another_version_are_not_used(tmp_path: Path) -> None:
     os.utime(file, (1, 1))
     status = file.stat()
     with PictureIndex(tmp_path / "index", "1") as index:
-        index.put(file, _at_rest(status), "facts")
+        index.put(file, _touched(status, 1000, 1000), "facts")
     for version, facts in (("1", "facts"), ("2", None)):
         with PictureIndex(tmp_path / "index", version) as index:
-            assert index.get(file, _at_rest(status)) == facts
+            assert index.get(file, _touched(status, 1000, 1000)) == facts
 
 
 def test_a_damaged_index_is_made_anew(
@@ -159,8 +176,8 @@ def _bmp(seed: int) -> bytes:
     return encoded(drawing(seed), "BMP")
 
 
-def _at_rest(status: os.stat_result) -> os.stat_result:
-    """Return the status with its times an hour back."""
-    values = list(status)
-    values[8] = values[9] = int(time.time()) - 3600
-    return os.stat_result(values)
+def _touched(status: os.stat_result, modified: int, changed: int) -> os.stat_result:
+    """Return the status with other times of modification and change, in seconds since 1970."""
+    fields = {"st_mtime": float(modified), "st_ctime": float(changed)}
+    values = (*status[:8], modified, changed)
+    return os.stat_result(values, fields | {f"{k}_ns": int(v) * 10**9 for k, v in fields.items()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
@@ -12,6 +11,8 @@ from sdlora.data.batches import Batch
 from sdlora.data.loader import BatchLoader, Loaded
 from sdlora.data.order import MicroBatch, Order
 from sdlora.errors import DatasetError
+
+PATIENCE = 60.0  # seconds that only a test which fails takes
 
 
 def order_of(count: int = 7, accumulation: int = 2) -> Order:
@@ -47,38 +48,80 @@ def test_a_step_asked_for_again_or_skipped_to_is_right_too() -> None:
             assert all(name.startswith(f"{step} ") for b, _ in loader.step(step) for name in b.names)
 
 
+class Clock:
+    """Seconds that pass only when a test says so; ``asked`` counts the waits that began."""
+
+    def __init__(self) -> None:
+        self.now, self.asked = 10.0, threading.Semaphore(0)
+        self._readings = 0
+
+    def __call__(self) -> float:
+        self._readings += 1
+        if self._readings % 2:
+            self.asked.release()
+        return self.now
+
+
 def test_batches_are_made_while_training_goes_on_and_not_past_the_end() -> None:
     made: list[tuple[int, int]] = []
+    ahead, go_on = threading.Event(), threading.Event()
 
-    def slow(step: int, micro: int, visits: MicroBatch) -> Loaded:
-        time.sleep(0.02)
+    def make(step: int, micro: int, visits: MicroBatch) -> Loaded:
+        if step == 3:
+            assert go_on.wait(PATIENCE)
         made.append((step, micro))
+        if step == 2:
+            ahead.set()
         return loaded(step, micro, visits)
 
-    with BatchLoader(order_of(count=8, accumulation=1), 0, 4, slow, single_threaded=True) as loader:
+    with BatchLoader(order_of(count=8, accumulation=1), 0, 4, make, single_threaded=True) as loader:
         list(loader.step(0))
-        first = loader.waited
-        assert first >= 0.02
-        time.sleep(0.2)  # a step that takes longer than two batches
+        assert ahead.wait(PATIENCE)  # nobody asks for a batch meanwhile
+        loader.settle()
         assert made == [(0, 0), (1, 0), (2, 0)]
         list(loader.step(1))
-        assert loader.waited - first < 0.01
-        for step in (2, 3):
-            list(loader.step(step))
-        time.sleep(0.05)
+        list(loader.step(2))  # both were there: the maker is held up with another
+        assert made == [(0, 0), (1, 0), (2, 0)]
+        go_on.set()
+        list(loader.step(3))
+        loader.settle()
     assert made == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
 def test_waiting_is_measured_when_data_is_the_slower_part() -> None:
+    clock = Clock()
+
     def slow(step: int, micro: int, visits: MicroBatch) -> Loaded:
-        time.sleep(0.03)
+        assert clock.asked.acquire(timeout=PATIENCE)  # the training waits already
+        clock.now += 0.25 * (step + 1)
         return loaded(step, micro, visits)
 
-    began = time.perf_counter()
-    with BatchLoader(order_of(count=8, accumulation=1), 0, 4, slow, single_threaded=True) as loader:
+    order = order_of(count=8, accumulation=1)
+    with BatchLoader(order, 0, 4, slow, single_threaded=True, clock=clock) as loader:
+        shares = []
         for step in range(4):
             list(loader.step(step))
-    assert 0.1 < loader.waited <= time.perf_counter() - began
+            shares.append(loader.waited)
+    assert shares == [0.25, 0.75, 1.5, 2.5]
+
+
+def test_making_that_nobody_waited_for_is_not_counted() -> None:
+    clock, go_on = Clock(), threading.Event()
+
+    def make(step: int, micro: int, visits: MicroBatch) -> Loaded:
+        if step:
+            assert go_on.wait(PATIENCE)
+            clock.now += 7.0
+        return loaded(step, micro, visits)
+
+    order = order_of(count=8, accumulation=1)
+    with BatchLoader(order, 0, 3, make, single_threaded=True, clock=clock) as loader:
+        list(loader.step(0))
+        go_on.set()
+        loader.settle()
+        for step in (1, 2):
+            list(loader.step(step))
+    assert (clock.now, loader.waited) == (24.0, 0.0)
 
 
 def test_an_error_in_the_making_is_raised_by_the_step_that_needs_it() -> None:
@@ -93,18 +136,24 @@ def test_an_error_in_the_making_is_raised_by_the_step_that_needs_it() -> None:
             list(loader.step(1))
 
 
-def test_after_settling_nothing_is_being_made() -> None:
-    busy = threading.Event()
+def test_settling_waits_for_what_is_being_made_and_nothing_is_made_after_it() -> None:
+    made: list[tuple[int, int]] = []
+    go_on = threading.Event()
 
-    def slow(step: int, micro: int, visits: MicroBatch) -> Loaded:
-        busy.set()
-        time.sleep(0.03)
-        busy.clear()
+    def held(step: int, micro: int, visits: MicroBatch) -> Loaded:
+        if step:
+            assert go_on.wait(PATIENCE)
+        made.append((step, micro))
         return loaded(step, micro, visits)
 
-    with BatchLoader(order_of(), 0, 9, slow, single_threaded=True) as loader:
+    with BatchLoader(order_of(), 0, 9, held, single_threaded=True) as loader:
         list(loader.step(0))
-        loader.settle()
-        assert not busy.is_set()
-        time.sleep(0.05)
-        assert not busy.is_set()
+        settling = threading.Thread(target=loader.settle)
+        settling.start()
+        settling.join(0.05)  # too short or not: it cannot end before the maker may go on
+        assert settling.is_alive()
+        go_on.set()
+        settling.join(PATIENCE)
+        assert made == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert not settling.is_alive()
+    assert made == [(0, 0), (0, 1), (1, 0), (1, 1)]
