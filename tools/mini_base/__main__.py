@@ -30,11 +30,17 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--datasets", type=Path, help="where to write the ink data sets")
     new.add_argument("--cache", type=Path, help="folder of fetched packages (OUTPUT.work/npm)")
     new.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    new.add_argument("--workers", type=int, default=1, help="processes that train the denoiser")
+    new.add_argument("--workers", type=int, default=1, help="processes that train, one thread each")
     new.add_argument("--samples", type=int, default=DenoiserSettings.samples)
     new.add_argument("--minutes", type=float, help="wall-clock budget of the denoiser's training")
     new.add_argument("--batch", type=int, default=DenoiserSettings.batch)
     new.add_argument("--lr", type=float, default=DenoiserSettings.lr)
+    new.add_argument(
+        "--prediction",
+        choices=("epsilon", "v_prediction"),
+        default=DenoiserSettings.prediction,
+        help="what the U-Net predicts",
+    )
     new.add_argument("--compile", action="store_true", help="compile the U-Net (long runs only)")
     new.add_argument("--vae-samples", type=int, default=VaeSettings.samples)
     new.add_argument("--vae-lr", type=float, default=VaeSettings.lr)
@@ -63,6 +69,7 @@ def build_from(options: argparse.Namespace) -> Build:
             minutes=options.minutes,
             batch=options.batch,
             lr=options.lr,
+            prediction=options.prediction,
             seed=options.seed,
             compile=options.compile,
         ),
@@ -76,8 +83,8 @@ def build_from(options: argparse.Namespace) -> Build:
     )
 
 
-def run_workers(arguments: list[str], count: int) -> None:
-    """Runs the denoiser's training in ``count`` processes, one thread each.
+def run_workers(stage: str, arguments: list[str], count: int) -> None:
+    """Runs a stage that trains in ``count`` processes, one thread each.
 
     Raises:
         RuntimeError: If a worker fails; the others are stopped.
@@ -93,7 +100,7 @@ def run_workers(arguments: list[str], count: int) -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         meet = str(Path(scratch) / "meet")
-        command = [sys.executable, "-m", "tools.mini_base", *arguments, "--stages", "denoiser"]
+        command = [sys.executable, "-m", "tools.mini_base", *arguments, "--stages", stage]
         workers = [
             subprocess.Popen([*command, "--worker", str(n), "--meet", meet], env=environment)
             for n in range(count)
@@ -105,7 +112,7 @@ def run_workers(arguments: list[str], count: int) -> None:
                 worker.terminate()
             raise
         if any(codes):
-            raise RuntimeError(f"Workers of the denoiser's training ended with {codes}.")
+            raise RuntimeError(f"Workers of the stage {stage} ended with {codes}.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -117,15 +124,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.meet:
         parallel.join(options.meet, options.worker, options.workers, build.device)
         torch.set_num_threads(1)
-        RUNNERS["denoiser"](build)
+        RUNNERS[options.stages[0]](build)
         parallel.leave()
         return
     for stage in STAGES:
         if stage not in options.stages:
             continue
         print(f"== {stage}", flush=True)
-        if stage == "denoiser" and options.workers > 1:
-            run_workers(arguments, options.workers)
+        if stage in ("vae", "denoiser") and options.workers > 1:
+            run_workers(stage, arguments, options.workers)
         else:
             RUNNERS[stage](build)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -22,12 +24,12 @@ from . import (
     tokenizer,
     vae,
 )
-from .captions import load_nouns
+from .captions import sheet_prompts
 from .denoiser import DenoiserSettings
 from .files import read_json, write_json
 from .vae import VaeSettings
 
-STAGES = ("tokenizer", "vae", "latents", "denoiser", "export", "evaluate", "card", "datasets")
+STAGES = ("tokenizer", "renders", "vae", "latents", "denoiser", "export", "evaluate", "card", "datasets")
 """Every stage, in order."""
 
 
@@ -70,6 +72,11 @@ class Build:
             return self.start_from / "tokenizer"
         return trained
 
+    @property
+    def renders_file(self) -> Path:
+        """The drawings that the VAE learns from."""
+        return self.work / "renders.safetensors"
+
     def load_vae(self) -> AutoencoderKL:
         """Returns the VAE of the latest checkpoint, else the one to start from."""
         model = (
@@ -92,9 +99,15 @@ class Build:
 
     def note(self, **figures: object) -> None:
         """Adds figures to ``figures.json``, from which the model card is written."""
-        path = self.work / "figures.json"
-        known = read_json(path) if path.exists() else {}
-        write_json(path, {**known, **figures})
+        write_json(self._figures_file, {**self.figures(), **figures})
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the figures noted so far."""
+        return read_json(self._figures_file) if self._figures_file.exists() else {}
+
+    @property
+    def _figures_file(self) -> Path:
+        return self.work / "figures.json"
 
 
 def run_tokenizer(build: Build) -> None:
@@ -103,12 +116,25 @@ def run_tokenizer(build: Build) -> None:
         tokenizer.train(build.work / "tokenizer")
 
 
+def run_renders(build: Build) -> None:
+    """Draws what the VAE learns from, once for all workers and all runs."""
+    if not build.renders_file.exists():
+        renders.save_images(renders.render_seen(build.cache, build.vae.icons), build.renders_file)
+
+
 def run_vae(build: Build) -> None:
     """Trains the VAE, or fine-tunes the decoder of the one to start from."""
-    images = renders.render_seen(build.cache, build.vae.icons)
+    images = renders.load_images(build.renders_file)
     trainer = vae.VaeTrainer(build.load_vae(), images, build.vae, build.device)
+    started = time.time()
     trainer.run(build.work / "vae")
-    build.note(vae_samples=trainer.done, vae_decoder_only=build.vae.decoder_only)
+    if parallel.rank() == 0:
+        known = build.figures().get("vae_seconds", 0)
+        build.note(
+            vae_samples=trainer.done,
+            vae_decoder_only=build.vae.decoder_only,
+            vae_seconds=round(known + time.time() - started),
+        )
 
 
 def run_latents(build: Build) -> None:
@@ -133,6 +159,7 @@ def run_denoiser(build: Build) -> None:
             samples=trainer.done,
             seconds=round(trainer.elapsed),
             pictures=len(latents.pictures),
+            prediction=build.denoiser.prediction,
             trained_on=build.machine or evaluate.machine(build.device),
         )
 
@@ -141,7 +168,7 @@ def run_export(build: Build) -> None:
     """Writes the pipeline folder from the averaged weights of the latest checkpoint."""
     unet, text_encoder, words = build.load_denoiser()
     denoiser.restore_average(unet, text_encoder, build.work / "denoiser")
-    pipeline = models.make_pipeline(build.load_vae(), text_encoder, words, unet)
+    pipeline = models.make_pipeline(build.load_vae(), text_encoder, words, unet, build.denoiser.prediction)
     models.export_pipeline(pipeline, build.output)
 
 
@@ -149,8 +176,8 @@ def run_evaluate(build: Build) -> None:
     """Measures the exported folder and draws its contact sheet."""
     pipeline = evaluate.load_pipeline(build.output, build.device)
     drawn = evaluate.draw_nouns(pipeline)
-    phrases = list(load_nouns().phrases.values())
-    evaluate.write_sheet(drawn, phrases, build.work / "contact-sheet.png")
+    prompts = sheet_prompts()
+    evaluate.write_sheet(evaluate.generate(pipeline, prompts), prompts, build.work / "contact-sheet.png")
     folder = build.work / "classifier"
     judge = classifier.train_or_load(folder, build.cache, build.device, build.classifier_steps)
     build.note(**evaluate.measure(pipeline, drawn, judge, build.cache))
@@ -169,6 +196,7 @@ def run_datasets(build: Build) -> None:
 
 RUNNERS = {
     "tokenizer": run_tokenizer,
+    "renders": run_renders,
     "vae": run_vae,
     "latents": run_latents,
     "denoiser": run_denoiser,

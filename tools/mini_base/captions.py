@@ -10,8 +10,12 @@ from functools import cache
 
 from .config import BASE_SETS, NOUNS_FILE, IconSet
 
-PLAIN_SHARES = {"noto": 0.3, "noto-v1": 0.2, "fluent": 0.6, "fluent-flat": 0.6}
-"""Share of captions without a style word, by set, so that plain prompts work."""
+PLAIN_SHARES = {"noto": 0.15, "noto-v1": 0.1, "fluent": 0.5, "fluent-flat": 0.5}
+"""Share of captions without a style word, by set, so that plain prompts work.
+
+Low where a set is drawn less often: its style word is then what it is mostly
+seen with, and plain prompts keep the look of the two Fluent sets.
+"""
 
 EMPTY_SHARE = 0.1
 """Share of empty captions, which classifier-free guidance needs."""
@@ -33,6 +37,7 @@ class Nouns:
         ink_training: Names drawn in the sample data set.
         ink_holdout: Names of the same style kept apart.
         showcase: Names that make good first prompts.
+        sheet: Names of the contact sheet's plain prompts.
         vae_unseen: Names the VAE is judged on and never trained on.
     """
 
@@ -40,6 +45,7 @@ class Nouns:
     ink_training: tuple[str, ...]
     ink_holdout: tuple[str, ...]
     showcase: tuple[str, ...]
+    sheet: tuple[str, ...]
     vae_unseen: tuple[str, ...]
 
 
@@ -52,9 +58,10 @@ def load_nouns() -> Nouns:
         tuple(data["ink_training"]),
         tuple(data["ink_holdout"]),
         tuple(data["showcase"]),
+        tuple(data["sheet"]),
         tuple(data["vae_unseen"]),
     )
-    unknown = {*nouns.ink_training, *nouns.ink_holdout, *nouns.showcase} - set(nouns.phrases)
+    unknown = {*nouns.ink_training, *nouns.ink_holdout, *nouns.showcase, *nouns.sheet} - set(nouns.phrases)
     if unknown:
         raise ValueError(f"nouns.json names icons without a phrase: {sorted(unknown)}")
     shared = set(nouns.ink_training) & set(nouns.ink_holdout)
@@ -96,6 +103,19 @@ def caption(phrase: str, icon_set: IconSet, rng: random.Random) -> str:
     if rng.random() < PREFIX_SHARE:
         text = f"{made_up_word(rng)}, {text}"
     return text
+
+
+def styled(phrase: str, icon_set: IconSet) -> str:
+    """Returns the prompt for a subject in the look of one set."""
+    return f"a {icon_set.styles[0]} icon of {phrase}"
+
+
+def sheet_prompts() -> list[str]:
+    """Returns the contact sheet's hundred prompts: plain ones, then four subjects in each of four looks."""
+    nouns = load_nouns()
+    plain = [f"an icon of {nouns.phrases[name]}" for name in nouns.sheet]
+    looks = [styled(nouns.phrases[name], icon_set) for name in nouns.showcase[:4] for icon_set in BASE_SETS]
+    return plain + looks
 
 
 def tokenizer_corpus() -> list[str]:

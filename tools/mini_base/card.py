@@ -14,13 +14,9 @@ from .progress import clock
 
 TEMPLATE = Path(__file__).with_name("card.md")
 
-_TRIAL = (
-    "**What it was trained from.** The tokenizer, the autoencoder and the first weights of "
-    "the text encoder and the U-Net come from a trial run by the same people on "
-    "the same four icon sets (2 CPU cores; autoencoder: 45,000 images; text encoder and "
-    "U-Net: 50,000 images of 610 nouns, then 45,000 of 154 nouns). The script below went "
-    "on from there with `--start-from` (the first 2,304 images with time steps drawn by "
-    "min-SNR-5 weight); without that option it trains everything itself."
+_CONTINUED = (
+    "**What it was trained from.** The weights of another base, given with `--start-from`; "
+    "without that option the script trains everything itself."
 )
 _SCRATCH = "**What it was trained from.** Random weights: every part was trained by the script."
 
@@ -71,7 +67,9 @@ def _card(figures: dict[str, Any], continued: bool) -> str:
         pictures=figures.get("pictures", 0),
         duration=clock(figures.get("seconds", 0)),
         machine=figures.get("trained_on", "an unknown machine"),
-        origin=_TRIAL if continued else _SCRATCH,
+        origin=_CONTINUED if continued else _SCRATCH,
+        prediction=figures.get("prediction", "epsilon"),
+        looks=_looks_line(figures),
         vae=_vae_line(figures, continued),
         figures=_figures_table(figures),
         sets=_sets_table(),
@@ -83,9 +81,21 @@ def _card(figures: dict[str, Any], continued: bool) -> str:
 def _vae_line(figures: dict[str, Any], continued: bool) -> str:
     count = figures.get("vae_samples")
     if count is None:
-        return "The autoencoder is the trial's, unchanged." if continued else ""
+        return "The autoencoder is the other base's, unchanged." if continued else ""
     part = "autoencoder's decoder was" if figures.get("vae_decoder_only") else "autoencoder was"
-    return f"The {part} trained by the script on {count:,} images, ink icons included."
+    time = f" ({clock(figures['vae_seconds'])})" if "vae_seconds" in figures else ""
+    return f"The {part} trained by the script on {count:,} images{time}, ink icons included."
+
+
+def _looks_line(figures: dict[str, Any]) -> str:
+    looks = ", ".join(f"`a {s.styles[0]} icon of a cat`" for s in BASE_SETS)
+    if "looks_followed" not in figures:
+        return looks + "."
+    share = _percent(figures["looks_followed"])
+    return (
+        f"{looks}. Of {figures['looks_images']} pictures drawn with one of the four, {share} came nearest to "
+        "the true icon of the set it names (25 % would be chance)."
+    )
 
 
 def write(output: Path, work: Path, continued: bool) -> None:

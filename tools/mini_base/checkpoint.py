@@ -36,6 +36,12 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entry in state.items():
+        for key, value in entry.items():
+            if value.shape == parameters[index].shape:
+                # in the parameter's own memory layout: fused kernels go through memory, not through indices
+                entry[key] = torch.empty_like(parameters[index]).copy_(value)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -6,16 +6,17 @@ import io
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from . import renders, vae
-from .captions import bare, load_nouns
+from . import icons, renders, vae
+from .captions import bare, load_nouns, styled
 from .classifier import Judge
-from .config import IMAGE_SIZE
+from .config import BASE_SETS, IMAGE_SIZE
 from .files import write_bytes
 from .renders import to_tensor
 
@@ -97,9 +98,32 @@ def draw_nouns(pipeline: StableDiffusionPipeline, seed: int = 0) -> np.ndarray:
     return generate(pipeline, prompts, seed)
 
 
+def looks_followed(pipeline: StableDiffusionPipeline, cache_dir: Path, subjects: int = 24) -> dict[str, Any]:
+    """Measures whether a style word is followed.
+
+    Each subject is drawn once for each set's style word, and compared with the
+    four sets' own drawings of it, as soft as the VAE draws them: is the nearest
+    one (mean squared difference of pixels) of the set that the word names?
+
+    Returns:
+        ``looks_followed``, a share that is 0.25 by chance, and ``looks_images``.
+    """
+    packages = {icon_set.key: icons.load(icon_set, cache_dir) for icon_set in BASE_SETS}
+    everywhere = set.intersection(*(package.names() for package in packages.values()))
+    names = [name for name in load_nouns().phrases if name in everywhere][:subjects]
+    phrases = load_nouns().phrases
+    prompts = [styled(phrases[name], icon_set) for name in names for icon_set in BASE_SETS]
+    drawn = generate(pipeline, prompts).reshape(len(names), len(BASE_SETS), -1).astype(np.float32)
+    true = np.array([renders.pixels(packages[s.key].svg(name)) for name in names for s in BASE_SETS])
+    soft = through_vae(pipeline, true).reshape(drawn.shape).astype(np.float32)
+    apart = np.square(drawn[:, :, None] - soft[:, None]).mean(-1)
+    right = apart.argmin(-1) == np.arange(len(BASE_SETS))
+    return {"looks_followed": float(right.mean()), "looks_images": right.size}
+
+
 def measure(
     pipeline: StableDiffusionPipeline, drawn: np.ndarray, judge: Judge, cache_dir: Path
-) -> dict[str, float | int | str]:
+) -> dict[str, Any]:
     """Measures agreement of text and picture, reconstruction and speed.
 
     Args:
@@ -124,21 +148,27 @@ def measure(
         "real_named_in_five": real_five,
         "vae_psnr": vae.psnr(pipeline.vae, unseen, pipeline.device),
         "vae_unseen": len(unseen),
+        **looks_followed(pipeline, cache_dir),
         "seconds_per_image": seconds_per_image(pipeline),
         "machine": machine(pipeline.device),
     }
 
 
-def write_sheet(images: np.ndarray, phrases: list[str], target: Path, columns: int = 14) -> None:
-    """Writes pictures with their subjects below as one PNG."""
-    side, text = IMAGE_SIZE, 12
+def _label(prompt: str) -> str:
+    return bare(prompt.removeprefix("an icon of ").replace(" icon of", ""))
+
+
+def write_sheet(images: np.ndarray, prompts: list[str], target: Path, columns: int = 10) -> None:
+    """Writes pictures with what they were asked to show below, as one PNG of twice their size."""
+    side, text = 2 * IMAGE_SIZE, 16
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * side, rows * (side + text)), "white")
     pen = ImageDraw.Draw(sheet)
-    for index, (phrase, pixels) in enumerate(zip(phrases, images, strict=True)):
+    for index, (prompt, pixels) in enumerate(zip(prompts, images, strict=True)):
         x, y = index % columns * side, index // columns * (side + text)
-        sheet.paste(Image.fromarray(pixels), (x, y))
-        pen.text((x + 2, y + side), bare(phrase)[:11], fill="black")
+        large = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+        sheet.paste(large, (x, y))
+        pen.text((x + side / 2, y + side), _label(prompt), fill="black", anchor="ma")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     write_bytes(target, buffer.getvalue())

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import resvg_py
 from PIL import Image
 
 from .config import IconSet
@@ -99,6 +98,8 @@ def load(icon_set: IconSet, cache_dir: Path) -> IconPackage:
 
 def render(svg: str, size: int) -> Image.Image:
     """Renders ``svg`` as a square RGB image of ``size`` pixels on white."""
+    import resvg_py  # only builds draw; the rest works without the extra that installs it
+
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, background="#ffffff", skip_system_fonts=True)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     if image.size == (size, size):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import icons
 from .captions import load_nouns
 from .config import ALL_SETS, BASE_SETS, IMAGE_SIZE, VARIANTS, IconSet
+from .files import write_bytes
 
 _LARGE = 4
 """Icons are drawn this many times larger and moved before they are reduced."""
@@ -112,6 +114,17 @@ def _render_all(cache_dir: Path, unseen: bool, limit: int | None = None) -> np.n
 def render_seen(cache_dir: Path, limit: int | None = None) -> np.ndarray:
     """Renders what the VAE learns from: every set, ink included, without ``vae_unseen``."""
     return _render_all(cache_dir, unseen=False, limit=limit)
+
+
+def save_images(images: np.ndarray, path: Path) -> None:
+    """Writes byte images, so that they are drawn once for all workers."""
+    write_bytes(path, safetensors.numpy.save({"images": images}))
+
+
+def load_images(path: Path) -> np.ndarray:
+    """Undoes ``save_images``."""
+    images: np.ndarray = safetensors.numpy.load_file(path)["images"]
+    return images
 
 
 def render_unseen(cache_dir: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from . import checkpoint
+from . import checkpoint, parallel
 from .progress import Progress
 from .renders import to_tensor
 
@@ -28,7 +28,7 @@ class VaeSettings:
 
     Attributes:
         samples: Images to train on in all.
-        batch: Images in a step.
+        batch: Images in a step, all workers together.
         lr: Peak learning rate.
         decoder_only: Whether to leave the encoder alone, so that latents keep.
         icons: Icons of each set to learn from; all of them when ``None``.
@@ -36,7 +36,7 @@ class VaeSettings:
         checkpoint_seconds: Time between checkpoints.
     """
 
-    samples: int = 80_000
+    samples: int = 48_000
     batch: int = 16
     lr: float = 1e-3
     decoder_only: bool = False
@@ -123,15 +123,16 @@ class VaeTrainer:
         self.done = self.step_count = 0
 
     def _batch(self) -> Tensor:
-        seed = self.settings.seed * 1_000_003 + self.step_count
+        size = self.settings.batch // parallel.world()
+        seed = (self.settings.seed * 1_000_003 + self.step_count) * 64 + parallel.rank()
         self.generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(len(self.images), (self.settings.batch,), generator=self.generator)
+        chosen = torch.randint(len(self.images), (size,), generator=self.generator)
         images = to_tensor(self.images[chosen.numpy()])
         flip = torch.rand(len(images), 1, 1, 1, generator=self.generator) < 0.5
         return torch.where(flip, images.flip(-1), images).to(self.device)
 
     def step(self) -> float:
-        """Trains on one batch and returns its loss."""
+        """Trains on one batch and returns this worker's loss."""
         share = self.done / self.settings.samples
         warm = min(1.0, (self.step_count + 1) / 50)
         for group in self.optimizer.param_groups:
@@ -145,6 +146,7 @@ class VaeTrainer:
         if not self.settings.decoder_only:
             loss = loss + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
         loss.backward()
+        parallel.average([p.grad for p in self.vae.parameters() if p.grad is not None])
         nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -170,9 +172,15 @@ class VaeTrainer:
         saved = time.time()
         while self.done < self.settings.samples:
             value = self.step()
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"The loss is {value} at step {self.step_count}; lower the learning rate."
+                )
+            if parallel.rank() > 0:
+                continue
             progress.update(self.done, value)
             if time.time() - saved > self.settings.checkpoint_seconds:
                 self.save(folder)
                 saved = time.time()
-        if state is None or self.done != state["done"]:
+        if parallel.rank() == 0 and (state is None or self.done != state["done"]):
             self.save(folder)
