@@ -9,18 +9,19 @@ the commands, so that ``--help`` and ``check`` answer at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 from .data_commands import declare_cache, declare_check, run_cache, run_check
 from .errors import ConfigError, SdloraError
-from .files import write_problem
+from .files import find_settings, write_problem
 from .surgery_commands import (
     declare_bake,
     declare_convert,
@@ -54,28 +55,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # Windows consoles may not be UTF-8
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    parser = _parser()
-    options, extra = parser.parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in words  # wherever it stands, and also when the line cannot be understood
     try:
-        _take_overrides(options, extra, parser)
+        options = _parse([word for word in words if word != "--json"])
+        options.json = as_json
         result, code = COMMANDS[options.command].run(options)
+        as_json = options.json
+        sys.stdout.flush()
     except SdloraError as error:
-        result, code = {"error": str(error), "kind": type(error).__name__}, 2
-        print(f"sdlora: {error}", file=sys.stderr)
+        result, code = _refusal(str(error), type(error).__name__), 2
     except KeyboardInterrupt:
-        result, code = {"error": "interrupted"}, 130
-        print("sdlora: interrupted", file=sys.stderr)
+        result, code = _refusal("interrupted", "KeyboardInterrupt"), 130
+    except BrokenPipeError:  # whoever read our answer has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 1
     except OSError as error:
-        result, code = {"error": str(error), "kind": "OutputError"}, 2
         place = f"{error.filename}: " if error.filename else ""
-        print(f"sdlora: {place}{write_problem(error)}", file=sys.stderr)
-    if options.json:
+        result, code = _refusal(f"{place}{write_problem(error)}", "OutputError"), 2
+    if as_json:
         print(json.dumps(result, default=str), flush=True)
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _refusal(message: str, kind: str) -> dict[str, Any]:
+    """Tell people why there is no result; return the same for scripts."""
+    print(f"sdlora: {message}", file=sys.stderr)
+    return {"error": message, "kind": kind}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are errors like all others: one line, with ``--json`` as JSON, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print below the usage, and exit with."""
+        raise ConfigError(f"{' '.join(message.split())} (see {self.prog} --help)")
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Return the options of one command line.
+
+    Raises:
+        ConfigError: for a line that means nothing.
+    """
+    parser, commands = _parsers()
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    if wanted is not None and wanted not in commands:
+        parser.error(f"no command `{wanted}`{_nearest(wanted, commands)}")
+    options, extra = parser.parse_known_args(words)
+    _take_overrides(options, extra, commands[options.command])
+    return options
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """Return the parser of whole lines, and that of each command by its name."""
+    parser = _Parser(
         prog="sdlora",
         description="Train a Stable Diffusion LoRA from a folder of pictures, see it at any strength, "
         "export it.",
@@ -91,22 +125,28 @@ def _parser() -> argparse.ArgumentParser:
         )
         own.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         command.declare(own)
-    return parser
+    return parser, dict(commands.choices)
 
 
-def _take_overrides(options: argparse.Namespace, extra: list[str], parser: argparse.ArgumentParser) -> None:
+def _take_overrides(options: argparse.Namespace, extra: list[str], parser: _Parser) -> None:
     """Accept key=value anywhere on the line of a command that has settings."""
-    if not hasattr(options, "overrides"):
-        if extra:
-            parser.error(f"unknown argument: {' '.join(extra)} (see sdlora {options.command} --help)")
+    settable = hasattr(options, "overrides")
+    unknown = [text for text in extra if text.startswith("-") or not settable]
+    if unknown:
+        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        nearest = _nearest(unknown[0].partition("=")[0], flags)
+        parser.error(f"{'unknown option' if settable else 'unknown argument'}: {' '.join(unknown)}{nearest}")
+    if not settable:
         return
     folder = getattr(options, "folder", None)
     if folder is not None and "=" in folder and not Path(folder).exists():
         extra, options.folder = [folder, *extra], None
-    unknown = [text for text in extra if text.startswith("-")]
-    if unknown:
-        parser.error(f"unknown option: {' '.join(unknown)} (see sdlora {options.command} --help)")
     options.overrides = extra
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 # --- train ---------------------------------------------------------------------------------------------
@@ -143,7 +183,7 @@ def _run_train(options: argparse.Namespace) -> Result:
     if file is None and options.resume:
         if options.output is None:
             raise ConfigError("--resume needs --output DIR, the run folder to go on with")
-        file = options.output / "config.toml"
+        file = find_settings(options.output)
     config = load_config(
         file,
         options.overrides,
@@ -413,14 +453,17 @@ def _shows_blocks() -> bool:
 def _declare_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="run folder")
     parser.add_argument("--steps", type=int, help="train this many steps instead of the recommended number")
+    parser.add_argument("--resume", action="store_true", help="go on with a demo that was stopped")
 
 
 def _run_demo(options: argparse.Namespace) -> Result:
+    if options.resume and options.steps is not None:
+        raise ConfigError("--steps cannot change what is resumed; start a new demo in another --output")
     from .demo import demo
     from .display import TrainingDisplay
 
     with TrainingDisplay() as display:
-        result = demo(options.output, steps=options.steps, listeners=[display])
+        result = demo(options.output, steps=options.steps, listeners=[display], resume=options.resume)
     print(result.render())
     return result.to_dict(), 0
 

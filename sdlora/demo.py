@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from .config import Config, load_config
 from .data.folder import ImageItem, load_pixels, scan
 from .errors import DatasetError, TrainingError
-from .events import Announcer, Control, Event, Listener, Noticed, RunStarted
-from .files import refuse_used_folder, replacing, write_json
+from .events import Announcer, Control, Event, Listener, Noticed, RunFinished, RunStarted, read_events
+from .files import find_settings, refuse_used_folder, replacing, write_json
 from .page import Compared, Page, Swept, write_page
 from .pictures import grid
 from .score import Copying, StyleRuler, StyleScore, copying, through_autoencoder
@@ -64,7 +64,7 @@ class DemoResult:
         num_subjects: held-out subjects drawn.
         steps: optimizer steps.
         proof: line that says how exactly the exported file holds the adapter.
-        seconds: wall time of everything.
+        seconds: wall time of everything, without breaks between a stop and going on.
         training_seconds: of the training alone.
     """
 
@@ -147,28 +147,65 @@ def demo(
     draw_steps: int = _DRAW_STEPS,
     settings: Sequence[str] = (),
     listeners: Sequence[Listener] = (),
+    resume: bool = False,
 ) -> DemoResult:
     """Train the ink style, draw and score held-out subjects, and export for WebUI.
 
     Args:
-        output: run folder; must be missing or empty.
+        output: run folder; must be missing or empty, but to resume.
         base: the base model, as in ``model.base``.
         steps: optimizer steps; the base's recommended number when None.
         num_subjects: draw and score this many of the held-out subjects (4 or more); all when None.
         draw_steps: denoising steps of each picture.
         settings: further ``key=value`` texts for the training.
         listeners: hear every event, those of the training among them.
+        resume: go on with a demo that was stopped: with its training where it was, and with the rest anew.
+            The settings are those in its folder, so ``base``, ``steps`` and ``settings`` mean nothing.
 
     Raises:
-        SdloraError: for anything the user can mend.
+        SdloraError: for anything the user can mend, and when it is stopped: Ctrl-C loses nothing.
     """
     begun = time.monotonic()
-    refuse_used_folder(output, "the demo")
     data = find_data()
+    earlier = 0.0
+    if resume:
+        config = load_config(find_settings(output), (), {"output.folder": output})
+        earlier = _seconds_so_far(output)
+    else:
+        refuse_used_folder(output, "the demo")
+        config = demo_config(output, data, base=base, steps=steps, settings=settings)
     tell = Announcer(tuple(listeners))
-    config = demo_config(output, data, base=base, steps=steps, settings=settings)
     tell(Noticed("1 of 3: learning an ink style from black-and-white icons"))
-    trained, num_images = _train(config, listeners)
+    trained, num_images = _train(config, listeners, resume=resume)
+    trained = replace(trained, seconds=trained.seconds + earlier)
+    try:
+        return _show(config, trained, num_images, data, num_subjects, draw_steps, tell, begun - earlier)
+    except KeyboardInterrupt:
+        raise TrainingError(f"stopped after the training, which is saved; {_go_on(output)}") from None
+
+
+def _seconds_so_far(output: Path) -> float:
+    """Return the wall time of the trainings that were stopped; one that was killed told none."""
+    finished = [event for event in read_events(output) if event.get("event") == RunFinished.__name__]
+    return sum(float(event["seconds"]) for event in finished)
+
+
+def _go_on(output: Path) -> str:
+    return f"go on with: sdlora demo --resume --output {output}"
+
+
+def _show(
+    config: Config,
+    trained: TrainResult,
+    num_images: int,
+    data: Path,
+    num_subjects: int | None,
+    draw_steps: int,
+    tell: Announcer,
+    begun: float,
+) -> DemoResult:
+    """Draw, score and export what was trained, and write the page."""
+    output = trained.folder
     tell(Noticed("2 of 3: drawing subjects that were not among them, at several strengths"))
     drawn = _draw(config, trained, data, num_subjects, draw_steps, tell)
     tell(Noticed("3 of 3: scoring against the true icons, exporting, writing the page"))
@@ -254,7 +291,7 @@ def _trigger_word(folder: Path) -> str:
     return found.group(1)
 
 
-def _train(config: Config, listeners: Sequence[Listener]) -> tuple[TrainResult, int]:
+def _train(config: Config, listeners: Sequence[Listener], *, resume: bool) -> tuple[TrainResult, int]:
     """Return how the training ended and how many pictures it saw."""
     from .train import train
 
@@ -266,12 +303,9 @@ def _train(config: Config, listeners: Sequence[Listener]) -> tuple[TrainResult, 
 
     control = Control(config.output.folder)
     with control.on_interrupt():  # Ctrl-C saves; what the demo draws afterwards has nothing to save
-        result = train(config, listeners=[count, *listeners], control=control)
+        result = train(config, resume=resume, listeners=[count, *listeners], control=control)
     if result.adapter_file is None:
-        raise TrainingError(
-            f"{result.folder}: the demo's training was stopped at step {result.step}; finish it with "
-            f"`sdlora train --resume --output {result.folder}`, or start the demo again in another --output"
-        )
+        raise TrainingError(f"stopped after step {result.step} and saved; {_go_on(result.folder)}")
     return result, counts[0]
 
 
@@ -382,7 +416,14 @@ def _export(output: Path, strength: float, drawn: _Drawn, config: Config) -> Exp
     sheet = grid([chosen[i] for i in drawn.shown], 4)
     with replacing(preview) as temporary:
         sheet.save(temporary, format="PNG")
-    return export_adapter(output, "webui", output / "webui", preview=preview, preferred_strength=strength)
+    return export_adapter(
+        output,
+        "webui",
+        output / "webui",
+        preview=preview,
+        preferred_strength=strength,
+        overwrite=True,  # the demo's own, when it is resumed
+    )
 
 
 _GROUPS = (

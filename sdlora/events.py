@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -152,6 +153,21 @@ class JsonlWriter:
         self._stream.flush()
 
 
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Return the events of a run so far; the last line of a killed run may be cut and is left out then."""
+    file = folder / "events.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [event for line in lines if (event := _parsed(line))]
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 class Control:
     """Wishes from outside: a signal, a method call, or a file named STOP, SAVE or SAMPLE in the run.
 
@@ -165,6 +181,11 @@ class Control:
     def stop(self) -> None:
         """Ask to finish the current step, save and end."""
         self._wishes.add("STOP")
+
+    @property
+    def stopping(self) -> bool:
+        """Whether :meth:`stop` was called, or Ctrl-C pressed, since the last :meth:`take`."""
+        return "STOP" in self._wishes
 
     def save_now(self) -> None:
         """Ask for a checkpoint after the current step."""
@@ -192,6 +213,8 @@ class Control:
         def ask(number: int, frame: FrameType | None) -> None:
             self.stop()
             signal.signal(number, signal.default_int_handler)
+            with suppress(OSError):  # not through sys.stderr, in whose midst this may happen
+                os.write(2, b"\nfinishing this step, then saving; once more ends at once\n")
 
         try:
             previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import OutputError
+from .errors import OutputError, TrainingError
 
 
 @contextmanager
@@ -90,3 +90,17 @@ def refuse_used_folder(folder: Path, what: str) -> None:
         raise OutputError(
             f"{folder}: exists and is not empty; nothing was overwritten. Choose another --output"
         )
+
+
+def find_settings(folder: Path) -> Path:
+    """Return the file of a run's settings, which going on with it needs.
+
+    Raises:
+        TrainingError: when the folder holds no run.
+    """
+    file = folder / "config.toml"
+    if not file.is_file():
+        raise TrainingError(
+            f"{folder}: holds no run to go on with (no config.toml); check --output, or leave --resume out"
+        )
+    return file

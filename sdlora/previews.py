@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .events import Sampled
+from .events import Sampled, read_events
 from .generate import GenerateRequest, render
 from .pictures import loss_curve, steps_by_prompts
 from .png_info import parameters_text, save_png
@@ -81,8 +80,7 @@ def draw_loss_curve(run: Run) -> None:
     """Draw ``loss.png`` from the run's event file, so that a resumed run shows its whole history."""
     training: dict[int, tuple[float, float]] = {}
     validation: dict[int, float] = {}
-    for line in (run.folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
-        event = _parse(line)
+    for event in read_events(run.folder):
         if event.get("event") == "StepDone":
             training[event["step"]] = (event["loss"], event["learning_rate"])
         elif event.get("event") == "Validated":
@@ -90,11 +88,3 @@ def draw_loss_curve(run: Run) -> None:
     points = [(step, *values) for step, values in sorted(training.items())]
     if points:
         loss_curve(points, sorted(validation.items()), run.folder / "loss.png")
-
-
-def _parse(line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError:  # the last line of a killed run may be cut
-        return {}
-    return value if isinstance(value, dict) else {}

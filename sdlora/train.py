@@ -89,9 +89,9 @@ def train(
     """
     begun = time.monotonic()
     early: list[Event] = []
-    tell = Announcer((early.append, *listeners))
-    run = prepare_run(config, resume=resume, tell=tell)
     control = control or Control(run_folder(config))
+    tell = _BeforeTheFirstStep((early.append, *listeners), control)
+    run = prepare_run(config, resume=resume, tell=tell)
     with _journal(run, early) as journal, run.loader:
         run.tell = Announcer((journal, *listeners))
         losses, validation_loss, stopped = _loop(run, control)
@@ -104,6 +104,22 @@ def train(
         run.tell(RunFinished(run.step, stopped, seconds, adapter_file, waited))
     loss = sum(losses) / len(losses) if losses else None
     return TrainResult(run.folder, adapter_file, run.step, stopped, loss, validation_loss, seconds, waited)
+
+
+class _BeforeTheFirstStep(Announcer):
+    """Ends a run that is asked to stop while pictures are still encoded: no step is to be finished then."""
+
+    def __init__(self, listeners: tuple[Listener, ...], control: Control) -> None:
+        super().__init__(listeners)
+        self._control = control
+
+    def __call__(self, event: Event) -> None:
+        super().__call__(event)
+        if self._control.stopping:
+            raise TrainingError(
+                "stopped before the first step, so there was nothing to save; what was encoded is kept, and "
+                "the same command goes on from there"
+            )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import sdlora
 from sdlora.cli import COMMANDS, main
 
 Make = Callable[..., Path]
@@ -278,17 +280,38 @@ def test_output_that_exists_is_left_as_it_is(
     assert files_below(tmp_path / "exported") == exported
 
 
-def test_unknown_option_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["check", "somewhere", "--no-such-option"])
-    assert caught.value.code == 2
-    assert "--no-such-option" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "somewhere", "--no-such-option"], "--no-such-option"),
+        (["check", "somewhere", "--resolutoin", "64"], "did you mean --resolution?"),
+        (["generate"], "--prompt, --output"),
+        (["generate", "--prompt", "x", "--output", "y", "--seed", "one"], "--seed: invalid int value: 'one'"),
+        (["export", "x", "--format", "ckpt"], "'webui', 'diffusers', 'peft'"),
+        (["trian", "folder"], "no command `trian`; did you mean train?"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_line_that_means_nothing_gets_one_clear_error(run: Any, arguments: list[str], words: str) -> None:
+    code, output, errors = run("--json", *arguments)
+    assert (code, len(errors.splitlines()), errors[:8]) == (2, 1, "sdlora: ")
+    assert words in errors
+    assert json.loads(output) == {"error": errors[8:].rstrip(), "kind": "ConfigError"}
 
 
-def test_public_functions_are_not_shadowed_by_modules_of_their_name() -> None:
-    code = (
-        "import sdlora, sdlora.cli, sdlora.demo, sdlora.generate, sdlora.train; "
-        "print([callable(getattr(sdlora, name)) for name in ('train', 'generate', 'demo')])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[True, True, True]"
+@pytest.mark.skipif(sys.platform == "win32", reason="no such pipes there")
+def test_a_reader_that_leaves_early_is_no_error(picture_folder: Make) -> None:
+    command = [sys.executable, "-m", "sdlora", "check", str(picture_folder(count=1))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
+@pytest.mark.parametrize("name", ["train", "generate", "demo"])
+def test_public_functions_are_not_shadowed_by_modules_of_their_name(name: str) -> None:
+    module = importlib.import_module(f"sdlora.{name}")
+    setattr(sdlora, name, module)  # the last thing that an import statement does
+    assert getattr(sdlora, name) is getattr(module, name)
+    assert importlib.import_module(f"sdlora.{name}") is module

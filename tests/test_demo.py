@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sdlora.demo import MEASURED, SHOWN, STRENGTHS, DemoResult, demo, find_data, recommended_strength
-from sdlora.errors import OutputError
-from sdlora.events import Event, Noticed, RunFinished, StepDone
+from sdlora.errors import OutputError, TrainingError
+from sdlora.events import Event, Listener, Noticed, RunFinished, StepDone, read_events
 from sdlora.export import open_source
 from sdlora.png_info import read_parameters
 from sdlora.score import FEATURES, StyleScore
@@ -20,19 +22,23 @@ from sdlora.score import FEATURES, StyleScore
 NUM_SUBJECTS = 5
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[DemoResult, list[Event]]:
-    events: list[Event] = []
-    result = demo(
-        tmp_path_factory.mktemp("demo") / "run",
-        base=str(tiny_base),
+def small_demo(folder: Path, base: Path, listener: Listener, *, resume: bool = False) -> DemoResult:
+    return demo(
+        folder,
+        base=str(base),
         steps=2,
         num_subjects=NUM_SUBJECTS,
         draw_steps=2,
         settings=["training.batch_size=2", "sample.steps=2"],
-        listeners=[events.append],
+        listeners=[listener],
+        resume=resume,
     )
-    return result, events
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[DemoResult, list[Event]]:
+    events: list[Event] = []
+    return small_demo(tmp_path_factory.mktemp("demo") / "run", tiny_base, events.append), events
 
 
 def test_it_leaves_a_whole_run_behind(small: tuple[DemoResult, list[Event]]) -> None:
@@ -137,6 +143,41 @@ def test_a_used_folder_is_refused_before_anything_happens(tmp_path: Path) -> Non
     with pytest.raises(OutputError, match="not empty"):
         demo(tmp_path, base="no such base")
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_stopped_anywhere_it_says_how_to_go_on_and_ends_the_same(
+    small: tuple[DemoResult, list[Event]], tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+
+    def stop_training(event: Event) -> None:
+        if isinstance(event, StepDone):
+            (folder / "STOP").touch()
+
+    def interrupt_drawing(event: Event) -> None:
+        if isinstance(event, Noticed) and event.message.startswith("2 of 3"):
+            raise KeyboardInterrupt
+
+    go_on = re.escape(f"sdlora demo --resume --output {folder}")
+    with pytest.raises(TrainingError, match=f"stopped after step 1 and saved.*{go_on}"):
+        small_demo(folder, tiny_base, stop_training)
+    with pytest.raises(TrainingError, match=f"training, which is saved.*{go_on}"):
+        small_demo(folder, tiny_base, interrupt_drawing, resume=True)
+    result = small_demo(folder, tiny_base, lambda event: None, resume=True)
+    whole = small[0]
+    one, other = (load_file(each.adapter_file) for each in (result, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (result.score, result.steps, result.num_images) == (whole.score, 2, 43)
+    finished = [event["seconds"] for event in read_events(folder) if event["event"] == "RunFinished"]
+    assert len(finished) == 3
+    assert result.training_seconds == pytest.approx(sum(finished), abs=1)
+    assert result.seconds > result.training_seconds
+
+
+def test_going_on_where_nothing_was_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="holds no run to go on with"):
+        demo(tmp_path, resume=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_sample_pictures_are_found_and_the_shown_subjects_are_held_out() -> None:

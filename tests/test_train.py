@@ -23,7 +23,16 @@ from sdlora.adapters.base import AdapterWeights
 from sdlora.checkpoint import list_checkpoints, load_checkpoint
 from sdlora.config import Config, load_config
 from sdlora.errors import ConfigError, OutputError, TrainingError
-from sdlora.events import Announcer, Control, Event, RunFinished, RunStarted, StepDone, Validated
+from sdlora.events import (
+    Announcer,
+    Caching,
+    Control,
+    Event,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Validated,
+)
 from sdlora.formats import read_adapter
 from sdlora.objective import loss_of
 from sdlora.run import Run, prepare_run
@@ -122,20 +131,22 @@ def test_killed_process_loses_only_the_steps_since_the_last_checkpoint(
 ) -> None:
     from sdlora.config import save_config
 
-    overrides = ("training.steps=30", "training.checkpoint_every=2")
+    overrides = ("training.steps=7", "training.checkpoint_every=2")
     whole = train(settings("whole", *overrides))
     config = settings("killed", *overrides)
     save_config(config, tmp_path / "run.toml")
-    command = [sys.executable, "-m", "sdlora", "train", "--config", str(tmp_path / "run.toml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from sdlora.config import load_config\nfrom sdlora.train import train\n"
+        "hard = getattr(signal, 'SIGKILL', signal.SIGTERM)  # on Windows the latter cannot be caught\n"
+        "def kill(event):\n    if getattr(event, 'step', 0) == 5: os.kill(os.getpid(), hard)\n"
+        "train(load_config(Path(sys.argv[1])), listeners=[kill])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run.toml")], check=False)
+    assert done.returncode != 0
     checkpoints = tmp_path / "killed" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while len(list_checkpoints(checkpoints)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
     kept = load_checkpoint(list_checkpoints(checkpoints)[-1])
-    assert 4 <= kept.step < 30
+    assert kept.step == 4
     recorder = Recorder()
     resumed = train(config, resume=True, listeners=[recorder])
     started = [event for event in recorder.events if isinstance(event, RunStarted)]
@@ -153,16 +164,32 @@ def test_interrupt_finishes_the_step_saves_and_says_how_to_go_on(
     command = [sys.executable, "-m", "sdlora", "train", "--config", str(tmp_path / "run.toml"), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     events = tmp_path / "run" / "events.jsonl"
-    deadline = time.monotonic() + 120
-    while not (events.is_file() and "StepDone" in events.read_text()) and time.monotonic() < deadline:
+    while not (events.is_file() and "StepDone" in events.read_text()) and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate()
     result = json.loads(output.splitlines()[-1])
     assert (process.returncode, result["stopped"]) == (0, True), errors
+    assert "finishing this step, then saving" in errors
     assert "sdlora train --resume --output" in output
     saved = [load_checkpoint(folder).step for folder in list_checkpoints(tmp_path / "run" / "checkpoints")]
     assert saved == [result["step"]]
+
+
+def test_asked_to_stop_while_encoding_it_ends_before_the_first_step(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    control, seen = Control(), []
+
+    def stop(event: Event) -> None:
+        seen.append(event)
+        if isinstance(event, Caching):
+            control.stop()
+
+    with pytest.raises(TrainingError, match="before the first step"):
+        train(settings("run", "training.steps=9"), listeners=[stop], control=control)
+    assert sum(isinstance(event, Caching) for event in seen) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_stop_file_ends_the_run_and_is_removed(settings: Callable[..., Config], tmp_path: Path) -> None:
