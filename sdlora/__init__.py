@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from .surgery.merge import merge_adapters
     from .surgery.resize import resize_adapter
     from .train import TrainResult, train
+
+    __version__: str
 
 _HOMES = {
     "Config": "config",
@@ -50,11 +51,6 @@ _HOMES = {
     "TrainResult": "train",
     "train": "train",
 }
-
-try:
-    __version__ = version("sdlora")
-except PackageNotFoundError:  # running from a checkout that was not installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "Config",
@@ -81,7 +77,18 @@ __all__ = [
 ]
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and rarely asked for
+
+    try:
+        return version("sdlora")
+    except PackageNotFoundError:  # running from a checkout that was not installed
+        return "0+unknown"
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -85,7 +85,19 @@ def _refusal(message: str, kind: str) -> dict[str, Any]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are errors like all others: one line, with ``--json`` as JSON, too."""
+    """A parser whose complaints are errors like all others: one line, with ``--json`` as JSON, too.
+
+    Attributes:
+        more_help: makes the end of the help, when it is asked for and not before.
+    """
+
+    more_help: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        """Return the help, with all that belongs to it."""
+        if self.more_help is not None:
+            self.epilog = self.more_help()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print below the usage, and exit with."""
@@ -163,7 +175,8 @@ def _declare_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--events", metavar="FILE", help="also write events as JSON lines (- for stdout)")
     parser.set_defaults(overrides=[])
     parser.usage = "sdlora train FOLDER [options] [section.name=value ...]"
-    parser.epilog = _settings_help() if {"-h", "--help"} & set(sys.argv) else None
+    assert isinstance(parser, _Parser)
+    parser.more_help = _settings_help
 
 
 def _settings_help() -> str:

@@ -9,11 +9,13 @@ perceptual (DCT) hash, which moreover takes a quarter of a second to import.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageStat
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -28,6 +30,8 @@ _THUMBNAIL_SIDE = 16
 _FIELDS = (36, 32)  # what imagehash reduces to 9x8; from a larger picture that takes longer than decoding
 _ROWS = 256  # pictures compared with all others at once
 _PAIRS = 4096  # thumbnails confirmed at once
+_FEW = 128  # pictures, and
+_FEW_PAIRS = 64  # pairs of like hashes, up to which numpy's import takes longer than doing without
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ def near_duplicates(items: Sequence[Pictured]) -> list[tuple[int, ...]]:
     distinct = [index for index in first_of.values() if items[index].likeness is not None]
     if len(distinct) > 1:
         likenesses = [one for index in distinct if (one := items[index].likeness) is not None]
-        for first, second in _like_pairs(likenesses):
+        pairs = _pairs_of_few(likenesses) if len(likenesses) <= _FEW else None
+        for first, second in _like_pairs(likenesses) if pairs is None else pairs:
             groups.join(distinct[first], distinct[second])
     return groups.of_several()
 
@@ -105,6 +110,54 @@ class _Groups:
         for index in range(len(self._parent)):
             members.setdefault(self._root(index), []).append(index)
         return [tuple(group) for group in members.values() if len(group) > 1]
+
+
+def _pairs_of_few(likenesses: Sequence[Likeness]) -> list[tuple[int, int]] | None:
+    """Return what :func:`_like_pairs` yields, without numpy; None where too many pictures look alike."""
+    thumbnails = [_Thumbnail(one.thumbnail) for one in likenesses]
+    found: list[tuple[int, int]] = []
+    candidates = 0
+    for second in range(len(likenesses)):
+        for first in range(second):
+            one, other = thumbnails[first], thumbnails[second]
+            if one.plain or other.plain:
+                alike = one.plain and other.plain and one.colour_like(other)
+            else:
+                bits = likenesses[first].bits
+                pair = (bits ^ likenesses[second].bits, bits ^ likenesses[second].mirrored)
+                near = [distance.bit_count() <= NEAR_BITS for distance in pair]
+                candidates += sum(near)
+                if candidates > _FEW_PAIRS:
+                    return None
+                alike = any(close and one.correlates(other, mirror) for mirror, close in enumerate(near))
+            if alike:
+                found.append((first, second))
+    return found
+
+
+class _Thumbnail:
+    """A thumbnail as numbers, each colour by itself."""
+
+    def __init__(self, thumbnail: bytes) -> None:
+        image = Image.frombytes("RGB", (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), thumbnail)
+        statistics = ImageStat.Stat(image)
+        self._image, self._means = image, statistics.mean
+        self.plain = sum(statistics.var) / 3 < _PLAIN_SPREAD
+
+    def colour_like(self, other: _Thumbnail) -> bool:
+        away = sum(abs(a - b) for a, b in zip(self._means, other._means, strict=True))
+        return away / 3 <= _NEAR_COLOURS
+
+    def correlates(self, other: _Thumbnail, mirror: int) -> bool:
+        one, two = self._centred(False), other._centred(bool(mirror))
+        product = sum(map(operator.mul, one, two))
+        squares = sum(a * a for a in one) * sum(b * b for b in two)
+        return product >= _NEAR_CORRELATION * math.sqrt(squares)
+
+    def _centred(self, mirror: bool) -> list[float]:
+        image = ImageOps.mirror(self._image) if mirror else self._image
+        bands = zip(image.split(), self._means, strict=True)
+        return [value - mean for band, mean in bands for value in band.tobytes()]
 
 
 def _like_pairs(likenesses: Sequence[Likeness]) -> Iterator[tuple[int, int]]:

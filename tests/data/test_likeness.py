@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pictures import drawing, encoded, put
 from PIL import Image, ImageEnhance, ImageOps
 
+from sdlora.data import likeness
 from sdlora.data.folder import scan
 from sdlora.data.likeness import NEAR_BITS, Likeness, likeness_of, near_duplicates
 
@@ -107,3 +108,16 @@ def test_the_search_joins_exactly_what_a_comparison_of_all_pairs_joins(
 def test_equal_files_are_one_group_whatever_they_look_like(likeness: Likeness | None) -> None:
     shows = [Shown("a", likeness), Shown("b", None), Shown("a", likeness)]
     assert near_duplicates(shows) == [(0, 2)]
+
+
+def test_few_pictures_are_compared_without_numpy_and_to_the_same_result() -> None:
+    changes = (ImageOps.mirror, lambda image: image.crop((3, 3, 157, 117)), lambda image: image)
+    pictures = [drawing(seed, 160, 120) for seed in range(30)]
+    pictures += [change(picture) for picture in pictures[:8] for change in changes]
+    pictures += [Image.new("RGB", (64, 64), (200, 30, level)) for level in (0, 3, 30, 200)]
+    likenesses = [likeness_of(picture) for picture in pictures]
+    few = likeness._pairs_of_few(likenesses)
+    assert few is not None and len(few) > 15
+    assert set(few) == set(likeness._like_pairs(likenesses))
+    assert likeness._pairs_of_few([likenesses[0]] * 20) is None  # 190 pairs: numpy is faster
+    assert len(near_duplicates([Shown(str(n), likenesses[0]) for n in range(20)])[0]) == 20
