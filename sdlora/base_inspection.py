@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import AdapterFileError
 from .families import family_info
-from .families.loading import locate
+from .families.loading import is_hub_id, locate
 from .families.recognition import Recognised, is_checkpoint, recognise
 from .tensor_file import read_header
 
@@ -27,6 +27,7 @@ class BaseSummary:
             "path": str(found.path),
             "layout": found.layout,
             "family": found.family,
+            "families": {one.where: one.value for one in found.families},
             "title": found.title,
             "prediction_types": {one.where: one.value for one in found.predictions},
             "zero_terminal_snr": {one.where: one.value for one in found.terminal_snr},
@@ -44,10 +45,13 @@ class BaseSummary:
         predictions = "; ".join(f"{one.value} (says {one.where})" for one in found.predictions)
         rows = [
             ("base model", str(found.path)),
-            ("family", f"{family_info(found.family).title} ({found.family})"),
+            ("family", f"{family_info(found.family).title} ({found.family}), by {found.families[0].where}"),
             ("title", found.title),
             ("layout", "one LDM-layout file" if found.layout == "file" else "diffusers folder"),
             ("predicts", predictions),
+        ]
+        rows += [
+            ("but", f"{one.where} says {one.value}") for one in found.families if one.value != found.family
         ]
         if any(one.value for one in found.terminal_snr):
             said = "; ".join(f"{one.value} (says {one.where})" for one in found.terminal_snr)
@@ -74,7 +78,7 @@ class BaseSummary:
 def is_base(source: str) -> bool:
     """Tell whether something given to ``inspect`` is a base model rather than an adapter."""
     path = Path(source).expanduser()
-    if source == "mini" or (path / "model_index.json").is_file():
+    if source == "mini" or (path / "model_index.json").is_file() or is_hub_id(source):
         return True
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         return False
@@ -85,9 +89,9 @@ def is_base(source: str) -> bool:
 
 
 def inspect_base(source: str) -> BaseSummary:
-    """Describe a base model without loading it.
+    """Describe a base model without loading it, and without fetching it from the hub.
 
     Raises:
         ModelError: if it is none, by what it is instead.
     """
-    return BaseSummary(recognise(locate(source)))
+    return BaseSummary(recognise(locate(source, fetch=False)))

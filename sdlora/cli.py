@@ -279,6 +279,9 @@ def _declare_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="number format")
     parser.add_argument("--vae", metavar="FILE", help="another autoencoder: a file, a folder, or a hub id")
     parser.add_argument("--clip-skip", type=int, default=1, help="n-th last layer of the text encoder (SD1)")
+    parser.add_argument(
+        "--family", choices=["sd1", "sd2", "sdxl"], help="what the base is, against its header"
+    )
     parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what the U-Net predicts")
     parser.add_argument("--zero-terminal-snr", action=argparse.BooleanOptionalAction, help="schedule's end")
     parser.add_argument("--attention", choices=["auto", "sdpa", "xformers"], default="auto")
@@ -315,6 +318,7 @@ def _run_generate(options: argparse.Namespace) -> Result:
             device=options.device,
             precision=options.precision,
             options=LoadOptions(
+                family=options.family,
                 prediction_type=options.prediction,
                 zero_terminal_snr=options.zero_terminal_snr,
                 clip_skip=options.clip_skip,
@@ -428,12 +432,13 @@ def _run_inspect(options: argparse.Namespace) -> Result:
     from .base_inspection import inspect_base, is_base
     from .inspection import inspect_adapter
 
-    if is_base(str(options.file)):
+    source = options.file.as_posix()  # a hub id has its slash on every system
+    if is_base(source):
         if options.set or options.remove or options.chart:
             raise ConfigError(
                 f"{options.file}: is a base model; --set, --remove and --chart are for adapters"
             )
-        base = inspect_base(str(options.file))
+        base = inspect_base(source)
         print(base.render())
         return base.to_dict(), 0
     edits: dict[str, Any] = {}

@@ -32,6 +32,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
 PredictionType = Literal["epsilon", "v_prediction"]
 AttentionName = Literal["auto", "sdpa", "xformers"]
+FamilyName = Literal["sd1", "sd2", "sdxl"]
 
 
 class ModelConfig(Section):
@@ -39,6 +40,9 @@ class ModelConfig(Section):
 
     base: str = "mini"
     """The base: `mini` (ships with sdlora), a diffusers folder, a .safetensors file, or a hub id."""
+    family: FamilyName | None = None
+    """Which family the base is of, where its header contradicts its weights; read from the base when left
+    open."""
     prediction_type: PredictionType | None = None
     """What the U-Net predicts; read from the base when left open."""
     zero_terminal_snr: bool | None = None

@@ -82,18 +82,15 @@ def free_memory(device: torch.device) -> int | None:
     return int(psutil.virtual_memory().available)
 
 
-def plan_memory(
-    config: Config, blueprint: Callable[[], DiffusionModel], *, free: int | None, pictures: int | None = None
-) -> MemoryPlan:
+def plan_memory(config: Config, blueprint: Callable[[], DiffusionModel], *, free: int | None) -> MemoryPlan:
     """Count what one step of a resolved run takes.
 
     Args:
         config: resolved settings.
         blueprint: makes the base on the meta device, without weights; called at most once.
         free: see :attr:`MemoryPlan.free`.
-        pictures: of a micro-batch; ``training.batch_size`` when None.
     """
-    counted = _count(_Question(_structure(config), config, blueprint, pictures))
+    counted = _count(_Question(_structure(config), config, blueprint))
     return MemoryPlan(*counted, free)
 
 
@@ -104,15 +101,37 @@ class _Question:
     structure: str
     config: Config = field(compare=False)
     blueprint: Callable[[], DiffusionModel] = field(compare=False)
-    pictures: int | None
 
 
 def _structure(config: Config) -> str:
     """Return the settings that a step's memory depends on, as text."""
     tree = config.model_dump(mode="json")
     training = ("batch_size", "precision", "device", "gradient_checkpointing", "attention")
-    wanted = [tree["model"], tree["adapter"], config.data.resolution, [tree["training"][n] for n in training]]
-    return json.dumps(wanted)
+    wanted = [tree["model"], tree["adapter"], [tree["training"][name] for name in training]]
+    return json.dumps([*wanted, _side(config), _keeps_text(config), _keeps_images(config), *_priors(config)])
+
+
+def _side(config: Config) -> int:
+    """Return the largest resolution of a run."""
+    assert config.data.resolution is not None
+    return max((config.data.resolution, *config.data.more_resolutions))
+
+
+def _keeps_text(config: Config) -> bool:
+    """Tell whether the text encoders may be needed while training; what is not decided yet counts."""
+    varying = config.data.varies_captions and config.data.encode_captions != "before"
+    return config.adapter.adapts_text or varying
+
+
+def _keeps_images(config: Config) -> bool:
+    """Tell whether the picture encoder is needed while training."""
+    return config.data.varies_pictures and config.data.variants == 0
+
+
+def _priors(config: Config) -> tuple[bool, bool]:
+    """Return whether the base predicts in every step, too, and whether all for the empty caption."""
+    wanted = config.data.prior_preservation > 0
+    return wanted, wanted and not config.data.has_regularisation
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,16 +144,13 @@ def _count(question: _Question) -> tuple[int, int, int]:
     model.prepare(
         training=True,
         gradient_checkpointing=config.training.gradient_checkpointing,
-        keep_text=adapter.adapts_text,
+        keep_text=_keeps_text(config),
     )
     device = torch.device(config.training.device or "cpu")
     choice = choose_attention(config.training.attention, device, model.dtype, training=True)
     choice.apply(model.components()["unet"])  # not the meta device's, but that of the device it will run on
-    count = question.pictures or config.training.batch_size
-    side = config.data.resolution
-    assert count is not None and side is not None
     multiple = model.size_multiple
-    activations = _step_bytes(model, count, max(multiple, side // multiple * multiple), adapter)
+    activations = _step_bytes(model, max(multiple, _side(config) // multiple * multiple), config)
     # fp32 master, gradient and two moments; the model's own copy and gradient, which in fp32 is the master
     own = 2 * model.dtype.itemsize if model.dtype != torch.float32 else 4
     return weights, values * (16 + own), activations
@@ -168,13 +184,16 @@ def refuse_what_cannot_fit(
 
 def _remedy(config: Config, again: Callable[[Config], MemoryPlan]) -> str | None:
     """Return the first of ever stronger changes with which the run fits."""
-    batch, resolution = config.training.batch_size, config.data.resolution
-    assert batch is not None and resolution is not None
+    batch, resolution = config.training.batch_size, _side(config)
+    assert batch is not None
     accumulate = config.training.gradient_accumulation * batch
     one = {"training.batch_size": 1, "training.gradient_accumulation": accumulate}
     saving = {"training.gradient_checkpointing": True}
     steps: list[dict[str, Any]] = [saving, one, {**one, **saving}]
-    steps += [{**one, **saving, "data.resolution": resolution * share // 4 // 64 * 64} for share in (3, 2)]
+    # the smaller ones of several resolutions take no memory of their own
+    only = {"data.more_resolutions": ()} if config.data.more_resolutions else {}
+    smaller = [{**only, "data.resolution": resolution * share // 4 // 64 * 64} for share in (3, 2)]
+    steps += [{**one, **saving, **changes} for changes in smaller]
     if config.training.precision == "fp32" and config.training.device != "cpu":
         steps = [{"training.precision": "bf16", **step} for step in ({}, *steps)]
     for changes in steps:
@@ -183,13 +202,15 @@ def _remedy(config: Config, again: Callable[[Config], MemoryPlan]) -> str | None
         if changes.get("data.resolution", 64) < 64:
             continue
         if again(config.with_values(changes)).fits():
-            shown = " ".join(
-                f"{key}={str(value).lower() if isinstance(value, bool) else value}"
-                for key, value in changes.items()
-                if config.get(key) != value
-            )
-            return f"it fits with {shown}"
+            changed = {key: value for key, value in changes.items() if config.get(key) != value}
+            return "it fits with " + " ".join(f"{key}={_as_toml(value)}" for key, value in changed.items())
     return None
+
+
+def _as_toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "[]" if value == () else str(value)
 
 
 def _weight_bytes(model: DiffusionModel, config: Config) -> int:
@@ -197,9 +218,9 @@ def _weight_bytes(model: DiffusionModel, config: Config) -> int:
         name: module
         for name, module in model.components().items()
         # while training, encoders wait in main memory; on a CPU that is the same memory
-        if name == "unet" or config.adapter.adapts_text or config.training.device == "cpu"
+        if name == "unet" or _keeps_text(config) or config.training.device == "cpu"
     }
-    if config.training.device == "cpu":
+    if _keeps_images(config) or config.training.device == "cpu":
         modules["vae"] = model.vae  # type: ignore[attr-defined]
     tensors = {id(t): t for module in modules.values() for t in (*module.parameters(), *module.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
@@ -217,20 +238,28 @@ def _attach(model: DiffusionModel, config: AdapterConfig) -> int:
     return count
 
 
-def _step_bytes(model: DiffusionModel, count: int, side: int, config: AdapterConfig) -> int:
-    device = torch.device("meta")
-    caption = ""  # one chunk of tokens, as nearly all captions
-    shape = (count, *model.latent_shape(side, side))
-    sizes = [SizeHint((side, side), (0, 0), (side, side))] * count
+def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
+    """Run a step of the objective's shape; see :func:`sdlora.objective.loss_of`."""
+    device, adapts_text, count = torch.device("meta"), config.adapter.adapts_text, config.training.batch_size
+    assert count is not None
+    preserving, blank = _priors(config)
+    rows = 2 * count if blank else count
+    shape = (rows, *model.latent_shape(side, side))
+    sizes = [SizeHint((side, side), (0, 0), (side, side))] * rows
+    captions = [""] * rows  # one chunk of tokens, as nearly all captions
+    latents, timesteps = torch.empty(shape, device=device), torch.zeros(rows, dtype=torch.long, device=device)
     with _fused_attention(), torch.enable_grad():
-        with torch.set_grad_enabled(config.adapts_text):
-            text = None if config.adapts_text else model.encode_text([caption] * count)
-        latents, timesteps = torch.empty(shape, device=device), torch.zeros(count, dtype=torch.long)
+        with torch.set_grad_enabled(adapts_text):
+            text = None if adapts_text else model.encode_text(captions)
         with counting_memory() as memory:
             if text is None:
-                text = model.encode_text([caption] * count)
-            prediction = model.predict(latents, timesteps.to(device), text, sizes)
+                text = model.encode_text(captions)
+            prediction = model.predict(latents, timesteps, text, sizes)
             loss = per_image_loss(prediction, torch.empty_like(prediction)).sum()
+            if preserving:  # what the base predicts, while the graph of the first prediction is alive
+                with torch.no_grad():
+                    own = {name: tensor[:count] for name, tensor in text.items()}
+                    model.predict(latents[:count], timesteps[:count], own, sizes[:count])
             loss.backward()
     # gradients of the adapter are counted with the adapter
     gradients = sum(

@@ -25,7 +25,9 @@ def preview(run: Run) -> None:
     if not prompts or not run.accelerator.is_main_process:
         return
     requests = [_request(run, prompt, number) for number, prompt in enumerate(prompts)]
-    run.model.prepare(training=False)
+    run.model.prepare(
+        training=False, keep_text=run.keep_text, keep_images=run.training.looks.in_loop, lean=True
+    )
     images = render(run.model, requests)
     run.model.prepare(
         training=True,

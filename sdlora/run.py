@@ -203,6 +203,7 @@ def _base(config: Config, device: torch.device) -> DiffusionModel:
         config.model.base,
         dtype=choose_dtype(config.training.precision, device),
         device=device,
+        family=config.model.family,
         prediction_type=config.model.prediction_type,
         zero_terminal_snr=config.model.zero_terminal_snr,
         clip_skip=config.model.clip_skip,

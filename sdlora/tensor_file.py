@@ -68,11 +68,13 @@ _FOREIGN_STARTS = (
     (b"\x89PNG", "a PNG picture"),
     (b"\xff\xd8\xff", "a JPEG picture"),
 )
-_CONVERT = (
-    "sdlora reads only .safetensors, because such files can run code when opened; convert it where you trust "
-    "it: python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('IN', weights_only=True), "
+CONVERT = (
+    'convert it where you trust it: python -c "import torch, safetensors.torch as s; '
+    "d = torch.load('IN', 'cpu', weights_only=True); d = d.get('state_dict', d); "
+    "s.save_file({k: t.contiguous().clone() for k, t in d.items() if hasattr(t, 'shape')}, "
     "'OUT.safetensors')\""
 )
+_CONVERT = f"sdlora reads only .safetensors, because such files can run code when opened; {CONVERT}"
 _DOWNLOAD = "download the .safetensors file itself"
 
 

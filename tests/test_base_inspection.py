@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,40 @@ def test_folders_and_the_mini_base_are_described(tiny_base: Path) -> None:
         summary = inspect_base(source)
         assert (summary.found.family, summary.found.layout) == ("sd1", "folder")
         assert "Stable Diffusion 1.x" in summary.render()
+
+
+def test_a_hub_id_is_looked_up_in_the_cache_and_nowhere_else(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError(f"asked the network for {arguments}")
+
+    model, commit = tmp_path / "models--somebody--tiny", "0" * 40
+    shutil.copytree(tiny_base, model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit, encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    assert main(["inspect", "somebody/tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["family"] == "sd1"
+    assert main(["inspect", "somebody/other"]) == 2
+    assert "not in the cache of the hub" in capsys.readouterr().err
+
+
+def test_a_contradicting_header_is_shown(tmp_path: Path) -> None:
+    shapes = {
+        "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight": (8,),
+    }
+    file = tmp_path / "model.safetensors"
+    save_file(
+        {n: torch.zeros(s) for n, s in shapes.items()},
+        file,
+        {"modelspec.architecture": "stable-diffusion-v2-512"},
+    )
+    text = inspect_base(str(file)).render()
+    assert "Stable Diffusion 1.x (sd1), by its text encoders' keys" in text
+    assert "the header's modelspec.architecture says sd2" in text
 
 
 def test_adapters_are_not_taken_for_bases(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def test_a_summary_tells_what_is_in_the_file(format: str, weights: AdapterWeight
         family=SD1,
         name="ink",
         base_title="mini base",
+        base_digest="ab" * 32,
+        prediction_type="v_prediction",
         steps=300,
         num_images=40,
         tag_frequency={"set": {"inkstyle": 40, "cat": 2}},
@@ -70,6 +72,7 @@ def test_a_summary_tells_what_is_in_the_file(format: str, weights: AdapterWeight
     assert summary.trigger_words == ("inkstyle",)
     assert summary.tags == (("inkstyle", 40), ("cat", 2))
     assert summary.settings["steps"] == "300"
+    assert (summary.settings["base predicts"], summary.settings["base SHA-256"]) == ("v", "ab" * 32)
     assert summary.hash_matches is (True if format == "webui" else None)
     full = [one.client for one in summary.clients if one.full]
     assert len(full) == {"webui": 6, "diffusers": 1, "peft": 0}[format]

@@ -5,6 +5,7 @@ All choices compute softmax(q k^T / sqrt(d)) v; they differ by rounding, speed a
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,3 +69,11 @@ def _check_xformers(device: torch.device) -> None:
         raise ConfigError(
             "`attention=xformers`: xformers is not installed; pip install 'sdlora[xformers]', or use sdpa"
         )
+    try:
+        importlib.import_module("xformers.ops")
+    except Exception as error:  # built for another torch or CUDA, most often
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"`attention=xformers`: the xformers installed here cannot be loaded ({reason}); install the one "
+            "made for this torch, or use sdpa"
+        ) from error

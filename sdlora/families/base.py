@@ -65,6 +65,7 @@ class FamilyInfo:
         context_width: width of the states that the U-Net's cross-attention reads, in the true models.
         unet_config: settings of the U-Net's config that only this family has together.
         clip_skip: whether an earlier layer of the text encoder may be used.
+        resolutions: prediction type -> px that single files of it were trained at, where that differs.
         prediction_probe: checkpoint key of a vector that tells v-prediction from epsilon by its spread.
     """
 
@@ -82,6 +83,7 @@ class FamilyInfo:
     context_width: int
     unet_config: Mapping[str, Any]
     clip_skip: bool = False
+    resolutions: Mapping[str, int] = field(default_factory=dict)
     prediction_probe: str = ""
 
 
@@ -171,6 +173,8 @@ class DiffusionModel(ABC):
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         """Encode prompts of any length; with gradients if the caller has them enabled.
 
+        Each is encoded as if it were alone; shorter ones are repeated (:func:`stack_conditioning`).
+
         Brackets weigh words (:mod:`sdlora.families.emphasis`); what is meant literally is escaped.
         """
 
@@ -202,14 +206,17 @@ class DiffusionModel(ABC):
         gradient_checkpointing: bool = False,
         keep_text: bool = True,
         keep_images: bool = False,
+        lean: bool = False,
     ) -> None:
         """Set modes, placement and the attention that is fastest for what comes next.
 
         Args:
             training: train mode with the picture encoder off the accelerator; else eval mode with all on it.
             gradient_checkpointing: compute activations twice instead of keeping them.
-            keep_text: keep the text encoders on the accelerator while training.
+            keep_text: keep the text encoders on the accelerator while training, or if lean.
             keep_images: keep the picture encoder there too.
+            lean: outside of training, have encoders that are not kept there only while they work, so that
+                previews take little more than the training itself.
         """
 
     @property

@@ -39,6 +39,11 @@ def chunk_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor
     return ids, weights
 
 
+def count_chunks(tokenizer: Any, prompt: str) -> int:
+    """Return how many chunks of 75 tokens a prompt is encoded in."""
+    return chunk_ids(tokenizer, [prompt]).shape[1]
+
+
 def weigh_states(states: Tensor, weights: Tensor) -> Tensor:
     """Apply the weights (B, n, 77) of a prompt's tokens to its states (B, 77 n, width), chunk by chunk."""
     flat = states.reshape(-1, weights.shape[-1], states.shape[-1])

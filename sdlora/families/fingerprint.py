@@ -14,7 +14,8 @@ def module_fingerprint(module: nn.Module, *, extra: str = "") -> str:
     digest = hashlib.sha256(extra.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        # flat: a 1x1 kernel laid out channels last counts as contiguous, and has no bytes in a row to view
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -17,12 +17,13 @@ _PARTS = (
 _VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
 
 
-def from_hub(source: str, *, vae: bool = False) -> Path:
+def from_hub(source: str, *, vae: bool = False, fetch: bool = True) -> Path:
     """Return the folder of a hub model's files.
 
     Args:
         source: ``owner/name``.
         vae: only an autoencoder is wanted, which may be all the model is.
+        fetch: False for looking at nothing but the cache.
 
     Raises:
         ModelError: if neither the hub nor the cache gives it.
@@ -30,7 +31,7 @@ def from_hub(source: str, *, vae: bool = False) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
 
     try:
-        if constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE or not fetch:
             return Path(snapshot_download(source, local_files_only=True))
         names = HfApi().list_repo_files(source)
         return Path(snapshot_download(source, allow_patterns=wanted_files(names, vae=vae)))
@@ -38,6 +39,11 @@ def from_hub(source: str, *, vae: bool = False) -> Path:
         try:
             return Path(snapshot_download(source, local_files_only=True))
         except Exception:
+            if not fetch:
+                raise ModelError(
+                    f"{source}: no such file or folder, and not in the cache of the hub; check the "
+                    "spelling, or load it once to have it there"
+                ) from None
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(
                 f"{source}: neither a path here nor a model that the hub gives ({reason}); check the "

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from ..config import AttentionName
+from ..config import AttentionName, FamilyName
 from ..diffusion import NoiseProcess, PredictionType
 from ..errors import ConfigError, ModelError
+from ..tensor_file import CONVERT
 from . import FAMILIES
-from .base import BaseModelInfo, FamilyInfo, TextEncoderInfo
+from .base import BaseModelInfo, TextEncoderInfo
 from .hub import from_hub
 from .ldm import VAE_PREFIX, Place, text_places, unet_places, vae_places
 from .recognition import Recognised, read_json, recognise
-from .unet_model import Parts, UNetModel
+from .unet_model import Parts, UNetModel, vae_factor
 from .weights import TensorSource, fill, weight_files, without_memory
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -43,6 +44,7 @@ _OLD_NAMES = {
 class LoadOptions:
     """What may be said about a base besides its name; see :func:`load_model`."""
 
+    family: FamilyName | None = None
     prediction_type: PredictionType | None = None
     zero_terminal_snr: bool | None = None
     clip_skip: int = 1
@@ -59,6 +61,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    family: FamilyName | None = None,
     prediction_type: PredictionType | None = None,
     zero_terminal_snr: bool | None = None,
     clip_skip: int = 1,
@@ -74,6 +77,7 @@ def load_model(
         dtype: number format of U-Net and text encoders; the autoencoder is always float32, since fp16
             overflows in SDXL's and it runs once a picture.
         device: where the denoiser works.
+        family: overrides what the base's header says of itself; the weights must be of that family.
         prediction_type: overrides what the base says of itself.
         zero_terminal_snr: overrides what the base says of itself; needs v-prediction.
         clip_skip: see :func:`sdlora.families.clip.encode_chunks`.
@@ -89,13 +93,14 @@ def load_model(
     """
     path = locate(source)
     found = recognise(path)
-    family = FAMILIES[found.family]
-    if clip_skip != 1 and not family.info.clip_skip:
+    found.check_family(family)
+    kind = FAMILIES[found.family]
+    if clip_skip != 1 and not kind.info.clip_skip:
         raise ConfigError(
-            f"`model.clip_skip={clip_skip}`: {family.info.title} is made for one layer of its text encoder; "
+            f"`model.clip_skip={clip_skip}`: {kind.info.title} is made for one layer of its text encoder; "
             "leave clip_skip out"
         )
-    process = _process(found, family.info, prediction_type, zero_terminal_snr)
+    process = _process(found, prediction_type, zero_terminal_snr)
     # An offloaded model waits in main memory.
     place = torch.device("cpu") if offload else device
     try:
@@ -107,9 +112,12 @@ def load_model(
     except Exception as error:  # whatever the libraries raise on damaged input
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{path}: cannot be loaded as a {family.info.title} base ({reason}); "
+            f"{path}: cannot be loaded as a {kind.info.title} base ({reason}); "
             "check that the download is complete"
         ) from error
+    if found.layout == "file" and process.prediction_type in kind.info.resolutions:
+        side = kind.info.resolutions[process.prediction_type]  # the shipped config can name only one
+        parts.unet.register_to_config(sample_size=side // vae_factor(parts.vae))
     # Measured on 2 AVX-512 cores: channels-last takes 5-10 % off a training step on the CPU. CUDA's
     # group norm forces the other layout, so there it would cost.
     if device.type == "cpu":
@@ -120,7 +128,7 @@ def load_model(
         weights=path if path.is_file() else weight_files(path / "unet")[0],
         recommended=_recommended(path),
     )
-    return family(
+    return kind(
         base, parts, process, device=device, clip_skip=clip_skip, attention=attention, offload=offload
     )
 
@@ -186,8 +194,21 @@ def load_parts(
     return Parts(unet.eval(), other.eval(), encoders, tokenizers)
 
 
-def locate(source: str) -> Path:
+def is_hub_id(source: str) -> bool:
+    """Tell whether a source is meant as ``owner/name`` on the hub rather than as a path."""
+    path = Path(source).expanduser()
+    local = path.exists() or path.is_absolute() or source.startswith((".", "~"))
+    return (
+        source.count("/") == 1 and not local and path.suffix.lower() not in (".safetensors", *_CODE_SUFFIXES)
+    )
+
+
+def locate(source: str, *, fetch: bool = True) -> Path:
     """Return the folder or file of a base model, fetched from the hub if it is a hub id.
+
+    Args:
+        source: see :func:`load_model`.
+        fetch: False for looking at nothing but the hub's cache.
 
     Raises:
         ModelError: if there is none, or it is a kind of file that is not read.
@@ -197,8 +218,8 @@ def locate(source: str) -> Path:
     path = Path(source).expanduser()
     if path.suffix.lower() in _CODE_SUFFIXES:
         raise ModelError(
-            f"{source}: {path.suffix} files can run code when opened and are not read; use the "
-            ".safetensors version of this checkpoint, or convert it once in your WebUI (Checkpoint Merger)"
+            f"{source}: {path.suffix} files can run code when opened and are not read; use the .safetensors "
+            f"version of this checkpoint, convert it in your WebUI (Checkpoint Merger), or {CONVERT}"
         )
     if path.is_file():
         if path.suffix.lower() != ".safetensors":
@@ -211,8 +232,8 @@ def locate(source: str) -> Path:
                 "give the folder that holds model_index.json, or a .safetensors checkpoint"
             )
         return path
-    if source.count("/") == 1 and not path.is_absolute() and not source.startswith((".", "~")):
-        return from_hub(source)
+    if is_hub_id(source):
+        return from_hub(source, fetch=fetch)
     raise ModelError(f"{source}: no such base model; give `mini`, a folder, a .safetensors file or a hub id")
 
 
@@ -225,7 +246,6 @@ def scheduler_config(found: Recognised) -> Mapping[str, Any]:
 
 def _process(
     found: Recognised,
-    info: FamilyInfo,
     prediction_type: PredictionType | None,
     zero_terminal_snr: bool | None,
 ) -> NoiseProcess:

@@ -34,6 +34,7 @@ _OTHER_KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lora_", ".lora_A.", "hada_", "lokr_", "oft_"), "an adapter file, not a base model"),
     (("time_stack", "motion_modules", "temporal_transformer", "time_mixer"), "a video model"),
     (("control_model.", "controlnet_", "input_hint_block", "controlnet_cond_embedding"), "a ControlNet"),
+    (("img_attn_qkv", "txt_attn_qkv"), "a video model (Hunyuan)"),
     (("joint_blocks.",), "an SD3 checkpoint, which this version does not train"),
     (("double_blocks.", "double_stream_modules"), "a Flux checkpoint, which this version does not train"),
     (
@@ -65,7 +66,8 @@ class Recognised:
     Attributes:
         path: the file or folder.
         layout: ``file`` (one LDM-layout checkpoint) or ``folder`` (diffusers).
-        family: name of the family.
+        family: name of the family, as the weights have it.
+        families: what says which family it is of, the weights first.
         title: what people call it.
         predictions: what says which prediction type it has; the last resort is the family's default.
         terminal_snr: what says whether the noise schedule ends in pure noise.
@@ -81,6 +83,7 @@ class Recognised:
     path: Path
     layout: Literal["file", "folder"]
     family: str
+    families: tuple[Evidence, ...]
     title: str
     predictions: tuple[Evidence, ...]
     terminal_snr: tuple[Evidence, ...] = ()
@@ -91,6 +94,20 @@ class Recognised:
     short_hash: str = ""
     stated_hash: str = ""
     metadata: Mapping[str, str] | None = None
+
+    def check_family(self, override: str | None = None) -> None:
+        """Refuse a base whose header, or the user, names another family than its weights are of.
+
+        Raises:
+            ModelError: naming both sides.
+        """
+        if override is None:
+            self._agreed(self.families, "family")
+        elif override != self.family:
+            where = self.families[0].where
+            raise ModelError(
+                f"{self.path}: model.family={override}, but {where} says {self.family}; leave it out"
+            )
 
     def prediction_type(self, override: PredictionType | None = None) -> PredictionType:
         """Return the prediction type: the user's, or else what the base says of itself.
@@ -154,6 +171,7 @@ def _recognise_file(path: Path) -> Recognised:
         path=path,
         layout="file",
         family=family.name,
+        families=_families(header, family, whole="text_encoder" not in missing),
         title=header.metadata.get("modelspec.title") or path.stem,
         predictions=_predictions(path, header, family),
         terminal_snr=_terminal_snr(header),
@@ -187,6 +205,8 @@ def _other_kind(header: Header) -> str | None:
     for markers, kind in _OTHER_KINDS:
         if any(marker in key for key in keys for marker in markers):
             return kind
+    if any(len(spec.shape) == 5 for spec in keys.values()):  # convolutions over time, too
+        return "a video model"
     if _FIRST_CONV not in keys:
         return _without_unet(header)
     channels = keys[_FIRST_CONV].shape[1] if len(keys[_FIRST_CONV].shape) == 4 else 0
@@ -218,6 +238,18 @@ def _family_of_width(path: Path, header: Header) -> FamilyInfo:
         if widths == {family.info.context_width}:
             return family.info
     raise ModelError(f"{path}: its U-Net fits no known family; give a checkpoint with its text encoder")
+
+
+def _families(header: Header, family: FamilyInfo, *, whole: bool) -> tuple[Evidence, ...]:
+    """Return what the weights and the header's architecture say, e.g. `stable-diffusion-v1`."""
+    weights = "its text encoders' keys" if whole else "the width of its cross-attention"
+    found = [Evidence(weights, family.name)]
+    stated = header.metadata.get("modelspec.architecture", "")
+    for one in FAMILIES.values():
+        stem = "-".join(one.info.architecture.split("-")[:3]).partition("/")[0]
+        if stated.lower().startswith(stem):
+            found.append(Evidence("the header's modelspec.architecture", one.info.name))
+    return tuple(found)
 
 
 def _predictions(path: Path, header: Header, family: FamilyInfo) -> tuple[Evidence, ...]:
@@ -287,6 +319,7 @@ def _recognise_folder(folder: Path) -> Recognised:
         path=folder,
         layout="folder",
         family=family,
+        families=(Evidence("unet/config.json", family),),
         title=folder.name,
         predictions=(Evidence("scheduler/scheduler_config.json", prediction),),
         terminal_snr=(Evidence("scheduler/scheduler_config.json", rescaled),),

@@ -34,6 +34,7 @@ class StableDiffusion2(UNetModel):
         ),
         context_width=1024,
         unet_config={"use_linear_projection": True, "addition_embed_type": None, "class_embed_type": None},
+        resolutions={"epsilon": 512, "v_prediction": 768},
         prediction_probe=f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias",
     )
 

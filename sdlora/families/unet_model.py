@@ -5,6 +5,7 @@ A family adds its facts, how its text encoders are read, and what its U-Net is t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from ..config import AttentionName
 from ..diffusion import NoiseProcess
 from .attention import choose_attention
-from .base import BaseModelInfo, Conditioning, DiffusionModel, Posterior, SizeHint
-from .clip import checkpoint_text_encoder
+from .base import BaseModelInfo, Conditioning, DiffusionModel, Posterior, SizeHint, stack_conditioning
+from .clip import checkpoint_text_encoder, count_chunks
 from .fingerprint import module_fingerprint
 
+_TILE = 512  # px
 UNET_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 UNET_LINEAR = (*UNET_ATTENTION, ".ff.net.0.proj", ".ff.net.2", ".proj_in", ".proj_out")
 UNET_ALL = (
@@ -75,21 +77,18 @@ class UNetModel(DiffusionModel):
         self._device, self._offload = device, offload
         for module in (self.unet, self.vae, *self.text_encoders.values()):
             module.requires_grad_(False).eval()
+        self._lean = False
         if offload:
             # small cards: the autoencoder takes the most memory of all at the end
-            self.vae.enable_tiling()
-
-    @property
-    def _vae_factor(self) -> int:
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+            self._decode_in_tiles()
 
     @property
     def native_resolution(self) -> int:
-        return int(self.unet.config.sample_size) * self._vae_factor
+        return int(self.unet.config.sample_size) * vae_factor(self.vae)
 
     @property
     def size_multiple(self) -> int:
-        return self._vae_factor * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+        return vae_factor(self.vae) * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     def components(self) -> Mapping[str, nn.Module]:
         return {"unet": self.unet, **self.text_encoders}
@@ -123,12 +122,45 @@ class UNetModel(DiffusionModel):
         with self._working(self.vae):
             unscaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
             # one at a time: decoding takes more memory than all else, and gains nothing from company
-            images = [self.vae.decode(one[None]).sample for one in unscaled]
+            images = [self._decode(one[None]) for one in unscaled]
         return torch.cat(images).float().clamp(-1.0, 1.0)
 
+    def _decode(self, unscaled: Tensor) -> Tensor:
+        try:
+            image: Tensor = self.vae.decode(unscaled).sample
+            return image
+        except torch.OutOfMemoryError:
+            if self.vae.use_tiling:
+                raise
+            warnings.warn(
+                "not enough memory to decode a picture at once: from here on they are decoded in tiles, "
+                "which may differ by a shade at their seams",
+                stacklevel=2,
+            )
+            self._decode_in_tiles()
+        torch.cuda.empty_cache()
+        image = self.vae.decode(unscaled).sample
+        return image
+
+    def _decode_in_tiles(self) -> None:
+        """Have pictures above 512 px decoded in parts: at 1024 px that takes 0.8 instead of 3 GiB."""
+        self.vae.enable_tiling()
+        self.vae.tile_sample_min_size = _TILE
+        self.vae.tile_latent_min_size = _TILE // vae_factor(self.vae)
+
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        groups: dict[int, list[int]] = {}  # those of one length go together, so that company changes nothing
+        tokenizer = next(iter(self.tokenizers.values()))
+        for row, caption in enumerate(captions):
+            groups.setdefault(count_chunks(tokenizer, caption), []).append(row)
         with self._working(*self.text_encoders.values()):
-            return self._encode_text(captions)
+            if len(groups) == 1:
+                return self._encode_text(captions)
+            encoded: dict[int, Conditioning] = {}
+            for rows in groups.values():
+                together = self._encode_text([captions[row] for row in rows])
+                encoded |= {row: {n: t[i] for n, t in together.items()} for i, row in enumerate(rows)}
+        return stack_conditioning([encoded[row] for row in range(len(captions))])
 
     def _encode_text(self, captions: Sequence[str]) -> Conditioning:
         """Return what :meth:`encode_text` returns, the text encoders being where they work."""
@@ -152,7 +184,7 @@ class UNetModel(DiffusionModel):
         return None
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = self._vae_factor
+        factor = vae_factor(self.vae)
         return int(self.unet.config.in_channels), height // factor, width // factor
 
     def prepare(
@@ -162,6 +194,7 @@ class UNetModel(DiffusionModel):
         gradient_checkpointing: bool = False,
         keep_text: bool = True,
         keep_images: bool = False,
+        lean: bool = False,
     ) -> None:
         choice = choose_attention(self.attention, self.device, self.dtype, training=training)
         choice.apply(self.unet)
@@ -174,22 +207,31 @@ class UNetModel(DiffusionModel):
             self.unet.disable_gradient_checkpointing()
         for encoder in self.text_encoders.values():
             checkpoint_text_encoder(encoder, gradient_checkpointing)
+        self._lean = lean and not training
         if not self._offload and self.device.type != "meta":  # a blueprint has nothing to move
+            all_there = not training and not lean
             self.unet.to(self.device)
-            self.vae.to("cpu" if training and not keep_images else self.device)
+            self.vae.to(self.device if keep_images or all_there else "cpu")
             for encoder in self.text_encoders.values():
-                encoder.to(self.device if keep_text or not training else "cpu")
+                encoder.to(self.device if keep_text or all_there else "cpu")
 
     @contextmanager
     def _working(self, *modules: nn.Module) -> Iterator[None]:
-        """With offloading, have these modules alone on the device; else they are where they belong."""
+        """Have these modules on the device: alone if offloading, for this time if lean, else as they are."""
         if self._offload:
             for other in (self.unet, self.vae, *self.text_encoders.values()):
                 if not any(other is module for module in modules):
                     other.to("cpu")
             for module in modules:
                 module.to(self.device)
-        yield
+        visitors = [m for m in modules if self._lean and next(m.parameters()).device.type != self.device.type]
+        for module in visitors:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in visitors:
+                module.to("cpu")
 
     @property
     def device(self) -> torch.device:
@@ -201,6 +243,11 @@ class UNetModel(DiffusionModel):
         dtype = self.unet.conv_in.weight.dtype
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+
+def vae_factor(vae: Any) -> int:
+    """Return how many px of a picture's side one latent stands for."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def one_encoder_states(model: UNetModel, captions: Sequence[str]) -> Tensor:

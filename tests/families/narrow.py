@@ -12,14 +12,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdlora.families.loading import ASSETS
 
 FAMILY_NAMES = ("sd1", "sd2", "sdxl")
+FORMS = ("folder", "file", "hub cache")
 States = dict[str, dict[str, Tensor]]
 
 _UNET: dict[str, dict[str, Any]] = {
@@ -94,6 +97,30 @@ def copy_configs(folder: Path, target: Path) -> Path:
             (target / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target / file.relative_to(folder))
     return target
+
+
+def in_form(
+    form: str, family: str, base: tuple[Path, States], room: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Return what users would give for a base as a ``folder``, one ``file``, or in the ``hub cache``."""
+    folder, states = base
+    if form == "folder":
+        return str(folder)
+    if form == "file":
+        file = room / "model.safetensors"
+        save_file(as_ldm(family, states), file)
+        # the shipped configs describe the true sizes; here the narrow base's stand in for them
+        shutil.copytree(folder, room / "assets" / family)
+        monkeypatch.setattr("sdlora.families.loading.ASSETS", room / "assets")
+        return str(file)
+    commit = "0" * 40
+    model = room / "hub" / "models--somebody--narrow"
+    shutil.copytree(folder, model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit, encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(room / "hub"))
+    return "somebody/narrow"
 
 
 def as_ldm(family: str, states: States) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,6 +36,11 @@ def test_xformers_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="not installed"):
         choose_attention("xformers", CUDA, torch.float32, training=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    with pytest.raises(ConfigError, match=r"cannot be loaded .*made for this torch"):
+        choose_attention("xformers", CUDA, torch.float32, training=True)
+    for name in ("xformers", "xformers.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     assert choose_attention("xformers", CUDA, torch.float32, training=True).name == "xformers"
 
 

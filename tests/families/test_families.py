@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sdlora.adapters.lora import attach, attached_layers, create_adapter, set_strengths, target_modules
@@ -17,7 +17,7 @@ from sdlora.families.base import Conditioning, SizeHint, stack_conditioning
 from sdlora.families.loading import load_model
 from sdlora.families.unet_model import UNetModel
 
-from .narrow import FAMILY_NAMES, States, as_ldm
+from .narrow import FAMILY_NAMES, States, in_form
 
 Bases = Mapping[str, tuple[Path, States]]
 CPU = torch.device("cpu")
@@ -97,15 +97,17 @@ def test_only_adapters_get_gradients_and_all_of_them_do(model: UNetModel) -> Non
 
 def test_the_loss_is_finite_at_every_timestep(model: UNetModel) -> None:
     _, _, text, sizes = inputs(model, 1)
-    clean = torch.randn((1, *model.latent_shape(64, 64)), generator=torch.Generator().manual_seed(1))
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))
+    shape = model.latent_shape(model.size_multiple, model.size_multiple)
+    generator = torch.Generator().manual_seed(1)
     weights = model.process.loss_weights(torch.arange(1000), 5.0)
     assert bool(torch.isfinite(weights).all())
-    for step in range(0, 1000, 111):
-        timesteps = torch.tensor([step])
+    for timesteps in torch.arange(1000).split(125):
+        count = len(timesteps)
+        clean, noise = (torch.randn((count, *shape), generator=generator) for _ in range(2))
         corrupted = model.process.corrupt(clean, noise, timesteps)
+        repeated = {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in text.items()}
         with torch.no_grad():
-            prediction = model.predict(corrupted.noisy, timesteps, text, sizes)
+            prediction = model.predict(corrupted.noisy, timesteps, repeated, sizes * count)
         assert bool(torch.isfinite((prediction - corrupted.target).square()).all())
 
 
@@ -147,6 +149,122 @@ def test_long_captions_are_chunks_and_stack_with_short_ones(model: UNetModel) ->
     assert stack_conditioning([one, other])["states"].shape[:2] == (2, 154)
 
 
+def test_offloading_decodes_large_pictures_in_tiles(bases: Bases) -> None:
+    model = load_model(str(bases["sdxl"][0]), dtype=torch.float32, device=CPU, offload=True)
+    sides: list[int] = []
+    hook = model.vae.decoder.register_forward_pre_hook(
+        lambda module, given: sides.append(max(given[0].shape[2:]))
+    )
+    assert model.decode_latents(torch.randn(1, 4, 128, 96)).shape == (1, 3, 1024, 768)
+    assert len(sides) > 2 and max(sides) <= 64
+    sides.clear()
+    model.decode_latents(torch.randn(1, 4, 64, 64))
+    assert sides == [64], "512 px at once"
+    hook.remove()
+
+
+def test_decoding_goes_on_in_tiles_where_memory_ends(bases: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(bases, "sdxl")
+    whole = model.vae.decoder.forward
+
+    def small(latents: Tensor, *rest: object) -> Tensor:
+        if latents.shape[-1] > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        found: Tensor = whole(latents, *rest)
+        return found
+
+    monkeypatch.setattr(model.vae.decoder, "forward", small)
+    with pytest.warns(UserWarning, match="in tiles"):
+        assert model.decode_latents(torch.randn(1, 4, 96, 96)).shape == (1, 3, 768, 768)
+
+
+def test_encoders_leave_the_device_for_training_and_come_back_to_previews_only_to_work(
+    bases: Bases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moves are written down, as there need be no other device here to move to."""
+    model, moves = load(bases, "sdxl"), list[tuple[str, str]]()
+    parts = {"unet": model.unet, "vae": model.vae, **model.text_encoders}
+    for name, module in parts.items():
+        monkeypatch.setattr(
+            module, "to", lambda place, name=name: moves.append((name, torch.device(place).type))
+        )
+    monkeypatch.setattr(model, "_device", torch.device("cuda"))
+    model.prepare(training=True, keep_text=False)
+    assert moves == [("unet", "cuda"), *((name, "cpu") for name in parts if name != "unet")], "all is cached"
+    moves.clear()
+    model.prepare(training=False, keep_text=False, lean=True)
+    assert moves == [("unet", "cuda"), *((name, "cpu") for name in parts if name != "unet")]
+    moves.clear()
+    with torch.no_grad():
+        model.encode_text(["a cat"])
+        model.decode_latents(torch.zeros(1, 4, 8, 8))
+    encoders = list(model.text_encoders)
+    visits = [(name, place) for group in (encoders, ["vae"]) for place in ("cuda", "cpu") for name in group]
+    assert moves == visits
+    moves.clear()
+    model.prepare(training=False)
+    assert {place for _, place in moves} == {"cuda"}
+
+
+def by_hand(model: UNetModel, prompt: str) -> tuple[Tensor, Tensor | None]:
+    """Encode a long prompt of plain words with transformers alone: 75 tokens at a time, side by side."""
+    rows, pooled = [], None
+    for name, encoder in model.text_encoders.items():
+        tokenizer = model.tokenizers[name]
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        states = []
+        for start in range(0, len(ids), 75):
+            chunk = ids[start : start + 75]
+            row = [49406, *chunk, 49407, *[tokenizer.pad_token_id] * (75 - len(chunk))]
+            output = encoder(torch.tensor([row]), output_hidden_states=True)
+            sdxl = len(model.text_encoders) == 2
+            states.append(output.hidden_states[-2] if sdxl else output.last_hidden_state)
+            if start == 0 and hasattr(encoder, "text_projection"):
+                inner = encoder.text_model
+                last = inner(torch.tensor([row])).last_hidden_state
+                pooled = last[0, len(chunk) + 1] @ encoder.text_projection.weight.T
+        rows.append(torch.cat(states, dim=1))
+    return torch.cat(rows, dim=-1), pooled
+
+
+@pytest.mark.parametrize("words", [60, 100, 170])
+def test_prompts_of_any_length_equal_an_independent_computation(model: UNetModel, words: int) -> None:
+    names = ("cat", "dog", "tree", "house", "river", "old", "blue", "bright", "stone", "paper")
+    prompt = " ".join(names[(7 * n + n // 10) % 10] for n in range(words))
+    with torch.no_grad():
+        found, (states, pooled) = model.encode_text([prompt]), by_hand(model, prompt)
+    assert found["states"].shape[1] == 77 * -(-words // 75)
+    torch.testing.assert_close(found["states"], states, rtol=0, atol=2e-6)
+    assert ("pooled" in found) == (pooled is not None)
+    if pooled is not None:
+        torch.testing.assert_close(found["pooled"][0], pooled, rtol=0, atol=2e-6)
+
+
+def test_the_autoencoder_is_safe_where_half_precision_would_overflow(bases: Bases) -> None:
+    model = load(bases, "sdxl", torch.float16)
+    pixels = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        for part in (model.vae.encoder, model.vae.decoder):
+            part.conv_in.weight.mul_(1e6)  # activations beyond 65504, as in SDXL's own
+        posterior = model.encode_images(pixels)
+        decoded = model.decode_latents(model.scale_latents(posterior.mean))
+        assert bool(torch.isfinite(posterior.mean).all() and torch.isfinite(decoded).all())
+        model.vae.half()
+        assert not bool(torch.isfinite(model.encode_images(pixels).mean).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_in_half_precision_keep_their_statistics_in_fp32(dtype: torch.dtype) -> None:
+    """Why the frozen net needs no autocast: a large mean would swallow the spread in the format itself."""
+    values = 1000 + torch.randn((2, 32, 16, 16), generator=torch.Generator().manual_seed(0))
+    half = values.to(dtype)
+    group, layer = torch.nn.GroupNorm(8, 32), torch.nn.LayerNorm(16)
+    for norm in (group, layer):
+        wanted = norm(half.float())
+        found = copy.deepcopy(norm).to(dtype)(half).float()
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+
+
 def test_offloading_changes_no_number(bases: Bases, model: UNetModel) -> None:
     other = load_model(str(bases[model.info.name][0]), dtype=torch.float32, device=CPU, offload=True)
     for one in (model, other):
@@ -162,15 +280,8 @@ def test_offloading_changes_no_number(bases: Bases, model: UNetModel) -> None:
 def test_a_single_file_predicts_as_its_folder(
     family: str, bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, states = bases[family]
-    file = tmp_path / "one.safetensors"
-    save_file(as_ldm(family, states), file)
-    # the shipped configs describe the true sizes; here the narrow base's stand in for them
-    (tmp_path / "assets").mkdir()
-    from sdlora.families import loading
-
-    (tmp_path / "assets" / family).symlink_to(folder, target_is_directory=True)
-    monkeypatch.setattr(loading, "ASSETS", tmp_path / "assets")
+    folder, _ = bases[family]
+    file = in_form("file", family, bases[family], tmp_path, monkeypatch)
     one, two = (load_model(str(p), dtype=torch.float32, device=CPU) for p in (file, folder))
     given = inputs(two)
     with torch.no_grad():

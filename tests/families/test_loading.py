@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTokenizer
+from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdlora.errors import ConfigError, ModelError
 from sdlora.families.hub import wanted_files
 from sdlora.families.loading import ASSETS, load_model, load_parts
 from sdlora.families.recognition import recognise
 from sdlora.families.unet_model import UNetModel
+from sdlora.tensor_file import CONVERT
+from tools.measure_step import most_allocated
 
-from .narrow import FAMILY_NAMES, States, as_ldm, as_openclip, copy_configs
+from .narrow import FAMILY_NAMES, States, as_ldm, as_openclip, copy_configs, in_form
 
 CPU = torch.device("cpu")
 Bases = Mapping[str, tuple[Path, States]]
@@ -61,19 +69,30 @@ def test_single_file_equals_folder_tensor_for_tensor(family: str, bases: Bases, 
     assert not any(t.requires_grad for t in from_file.unet.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_half_precision_files_and_targets_round_once(family: str, bases: Bases, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "stored"),
+    [
+        ("sd1", torch.float16),
+        ("sd2", torch.bfloat16),
+        ("sdxl", torch.float16),
+        ("sdxl", torch.float8_e4m3fn),
+    ],
+)
+def test_files_of_few_bits_and_targets_round_once(
+    family: str, stored: torch.dtype, bases: Bases, tmp_path: Path
+) -> None:
     folder, states = bases[family]
     file = tmp_path / "half.safetensors"
-    save_file({k: t.half() if t.is_floating_point() else t for k, t in as_ldm(family, states).items()}, file)
+    whole = as_ldm(family, states)
+    save_file({key: t.to(stored) if t.is_floating_point() else t for key, t in whole.items()}, file)
     configs = copy_configs(folder, tmp_path / "configs")
     found = load_parts(recognise(file), dtype=torch.bfloat16, device=CPU, configs=configs)
-    assert recognise(file).formats == {"float16": 1.0}
+    assert recognise(file).formats == {str(stored).removeprefix("torch."): 1.0}
     for name, state in states_of(found).items():
         for key, tensor in state.items():
             dtype = torch.float32 if name == "vae" else torch.bfloat16
             assert tensor.dtype == dtype
-            assert torch.equal(tensor, states[name][key].half().to(dtype)), (name, key)
+            assert torch.equal(tensor, states[name][key].to(stored).to(dtype)), (name, key)
 
 
 def test_a_third_of_a_fused_matrix_keeps_no_more_memory_than_itself(bases: Bases, tmp_path: Path) -> None:
@@ -228,8 +247,24 @@ def test_old_single_files_may_leave_text_model_out(bases: Bases, tmp_path: Path)
 def test_files_that_can_run_code_are_refused_with_the_way_out(ending: str, tmp_path: Path) -> None:
     file = tmp_path / f"model{ending}"
     file.write_bytes(b"\x80\x04")
-    with pytest.raises(ModelError, match="convert it once"):
+    with pytest.raises(
+        ModelError, match=r"convert it in your WebUI.*torch\.load\('IN', 'cpu', weights_only=True"
+    ):
         load(file)
+
+
+def test_the_line_that_converts_a_pickled_checkpoint_works(bases: Bases, tmp_path: Path) -> None:
+    _, states = bases["sd1"]
+    whole = as_ldm("sd1", states)
+    torch.save(
+        {"state_dict": whole | {"same again": whole["model.diffusion_model.out.2.bias"]}, "epoch": 3},
+        tmp_path / "IN",
+    )
+    (line,) = re.findall(r'python -c "(.*)"', CONVERT)
+    subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+    found = load_file(tmp_path / "OUT.safetensors")
+    assert set(found) == {*whole, "same again"}
+    assert [key for key, tensor in whole.items() if not torch.equal(found[key], tensor)] == []
 
 
 def test_damaged_missing_and_wrong_places_are_named(tmp_path: Path, tiny_base: Path) -> None:
@@ -270,17 +305,76 @@ def test_hub_id_without_network_is_one_clear_error(monkeypatch: pytest.MonkeyPat
 def test_hub_id_in_the_cache_loads_offline(
     family: str, bases: Bases, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    folder, states = bases[family]
-    snapshot = tmp_path / "models--somebody--narrow" / "snapshots" / ("0" * 40)
-    shutil.copytree(folder, snapshot)
-    refs = tmp_path / "models--somebody--narrow" / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0" * 40, encoding="utf-8")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    model = load("somebody/narrow")
+    _, states = bases[family]
+    model = load(in_form("hub cache", family, bases[family], tmp_path, monkeypatch))
     assert model.info.name == family
     assert all(torch.equal(t, states["unet"][name]) for name, t in model.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_single_file_needs_no_network_at_all(
+    family: str, bases: Bases, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError(f"asked the network for {arguments}")
+
+    source = in_form("file", family, bases[family], tmp_path, monkeypatch)
+    # as on a fresh machine: tokenizers are the shipped ones, too
+    shutil.copytree(
+        ASSETS / "sd1" / "tokenizer", tmp_path / "assets" / "sd1" / "tokenizer", dirs_exist_ok=True
+    )
+    for folder in (tmp_path / "assets" / family).glob("tokenizer*"):
+        if family != "sd1":
+            shutil.rmtree(folder)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    model = load(source)
+    assert model.info.name == family
+    with torch.no_grad():
+        assert bool(torch.isfinite(model.encode_text(["a cat"])["states"]).all())
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_diffusers_own_reader_of_single_files_finds_the_same_tensors(
+    family: str, bases: Bases, tmp_path: Path
+) -> None:
+    """An independent converter: what reads our LDM layout, and what ours reads, are not the same code."""
+    folder, states = bases[family]
+    file = tmp_path / "narrow.safetensors"
+    save_file(as_ldm(family, states), file)
+    checkpoint = load_file(file)
+    where = {"config": str(folder), "local_files_only": True}
+    found: dict[str, dict[str, Tensor]] = {
+        "unet": UNet2DConditionModel.from_single_file(str(file), subfolder="unet", **where).state_dict(),
+        "vae": AutoencoderKL.from_single_file(str(file), subfolder="vae", **where).state_dict(),
+    }
+    for name in [name for name in states if name.startswith("text_encoder")]:
+        kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+        found[name] = create_diffusers_clip_model_from_ldm(
+            kind,
+            checkpoint=dict(checkpoint),
+            config=str(folder),
+            subfolder=name,
+            local_files_only=True,
+        ).state_dict()
+    assert differing(found, states) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_loading_allocates_the_finished_weights_and_one_buffer(
+    dtype: torch.dtype, bases: Bases, tmp_path: Path
+) -> None:
+    folder, states = bases["sdxl"]
+    file = tmp_path / "narrow.safetensors"
+    save_file(as_ldm("sdxl", states), file)
+    configs, found = copy_configs(folder, tmp_path / "configs"), recognise(file)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        parts = load_parts(found, dtype=dtype, device=CPU, configs=configs)
+    modules = (parts.unet, parts.vae, *parts.text_encoders.values())
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    largest = max(t.numel() * t.element_size() for t in load_file(file).values())
+    assert weights < most_allocated(record) < weights + 1.1 * largest
 
 
 def test_only_the_files_that_are_read_are_fetched_from_the_hub() -> None:

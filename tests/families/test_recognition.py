@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import struct
-import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sdlora.errors import ModelError
 from sdlora.families import FAMILIES
 from sdlora.families.loading import ASSETS, load_model
 from sdlora.families.recognition import recognise
+from tools.true_sizes import checkpoint_shapes
 
 from .narrow import FAMILY_NAMES, States, as_ldm, make_base
 
@@ -66,6 +68,8 @@ KINDS: dict[str, dict[str, tuple[int, ...]]] = {
     "instruct-pix2pix": {FIRST: (8, 8, 3, 3)},
     "depth-to-image": {FIRST: (8, 5, 3, 3)},
     "video": {FIRST: (8, 4, 3, 3), "model.diffusion_model.input_blocks.1.0.time_stack.x": (2,)},
+    "Hunyuan": {"double_blocks.0.img_attn_qkv.weight": (4, 4)},
+    "a video model": {FIRST: (8, 4, 3, 3), "blocks.0.conv.weight": (2, 2, 3, 3, 3)},
     "ControlNet": {"control_model.input_blocks.0.0.weight": (8, 4, 3, 3)},
     "EDM": {FIRST: (8, 4, 3, 3), "edm_mean": (4,)},
     "textual-inversion": {"emb_params": (2, 8)},
@@ -154,6 +158,35 @@ def test_a_contradiction_names_both_sides_and_the_user_may_decide(tmp_path: Path
     assert found.prediction_type("epsilon") == "epsilon"
 
 
+def test_a_header_that_names_another_family_than_the_weights_is_refused(tmp_path: Path) -> None:
+    for stated in ("stable-diffusion-v1", "stable-diffusion-v1/lora", "some-other-thing", ""):
+        file = checkpoint(tmp_path / "m.safetensors", sd1_keys(), {"modelspec.architecture": stated})
+        recognise(file).check_family()
+    file = checkpoint(
+        tmp_path / "m.safetensors", sd1_keys(), {"modelspec.architecture": "stable-diffusion-xl-v1-base"}
+    )
+    found = recognise(file)
+    assert found.family == "sd1"
+    with pytest.raises(ModelError, match=r"keys says sd1.*architecture says sdxl.*model\.family"):
+        found.check_family()
+    with pytest.raises(ModelError, match=r"architecture says sdxl"):
+        load_model(str(file), dtype=torch.float32, device=torch.device("cpu"))
+    found.check_family("sd1")
+    with pytest.raises(ModelError, match=r"model\.family=sdxl, but .* keys says sd1"):
+        found.check_family("sdxl")
+
+
+@pytest.mark.parametrize(("prediction", "side"), [("epsilon", 512), ("v_prediction", 768)])
+def test_a_single_file_of_sd2_has_the_resolution_of_its_kind(
+    prediction: str, side: int, tmp_path: Path
+) -> None:
+    shapes = checkpoint_shapes("sd2")
+    file = checkpoint(tmp_path / "m.safetensors", sd2_keys() | {PROBE: shapes[PROBE]})
+    meta = torch.device("meta")
+    model = load_model(str(file), dtype=torch.float32, device=meta, prediction_type=prediction)  # type: ignore[arg-type]
+    assert model.native_resolution == side
+
+
 def test_zero_terminal_snr_with_epsilon_is_refused(tmp_path: Path) -> None:
     make_base(tmp_path / "base", "sd1", rescale_betas_zero_snr=True)
     with pytest.raises(ModelError, match="needs v-prediction"):
@@ -184,19 +217,34 @@ def test_the_short_hash_is_the_old_webuis(tmp_path: Path) -> None:
     assert recognise(file).short_hash == hashlib.sha256(window).hexdigest()[:8]
 
 
-def test_a_file_of_seven_gigabytes_is_recognised_without_reading_it(tmp_path: Path) -> None:
+class CountingFile(io.FileIO):
+    """A file that counts the bytes read from all files of its kind."""
+
+    num_read = 0
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = super().readinto(buffer)
+        CountingFile.num_read += count or 0
+        return count
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_a_file_of_the_true_size_is_recognised_from_a_megabyte(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "big.safetensors"
-    shapes = sd1_keys() | {"first_stage_model.huge": (7 * 2**30 // 4,)}
     position, header = 0, {}
-    for name, shape in shapes.items():
-        size = 4 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, position + size]}
+    for name, shape in checkpoint_shapes(family).items():
+        size = 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header).encode()
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         stream.truncate(8 + len(text) + position)  # a hole: takes no room on the disk
-    began = time.perf_counter()
+    monkeypatch.setattr(CountingFile, "num_read", 0)
+    monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedReader(CountingFile(self, mode)))
     found = recognise(file)
-    assert time.perf_counter() - began < 1.0
-    assert (found.family, found.num_bytes > 7 * 2**30) == ("sd1", True)
+    assert (found.family, found.missing) == (family, ())
+    assert found.num_bytes > {"sd2": 2, "sdxl": 6}[family] * 2**30
+    assert 2**16 < CountingFile.num_read < 2**20

@@ -24,8 +24,8 @@ def loaded(base: Path, **options: object) -> UNetModel:
     return load_model(str(base), dtype=torch.float32, device=CPU, **options)  # type: ignore[arg-type]
 
 
-def test_short_captions_are_encoded_as_diffusers_does(model: UNetModel) -> None:
-    pipeline = StableDiffusionPipeline(
+def pipeline_of(model: UNetModel) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoders["text_encoder"],
         tokenizer=model.tokenizers["text_encoder"],
@@ -35,6 +35,10 @@ def test_short_captions_are_encoded_as_diffusers_does(model: UNetModel) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def test_short_captions_are_encoded_as_diffusers_does(model: UNetModel) -> None:
+    pipeline = pipeline_of(model)
     wanted, negative = pipeline.encode_prompt("an icon of a cat", CPU, 1, True, "a dog")
     with torch.no_grad():
         found = model.encode_text(["an icon of a cat", "a dog"])["states"]
@@ -54,11 +58,16 @@ def test_long_captions_are_chunks_of_75_encoded_by_themselves(model: UNetModel) 
     torch.testing.assert_close(states, torch.cat([first, second], dim=1), rtol=0, atol=2e-6)
 
 
-def test_shorter_captions_in_a_batch_get_empty_chunks(model: UNetModel) -> None:
+def test_company_in_a_batch_changes_no_caption(model: UNetModel) -> None:
+    """Training text encoders, captions are encoded in batches; previews and generation have them alone."""
+    captions = [" ".join(["cat"] * 80), "a dog", " ".join(["cat"] * 170), "a cat"]
     with torch.no_grad():
-        states = model.encode_text([" ".join(["cat"] * 80), "a dog"])["states"]
-        empty = model.encode_text([""])["states"]
-    torch.testing.assert_close(states[1:, 77:], empty, rtol=0, atol=2e-6)
+        states = model.encode_text(captions)["states"]
+        alone = [model.encode_text([caption])["states"] for caption in captions]
+    assert states.shape[:2] == (4, 6 * 77)
+    for together, one in zip(states, alone, strict=True):
+        repeated = one[0].repeat(6 * 77 // one.shape[1], 1)
+        torch.testing.assert_close(together, repeated, rtol=0, atol=2e-6)
 
 
 def test_repeating_a_context_leaves_attention_unchanged(model: UNetModel) -> None:
@@ -86,6 +95,22 @@ def test_clip_skip_takes_an_earlier_layer_and_the_final_norm(tiny_base: Path) ->
         wanted = inner.final_layer_norm(hidden[-2])
         assert torch.equal(model.encode_text(["a cat"])["states"], wanted)
         assert not torch.equal(model.encode_text(["a cat"])["states"], inner.final_layer_norm(hidden[-1]))
+
+
+def test_clip_skip_equals_diffusers_own(tiny_base: Path) -> None:
+    """Counted from 1 here and in WebUI, from 0 in diffusers."""
+    model = loaded(tiny_base, clip_skip=2)
+    encoder = model.text_encoders["text_encoder"]
+    if not hasattr(encoder, "text_model"):  # diffusers 0.42 knows only the name of transformers before 5.6
+        object.__setattr__(encoder, "text_model", encoder)
+    wanted, negative = pipeline_of(model).encode_prompt(
+        "an icon of a cat", CPU, 1, True, "a dog", clip_skip=1
+    )
+    with torch.no_grad():
+        found = model.encode_text(["an icon of a cat", "a dog"])["states"]
+    assert torch.equal(found[:1], wanted)
+    # diffusers forgets to skip layers for the negative prompt; WebUI does it for both
+    assert not torch.equal(found[1:], negative)
 
 
 def test_encoding_and_decoding_invert_each_other_on_the_mini_base(model: UNetModel) -> None:

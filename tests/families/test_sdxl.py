@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 
+from sdlora.data.batches import make_batch
+from sdlora.data.buckets import place
+from sdlora.data.cache import EncodedDataset
+from sdlora.data.folder import scan
+from sdlora.data.looks import Looks
+from sdlora.data.order import Visit
 from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
 from sdlora.families.unet_model import UNetModel
@@ -101,3 +110,40 @@ def test_the_prediction_equals_diffusers_unet_with_its_pipelines_time_ids(
         ).sample
         found = model.predict(noisy, torch.tensor([500]), text, [hint])
     assert torch.equal(found, wanted)
+
+
+def test_a_batch_tells_the_unet_what_diffusers_pipeline_would_of_the_same_crop(
+    model: UNetModel, pipeline: StableDiffusionXLPipeline, tmp_path: Path
+) -> None:
+    """From the picture on disk to the U-Net's input, plain and mirrored, with a crop off the centre line."""
+    pipeline.register_modules(unet=model.unet, text_encoder_2=model.text_encoders["text_encoder_2"])
+    (tmp_path / "pictures").mkdir()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 157, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[274] = 6  # stored lying: 157 high and 90 wide for people
+    picture.save(tmp_path / "pictures" / "a.jpg", exif=exif, quality=95)
+    items = scan(tmp_path / "pictures").items
+    placement = place(items[0].height, items[0].width, [(96, 64)])
+    assert ((items[0].height, items[0].width), placement.resized) == ((157, 90), (112, 64))
+    placement = replace(
+        placement, resized=(112, 71), crop=(8, 2)
+    )  # wider than the bucket, left of the middle
+    looks = Looks((placement,), items, flip=True)
+    data = EncodedDataset(items, looks, model, tmp_path / "cache")
+    seen: dict[bool, torch.Tensor] = {}
+    hook = model.unet.add_time_proj.register_forward_pre_hook(lambda module, args: ids.append(args[0]))
+    try:
+        for repeat in range(12):
+            visit, ids = Visit(0, 0, repeat), list[torch.Tensor]()
+            batch = make_batch(data, model, [visit], torch.Generator().manual_seed(0), seed=3)
+            with torch.no_grad():
+                model.predict(batch.latents, torch.tensor([500]), batch.text or {}, batch.sizes)
+            seen[looks.at(visit, 3).mirror] = ids[0].reshape(1, 6)
+    finally:
+        hook.remove()
+    assert seen.keys() == {False, True}
+    for mirrored, left in ((False, 2), (True, 71 - 64 - 2)):
+        wanted = pipeline._get_add_time_ids(
+            (157, 90), (8, left), (96, 64), torch.float32, text_encoder_projection_dim=20
+        )
+        assert torch.equal(seen[mirrored], wanted)

@@ -1,4 +1,4 @@
-"""Every family through the whole path: train, stop and resume, export, load again."""
+"""Every family, in every form users own it, through the whole path: train, resume, export, load again."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdlora.adapters.lora import attached_layers
+from sdlora.adapters.base import AdapterFile, AdapterInfo
+from sdlora.adapters.lora import attached_layers, create_adapter
+from sdlora.base_inspection import inspect_base
 from sdlora.checkpoint import list_checkpoints
-from sdlora.config import Config, load_config
+from sdlora.config import AdapterConfig, Config, load_config
 from sdlora.errors import AdapterFileError, ConfigError
 from sdlora.events import Control, Event, StepDone
 from sdlora.export import export_adapter
 from sdlora.families import family_info
-from sdlora.formats import read_adapter
+from sdlora.families.loading import load_model
+from sdlora.formats import read_adapter, write_adapter
 from sdlora.image_generator import ImageGenerator
 from sdlora.render import GenerateRequest
 from sdlora.train import train
 
-from .narrow import FAMILY_NAMES, States
+from .narrow import FAMILY_NAMES, FORMS, States, in_form
 
 Bases = Mapping[str, tuple[Path, States]]
 SETTINGS = (
@@ -35,27 +38,46 @@ SETTINGS = (
     "training.batch_size=2",
     "training.device=cpu",
     "training.precision=fp32",
-    "training.steps=4",
+    "training.steps=2",
 )
 
 
-# tests/test_train.py does all this with SD1, and more
-@pytest.fixture(params=[pytest.param("sd1", marks=pytest.mark.slow), *FAMILY_NAMES[1:]])
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+# tests/test_train.py does all this with SD1 in a folder, and more
+USUAL = (("sd2", "hub cache"), ("sdxl", "file"))
+ALL = [
+    pytest.param(
+        (family, form), id=f"{family}-{form}", marks=[] if (family, form) in USUAL else pytest.mark.slow
+    )
+    for family in FAMILY_NAMES
+    for form in FORMS
+]
+
+
+@pytest.fixture(params=ALL)
+def form(request: pytest.FixtureRequest) -> tuple[str, str]:
+    family, form = request.param
+    return family, form
 
 
 @pytest.fixture
-def make(
-    family: str, bases: Bases, picture_folder: Callable[..., Path], tmp_path: Path
-) -> Callable[..., Config]:
+def family(form: tuple[str, str]) -> str:
+    return form[0]
+
+
+@pytest.fixture
+def base(form: tuple[str, str], bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    return in_form(form[1], form[0], bases[form[0]], tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def make(base: str, picture_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Config]:
     folder = picture_folder(count=4)
 
     def config(run: str, *overrides: str) -> Config:
         values = {
             "data.folder": folder,
             "data.cache_folder": tmp_path / "cache",
-            "model.base": str(bases[family][0]),
+            "model.base": base,
             "output.folder": tmp_path / run,
         }
         return load_config(None, [*SETTINGS, *overrides], values)
@@ -63,14 +85,15 @@ def make(
     return config
 
 
-def test_train_resume_export_and_draw(
-    family: str, make: Callable[..., Config], bases: Bases, tmp_path: Path
+def test_recognise_train_resume_export_and_draw(
+    family: str, make: Callable[..., Config], base: str, tmp_path: Path
 ) -> None:
+    assert inspect_base(base).found.family == family
     whole = train(make("whole"))
     control = Control()
 
     def stop(event: Event) -> None:
-        if isinstance(event, StepDone) and event.step == 2:
+        if isinstance(event, StepDone) and event.step == 1:
             control.stop()
 
     assert train(make("parts"), listeners=[stop], control=control).stopped
@@ -100,7 +123,7 @@ def test_train_resume_export_and_draw(
         again = read_adapter(place)
         assert len(again.weights.pairs) == len(trained.weights.pairs)
 
-    generator = ImageGenerator.load(str(bases[family][0]), device="cpu", precision="fp32")
+    generator = ImageGenerator.load(base, device="cpu", precision="fp32")
     name = generator.add_adapter(whole.adapter_file)
     assert len(list(attached_layers(generator.model, name))) == len(trained.weights.pairs)
     images = generator.generate(
@@ -146,12 +169,13 @@ def test_each_text_encoder_has_its_own_rank_alpha_and_rate(
     assert read_adapter(only_second.adapter_file).weights.components() == ["unet", "text_encoder_2"]
 
 
-def test_an_adapter_of_another_family_is_refused(
-    family: str, make: Callable[..., Config], bases: Bases
-) -> None:
-    result = train(make("run", "training.steps=1"))
-    assert result.adapter_file is not None
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_an_adapter_of_another_family_is_refused(family: str, bases: Bases, tmp_path: Path) -> None:
+    model = load_model(str(bases[family][0]), dtype=torch.float32, device=torch.device("cpu"))
+    weights = create_adapter(model, AdapterConfig(rank=1, alpha=1.0), 0)
+    file = tmp_path / "other.safetensors"
+    write_adapter(AdapterFile(weights, AdapterInfo(family)), "webui", file, torch.float32, model.info)
     other = FAMILY_NAMES[(FAMILY_NAMES.index(family) + 1) % len(FAMILY_NAMES)]
     generator = ImageGenerator.load(str(bases[other][0]), device="cpu", precision="fp32")
     with pytest.raises(AdapterFileError, match=f"an adapter for {family} bases"):
-        generator.add_adapter(result.adapter_file)
+        generator.add_adapter(file)

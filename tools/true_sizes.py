@@ -1,0 +1,149 @@
+"""Bases of the true sizes with random weights, in every form users own them, written tensor by tensor.
+
+For the slow tests and ``benchmarks/bases.py``: one LDM-layout file, the diffusers folder of the same numbers,
+and the hub's cache holding that folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdlora.diffusion import NoiseProcess
+from sdlora.families import FAMILIES
+from sdlora.families.base import BaseModelInfo
+from sdlora.families.ldm import Place, text_places, unet_places, vae_places
+from sdlora.families.loading import ASSETS, load_parts
+from sdlora.families.recognition import Evidence, Recognised
+from sdlora.families.unet_model import UNetModel
+from sdlora.families.weights import TensorSource
+from sdlora.tensor_file import DTYPE_NAMES, tensor_bytes
+
+_POOL = 1 << 22
+_PIPELINES = {"sdxl": "StableDiffusionXLPipeline"}
+
+
+def write_checkpoint(file: Path, family: str, dtype: torch.dtype) -> int:
+    """Write a single-file checkpoint with random weights of the usual size; return its bytes."""
+    shapes = checkpoint_shapes(family)
+    pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0)).repeat(2)
+    made = (
+        _weights(key, shape, pool[number * 7919 % _POOL :][:_POOL]).to(dtype)
+        for number, (key, shape) in enumerate(shapes.items())
+    )
+    _write(file, shapes, dtype, made)
+    return file.stat().st_size
+
+
+def write_folder(folder: Path, file: Path, family: str, dtype: torch.dtype) -> int:
+    """Write the diffusers folder that holds the same numbers as a checkpoint; return its bytes."""
+    source, model, assets = TensorSource([file]), blueprint(family), ASSETS / FAMILIES[family].info.assets
+    index: dict[str, Any] = {"_class_name": _PIPELINES.get(family, "StableDiffusionPipeline")}
+    for name, (module, places) in component_places(model).items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(assets / name / "config.json", folder / name / "config.json")
+        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+        shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        # published folders have the name of transformers before 5.6
+        old = [f"text_model.{key}" if name == "text_encoder" else key for key in shapes]
+        renamed = dict(zip(old, shapes.values(), strict=True))
+        made = (_taken(source, places[key], shape).to(dtype) for key, shape in shapes.items())
+        _write(folder / name / f"{stem}.safetensors", renamed, dtype, made)
+        index[name] = [type(module).__module__.partition(".")[0], type(module).__name__]
+    for encoder in model.info.text_encoders:
+        model.tokenizers[encoder.component].save_pretrained(folder / encoder.tokenizer)
+        index[encoder.tokenizer] = ["transformers", "CLIPTokenizer"]
+    shutil.copytree(assets / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return sum(one.stat().st_size for one in folder.rglob("*.safetensors"))
+
+
+def fill_hub_cache(cache: Path, folder: Path, hub_id: str) -> None:
+    """Lay a folder's files out as the hub's cache does: snapshots of links to blobs (here: to the files)."""
+    commit = "0" * 40
+    own = cache / f"models--{hub_id.replace('/', '--')}"
+    (own / "refs").mkdir(parents=True, exist_ok=True)
+    (own / "refs" / "main").write_text(commit, encoding="utf-8")
+    for file in folder.rglob("*"):
+        link = own / "snapshots" / commit / file.relative_to(folder)
+        if file.is_file() and not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+
+
+def checkpoint_shapes(family: str) -> dict[str, tuple[int, ...]]:
+    """Return checkpoint key -> shape there."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, places in component_places(blueprint(family)).values():
+        for name, tensor in module.state_dict().items():
+            place, shape = places[name], tuple(tensor.shape)
+            if place.third is not None:
+                shape = (3 * shape[0], *shape[1:])
+            shapes[place.key] = shape[::-1] if place.transposed else shape
+    return shapes
+
+
+def component_places(model: UNetModel) -> dict[str, tuple[Any, Mapping[str, Place]]]:
+    """Return component -> (module, where a checkpoint keeps each of its tensors)."""
+    unet, vae = model.unet, model.vae
+    found = {"unet": (unet, unet_places(unet.state_dict())), "vae": (vae, vae_places(vae.state_dict()))}
+    for encoder in model.info.text_encoders:
+        module = model.text_encoders[encoder.component]
+        found[encoder.component] = module, text_places(module.state_dict(), encoder)
+    return found
+
+
+def blueprint(family: str) -> UNetModel:
+    """Return a model of the true sizes on the meta device, from the configs that ship for single files."""
+    nothing = (Evidence("nothing", "epsilon"),)
+    found = Recognised(Path("none.safetensors"), "file", family, (), "", nothing)
+    meta = torch.device("meta")
+    process = NoiseProcess.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon")
+    base = BaseModelInfo("none", "none", found.path)
+    return FAMILIES[family](base, load_parts(found, dtype=torch.float32, device=meta), process, device=meta)
+
+
+def _weights(key: str, shape: tuple[int, ...], pool: Tensor) -> Tensor:
+    """Return numbers of a usual scale, so that the network's values stay finite."""
+    if len(shape) < 2:
+        return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
+    count = math.prod(shape)
+    flat = pool.repeat(-(-count // _POOL))[:count] if count > _POOL else pool[:count]
+    return flat.reshape(shape) / math.sqrt(math.prod(shape[1:]))
+
+
+def _taken(source: TensorSource, place: Place, shape: tuple[int, ...]) -> Tensor:
+    ((_, stored),) = source.read([place.key])
+    return place.take(stored, shape)
+
+
+def _write(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[Tensor]
+) -> None:
+    with file.open("wb") as stream:
+        for part in _file(shapes, dtype, tensors):
+            stream.write(part)
+
+
+def _file(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[Tensor]
+) -> Iterator[bytes]:
+    position, header = 0, {}
+    for key, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        offsets = [position, position + size]
+        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        position += size
+    text = json.dumps(header).encode()
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in tensors:
+        yield tensor_bytes(tensor)
