@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from sdlora.config import Config, load_config
+from sdlora.families import FAMILIES
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 
-def test_there_are_settings_for_a_style_a_subject_and_the_mini_base() -> None:
-    assert [file.stem for file in CONFIGS] == ["mini-style", "sd1-style", "sd1-subject"]
+def test_every_family_has_settings_for_a_style_and_a_subject_and_the_mini_base_its_own() -> None:
+    wanted = [f"{family}-{goal}" for family in FAMILIES for goal in ("style", "subject")]
+    assert [file.stem for file in CONFIGS] == ["mini-style", *wanted]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
