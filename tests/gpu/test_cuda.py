@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdlora.checkpoint import load_newest
 from sdlora.config import Config, load_config
-from sdlora.events import Announcer
+from sdlora.events import Announcer, Control, Event, StepDone
 from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
 from sdlora.memory import free_memory, plan_memory
@@ -75,3 +76,37 @@ def test_drawing_and_training_devices_agree_within_rounding() -> None:
                 model.predict(noisy, torch.tensor([300]), text, [SizeHint((64, 64), (0, 0), (64, 64))]).cpu()
             )
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_xformers_and_torchs_own_attention_agree_within_rounding(dtype: torch.dtype) -> None:
+    pytest.importorskip("xformers", reason="xformers is not installed here")
+    noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for name in ("sdpa", "xformers"):
+        model = load_model("mini", dtype=dtype, device=CUDA, attention=name)  # type: ignore[arg-type]
+        model.prepare(training=False)
+        with torch.no_grad():
+            text = model.encode_text(["an icon of a cat"])
+            found.append(
+                model.predict(noisy, torch.tensor([300]), text, [SizeHint((64, 64), (0, 0), (64, 64))])
+            )
+    scale = float(found[0].square().mean().sqrt())
+    assert float((found[0] - found[1]).abs().max()) < 0.05 * scale
+
+
+def test_the_scaler_of_fp16_goes_on_where_it_was(picture_folder: Callable[..., Path], tmp_path: Path) -> None:
+    given = ("training.precision=fp16", "training.steps=6", "training.checkpoint_every=3")
+    config = settings(picture_folder(), tmp_path, "run", *given)
+    control = Control()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 3:
+            control.stop()
+
+    assert train(config, listeners=[stop], control=control).stopped
+    saved = load_newest(tmp_path / "run" / "checkpoints", print).state["scaler"]
+    run = prepare_run(config, resume=True, tell=Announcer(()))
+    assert run.scaler.is_enabled() and run.scaler.get_scale() == saved["scale"]
+    assert run.scaler.state_dict() == saved
+    assert train(config, resume=True).step == 6
