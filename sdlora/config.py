@@ -258,6 +258,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such settings file; check the path after --config") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{file}: is a folder; give a TOML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error}); give a TOML file") from None
     except tomllib.TOMLDecodeError as error:

@@ -33,6 +33,8 @@ def replacing(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         raise OutputError(f"{target}: {write_problem(error)}") from error
+    except OutputError as error:  # told by what wrote below the temporary name, which means nothing to anyone
+        raise OutputError(str(error).replace(str(temporary), str(target))) from error
     except SafetensorError as error:  # how safetensors reports a failed write, full disks included
         full = "os error 28" in str(error) or "No space" in str(error) or "os error 112" in str(error)
         cause = OSError(errno.ENOSPC if full else errno.EIO, str(error))
@@ -78,7 +80,7 @@ def refuse_used_folder(folder: Path, what: str) -> None:
     """Check that ``folder`` is missing or empty, so that writing there can lose nothing.
 
     Raises:
-        OutputError: when it is a file, or holds anything.
+        OutputError: when it is a file, holds anything, or cannot be made where it is to be.
     """
     if folder.is_file():
         raise OutputError(f"{folder}: is a file, but {what} needs a folder; choose another --output")
@@ -90,6 +92,13 @@ def refuse_used_folder(folder: Path, what: str) -> None:
         raise OutputError(
             f"{folder}: exists and is not empty; nothing was overwritten. Choose another --output"
         )
+    place = next((one for one in (folder, *folder.absolute().parents) if one.exists()), None)
+    if place is not None and not place.is_dir():
+        raise OutputError(
+            f"{folder}: {place} is a file, so no folder can be below it; choose another --output"
+        )
+    if place is not None and not os.access(place, os.W_OK):
+        raise OutputError(f"{folder}: {write_problem(PermissionError(errno.EACCES, 'no permission'))}")
 
 
 def find_settings(folder: Path) -> Path:

@@ -275,6 +275,9 @@ def test_output_that_exists_is_left_as_it_is(
     code, _, errors = run("train", folder, "--base", tiny_base, "--output", out, *SHORT)
     assert (code, files_below(out) == before) == (2, True)
     assert "--resume" in errors
+    for place in (out / "config.toml", out / "config.toml" / "run"):
+        code, _, errors = run("train", folder, "--base", "no such base", "--output", place, *SHORT)
+        assert (code, files_below(out) == before, "file" in errors) == (2, True, True), errors
     target = out / "lora.safetensors"
     assert run("export", target, "--output", tmp_path / "exported")[0] == 0
     exported = files_below(tmp_path / "exported")
