@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,8 @@ from safetensors.torch import load_file
 
 from sdlora.adapters.base import AdapterWeights
 from sdlora.checkpoint import list_checkpoints, load_checkpoint
-from sdlora.config import Config, load_config
+from sdlora.cli import main
+from sdlora.config import Config, load_config, save_config
 from sdlora.errors import ConfigError, OutputError, TrainingError
 from sdlora.events import (
     Announcer,
@@ -129,8 +128,6 @@ def test_stopped_and_resumed_run_ends_bit_identical(
 def test_killed_process_loses_only_the_steps_since_the_last_checkpoint(
     settings: Callable[..., Config], tmp_path: Path
 ) -> None:
-    from sdlora.config import save_config
-
     overrides = ("training.steps=7", "training.checkpoint_every=2")
     whole = train(settings("whole", *overrides))
     config = settings("killed", *overrides)
@@ -154,26 +151,37 @@ def test_killed_process_loses_only_the_steps_since_the_last_checkpoint(
     assert_equal_tensors(final_state(whole), final_state(resumed))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process there")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_finishes_the_step_saves_and_says_how_to_go_on(
-    settings: Callable[..., Config], tmp_path: Path
+    number: signal.Signals,
+    settings: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from sdlora.config import save_config
+    """Ctrl-C comes in the midst of step 3: while its gradients are summed."""
+    taken: list[int] = []
 
-    save_config(settings("run", "training.steps=5000"), tmp_path / "run.toml")
-    command = [sys.executable, "-m", "sdlora", "train", "--config", str(tmp_path / "run.toml"), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    events = tmp_path / "run" / "events.jsonl"
-    while not (events.is_file() and "StepDone" in events.read_text()) and process.poll() is None:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
-    output, errors = process.communicate()
+    def interrupted(run: Run, names: Any) -> float:
+        taken.append(run.step + 1)
+        if taken[-1] == 3:
+            signal.raise_signal(number)
+        return apply(run, names)
+
+    module = sys.modules["sdlora.train"]
+    apply = module._apply
+    monkeypatch.setattr(module, "_apply", interrupted)
+    before = signal.getsignal(number)
+    save_config(settings("run", "training.steps=9"), tmp_path / "run.toml")
+    code = main(["train", "--config", str(tmp_path / "run.toml"), "--json"])
+    output, errors = capfd.readouterr()
     result = json.loads(output.splitlines()[-1])
-    assert (process.returncode, result["stopped"]) == (0, True), errors
+    assert (code, result["stopped"], result["step"], taken) == (0, True, 3, [1, 2, 3]), errors
     assert "finishing this step, then saving" in errors
-    assert "sdlora train --resume --output" in output
+    assert f"sdlora train --resume --output {tmp_path / 'run'}" in output
     saved = [load_checkpoint(folder).step for folder in list_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert saved == [result["step"]]
+    assert saved == [3]
+    assert signal.getsignal(number) is before
 
 
 def test_asked_to_stop_while_encoding_it_ends_before_the_first_step(
