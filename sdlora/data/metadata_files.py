@@ -61,7 +61,7 @@ def read_metadata(
                 problems.append(row)
                 continue
             picture, lines, where = row
-            key = name_key(posixpath.normpath(posixpath.join(posixpath.dirname(name), picture)))
+            key = picture_key(name, picture)
             if key not in known:
                 lost.append(picture)
             elif key in captions and captions[key] != (lines, where):
@@ -90,27 +90,45 @@ def _rows(path: Path, name: str, column: str | None) -> Iterator[tuple[str, tupl
             "bad caption", name, f"is not UTF-8 text (byte {error.start} is not)", "save it as UTF-8"
         )
         return
-    reader = _json_lines if name.endswith(".jsonl") else _csv_rows
-    for number, values in reader(text):
+    for number, values in rows_of(text, name):
         where = f"{name} line {number}"
-        if isinstance(values, str):
-            yield Problem("bad caption", where, values, _FIX)
-            continue
-        picture = values.get("file_name")
-        if not isinstance(picture, str) or not picture.strip():
-            yield Problem("bad caption", where, "has no `file_name`", "add the column `file_name`")
-            continue
-        wanted = column or next((one for one in _CAPTION_COLUMNS if one in values), None)
-        if wanted is None or wanted not in values:
-            has = ", ".join(str(one) for one in values if one != "file_name") or "nothing else"
-            what = f"has no column `{wanted or 'text'}` (it has {has})"
-            yield Problem("bad caption", where, what, "name its caption column in data.metadata_caption")
-            continue
-        lines = _lines(values[wanted])
-        if lines is None:
-            yield Problem("bad caption", where, f"has no text in `{wanted}`", "write the caption as a string")
-        else:
-            yield picture.strip().replace("\\", "/"), lines, where
+        row = read_row(values, where, column)
+        yield row if isinstance(row, Problem) else (*row, where)
+
+
+def rows_of(text: str, name: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield number and values of each line of a metadata file, or what is wrong with it."""
+    return (_json_lines if name.endswith(".jsonl") else _csv_rows)(text)
+
+
+def read_row(
+    values: dict[str, Any] | str, where: str, column: str | None
+) -> tuple[str, tuple[str, ...]] | Problem:
+    """Return the file name and the lines of the caption of one line, or what is wrong with it."""
+    if isinstance(values, str):
+        return Problem("bad caption", where, values, _FIX)
+    picture = values.get("file_name")
+    if not isinstance(picture, str) or not picture.strip():
+        return Problem("bad caption", where, "has no `file_name`", "add the column `file_name`")
+    wanted = column or next((one for one in _CAPTION_COLUMNS if one in values), None)
+    if wanted is None or wanted not in values:
+        has = ", ".join(str(one) for one in values if one != "file_name") or "nothing else"
+        what = f"has no column `{wanted or 'text'}` (it has {has})"
+        return Problem("bad caption", where, what, "name its caption column in data.metadata_caption")
+    lines = _lines(values[wanted])
+    if lines is None:
+        return Problem("bad caption", where, f"has no text in `{wanted}`", "write the caption as a string")
+    return picture.strip().replace("\\", "/"), lines
+
+
+def picture_key(metadata: str, picture: str) -> str:
+    """Return the :func:`name_key` of a picture as a metadata file names it.
+
+    Args:
+        metadata: name of the metadata file from the folder, with forward slashes.
+        picture: as it stands in the file, relative to it.
+    """
+    return name_key(posixpath.normpath(posixpath.join(posixpath.dirname(metadata), picture)))
 
 
 def _lines(value: Any) -> tuple[str, ...] | None:

@@ -205,6 +205,8 @@ def _formats_for(data: bytes, name: str) -> tuple[str, ...]:
 
 def _unidentified(data: bytes, name: str) -> Unusable:
     if data[4:12] in (b"ftypavif", b"ftypavis"):
+        if "AVIF" in Image.OPEN:
+            return _unusable(name, "cannot be decoded (is a damaged or incomplete AVIF picture)")
         what = "is an AVIF picture that this Pillow cannot read"
         return _unusable(name, what, "run `pip install 'pillow>=11.3'`, or convert it to PNG")
     return _unusable(name, "is not a picture of a known format, whatever its ending says")

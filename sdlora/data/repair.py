@@ -17,9 +17,12 @@ from .caption_text import to_utf8
 from .captions import MAX_CAPTION_BYTES
 from .listing import FoundFile, Listing, list_files
 from .measure import Progress
+from .metadata_copy import mended_metadata
+from .metadata_files import name_key
 from .picture_files import read_file
-from .problems import Unusable
+from .problems import Problem, Unusable
 from .salvage import Mended, mend
+from .sidecars import read_focus
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class _Copy:
         self._changes: list[Change] = []
         self._first_of: dict[str, str] = {}
         self._taken: set[tuple[str, str]] = set()
+        self._written: dict[str, str | None] = {name_key(file.name): None for file in listing.pictures}
 
     def make(self, progress: Progress | None) -> list[Change]:
         for problem in self._listing.problems:
@@ -75,8 +79,26 @@ class _Copy:
         for name in self._listing.orphans():
             self._changes.append(Change(name, "left out: belongs to no picture", None))
         for path, name in self._listing.metadata_files():
-            self._write(name, path.read_bytes())
+            self._metadata(path, name)
         return self._changes
+
+    def _metadata(self, path: Path, name: str) -> None:
+        """Copy a metadata file, with the names that its pictures have in the copy."""
+        try:
+            data, done = to_utf8(read_file(path, name), name)
+        except Unusable as error:
+            self._changes.append(Change(name, f"left out: {error.problem.what}", None))
+            return
+        captioned = {
+            name_key(file.name) for file in self._listing.pictures if self._listing.captions_of(file)
+        }
+        text, notes = mended_metadata(data.decode("utf-8-sig"), name, self._written, captioned)
+        if not text:
+            self._changes.append(Change(name, f"left out: {'; '.join(notes) or 'is empty'}", None))
+            return
+        if done or notes:
+            self._changes.append(Change(name, "; ".join([done, *notes] if done else notes), name))
+        self._write(name, text.encode("utf-8") if notes else data)
 
     def _picture(self, file: FoundFile) -> None:
         try:
@@ -97,6 +119,7 @@ class _Copy:
         if written != file.name or mended.done:
             renamed = [] if PurePosixPath(written).stem == PurePosixPath(file.name).stem else ["renamed"]
             self._changes.append(Change(file.name, "; ".join([*mended.done, *renamed]), written))
+        self._written[name_key(file.name)] = written
         self._write(written, mended.data)
         self._beside(file, PurePosixPath(written))
 
@@ -119,7 +142,10 @@ class _Copy:
     def _beside(self, picture: FoundFile, written: PurePosixPath) -> None:
         """Copy what describes a picture under the picture's new name."""
         sidecar = self._listing.sidecars.get(picture.key)
-        if sidecar:
+        wrong = read_focus(sidecar.path, sidecar.name) if sidecar else None
+        if isinstance(wrong, Problem):
+            self._changes.append(Change(wrong.where, f"left out: {wrong.what}", None))
+        elif sidecar:
             self._write(str(written.with_suffix(sidecar.path.suffix)), sidecar.path.read_bytes())
         texts = list(self._captions(picture))
         if texts:

@@ -32,6 +32,64 @@ def test_a_good_folder_is_copied_byte_for_byte(tmp_path: Path) -> None:
     assert files(tmp_path / "copy") == files(source)
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_metadata_files_name_the_pictures_of_the_copy(tmp_path: Path, ending: str) -> None:
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    put(source / "in" / "a.png", drawing(1))
+    put(source / "in" / "b.gif", animation())
+    put(source / "in" / "broken.png", b"x")
+    put(source / "in" / "own.png", drawing(4))
+    put(source / "in" / "own.txt", "a caption of its own")
+    rows = [
+        ("a.png", "a cup, \u00fc"),
+        ("b.gif", "a moving cup"),
+        ("broken.png", "nothing"),
+        ("own.png", "another caption"),
+        ("gone.png", "not there"),
+        ("./a.png", "a cup again"),
+    ]
+    if ending == "csv":
+        text = "file_name,text\n" + "".join(f'{name},"{caption}"\n' for name, caption in rows)
+    else:
+        text = "".join(json.dumps({"file_name": name, "text": caption}) + "\n" for name, caption in rows)
+        text += "{not json\n"
+    put(source / "in" / f"metadata.{ending}", text.encode("utf-16"))
+    changes = {change.name: change for change in repair(source, copy)}
+    scanned = scan(copy)
+    assert {item.name: item.caption for item in scanned.items} == {
+        "in/a.png": "a cup, \u00fc",
+        "in/b.png": "a moving cup",
+        "in/own.png": "a caption of its own",
+    }
+    told = changes[f"in/metadata.{ending}"]
+    assert told.written == f"in/metadata.{ending}"
+    for words in (
+        "converted to UTF-8 from UTF-16",
+        "1 line named after the picture in the copy",
+        "2 lines left out: its picture is not in the copy",
+        "1 line left out: its picture has a caption file",
+        "1 line left out: its picture was named before",
+        *(["1 line left out: not readable"] if ending == "jsonl" else []),
+    ):
+        assert words in told.what
+
+
+def test_metadata_files_that_need_nothing_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    put(tmp_path / "source" / "a.png", drawing(1))
+    text = b'\xef\xbb\xbf{ "text":"a cup" , "file_name":"a.png", "more": [1] }\r\n\r\n'
+    put(tmp_path / "source" / "metadata.jsonl", text)
+    assert repair(tmp_path / "source", tmp_path / "copy") == []
+    assert (tmp_path / "copy" / "metadata.jsonl").read_bytes() == text
+
+
+def test_sidecars_that_say_nothing_right_are_left_out(tmp_path: Path) -> None:
+    put(tmp_path / "source" / "a cup.png", drawing(1))
+    put(tmp_path / "source" / "a cup.json", '{"focus": "middle"}')
+    (change,) = repair(tmp_path / "source", tmp_path / "copy")
+    assert change == Change("a cup.json", 'left out: has `focus` "middle"', None)
+    assert len(scan(tmp_path / "copy").items) == 1
+
+
 def test_rotated_pictures_are_written_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

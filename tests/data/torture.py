@@ -1,4 +1,9 @@
-"""A folder of bad files, each with what the doctor must say about it and what a mended copy holds of it."""
+"""A folder of bad files, each with what the doctor must say about it and what a mended copy holds of it.
+
+    python tests/data/torture.py
+
+prints the outcome of each file as a table.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import os
 import random
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +63,10 @@ def _link(file: Path) -> None:
     file.symlink_to("nowhere.png")
 
 
+def _misnamed(file: Path) -> None:
+    file.parent.joinpath(os.fsdecode(b"caf\xe9.png")).write_bytes(encoded(drawing(43)))
+
+
 def _pipe(file: Path) -> None:
     os.mkfifo(file)
 
@@ -88,6 +98,7 @@ BROKEN_PICTURES = [
     Bad("half of a webp.webp", _half(encoded(_noise(3), "WEBP")), UNDECODABLE),
     Bad("half of a gif.gif", _half(encoded(_noise(4), "GIF")), TRUNCATED),
     Bad("half of a bmp.bmp", _half(encoded(_noise(5), "BMP")), TRUNCATED),
+    Bad("half of an avif.avif", _half(encoded(_noise(11), "AVIF")), TRUNCATED),
     Bad("half of a tif.tif", _half(encoded(_noise(6), "TIFF")), TRUNCATED),
     Bad("head of a png.png", encoded(_noise(7))[:33], UNDECODABLE),
     Bad("head of a jpg.jpg", encoded(_noise(8), "JPEG")[:100], TRUNCATED),
@@ -109,6 +120,8 @@ BAD_CAPTIONS = [
     Bad("zero.txt", b"a\0b\0\0\0c", BAD_CAPTION),
     Bad("huge.txt", b"word " * 20_000, BAD_CAPTION),
     Bad("a folder.txt", _folder, BAD_CAPTION),
+    Bad("pointless.json", b'{"focus": [0.5, 7]}', (("error", "bad sidecar"),)),
+    Bad("no json.json", b'{"focus": [0.5', (("error", "bad sidecar"),)),
     Bad("orphan.caption", b"belongs to nobody", (("warning", "orphan caption"),)),
 ]
 POOR_PICTURES = [
@@ -143,6 +156,13 @@ POOR_PICTURES = [
     ),
     Bad("z copy.png", encoded(drawing(0)), (("warning", "duplicate"),)),
     Bad(
+        "near copy.jpg",
+        encoded(drawing(39, 96, 80), "JPEG", quality=90),
+        (("warning", "near duplicate"),),
+        ("near copy.jpg", "near copy.txt"),
+    ),
+    Bad("near original.png", encoded(drawing(39, 96, 80)), (), ("near original.png", "near original.txt")),
+    Bad(
         "glass.png",
         encoded(Image.effect_noise((50, 50), 90).convert("RGBA").point(lambda value: value // 2)),
         (("note", "transparent"),),
@@ -157,6 +177,7 @@ POOR_PICTURES = [
 ONLY_LINUX = [
     Bad("gone.png", _link, UNREADABLE),
     Bad("pipe.png", _pipe, UNREADABLE),
+    Bad("caf\\udce9.png", _misnamed, UNREADABLE, caption=None),
 ]
 CASES = [
     *BROKEN_PICTURES,
@@ -179,9 +200,35 @@ def make_torture_folder(root: Path) -> Path:
             case.content(file)
         else:
             put(file, case.content)
-        if file.suffix in (".txt", ".caption"):
-            if file.suffix == ".txt" and file.is_file():
+        if file.suffix in (".txt", ".caption", ".json"):
+            if file.suffix != ".caption" and file.is_file():
                 put(file.with_suffix(".png"), drawing(100 + number))
+            if file.suffix == ".json":
+                put(file.with_suffix(".txt"), f"thing {number}")
         elif case.caption is not None:
             put(file.with_suffix(".txt"), f"thing {number}" if case.caption == "own" else case.caption)
     return root
+
+
+def main() -> None:
+    """Make the folder, check and mend it, and print the outcome of each file."""
+    from sdlora.data.doctor import examine
+    from sdlora.data.repair import repair
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, copy = make_torture_folder(Path(scratch) / "pictures"), Path(scratch) / "mended"
+        findings = examine(folder, resolution=48, multiple=16).findings
+        changes = {change.name: change for change in repair(folder, copy)}
+    print(f"{len(CASES)} files\n\n| file | the check says | in a mended copy |\n|---|---|---|")
+    for case in CASES:
+        said = "; ".join(
+            f"{one.severity}: {one.kind}: {one.what}" for one in findings if one.where == case.name
+        )
+        change = changes.get(case.name)
+        mended = "as it is" if change is None else f"{change.what} ({change.written or 'not there'})"
+        row = (case.name, said or "nothing: it is read rightly", mended)
+        print(f"| {' | '.join(part.replace('|', '/') for part in row)} |")
+
+
+if __name__ == "__main__":
+    main()
