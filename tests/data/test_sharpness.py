@@ -36,6 +36,14 @@ def test_blur_at_the_size_trained_at_is_found(seed: int) -> None:
         assert sharpness(image.filter(ImageFilter.GaussianBlur(radius)), 512) < BLURRED
 
 
+@pytest.mark.parametrize("radius", [6, 10, 16])
+def test_a_blur_so_strong_that_hardly_more_than_rounding_is_left_is_found(radius: int) -> None:
+    image = Image.merge("RGB", [discs(seed).getchannel(0) for seed in range(3)])
+    image = image.filter(ImageFilter.GaussianBlur(radius))
+    for side in (512, 256):
+        assert sharpness(image, side) < BLURRED
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_sharp_drawings_of_few_edges_are_not_suspected(seed: int) -> None:
     for side in (512, 256, 128):
