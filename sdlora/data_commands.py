@@ -18,16 +18,21 @@ Result = tuple[dict[str, Any], int]
 
 _DAY = 86_400
 _RESOLUTION = 512
+_MULTIPLE = 64
 
 
 def declare_check(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora check``."""
     parser.add_argument("folder", nargs="?", help="folder of pictures; as in the settings when left out")
     parser.add_argument("--config", type=Path, metavar="FILE", help="look at what these settings train on")
-    parser.add_argument("--trigger", metavar="WORD", help="word the captions should hold")
-    parser.add_argument("--resolution", type=int, help="px trained at; 512 when left out")
     parser.add_argument(
-        "--multiple", type=int, default=64, help="picture sides are multiples of this many px"
+        "--base",
+        help="base that will be trained: its sizes are used (mini, a checkpoint, a folder, a hub id)",
+    )
+    parser.add_argument("--trigger", metavar="WORD", help="word the captions should hold")
+    parser.add_argument("--resolution", type=int, help="px trained at; 512 without a base")
+    parser.add_argument(
+        "--multiple", type=int, help="picture sides are multiples of this many px; 64 without a base"
     )
     parser.add_argument("--batch-size", type=int, help="also count the batches of an epoch")
     parser.add_argument("--flat", action="store_true", help="do not look into folders inside")
@@ -51,14 +56,13 @@ def run_check(options: argparse.Namespace) -> Result:
             raise ConfigError(f"--{flag} {value}: must be 1 or more")
     if options.fix != (options.output is not None):
         raise ConfigError("--fix and --output DIR belong together: the copy is written to DIR")
-    settled = options.config is not None or bool(options.overrides)
-    if settled and options.fix:
+    if options.fix and (options.config is not None or options.overrides):
         raise ConfigError("--fix mends one folder as it is: give it without --config and key=value")
-    if not settled and options.folder is None:
+    if options.folder is None and options.config is None and not options.overrides:
         raise ConfigError("no folder of pictures given: sdlora check FOLDER, or --config FILE")
     if options.html:
         _refuse_to_replace(options.html)
-    report = _examined_settings(options) if settled else _examined(options, Path(options.folder))
+    report = _examined(options, options.folder and Path(options.folder))
     print_report(report)
     result = report_to_dict(report)
     if options.html:
@@ -74,47 +78,47 @@ def run_check(options: argparse.Namespace) -> Result:
     return result, 1 if report.harmful else 0
 
 
-def _examined(options: argparse.Namespace, folder: Path) -> Report:
+def _examined(options: argparse.Namespace, folder: Path | None) -> Report:
+    """Look at a folder by itself, or at all that settings or a base make of it."""
     from .data.doctor import examine
     from .display import progress_bar
 
+    if options.config is not None or options.overrides or options.base is not None:
+        return _examined_settings(options, folder)
+    assert folder is not None
     with progress_bar("reading") as progress:
         return examine(
             folder,
             recursive=not options.flat,
             trigger_word=options.trigger,
             resolution=options.resolution or _RESOLUTION,
-            multiple=options.multiple,
+            multiple=options.multiple or _MULTIPLE,
             batch_size=options.batch_size,
             progress=progress,
         )
 
 
-def _examined_settings(options: argparse.Namespace) -> Report:
-    """Look at all folders that the settings train on, placed as they say."""
+def _examined_settings(options: argparse.Namespace, folder: Path | None) -> Report:
     from .config import load_config
-    from .data.doctor import diagnose
-    from .data.placing import placer
-    from .data.sources import survey_all
     from .display import progress_bar
 
     config = load_config(
         options.config,
         options.overrides,
         {
-            "data.folder": options.folder and Path(options.folder),
+            "data.folder": folder,
             "data.trigger_word": options.trigger,
             "data.resolution": options.resolution,
             "data.recursive": False if options.flat else None,
+            "model.base": options.base,
         },
     )
-    data = config.data
-    resolution = data.resolution or _RESOLUTION
-    placed = placer(resolution, options.multiple, grouped=data.buckets, upscale=data.upscale)
+    from .data_outlook import examine_settings  # takes seconds, as it needs torch: after the typing errors
+
     with progress_bar("reading") as progress:
-        found = survey_all(data, progress)
-    batch_size = options.batch_size or config.training.batch_size
-    return diagnose(found, placed, resolution=resolution, recursive=data.recursive, batch_size=batch_size)
+        return examine_settings(
+            config, multiple=options.multiple, batch_size=options.batch_size, progress=progress
+        )
 
 
 def _mend(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from .config import Config
-from .data.buckets import (
-    MAX_UPSCALE,
-    Placement,
-    upscale,
-)
+from .data.buckets import MAX_UPSCALE, Placement, upscale
 from .data.cache import EncodedDataset
 from .data.cache_folder import default_cache_folder
 from .data.caption_plan import CaptionRun, plan_captions
 from .data.items import Dataset, ImageItem
 from .data.looks import Looks
 from .data.order import Order
-from .data.placing import Placer, placer
+from .data.placing import Placer, further, placer
 from .data.wording import Wording
 from .errors import ConfigError
 from .events import Announcer, Caching, Decided, Noticed
@@ -44,11 +40,6 @@ class Feed:
     validation: EncodedDataset
     order: Order
     steps: int
-
-
-def reworded(dataset: Dataset, wording: Wording) -> Dataset:
-    """Return the dataset with the captions that the settings give without chance."""
-    return replace(dataset, items=tuple(replace(item, caption=wording.plain(item)) for item in dataset.items))
 
 
 def make_feed(
@@ -101,13 +92,9 @@ def _placed(
     found = list(zip(*_of_main_resolution(config, items, model), strict=True))
     main = [placement for placement, _ in found]
     for resolution in config.data.more_resolutions:
-        placed = _placer(config, resolution, model)
+        others = [_placer(config, resolution, model)]
         for usual, item in zip(main, items, strict=True):
-            other = placed(item)
-            enlarged = upscale(item.height, item.width, other)
-            least = max(MAX_UPSCALE, upscale(item.height, item.width, usual))
-            if other.bucket != usual.bucket and enlarged <= least:
-                found.append((other, item))
+            found += [(other, item) for other in further(item, usual, others)]
     return tuple(placement for placement, _ in found), tuple(item for _, item in found)
 
 
@@ -126,7 +113,7 @@ def _placer(config: Config, resolution: int, model: DiffusionModel) -> Placer:
     """
     if resolution < model.size_multiple:
         raise ConfigError(f"`data.resolution={resolution}`: the base needs at least {model.size_multiple} px")
-    return placer(resolution, model.size_multiple, grouped=config.data.buckets, upscale=config.data.upscale)
+    return placer(resolution, model.size_multiple, grouped=config.data.buckets, enlarge=config.data.upscale)
 
 
 def _looks(config: Config, items: tuple[ImageItem, ...], placements: tuple[Placement, ...]) -> Looks:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,19 @@ from .config import Config, load_config, save_config
 from .continued import continued, digest_of
 from .data.batches import generator_for, make_batch
 from .data.cache import EncodedDataset
-from .data.holdout import keep_apart, split
+from .data.holdout import divide
 from .data.items import Dataset, ImageItem
 from .data.loader import BatchLoader, Loaded
 from .data.order import MicroBatch, Order
 from .data.sources import by_role, gather, gather_held_out, joined
-from .data.wording import Wording
+from .data.wording import Wording, reworded
 from .devices import choose_device, choose_dtype
 from .errors import ConfigError, OutputError, TrainingError
 from .events import Announcer, Decided, Noticed
 from .families.attention import choose_attention
 from .families.base import DiffusionModel
 from .families.loading import load_model
-from .feed import Feed, make_feed, reworded
+from .feed import Feed, make_feed
 from .files import refuse_used_folder
 from .learned import Learned, learn
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
@@ -139,7 +139,9 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     facts = BaseFacts(blueprint.base, blueprint.native_resolution, device.type, tuple(blueprint.components()))
     check_components(config, facts)
     config, more = resolve_data(config, facts, len(learned.items))
-    training, validation = _hold_out(config, learned, own_validation, priors.items)
+    training, validation = divide(
+        learned, config.data.validation, own_validation, config.training.seed, priors.items
+    )
     training = joined(training, priors)
     for note in training.notes:
         tell(Noticed(note))
@@ -157,16 +159,6 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     return _assemble(
         config, folder, model, plan, start, training, validation, accelerator, tell, resume=resume
     )
-
-
-def _hold_out(
-    config: Config, dataset: Dataset, own: Dataset | None, priors: Sequence[ImageItem]
-) -> tuple[Dataset, Dataset]:
-    """Return (training, validation) as ``data.validation`` says: a share, a number, or a folder."""
-    if own is not None:
-        return keep_apart(dataset, own, priors)
-    assert isinstance(config.data.validation, float)
-    return split(dataset, config.data.validation, config.training.seed, priors)
 
 
 def _refuse_old_run(folder: Path) -> None:

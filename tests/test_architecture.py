@@ -49,6 +49,7 @@ LAYERS = [
     {"score", "page"},
     {"demo"},
     {"display"},
+    {"data_outlook"},
     {"surgery_commands", "data_commands"},
     {"cli"},
     {"__init__", "__main__"},

@@ -7,11 +7,12 @@ Reads a folder once and changes nothing. :mod:`sdlora.data.findings` holds what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .buckets import BucketCount, Placement, count_buckets, source_box, upscale
 from .findings import (
@@ -27,7 +28,7 @@ from .findings import (
 )
 from .folder import Progress, survey
 from .items import ImageItem, Survey
-from .placing import Placer, placer
+from .placing import Placer, further, placer
 from .tokens import count_tokens
 
 _MOST_TAGS = 50
@@ -44,13 +45,53 @@ class CaptionStats:
     max_tokens: int
 
 
+Role = Literal["trained", "regularisation", "held out", "not used"]
+"""What a picture is for; ``not used`` are those too like a training picture to measure progress."""
+TRAINED: tuple[Role, ...] = ("trained", "regularisation")
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done with the pictures.
+
+    Attributes:
+        placed: where each ends up.
+        resolution: side of a square of the area trained at, px.
+        further: what places pictures at further resolutions, with these.
+        words: what its caption says at a visit without chance.
+        roles: by name, of pictures that are not simply trained on.
+        base: title of the base that is trained; empty where none was given.
+        alpha_mask: only what is not transparent is trained on.
+        crops_move: each visit shows another part of a picture.
+    """
+
+    placed: Placer
+    resolution: int
+    further: tuple[tuple[int, Placer], ...] = ()
+    words: Callable[[ImageItem], str] = attrgetter("caption")
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    base: str = ""
+    alpha_mask: bool = False
+    crops_move: bool = False
+
+    def role(self, item: ImageItem) -> Role:
+        """Return what a picture is for."""
+        return self.roles.get(item.name, "regularisation" if item.regularisation else "trained")
+
+
 @dataclass(frozen=True)
 class ExaminedPicture:
-    """One usable picture: what it is, which part of it is trained on, and how long its caption is."""
+    """One usable picture: what it is, which part of it is trained on, what is said of it."""
 
     item: ImageItem
     placement: Placement
     tokens: int
+    caption: str
+    role: Role = "trained"
+    further: tuple[Placement, ...] = ()
+    """At further resolutions."""
+    masked: bool = False
+    """Only a part of it is trained on."""
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -71,8 +112,12 @@ class ExaminedPicture:
             "cropped_share": round(placement.cropped_share, 4),
             "upscale": round(upscale(item.height, item.width, placement), 4),
             "repeats": item.repeats,
-            "caption": item.caption,
+            "caption": self.caption,
             "tokens": self.tokens,
+            "role": self.role,
+            "further_buckets": [further.bucket for further in self.further],
+            "focus": item.focus,
+            "mask": str(item.mask) if item.mask else None,
         }
 
 
@@ -95,7 +140,18 @@ class Report:
     findings: tuple[Finding, ...]
     tags: tuple[tuple[str, int], ...] = ()
     """(tag, captions it is in), the commonest first."""
+    base: str = ""
+    """Title of the base that is trained; empty where none was given."""
+    more_resolutions: tuple[int, ...] = ()
+    num_held_out: int = 0
+    crops_move: bool = False
+    """Each visit shows another part of a picture than the one in the middle."""
     pictures: tuple[ExaminedPicture, ...] = field(default=(), repr=False)
+
+    @property
+    def num_trained(self) -> int:
+        """Pictures that are trained on."""
+        return sum(picture.role in TRAINED for picture in self.pictures)
 
     @property
     def harmful(self) -> bool:
@@ -133,30 +189,34 @@ def examine(
     """
     placed = placer(resolution, multiple)  # refuses before anything is read
     found = survey(folder, recursive=recursive, trigger_word=trigger_word, progress=progress)
-    return diagnose(found, placed, resolution=resolution, recursive=recursive, batch_size=batch_size)
+    return diagnose(found, Treatment(placed, resolution), recursive=recursive, batch_size=batch_size)
 
 
 def diagnose(
-    found: Survey, placed: Placer, *, resolution: int, recursive: bool = True, batch_size: int | None = None
+    found: Survey, treatment: Treatment, *, recursive: bool = True, batch_size: int | None = None
 ) -> Report:
-    """Return the report about pictures that were read, placed as training would place them."""
+    """Return the report about pictures that were read, treated as training would treat them."""
     dataset = found.dataset
-    placements = [placed(item) for item in dataset.items]
-    tokens = count_tokens([item.caption for item in dataset.items])
+    captions = [treatment.words(item) for item in dataset.items]
+    tokens = count_tokens(captions)
+    pictures = tuple(
+        _examined(item, treatment, caption, count)
+        for item, caption, count in zip(dataset.items, captions, tokens, strict=True)
+    )
     findings = chain(
         about_problems(found.problems),
-        about_sizes(dataset.items, placements, resolution),
+        about_sizes(dataset.items, [picture.placement for picture in pictures], treatment.resolution),
         about_copies(dataset.items),
         about_captions(dataset, tokens),
         about_files(dataset),
     )
-    buckets = count_buckets(placements, [item.repeats for item in dataset.items])
+    buckets = _trained_buckets(pictures)
     batches, short = _batches(buckets, batch_size)
     return Report(
         folder=dataset.folder,
         recursive=recursive,
         trigger_word=dataset.trigger_word,
-        resolution=resolution,
+        resolution=treatment.resolution,
         num_images=len(dataset.items),
         num_unusable=found.num_pictures - len(dataset.items),
         buckets=tuple(buckets),
@@ -165,7 +225,11 @@ def diagnose(
         captions=_caption_stats(dataset.items, tokens),
         findings=tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))),
         tags=tuple(count_tags(dataset)[:_MOST_TAGS]),
-        pictures=tuple(_examined(dataset.items, placements, tokens)),
+        pictures=pictures,
+        base=treatment.base,
+        more_resolutions=tuple(resolution for resolution, _ in treatment.further),
+        num_held_out=sum(picture.role == "held out" for picture in pictures),
+        crops_move=treatment.crops_move,
     )
 
 
@@ -178,6 +242,10 @@ def report_to_dict(report: Report) -> dict[str, Any]:
         "resolution": report.resolution,
         "num_images": report.num_images,
         "num_unusable": report.num_unusable,
+        "num_held_out": report.num_held_out,
+        "base": report.base or None,
+        "more_resolutions": report.more_resolutions,
+        "crops_move": report.crops_move,
         "buckets": [asdict(bucket) for bucket in report.buckets],
         "num_batches": report.num_batches,
         "num_short_batches": report.num_short_batches,
@@ -191,11 +259,19 @@ def report_to_dict(report: Report) -> dict[str, Any]:
     }
 
 
-def _examined(
-    items: Sequence[ImageItem], placements: Sequence[Placement], tokens: Sequence[int]
-) -> Iterator[ExaminedPicture]:
-    for item, placement, count in zip(items, placements, tokens, strict=True):
-        yield ExaminedPicture(item, placement, count)
+def _examined(item: ImageItem, treatment: Treatment, caption: str, tokens: int) -> ExaminedPicture:
+    placement, role = treatment.placed(item), treatment.role(item)
+    others = [placed for _, placed in treatment.further]
+    more = tuple(further(item, placement, others)) if role in TRAINED else ()
+    masked = item.mask is not None or (treatment.alpha_mask and "transparent" in item.traits)
+    return ExaminedPicture(item, placement, tokens, caption, role, more, masked)
+
+
+def _trained_buckets(pictures: Sequence[ExaminedPicture]) -> list[BucketCount]:
+    """Return what each bucket gets in an epoch, at all resolutions."""
+    trained = [one for one in pictures if one.role in TRAINED]
+    placed = [(place, one.item.repeats) for one in trained for place in (one.placement, *one.further)]
+    return count_buckets([place for place, _ in placed], [repeats for _, repeats in placed])
 
 
 def _batches(buckets: Iterable[BucketCount], batch_size: int | None) -> tuple[int | None, int | None]:

@@ -10,12 +10,38 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ..errors import DatasetError
 from .items import Dataset, ImageItem
 from .likeness import near_duplicates
 
 _NAMES_SHOWN = 5
+
+
+def divide(
+    dataset: Dataset,
+    validation: float | Path | None,
+    own: Dataset | None,
+    seed: int,
+    always_trained: Sequence[ImageItem] = (),
+) -> tuple[Dataset, Dataset]:
+    """Return (training, held out) as ``data.validation`` says: a share, a number, or a folder.
+
+    Args:
+        dataset: pictures to be learned.
+        validation: the setting; None holds out none.
+        own: the pictures of ``data.validation`` where it is a folder.
+        seed: of the run.
+        always_trained: see :func:`split`.
+
+    Raises:
+        DatasetError: when no picture is left on one of the sides.
+    """
+    if own is not None:
+        return keep_apart(dataset, own, always_trained)
+    assert not isinstance(validation, Path)
+    return split(dataset, validation or 0.0, seed, always_trained)
 
 
 def split(

@@ -33,7 +33,7 @@ def write_report_page(report: Report, file: Path, progress: Progress | None = No
     shown = _chosen_pictures(report)
     anchors = {picture.item.name: f"p{number}" for number, picture in enumerate(shown)}
     found = _by_picture(report.findings)
-    images = thumbnails([picture.item for picture in shown], _SIDE, progress)
+    images = thumbnails([(picture.item, picture.masked) for picture in shown], _SIDE, progress)
     cards = [
         _card(picture, image, found.get(picture.item.name, []), anchors[picture.item.name])
         for picture, image in zip(shown, images, strict=True)
@@ -44,11 +44,12 @@ def write_report_page(report: Report, file: Path, progress: Progress | None = No
         script=(_ASSETS / "page.js").read_text(encoding="utf-8"),
         title=escape(report.folder.resolve().name or str(report.folder)),
         path=escape(str(report.folder.resolve())),
+        about=escape(_about(report)),
         tone="error" if report.harmful else "warning" if report.count("warning") else "good",
         verdict=escape(report.verdict()),
         facts="".join(_facts(report)),
         findings=_findings(report, anchors),
-        resolution=report.resolution,
+        sizes=escape(_sizes(report)),
         buckets=bucket_chart(report.buckets) if report.buckets else '<p class="sub">None.</p>',
         lengths=length_chart([picture.tokens for picture in report.pictures]),
         captions=escape(_caption_line(report)),
@@ -58,8 +59,30 @@ def write_report_page(report: Report, file: Path, progress: Progress | None = No
         shown=f"{len(shown)} of {len(report.pictures)}; those with findings first. "
         if hidden
         else f"All {len(shown)}. ",
+        legend=" ".join(_legend(report)),
     )
     write_text(file, page)
+
+
+def _about(report: Report) -> str:
+    """Return what the pictures are prepared for."""
+    base = report.base or "no base was named, so the sizes are those usual for Stable Diffusion 1"
+    return f"{base}, {report.resolution} px"
+
+
+def _sizes(report: Report) -> str:
+    also = "".join(f" and {resolution}" for resolution in report.more_resolutions)
+    return f"Width \u00d7 height trained at, for {report.resolution}{also} px."
+
+
+def _legend(report: Report) -> Iterator[str]:
+    yield "What lies inside the line is trained on; what is dark is cut away."
+    if report.crops_move:
+        yield "The line shows the middle: data.crop=random moves it at each visit."
+    if any(picture.masked for picture in report.pictures):
+        yield "What is tinted is masked out."
+    if any(picture.item.focus for picture in report.pictures):
+        yield "The dot is the point that the crop keeps."
 
 
 def _chosen_pictures(report: Report) -> list[ExaminedPicture]:
@@ -78,7 +101,9 @@ def _by_picture(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
 
 
 def _facts(report: Report) -> Iterator[str]:
-    values: list[tuple[str, str, str]] = [("", f"{report.num_images:,}", "pictures to train on")]
+    values: list[tuple[str, str, str]] = [("", f"{report.num_trained:,}", "pictures to train on")]
+    if report.num_held_out:
+        values.append(("", f"{report.num_held_out:,}", "held out"))
     if report.num_unusable:
         values.append(("error", f"{report.num_unusable:,}", "pictures not usable"))
     for severity in SEVERITIES:
@@ -133,10 +158,16 @@ def _caption_line(report: Report) -> str:
     return text + f"The longest has {captions.max_tokens} tokens."
 
 
+def _kinds(picture: ExaminedPicture, found: Sequence[Finding]) -> list[str]:
+    """Return what a picture can be filtered by: what it is for, if not simply trained on, and findings."""
+    role = [picture.role] if picture.role != "trained" else []
+    return [*role, *dict.fromkeys(finding.kind for finding in found)]
+
+
 def _buttons(shown: Sequence[ExaminedPicture], found: dict[str, list[Finding]]) -> Iterator[str]:
     counts: dict[str, int] = {}
     for picture in shown:
-        for kind in {finding.kind for finding in found.get(picture.item.name, [])}:
+        for kind in _kinds(picture, found.get(picture.item.name, [])):
             counts[kind] = counts.get(kind, 0) + 1
     yield '<button type="button" data-kind="">all</button>'
     for kind, count in sorted(counts.items(), key=lambda pair: -pair[1])[:_MOST_BUTTONS]:
@@ -145,25 +176,34 @@ def _buttons(shown: Sequence[ExaminedPicture], found: dict[str, list[Finding]]) 
 
 
 def _card(picture: ExaminedPicture, image: str | None, found: Sequence[Finding], anchor: str) -> str:
-    item, placement = picture.item, picture.placement
-    height, width = placement.bucket
-    kinds = "|".join(dict.fromkeys(finding.kind for finding in found))
-    cropped = f", {placement.cropped_share:.0%} cut away" if placement.cropped_share >= 0.005 else ""
-    pills = "".join(
+    item = picture.item
+    role = "" if picture.role == "trained" else f'<span class="pill">{picture.role}</span>'
+    pills = role + "".join(
         f'<span class="pill {_TONES[finding.severity]}" title="{escape(finding.what)}">'
         f"{escape(finding.kind)}</span>"
         for finding in found
     )
-    caption = f"<p>{escape(item.caption)}</p>" if item.caption else '<p class="empty">no words</p>'
-    text = escape(f"{item.name} {item.caption}".lower())
+    words = escape(picture.caption)
+    caption = f'<p title="{words}">{words}</p>' if words else '<p class="empty">no words</p>'
+    text = escape(f"{item.name} {picture.caption}".lower())
     return (
-        f'<figure id="{anchor}" data-kinds="{escape(kinds)}" data-text="{text}">'
+        f'<figure id="{anchor}" data-kinds="{escape("|".join(_kinds(picture, found)))}" data-text="{text}">'
         f'<div class="frame">{_frame(picture, image)}</div><figcaption>'
         f'<span class="name" title="{escape(item.name)}">{escape(item.name)}</span>'
-        f'<span class="size">{item.width} &times; {item.height} &rarr; '
-        f"{width} &times; {height}{cropped}</span>"
+        f'<span class="size">{_size_line(picture)}</span>'
         f'{caption}<span class="pills">{pills}</span></figcaption></figure>'
     )
+
+
+def _size_line(picture: ExaminedPicture) -> str:
+    """Return the picture's size, those it is trained at, what is cut away and how often it counts."""
+    item, placement = picture.item, picture.placement
+    buckets = dict.fromkeys([placement.bucket, *(one.bucket for one in picture.further)])
+    line = f"{item.width} &times; {item.height} &rarr; "
+    line += " and ".join(f"{width} &times; {height}" for height, width in buckets)
+    if placement.cropped_share >= 0.005:
+        line += f", {placement.cropped_share:.0%} cut away"
+    return line + (f", {item.repeats} visits an epoch" if item.repeats > 1 else "")
 
 
 def _frame(picture: ExaminedPicture, image: str | None) -> str:
@@ -177,5 +217,14 @@ def _frame(picture: ExaminedPicture, image: str | None) -> str:
     return (
         f'<svg viewBox="0 0 {item.width} {item.height}" role="img" aria-label="{escape(item.name)}">'
         f'<image href="{image}" width="{item.width}" height="{item.height}" preserveAspectRatio="none"/>'
-        f'<path class="dim" d="{whole}{kept}"/><path class="kept" d="{kept}"/></svg>'
+        f'<path class="dim" d="{whole}{kept}"/><path class="kept" d="{kept}"/>{_dot(picture)}</svg>'
     )
+
+
+def _dot(picture: ExaminedPicture) -> str:
+    """Return a mark at the point of interest: a line of no length, as round and thick at any size."""
+    item = picture.item
+    if item.focus is None:
+        return ""
+    x, y = item.focus[0] * item.width, item.focus[1] * item.height
+    return f'<path class="dot" d="M{x:.2f} {y:.2f}h0"/>'

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .doctor import Report
+from .doctor import Report, Role
 from .findings import SEVERITIES, Finding, Severity
 from .repair import Change
 
@@ -22,6 +22,7 @@ _BAR_WIDTH = 30
 _MOST_BUCKETS = 24
 _COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow", "note": "cyan"}
 _LEAST_WIDTH = 100
+_NAMES = 4
 
 
 def print_report(report: Report) -> None:
@@ -76,6 +77,12 @@ def _summary(report: Report) -> Table:
     unusable = f", {report.num_unusable} unusable" if report.num_unusable else ""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_row("  pictures", f"{report.num_images}{unusable}")
+    if report.base:
+        table.add_row("  base", report.base)
+    if report.num_held_out:
+        table.add_row("  held out", _some_names(report, "held out"))
+    if any(picture.role == "regularisation" for picture in report.pictures):
+        table.add_row("  regularisation", _some_names(report, "regularisation"))
     table.add_row("  captions", f"{captions.from_files} from files, {captions.from_names} from file names")
     if report.trigger_word:
         table.add_row("  trigger", f"{report.trigger_word} (put in front of {captions.trigger_added})")
@@ -85,6 +92,19 @@ def _summary(report: Report) -> Table:
             "  batches", f"{report.num_batches} per epoch, {report.num_short_batches} of them short"
         )
     return table
+
+
+def _some_names(report: Report, role: Role) -> Text:
+    names = [picture.item.name for picture in report.pictures if picture.role == role]
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return Text(f"{len(names)}: {', '.join(names[:_NAMES])}{more}")
+
+
+def _sizes(report: Report) -> str:
+    """Return what the buckets are for."""
+    also = "".join(f" and {resolution}" for resolution in report.more_resolutions)
+    guess = "" if report.base else "; --base shows those of your base"
+    return f"{report.resolution}{also} px (width x height{guess})"
 
 
 def _buckets(report: Report) -> RenderableType:
@@ -99,7 +119,7 @@ def _buckets(report: Report) -> RenderableType:
     hidden = len(report.buckets) - len(shown)
     if hidden > 0:
         table.add_row("", f"and {hidden} smaller buckets", "")
-    head = Text(f"buckets at {report.resolution} px (width x height)", style="bold")
+    head = Text(f"buckets at {_sizes(report)}", style="bold")
     return Padding(Group(head, table), (1, 0, 0, 0))
 
 

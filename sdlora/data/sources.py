@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..data_config import DataConfig, SourceConfig
 from ..errors import DatasetError
-from .folder import Progress, Reading, scan, survey
+from .folder import Progress, Reading, survey
 from .items import Dataset, ImageItem, Survey
 from .problems import listed
 
@@ -89,14 +89,28 @@ def gather_held_out(data: DataConfig) -> Dataset | None:
     Raises:
         DatasetError: when the folder is missing or empty, or any picture or caption cannot be used.
     """
+    found = survey_held_out(data)
+    if found is None:
+        return None
+    if found.problems:
+        raise DatasetError(listed(found.problems, found.dataset.folder))
+    return found.dataset
+
+
+def survey_held_out(data: DataConfig, progress: Progress | None = None) -> Survey | None:
+    """Return the usable pictures of ``data.validation`` and the problems of the rest, where it is a folder.
+
+    Raises:
+        DatasetError: when the folder is missing or empty.
+    """
     if not isinstance(data.validation, Path):
         return None
-    source = SourceConfig(folder=data.validation)
-    return scan(
+    return survey(
         data.validation,
         recursive=data.recursive,
         trigger_word=data.trigger_word,
-        reading=_reading(source, data),
+        reading=_reading(SourceConfig(folder=data.validation), data),
+        progress=progress,
     )
 
 

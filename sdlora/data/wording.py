@@ -11,11 +11,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..data_config import DataConfig
 from .captions import with_trigger
-from .items import ImageItem
+from .items import Dataset, ImageItem
 from .order import Visit
 
 KEEP_MARK = "|||"
@@ -104,8 +104,22 @@ class Wording:
         return text.replace(GROUP_MARK, between) if GROUP_MARK in text else text
 
     def _finished(self, text: str, item: ImageItem) -> str:
-        words = " ".join(part for part in (self.prefix.strip(), text, self.suffix.strip()) if part)
+        words = self._joint(self.prefix.strip(), text)
+        tail = self.suffix.strip()
+        words = self._joint(words, tail) if words else tail.removeprefix(self.separator.strip()).strip()
         return with_trigger(words, item.trigger_word)
+
+    def _joint(self, words: str, part: str) -> str:
+        """Return both; where a separator begins the second, it stands there once, as one writes it."""
+        mark = self.separator.strip()
+        if words and mark and part.startswith(mark):
+            return words.removesuffix(mark).rstrip() + part
+        return f"{words} {part}" if words and part else words or part
+
+
+def reworded(dataset: Dataset, wording: Wording) -> Dataset:
+    """Return the dataset with the captions that the settings give without chance."""
+    return replace(dataset, items=tuple(replace(item, caption=wording.plain(item)) for item in dataset.items))
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,10 @@ def test_the_report_is_plain_json_with_its_verdict(tmp_path: Path) -> None:
         "resolution": 48,
         "num_images": 2,
         "num_unusable": 0,
+        "num_held_out": 0,
+        "base": None,
+        "more_resolutions": [],
+        "crops_move": False,
         "buckets": [
             {"bucket": [40, 56], "num_images": 1, "num_visits": 1},
             {"bucket": [32, 72], "num_images": 1, "num_visits": 1},
@@ -244,6 +248,10 @@ def test_the_report_is_plain_json_with_its_verdict(tmp_path: Path) -> None:
                 "repeats": 1,
                 "caption": "picture 0",
                 "tokens": 2,
+                "role": "trained",
+                "further_buckets": [],
+                "focus": None,
+                "mask": None,
             },
             {
                 "name": "wide.png",
@@ -258,6 +266,10 @@ def test_the_report_is_plain_json_with_its_verdict(tmp_path: Path) -> None:
                 "repeats": 1,
                 "caption": "picture 0, wide",
                 "tokens": 4,
+                "role": "trained",
+                "further_buckets": [],
+                "focus": None,
+                "mask": None,
             },
         ],
         "harmful": False,
@@ -324,7 +336,7 @@ TEXT = """\
   tokens    4.0 on average, 4 at most
   batches   2 per epoch, 1 of them short
 
-buckets at 48 px (width x height)
+buckets at 48 px (width x height; --base shows those of your base)
        32x72 ████████                       1
        56x40 ██████████████████████████████ 4
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from pictures import drawing, encoded, folder_of, put
+from PIL import Image
 
 from sdlora.data.buckets import BucketCount
-from sdlora.data.doctor import examine
+from sdlora.data.doctor import Treatment, diagnose, examine
+from sdlora.data.folder import Reading, survey
+from sdlora.data.placing import placer
 from sdlora.data.report_charts import bucket_chart, length_chart, tag_chart
 from sdlora.data.report_page import write_report_page
 
@@ -76,6 +81,44 @@ def test_the_part_that_is_kept_is_drawn_where_training_cuts(tmp_path: Path, widt
     left, top, right, bottom = report.pictures[0].box
     assert f'viewBox="0 0 {width} {height}"' in text
     assert f"M{left:.2f} {top:.2f}H{right:.2f}V{bottom:.2f}H{left:.2f}Z" in text
+
+
+def test_what_each_picture_is_for_its_point_of_interest_and_its_mask_are_shown(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "pictures", 2)
+    put(folder / "white.png", Image.new("RGB", (200, 100), "white"))
+    put(folder / "white.txt", "a wall")
+    put(folder / "white.json", '{"focus": [0.25, 0.5]}')
+    mask = Image.new("L", (200, 100))
+    mask.paste(255, (0, 0, 100, 100))
+    put(tmp_path / "masks" / "white.png", mask)
+    found = survey(folder, repeats=3, reading=Reading(mask_folder=tmp_path / "masks"))
+    treatment = Treatment(
+        placer(48, 8),
+        48,
+        ((96, placer(96, 8)),),
+        roles={"p00.png": "held out"},
+        base="A base",
+        crops_move=True,
+    )
+    write_report_page(diagnose(found, treatment), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    card, _, _ = text.partition("</figure>")
+    assert '<span class="pill">held out</span>' in card
+    assert 'data-kinds="held out"' in card
+    assert "<div><b>1</b><span>held out</span></div>" in text
+    assert "<div><b>2</b><span>pictures to train on</span></div>" in text
+    assert '<p class="about">A base, 48 px</p>' in text
+    sizes = "200 &times; 100 &rarr; 72 &times; 32 and 128 &times; 72, 11% cut away, 3 visits an epoch"
+    assert sizes in text
+    assert text.count('class="dot"') == 1
+    assert 'class="dot" d="M50.00 50.00h0"' in text
+    for words in ("data.crop=random moves it", "What is tinted is masked out.", "the crop keeps"):
+        assert words in text
+    (data,) = re.findall(r'base64,([^"]+)"', text.partition('aria-label="white.png"')[2])[:1]
+    seen = Image.open(io.BytesIO(base64.b64decode(data)))
+    trained, blocked = seen.getpixel((50, 50)), seen.getpixel((150, 50))
+    assert min(trained) > 250
+    assert (blocked[0] > 200, blocked[1] < 140) == (True, True)
 
 
 def test_names_and_captions_cannot_break_out_of_the_page(tmp_path: Path) -> None:

@@ -37,6 +37,23 @@ def test_without_rules_a_caption_is_as_it_was_written(text: str) -> None:
     assert set(said(Wording(), item(*lines), 5)) == {text}
 
 
+@pytest.mark.parametrize(
+    ("prefix", "text", "suffix", "said"),
+    [
+        ("", "a cup", ", on canvas", "a cup, on canvas"),
+        ("", "", ", on canvas", "on canvas"),
+        ("best,", "a cup", "fine", "best, a cup fine"),
+        ("best,", "", ", fine", "best, fine"),
+        ("best,", "a cup,", ",fine", "best, a cup,fine"),
+    ],
+)
+def test_separators_at_a_prefix_or_suffix_stand_as_one_writes_them(
+    prefix: str, text: str, suffix: str, said: str
+) -> None:
+    one = item(text)
+    assert Wording(prefix=prefix, suffix=suffix).plain(one) == said
+
+
 def test_prefix_and_suffix_stand_around_and_the_trigger_word_before_all() -> None:
     wording = Wording(prefix="photo of", suffix="in spring ")
     assert wording.plain(item("a cat", trigger="zork")) == "zork, photo of a cat in spring"
