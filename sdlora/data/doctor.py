@@ -39,10 +39,14 @@ class CaptionStats:
     """Where the captions come from, and how long they are in CLIP tokens."""
 
     from_files: int
+    """Caption and metadata files."""
     from_names: int
+    """Names of the pictures' files."""
     trigger_added: int
     mean_tokens: float
     max_tokens: int
+    from_folders: int = 0
+    """Names of kohya's folders, and captions that the settings give a folder."""
 
 
 Role = Literal["trained", "regularisation", "held out", "not used"]
@@ -149,6 +153,11 @@ class Report:
     pictures: tuple[ExaminedPicture, ...] = field(default=(), repr=False)
 
     @property
+    def num_visits(self) -> int:
+        """Looks at pictures in an epoch, at all resolutions."""
+        return sum(bucket.num_visits for bucket in self.buckets)
+
+    @property
     def num_trained(self) -> int:
         """Pictures that are trained on."""
         return sum(picture.role in TRAINED for picture in self.pictures)
@@ -157,6 +166,12 @@ class Report:
     def harmful(self) -> bool:
         """Whether training would be refused: there is an error."""
         return any(finding.severity == "error" for finding in self.findings)
+
+    def caption_sources(self) -> str:
+        """Return in words where the captions come from."""
+        captions = self.captions
+        folders = f"{captions.from_folders} from folders, " if captions.from_folders else ""
+        return f"{captions.from_files} from files, {folders}{captions.from_names} from file names"
 
     def count(self, severity: Severity) -> int:
         """Return the number of findings of a severity."""
@@ -246,6 +261,7 @@ def report_to_dict(report: Report) -> dict[str, Any]:
         "base": report.base or None,
         "more_resolutions": report.more_resolutions,
         "crops_move": report.crops_move,
+        "num_visits": report.num_visits,
         "buckets": [asdict(bucket) for bucket in report.buckets],
         "num_batches": report.num_batches,
         "num_short_batches": report.num_short_batches,
@@ -283,9 +299,10 @@ def _batches(buckets: Iterable[BucketCount], batch_size: int | None) -> tuple[in
 
 def _caption_stats(items: Sequence[ImageItem], tokens: Sequence[int]) -> CaptionStats:
     return CaptionStats(
-        from_files=sum(item.caption_source != "file name" for item in items),
+        from_files=sum(item.caption_source in ("txt", "caption", "metadata") for item in items),
         from_names=sum(item.caption_source == "file name" for item in items),
         trigger_added=sum(item.trigger_added for item in items),
         mean_tokens=round(sum(tokens) / len(tokens), 1) if tokens else 0.0,
         max_tokens=max(tokens, default=0),
+        from_folders=sum(item.caption_source in ("folder name", "setting") for item in items),
     )

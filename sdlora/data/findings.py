@@ -166,6 +166,6 @@ def about_files(dataset: Dataset) -> Iterator[Finding]:
     for note in dataset.notes:
         where, _, what = note.partition(": ")
         if not what:
-            yield Finding("note", "left out", note, str(dataset.folder), "nothing, if that is meant")
+            yield Finding("note", "remark", note, str(dataset.folder), "nothing, if that is meant")
         elif "animated" not in what:
-            yield Finding("note", "left out", what, where, "nothing, if that is meant")
+            yield Finding("note", "remark", what, where, "nothing, if that is meant")

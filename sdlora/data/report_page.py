@@ -111,6 +111,8 @@ def _facts(report: Report) -> Iterator[str]:
         tone = _TONES[severity] if count else ""
         values.append((tone, f"{count:,}", severity if count == 1 else f"{severity}s"))
     values.append(("", f"{len(report.buckets)}", "bucket" if len(report.buckets) == 1 else "buckets"))
+    if report.num_visits != report.num_trained:
+        values.append(("", f"{report.num_visits:,}", "visits an epoch"))
     if report.num_batches is not None:
         short = f"batches an epoch, {report.num_short_batches} short"
         values.append(("", f"{report.num_batches:,}", short))
@@ -152,7 +154,7 @@ def _group(severity: Severity, kind: str, members: Sequence[Finding], anchors: d
 
 def _caption_line(report: Report) -> str:
     captions = report.captions
-    text = f"{captions.from_files} from files, {captions.from_names} from file names. "
+    text = f"{report.caption_sources()}. "
     if report.trigger_word:
         text += f"The trigger word {report.trigger_word} is put in front of {captions.trigger_added}. "
     return text + f"The longest has {captions.max_tokens} tokens."

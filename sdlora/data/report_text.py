@@ -76,14 +76,15 @@ def _summary(report: Report) -> Table:
     captions = report.captions
     unusable = f", {report.num_unusable} unusable" if report.num_unusable else ""
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_row("  pictures", f"{report.num_images}{unusable}")
+    visits = f", {report.num_visits} visits an epoch" if report.num_visits != report.num_images else ""
+    table.add_row("  pictures", f"{report.num_images}{unusable}{visits}")
     if report.base:
         table.add_row("  base", report.base)
     if report.num_held_out:
         table.add_row("  held out", _some_names(report, "held out"))
     if any(picture.role == "regularisation" for picture in report.pictures):
         table.add_row("  regularisation", _some_names(report, "regularisation"))
-    table.add_row("  captions", f"{captions.from_files} from files, {captions.from_names} from file names")
+    table.add_row("  captions", report.caption_sources())
     if report.trigger_word:
         table.add_row("  trigger", f"{report.trigger_word} (put in front of {captions.trigger_added})")
     table.add_row("  tokens", f"{captions.mean_tokens} on average, {captions.max_tokens} at most")

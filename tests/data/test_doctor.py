@@ -100,7 +100,7 @@ def test_every_kind_of_trouble_is_found_with_its_severity(tmp_path: Path) -> Non
         ("no caption file", "twin.png"),
         ("transparent", "glass.png"),
         ("animated", "moving.gif"),
-        ("left out", str(tmp_path)),
+        ("remark", str(tmp_path)),
     ]
     assert report.harmful
     assert (report.num_images, report.num_unusable) == (21, 2)
@@ -199,6 +199,7 @@ def test_the_report_is_plain_json_with_its_verdict(tmp_path: Path) -> None:
         "trigger_word": None,
         "resolution": 48,
         "num_images": 2,
+        "num_visits": 2,
         "num_unusable": 0,
         "num_held_out": 0,
         "base": None,
@@ -216,6 +217,7 @@ def test_the_report_is_plain_json_with_its_verdict(tmp_path: Path) -> None:
             "trigger_added": 0,
             "mean_tokens": 3.0,
             "max_tokens": 4,
+            "from_folders": 0,
         },
         "findings": [
             {
@@ -321,6 +323,18 @@ def test_the_text_shows_counts_buckets_and_findings_by_severity(tmp_path: Path) 
         put(tmp_path / f"lost{number}.txt", "x")
     text = render_report(examine(tmp_path, resolution=48, multiple=8, batch_size=4, trigger_word="ink"))
     assert text.splitlines() == TEXT.format(folder=tmp_path).splitlines()
+
+
+def test_what_kohya_folders_say_is_told_as_such(tmp_path: Path) -> None:
+    for number in range(3):
+        put(tmp_path / "10_red cup" / f"{number}.png", drawing(number))
+    put(tmp_path / "2_plate" / "a.png", drawing(9))
+    put(tmp_path / "2_plate" / "a.caption", "a plate")
+    report = examine(tmp_path, resolution=48, multiple=8)
+    text = render_report(report)
+    assert "pictures  4, 32 visits an epoch" in text
+    assert "captions  1 from files, 3 from folders, 0 from file names" in text
+    assert [(f.kind, f.where) for f in report.findings] == [("remark", "10_red cup/"), ("remark", "2_plate/")]
 
 
 def test_a_folder_without_troubles_is_ready(tmp_path: Path) -> None:
