@@ -104,8 +104,9 @@ def test_a_validation_folder_is_examined_too_and_its_pictures_are_not_trained_on
     broken = examine_settings(config)
     assert [finding.where for finding in broken.findings if finding.severity == "error"] == ["own/broken.png"]
     assert broken.num_unusable == 1
+    elsewhere = settings(**{"data.validation": own, "output.folder": tmp_path / "other run"})
     with pytest.raises(DatasetError, match=r"broken\.png"):
-        prepare_run(config, resume=False, tell=Announcer(()))
+        prepare_run(elsewhere, resume=False, tell=Announcer(()))
 
 
 def test_the_command_takes_the_sizes_of_the_base(
