@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from ..files import write_text
-from .doctor import ExaminedPicture, Report
+from .doctor import TRAINED, ExaminedPicture, Report
 from .findings import SEVERITIES, Finding, Severity
 from .measure import Progress
 from .report_charts import bucket_chart, length_chart, tag_chart
@@ -205,7 +205,8 @@ def _size_line(picture: ExaminedPicture) -> str:
     line += " and ".join(f"{width} &times; {height}" for height, width in buckets)
     if placement.cropped_share >= 0.005:
         line += f", {placement.cropped_share:.0%} cut away"
-    return line + (f", {item.repeats} visits an epoch" if item.repeats > 1 else "")
+    often = item.repeats > 1 and picture.role in TRAINED
+    return line + (f", {item.repeats} visits an epoch" if often else "")
 
 
 def _frame(picture: ExaminedPicture, image: str | None) -> str:
