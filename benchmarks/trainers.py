@@ -42,6 +42,8 @@ class Settings:
         min_snr_gamma: limit of the loss weight.
         threads: OpenMP threads of either process.
         peer_workers: the peer's data loading processes.
+        schedule: of the learning rate, a name that both know.
+        warmup_steps: over which the rate rises.
     """
 
     base: Path
@@ -54,6 +56,8 @@ class Settings:
     min_snr_gamma: float
     threads: int
     peer_workers: int
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,23 @@ def run(
     """
     folder.mkdir(parents=True)
     command, adapter = (_ours if trainer == "sdlora" else _peers)(settings, pictures, folder, steps, seed)
+    wall, cpu, peak = measured(trainer, command, folder, adapter, settings.threads)
+    return Measured(steps, wall, cpu, peak, adapter)
+
+
+def measured(
+    name: str, command: list[str], folder: Path, adapter: Path, threads: int
+) -> tuple[float, float, int]:
+    """Run a trainer's command; return its wall and CPU seconds and the most memory it held, in bytes.
+
+    Raises:
+        BenchmarkError: if the process fails or leaves no LoRA; its output is in ``FOLDER/output.txt``.
+    """
     log = folder / "output.txt"
     with log.open("wb") as output:
         began = time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(settings), cwd=folder
+            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(threads), cwd=folder
         )
         try:
             _, status, usage = os.wait4(process.pid, 0)
@@ -128,16 +144,16 @@ def run(
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0 or not adapter.is_file():
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        raise BenchmarkError(f"{trainer} ended with code {process.returncode} ({log}):\n{tail}")
-    return Measured(steps, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, adapter)
+        raise BenchmarkError(f"{name} ended with code {process.returncode} ({log}):\n{tail}")
+    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
-def _environment(settings: Settings) -> dict[str, str]:
+def _environment(threads: int) -> dict[str, str]:
     return {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(settings.threads),
+        "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -156,8 +172,8 @@ def _ours(
         "adapter.rank": settings.rank,
         "adapter.alpha": settings.rank,
         "optimizer.learning_rate": settings.learning_rate,
-        "optimizer.schedule": "constant",
-        "optimizer.warmup_steps": 0,
+        "optimizer.schedule": settings.schedule,
+        "optimizer.warmup_steps": settings.warmup_steps,
         "optimizer.betas": "[0.9, 0.999]",
         "optimizer.epsilon": 1e-8,
         "optimizer.weight_decay": 0.01,
@@ -191,8 +207,8 @@ def _peers(
         "max_train_steps": steps,
         "checkpointing_steps": steps + 1,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler": "constant",
-        "lr_warmup_steps": 0,
+        "lr_scheduler": settings.schedule,
+        "lr_warmup_steps": settings.warmup_steps,
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,
         "adam_epsilon": 1e-8,

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import Config, load_config
+from .copying import Copying, copying
 from .data.folder import ImageItem, load_pixels, scan
 from .errors import DatasetError, TrainingError
 from .events import Announcer, Control, Event, Listener, Noticed, RunFinished, RunStarted, read_events
 from .files import find_settings, refuse_used_folder, replacing, write_json
 from .page import Compared, Page, Swept, write_page
 from .pictures import grid
-from .score import Copying, StyleRuler, StyleScore, copying, through_autoencoder
+from .score import StyleRuler, StyleScore, through_autoencoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

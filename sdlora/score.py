@@ -47,7 +47,6 @@ _SPECK = 1 / 1024  # smaller spots (share of the picture's area) are not counted
 _FLOOR = 0.01  # least spread of a feature, so that one that is constant in both sets cannot rule
 _DRAWS = 400
 _SPLITS = 40
-_THUMBNAIL = 16
 
 
 def _names() -> dict[str, tuple[str, ...]]:
@@ -116,25 +115,6 @@ class StyleScore:
         }
 
 
-@dataclass(frozen=True)
-class Copying:
-    """Whether generated pictures repeat training pictures.
-
-    Attributes:
-        generated: mean over the generated pictures of the likeness to the nearest training picture.
-        true: the same for true pictures that were not trained on: what chance and style alone give.
-        share: share of the generated pictures nearer to a training picture than any of these is.
-    """
-
-    generated: float
-    true: float
-    share: float
-
-    def to_dict(self) -> dict[str, float]:
-        """Return everything as JSON values."""
-        return {name: round(getattr(self, name), 4) for name in ("generated", "true", "share")}
-
-
 class StyleRuler:
     """Measures sets of pictures between a base's look (0) and a style (1).
 
@@ -175,18 +155,27 @@ class StyleRuler:
             num_images=len(images),
         )
 
+    def features(self, images: Sequence[Image]) -> Array:
+        """Return features (n, d) in the units in which this ruler takes distances, in the given order."""
+        rows: Array = np.stack([features_of(image) for image in images]) / self._scale
+        return rows
+
     def ceiling(self) -> float:
         """Return the mean score of one half of the true pictures against the other: about 1.
 
         How far it is from 1 is what the number of pictures leaves open.
         """
+        return float(np.mean(self.splits()))
+
+    def splits(self) -> list[float]:
+        """Return the score of one half of the true pictures against the other, for random halves."""
         generator = np.random.default_rng(self._seed)
         half, scores = len(self._true) // 2, []
         for _ in range(_SPLITS):
             order = generator.permutation(len(self._true))
             ours, theirs = self._true[order[:half]], self._true[order[half:]]
             scores.append(1 - energy_distance(ours, theirs) / energy_distance(self._base, theirs))
-        return float(np.mean(scores))
+        return scores
 
     def _by_group(self, generated: Array) -> dict[str, float]:
         scores = {}
@@ -216,24 +205,6 @@ def style_score(base: Sequence[Image], true: Sequence[Image], generated: Sequenc
     return StyleRuler(base, true).score(generated)
 
 
-def copying(generated: Sequence[Image], training: Sequence[Image], true: Sequence[Image]) -> Copying:
-    """Compare generated pictures with the training pictures.
-
-    The likeness of two pictures is the correlation of their lightness at 16 x 16 px: 1 for a copy, also
-    a slightly changed one. True pictures that were not trained on show what is usual in this style.
-
-    Raises:
-        SdloraError: when one of the sets is empty.
-    """
-    for name, images in (("generated", generated), ("training", training), ("true", true)):
-        if not images:
-            raise SdloraError(f"copying check: there are no {name} pictures; give at least one")
-    known = _thumbnails(training)
-    ours = np.sort((_thumbnails(generated) @ known.T).max(axis=1))
-    theirs = np.sort((_thumbnails(true) @ known.T).max(axis=1))
-    return Copying(float(ours.mean()), float(theirs.mean()), float((ours > theirs.max()).mean()))
-
-
 # --- distance between sets -----------------------------------------------------------------------------
 
 
@@ -257,17 +228,18 @@ def _weighted_energy(first: Array, second: Array, weights: Array, others: Array)
     A picture drawn twice must not count as two pictures at distance 0, so pairs of a picture with
     itself are left out of the weights' sum, too.
     """
-    across = np.einsum("bi,ij,bj->b", weights, _distances(first, second), others, optimize=True)
+    across = np.einsum("bi,ij,bj->b", weights, distances(first, second), others, optimize=True)
     across /= weights.sum(1) * others.sum(1)
     return 2 * across - _within(first, weights) - _within(second, others)
 
 
 def _within(features: Array, weights: Array) -> Array:
-    total = np.einsum("bi,ij,bj->b", weights, _distances(features, features), weights, optimize=True)
+    total = np.einsum("bi,ij,bj->b", weights, distances(features, features), weights, optimize=True)
     return total / np.maximum(weights.sum(1) ** 2 - (weights**2).sum(1), 1.0)
 
 
-def _distances(first: Array, second: Array) -> Array:
+def distances(first: Array, second: Array) -> Array:
+    """Return the Euclidean distances (n, m) between the rows of (n, d) and (m, d)."""
     return np.sqrt(((first[:, None, :] - second[None, :, :]) ** 2).sum(-1))
 
 
@@ -307,7 +279,7 @@ def features_of_all(images: Sequence[Image], what: str = "") -> Array:
 
 def features_of(image: Image) -> Array:
     """Return the features (d,) of one picture, in the order of :data:`FEATURES`; all are about 0 to 1."""
-    lab = _oklab(np.asarray(image.convert("RGB"), dtype=np.float64) / 255)
+    lab = oklab(np.asarray(image.convert("RGB"), dtype=np.float64) / 255)
     lightness = lab[..., 0]
     values = [
         *_colour(lab),
@@ -319,7 +291,7 @@ def features_of(image: Image) -> Array:
     return np.array(values)
 
 
-def _oklab(rgb: Array) -> Array:
+def oklab(rgb: Array) -> Array:
     """Return Oklab (Ottosson 2020) of sRGB (h, w, 3) in 0..1: lightness 0..1, green-red, blue-yellow."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     cones = np.cbrt(linear @ _TO_CONES.T)
@@ -483,19 +455,6 @@ def _pieces(mask: Mask) -> list[int]:
                     areas[two] += areas[one]
         here.append((start, stop, label))
     return [areas[label] for label in range(len(parents)) if parents[label] == label]
-
-
-def _thumbnails(images: Sequence[Image]) -> Array:
-    """Return the lightness of each picture at 16 x 16 px, as rows of mean 0 and length 1."""
-    from PIL import Image as Pil
-
-    rows = []
-    for image in images:
-        small = image.convert("RGB").resize((_THUMBNAIL, _THUMBNAIL), Pil.Resampling.BOX)
-        lightness = _oklab(np.asarray(small, dtype=np.float64) / 255)[..., 0].ravel()
-        rows.append(lightness - lightness.mean())
-    stacked = np.stack(rows)
-    return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-9)
 
 
 # --- the base's own eyes ---------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ LAYERS = [
     {"finish", "previews", "cost", "validation"},
     {"train"},
     {"score", "page"},
+    {"copying"},
     {"demo"},
     {"display"},
     {"data_outlook"},

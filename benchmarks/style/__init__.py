@@ -1,0 +1,1 @@
+"""The style benchmark: how well an adapter learned a style, for our trainer and for others alike."""
