@@ -19,6 +19,7 @@ from .data.measure import Progress
 from .data.placing import placer
 from .data.sources import by_role, survey_all, survey_held_out
 from .data.wording import Wording
+from .errors import DatasetError
 from .families.loading import load_model
 from .plan import BaseFacts, resolve_data
 
@@ -79,7 +80,12 @@ def _with_roles(config: Config, found: Survey, own: Survey | None) -> tuple[Surv
         return found, {}
     apart = own.dataset if own and own.dataset.items else None
     validation = config.data.validation if own is None else 0.0
-    training, held = divide(learned, validation, apart, config.training.seed, priors.items)
+    try:
+        training, held = divide(learned, validation, apart, config.training.seed, priors.items)
+    except DatasetError:
+        if not found.problems:
+            raise
+        return found, {}  # too few pictures are left to hold out any; what broke the others comes first
     if own is None:
         dataset = replace(found.dataset, notes=training.notes)
         return replace(found, dataset=dataset), {item.name: "held out" for item in held.items}

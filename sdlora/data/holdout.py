@@ -36,11 +36,17 @@ def divide(
         always_trained: see :func:`split`.
 
     Raises:
-        DatasetError: when no picture is left on one of the sides.
+        DatasetError: when no picture is left on one of the sides, or as many are to be held out as there are.
     """
     if own is not None:
         return keep_apart(dataset, own, always_trained)
     assert not isinstance(validation, Path)
+    total = len(dataset.items)
+    if validation and validation >= max(1, total):
+        raise DatasetError(
+            f"data.validation={validation:g}: there are only {total} pictures, and some must be left to "
+            "train on; hold out fewer, or a share such as data.validation=0.1"
+        )
     return split(dataset, validation or 0.0, seed, always_trained)
 
 

@@ -14,7 +14,7 @@ from pictures import drawing, encoded, folder_of, put
 from PIL import ImageOps
 
 from sdlora.data.folder import Dataset, ImageItem, scan
-from sdlora.data.holdout import keep_apart, split
+from sdlora.data.holdout import divide, keep_apart, split
 from sdlora.data.likeness import Likeness, near_duplicates
 from sdlora.errors import DatasetError
 
@@ -185,3 +185,13 @@ def test_a_hold_out_folder_does_not_measure_regularisation_pictures(tmp_path: Pa
     put(tmp_path / "val" / "another dog.png", drawing(21))
     _, held = keep_apart(training, scan(tmp_path / "val"), priors)
     assert [i.name for i in held.items] == ["another dog.png"]
+
+
+def test_holding_out_as_many_pictures_as_there_are_is_refused() -> None:
+    dataset = Dataset(Path("x"), tuple(item(n, likeness=looks(n, n)) for n in range(12)))
+    for wanted in (12.0, 20.0):
+        with pytest.raises(DatasetError, match=rf"data\.validation={wanted:g}: there are only 12 pictures"):
+            divide(dataset, wanted, None, 0)
+    for wanted, count in ((11.0, 11), (0.1, 1), (0.0, 0), (None, 0)):
+        training, held = divide(dataset, wanted, None, 0)
+        assert (len(training.items), len(held.items)) == (12 - count, count)
