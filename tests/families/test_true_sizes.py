@@ -23,6 +23,9 @@ from sdlora.formats import read_adapter
 from tools.true_sizes import blueprint, write_checkpoint
 
 COUNTS = {
+    ("sd1", "attention"): {"unet": 128, "text_encoder": 48},
+    ("sd2", "attention"): {"unet": 128, "text_encoder": 92},
+    ("sdxl", "attention"): {"unet": 560, "text_encoder": 48, "text_encoder_2": 128},
     ("sd1", "linear"): {"unet": 192, "text_encoder": 72},
     ("sd1", "all"): {"unet": 278, "text_encoder": 72},
     ("sd2", "linear"): {"unet": 192, "text_encoder": 138},
