@@ -3,8 +3,8 @@
 A model is built without memory (on torch's meta device) and filled tensor by tensor in the order of the
 file, so that the peak is the finished weights and one tensor more. The file is read, not mapped: mapped
 pages of a 7 GB checkpoint count as this process's memory, and reading in order is as fast. All tensors
-pass through one buffer: with buffers that come and go between the finished tensors, the gaps they leave
-would take most of a GiB in the end (measured with SDXL).
+pass through one buffer: buffers that come and go between the finished tensors leave gaps (measured with
+SDXL in bf16: 0.42 GiB beside the weights, against 0.14 with one buffer).
 """
 
 from __future__ import annotations
