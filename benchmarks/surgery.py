@@ -3,7 +3,8 @@
 ``python benchmarks/surgery.py --folder DIR`` makes a 6.9 GB checkpoint in LDM layout and an adapter of rank
 128 for all linear layers (722 in the U-Net, 72 + 192 in the text encoders), runs the commands as users do,
 and prints wall time, processor time and peak memory of each. The yardstick of ``bake`` is reading and writing
-the checkpoint twice. Needs 21 GB of disk; everything it made is deleted at the end unless ``--keep``.
+the checkpoint twice. Needs 30 GB of disk; everything it made is deleted at the end unless ``--keep``. For
+machines that are quiet for a while only, ``--only`` with ``--keep`` measures in pieces.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sdlora.families.ldm import by_key, text_places, unet_places, vae_places
 from sdlora.formats import write_adapter
 
 ASSETS = Path(__file__).parent.parent / "sdlora" / "assets" / "sdxl"
+FILES = ("base", "lora", "small", "merged", "baked", "undone", "extracted")
 _BLOCK_ELEMENTS = 2**24
 
 
@@ -124,7 +126,7 @@ def measured(words: list[str], threads: int) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mib": usage.ru_maxrss // 1024,
-        **{k: v for k, v in json.loads(printed.splitlines()[-1]).items() if k != "modules"},
+        **{k: v for k, v in json.loads(printed.splitlines()[-1]).items() if k not in ("modules", "seconds")},
     }
 
 
@@ -140,53 +142,72 @@ def copy_twice(source: Path, target: Path) -> float:
     return time.perf_counter() - started
 
 
+def commands(folder: Path, rank: int) -> dict[str, list[str]]:
+    """Return what is measured, in an order in which each has the files it needs."""
+    base, lora, small, merged, baked, undone, extracted = (
+        str(folder / f"{name}.safetensors") for name in FILES
+    )
+    return {
+        "inspect": ["inspect", lora],
+        "header": ["inspect", lora, "--header"],
+        "base": ["inspect", base],
+        "resize": ["resize", lora, "--rank", str(rank // 4), "--output", small],
+        "merge": ["merge", f"{lora}:0.8", f"{small}:-0.5", "--output", merged],
+        "diff": ["diff", lora, small],
+        "bake": ["bake", base, "--adapter", f"{lora}:0.8", "--output", baked],
+        "inverse": ["bake", baked, "--adapter", f"{lora}:0.8", "--inverse", "--output", undone],
+        "extract": ["extract", base, baked, "--rank", "32", "--targets", "linear", "--output", extracted],
+    }
+
+
+def make_files(base: Path, lora: Path, rank: int) -> None:
+    """Write the checkpoint and the adapter where they are missing."""
+    shapes = component_shapes()
+    if not base.exists():
+        write_checkpoint(base, checkpoint_layout(shapes))
+    if not lora.exists():
+        info = AdapterInfo(family="sdxl", name="lora")
+        weights = AdapterFile(adapter(shapes, rank), info)
+        write_adapter(weights, "webui", lora, torch.float16, family_info("sdxl"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="place for the files, 21 GB")
+    parser.add_argument("--folder", type=Path, required=True, help="place for the files, up to 30 GB")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--keep", action="store_true", help="leave the files there")
+    parser.add_argument("--only", metavar="A,B,...", help=f"some of {', '.join(commands(Path(), 4))}, copy")
+    parser.add_argument("--keep", action="store_true", help="leave the files there; a later call takes them")
+    parser.add_argument("--make", action="store_true", help="only write the two files to start from")
     options = parser.parse_args()
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = component_shapes()
-    base, lora = folder / "base.safetensors", folder / "lora.safetensors"
-    write_checkpoint(base, checkpoint_layout(shapes))
-    weights = adapter(shapes, options.rank)
-    info = AdapterInfo(family="sdxl", name="lora")
-    write_adapter(AdapterFile(weights, info), "webui", lora, torch.float16, family_info("sdxl"))
+    files = {name: folder / f"{name}.safetensors" for name in FILES}
+    base, lora = files["base"], files["lora"]
+    if options.make:
+        return make_files(base, lora, options.rank)
+    # by another process: a program counts the memory of the one that started it as its own peak
+    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make"], check=True)
     print(
-        f"checkpoint {base.stat().st_size / 1e9:.2f} GB; adapter {lora.stat().st_size / 1e9:.2f} GB, "
-        f"{len(weights)} modules; load average {os.getloadavg()[0]:.1f}",
+        f"checkpoint {base.stat().st_size / 1e9:.2f} GB; adapter {lora.stat().st_size / 1e9:.2f} GB; "
+        f"load average {os.getloadavg()[0]:.1f}",
         flush=True,
     )
-    made = {name: folder / f"{name}.safetensors" for name in ("small", "merged", "baked", "extracted")}
-    del weights
-    runs = [
-        ["resize", str(lora), "--rank", str(options.rank // 4), "--output", str(made["small"])],
-        ["merge", f"{lora}:0.8", f"{made['small']}:-0.5", "--output", str(made["merged"])],
-        ["diff", str(lora), str(made["small"])],
-        ["bake", str(base), "--adapter", f"{lora}:0.8", "--output", str(made["baked"])],
-        [
-            "extract",
-            str(base),
-            str(made["baked"]),
-            "--rank",
-            "32",
-            "--targets",
-            "linear",
-            "--output",
-            str(made["extracted"]),
-        ],
-    ]
-    for words in runs:
-        found = measured(words, options.threads)
+    known = commands(folder, options.rank)
+    chosen = options.only.split(",") if options.only else [*known, "copy"]
+    for name in chosen:
+        if name == "copy":
+            seconds = copy_twice(base, folder / "copy.safetensors")
+            print(f"copy: reading and writing the checkpoint twice takes {seconds:.1f} s", flush=True)
+            continue
+        if "--output" in known[name]:
+            Path(known[name][known[name].index("--output") + 1]).unlink(missing_ok=True)
+        found = measured(known[name], options.threads)
         keys = ("seconds", "cpu_seconds", "peak_mib", "num_modules")
-        print(f"{words[0]}: " + ", ".join(f"{key} {found[key]}" for key in keys if key in found), flush=True)
-    print(f"reading and writing the checkpoint twice: {copy_twice(base, folder / 'copy.safetensors'):.1f} s")
+        print(f"{name}: " + ", ".join(f"{key} {found[key]}" for key in keys if key in found), flush=True)
     if not options.keep:
-        for file in (base, lora, *made.values()):
-            file.unlink()
+        for file in files.values():
+            file.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
