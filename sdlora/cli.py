@@ -426,6 +426,11 @@ def _declare_inspect(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--remove", action="append", default=[], metavar="KEY", help="take an entry out")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="also draw the norms by block as a picture")
+    parser.add_argument(
+        "--header",
+        action="store_true",
+        help="show every header entry and read no tensor: at once for any size, without norms and hash",
+    )
 
 
 def _run_inspect(options: argparse.Namespace) -> Result:
@@ -434,13 +439,15 @@ def _run_inspect(options: argparse.Namespace) -> Result:
 
     source = options.file.as_posix()  # a hub id has its slash on every system
     if is_base(source):
-        if options.set or options.remove or options.chart:
+        if options.set or options.remove or options.chart or options.header:
             raise ConfigError(
-                f"{options.file}: is a base model; --set, --remove and --chart are for adapters"
+                f"{options.file}: is a base model; --set, --remove, --chart and --header are for adapters"
             )
         base = inspect_base(source)
         print(base.render())
         return base.to_dict(), 0
+    if options.header and options.chart:
+        raise ConfigError("--chart draws the norms, which --header does not read; leave one of them out")
     edits: dict[str, Any] = {}
     if options.set or options.remove:
         from .inspection import edit_adapter
@@ -450,7 +457,7 @@ def _run_inspect(options: argparse.Namespace) -> Result:
             print(f"{key}: {change['before']} -> {change['after']}")
     from .inspection_view import draw_norms, render
 
-    summary = inspect_adapter(options.file)
+    summary = inspect_adapter(options.file, values=not options.header)
     if options.chart is not None:
         draw_norms(summary, options.chart)
     columns = shutil.get_terminal_size((140, 24)).columns

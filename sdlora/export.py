@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from . import formats
-from .adapters.base import AdapterFile, AdapterWeights
+from .adapters.base import AdapterFile
 from .checkpoint import list_checkpoints
 from .config import Config, Precision, load_config
 from .errors import AdapterFileError, ConfigError, OutputError
 from .families import FAMILIES, family_info
 from .files import replacing
 from .formats.clients import Support
-from .formats.kinds import DORA_SCALE
+from .formats.folding import own_dtype
 from .formats.privacy import without_private
 from .formats.proof import Proof, compare, prove, support_of
 from .tensor_file import data_sha256
@@ -226,7 +226,7 @@ def open_source(source: Path) -> Source:
         if stem in _PROGRAM_STEMS and _NAME.match(adapter.info.name):
             stem = adapter.info.name
         sibling = next((source.with_suffix(s) for s in _PICTURES if source.with_suffix(s).is_file()), None)
-        return Source(adapter, source, stem, _own_dtype(adapter.weights), sibling)
+        return Source(adapter, source, stem, own_dtype(adapter.weights), sibling)
     config = load_config(source / "config.toml")
     adapter, path = _run_adapter(source, config)
     return Source(adapter, path, config.output.name, DTYPES[config.output.dtype], newest_preview(source))
@@ -311,7 +311,7 @@ def _run_adapter(run: Path, config: Config) -> tuple[AdapterFile, Path]:
             continue
         exact = formats.read_adapter(path).weights
         try:
-            compare(exact, adapter.weights, _own_dtype(adapter.weights), str(finished))
+            compare(exact, adapter.weights, own_dtype(adapter.weights), str(finished))
         except AdapterFileError:
             return adapter, finished  # not the same training: the finished file is what was asked for
         return AdapterFile(exact, adapter.info), path
@@ -338,18 +338,6 @@ def _family(adapter: AdapterFile, source: Path) -> FamilyInfo:
             f"{', '.join(FAMILIES)}"
         )
     return family_info(family)
-
-
-def _own_dtype(weights: AdapterWeights) -> torch.dtype:
-    """Return the number format of the adapter's factors, the widest if they differ."""
-    dtypes = {
-        tensor.dtype
-        for one in weights.updates.values()
-        for name, tensor in one.tensors().items()
-        if name != DORA_SCALE  # always fp32
-    }
-    known = dtypes & set(DTYPES.values())
-    return known.pop() if dtypes == known and len(dtypes) == 1 else torch.float32
 
 
 def _dtype(asked: Precision | torch.dtype | None, default: torch.dtype) -> torch.dtype:

@@ -49,6 +49,7 @@ def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
         base_digest=run.model.base.digest,
         config=config,
         prediction_type=run.model.process.prediction_type,
+        zero_terminal_snr=run.model.process.ends_in_noise,
         native_resolution=run.model.native_resolution,
         steps=run.step,
         epochs=run.step / run.order.steps_per_epoch,

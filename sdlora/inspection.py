@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import formats
-from .adapters.base import ModuleKey, Update
+from .adapters.base import AdapterWeights, ModuleKey, Update
 from .errors import ConfigError
 from .formats.clients import Support, client_support
 from .formats.detection import detect_family
 from .formats.editing import edit_header
+from .formats.folding import original_alpha
 from .norms import BlockNorm, block_norms
 from .tensor_file import DTYPE_NAMES, Header, data_sha256, entry_json, shown
 
@@ -64,10 +65,12 @@ class AdapterSummary:
         trigger_words: words that call the style.
         tags: the most frequent tags or captions of the training pictures.
         settings: training settings by their usual name.
-        model_hash: SHA-256 of the tensor data.
-        hash_matches: whether the header's own hash agrees; None if it has none.
-        blocks: size of the updates by block.
+        model_hash: SHA-256 of the tensor data; the header's own, or empty, where no data was read.
+        hash_matches: whether the header's own hash agrees; None if it has none, or no data was read.
+        blocks: size of the updates by block; empty where no data was read.
         clients: which programs load it fully.
+        entries: all text entries of the header.
+        has_values: whether the tensor data was read.
     """
 
     path: Path
@@ -89,6 +92,8 @@ class AdapterSummary:
     hash_matches: bool | None
     blocks: tuple[BlockNorm, ...]
     clients: tuple[Support, ...]
+    entries: Mapping[str, str]
+    has_values: bool = True
 
     def to_dict(self) -> dict[str, object]:
         """Return everything as JSON values."""
@@ -116,12 +121,21 @@ class AdapterSummary:
                 {"component": b.component, "block": b.block, "num_modules": b.num_modules, "norm": b.norm}
                 for b in self.blocks
             ],
-            "clients": {c.client: {"full": c.full, "reasons": list(c.reasons)} for c in self.clients},
+            "clients": {
+                c.client: {"full": c.full, "reasons": list(c.reasons), **({"hint": c.hint} if c.hint else {})}
+                for c in self.clients
+            },
+            **({} if self.has_values else {"header": dict(self.entries)}),
         }
 
 
-def inspect_adapter(path: Path) -> AdapterSummary:
+def inspect_adapter(path: Path, *, values: bool = True) -> AdapterSummary:
     """Describe an adapter file or PEFT folder, with one of its modules in memory at a time.
+
+    Args:
+        path: the file or folder.
+        values: read the tensors, for the hash and the norms; without, only headers and single numbers are
+            touched, so that it takes no longer for a large file than for a small one.
 
     Raises:
         AdapterFileError: when it cannot be read, or is no adapter.
@@ -129,19 +143,14 @@ def inspect_adapter(path: Path) -> AdapterSummary:
     headers = formats.read_headers(path)
     format = formats.sniff(path)
     outline = formats.read_outline(path)
-    ranks: Counter[int] = Counter()
-    alphas: Counter[float] = Counter()
-
-    def counted() -> Iterator[tuple[ModuleKey, Update]]:
-        for module, update in formats.read_modules(path):
-            ranks[update.rank] += 1
-            alphas[update.alpha] += 1
-            yield module, update
-
-    blocks = block_norms(counted())
     entries, weights = outline.info.metadata, outline.weights
-    digest = data_sha256(headers[0].path, headers[0].data_offset)
-    recorded = entries.get("sshs_model_hash")
+    recorded = _known(entries, "sshs_model_hash")
+    if values:
+        ranks, alphas, blocks = _measured(path)
+        digest = data_sha256(headers[0].path, headers[0].data_offset)
+    else:
+        ranks, alphas = _outlined(headers, weights)
+        blocks, digest = (), recorded or ""
     keys = [key for header in headers for key in header.tensors]
     return AdapterSummary(
         path=path,
@@ -162,10 +171,39 @@ def inspect_adapter(path: Path) -> AdapterSummary:
             label: entries[key] for key, label in _SETTINGS.items() if _known(entries, key) is not None
         },
         model_hash=digest,
-        hash_matches=None if recorded is None or len(headers) > 1 else recorded == digest,
+        hash_matches=None if not values or recorded is None or len(headers) > 1 else recorded == digest,
         blocks=blocks,
-        clients=client_support(format, outline.info.family, weights, keys),
+        clients=client_support(format, outline.info.family, weights, keys, entries),
+        entries=entries,
+        has_values=values,
     )
+
+
+def _measured(path: Path) -> tuple[Counter[int], Counter[float], tuple[BlockNorm, ...]]:
+    """Return how often each rank and alpha comes, and the norms of the blocks, module by module."""
+    ranks: Counter[int] = Counter()
+    alphas: Counter[float] = Counter()
+
+    def counted() -> Iterator[tuple[ModuleKey, Update]]:
+        for module, update in formats.read_modules(path):
+            ranks[update.rank] += 1
+            alphas[update.alpha] += 1
+            yield module, update
+
+    blocks = block_norms(counted())
+    return ranks, alphas, blocks
+
+
+def _outlined(headers: Sequence[Header], weights: AdapterWeights) -> tuple[Counter[int], Counter[float]]:
+    """Return the same counts by an outline, with the alphas that a header says were trained."""
+    trained: dict[str, float] = {}
+    for header in headers:
+        trained |= original_alpha(header.path, header.metadata)
+    alphas = Counter(
+        trained.get(f"{module.component}.{module.path}", trained.get(module.component, update.alpha))
+        for module, update in weights.all_items()
+    )
+    return Counter(update.rank for update in weights.updates.values()), alphas
 
 
 def edit_adapter(

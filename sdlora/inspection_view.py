@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -45,11 +46,16 @@ def render(summary: AdapterSummary, *, width: int = 140, colour: bool = False, p
     console.print(_table([(label, shown(text, 200)) for label, text in _fields(summary)]))
     if summary.settings:
         console.print("\ntraining")
-        console.print(_table([(k, shown(v, 120)) for k, v in summary.settings.items()], indent=2))
-    console.print("\nsize of the update by block (Frobenius norm)")
-    console.print(_bars(summary, plain=plain))
+        console.print(_table([(k, _short(v)) for k, v in summary.settings.items()], indent=2))
+    if summary.has_values:
+        console.print("\nsize of the update by block (Frobenius norm)")
+        console.print(_bars(summary, plain=plain))
     console.print("\nloads fully in")
     console.print(_table([(one.client, _verdict(one)) for one in summary.clients], indent=2))
+    if not summary.has_values:
+        console.print("\nheader entries")
+        rows = [(shown(key, 60), shown(text, 300)) for key, text in sorted(summary.entries.items())]
+        console.print(_table(rows or [("none", "")], indent=2))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
@@ -87,6 +93,8 @@ def draw_norms(summary: AdapterSummary, picture: Path) -> None:
 def _fields(summary: AdapterSummary) -> list[tuple[str, str]]:
     layers = ", ".join(f"{count} in {component}" for component, count in summary.modules.items())
     hash_note = {True: "", False: " (the header says another!)", None: ""}[summary.hash_matches]
+    if not summary.has_values and summary.model_hash:
+        hash_note = " (by the header)"
     title = formats.READERS[summary.format].title
     return [
         ("file", f"{summary.path} ({_size(summary.num_bytes)})"),
@@ -100,7 +108,7 @@ def _fields(summary: AdapterSummary) -> list[tuple[str, str]]:
         ("alpha", _counts({f"{alpha:g}": count for alpha, count in summary.alphas.items()})),
         ("trigger words", ", ".join(summary.trigger_words) or "none recorded"),
         ("tags", ", ".join(f"{tag} ({count})" for tag, count in summary.tags[:8]) or "none recorded"),
-        ("hash", f"{summary.model_hash[:12]}{hash_note}"),
+        ("hash", f"{summary.model_hash[:12] or 'not told by the file'}{hash_note}"),
     ]
 
 
@@ -117,7 +125,8 @@ def _bars(summary: AdapterSummary, *, plain: bool) -> Table:
         if plain:
             bar = Text("#" * max(1 if one.norm > 0 else 0, round(_BAR * one.norm / largest)))
         label = Text(f"{one.component} {shown(one.block, 60)}")
-        table.add_row(Text(""), label, Text(f"{one.norm:.4g}"), bar, Text(f"{one.num_modules} layers"))
+        layers = f"{one.num_modules} layer{'' if one.num_modules == 1 else 's'}"
+        table.add_row(Text(""), label, Text(f"{one.norm:.4g}"), bar, Text(layers))
     return table
 
 
@@ -130,6 +139,13 @@ def _table(rows: Iterable[tuple[str, str]], indent: int = 0) -> Table:
     return table
 
 
+def _short(value: str) -> str:
+    """Return a value of the header fit for a table: long decimal fractions are rounded."""
+    if not re.fullmatch(r"-?\d+\.\d{6,17}", value):
+        return shown(value, 120)
+    return f"{float(value):.5g}"
+
+
 def _counts(counts: Mapping[str, int] | Mapping[int, int]) -> str:
     if len(counts) == 1:
         return str(next(iter(counts)))
@@ -137,7 +153,8 @@ def _counts(counts: Mapping[str, int] | Mapping[int, int]) -> str:
 
 
 def _verdict(support: Support) -> str:
-    return "yes" if support.full else "no: " + "; ".join(support.reasons)
+    verdict = "yes" if support.full else "no: " + "; ".join(support.reasons)
+    return f"{verdict}; {support.hint}" if support.hint else verdict
 
 
 def _size(num_bytes: int) -> str:

@@ -19,6 +19,7 @@ from sdlora.formats.metadata import TrainingFacts, build_header
 from sdlora.inspection import inspect_adapter
 from sdlora.inspection_view import draw_norms, render
 from sdlora.norms import block_norms, delta_norm
+from sdlora.tensor_file import read_header
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,40 @@ def test_a_summary_tells_what_is_in_the_file(format: str, weights: AdapterWeight
     assert max(map(len, text.splitlines())) < 260
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_header_alone_tells_the_same_without_reading_a_tensor(
+    format: str, weights: AdapterWeights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = TrainingFacts(family=SD1, name="ink", steps=300, trigger_words=("inkstyle",))
+    adapter = AdapterFile(weights, AdapterInfo("sd1", "ink", ("inkstyle",), build_header(facts)))
+    target = tmp_path / ("ink" if FORMATS[format].is_folder else "ink.safetensors")
+    files = write_adapter(adapter, format, target, torch.float16, SD1)
+    whole = inspect_adapter(target).to_dict()
+    for file in files:  # values that no reader would take
+        if file.suffix == ".safetensors":
+            header, data = read_header(file), bytearray(file.read_bytes())
+            for key, spec in header.tensors.items():
+                if not key.endswith(".alpha"):
+                    size = spec.end - spec.start
+                    data[header.data_offset + spec.start : header.data_offset + spec.end] = b"\xff" * size
+            file.write_bytes(data)
+    with pytest.raises(AdapterFileError, match="NaN"):
+        inspect_adapter(target)
+    told = inspect_adapter(target, values=False).to_dict()
+    entries = told.pop("header")
+    assert isinstance(entries, dict) and entries["ss_steps"] == "300"
+    read_from_data = {"blocks", "model_hash", "short_hash", "hash_matches"}
+    assert {k: v for k, v in told.items() if k not in read_from_data} == {
+        k: v for k, v in whole.items() if k not in read_from_data
+    }
+    assert told["model_hash"] == (whole["model_hash"] if format == "webui" else "")
+    assert main(["inspect", str(target), "--header"]) == 0
+    printed = capsys.readouterr().out
+    assert "ss_steps" in printed and "modelspec.architecture" in printed and "Frobenius" not in printed
+    assert main(["inspect", str(target), "--header", "--chart", str(tmp_path / "x.png")]) == 2
+    assert "--chart draws the norms" in capsys.readouterr().err
+
+
 def test_a_hash_that_lies_is_told(weights: AdapterWeights, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_adapter(file_of(weights), "webui", path, torch.float16, SD1)
@@ -116,13 +151,13 @@ def test_bars_are_as_long_as_the_norms(weights: AdapterWeights, tmp_path: Path) 
     write_adapter(file_of(weights), "webui", path, torch.float16, SD1)
     summary = inspect_adapter(path)
     largest = max(block.norm for block in summary.blocks)
-    rows = [line for line in render(summary, plain=True).splitlines() if line.endswith("layers")]
+    rows = [line for line in render(summary, plain=True).splitlines() if line.endswith(("layer", "layers"))]
     assert len(rows) == len(summary.blocks) > 5
     for row, block in zip(rows, summary.blocks, strict=True):
         assert row.split()[:2] == [block.component, block.block]
         assert row.count("#") == max(1, round(32 * block.norm / largest))
     for row, block in zip(
-        (line for line in render(summary).splitlines() if line.endswith("layers")),
+        (line for line in render(summary).splitlines() if line.endswith(("layer", "layers"))),
         summary.blocks,
         strict=True,
     ):

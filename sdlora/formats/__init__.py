@@ -54,7 +54,7 @@ def read_adapter(path: Path) -> AdapterFile:
     headers = _headers(path)
     weights = _collected(path, headers, opened)
     info = _info(path, headers, weights)
-    return AdapterFile(kinds.with_projections(weights, info.family), info)
+    return AdapterFile(kinds.as_in_base(weights, info.family), info)
 
 
 def read_modules(path: Path) -> Iterator[tuple[ModuleKey, Update]]:

@@ -6,17 +6,23 @@ sections 1 to 5). A file that "loads" with layers missing counts as not loaded f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..adapters.base import AdapterWeights
+from ..tensor_file import shown
+from . import kinds
 from .client_kinds import kind_reasons, magnitude_reasons
 from .keys import parse_key, spellings
+from .single_file import CONFIG_ENTRY
 
 CLIENTS = ("WebUI", "Forge", "ComfyUI", "kohya sd-scripts", "diffusers", "stable-diffusion.cpp")
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_TEXT_ATTENTION = {"q_proj", "k_proj", "v_proj", "out_proj"}
+_STYLES = ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up."))
+_QKV = {"q_proj", "k_proj", "v_proj"}
+_TEXT_ATTENTION = {*_QKV, "out_proj"}
 _UNSEEN_BY_KOHYA = ("conv_in", "conv_out", "conv_norm_out", "time_embedding", "add_embedding")
 
 
@@ -28,11 +34,13 @@ class Support:
         client: one of :data:`CLIENTS`.
         full: whether every layer takes effect at the right scale.
         reasons: why not.
+        hint: what else its users stumble over, if anything.
     """
 
     client: str
     full: bool
     reasons: tuple[str, ...] = ()
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,13 @@ class _Facts:
     family: str | None
     weights: AdapterWeights
     keys: tuple[str, ...]
+    entries: Mapping[str, str] | None
 
     def any_key(self, *starts: str) -> bool:
         return any(key.startswith(starts) for key in self.keys)
+
+    def any_end(self, end: str) -> bool:
+        return any(key.endswith(end) for key in self.keys)
 
     def any_part(self, *parts: str) -> bool:
         return any(part in key for key in self.keys for part in parts)
@@ -65,7 +77,11 @@ class _Facts:
 
 
 def client_support(
-    format: str, family: str | None, weights: AdapterWeights, keys: Iterable[str]
+    format: str,
+    family: str | None,
+    weights: AdapterWeights,
+    keys: Iterable[str],
+    entries: Mapping[str, str] | None = None,
 ) -> tuple[Support, ...]:
     """Return what each client makes of a file.
 
@@ -74,8 +90,9 @@ def client_support(
         family: ``sd1``, ``sd2``, ``sdxl`` or None.
         weights: the adapter in it, with the alphas that the file itself holds; values are not looked at.
         keys: the file's keys, whose spelling decides for some clients.
+        entries: the header's text entries; what follows from them is left out where they are not given.
     """
-    facts = _Facts(format, family, weights, tuple(keys))
+    facts = _Facts(format, family, weights, tuple(keys), entries)
     found = []
     for client in CLIENTS:
         reasons = _FORMATS[format](client, facts)
@@ -84,7 +101,7 @@ def client_support(
             reasons = [
                 f"reads part of it at most: its keys mix the {' and '.join(mixed)} spellings; export it again"
             ]
-        found.append(Support(client, not reasons, tuple(reasons)))
+        found.append(Support(client, not reasons, tuple(reasons), _hint(client, facts)))
     return tuple(found)
 
 
@@ -98,13 +115,28 @@ def partial_attention(weights: AdapterWeights, component: str) -> list[str]:
     return [block for block, present in blocks.items() if present != _TEXT_ATTENTION]
 
 
-def mixed_alphas(weights: AdapterWeights) -> list[str]:
-    """Return the components whose modules do not all have one alpha."""
-    return [c for c in weights.components() if len({p.alpha for p in weights.updates_of(c).values()}) > 1]
-
-
 def _webui(client: str, facts: _Facts) -> list[str]:
-    return [*_names(client, facts), *_layers(client, facts), *kind_reasons(client, facts.weights)]
+    return [
+        *_names(client, facts),
+        *_shapes(client, facts),
+        *_layers(client, facts),
+        *kind_reasons(client, facts.weights),
+    ]
+
+
+def _hint(client: str, facts: _Facts) -> str:
+    """WebUI files an adapter by two header entries and hides it beside checkpoints of another version."""
+    if client != "WebUI" or facts.format != "webui" or not facts.entries or facts.family is None:
+        return ""
+    told = facts.entries.get("ss_base_model_version", "")
+    version = "sd2" if facts.entries.get("ss_v2") == "True" else "sd1"
+    version = "sdxl" if told.startswith("sdxl_") else version
+    if version == facts.family:
+        return ""
+    return (
+        f"takes it for {version.upper()} by its header and hides its card beside {facts.family.upper()} "
+        "checkpoints; export it again"
+    )
 
 
 def _names(client: str, facts: _Facts) -> list[str]:
@@ -126,47 +158,139 @@ def _names(client: str, facts: _Facts) -> list[str]:
     return reasons
 
 
+def _shapes(client: str, facts: _Facts) -> list[str]:
+    """What follows from how factors and scales are stored."""
+    reasons = []
+    if client in ("kohya sd-scripts", "diffusers") and facts.family is not None:
+        for path, pair in facts.weights.only_plain().component("unet").items():
+            if kinds.wrong_dimensions(path, pair.shape, facts.family):
+                reasons.append(
+                    f"refuses the file: `{path}` has factors in {len(pair.shape)} dimensions, the base "
+                    "another number; export it again"
+                )
+                break
+    if facts.any_end(".scale") and client not in ("WebUI", "stable-diffusion.cpp"):
+        what = "refuses the file for" if client == "diffusers" else "does not know"
+        reasons.append(f"{what} its `.scale` entries; export it again")
+    if client == "diffusers" and CONFIG_ENTRY in (facts.entries or {}) and facts.any_end(".alpha"):
+        reasons.append(f"refuses alphas beside the header entry `{CONFIG_ENTRY}`; export it again")
+    return reasons
+
+
 def _layers(client: str, facts: _Facts) -> list[str]:
     reasons = []
     outer = [p for p in facts.weights.updates_of("unet") if p.split(".", 1)[0] in _UNSEEN_BY_KOHYA]
+    if client == "stable-diffusion.cpp" and facts.any_key(
+        "lora_unet_input_blocks", "lora_unet_output_blocks"
+    ):
+        outer = [path for path in outer if path not in ("conv_in", "conv_out")]  # found in original names
     if outer and client in ("kohya sd-scripts", "stable-diffusion.cpp"):
         reasons.append(f"leaves out `{outer[0]}`" + (f" and {len(outer) - 1} more" if len(outer) > 1 else ""))
+    if client not in _BY_KEY and "text_projection" in facts.weights.updates_of("text_encoder_2"):
+        reasons.append("may leave out `text_projection`; train without it")
     if client == "WebUI":
         open_clip = {"sdxl": "text_encoder_2", "sd2": "text_encoder"}.get(facts.family or "", "")
         if partial := partial_attention(facts.weights, open_clip):
             reasons.append(f"applies text attention only when q, k, v and out are all there (`{partial[0]}`)")
     if client == "diffusers" and set(facts.weights.kinds()) <= {"lora", "dora"}:
         for component in ("text_encoder", "text_encoder_2"):
-            paths = facts.weights.updates_of(component)
-            if paths and not any(path.endswith("out_proj") for path in paths):
+            names = {path.rpartition(".")[2] for path in facts.weights.updates_of(component)}
+            if names & _QKV and "out_proj" not in names:
                 reasons.append(f"loses the attention of `{component}`, which has no `out_proj`")
         reasons += [
-            f"mis-scales `{c}`, whose modules have different alphas" for c in mixed_alphas(facts.weights)
+            f"mis-scales `{c}`, whose modules have different alphas"
+            for c in facts.weights.components()
+            if _is_misscaled(facts, c)
         ]
-    if client == "stable-diffusion.cpp" and facts.scaled_rank_one:
-        reasons.append("takes rank 1 for the input width, so those layers come out far too weak")
+    if client == "stable-diffusion.cpp":
+        reasons += _fused(facts)
+        if facts.scaled_rank_one:
+            reasons.append("takes rank 1 for the input width, so those layers come out far too weak")
     return reasons
+
+
+def _is_misscaled(facts: _Facts, component: str) -> bool:
+    """Tell whether diffusers scales some layers wrongly.
+
+    It gives the most frequent alpha of a component to the U-Net's attention, to all layers of text encoders,
+    and to layers without an alpha of their own (FORMATS.md 4.3).
+    """
+    updates = facts.weights.updates_of(component)
+    parsed = [parse_key(key) for key in facts.keys if key.endswith(".alpha")]
+    stored = {one.module.path for one in parsed if one is not None and one.module.component == component}
+    counts = Counter(updates[path].alpha for path in stored).most_common(2)
+    if not counts:
+        return False
+    if len(counts) > 1 and counts[0][1] == counts[1][1]:
+        return True
+    usual = counts[0][0]
+    return any(
+        update.alpha != usual
+        for path, update in updates.items()
+        if component != "unet" or path.endswith(_ATTENTION) or path not in stored
+    )
+
+
+def _fused(facts: _Facts) -> list[str]:
+    """stable-diffusion.cpp keeps OpenCLIP's query, key and value as one matrix where the checkpoint does."""
+    component = {"sdxl": "text_encoder_2", "sd2": "text_encoder"}.get(facts.family or "", "")
+    blocks: dict[str, set[str]] = {}
+    for path in facts.weights.updates_of(component):
+        block, _, name = path.rpartition(".")
+        if name in _QKV:
+            blocks.setdefault(block, set()).add(name)
+    if not blocks:
+        return []
+    if facts.family == "sd2":
+        return ["leaves out q, k and v of the text encoder where the checkpoint has them as one matrix"]
+    partial = next((block for block, present in blocks.items() if present != _QKV), None)
+    if partial is None:
+        return []
+    return [f"needs q, k and v together where the checkpoint has them as one matrix (`{partial}`)"]
 
 
 def _diffusers(client: str, facts: _Facts) -> list[str]:
     if client == "diffusers":
-        return ["finds nothing without `unet.` before the names; export it again"] if _bare(facts) else []
+        return _by_diffusers(facts)
     if client == "ComfyUI":
         reasons = magnitude_reasons(client, facts.weights)
+        if facts.any_key("text_encoder.encoder.", "text_encoder_2.encoder."):
+            reasons.append("drops the text encoder: its keys lack `text_model.`; export as webui")
         attention = [path for path in facts.weights.updates_of("unet") if path.endswith(_ATTENTION)]
         if attention and not facts.any_part(".processor."):
             reasons.append(
                 f"loses {len(attention)} U-Net attention layers in diffusers keys; export as webui"
             )
-        if not facts.any_part(".alpha") and any(one.scale != 1.0 for one in facts.weights.updates.values()):
-            reasons.append("ignores the alphas, which are in the header only; export as webui")
-        return reasons
+        return reasons + _alphas_in_header(facts)
     if client == "stable-diffusion.cpp":
-        reasons = magnitude_reasons(client, facts.weights)
+        reasons = magnitude_reasons(client, facts.weights) + _alphas_in_header(facts)
         if any(component != "unet" for component in facts.weights.components()):
             reasons.append("leaves out text encoders in diffusers keys; export as webui")
         return reasons
     return ["reads no diffusers keys; export as webui"]
+
+
+def _by_diffusers(facts: _Facts) -> list[str]:
+    reasons = []
+    if _bare(facts):
+        reasons.append("finds nothing without `unet.` before the names; export it again")
+    if foreign := [key for key in facts.keys if "lora" not in key]:
+        reasons.append(f"refuses the file for its `{shown(foreign[0].rpartition('.')[2], 20)}` keys")
+    unet = [key for key in facts.keys if key.startswith("unet.")]
+    styles = [parts for parts in _STYLES if any(part in key for key in unet for part in parts)]
+    if len(styles) > 1:
+        reasons.append("loses layers: it goes by the first key, and the file mixes `lora_A` and `lora.down`")
+    settings = (facts.entries or {}).get(CONFIG_ENTRY, "")
+    for component in facts.weights.components() if settings else ():
+        if f'"{component}.' not in settings:
+            reasons.append(f"refuses the file: the header entry `{CONFIG_ENTRY}` leaves out `{component}`")
+    return reasons
+
+
+def _alphas_in_header(facts: _Facts) -> list[str]:
+    if facts.any_part(".alpha") or all(one.scale == 1.0 for one in facts.weights.updates.values()):
+        return []
+    return ["ignores the alphas, which are in the header only; export as webui"]
 
 
 def _bare(facts: _Facts) -> bool:

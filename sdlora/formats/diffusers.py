@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters.base import AdapterWeights, LowRankPair
+from ..adapters.base import AdapterWeights
 from . import folding, kinds, names, peft
 from .single_file import CONFIG_ENTRY
 
@@ -33,7 +33,7 @@ def encode(
         AdapterFileError: for a kind that diffusers cannot hold, or values that do not fit the number format.
     """
     weights, magnitudes = kinds.as_low_rank(where, "diffusers", weights)
-    fold = all(_folds(pair, dtype) for pair in weights.pairs.values())
+    fold = all(folding.folds_freely(pair.up, pair.scale, dtype) for pair in weights.pairs.values())
     tensors: dict[str, Tensor] = {}
     for module, pair in weights.items():
         at = f"{where}: module `{module.component}.{module.path}`"
@@ -51,15 +51,6 @@ def encode(
         return tensors, {folding.RECORDED_ALPHAS: folding.recorded_alphas(weights), "format": "pt"}
     dora = {module.component for module in magnitudes}
     return tensors, {CONFIG_ENTRY: _settings(weights, dora), "format": "pt"}
-
-
-def _folds(pair: LowRankPair, dtype: torch.dtype) -> bool:
-    """Tell whether multiplying the scale into ``up`` rounds no more than storing ``up`` would."""
-    if pair.scale == 1.0:
-        return True
-    if torch.equal(pair.up.to(dtype).to(pair.up.dtype), pair.up):
-        return folding.folds_exactly(pair.up, pair.scale, dtype)
-    return bool(torch.isfinite(folding.scaled(pair.up, pair.scale).to(dtype)).all())
 
 
 def _settings(weights: AdapterWeights, dora: Collection[str]) -> str:

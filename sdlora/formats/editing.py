@@ -100,6 +100,8 @@ def edit_header(
     ]
     if not problems:
         problems = [problem for key, text in values.items() if (problem := _broken(key, text, family))]
+    if not problems:
+        problems = _contradiction(values, dict(header.metadata) | values)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n{listed}")
@@ -198,6 +200,23 @@ def _broken(key: str, text: str, family: str | None) -> str | None:
     if key == "ss_v2" and family is not None and (text == "True") != (family == "sd2"):
         return f"`{key}={text}`: the layers are those of {family}; give {family == 'sd2'}"
     return None
+
+
+def _contradiction(values: Mapping[str, str], entries: Mapping[str, str]) -> list[str]:
+    """Return a problem where the entries by which programs find the family say different things."""
+    told = {
+        key: table[entries[key]]
+        for key, table in (("ss_base_model_version", _VERSIONS), ("modelspec.architecture", _ARCHITECTURES))
+        if entries.get(key) in table
+    }
+    touched = [key for key in _NEEDED if key in values]
+    differ = len(set(told.values())) > 1 or any(
+        (family == "sd2") != (entries["ss_v2"] == "True") for family in told.values() if "ss_v2" in entries
+    )
+    if not touched or not differ:
+        return []
+    said = ", ".join(f"`{key}={shown(entries[key], 40)}`" for key in _NEEDED if key in entries)
+    return [f"`{touched[0]}`: the header would contradict itself ({said}); set them together"]
 
 
 def _json(text: str) -> object:

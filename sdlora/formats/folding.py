@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.kinds import DoRA
 from ..errors import AdapterFileError
 from ..tensor_file import FLOAT_DTYPES, entry_json, shown
 
@@ -111,6 +112,21 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
 
 
+def own_dtype(weights: AdapterWeights) -> torch.dtype:
+    """Return the number format that an adapter's factors are stored in, float32 where they differ.
+
+    Of pairs ``down`` tells: ``up`` may be wider than it was stored, once a scale is taken out of it again.
+    DoRA's magnitudes are float32 always and tell nothing.
+    """
+    found: set[torch.dtype] = set()
+    for update in weights.updates.values():
+        inner = update.direction if isinstance(update, DoRA) else update
+        tensors = [inner.down] if isinstance(inner, LowRankPair) else inner.tensors().values()
+        found |= {tensor.dtype for tensor in tensors}
+    usual = (torch.float32, torch.float16, torch.bfloat16)
+    return found.pop() if len(found) == 1 and found <= set(usual) else torch.float32
+
+
 def is_power_of_two(value: float) -> bool:
     """Tell whether multiplying by ``value`` only changes the exponent."""
     return value != 0.0 and abs(math.frexp(value)[0]) == 0.5
@@ -132,6 +148,18 @@ def folds_exactly(up: Tensor, factor: float, dtype: torch.dtype) -> bool:
     stored = up.to(dtype)
     folded = scaled(stored, factor).to(dtype)
     return torch.equal(unfold(folded, factor).to(dtype), stored)
+
+
+def folds_freely(up: Tensor, factor: float, dtype: torch.dtype) -> bool:
+    """Tell whether ``up * factor`` stored in ``dtype`` is rounded no more than ``up`` itself would be.
+
+    So it is where no rounding is needed, and where ``up`` has to be rounded anyway.
+    """
+    if factor == 1.0:
+        return True
+    if torch.equal(up.to(dtype).to(up.dtype), up):
+        return folds_exactly(up, factor, dtype)
+    return bool(torch.isfinite(scaled(up, factor).to(dtype)).all())
 
 
 def common(values: Iterable[float]) -> float:

@@ -81,6 +81,39 @@ def with_projections(weights: AdapterWeights, family: str | None) -> AdapterWeig
     )
 
 
+def as_in_base(weights: AdapterWeights, family: str | None) -> AdapterWeights:
+    """Return an adapter with layers that are or could be 1x1 convolutions in their family's own dimensions.
+
+    ``proj_in`` and ``proj_out`` are convolutions in SD1 and linear in SD2 and SDXL. Some programs write the
+    factors of one like those of the other: the WebUIs reshape them, kohya and diffusers refuse the file
+    (FORMATS.md 1.2).
+    """
+    weights = with_projections(weights, family)
+    if family is None:
+        return weights
+    odd = {
+        key: pair
+        for key, pair in weights.only_plain().items()
+        if key.component == "unet" and wrong_dimensions(key.path, pair.shape, family)
+    }
+    if not odd:
+        return weights
+    return AdapterWeights({**weights.updates, **{key: _other_dimensions(pair) for key, pair in odd.items()}})
+
+
+def wrong_dimensions(path: str, shape: tuple[int, ...], family: str) -> bool:
+    """Tell whether an update is that of a linear layer where the family has a 1x1 convolution, or reverse."""
+    if path.endswith(".conv_shortcut") or (_is_projection(path) and family == "sd1"):
+        return len(shape) == 2
+    return _is_projection(path) and shape[2:] == (1, 1)
+
+
+def _other_dimensions(pair: LowRankPair) -> LowRankPair:
+    if pair.down.ndim == 4:
+        return LowRankPair(pair.down[:, :, 0, 0], pair.up[:, :, 0, 0], pair.alpha)
+    return LowRankPair(pair.down[:, :, None, None], pair.up[:, :, None, None], pair.alpha)
+
+
 def as_low_rank(
     where: str, format: str, weights: AdapterWeights
 ) -> tuple[AdapterWeights, dict[ModuleKey, Tensor]]:

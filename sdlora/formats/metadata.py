@@ -11,6 +11,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -55,6 +56,7 @@ class TrainingFacts:
         base_digest: SHA-256 (hex) of the base.
         config: the run's settings, resolved.
         prediction_type: what the U-Net predicts; ``config`` may leave it to the base.
+        zero_terminal_snr: whether the noise schedule ended in pure noise.
         native_resolution: px, where ``config.data.resolution`` is open.
         steps: optimizer steps done.
         epochs: passes over the pictures done.
@@ -83,6 +85,7 @@ class TrainingFacts:
     base_digest: str | None = None
     config: Config | None = None
     prediction_type: str | None = None
+    zero_terminal_snr: bool = False
     native_resolution: int | None = None
     steps: int | None = None
     epochs: float | None = None
@@ -243,6 +246,8 @@ def _base_entries(facts: TrainingFacts) -> dict[str, Any]:
     version = facts.family.base_model_version if facts.family else None
     if version is not None and _prediction(facts) == "v" and not version.startswith("sdxl_"):
         version += "_v"
+    # kohya's are whole numbers, and tools read them as such; the steps tell exactly
+    epochs = None if facts.epochs is None else math.ceil(facts.epochs - 1e-9)
     session = f"{facts.name} {facts.started_at} {facts.base_digest} {facts.seed}".encode()
     return {
         "base_model_version": version,
@@ -251,17 +256,17 @@ def _base_entries(facts: TrainingFacts) -> dict[str, Any]:
         "sd_model_name": facts.base_title,
         "sd_model_hash": None,
         "new_sd_model_hash": facts.base_digest,
-        "vae_name": None,
+        "vae_name": folder_name(facts.config.model.vae) if facts.config and facts.config.model.vae else None,
         "session_id": int.from_bytes(hashlib.sha256(session).digest()[:4], "big"),
         "training_started_at": facts.started_at,
         "training_finished_at": facts.finished_at,
         "seed": facts.config.training.seed if facts.config else facts.seed,
         "steps": facts.steps,
         "max_train_steps": facts.steps,
-        "epoch": None if facts.epochs is None else _plain(facts.epochs),
-        "num_epochs": None if facts.epochs is None else _plain(facts.epochs),
+        "epoch": epochs,
+        "num_epochs": epochs,
         "network_module": "networks.lora",
-        "zero_terminal_snr": False,
+        "zero_terminal_snr": facts.zero_terminal_snr,
         "lowram": False,
     }
 
@@ -309,6 +314,13 @@ def _setting_entries(config: Config) -> dict[str, Any]:
         "noise_offset": training.noise_offset or None,
         "clip_skip": config.model.clip_skip if config.model.clip_skip > 1 else None,
         "caption_dropout_rate": data.caption_dropout,
+        "caption_tag_dropout_rate": data.tag_dropout,
+        "shuffle_caption": data.shuffle_tags,
+        "keep_tokens": data.keep_tags,
+        "color_aug": data.colour_jitter > 0,
+        "random_crop": data.crop == "random",
+        "bucket_no_upscale": not data.upscale,
+        "prior_loss_weight": data.prior_preservation or None,
         "cache_latents": True,
         "loss_type": "l2",
         "full_fp16": False,

@@ -19,7 +19,9 @@ _KOHYA = (
     *("text_encoder_lr", "optimizer", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "mixed_precision"),
     *("gradient_accumulation_steps", "gradient_checkpointing", "full_fp16", "min_snr_gamma", "noise_offset"),
     *("zero_terminal_snr", "caption_dropout_rate", "loss_type", "seed", "cache_latents", "flip_aug"),
-    *("enable_bucket", "training_started_at", "training_finished_at"),
+    *("enable_bucket", "bucket_no_upscale", "training_started_at", "training_finished_at"),
+    *("caption_tag_dropout_rate", "shuffle_caption", "keep_tokens", "color_aug", "random_crop"),
+    "prior_loss_weight",
 )
 _MODELSPEC = (
     *("sai_model_spec", "architecture", "implementation", "title", "resolution", "date", "author"),

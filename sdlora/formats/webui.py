@@ -2,7 +2,7 @@
 
 Rules from FORMATS.md sections 0 to 2: diffusers block names for SD1 and SD2 but the original ones for
 SDXL, ``text_model_`` in every text-encoder key, a 0-dim float32 ``alpha`` for every module (rank 1 apart),
-and one alpha per component wherever that needs no rounding, because diffusers misreads files that mix them.
+and one alpha per component wherever that costs nothing, because diffusers misreads files that mix them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def encode(
 
 
 def _shared_alpha(pairs: Mapping[str, LowRankPair], dtype: torch.dtype) -> tuple[float | None, bool]:
-    """Return the alpha that all modules can share without any rounding, and whether rank 1 goes without.
+    """Return the alpha that all modules can share at no cost, and whether rank 1 goes without.
+
+    No cost means no rounding, or none beyond what the number format asks of the values anyway.
 
     stable-diffusion.cpp takes rank 1 for the input width when a module has an alpha (FORMATS.md 5.7), and
     every client takes a missing alpha for the rank. So where all can share alpha 1, rank 1 goes without.
@@ -64,8 +66,13 @@ def _shared_alpha(pairs: Mapping[str, LowRankPair], dtype: torch.dtype) -> tuple
     """
 
     def shares(alpha: float) -> bool:
-        deviating = (pair for pair in pairs.values() if pair.alpha != alpha)
-        return all(folding.folds_exactly(pair.up, pair.alpha / alpha, dtype) for pair in deviating)
+        deviating = ((pair.up, pair.alpha / alpha) for pair in pairs.values() if pair.alpha != alpha)
+        return all(
+            folding.folds_freely(up, factor, dtype)
+            if abs(factor) > 1.0
+            else folding.folds_exactly(up, factor, dtype)
+            for up, factor in deviating
+        )
 
     if any(pair.rank == 1 for pair in pairs.values()) and shares(1.0):
         return 1.0, True

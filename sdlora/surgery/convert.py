@@ -20,6 +20,7 @@ from ..adapters.kinds import DoRA
 from ..adapters.plain import as_plain
 from ..config import Precision
 from ..errors import AdapterFileError, ConfigError, ModelError
+from ..formats.folding import own_dtype
 from .checkpoints import open_checkpoint
 from .dense import cut_matrix
 from .factors import Cut, distance, factors_of
@@ -34,7 +35,6 @@ from .sources import (
     family_of,
     fingerprints,
     number_format,
-    own_dtype,
     result_info,
     silent,
     write_adapter,

@@ -18,6 +18,7 @@ from ..config import Precision
 from ..errors import AdapterFileError, ConfigError, OutputError
 from ..families import FAMILIES, family_info
 from ..files import replacing
+from ..formats.folding import own_dtype
 from ..formats.proof import prove
 from ..tensor_file import DTYPE_NAMES, data_sha256
 
@@ -129,12 +130,6 @@ def family_of(adapters: Sequence[Opened]) -> FamilyInfo:
             f"{', '.join(FAMILIES)}"
         )
     return family_info(name)
-
-
-def own_dtype(weights: AdapterWeights) -> torch.dtype:
-    """Return the number format of an adapter's factors, float32 where they differ."""
-    found = {tensor.dtype for update in weights.updates.values() for tensor in update.tensors().values()}
-    return found.pop() if len(found) == 1 and found <= set(DTYPES.values()) else torch.float32
 
 
 def number_format(asked: Precision | None, adapters: Sequence[Opened]) -> torch.dtype:

@@ -50,7 +50,7 @@ def tiny_unet(family: FamilyInfo = SD1, layers_per_block: int = 2) -> UNet2DCond
             block_out_channels=(8, 16, 16),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 3),
+            transformer_layers_per_block=(1, 1, 2),
             layers_per_block=2,
             cross_attention_dim=24,
             attention_head_dim=(2, 4, 4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sdlora
-from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey, Update
 from sdlora.families.base import FamilyInfo
 from sdlora.formats import FORMATS, read_adapter, write_adapter
 from sdlora.formats.clients import CLIENTS, client_support
 from sdlora.formats.other_readers import through_diffusers
 from sdlora.formats.proof import compare, prove
+from sdlora.inspection import inspect_adapter
 
 from .adapters import (
     ATTENTION,
@@ -33,6 +35,7 @@ from .adapters import (
     file_of,
     models_of,
     random_adapter,
+    random_pair,
     tiny_text_encoder,
     tiny_unet,
 )
@@ -40,7 +43,8 @@ from .adapters import (
 MINI = Path(sdlora.__file__).parent / "assets" / "mini"
 
 
-def make_pipeline(family: FamilyInfo) -> diffusers.DiffusionPipeline:
+def make_pipeline(family: FamilyInfo, *, shallow: bool = False) -> diffusers.DiffusionPipeline:
+    """``shallow``: with few blocks, for tests that load only some layers."""
     scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
     if family is SDXL:
         return diffusers.StableDiffusionXLPipeline(
@@ -53,11 +57,24 @@ def make_pipeline(family: FamilyInfo) -> diffusers.DiffusionPipeline:
             scheduler=scheduler,
             add_watermarker=False,
         )
+    if shallow:
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=12,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+    else:
+        unet = tiny_unet(family, layers_per_block=1)
     return diffusers.StableDiffusionPipeline(
         vae=None,
         text_encoder=tiny_text_encoder(),
         tokenizer=None,
-        unet=tiny_unet(family, layers_per_block=1),
+        unet=unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -292,3 +309,180 @@ def test_webui_needs_whole_attention_blocks_in_open_clip() -> None:
     )
     support = {one.client: one for one in client_support("webui", "sdxl", weights, ["lora_te2_x.alpha"])}
     assert not support["WebUI"].full and "q, k, v and out" in support["WebUI"].reasons[0]
+
+
+MID = "mid_block.attentions.0.transformer_blocks.0"
+SOME = (
+    *(f"{MID}.attn1.to_q", f"{MID}.attn1.to_out.0", f"{MID}.ff.net.2", "mid_block.attentions.0.proj_in"),
+    "mid_block.resnets.0.conv1",
+)
+SOME_TEXT = tuple(
+    f"text_model.encoder.layers.0.{name}"
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1")
+)
+Crafted = tuple[dict[str, torch.Tensor], dict[str, str]]
+
+
+def crafted(case: str, weights: AdapterWeights) -> Crafted:
+    """Return tensors and header entries of a file as some program or other writes it, with nothing folded."""
+    tensors: dict[str, torch.Tensor] = {}
+    for (component, path), pair in weights.items():
+        webui = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[component] + path.replace(".", "_")
+        down, up = pair.down, pair.up
+        if case == "flat projection" and path.endswith("proj_in"):
+            down, up = down[:, :, 0, 0], up[:, :, 0, 0]
+        if case.startswith("diffusers"):
+            old = case == "diffusers, two styles" and ".attn1." in path
+            ends = ("lora.down", "lora.up") if old else ("lora_A", "lora_B")
+            tensors[f"{component}.{path}.{ends[0]}.weight"] = down
+            tensors[f"{component}.{path}.{ends[1]}.weight"] = up * pair.scale
+            if case == "diffusers, alphas":
+                tensors[f"{component}.{path}.alpha"] = torch.tensor(float(pair.rank))
+            continue
+        tensors |= {f"{webui}.lora_down.weight": down, f"{webui}.lora_up.weight": up}
+        if case == "scales" and path.endswith("proj_in"):
+            tensors[f"{webui}.scale"] = torch.tensor(pair.scale)
+        if not (case == "no alpha for convolutions" and path.endswith("conv1")):
+            tensors[f"{webui}.alpha"] = torch.tensor(pair.alpha)
+    if case not in ("settings beside alphas", "diffusers, settings for the unet alone"):
+        return tensors, {"ss_base_model_version": "sd_v1"}
+    targets = ["to_q", "to_out.0", "net.2", "proj_in", "conv1"]
+    settings = {"unet.r": 4, "unet.lora_alpha": 4, "unet.target_modules": targets}
+    return tensors, {"lora_adapter_metadata": json.dumps(settings)}
+
+
+def alpha_for(case: str, component: str, path: str) -> float:
+    special = {
+        "convolutions have their own alpha": path.endswith("conv1"),
+        "no alpha for convolutions": path.endswith("conv1"),
+        "feed-forward has its own alpha": ".ff." in path,
+        "attention has its own alpha": ".attn1." in path,
+        "text MLP has its own alpha": "mlp" in path,
+    }
+    return 4.0 if special.get(case) else 2.0
+
+
+@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("case", "full"),
+    [
+        ("plain", True),
+        ("convolutions have their own alpha", True),
+        ("feed-forward has its own alpha", True),
+        ("no alpha for convolutions", False),
+        ("attention has its own alpha", False),
+        ("text MLP has its own alpha", False),
+        ("flat projection", False),
+        ("scales", False),
+        ("settings beside alphas", False),
+        ("no out_proj", False),
+        ("text MLP alone", True),
+        ("diffusers", True),
+        ("diffusers, two styles", False),
+        ("diffusers, alphas", False),
+        ("diffusers, settings for the unet alone", False),
+    ],
+)
+def test_what_is_said_of_diffusers_is_what_diffusers_does(case: str, full: bool, tmp_path: Path) -> None:
+    pipeline = make_pipeline(SD1, shallow=True)
+    models = models_in(pipeline)
+    generator = torch.Generator().manual_seed(0)
+    dropped = {"no out_proj": ("out_proj",), "text MLP alone": ("q_proj", "k_proj", "v_proj", "out_proj")}
+    pairs: dict[ModuleKey, Update] = {}
+    for component, model in models.items():
+        for path, layer in model.named_modules():
+            module = canonical(component, path)
+            if module.path in (*SOME, *SOME_TEXT) and not path.endswith(dropped.get(case, "none")):
+                pairs[module] = random_pair(layer, 4, alpha_for(case, component, path), generator)
+    weights = AdapterWeights(pairs)
+    path = tmp_path / "a.safetensors"
+    tensors, entries = crafted(case, weights)
+    save_file(tensors, path, entries)
+    assert_deltas({key: pair.delta() for key, pair in read_adapter(path).weights.items()}, weights)
+    try:
+        pipeline.load_lora_weights(str(path))
+        loaded: dict[ModuleKey, torch.Tensor] = {}
+        for component, model in models.items():
+            loaded |= deltas_in(model, component)
+        assert_deltas(loaded, weights)
+        works = True
+    except (AssertionError, ValueError, KeyError, RuntimeError, TypeError):
+        works = False
+    said = next(one for one in inspect_adapter(path).clients if one.client == "diffusers")
+    assert (works, said.full) == (full, full), said.reasons
+
+
+def pairs_for(*modules: tuple[str, str], alpha: float = 2.0, rank: int = 2) -> AdapterWeights:
+    pair = LowRankPair(torch.ones(rank, 3), torch.ones(3, rank), alpha)
+    return AdapterWeights({ModuleKey(component, path): pair for component, path in modules})
+
+
+LAYER = "text_model.encoder.layers.0.self_attn"
+WHOLE = [("text_encoder", f"{LAYER}.{name}") for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
+TO_K = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+
+
+def test_open_clips_fused_attention_in_stable_diffusion_cpp() -> None:
+    def reasons(family: str, weights: AdapterWeights) -> tuple[str, ...]:
+        found = client_support("webui", family, weights, ["lora_te_x.lora_down.weight"])
+        return next(one.reasons for one in found if one.client == "stable-diffusion.cpp")
+
+    assert reasons("sd1", pairs_for(*WHOLE)) == ()
+    assert "leaves out q, k and v" in reasons("sd2", pairs_for(*WHOLE))[0]
+    second = [("text_encoder_2", path) for _, path in WHOLE]
+    assert reasons("sdxl", pairs_for(*second)) == ()
+    assert "needs q, k and v together" in reasons("sdxl", pairs_for(*second[1:]))[0]
+    assert reasons("sdxl", pairs_for(*second[3:])) == ()
+
+
+@pytest.mark.parametrize(
+    ("format", "family", "modules", "keys", "entries", "expected"),
+    [
+        ("webui", "sdxl", [("unet", "conv_in")], ["lora_unet_input_blocks_0_0.x"], {}, {"kohya sd-scripts"}),
+        (
+            *("webui", "sdxl", [("unet", "time_embedding.linear_1")], ["lora_unet_time_embed_0.x"], {}),
+            {"kohya sd-scripts", "stable-diffusion.cpp"},
+        ),
+        ("webui", "sd1", [TO_K], ["lora_unet_x.scale"], {}, set(CLIENTS) - {"WebUI", "stable-diffusion.cpp"}),
+        (
+            *("webui", "sdxl", [("text_encoder_2", "text_projection")], ["lora_te2_text_projection.x"], {}),
+            set(CLIENTS) - {"ComfyUI", "Forge"},
+        ),
+        (
+            *("diffusers", "sd1", [TO_K], ["unet.x.alpha", "unet.x.lora_A.weight"], {}),
+            set(CLIENTS) - {"stable-diffusion.cpp"},
+        ),
+    ],
+)
+def test_what_else_clients_leave_out(
+    format: str,
+    family: str,
+    modules: list[tuple[str, str]],
+    keys: list[str],
+    entries: dict[str, str],
+    expected: set[str],
+) -> None:
+    found = client_support(format, family, pairs_for(*modules), keys, entries)
+    assert {one.client for one in found if not one.full} == expected
+
+
+def test_alphas_in_the_header_and_flat_text_encoders_are_lost_on_clients_that_read_keys_alone() -> None:
+    keys = ["unet.x.lora_A.weight", "text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight"]
+    weights = pairs_for(("unet", "mid_block.attentions.0.proj_in"), alpha=1.0)
+    told = {one.client: one.reasons for one in client_support("diffusers", "sd1", weights, keys)}
+    assert any("header only" in reason for reason in told["stable-diffusion.cpp"])
+    assert any("header only" in reason for reason in told["ComfyUI"])
+    assert any("lack `text_model.`" in reason for reason in told["ComfyUI"])
+
+
+def test_a_header_by_which_webui_hides_the_file_is_told() -> None:
+    def hint(family: str, entries: dict[str, str]) -> str:
+        found = client_support("webui", family, pairs_for(TO_K), ["lora_unet_x.lora_down.weight"], entries)
+        assert all(not one.hint for one in found if one.client != "WebUI")
+        return next(one.hint for one in found if one.client == "WebUI")
+
+    assert hint("sdxl", {"ss_base_model_version": "sdxl_base_v1-0"}) == ""
+    assert "takes it for SD1" in hint("sdxl", {"modelspec.title": "x"})
+    assert "hides its card beside SD2" in hint("sd2", {"ss_v2": "False"})
+    assert hint("sdxl", {}) == ""  # without any entry WebUI shows it everywhere
+    assert hint("sd1", {"x": "y"}) == ""

@@ -180,6 +180,25 @@ def test_what_may_not_be_set_is_refused_with_the_reason(assignment: str, sd1_fil
     assert sd1_file.read_bytes() == before
 
 
+def test_entries_that_tell_the_family_are_set_together_where_the_layers_do_not(tmp_path: Path) -> None:
+    path = tmp_path / "narrow.safetensors"
+    weights = AdapterWeights({CROSS: LowRankPair(torch.ones(1, 12), torch.ones(4, 1), 1.0)})
+    write_adapter(AdapterFile(weights), "webui", path, torch.float32, SD1)
+    for one in (
+        "ss_v2=True",
+        "ss_base_model_version=sd_v2",
+        "modelspec.architecture=stable-diffusion-v2-512/lora",
+    ):
+        with pytest.raises(ConfigError, match=r"contradict itself.*set them together"):
+            edit_adapter(path, [one], [])
+    edit_adapter(
+        path,
+        ["ss_v2=True", "ss_base_model_version=sd_v2", "modelspec.architecture=stable-diffusion-v2-512/lora"],
+        [],
+    )
+    assert read_header(path).metadata["ss_v2"] == "True"
+
+
 def test_all_problems_are_told_together(sd1_file: Path) -> None:
     with pytest.raises(ConfigError, match="3 problems") as caught:
         edit_adapter(sd1_file, ["format=x"], ["missing", "ss_v2"])

@@ -103,7 +103,7 @@ def test_the_entries_that_webui_and_kohya_read(preview: Path) -> None:
         "ss_num_train_images": "40",
         "ss_num_reg_images": "0",
         "ss_steps": "300",
-        "ss_epoch": "12.5",
+        "ss_epoch": "13",
         "ss_learning_rate": "0.001",
         "ss_text_encoder_lr": "None",
         "ss_lr_scheduler": "cosine",
@@ -133,6 +133,37 @@ def test_the_entries_that_webui_and_kohya_read(preview: Path) -> None:
     assert json.loads(header["ss_dataset_dirs"]) == {"ink set": {"n_repeats": 1, "img_count": 40}}
     buckets = json.loads(header["ss_bucket_info"])["buckets"]
     assert {"resolution": [80, 48], "count": 10} in buckets.values() and len(buckets) == 2
+
+
+def test_what_the_settings_say_of_captions_crops_and_the_schedule_is_told(preview: Path) -> None:
+    plain = build_header(facts(preview))
+    assert (plain["ss_zero_terminal_snr"], plain["ss_vae_name"]) == ("False", "None")
+    assert (plain["ss_shuffle_caption"], plain["ss_random_crop"]) == ("False", "False")
+    changed = config().with_values(
+        {
+            "model.vae": "/home/jane/models/soft.vae.safetensors",
+            "data.shuffle_tags": True,
+            "data.keep_tags": 2,
+            "data.tag_dropout": 0.25,
+            "data.crop": "random",
+            "data.colour_jitter": 0.1,
+            "data.upscale": False,
+            "data.prior_preservation": 0.5,
+        }
+    )
+    header = build_header(dataclasses.replace(facts(), config=changed, zero_terminal_snr=True))
+    expected = {
+        "ss_zero_terminal_snr": "True",
+        "ss_vae_name": "soft.vae.safetensors",
+        "ss_shuffle_caption": "True",
+        "ss_keep_tokens": "2",
+        "ss_caption_tag_dropout_rate": "0.25",
+        "ss_random_crop": "True",
+        "ss_color_aug": "True",
+        "ss_bucket_no_upscale": "True",
+        "ss_prior_loss_weight": "0.5",
+    }
+    assert {key: header.get(key) for key in expected} == expected
 
 
 def test_no_private_path_gets_into_the_header(preview: Path) -> None:

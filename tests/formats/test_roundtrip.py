@@ -15,8 +15,8 @@ from sdlora.adapters.base import AdapterFile, AdapterWeights, LowRankPair, Modul
 from sdlora.errors import AdapterFileError, OutputError
 from sdlora.families.base import FamilyInfo
 from sdlora.formats import FORMATS, names, read_adapter, sniff, write_adapter
-from sdlora.formats.folding import alpha_value, stored_alpha
-from sdlora.formats.proof import compare
+from sdlora.formats.folding import alpha_value, own_dtype, stored_alpha
+from sdlora.formats.proof import compare, prove
 
 from .adapters import (
     EVERYTHING,
@@ -146,6 +146,22 @@ def test_webui_gives_one_alpha_a_component_where_that_is_exact(
     for prefix in ("lora_unet_", "lora_te_"):
         alphas = {float(v) for k, v in state.items() if k.startswith(prefix) and k.endswith(".alpha")}
         assert len(alphas) == 1
+
+
+def test_ranks_by_block_load_right_in_every_client_where_values_are_rounded_anyway(tmp_path: Path) -> None:
+    # alpha is each module's own rank, as training with adapter.block_ranks leaves it
+    weights = random_adapter(models_of(SD1), LINEAR, ranks=(2, 12, 16), scales=(1.0,))
+    target = tmp_path / "a.safetensors"
+    write_adapter(file_of(weights), "webui", target, torch.float16, SD1)
+    proof, clients = prove(weights, target, "webui", torch.float16, SD1)
+    assert proof.read_by == ("sdlora", "diffusers") and all(one.full for one in clients)
+    found = read_adapter(target).weights
+    assert {one.alpha for one in found.pairs.values()} == {2.0, 12.0, 16.0}
+    assert own_dtype(found) == torch.float16
+    write_adapter(read_adapter(target), "webui", tmp_path / "again.safetensors", torch.float16, SD1)
+    assert (
+        compare(found, read_adapter(tmp_path / "again.safetensors").weights, torch.float16, "again")[1] < 1e-6
+    )
 
 
 def test_sdxl_unet_keys_use_the_original_names(tmp_path: Path) -> None:
