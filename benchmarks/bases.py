@@ -274,7 +274,7 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return a digest of a file's tensors, whatever its header says."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
