@@ -244,15 +244,16 @@ def newest_preview(run: Path) -> Path | None:
 
 
 def find_lora_folder(folder: Path) -> Path:
-    """Return a WebUI's ``models/Lora``, given the WebUI's folder or that folder itself.
+    """Return a WebUI's ``models/Lora`` (ComfyUI's ``models/loras``), given its folder or that folder itself.
 
     Raises:
         OutputError: when it is neither.
     """
     inside = folder / "models" / "Lora"
-    if inside.is_dir():
-        return inside
-    if folder.is_dir() and folder.name.lower() == "lora":
+    for known in (inside, folder / "models" / "loras"):
+        if known.is_dir():
+            return known
+    if folder.is_dir() and folder.name.lower() in ("lora", "loras"):
         return folder
     if (folder / "models").is_dir() and any((folder / file).is_file() for file in ("webui.py", "launch.py")):
         return inside  # WebUI itself makes it at its first start

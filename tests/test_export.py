@@ -224,6 +224,12 @@ def test_it_goes_straight_into_a_webui(source: Path, tmp_path: Path) -> None:
     assert read_adapter(lora / "second.safetensors").info.name == "second"
 
 
+def test_comfyuis_folder_of_adapters_is_found(tmp_path: Path) -> None:
+    loras = tmp_path / "ComfyUI" / "models" / "loras"
+    loras.mkdir(parents=True)
+    assert find_lora_folder(tmp_path / "ComfyUI") == find_lora_folder(loras) == loras
+
+
 def test_other_folders_are_no_webui(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"is no WebUI folder; give the folder that holds webui\.py"):
         find_lora_folder(tmp_path)
