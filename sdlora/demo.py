@@ -7,8 +7,6 @@ several strengths, compare them with the true icons of these subjects, and expor
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .config import Config, load_config
 from .copying import Copying, copying
 from .data.folder import ImageItem, load_pixels, scan
-from .errors import DatasetError, TrainingError
+from .demo_data import HOLDOUT, STYLE, demo_config, find_data
+from .errors import TrainingError
 from .events import Announcer, Control, Event, Listener, Noticed, RunFinished, RunStarted, read_events
 from .files import find_settings, refuse_used_folder, replacing, write_json
 from .page import Compared, Page, Swept, write_page
@@ -33,15 +32,12 @@ if TYPE_CHECKING:
     from .render import GenerateRequest
     from .train import TrainResult
 
-STYLE, HOLDOUT = "ink-icons", "ink-icons-holdout"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 """What the sweep shows."""
 MEASURED = (0.75, 1.0, 1.25)
 """Strengths at which all held-out subjects are drawn and scored."""
 SHOWN = ("bicycle", "cat", "hamburger", "house", "mushroom", "sailboat", "teapot", "umbrella")
 """Subjects of the sweep, chosen by name for their different outlines; all others are on the page, too."""
-SETTINGS = ("adapter.targets=all", "sample.steps=10", "sample.every=75")
-"""What the demo sets besides the base's recommended settings."""
 
 _DRAW_STEPS = 10
 _SEED = 1
@@ -237,44 +233,6 @@ def _show(
     return result
 
 
-def find_data() -> Path:
-    """Return the folder that holds the sample data sets: installed, or of the checkout.
-
-    Raises:
-        DatasetError: when there is none.
-    """
-    spec = importlib.util.find_spec("sdlora_datasets")
-    candidates = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    candidates.append(Path(__file__).parent.parent / "datasets")
-    for folder in candidates:
-        if (folder / STYLE).is_dir() and (folder / HOLDOUT).is_dir():
-            return folder
-    raise DatasetError(
-        f"the sample data sets {STYLE} and {HOLDOUT} are not installed (looked in "
-        f"{', '.join(str(folder) for folder in candidates)}); install sdlora again, or run from a checkout"
-    )
-
-
-def demo_config(
-    output: Path, data: Path, *, base: str = "mini", steps: int | None = None, settings: Sequence[str] = ()
-) -> Config:
-    """Return the training's settings: the base's recommended ones and the demo's few own."""
-    return load_config(
-        None,
-        (*SETTINGS, *settings),
-        {
-            "model.base": base,
-            "data.folder": data / STYLE,
-            "data.trigger_word": _trigger_word(data / STYLE),
-            "training.steps": steps,
-            "output.folder": output,
-            "output.name": STYLE,
-            "output.license": "MIT",
-            "output.description": "Black ink on white, learned from Fluent UI Emoji High Contrast.",
-        },
-    )
-
-
 def recommended_strength(scores: Mapping[float, StyleScore]) -> float:
     """Return the weakest strength that is as good as the best one, within the best one's interval.
 
@@ -283,13 +241,6 @@ def recommended_strength(scores: Mapping[float, StyleScore]) -> float:
     above = {strength: one for strength, one in scores.items() if strength > 0}
     best = max(above.values(), key=lambda one: one.value)
     return min(strength for strength, one in above.items() if one.value >= best.low)
-
-
-def _trigger_word(folder: Path) -> str:
-    found = re.search(r"Trigger word\W+(\w+)", (folder / "README.md").read_text(encoding="utf-8"))
-    if found is None:
-        raise DatasetError(f"{folder / 'README.md'}: names no trigger word; install sdlora again")
-    return found.group(1)
 
 
 def _train(config: Config, listeners: Sequence[Listener], *, resume: bool) -> tuple[TrainResult, int]:

@@ -16,7 +16,7 @@ LAYERS = [
     {"files", "section"},
     {"tensor_file", "data_config", "adapter_config"},
     {"config"},
-    {"diffusion", "data", "devices"},
+    {"diffusion", "data", "devices", "demo_data"},
     {"families"},
     {"data.cache", "data.batches", "data.loader"},
     {"adapters"},

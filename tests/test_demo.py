@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdlora.demo import MEASURED, SHOWN, STRENGTHS, DemoResult, demo, find_data, recommended_strength
+from sdlora.demo import MEASURED, SHOWN, STRENGTHS, DemoResult, demo, recommended_strength
+from sdlora.demo_data import find_data
 from sdlora.errors import OutputError, TrainingError
 from sdlora.events import Event, Listener, Noticed, RunFinished, StepDone, read_events
 from sdlora.export import open_source
