@@ -77,10 +77,13 @@ def make_app(site: Site) -> FastAPI:
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.router.routes.extend(routes(site.places, site.queue))
+    page = build(site)
+    # Gradio looks whether a file that a request names was uploaded only for pages started by its own launch()
+    page.has_launched = True
     web = Path(__file__).parent / "web"
     mounted: FastAPI = gr.mount_gradio_app(
         app,
-        build(site),
+        page,
         "/",
         ssr_mode=False,
         mcp_server=False,
@@ -90,6 +93,7 @@ def make_app(site: Site) -> FastAPI:
         theme=_theme(gr),
         css=(web / "app.css").read_text(encoding="utf-8"),
         head='<script type="module" src="/sdlora/web/app.js"></script>'
+        '<link rel="stylesheet" href="/sdlora/web/phone.css">'
         '<link rel="icon" href="/sdlora/web/icon.svg" type="image/svg+xml">',
     )
     return mounted
@@ -122,18 +126,19 @@ def build(site: Site) -> gr.Blocks:
             )
         }  # fmt: skip
         gr.HTML(
-            '<header class="sd-head"><img src="/sdlora/web/icon.svg" alt=""><h1>sdlora</h1></header>',
+            '<header class="sd-head"><img src="/sdlora/web/icon.svg" alt=""><h1>sdlora</h1>'
+            "<sd-theme></sd-theme></header>",
             elem_id="head",
         )
         with gr.Tabs(selected="dataset", elem_id="pages", overflow_behavior="wrap") as tabs:
             shell = Shell(tabs, *bridges.values())
-            with gr.Tab("1  Data set", id="dataset"):
+            with gr.Tab("1 Data set", id="dataset"):
                 dataset.build(site, shell)
-            with gr.Tab("2  Train", id="train", render_children=True):
-                train.build(site, shell)
-            with gr.Tab("3  Generate", id="generate", render_children=True) as drawing:
+            with gr.Tab("2 Train", id="train", render_children=True) as training:
+                train.build(site, shell, training)
+            with gr.Tab("3 Generate", id="generate", render_children=True) as drawing:
                 generate.build(site, shell, drawing)
-            with gr.Tab("4  Export and tools", id="tools", render_children=True) as exporting:
+            with gr.Tab("4 Export & tools", id="tools", render_children=True) as exporting:
                 tools.build(site, shell, exporting)
     return page
 

@@ -25,7 +25,11 @@ _CRASHED = (
 
 
 class CallFailed(SdloraError):
-    """The worker answered with an error, in words for the user."""
+    """The worker answered with an error, in words for the user; ``kind`` is the error's class there."""
+
+    def __init__(self, text: str, kind: str = "") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class CallCancelled(CallFailed):
@@ -197,7 +201,7 @@ def _answer(message: Mapping[str, Any] | None) -> Answer:
     if message.get("cancelled"):
         raise CallCancelled("replaced by a newer one")
     if "error" in message:
-        raise CallFailed(str(message["error"]))
+        raise CallFailed(str(message["error"]), str(message.get("kind", "")))
     if "progress" in message:
         done, total = message["progress"]
         return Answer(progress=(done, total, message.get("note") or "starting"))

@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from sdlora.data.captions import CAPTION_ENDINGS
 from sdlora.data.folder import survey, with_trigger
+from sdlora.data.listing import FoundFile, Listing, list_files
+from sdlora.data.metadata_files import name_key, read_metadata
 from sdlora.data.picture_files import PICTURE_ENDINGS
 from sdlora.errors import DatasetError
 from sdlora.files import write_text
@@ -22,6 +23,20 @@ MAX_CAPTION = 16_000
 _MAX_UNDO = 200
 
 
+def tidy(text: str) -> str:
+    """Return a caption without blank lines and needless spaces; its lines stay apart."""
+    return "\n".join(line for part in text.splitlines() if (line := " ".join(part.split())))
+
+
+def _in_metadata(listing: Listing) -> set[str]:
+    """Return the pictures whose captions a metadata file holds: a text file as well would be an error."""
+    if not listing.metadata:
+        return set()
+    names = [file.name for file in listing.pictures]
+    found = read_metadata(listing.metadata_files(), names, None).captions
+    return {name for name, (lines, _) in found.items() if lines}
+
+
 class CaptionBook:
     """The captions of folders, with one undo history a folder that survives the server."""
 
@@ -29,13 +44,16 @@ class CaptionBook:
         """Keep the histories among the server's records."""
         self._places = places
         self._lock = threading.Lock()
+        self._typing: dict[Path, str] = {}
 
-    def set(self, folder: Path, texts: Mapping[str, str]) -> int:
+    def set(self, folder: Path, texts: Mapping[str, str], *, typing: str = "") -> int:
         """Write captions; return how many changed.
 
         Args:
             folder: the data set.
-            texts: picture, by its path below the folder -> caption.
+            texts: picture, by its path below the folder -> caption, its lines kept.
+            typing: saves with the same word, one after the other, are one change to undo: the page saves
+                while its user types.
 
         Raises:
             PlaceRefused: when a picture's real place is not in the folder.
@@ -43,18 +61,22 @@ class CaptionBook:
         """
         with self._lock:
             change: dict[str, tuple[str | None, str | None]] = {}
+            listing = list_files(folder, recursive=True)
+            elsewhere = _in_metadata(listing)
             for name, text in texts.items():
                 if len(text) > MAX_CAPTION:
                     raise DatasetError(f"{name}: has {len(text)} characters; shorten it to {MAX_CAPTION}")
-                file = self._file(folder, name)
+                file = self._file(folder, name, listing, elsewhere)
                 before = file.read_text(encoding="utf-8-sig") if file.is_file() else None
-                after = " ".join(text.split())
-                if (before or "").strip() != after or before is None:
+                after = tidy(text)
+                if before is None or tidy(before) != after:
                     change[str(file.relative_to(folder))] = before, after
             for name, (_, written) in change.items():
                 write_text(folder / name, f"{written}\n")
             if change:
-                self._remember(folder, change)
+                going_on = bool(typing) and self._typing.get(folder) == typing
+                self._remember(folder, change, going_on=going_on)
+                self._typing[folder] = typing
             return len(change)
 
     def replace(self, folder: Path, find: str, put: str, *, match_case: bool = True) -> int:
@@ -77,7 +99,9 @@ class CaptionBook:
         word = word.strip()
         if not word:
             raise DatasetError("trigger word: type the word that calls the style")
-        return self._change_all(folder, lambda text: with_trigger(text, word))
+        return self._change_all(
+            folder, lambda text: "\n".join(with_trigger(line, word) for line in text.split("\n"))
+        )
 
     def undo(self, folder: Path) -> int:
         """Take back the newest change; a caption that was changed since by someone else is kept.
@@ -89,10 +113,11 @@ class CaptionBook:
             history = self._history(folder)
             if not history:
                 raise DatasetError("nothing to undo in this folder")
+            self._typing.pop(folder, None)
             undone = 0
             for name, (before, after) in history.pop().items():
                 file = self._places.writable(folder / name)
-                now = file.read_text(encoding="utf-8-sig").strip() if file.is_file() else None
+                now = tidy(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
                 if now != after:
                     continue
                 if before is None:
@@ -108,21 +133,24 @@ class CaptionBook:
         return len(self._history(folder))
 
     def _change_all(self, folder: Path, change: Callable[[str], str]) -> int:
-        items = survey(folder).dataset.items
-        wanted = {item.name: new for item in items if (new := change(item.caption)) != item.caption}
+        wanted = {}
+        for item in survey(folder).dataset.items:
+            lines = "\n".join(item.lines)
+            if item.caption_source != "metadata" and (new := change(lines)) != lines:
+                wanted[item.name] = new
         return self.set(folder, wanted) if wanted else 0
 
-    def _file(self, folder: Path, name: str) -> Path:
+    def _file(self, folder: Path, name: str, listing: Listing, elsewhere: Collection[str]) -> Path:
         """Return the caption file of a picture, there or not yet."""
         picture = self._places.writable(folder / name)
         if not picture.is_relative_to(folder) or picture.suffix.lower() not in PICTURE_ENDINGS:
             raise DatasetError(f"{name}: is no picture of this folder")
         if not picture.is_file():
             raise DatasetError(f"{name}: there is no such picture (any more); open the folder again")
-        for other in sorted(picture.parent.iterdir()):
-            same = other.stem.casefold() == picture.stem.casefold()
-            if same and other.suffix.lower() in CAPTION_ENDINGS:
-                return self._places.writable(other)
+        if name_key(name) in elsewhere:
+            raise DatasetError(f"{name}: has its caption in a metadata file of the folder; edit it there")
+        for path, _ in listing.captions_of(FoundFile(picture, name)):
+            return self._places.writable(path)
         return picture.with_suffix(".txt")
 
     def _record(self, folder: Path) -> Path:
@@ -135,8 +163,14 @@ class CaptionBook:
             return history if isinstance(history, list) else []
         return []
 
-    def _remember(self, folder: Path, change: dict[str, tuple[str | None, str | None]]) -> None:
-        self._save(folder, [*self._history(folder), change][-_MAX_UNDO:])
+    def _remember(
+        self, folder: Path, change: dict[str, tuple[str | None, str | None]], *, going_on: bool
+    ) -> None:
+        history = self._history(folder)
+        if going_on and history and history[-1].keys() == change.keys():
+            older = history.pop()
+            change = {name: (older[name][0], after) for name, (_, after) in change.items()}
+        self._save(folder, [*history, change][-_MAX_UNDO:])
 
     def _save(self, folder: Path, history: list[dict[str, tuple[str | None, str | None]]]) -> None:
         write_text(self._record(folder), json.dumps(history, ensure_ascii=False))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.data.buckets import make_buckets, place, source_box
-from sdlora.data.doctor import Report, examine
+from sdlora.data.doctor import ExaminedPicture, Report, examine
 from sdlora.data.folder import survey
 from sdlora.data.holdout import split
 from sdlora.data.items import Dataset, ImageItem
+from sdlora.data.picture_files import PICTURE_ENDINGS
 from sdlora.plan import hold_out
 
 PAGE = 60
 _MAX_TAGS = 30
+_KEPT = 4
+_FILES = ("txt", "caption", "metadata")
+"""Sources of captions that someone wrote."""
 _SMALL = 256
 _SMALL_MULTIPLE, _MULTIPLE = 16, 64
 
@@ -29,9 +33,9 @@ def size_multiple(resolution: int) -> int:
 
 @dataclass(frozen=True)
 class _Seen:
-    items: tuple[ImageItem, ...]
     report: Report
     held: frozenset[str]
+    version: str
 
 
 class DataSets:
@@ -40,7 +44,9 @@ class DataSets:
     def __init__(self) -> None:
         """Start with none."""
         self._seen: dict[tuple[object, ...], _Seen] = {}
+        self._progress: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
+        self._looking: dict[Path, threading.Lock] = {}
 
     def look(
         self, folder: Path, *, trigger: str | None, resolution: int, page: int = 0, only: str = ""
@@ -62,26 +68,52 @@ class DataSets:
         by_name: dict[str, list[dict[str, str]]] = {}
         for one in seen.report.findings:
             by_name.setdefault(one.where, []).append(
-                {"severity": one.severity, "what": one.what, "fix": one.fix}
+                {"severity": one.severity, "kind": one.kind, "what": one.what, "fix": one.fix}
             )
-        items = [item for item in seen.items if _matches(item, only, by_name, seen.held)]
         cards = [
-            _card(item, resolution, by_name.get(item.name, []), item.name in seen.held)
-            for item in items[page * PAGE : (page + 1) * PAGE]
+            _unusable(name, found) for name, found in _left_out(seen, by_name) if only in ("", "findings")
         ]
-        return _summary(seen, resolution) | {"cards": cards, "matching": len(items), "trigger": trigger}
+        cards += [
+            _card(picture, by_name.get(picture.item.name, []), picture.item.name in seen.held)
+            for picture in seen.report.pictures
+            if _matches(picture.item, only, by_name, seen.held)
+        ]
+        shown = cards[page * PAGE : (page + 1) * PAGE]
+        return _summary(seen, resolution) | {"cards": shown, "matching": len(cards), "trigger": trigger}
+
+    def progress(self, folder: Path) -> tuple[int, int] | None:
+        """Return how many of a folder's pictures were read so far, and how many there are; None at rest."""
+        return self._progress.get(folder)
 
     def _look(self, folder: Path, trigger: str | None, resolution: int) -> _Seen:
-        key = folder, trigger, resolution, _signature(folder)
         with self._lock:
-            if key not in self._seen:
+            looking = self._looking.setdefault(folder, threading.Lock())
+        with looking:  # a second tab waits for the first one's answer; other folders do not
+            version = version_of(folder)
+            key = folder, trigger, resolution, version
+            if (seen := self._seen.get(key)) is not None:
+                return seen
+
+            def tell(done: int, total: int) -> None:
+                self._progress[folder] = done, total
+
+            try:
                 report = examine(
-                    folder, trigger_word=trigger, resolution=resolution, multiple=size_multiple(resolution)
+                    folder,
+                    trigger_word=trigger,
+                    resolution=resolution,
+                    multiple=size_multiple(resolution),
+                    progress=tell,
                 )
                 dataset = survey(folder).dataset
-                self._seen.clear()
-                self._seen[key] = _Seen(dataset.items, report, _held_out(dataset))
-            return self._seen[key]
+            finally:
+                self._progress.pop(folder, None)
+            seen = _Seen(report, _held_out(dataset), version)
+            with self._lock:
+                while len(self._seen) >= _KEPT:
+                    self._seen.pop(next(iter(self._seen)))
+                self._seen[key] = seen
+            return seen
 
 
 def _held_out(dataset: Dataset) -> frozenset[str]:
@@ -99,21 +131,38 @@ def _matches(
         return item.name in by_name
     if only == "held":
         return item.name in held
-    return only != "uncaptioned" or item.caption_source == "file name"
+    return only != "uncaptioned" or item.caption_source not in _FILES
 
 
-def _card(item: ImageItem, resolution: int, findings: list[dict[str, str]], held: bool) -> dict[str, Any]:
-    placement = place(item.height, item.width, make_buckets(resolution, size_multiple(resolution)))
-    left, top, right, bottom = source_box(item.height, item.width, placement)
+def _left_out(
+    seen: _Seen, by_name: Mapping[str, list[dict[str, str]]]
+) -> list[tuple[str, list[dict[str, str]]]]:
+    """Return the pictures that cannot be used, with what is wrong with them."""
+    usable = {picture.item.name for picture in seen.report.pictures}
+    return [
+        (name, found)
+        for name, found in by_name.items()
+        if name not in usable and Path(name).suffix.lower() in PICTURE_ENDINGS
+    ]
+
+
+def _unusable(name: str, findings: list[dict[str, str]]) -> dict[str, Any]:
+    return {"name": name, "path": None, "findings": findings, "held": False}
+
+
+def _card(picture: ExaminedPicture, findings: list[dict[str, str]], held: bool) -> dict[str, Any]:
+    item = picture.item
+    left, top, right, bottom = picture.box
     return {
         "name": item.name,
         "path": str(item.path),
-        "changed": item.path.stat().st_mtime_ns,
-        "caption": item.caption,
+        "changed": item.path.stat().st_mtime_ns if item.path.exists() else 0,
+        "caption": "\n".join(item.lines),
         "source": item.caption_source,
+        "tokens": picture.tokens,
         "width": item.width,
         "height": item.height,
-        "bucket": placement.bucket,
+        "bucket": picture.placement.bucket,
         "crop": [left / item.width, top / item.height, right / item.width, bottom / item.height],
         "held": held,
         "findings": findings,
@@ -122,12 +171,11 @@ def _card(item: ImageItem, resolution: int, findings: list[dict[str, str]], held
 
 def _summary(seen: _Seen, resolution: int) -> dict[str, Any]:
     report = seen.report
-    tags = Counter(
-        tag for item in seen.items for tag in {part.strip() for part in item.caption.split(",")} if tag
-    )
     return {
-        "num_images": len(seen.items),
-        "num_captions": sum(item.caption_source != "file name" for item in seen.items),
+        "version": seen.version,
+        "num_images": report.num_images,
+        "num_unusable": seen.report.num_unusable,
+        "num_captions": sum(one.item.caption_source in _FILES for one in report.pictures),
         "held_out": len(seen.held),
         "resolution": resolution,
         "counts": {name: report.count(name) for name in ("error", "warning", "note")},
@@ -139,17 +187,17 @@ def _summary(seen: _Seen, resolution: int) -> dict[str, Any]:
             {"width": bucket.bucket[1], "height": bucket.bucket[0], "count": bucket.num_images}
             for bucket in report.buckets
         ],
-        "tags": tags.most_common(_MAX_TAGS),
-        "num_tags": len(tags),
+        "tags": report.tags[:_MAX_TAGS],
+        "more_tags": len(report.tags) > _MAX_TAGS,
     }
 
 
-def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    if not folder.is_dir():
-        return ()
-    found = []
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            state = file.stat()
-            found.append((str(file), state.st_mtime_ns, state.st_size))
-    return tuple(found)
+def version_of(folder: Path) -> str:
+    """Return a word that changes when a file of the folder does."""
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        with suppress(OSError):  # removed while looking
+            if file.is_file():
+                state = file.stat()
+                found.update(f"{file}|{state.st_mtime_ns}|{state.st_size}\n".encode("utf-8", "replace"))
+    return found.hexdigest()[:20]

@@ -5,6 +5,8 @@
   itself is fine.
 - With a password, everything but the login needs its cookie.
 - Bodies are bounded while they come in.
+- Of Gradio's addresses only those that the page itself uses are served, and no event may name an address of
+  the network as a file: Gradio would fetch it.
 - The page is told to load nothing from elsewhere, and Gradio's references to other sites are taken out.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import json
 import re
 import secrets
 import socket
@@ -33,6 +36,13 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 MAX_BODY = 2 * 2**30 + 2**20
 MAX_JSON_BODY = 2**20
 _COOKIE = "sdlora_session"
+_JOIN = "/gradio_api/queue/join"
+_USED = re.compile(
+    r"/(?:|config|theme\.css|favicon\.ico|manifest\.json|svelte/.*|assets/.*|static/.*|sdlora/.*"
+    r"|gradio_api/(?:startup-events|app_id|info|heartbeat/.*|queue/join|queue/data|cancel|reset/?|upload"
+    r"|upload_progress|file=(?!https?:).*))"
+)
+"""What the page asks for; Gradio has more: runs by name, proxies, an editor."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _TRIES, _WINDOW = 8, 60.0
 _POLICY = (
@@ -93,6 +103,10 @@ class Gate:
                 await self._login(scope, receive, send)
                 return
             self._check_session(headers)
+            if not _USED.fullmatch(scope["path"]):
+                raise Refused(404, "there is nothing here")
+            if scope["path"] == _JOIN:
+                receive = _replayed(_without_addresses(await _body(receive, MAX_JSON_BODY)))
             limit = MAX_JSON_BODY if scope["path"].startswith("/sdlora/") else MAX_BODY
             body = _Body(receive, headers, limit)
             await self.app(scope, body.receive, body.refusing(_cleaned(send, scope["path"])))
@@ -245,6 +259,43 @@ def without_other_sites(page: str) -> str:
 
 def _is_html(headers: list[tuple[bytes, bytes]]) -> bool:
     return any(name.lower() == b"content-type" and value.startswith(b"text/html") for name, value in headers)
+
+
+def _without_addresses(body: bytes) -> bytes:
+    """Return an event's body.
+
+    Raises:
+        Refused: when a file in it is an address of the network.
+    """
+    try:
+        waiting = [json.loads(body or b"{}")]
+    except ValueError:
+        raise Refused(400, "the request is no JSON") from None
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            path = value.get("path")
+            if isinstance(path, str) and re.match(r"\s*[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
+                raise Refused(403, "refused: a file must be uploaded, not named by an address")
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return body
+
+
+def _replayed(body: bytes) -> Receive:
+    """Return a ``receive`` that gives a body that was read already."""
+    message: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+    async def receive() -> Message:
+        nonlocal message
+        if message is None:
+            await asyncio.Event().wait()  # the answer is under way; nothing more will come
+        assert message is not None
+        given, message = message, None
+        return given
+
+    return receive
 
 
 async def _body(receive: Receive, limit: int) -> bytes:

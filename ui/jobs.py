@@ -196,7 +196,7 @@ class JobQueue:
         """
         with self._lock:
             job = self.get(job_id)
-            process = _process_of(job)
+            process = process_of(job)
             if process is None:
                 raise ConfigError(f"{job.name}: does not run; reload the page")
             self._write(replace(job, forced=True))
@@ -329,7 +329,7 @@ class JobQueue:
         own = self._processes.get(job.id)
         if own is not None and own.pid == job.pid:
             return own.poll() is None
-        return _process_of(job) is not None
+        return process_of(job) is not None
 
     def _outcome(self, job: Job) -> Job:
         """Return a job whose process is gone with how it ended."""
@@ -348,7 +348,7 @@ class JobQueue:
         if self.view(job.id).started and job.run.is_dir():
             (job.run / "STOP").touch()
             return
-        process = _process_of(job)
+        process = process_of(job)
         if process is not None:
             # before the first step nothing is lost; on POSIX the run still ends by itself, saved
             with suppress(psutil.NoSuchProcess):
@@ -362,7 +362,8 @@ def _own_group() -> dict[str, Any]:
     return {"start_new_session": True}
 
 
-def _process_of(job: Job) -> psutil.Process | None:
+def process_of(job: Job) -> psutil.Process | None:
+    """Return a job's process while it lives; a later one with its id is not taken for it."""
     if job.pid is None or job.process_started is None:
         return None
     try:
@@ -371,18 +372,6 @@ def _process_of(job: Job) -> psutil.Process | None:
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.Error:
         return None
-
-
-def memory_of(job: Job) -> int | None:
-    """Return the bytes of memory a running job holds, its children's included."""
-    process = _process_of(job)
-    if process is None:
-        return None
-    total = 0
-    with suppress(psutil.Error):
-        for one in (process, *process.children(recursive=True)):
-            total += one.memory_info().rss
-    return total or None
 
 
 def _last_json(file: Path) -> dict[str, Any] | None:

@@ -23,8 +23,11 @@ _MODEL_FOLDERS = (
 _USUAL_HOMES = (
     "stable-diffusion-webui",
     "stable-diffusion-webui-forge",
+    "stable-diffusion-webui-reForge",
     "sd.webui/webui",
+    "webui_forge_cu121_torch231/webui",
     "ComfyUI",
+    "Documents/ComfyUI",
     "ComfyUI_windows_portable/ComfyUI",
 )
 
@@ -159,3 +162,14 @@ def model_files(places: Places, kind: str) -> list[Path]:
     folders += [root / inside for root in places.allowed for inside in wanted if (root / inside).is_dir()]
     found = [file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*.safetensors"))]
     return [file for file in dict.fromkeys(found) if file.is_file()]
+
+
+def program_folders(places: Places) -> tuple[list[Path], list[Path]]:
+    """Return the WebUI and ComfyUI folders that may be written, and those that were found but not named."""
+    named = [
+        root for root in places.allowed if any((root / inside).is_dir() for inside in _MODEL_FOLDERS[2:])
+    ]
+    named += [root for root in places.allowed if root.name.lower() in ("lora", "loras")]
+    found = dict.fromkeys(folder.parent.parent for folder in places.models)
+    others = [folder for folder in found if not any(folder.is_relative_to(root) for root in places.allowed)]
+    return list(dict.fromkeys(named)), others

@@ -26,9 +26,10 @@ from sdlora.errors import ConfigError, SdloraError
 from sdlora.png_info import read_parameters
 
 from .captions import CaptionBook
-from .dataset_view import DataSets
+from .dataset_view import DataSets, version_of
 from .gallery import list_pictures
-from .jobs import Job, JobQueue, memory_of
+from .job_memory import MemoryWatch
+from .jobs import Job, JobQueue, process_of
 from .places import PlaceRefused, Places
 
 _SERVED = PICTURE_ENDINGS | {".safetensors", ".zip"}
@@ -45,6 +46,7 @@ def routes(places: Places, queue: JobQueue) -> list[BaseRoute]:
         Route("/sdlora/file", own.file),
         Route("/sdlora/thumb", own.thumb),
         Route("/sdlora/dataset", _reading(own.dataset)),
+        Route("/sdlora/dataset/progress", _reading(own.reading)),
         Route("/sdlora/settings", _reading(own.settings)),
         Route("/sdlora/pictures", _reading(own.pictures)),
         Route("/sdlora/captions/{what}", _writing(own.captions), methods=["POST"]),
@@ -100,7 +102,7 @@ class _Own:
 
     def __init__(self, places: Places, queue: JobQueue) -> None:
         self.places, self.queue = places, queue
-        self.book, self.sets = CaptionBook(places), DataSets()
+        self.book, self.sets, self.memory = CaptionBook(places), DataSets(), MemoryWatch()
 
     async def file(self, request: Request) -> Response:
         try:
@@ -136,6 +138,12 @@ class _Own:
         )
         return seen | {"undo": self.book.changes(folder)}
 
+    def reading(self, request: Request) -> dict[str, Any]:
+        """Say how far looking at a folder is; when nobody looks, whether it changed."""
+        folder = self.places.readable(request.query_params.get("folder", ""))
+        progress = self.sets.progress(folder)
+        return {"progress": progress, "version": None if progress else version_of(folder)}
+
     def settings(self, request: Request) -> dict[str, Any]:
         return dict(read_parameters(self.places.readable(request.query_params.get("path", ""))))
 
@@ -146,7 +154,8 @@ class _Own:
     def captions(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         folder, what = self.places.writable(str(body["folder"])), request.path_params["what"]
         if what == "set":
-            changed = self.book.set(folder, {str(k): str(v) for k, v in body["texts"].items()})
+            texts = {str(k): str(v) for k, v in body["texts"].items()}
+            changed = self.book.set(folder, texts, typing=str(body.get("typing") or ""))
         elif what == "replace":
             changed = self.book.replace(folder, str(body["find"]), str(body["put"]))
         elif what == "trigger":
@@ -165,7 +174,7 @@ class _Own:
         full = self._brief(job) | self.queue.view(job.id).full()
         adapter = full["adapter_file"]
         return full | {
-            "memory": memory_of(job),
+            "memory": self.memory.of(process_of(job)),
             "prompts": self._prompts(job),
             "command": shlex.join(self.queue.command(job.id)),
             "shown_run": self.places.shown(job.run),

@@ -29,6 +29,7 @@ class Sent:
     steps: int | None
     guidance: float | None
     sampler: str | None
+    model: str | None
     adapters: tuple[tuple[str, float, float], ...]
 
 
@@ -51,6 +52,7 @@ def from_parameters(values: Mapping[str, str]) -> Sent:
         steps=_whole(values.get("Steps")),
         guidance=_number(values.get("CFG scale")),
         sampler=_sampler(values.get("Sampler", ""), values.get("Schedule type", "")),
+        model=values.get("Model"),
         adapters=tuple(adapters),
     )
 

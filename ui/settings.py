@@ -55,9 +55,13 @@ def checked_base(places: Places, base: str) -> str:
     base = base.strip()
     if not base:
         raise ConfigError("base: choose one, e.g. mini")
-    if base == "mini" or (_HUB_ID.fullmatch(base) and not (places.home / base).exists()):
+    is_file = base.lower().endswith(".safetensors")
+    if base == "mini" or (_HUB_ID.fullmatch(base) and not is_file and not (places.home / base).exists()):
         return base
-    return str(places.readable(base))
+    found = places.readable(base)
+    if not found.exists():
+        raise ConfigError(f"base `{base}`: there is no such file or folder, and it is no hub id (owner/name)")
+    return str(found)
 
 
 def _paths(config: Config) -> Iterator[tuple[str, Path]]:

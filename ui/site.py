@@ -9,8 +9,10 @@ from pathlib import Path
 from sdlora.config import load_config
 
 from .calls import Worker
+from .drafts import Drafts
 from .jobs import JobQueue
 from .places import STATE, Places, model_files
+from .plans import Plans
 
 EXPORTED = "exported"
 """Folder below the runs where exports go unless another one is named."""
@@ -36,12 +38,15 @@ class Site:
     queue: JobQueue
     draw: Worker = field(init=False)
     desk: Worker = field(init=False)
-    device: str = "cpu"
+    device: str | None = None
+    plans: Plans = field(default_factory=Plans)
+    drafts: Drafts = field(init=False)
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        """Make the workers, not yet started."""
+        """Make the workers, not yet started, and where forms are kept."""
         self.draw, self.desk = Worker(self.places.home), Worker(self.places.home)
+        self.drafts = Drafts(self.places.state / "forms")
 
     @classmethod
     def open(cls, places: Places) -> Site:
@@ -77,7 +82,7 @@ class Site:
     def bases(self) -> list[Choice]:
         """Return the bases that can be chosen: the built-in one and the checkpoints found."""
         found = [Choice(file.stem, str(file)) for file in model_files(self.places, "base")]
-        return [Choice("mini (built in: icons of 64 px, trains in minutes without a GPU)", "mini"), *found]
+        return [Choice("mini (built in: 64 px, needs no GPU)", "mini"), *found]
 
     def runs(self) -> list[Choice]:
         """Return the run folders, the newest first."""

@@ -97,7 +97,7 @@ def _do(message: Mapping[str, Any], voice: _Voice) -> Mapping[str, Any]:
     except Cancelled:
         return answer | {"error": "cancelled", "cancelled": True}
     except SdloraError as error:
-        return answer | {"error": str(error)}
+        return answer | {"error": str(error), "kind": type(error).__name__}
     except Exception as error:  # the page must say something, and the next task must still be done
         traceback.print_exc()
         return answer | {"error": f"something unforeseen: {type(error).__name__}: {error}"}

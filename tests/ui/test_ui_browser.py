@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from conftest import ROOT, Server, free_port, start_server
+from PIL import Image
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
@@ -91,6 +97,7 @@ def make_driver() -> Any:
     for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
         options.add_argument(f"--{argument}")
     options.add_argument("--window-size=1280,1000")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     return webdriver.Chrome(options=options, service=Service(str(CHROMEDRIVER)))
 
 
@@ -135,14 +142,13 @@ def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., An
     page.click("#demo")
     page.one("#start-training")
     wait(lambda: page.one(NAME).get_attribute("value") == "ink-icons")
-    for section in ("#more", "#more-training", "#more-sample"):
-        page.click(f"{section} > button")
+    unfold(page, "#more", "#more-training", "#more-sample")
     page.type("#set-training-steps textarea, #set-training-steps input", "6")
     page.type("#set-training-batch-size textarea, #set-training-batch-size input", "2")
     page.type("#set-sample-prompts textarea", "inkicon, an icon of a cat")
     page.type("#set-sample-steps input", "2")
     page.click("#start-training")
-    page.one(".sd-job.running")
+    page.one(".sd-job", 150)
     page.one("figure.sd-figure", 150)
     page.one(".sd-job.finished", 150)
     assert "Loss over 6 steps" in page.one(".sd-figure svg").get_attribute("aria-label")
@@ -153,7 +159,7 @@ def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., An
     page.click("button[data-what=try]")
     page.one("#draw")
     wait(lambda: page.one("#prompt textarea").get_attribute("value") == "inkicon, an icon of a cat")
-    page.click("#draw-more > button")
+    unfold(page, "#draw-more")
     page.type("#steps input", "4")
     page.click("#draw")
     first = wait(lambda: image(page), 60)
@@ -172,11 +178,39 @@ def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., An
     assert took["strengths"] == ["0", "0.25", "0.5", "0.75", "1", "1.25", "1.5"]
     assert took["requests"] == 0 and took["milliseconds"] < 100
 
+    page.click("#compare")
+    page.one("#extra sd-compare img.sd-after", 30)
+
+    unfold(page, "#checkpoints")
+    page.type("#grid-strengths textarea, #grid-strengths input", "0.5, 1.5")
+    page.click("#grid")
+    wait(lambda: len(page.all("#extra .sd-cell")) == 2 * (1 + len(checkpoints(page))), 60)
+    page.click("#extra .sd-cell[aria-label$='1.5']")
+    wait(lambda: page.one("#strength-0 input[type=range]").get_attribute("value") == "1.5")
+    assert "(step " in page.one("#adapter-0 input").get_attribute("value")
+
+    page.type("#prompt textarea", "something else")
+    page.driver.find_element("css selector", "#sent-file input[type=file]").send_keys(str(drawn[0]))
+    wait(lambda: page.one("#prompt textarea").get_attribute("value") == "inkicon, an icon of a cat")
+    wait(lambda: page.one("#adapter-0 input").get_attribute("value") == "ink-icons")
+    wait(lambda: page.one("#strength-0 input[type=range]").get_attribute("value") == "1")
+
     page.tab(3)
     wait(lambda: "ink-icons" in page.one("#export-source input").get_attribute("value"))
     page.click("button#export, #export button")
     assert "largest delta difference" in page.one("#export-report .sd-proof", 60).text
     assert (page.server.home / "runs" / "exported" / "ink-icons.safetensors").is_file()
+    assert (page.server.home / "runs" / "exported" / "ink-icons.png").is_file()
+
+
+def unfold(page: Page, *sections: str) -> None:
+    """Open what is folded away, one inside the other."""
+    for section in sections:
+        page.click(f"{section} > button")
+
+
+def checkpoints(page: Page) -> list[Path]:
+    return list((page.server.home / "runs" / "ink-icons" / "checkpoints").glob("step-*/adapter.safetensors"))
 
 
 # Scrubs through the whole strip; a picture is there when it is the one visible and decoded.
@@ -203,7 +237,7 @@ def test_an_edited_caption_is_saved_by_itself_and_can_be_undone(page: Page, wait
     open_folder(page, "few")
     page.type("textarea[data-name='bee.png']", "inkicon, a busy bee")
     file = page.server.home / "training-pictures" / "few" / "bee.txt"
-    wait(lambda: file.read_text() == "inkicon, a busy bee\n", 5)
+    wait(lambda: file.read_text() == "inkicon, a busy bee\n")
     page.open()
     open_folder(page, "few")
     assert page.one("textarea[data-name='bee.png']").get_attribute("value") == "inkicon, a busy bee"
@@ -215,28 +249,139 @@ def test_an_edited_caption_is_saved_by_itself_and_can_be_undone(page: Page, wait
     )
 
 
-def test_captions_are_replaced_in_all_pictures(page: Page, wait: Callable[..., Any]) -> None:
+def test_captions_are_replaced_in_all_pictures_and_get_the_trigger_word(
+    page: Page, wait: Callable[..., Any]
+) -> None:
     page.open()
     open_folder(page, "few")
-    page.one("#sd-find").send_keys("an icon of")
+    page.one("#sd-find").send_keys("inkicon, an icon of")
     page.one("#sd-put").send_keys("a drawing of")
-    page.all(".sd-tools .sd-button")[0].click()
+    page.click("#sd-replace")
     file = page.server.home / "training-pictures" / "few" / "dog.txt"
-    wait(lambda: file.read_text().strip() == "inkicon, a drawing of a dog", 5)
+    wait(lambda: file.read_text().strip() == "a drawing of a dog", 10)
+    page.one("#sd-trigger").send_keys("inkicon")
+    page.click("#sd-add-trigger")
+    wait(lambda: file.read_text().strip() == "inkicon, a drawing of a dog", 10)
+    shown = "textarea[data-name='dog.png']"
+    wait(lambda: page.one(shown).get_attribute("value") == "inkicon, a drawing of a dog")
 
 
-def test_no_page_needs_another_site_or_lacks_a_label(page: Page) -> None:
+def test_two_tabs_agree_about_a_caption(page: Page, wait: Callable[..., Any]) -> None:
+    driver, shown = page.driver, "textarea[data-name='cheese.png']"
+    page.open()
+    open_folder(page, "few")
+    first = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    try:
+        page.open()
+        open_folder(page, "few")
+        page.type(shown, "inkicon, cheese of the second tab")
+        driver.switch_to.window(first)
+        wait(lambda: page.one(shown).get_attribute("value") == "inkicon, cheese of the second tab")
+    finally:
+        driver.switch_to.window(next(one for one in driver.window_handles if one != first))
+        driver.close()
+        driver.switch_to.window(first)
+
+
+def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., Any]) -> None:
+    home = page.server.home
+    other = Page(make_driver(), page.server)
+    try:
+        other.open()
+        open_folder(other, "few")
+        other.click("#train-on-it")
+        wait(lambda: other.one(NAME).get_attribute("value") == "few")
+        other.type(NAME, "half-typed")
+        kept = home / "runs" / ".sdlora-ui" / "forms" / "train.json"
+        wait(lambda: kept.is_file() and "half-typed" in kept.read_text())
+        other.tab(0)
+        field = other.one("textarea[data-name='candle.png']")
+        field.send_keys(" and its light")  # the field keeps the focus: only typing saves
+        file = home / "training-pictures" / "few" / "candle.txt"
+        wait(lambda: file.read_text().endswith("and its light\n"))
+    finally:
+        crash(other.driver)
+    page.open()
+    page.tab(1)
+    wait(lambda: page.one(NAME).get_attribute("value") == "half-typed")
+
+
+def crash(driver: Any) -> None:
+    """Kill a browser with all its processes."""
+    service = psutil.Process(driver.service.process.pid)
+    for process in [*service.children(recursive=True), service]:
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def test_dropped_pictures_and_zips_become_a_data_set(
+    page: Page, tmp_path: Path, wait: Callable[..., Any]
+) -> None:
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+        for name in ("dog.png", "dog.txt"):
+            archive.write(ROOT / "datasets" / "ink-icons" / name, name)
+    (tmp_path / "fake.png").write_text("no picture")
+    Image.new("RGB", (400, 100), "teal").save(tmp_path / "wide.png")
+    page.open()
+    page.type("#drop-name textarea, #drop-name input", "dropped")
+    files = [str(tmp_path / name) for name in ("more.zip", "fake.png", "wide.png")]
+    page.driver.find_element("css selector", "#drop input[type=file]").send_keys("\n".join(files))
+    page.one("textarea[data-name='dog.png']")
+    folder = page.server.home / "training-pictures" / "dropped"
+    assert sorted(file.name for file in folder.iterdir()) == ["dog.png", "dog.txt", "wide.png"]
+    wait(lambda: "fake.png" in page.text())  # a warning says what was left out
+    edges = wait(lambda: page.js(CROP))
+    assert edges["picture"] == pytest.approx(4, rel=0.03)  # not squeezed, so that the crop fits it
+    assert edges["crop"] == pytest.approx(edges["bucket"], rel=0.05)
+
+
+CROP = """
+const card = document.querySelector("textarea[data-name='wide.png']").closest(".sd-card");
+const box = (one) => one.getBoundingClientRect();
+const image = card.querySelector("img"), crop = card.querySelector(".sd-crop");
+if (!image.complete || !image.naturalWidth) { image.loading = "eager"; return null; }
+const [width, height] = crop.title.match(/\\d+/g).map(Number);
+return { picture: box(image).width / box(image).height, crop: box(crop).width / box(crop).height, bucket: width / height };
+"""  # noqa: E501
+
+
+def test_what_cannot_work_is_refused_before_the_start(page: Page, wait: Callable[..., Any]) -> None:
+    before = len(page.server.ask("/sdlora/jobs")["jobs"])
+    page.open()
+    open_folder(page, "few")
+    page.click("#train-on-it")
+    wait(lambda: page.one(NAME).get_attribute("value").startswith("few"))
+    page.type("#base input", "runs/not-there.safetensors")
+    page.click("#start-training")
+    assert "there is no such file" in page.one("#start-said .sd-problem").text
+    wait(lambda: "there is no such file" in page.one("#plan .sd-problem").text)
+    assert len(page.server.ask("/sdlora/jobs")["jobs"]) == before
+
+
+def test_no_page_needs_another_site_or_lacks_a_label_or_loads_torch(
+    page: Page, wait: Callable[..., Any]
+) -> None:
     page.open()
     for number in range(4):
         page.tab(number)
-        time.sleep(0.5)
+        page.one(("#demo", "#start-training", "#draw", "#export-source")[number])
         assert page.js(UNLABELLED) == []
-    hosts = [host for host in page.js(HOSTS) if host]  # data: and blob: addresses have none
-    assert hosts == [f"127.0.0.1:{page.server.port}"]
+        assert page.js(NULLS) == 0
+    asked = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
+    urls = [one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"]
+    hosts = {urlsplit(url).netloc for url in urls if not url.startswith(("data:", "blob:", "about:"))}
+    assert hosts == {f"127.0.0.1:{page.server.port}"}, "everything the browser asked for in this module"
+    maps = Path(f"/proc/{page.server.process.pid}/maps")
+    if maps.is_file():  # Linux tells which libraries the server holds
+        assert "libpython" in maps.read_text() or "python" in maps.read_text()
+        assert "libtorch" not in maps.read_text()
 
 
-HOSTS = """
-return [...new Set(performance.getEntriesByType("resource").map((one) => new URL(one.name).host))];
+NULLS = """
+const texts = document.evaluate("//text()[.='null' or .='undefined']", document.body, null, 7, null);
+const all = [...Array(texts.snapshotLength).keys()].map((i) => texts.snapshotItem(i));
+return all.filter((one) => one.parentElement.offsetParent).length;
 """
 UNLABELLED = """
 const visible = (one) => one.offsetParent !== null;
@@ -255,7 +400,7 @@ def test_pages_fit_a_phone(page: Page, theme: str) -> None:
         page.open(f"?__theme={theme}")
         for number in range(4):
             page.js("document.querySelectorAll('button[role=tab]')[arguments[0]].click()", number)
-            time.sleep(0.4)
+            page.one(("#demo", "#start-training", "#draw", "#export-source")[number])
             assert page.js("return document.documentElement.scrollWidth") <= PHONE[0]
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -327,6 +472,20 @@ def test_paths_outside_are_not_served(page: Page, path: str) -> None:
     assert page.server.status(path) in (403, 404)
 
 
+def test_a_picture_that_was_not_uploaded_cannot_be_named_as_dropped(page: Page, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "datasets" / "ink-icons" / "bee.png", tmp_path / "bee.png")
+    config = page.server.ask("/config")
+    ids = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
+    events = config["dependencies"]
+    upload = next(e["id"] for e in events if ("drop", "upload") in [(ids.get(a), b) for a, b in e["targets"]])
+    file = {"path": str(tmp_path / "bee.png"), "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [[file], "stolen", "", 64], "fn_index": upload, "session_hash": "stranger"}
+    page.server.ask("/gradio_api/queue/join", body)
+    said = page.server.ask("/gradio_api/queue/data?session_hash=stranger", raw=True).decode()
+    assert "it was not uploaded" in said
+    assert not (page.server.home / "training-pictures" / "stolen").exists()
+
+
 def test_captions_outside_are_not_written(page: Page) -> None:
     outside = page.server.home / "outside"
     outside.mkdir(exist_ok=True)
@@ -351,14 +510,13 @@ def test_the_queue_survives_a_killed_server(
     page.click("#train-on-it")
     page.one("#start-training")
     wait(lambda: page.one(NAME).get_attribute("value") == "few")
-    for section in ("#more", "#more-training", "#more-sample"):
-        page.click(f"{section} > button")
+    unfold(page, "#more", "#more-training", "#more-sample")
     page.type("#set-training-steps textarea, #set-training-steps input", "5000")
     page.type("#set-sample-prompts textarea", "[]")
     for name in ("first", "second"):
         page.type(NAME, name)
         page.click("#start-training")
-        wait(lambda name=name: name in [job["name"] for job in page.server.ask("/sdlora/jobs")["jobs"]])
+        wait(lambda name=name: name in [job["name"] for job in page.server.ask("/sdlora/jobs")["jobs"]], 150)
     wait(lambda: page.server.ask("/sdlora/jobs")["jobs"][0]["step"] > 0, 150)
     page.server.kill()
 
@@ -374,6 +532,14 @@ def test_the_queue_survives_a_killed_server(
     page.click("button[data-what=delete]")
     page.click("#sd-confirm")
     wait(lambda: len(page.all(".sd-job")) == 1)
+    page.click("button[data-what=log]")
+    wait(lambda: "steps" in page.one(".sd-dialog .sd-log").text)
+    page.click(".sd-dialog .sd-button")
     page.click("button[data-what=stop]")
     page.one(".sd-job.stopped", 90)
     assert list((tmp_path / "runs" / "first" / "checkpoints").iterdir())
+    page.click("button[data-what=clone]")
+    wait(lambda: page.one(NAME).get_attribute("value") == "first-2")
+    page.click("button[data-what=resume]")
+    page.one(".sd-job.running")
+    page.server.status(f"/sdlora/jobs/{jobs[0]['id']}/kill", {})

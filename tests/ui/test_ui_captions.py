@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from sdlora_ui.captions import CaptionBook
-from sdlora_ui.dataset_view import DataSets
+from sdlora_ui.dataset_view import DataSets, version_of
 from sdlora_ui.places import PlaceRefused, Places
 
 from sdlora.errors import DatasetError
@@ -22,8 +23,8 @@ def test_an_edit_is_on_disk_and_can_be_undone_by_a_later_server(
     places: Places, picture_folder: Callable[..., Path]
 ) -> None:
     folder = picture_folder(3)
-    assert CaptionBook(places).set(folder, {"thing00.png": "  a new\ncaption "}) == 1
-    assert (folder / "thing00.txt").read_text() == "a new caption\n"
+    assert CaptionBook(places).set(folder, {"thing00.png": "  a new \n\n caption "}) == 1
+    assert (folder / "thing00.txt").read_text() == "a new\ncaption\n"
     later = CaptionBook(places)
     assert later.changes(folder) == 1 and later.undo(folder) == 1
     assert (folder / "thing00.txt").read_text() == "an icon of a cat 0"
@@ -98,11 +99,82 @@ def test_the_view_has_crops_findings_and_the_hold_out() -> None:
     assert seen["held_out"] == sum(card["held"] for card in seen["cards"]) > 0
     assert all(0 <= edge <= 1 for card in seen["cards"] for edge in card["crop"])
     assert sum(bucket["count"] for bucket in seen["buckets"]) == 48
-    assert seen["tags"][0] == ("inkicon", 48)
+    assert seen["tags"][0] == (
+        "an icon of a basketball",
+        1,
+    )  # the trigger word is everywhere and does not count
+    assert sets.look(folder, trigger=None, resolution=64)["tags"][0] == ("inkicon", 48)
     assert sets.look(folder, trigger="inkicon", resolution=64, only="held")["matching"] == seen["held_out"]
     assert sets.look(folder, trigger="inkicon", resolution=64, page=1)["cards"] == []
     large = sets.look(folder, trigger="inkicon", resolution=1024)
     assert large["counts"]["warning"] and any(card["findings"] for card in large["cards"])
+
+
+def test_what_cannot_be_read_has_a_card_with_the_reason(picture_folder: Callable[..., Path]) -> None:
+    folder, sets = picture_folder(2), DataSets()
+    (folder / "torn.png").write_bytes(b"\x89PNG and no more")
+    seen = sets.look(folder, trigger=None, resolution=64)
+    assert (seen["num_images"], seen["num_unusable"]) == (2, 1)
+    torn = next(card for card in seen["cards"] if card["name"] == "torn.png")
+    assert torn["path"] is None and torn["findings"][0]["severity"] == "error"
+    assert sets.look(folder, trigger=None, resolution=64, only="findings")["cards"][0] == torn
+
+
+def test_crops_are_those_of_training_with_the_subject_kept(tmp_path: Path) -> None:
+    Image.new("RGB", (800, 100), "red").save(tmp_path / "wide.png")
+    (tmp_path / "wide.txt").write_text("a wide red thing")
+    middle = DataSets().look(tmp_path, trigger=None, resolution=64)["cards"][0]["crop"]
+    (tmp_path / "wide.json").write_text('{"focus": [0.0, 0.5]}')
+    left = DataSets().look(tmp_path, trigger=None, resolution=64)["cards"][0]["crop"]
+    assert middle[0] == pytest.approx(1 - middle[2]) and middle[0] > 0.1
+    assert left[0] == 0 and left[2] == pytest.approx(middle[2] - middle[0])
+
+
+def test_a_folder_of_another_tab_is_read_only_once(picture_folder: Callable[..., Path]) -> None:
+    folder, sets = picture_folder(2), DataSets()
+    first = sets.look(folder, trigger=None, resolution=64)
+    assert first["version"] == version_of(folder) == sets.look(folder, trigger=None, resolution=64)["version"]
+    assert sets.progress(folder) is None
+    (folder / "thing00.txt").write_text("changed by another program")
+    assert version_of(folder) != first["version"]
+
+
+def test_typing_is_one_change_to_undo(places: Places, picture_folder: Callable[..., Path]) -> None:
+    folder, book = picture_folder(2), CaptionBook(places)
+    before = (folder / "thing00.txt").read_text()
+    for text in ("a", "a b", "a bee"):
+        assert book.set(folder, {"thing00.png": text}, typing="one") == 1
+    book.set(folder, {"thing00.png": "a bee again"}, typing="two")
+    assert book.changes(folder) == 2
+    assert book.undo(folder) == 1 and (folder / "thing00.txt").read_text() == "a bee\n"
+    assert book.undo(folder) == 1 and (folder / "thing00.txt").read_text() == before
+    assert book.changes(folder) == 0
+
+
+def test_captions_of_several_lines_keep_their_lines(
+    places: Places, picture_folder: Callable[..., Path]
+) -> None:
+    folder, book = picture_folder(1), CaptionBook(places)
+    book.set(folder, {"thing00.png": "a cat\n\n  a small   cat "})
+    assert (folder / "thing00.txt").read_text() == "a cat\na small cat\n"
+    assert book.replace(folder, "cat", "dog") == 1
+    assert book.add_trigger(folder, "zz") == 1
+    assert (folder / "thing00.txt").read_text() == "zz, a dog\nzz, a small dog\n"
+    assert DataSets().look(folder, trigger=None, resolution=64)["cards"][0]["caption"] == (
+        "zz, a dog\nzz, a small dog"
+    )
+
+
+def test_a_caption_in_a_metadata_file_is_not_doubled(
+    places: Places, picture_folder: Callable[..., Path]
+) -> None:
+    folder, book = picture_folder(2), CaptionBook(places)
+    (folder / "thing00.txt").unlink()
+    (folder / "metadata.jsonl").write_text('{"file_name": "thing00.png", "text": "from the table"}\n')
+    with pytest.raises(DatasetError, match="metadata file of the folder; edit it there"):
+        book.set(folder, {"thing00.png": "twice"})
+    assert book.add_trigger(folder, "zz") == 1  # the other one
+    assert not (folder / "thing00.txt").exists()
 
 
 def test_the_view_follows_the_files(picture_folder: Callable[..., Path]) -> None:

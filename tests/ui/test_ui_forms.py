@@ -116,6 +116,13 @@ def test_a_hub_id_is_a_base_but_a_folder_of_that_name_must_be_allowed(places: Pl
         checked_base(places, "someone/a-model")
 
 
+def test_a_base_that_is_not_there_is_refused(places: Places) -> None:
+    with pytest.raises(ConfigError, match="there is no such file or folder"):
+        checked_base(places, "pictures/model.safetensors")
+    with pytest.raises(PlaceRefused):  # a file's name is no hub id
+        checked_base(places, "someone/model.safetensors")
+
+
 def test_settings_come_back_from_a_pictures_text() -> None:
     sent = from_parameters(
         {
@@ -127,11 +134,12 @@ def test_settings_come_back_from_a_pictures_text() -> None:
             "CFG scale": "4.5",
             "Seed": "7",
             "Size": "64x96",
+            "Model": "sd15",
         }
     )
     assert (sent.prompt, sent.negative, sent.seed, sent.steps) == ("a cat", "dog", 7, 12)
     assert (sent.width, sent.height, sent.guidance) == (64, 96, 4.5)
-    assert sent.sampler == "DPM++ 2M Karras"
+    assert (sent.sampler, sent.model) == ("DPM++ 2M Karras", "sd15")
     assert sent.adapters == (("style", 0.8, 0.8), ("other", 0.7, 0.3))
 
 

@@ -36,6 +36,7 @@ def client(password: str | None = None, host: str = "127.0.0.1") -> TestClient:
             Route("/", page),
             Route("/gradio_api/upload", _size, methods=["POST", "GET"]),
             Route("/sdlora/jobs/x", _size, methods=["POST", "GET"]),
+            Route("/{everything:path}", _size, methods=["POST", "GET"]),
         ]
     )
     return TestClient(Gate(app, host=host, password=password), base_url="http://127.0.0.1:7860")
@@ -93,6 +94,27 @@ def test_bodies_are_bounded_with_and_without_their_announcement(monkeypatch: pyt
 
     assert client().post("/sdlora/jobs/x", content=chunks()).status_code == 413
     assert client().post("/sdlora/jobs/x", content=b"x" * 10).text == "10"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/gradio_api/run/take", "/gradio_api/call/take", "/gradio_api/proxy=http://x.example/", "/docs",
+     "/gradio_api/file=http://x.example/a.png", "/gradio_api/vibe-edit/", "/gradio_api/process_recording",
+     "/gradio_api/mcp/sse"],
+)  # fmt: skip
+def test_what_the_page_does_not_use_is_not_served(path: str) -> None:
+    assert client().post(path, content=b"{}").status_code == 404
+
+
+def test_an_event_may_not_name_an_address_as_a_file() -> None:
+    path = "/gradio_api/queue/join"
+    for address in ("http://x.example/a.png", " HTTPS://x.example", "file:///etc/passwd", "ftp://x"):
+        body = {"data": [1, [{"path": address, "meta": {"_type": "gradio.FileData"}}]]}
+        assert client().post(path, json=body).status_code == 403
+    fine = {"data": ["a prompt with http://in.it", {"path": "/tmp/uploaded.png"}]}
+    answer = client().post(path, json=fine)
+    assert answer.status_code == 200 and int(answer.text) > 50  # the whole body comes through
+    assert client().post(path, content=b"{").status_code == 400
 
 
 def test_the_page_names_no_other_site_and_may_load_from_none() -> None:

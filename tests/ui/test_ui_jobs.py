@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sdlora_ui.jobs import Job, JobQueue, memory_of
+from sdlora_ui.job_memory import MemoryWatch
+from sdlora_ui.jobs import Job, JobQueue, process_of
 from sdlora_ui.progress import RunView, thinned
 
 from sdlora.config import Config, load_config
@@ -112,7 +113,8 @@ def test_only_one_job_trains_and_the_next_follows(
     queue.tick()
     queue.tick()
     assert [job.status for job in queue.all()] == ["running", "waiting"]
-    assert memory_of(queue.get(first.id))
+    held = MemoryWatch().of(process_of(queue.get(first.id)))
+    assert held is not None and held["process"] > 2**20
     ended(queue, first, wait)
     queue.tick()
     assert ended(queue, second, wait).status == "finished"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from sdlora_ui.places import PlaceRefused, Places, model_files, usual_model_folders
+from sdlora_ui.places import PlaceRefused, Places, model_files, program_folders, usual_model_folders
 
 
 @pytest.fixture
@@ -75,6 +75,20 @@ def test_model_folders_may_be_read_but_not_written(places: Places) -> None:
 def test_the_queues_records_cannot_be_written_by_request(places: Places) -> None:
     with pytest.raises(PlaceRefused, match="records"):
         places.writable(places.state / "jobs" / "x" / "job.json")
+
+
+def test_programs_to_export_into_are_told_from_those_that_were_not_named(tmp_path: Path) -> None:
+    for inside in ("webui/models/Lora", "ComfyUI/models/loras", "plain/pictures"):
+        (tmp_path / inside).mkdir(parents=True)
+    places = Places.of(
+        tmp_path,
+        runs=Path("runs"),
+        pictures=Path("out"),
+        data=Path("data"),
+        allowed=[tmp_path / "webui", tmp_path / "plain"],
+        models=[tmp_path / "ComfyUI" / "models" / "loras", tmp_path / "webui" / "models" / "Lora"],
+    )
+    assert program_folders(places) == ([tmp_path / "webui"], [tmp_path / "ComfyUI"])
 
 
 def test_an_allowed_folder_must_exist(tmp_path: Path) -> None:

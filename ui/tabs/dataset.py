@@ -23,56 +23,64 @@ RESOLUTIONS = [
     ("1024 px (SDXL)", 1024),
 ]
 _PROGRESS = gr.Progress()
-_WELCOME = """<div class="sd-hero"><h2>Teach Stable Diffusion a style, from a folder of pictures</h2>
-<p>Choose a folder or drop pictures below, give the LoRA a name, and train. To see how it goes, start with the
-demo: ink icons on the built-in base, a few minutes without a GPU.</p></div>"""
+_WELCOME = """<div class="sd-hero"><h2>Teach Stable Diffusion a style or a subject</h2>
+<p>From a folder of pictures to a LoRA with a strength slider. Nothing leaves this machine.</p></div>"""
+_DEMO = """<h3>See it work first</h3><p class="sd-dim">48 ink icons on the built-in base: a LoRA in a few
+minutes, without a GPU or a download. It fills in everything; the next click starts it.</p>"""
 
 
 def build(site: Site, shell: Shell) -> None:
     """Put the page into the current tab."""
     gr.HTML(_WELCOME)
-    with gr.Row(elem_classes="sd-choose"):
-        with gr.Column(scale=2, min_width=280):
-            demo = gr.Button("Try the demo", variant="primary", elem_id="demo", size="lg")
+    with gr.Row(elem_classes="sd-choose", equal_height=True):
+        with gr.Column(scale=3, min_width=280, elem_classes="sd-box"):
+            gr.HTML("<h3>Open a folder</h3>")
             folder = gr.Dropdown(
                 choices(site.data_sets()),
                 value=None,
                 label="Folder of pictures",
-                info="A folder on this machine, or one of those you dropped",
+                info="One that you dropped, or the path of one on this machine",
                 allow_custom_value=True,
                 elem_id="dataset-folder",
             )
-            with gr.Row():
-                look = gr.Button("Open folder", elem_id="open-folder")
-                go = gr.Button("Train on it", variant="primary", elem_id="train-on-it", interactive=False)
-        with gr.Column(scale=2, min_width=280):
+            look = gr.Button("Open folder", elem_id="open-folder")
+        with gr.Column(scale=3, min_width=280, elem_classes="sd-box"):
+            gr.HTML("<h3>Or drop pictures</h3>")
             dropped = gr.File(
-                label="Drop pictures here (with .txt captions, or a zip)",
+                label="Pictures, with .txt captions if you have them, or a zip",
                 file_count="multiple",
                 elem_id="drop",
-                height=150,
+                height=128,
             )
             named = gr.Textbox(
                 label="Name of the new folder", placeholder="my-pictures", elem_id="drop-name", max_lines=1
             )
-        with gr.Column(scale=1, min_width=200):
-            trigger = gr.Textbox(
-                label="Trigger word",
-                info="The word that calls what is learned",
-                placeholder="none",
-                elem_id="dataset-trigger",
-                max_lines=1,
-            )
-            resolution = gr.Dropdown(
-                RESOLUTIONS, value=64, label="Show crops for", elem_id="dataset-resolution"
-            )
+        with gr.Column(scale=2, min_width=240, elem_classes="sd-box"):
+            gr.HTML(_DEMO)
+            demo = gr.Button("Try the demo", variant="primary", elem_id="demo")
+    with gr.Row(elem_id="dataset-bar", visible=False, equal_height=True) as bar:
+        trigger = gr.Textbox(
+            label="Trigger word",
+            info="The word that will call what is learned",
+            placeholder="none",
+            elem_id="dataset-trigger",
+            max_lines=1,
+        )
+        resolution = gr.Dropdown(
+            RESOLUTIONS,
+            value=64,
+            label="Show crops for",
+            info="What your base model is trained at",
+            elem_id="dataset-resolution",
+        )
+        go = gr.Button("Train on it", variant="primary", elem_id="train-on-it", size="lg")
     view = gr.HTML("", elem_id="dataset-view")
 
     shown: list[Any] = [folder, trigger, resolution]
-    opened = [view, shell.folder, shell.trigger, go]
+    opened = [view, shell.folder, shell.trigger, bar]
 
-    def show(path: str | None, word: str, px: int) -> tuple[Any, ...]:
-        return _show(site, path, word, px)
+    def show(path: str | None, word: str | None, px: int) -> tuple[Any, ...]:
+        return _show(site, path, word or "", px)
 
     gr.on(
         [look.click, folder.input, trigger.submit, resolution.input],
@@ -83,9 +91,13 @@ def build(site: Site, shell: Shell) -> None:
     )
 
     def take(
-        files: list[str] | None, name: str, word: str, px: int, progress: gr.Progress = _PROGRESS
+        files: list[str] | None,
+        name: str | None,
+        word: str | None,
+        px: int,
+        progress: gr.Progress = _PROGRESS,
     ) -> tuple[Any, ...]:
-        return _take(site, files, (name, word, px), progress)
+        return _take(site, files, (name or "", word or "", px), progress)
 
     dropped.upload(take, [dropped, named, trigger, resolution], [*opened, folder, dropped])
     demo.click(
@@ -96,14 +108,14 @@ def build(site: Site, shell: Shell) -> None:
 
 def _show(site: Site, path: str | None, word: str, px: int) -> tuple[Any, ...]:
     if not (path or "").strip():
-        return hint("Choose a folder first."), "", word, gr.Button(interactive=False)
+        return hint("Choose a folder first."), "", word, gr.Row(visible=False)
     try:
         folder = site.places.readable(str(path))
     except SdloraError as error:
-        return problem(str(error)), "", word, gr.Button(interactive=False)
+        return problem(str(error)), "", word, gr.Row(visible=False)
     attributes = {"folder": str(folder), "trigger": word.strip(), "resolution": str(px)}
     written = " ".join(f'{name}="{escape(value, quote=True)}"' for name, value in attributes.items())
-    return f"<sd-dataset {written}></sd-dataset>", str(folder), word.strip(), gr.Button(interactive=True)
+    return f"<sd-dataset {written}></sd-dataset>", str(folder), word.strip(), gr.Row(visible=True)
 
 
 def _take(
@@ -129,7 +141,7 @@ def _take(
 
 
 def _demo(site: Site) -> tuple[Any, ...]:
-    from sdlora.demo import STYLE, demo_config, find_data
+    from sdlora.demo_data import STYLE, demo_config, find_data
 
     folder = copy_folder(find_data() / STYLE, site.places.data)
     word = demo_config(site.places.runs / STYLE, site.places.data).data.trigger_word or ""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,6 +31,7 @@ _STRIPS = {
     "-1 to 2 by 0.05": (-1.0, 2.0, 0.05),
 }
 _EMPTY = '<p class="sd-dim sd-none">Choose an adapter, write a prompt, press Draw.</p>'
+_DRAFT = "generate"
 _GRID_STRENGTHS = "0.5, 0.75, 1, 1.25"
 
 
@@ -62,8 +64,9 @@ class _Page:
     guidance: gr.Textbox
     sampler: gr.Dropdown
     slots: list[_Slot]
-    main: gr.HTML
-    extra: gr.HTML
+    status: gr.HTML = field(init=False)
+    main: gr.HTML = field(init=False)
+    extra: gr.HTML = field(init=False)
 
     @property
     def plain(self) -> list[Any]:
@@ -85,67 +88,84 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             page, more = _controls(site)
-        with gr.Column(scale=6, min_width=320):
+        with gr.Column(scale=6, min_width=320, elem_classes="sd-stage"):
+            page.status = gr.HTML("", elem_id="drawing")
             page.main = gr.HTML(_EMPTY, elem_id="drawn")
             page.extra = gr.HTML("", elem_id="extra")
-    with gr.Accordion("Gallery: everything drawn, with its settings", open=True, elem_id="gallery"):
+    with gr.Column(elem_classes="sd-box", elem_id="gallery"):
+        gr.HTML("<h3>Gallery</h3>")
         gr.HTML("<sd-gallery></sd-gallery>")
     _connect_drawing(site, page, more)
     _connect_choosing(site, shell, tab, page, more["run"])
     _connect_sending(site, shell, page, more)
+    _connect_keeping(site, page)
 
 
 def _controls(site: Site) -> tuple[_Page, dict[str, Any]]:
-    defaults = SampleConfig()
-    prompt = gr.Textbox(label="Prompt", lines=2, placeholder="inkicon, an icon of a cat", elem_id="prompt")
-    slots = [_slot(site, number) for number in range(NUM_SLOTS)]
-    another = gr.Button("Another adapter", size="sm", elem_id="another")
-    with gr.Row():
-        draw = gr.Button("Draw", variant="primary", elem_id="draw")
-        compare = gr.Button("Before / after", elem_id="compare")
-    with gr.Group(), gr.Row():
+    with gr.Column(elem_classes="sd-box"):
+        prompt = gr.Textbox(
+            label="Prompt", lines=2, placeholder="inkicon, an icon of a cat", elem_id="prompt"
+        )
+        slots = [_slot(site, number) for number in range(NUM_SLOTS)]
+        another = gr.Button("Add another adapter", size="sm", elem_id="another")
+        with gr.Row():
+            draw = gr.Button("Draw", variant="primary", elem_id="draw", size="lg")
+            compare = gr.Button("Before / after", elem_id="compare", size="lg")
+    with gr.Column(elem_classes="sd-box"), gr.Row(elem_classes="sd-beside"):
         strip = gr.Dropdown(
-            list(_STRIPS), value=next(iter(_STRIPS)), label="Strengths of the strip", elem_id="strip"
+            list(_STRIPS), value=next(iter(_STRIPS)), label="Sweep: strengths of the strip", elem_id="strip"
         )
         sweep = gr.Button("Sweep the strength", elem_id="sweep")
-    with gr.Accordion("Compare checkpoints", open=False, elem_id="checkpoints"):
-        run = gr.Dropdown(choices(site.runs()), value=None, label="Run", elem_id="grid-run")
-        strengths = gr.Textbox(_GRID_STRENGTHS, label="Strengths", elem_id="grid-strengths")
+    with gr.Accordion("Compare checkpoints: a grid of steps by strengths", open=False, elem_id="checkpoints"):
+        with gr.Row():
+            run = gr.Dropdown(choices(site.runs()), value=None, label="Run", elem_id="grid-run")
+            strengths = gr.Textbox(_GRID_STRENGTHS, label="Strengths", elem_id="grid-strengths", max_lines=1)
         grid = gr.Button("Draw checkpoints by strengths", elem_id="grid")
-    with gr.Accordion("More settings", open=False, elem_id="draw-more"):
+    page, sent, dice = _more_controls(site, prompt, slots)
+    more = {
+        "draw": draw, "compare": compare, "strip": strip, "sweep": sweep, "run": run,
+        "strengths": strengths, "grid": grid, "another": another, "sent": sent, "dice": dice,
+    }  # fmt: skip
+    return page, more
+
+
+def _more_controls(site: Site, prompt: gr.Textbox, slots: list[_Slot]) -> tuple[_Page, gr.File, gr.Button]:
+    """Return the page with what is folded away, the place for a PNG, and the button for a new seed."""
+    defaults = SampleConfig()
+    own = "the base's own"
+    title = "More settings: base, negative prompt, seed, size, sampler"
+    with gr.Accordion(title, open=False, elem_id="draw-more"):
         base = gr.Dropdown(
             choices(site.bases()),
             value="mini",
             label="Base model",
+            info="Built in, a file found here, a path, or a Hugging Face id: owner/name",
             allow_custom_value=True,
             elem_id="draw-base",
         )
         negative = gr.Textbox(label="Negative prompt", elem_id="negative")
-        with gr.Row():
-            seed = gr.Number(1, label="Seed", precision=0, elem_id="seed")
-            steps = gr.Number(defaults.steps, label="Steps", precision=0, elem_id="steps")
+        with gr.Row(elem_classes="sd-beside"):
+            seed = gr.Number(1, label="Seed", precision=0, elem_id="seed", min_width=90)
+            dice = gr.Button("New seed", elem_id="new-seed", min_width=90)
+            steps = gr.Number(defaults.steps, label="Steps", precision=0, elem_id="steps", min_width=90)
             guidance = gr.Textbox(
-                "", label="Guidance", placeholder="the base's own", elem_id="guidance", max_lines=1
+                "", label="Guidance", placeholder=own, elem_id="guidance", max_lines=1, min_width=90
             )
         with gr.Row():
             width = gr.Textbox(
-                "", label="Width, px", placeholder="the base's own", elem_id="width", max_lines=1
+                "", label="Width, px", placeholder=own, elem_id="width", max_lines=1, min_width=110
             )
             height = gr.Textbox(
-                "", label="Height, px", placeholder="the base's own", elem_id="height", max_lines=1
+                "", label="Height, px", placeholder=own, elem_id="height", max_lines=1, min_width=110
             )
-            sampler = gr.Dropdown(
-                list(get_args(SamplerName)), value=defaults.sampler, label="Sampler", elem_id="sampler"
-            )
+        sampler = gr.Dropdown(
+            list(get_args(SamplerName)), value=defaults.sampler, label="Sampler", elem_id="sampler"
+        )
         sent = gr.File(
             label="Drop a PNG to use its settings", file_types=[".png"], elem_id="sent-file", height=110
         )
-    page = _Page(base, prompt, negative, seed, width, height, steps, guidance, sampler, slots, None, None)
-    more = {
-        "draw": draw, "compare": compare, "strip": strip, "sweep": sweep, "run": run,
-        "strengths": strengths, "grid": grid, "another": another, "sent": sent,
-    }  # fmt: skip
-    return page, more
+    page = _Page(base, prompt, negative, seed, width, height, steps, guidance, sampler, slots)
+    return page, sent, dice
 
 
 def _slot(site: Site, number: int) -> _Slot:
@@ -164,53 +184,77 @@ def _slot(site: Site, number: int) -> _Slot:
 
 
 def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
-    def one(*held: Any) -> Iterator[Any]:
-        yield from _drawn(site, held, None, lambda parts, _: picture_html(parts[0]), "draw")
+    def one(request: gr.Request, *held: Any) -> Iterator[Any]:
+        yield from _drawn(site, request, held, None, lambda parts, _: picture_html(parts[0]))
 
-    def again(*held: Any) -> Iterator[Any]:
+    def again(request: gr.Request, *held: Any) -> Iterator[Any]:
         if not _said(held)["prompt"].strip():
-            yield gr.skip()
+            yield gr.skip(), gr.skip()
             return
-        yield from one(*held)
+        yield from one(request, *held)
 
-    def sweep(strip: str, *held: Any) -> Iterator[Any]:
+    def sweep(request: gr.Request, strip: str, *held: Any) -> Iterator[Any]:
         strengths = strip_strengths(strip)
         if not _rows(held)[0]:
-            yield problem("choose an adapter first: a strip shows its strengths")
+            yield problem("choose an adapter first: a strip shows its strengths"), gr.skip()
             return
-        yield from _drawn(
-            site,
-            held,
-            strengths,
-            lambda parts, total: strip_html(parts, strengths, total, held[9 + 1]),
-            "sweep",
-        )
+        chosen = _rows(held)[0][0]["unet"]
 
-    def compare(*held: Any) -> Iterator[Any]:
+        def shape(parts: Sequence[Mapping[str, Any]], total: int) -> str:
+            return strip_html(parts, strengths, total, chosen)
+
+        yield from _drawn(site, request, held, strengths, shape)
+
+    def compare(request: gr.Request, *held: Any) -> Iterator[Any]:
         def shape(parts: Sequence[Mapping[str, Any]], total: int) -> str:
             if len(parts) < 2:
                 return picture_html(parts[0])
             return compare_html(parts[0]["file"], parts[1]["file"], ("base alone", "with the adapter"))
 
-        rows = [[], _rows(held)[0]]
-        yield from _drawn(site, held, None, shape, "compare", rows)
+        if not _rows(held)[0]:
+            yield problem("choose an adapter first: before and after would be the same"), gr.skip()
+            return
+        yield from _drawn(site, request, held, None, shape, [[], _rows(held)[0]])
 
-    def grid(run: str, strengths: str, *held: Any) -> Iterator[Any]:
-        yield from _grid(site, run, strengths, held)
+    def grid(request: gr.Request, run: str, strengths: str, *held: Any) -> Iterator[Any]:
+        yield from _grid(site, request, run, strengths, held)
 
     options: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8}
-    gr.on([more["draw"].click, page.prompt.submit], one, page.inputs, page.main, **options)
+    main, extra = [page.status, page.main], [page.status, page.extra]
+    gr.on([more["draw"].click, page.prompt.submit], one, page.inputs, main, **options)
     moved = [slider.release for slot in page.slots for slider in (slot.strength, slot.text)]
-    gr.on(moved, again, page.inputs, page.main, trigger_mode="multiple", **options)
-    more["sweep"].click(sweep, [more["strip"], *page.inputs], page.extra, **options)
-    more["compare"].click(compare, page.inputs, page.extra, **options)
-    more["grid"].click(grid, [more["run"], more["strengths"], *page.inputs], page.extra, **options)
+    gr.on(moved, again, page.inputs, main, trigger_mode="multiple", **options)
+    more["dice"].click(lambda: secrets.randbelow(2**32), None, page.seed, show_progress="hidden").then(
+        again, page.inputs, main, **options
+    )
+    more["sweep"].click(sweep, [more["strip"], *page.inputs], extra, **options)
+    more["compare"].click(compare, page.inputs, extra, **options)
+    more["grid"].click(grid, [more["run"], more["strengths"], *page.inputs], extra, **options)
+
+
+def _connect_keeping(site: Site, page: _Page) -> None:
+    """Give a page that is opened what was last drawn with."""
+
+    def again() -> list[Any]:
+        kept = site.drafts.kept(_DRAFT).get("held")
+        if not isinstance(kept, list) or len(kept) != len(page.inputs):
+            return [gr.skip()] * (len(page.inputs) + NUM_SLOTS)
+        known, boxes = choices(site.adapters()), []
+        for number in range(NUM_SLOTS):
+            at = len(_PLAIN) + 4 * number
+            file = kept[at] if kept[at] and Path(kept[at]).exists() else ""
+            extra = [] if not file or file in dict(known).values() else [(adapter_label(file), file)]
+            kept[at] = gr.Dropdown(choices=[("none", ""), *known, *extra], value=file)
+            boxes.append(gr.Group(visible=number == 0 or bool(file)))
+        return [*kept, *boxes]
+
+    gr.on(None, again, None, [*page.inputs, *(slot.box for slot in page.slots)], show_progress="hidden")
 
 
 def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: gr.Dropdown) -> None:
     files = [slot.file for slot in page.slots]
 
-    def refresh(prompt: str, *chosen: str) -> list[Any]:
+    def refresh(prompt: str, of_grid: str | None, *chosen: str) -> list[Any]:
         known = choices(site.adapters())
         shown = [("none", ""), *known]
         paths = {path for _, path in shown}
@@ -220,9 +264,11 @@ def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: g
         if not any(chosen) and not (prompt or "").strip() and known:  # the first look at the page
             lists[0] = gr.Dropdown(choices=shown, value=known[0][1])
             text = _first_prompt(Path(known[0][1]).parent)
-        return [text, *lists, gr.Dropdown(choices=choices(site.runs()))]
+        runs = choices(site.runs())
+        newest = of_grid or (runs[0][1] if runs else None)
+        return [text, *lists, gr.Dropdown(choices=runs, value=newest)]
 
-    tab.select(refresh, [page.prompt, *files], [page.prompt, *files, run], show_progress="hidden")
+    tab.select(refresh, [page.prompt, run, *files], [page.prompt, *files, run], show_progress="hidden")
 
     def use(said: str) -> list[Any]:
         job = site.queue.get(json.loads(said)["id"])
@@ -242,7 +288,7 @@ def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: g
 
 def _connect_sending(site: Site, shell: Shell, page: _Page, more: Mapping[str, Any]) -> None:
     boxes = [slot.box for slot in page.slots]
-    outputs = [*page.plain[1:], *boxes, *(one for slot in page.slots for one in slot.controls)]
+    outputs = [*page.plain, *boxes, *(one for slot in page.slots for one in slot.controls)]
 
     def from_gallery(said: str) -> list[Any]:
         return _sent(site, site.places.readable(json.loads(said)["file"]), len(outputs))
@@ -296,7 +342,7 @@ def adapter_label(file: str) -> str:
 
 
 def _filled(site: Site, sent: Sent) -> list[Any]:
-    """Return every control but the base as a picture's settings say."""
+    """Return every control as a picture's settings say."""
     by_label = {label: path for label, path in choices(site.adapters())}
     by_label |= {Path(path).stem: path for path in by_label.values()}
     missing = [name for name, _, _ in sent.adapters if name not in by_label]
@@ -310,7 +356,11 @@ def _filled(site: Site, sent: Sent) -> list[Any]:
         file, unet, text = given[number] if number < len(given) else ("", 1.0, 1.0)
         slots += [file, unet, unet != text, text]
     boxes = [gr.Group(visible=number < max(1, len(given))) for number in range(NUM_SLOTS)]
+    bases = {Path(one.path).stem: one.path for one in site.bases()}
+    if sent.model and sent.model not in bases:
+        gr.Warning(f"the base `{sent.model}` is not found here; the one chosen stays")
     plain = [
+        bases.get(sent.model or ""),
         sent.prompt,
         sent.negative,
         sent.seed,
@@ -361,35 +411,41 @@ def _arguments(
 
 def _drawn(
     site: Site,
+    request: gr.Request,
     held: Sequence[Any],
     strengths: Sequence[float] | None,
     shape: Callable[[Sequence[Mapping[str, Any]], int], str],
-    word: str,
     rows: Sequence[Sequence[Mapping[str, Any]]] | None = None,
 ) -> Iterator[Any]:
-    """Draw, and yield what to show while it goes on: progress, parts that are ready, the whole."""
+    """Draw, and yield (what goes on, what to show): progress, parts that are ready, the whole.
+
+    What this browser tab asked for before is given up: its sliders may move faster than pictures are drawn.
+    """
     parts: list[Mapping[str, Any]] = []
     try:
         rows = rows if rows is not None else _rows(held)
         arguments = _arguments(site, held, rows) | {"strengths": strengths}
+        site.drafts.keep(_DRAFT, {"held": list(held)})
         total = len(rows) * len(strengths or [None])
-        for answer in site.draw.call("draw", arguments, replace=word):
+        for answer in site.draw.call("draw", arguments, replace=f"draw {request.session_hash}"):
             if answer.progress is not None:
-                if not parts or total > 1:
-                    before = shape(parts, total) if parts else ""
-                    yield working(*answer.progress) + before
+                yield working(*answer.progress), gr.skip()
             elif answer.part is not None:
                 parts.append(answer.part)
+                if total > 1:
+                    yield gr.skip(), shape(parts, total)
             elif answer.result is not None:
                 whole = shape(parts, total)
-                yield whole if total > 1 else picture_html(parts[0], answer.result["seconds"])
+                if total == 1:
+                    whole = picture_html(parts[0], answer.result["seconds"])
+                yield "", whole
     except CallCancelled:
-        yield gr.skip()
+        yield gr.skip(), gr.skip()
     except SdloraError as error:
-        yield problem(str(error))
+        yield problem(str(error)), gr.skip()
 
 
-def _grid(site: Site, run: str, text: str, held: Sequence[Any]) -> Iterator[Any]:
+def _grid(site: Site, request: gr.Request, run: str, text: str, held: Sequence[Any]) -> Iterator[Any]:
     """Draw every checkpoint of a run at every strength."""
     try:
         if not run:
@@ -404,10 +460,10 @@ def _grid(site: Site, run: str, text: str, held: Sequence[Any]) -> Iterator[Any]
         rows = [[{"file": one.path, "unet": 1.0, "text": None}] for one in found]
         labels = [{"label": one.label, "file": one.path} for one in found]
     except SdloraError as error:
-        yield problem(str(error))
+        yield problem(str(error)), gr.skip()
         return
 
     def shape(parts: Sequence[Mapping[str, Any]], total: int) -> str:
         return grid_html(labels, strengths, {(part["row"], part["column"]): part["file"] for part in parts})
 
-    yield from _drawn(site, held, strengths, shape, "grid", rows)
+    yield from _drawn(site, request, held, strengths, shape, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import gradio as gr
 from sdlora.errors import ConfigError, SdloraError
 
 from ..gallery.shapes import file_url
+from ..places import program_folders
 from ..site import EXPORTED, Site
 from . import surgery
 from .shared import Shell, choices, hint, problem, working
 
 _FORMATS = [
-    ("WebUI, ComfyUI, Forge (one .safetensors with preview and card)", "webui"),
+    ("WebUI, Forge, ComfyUI", "webui"),
     ("diffusers", "diffusers"),
     ("PEFT", "peft"),
 ]
@@ -27,10 +28,12 @@ _FORMATS = [
 def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     """Put the page into the current tab."""
     with gr.Row():
-        with gr.Column(scale=1, min_width=320):
+        with gr.Column(scale=1, min_width=320), gr.Column(elem_classes="sd-box"):
             source = _export(site)
         with gr.Column(scale=1, min_width=320):
-            files = [_inspect(site), *surgery.build(site)]
+            with gr.Column(elem_classes="sd-box"):
+                files = [_inspect(site)]
+            files += surgery.build(site)
 
     def refresh(chosen: str | None) -> list[Any]:
         found = _sources(site)
@@ -53,7 +56,7 @@ def _sources(site: Site) -> list[tuple[str, str]]:
 
 
 def _export(site: Site) -> gr.Dropdown:
-    gr.Markdown("## Export")
+    gr.HTML("<h3>Export</h3>")
     source = gr.Dropdown(
         _sources(site),
         value=None,
@@ -62,36 +65,66 @@ def _export(site: Site) -> gr.Dropdown:
         elem_id="export-source",
     )
     form = gr.Radio(_FORMATS, value="webui", label="For", elem_id="export-format")
-    place = gr.Textbox(
-        str(site.places.runs / EXPORTED), label="Into folder", elem_id="export-place", max_lines=1
-    )
-    webui = gr.Textbox(
-        label="WebUI folder (optional)",
-        info="Also copied into its models/Lora; the folder must be one this server was given with --allow",
+    named, found = program_folders(site.places)
+    webui = gr.Dropdown(
+        [("none", ""), *((str(folder), str(folder)) for folder in named)],
+        value="",
+        label="Also into this WebUI or ComfyUI",
+        info=_webui_info(named, found),
+        allow_custom_value=True,
         elem_id="export-webui",
-        max_lines=1,
     )
-    with gr.Row():
-        name = gr.Textbox(label="File name", placeholder="as the run", elem_id="export-name", max_lines=1)
-        dtype = gr.Dropdown(
-            [("as trained", ""), "fp16", "bf16", "fp32"],
-            value="",
-            label="Number format",
-            elem_id="export-dtype",
+    title = "More settings: folder, file name, number format, preview"
+    with gr.Accordion(title, open=False, elem_id="export-more"):
+        place = gr.Textbox(
+            str(site.places.runs / EXPORTED), label="Into folder", elem_id="export-place", max_lines=1
         )
-    overwrite = gr.Checkbox(False, label="Replace files that exist", elem_id="export-overwrite")
-    button = gr.Button("Export", variant="primary", elem_id="export")
+        with gr.Row():
+            name = gr.Textbox(label="File name", placeholder="as the run", elem_id="export-name", max_lines=1)
+            dtype = gr.Dropdown(
+                [("as trained", ""), "fp16", "bf16", "fp32"],
+                value="",
+                label="Number format",
+                elem_id="export-dtype",
+            )
+        preview = gr.Textbox(
+            label="Preview picture",
+            info="What WebUI shows on the adapter's card",
+            placeholder="the run's newest preview",
+            elem_id="export-preview",
+            max_lines=1,
+        )
+        private = gr.Checkbox(
+            False,
+            label="Leave out what tells of the training pictures",
+            info="Folder names, captions, tags and file names in the header",
+            elem_id="export-private",
+        )
+        overwrite = gr.Checkbox(False, label="Replace files that exist", elem_id="export-overwrite")
+    button = gr.Button("Export", variant="primary", elem_id="export", size="lg")
     report = gr.HTML(
-        hint("The file is read back and compared with what was trained."), elem_id="export-report"
+        hint("The file is read back and compared with what was trained; the proof appears here."),
+        elem_id="export-report",
     )
 
     def export(*held: Any) -> Iterator[str]:
-        keys = ("source", "format", "output", "webui", "name", "dtype", "overwrite")
+        keys = (
+            "source", "format", "output", "webui", "name", "dtype", "overwrite", "preview", "private",
+        )  # fmt: skip
         yield from _exported(site, dict(zip(keys, held, strict=True)))
 
-    inputs = [source, form, place, webui, name, dtype, overwrite]
+    inputs = [source, form, place, webui, name, dtype, overwrite, preview, private]
     button.click(export, inputs, report, show_progress="hidden")
     return source
+
+
+def _webui_info(named: Sequence[Path], found: Sequence[Path]) -> str:
+    """Return how to export straight into another program, for the folders there are."""
+    if named:
+        return "Copied into its folder of adapters, with preview and card"
+    if found:
+        return f"Found {found[0]}; to write there, start with: sdlora ui --allow {found[0]}"
+    return "None was named; to write into one, start with: sdlora ui --allow FOLDER"
 
 
 def _exported(site: Site, said: Mapping[str, Any]) -> Iterator[str]:
@@ -101,7 +134,8 @@ def _exported(site: Site, said: Mapping[str, Any]) -> Iterator[str]:
         arguments = dict(said) | {
             "source": str(site.places.readable(said["source"])),
             "output": str(site.places.writable(said["output"])) if said["output"].strip() else None,
-            "webui": str(site.places.writable(said["webui"])) if said["webui"].strip() else None,
+            "webui": str(site.places.writable(said["webui"])) if (said["webui"] or "").strip() else None,
+            "preview": str(site.places.readable(said["preview"])) if said["preview"].strip() else None,
             "name": said["name"].strip() or None,
             "dtype": said["dtype"] or None,
         }
@@ -135,7 +169,7 @@ def _client_html(name: str, said: Any) -> str:
 
 
 def _inspect(site: Site) -> gr.Dropdown:
-    gr.Markdown("## Inspect")
+    gr.HTML("<h3>Inspect</h3>")
     file = gr.Dropdown(
         choices(site.adapters()),
         value=None,

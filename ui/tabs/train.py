@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,31 @@ from sdlora.errors import ConfigError, DatasetError, SdloraError
 from ..calls import CallCancelled
 from ..forms import SECTION_TITLES, Setting, control, from_config, settings
 from ..plan_view import plan_html
+from ..plans import refusals, would_disturb
 from ..settings import checked_config
 from ..site import Site
 from ..uploads import folder_name
 from .shared import Shell, choices, hint, problem, working
 
+_DRAFT = "train"
+_PAUSE = 0.4  # seconds without a key until the plan follows
+_NO_FOLDER = "Choose a folder of pictures on the first page; time, memory and settings then appear here."
+_LATER = "Time and memory are worked out when a setting changes."
 _FIRST = ("model.base", "data.folder", "output.name", "data.trigger_word")
 
 
-def build(site: Site, shell: Shell) -> None:
+def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     """Put the page into the current tab."""
     known = {setting.key: setting for setting in settings()}
     controls: dict[str, Any] = {}
     with gr.Row():
         with gr.Column(scale=4, min_width=320):
-            controls |= _first(site, known)
-            start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
-            said = gr.HTML("", elem_id="start-said")
-            plan = gr.HTML(hint("Choose a folder of pictures on the first page."), elem_id="plan")
+            with gr.Column(elem_classes="sd-box"):
+                gr.HTML("<h3>What to train</h3>")
+                controls |= _first(site, known)
+                start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
+                said = gr.HTML("", elem_id="start-said")
+            plan = gr.HTML(hint(_NO_FOLDER), elem_id="plan")
             with gr.Accordion("More settings", open=False, elem_id="more"):
                 gr.HTML(hint("What you leave empty follows your pictures and the base, as listed above."))
                 for section, title in SECTION_TITLES.items():
@@ -45,6 +53,7 @@ def build(site: Site, shell: Shell) -> None:
         with gr.Column(scale=6, min_width=320):
             gr.HTML("<sd-jobs></sd-jobs>", elem_id="jobs")
     _connect(site, shell, controls, start, said, plan)
+    _connect_keeping(site, tab, controls, plan)
 
 
 def _first(site: Site, known: Mapping[str, Setting]) -> dict[str, Any]:
@@ -71,11 +80,24 @@ def _connect(
 ) -> None:
     keys, shown = list(controls), list(controls.values())
 
-    def predict(*held: Any) -> Iterator[str]:
-        yield from _predict(site, dict(zip(keys, held, strict=True)))
+    newest: dict[str | None, int] = {}
 
-    def begin(*held: Any) -> tuple[str, Any]:
-        return _begin(site, dict(zip(keys, held, strict=True)))
+    def predict(*held: Any) -> Iterator[str]:
+        raw = dict(zip(keys, held, strict=True))
+        site.drafts.keep(_DRAFT, raw)
+        yield from _predict(site, raw)
+
+    def edited(request: gr.Request, *held: Any) -> Iterator[Any]:
+        """Predict when the typing pauses."""
+        number = newest[request.session_hash] = newest.get(request.session_hash, 0) + 1
+        time.sleep(_PAUSE)
+        if newest[request.session_hash] == number:
+            yield from predict(*held)
+        else:
+            yield gr.skip()
+
+    def begin(*held: Any) -> Iterator[Any]:
+        yield from _begin(site, dict(zip(keys, held, strict=True)))
 
     def choose(folder: str, trigger: str, name: str) -> tuple[Any, ...]:
         return folder, trigger, _free_name(site, folder_name(Path(folder).name)) if folder else name
@@ -91,15 +113,13 @@ def _connect(
         return raw
 
     def fill_demo(said_text: str) -> list[Any]:
-        from sdlora.demo import STYLE, demo_config
+        from sdlora.demo_data import STYLE, demo_config
 
         config = demo_config(site.places.runs / STYLE, Path(json.loads(said_text)["folder"]).parent)
         return fill(config.with_values({"output.name": _free_name(site, STYLE), "output.folder": None}))
 
-    edits = [one.blur if isinstance(one, gr.Textbox | gr.Number) else one.input for one in shown]
-    submits = [one.submit for one in shown if isinstance(one, gr.Textbox | gr.Number)]
-    gr.on([*edits, *submits], predict, shown, plan, show_progress="hidden", trigger_mode="always_last",
-          concurrency_limit=4)  # fmt: skip
+    edits = [one.input for one in shown]
+    gr.on(edits, edited, shown, plan, show_progress="hidden", trigger_mode="multiple", concurrency_limit=32)
     folder, name, trigger = (controls[key] for key in ("data.folder", "output.name", "data.trigger_word"))
     shell.folder.change(choose, [shell.folder, shell.trigger, name], [folder, trigger, name]).then(
         predict, shown, plan, show_progress="hidden"
@@ -107,44 +127,79 @@ def _connect(
     shell.trigger.change(lambda word: word, shell.trigger, trigger)
     shell.demo.change(fill_demo, shell.demo, shown).then(predict, shown, plan, show_progress="hidden")
     shell.clone_run.change(clone, shell.clone_run, shown).then(predict, shown, plan, show_progress="hidden")
-    start.click(begin, shown, [said, name], show_progress="minimal")
+    start.click(begin, shown, said, show_progress="hidden")
+
+
+def _connect_keeping(site: Site, tab: gr.Tab, controls: Mapping[str, Any], plan: gr.HTML) -> None:
+    """Give a page that is opened what the form held when it was last edited."""
+    keys, shown = list(controls), list(controls.values())
+    known = {setting.key: setting for setting in settings()}
+
+    def again() -> list[Any]:
+        kept = site.drafts.kept(_DRAFT)
+        if kept.get("output.name"):
+            kept["output.name"] = _free_name(site, str(kept["output.name"]))
+        return [kept[key] if key in kept and _fits(known[key], kept[key]) else gr.skip() for key in keys]
+
+    gr.on(None, again, None, shown, show_progress="hidden")
+
+    def look(so_far: str, *held: Any) -> Iterator[Any]:
+        raw = dict(zip(keys, held, strict=True))
+        if raw["data.folder"] and _NO_FOLDER in so_far:
+            yield from _predict(site, raw)
+        else:
+            yield gr.skip()
+
+    tab.select(look, [plan, *shown], plan, show_progress="hidden")
+
+
+def _fits(setting: Setting, held: Any) -> bool:
+    """Return whether a control takes a value that an older version of the form may have held."""
+    return setting.kind != "choice" or held in ("", *setting.choices)
 
 
 def _predict(site: Site, raw: Mapping[str, Any]) -> Iterator[str]:
     """Say what the run would be, or why it cannot be."""
     if not str(raw["data.folder"] or "").strip():
-        yield hint("Choose a folder of pictures on the first page.")
+        yield hint(_NO_FOLDER)
         return
+    part: Mapping[str, Any] | None = None
     try:
         config = _config(site, raw)
+        if would_disturb(site):
+            yield hint("A job trains on the GPU now; time and memory are worked out when it is done.")
+            return
         yield working(0, 1, "working out the settings")
-        values, part = _values(config), None
-        for answer in site.desk.call("plan", {"values": values}, replace="plan"):
+        for answer in site.plans.ask(site, config, replace="plan"):
             if answer.progress is not None:
                 yield working(*answer.progress) + (plan_html(part) if part else "")
             elif answer.part is not None:
                 part = answer.part
             elif answer.result is not None:
-                site.device = str(answer.result["device"])
                 yield plan_html(answer.result)
-    except CallCancelled:
-        return
+    except CallCancelled:  # by a newer edit, which will say more, or by the start of a job
+        yield plan_html(part) if part else hint(_LATER)
     except SdloraError as error:
         yield problem(str(error))
 
 
-def _begin(site: Site, raw: Mapping[str, Any]) -> tuple[str, Any]:
+def _begin(site: Site, raw: Mapping[str, Any]) -> Iterator[Any]:
     """Queue the run, or say why it cannot be."""
     try:
         config = _config(site, raw)
         _refuse_bad_pictures(config)
+        for answer in refusals(site, config):
+            assert answer.progress is not None
+            done, total, note = answer.progress
+            yield working(done, total, f"checking that it can work: {note}")
         job = site.queue.add(config)
         site.make_room()
         site.queue.tick()
     except SdloraError as error:
-        return problem(str(error)), gr.skip()
+        yield problem(str(error))
+        return
     gr.Info(f"{job.name} is in the queue")
-    return "", gr.skip()
+    yield ""
 
 
 def _config(site: Site, raw: Mapping[str, Any]) -> Config:
@@ -162,12 +217,6 @@ def _refuse_bad_pictures(config: Config) -> None:
         listed = "; ".join(str(one) for one in problems[:3])
         more = f"; and {len(problems) - 3} more, see the first page" if len(problems) > 3 else ""
         raise DatasetError(f"{len(problems)} pictures or captions cannot be used: {listed}{more}")
-
-
-def _values(config: Config) -> dict[str, Any]:
-    """Return the set values by dotted key, as JSON takes them."""
-    tree = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    return {f"{section}.{name}": value for section, part in tree.items() for name, value in part.items()}
 
 
 def _free_name(site: Site, wanted: str) -> str:

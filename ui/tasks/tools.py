@@ -25,6 +25,7 @@ def export(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         webui_folder=_path(arguments.get("webui")),
         overwrite=bool(arguments.get("overwrite")),
         name=arguments.get("name") or None,
+        private=bool(arguments.get("private")),
     )
     return report.to_dict()
 

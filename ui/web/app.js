@@ -2,6 +2,7 @@
 import "./dataset.js";
 import "./jobs.js";
 import "./pictures.js";
+import { button } from "./base.js";
 
 // Gradio's sliders hear only a pointer being let go; arrow keys must count as well.
 document.addEventListener("keyup", (event) => {
@@ -9,3 +10,28 @@ document.addEventListener("keyup", (event) => {
     event.target.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
   }
 });
+
+// Light or dark: as the system says, until someone presses the button.
+const STORED = "sdlora-theme";
+const isDark = () => document.body.classList.contains("dark");
+class Theme extends HTMLElement {
+  connectedCallback() {
+    const asked = new URLSearchParams(location.search).get("__theme");
+    const stored = asked || localStorage.getItem(STORED);
+    if (stored === "dark" || stored === "light") document.body.classList.toggle("dark", stored === "dark");
+    this.button = button("", () => {
+      document.body.classList.toggle("dark");
+      localStorage.setItem(STORED, isDark() ? "dark" : "light");
+      this.show();
+    }, "sd-theme");
+    this.replaceChildren(this.button);
+    this.show();
+  }
+  show() {
+    const other = isDark() ? "light" : "dark";
+    this.button.textContent = isDark() ? "☀" : "☾";
+    this.button.setAttribute("aria-label", `Switch to the ${other} look`);
+    this.button.title = `Switch to the ${other} look`;
+  }
+}
+customElements.define("sd-theme", Theme);

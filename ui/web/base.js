@@ -20,8 +20,9 @@ export function svg(tag, attributes = {}, ...children) {
   return node;
 }
 
-export async function ask(path, body) {
+export async function ask(path, body, extra = {}) {
   const options = body === undefined ? {} : {
+    ...extra,
     method: "POST",
     headers: { "Content-Type": "application/json", "X-Sdlora": "1" },
     body: JSON.stringify(body),
@@ -78,6 +79,18 @@ export function duration(seconds) {
 
 export const bytes = (count) =>
   count === null || count === undefined ? "" : count < 2 ** 30 ? `${Math.round(count / 2 ** 20)} MiB` : `${(count / 2 ** 30).toFixed(1)} GiB`;
+
+// An element drawn from its attributes. Gradio patches the page: it changes the attributes of an element that
+// is there and takes away its children, so every change draws it again, when the patching is over.
+export class Drawn extends HTMLElement {
+  connectedCallback() { this.soon(); }
+  attributeChangedCallback() { this.soon(); }
+  soon() {
+    if (this.waiting) return;
+    this.waiting = true;
+    queueMicrotask(() => { this.waiting = false; if (this.isConnected) this.render(); });
+  }
+}
 
 // An element that knows whether it can be seen, so that hidden tabs ask the server nothing.
 export class Live extends HTMLElement {

@@ -1,127 +1,236 @@
 // The data set: pictures with their captions edited in place, what the doctor finds, crops, buckets, tags.
 
-import { ask, attempt, button, el, say, thumbUrl } from "./base.js";
+import { ask, attempt, button, el, Live, say, thumbUrl } from "./base.js";
 
 const PAGE = 60;
+const SAVE_AFTER = 250; // ms without a key
+const WRITTEN = ["txt", "caption", "metadata"];
+const tidy = (text) => text.split("\n").map((line) => line.split(/\s+/).filter(Boolean).join(" ")).filter(Boolean).join("\n");
+const plural = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
 
-class DataSet extends HTMLElement {
-  connectedCallback() {
+class DataSet extends Live {
+  static observedAttributes = ["folder", "trigger", "resolution"];
+  // Another folder or another question: Gradio changed the attributes and took the children away.
+  attributeChangedCallback() {
+    if (!this.parts || this.asked) return;
+    this.asked = true;
+    queueMicrotask(() => {
+      this.asked = false;
+      this.flush();
+      this.state = null;
+      this.page = 0;
+      this.cards = new Map();
+      this.parts.tools.replaceChildren();
+      if (this.isConnected) this.load();
+    });
+  }
+  start() {
+    this.every = 2000;
     this.page = 0;
     this.only = "";
-    this.saving = new Map();
-    this.load();
+    this.cards = new Map();
+    this.flush = () => this.cards.forEach((card) => card.save(true));
+    addEventListener("pagehide", this.flush);
+    document.addEventListener("visibilitychange", this.flush);
+    this.parts = Object.fromEntries(["summary", "findings", "charts", "tools", "cards", "pages"].map((name) => [name, el("div", { class: `sd-${name}` })]));
+  }
+  disconnectedCallback() {
+    super.disconnectedCallback();
+    this.flush();
+    removeEventListener("pagehide", this.flush);
+    document.removeEventListener("visibilitychange", this.flush);
   }
   get folder() { return this.getAttribute("folder"); }
+  get where() { return `folder=${encodeURIComponent(this.folder)}`; }
   get query() {
     const part = (name) => encodeURIComponent(this.getAttribute(name) || "");
-    return `dataset?folder=${part("folder")}&trigger=${part("trigger")}&resolution=${part("resolution")}&page=${this.page}&only=${this.only}`;
+    return `dataset?${this.where}&trigger=${part("trigger")}&resolution=${part("resolution")}&page=${this.page}&only=${this.only}`;
+  }
+  // Called again and again: looks whether another tab or program changed the folder.
+  async refresh() {
+    if (!this.folder || this.loading) return;
+    if (!this.state) { await this.load(); return; }
+    this.cards.forEach((card) => card.save());
+    const now = await ask(`dataset/progress?${this.where}`).catch(() => null);
+    if (now && now.version && now.version !== this.state.version) await this.load();
   }
   async load() {
-    if (!this.folder) return;
-    if (!this.state) this.replaceChildren(el("p", { class: "sd-dim", role: "status" }, "Reading the pictures …"));
-    const state = await ask(this.query).catch((error) => ({ error: error.message }));
-    if (state.error) { this.replaceChildren(el("p", { class: "sd-problem", role: "alert" }, state.error)); return; }
+    const query = this.query;
+    this.loading = true;
+    const waiting = this.state ? null : setInterval(() => this.showReading(), 400);
+    if (!this.state) this.replaceChildren(this.reading(null));
+    const state = await ask(query).catch((error) => ({ error: error.message }));
+    clearInterval(waiting);
+    if (query !== this.query) return this.load();
+    this.loading = false;
+    if (state.error) {
+      this.state = null;
+      this.replaceChildren(el("p", { class: "sd-problem", role: "alert" }, state.error));
+      return;
+    }
+    if (!this.state) this.replaceChildren(...Object.values(this.parts));
     this.state = state;
-    this.draw();
+    this.draw(state);
   }
-  draw() {
-    const state = this.state;
-    this.replaceChildren(this.summary(state), this.findings(state), this.charts(state), this.toolbar(state),
-      el("div", { class: "sd-cards" }, state.cards.map((card) => this.card(card))), this.pages(state));
+  async showReading() {
+    const now = await ask(`dataset/progress?${this.where}`).catch(() => null);
+    if (this.loading && !this.state && now && now.progress) this.replaceChildren(this.reading(now.progress));
+  }
+  reading(progress) {
+    const [done, total] = progress || [0, 0];
+    return el("div", { class: "sd-working", role: "status" },
+      el("progress", { max: 1, value: total ? done / total : 0, "aria-label": "Reading the pictures" }),
+      el("span", {}, total ? `Reading the pictures: ${done} of ${total}` : "Reading the pictures …"));
+  }
+  draw(state) {
+    const put = (name, ...nodes) => this.parts[name].replaceChildren(...nodes.filter(Boolean));
+    put("summary", this.summary(state));
+    put("findings", this.findings(state));
+    put("charts", this.charts(state));
+    if (!this.parts.tools.firstChild) put("tools", this.toolbar(state));
+    this.drawTools(state);
+    const old = this.cards;
+    this.cards = new Map(state.cards.map((card) => [card.name, old.get(card.name) || new Card(this)]));
+    state.cards.forEach((card) => this.cards.get(card.name).update(card));
+    const nodes = [...this.cards.values()].map((card) => card.node);
+    const shown = [...this.parts.cards.children];
+    if (nodes.length !== shown.length || nodes.some((node, i) => node !== shown[i])) this.parts.cards.replaceChildren(...nodes);
+    if (!nodes.length) put("cards", el("p", { class: "sd-dim sd-none" }, "No picture of this kind."));
+    put("pages", this.pages(state));
   }
   summary(state) {
     const fact = (value, what) => el("div", { class: "sd-fact" }, el("strong", {}, value), el("span", {}, what));
-    return el("div", { class: "sd-facts" }, fact(state.num_images, "pictures"), fact(state.num_captions, "with a caption file"),
-      fact(state.held_out, "held out to measure progress"), fact(state.buckets.length, "shapes after cropping"),
-      el("div", { class: `sd-fact sd-verdict ${state.counts.error ? "bad" : state.counts.warning ? "soso" : "good"}` },
-        el("strong", {}, state.counts.error ? "Not ready" : state.counts.warning ? "Can be trained" : "Ready to train"),
-        el("span", {}, `${state.counts.error} errors, ${state.counts.warning} warnings, ${state.counts.note} notes`)));
+    const { error, warning, note } = state.counts;
+    const verdict = error ? ["bad", "Not ready"] : warning ? ["soso", "Can be trained"] : ["good", "Ready to train"];
+    return el("div", { class: "sd-facts" },
+      el("div", { class: `sd-fact sd-verdict ${verdict[0]}` }, el("strong", {}, verdict[1]),
+        el("span", {}, [plural(error, "error"), plural(warning, "warning"), plural(note, "note")].join(", "))),
+      fact(state.num_images, state.num_unusable ? `pictures, ${state.num_unusable} more cannot be used` : "pictures"),
+      fact(state.num_captions, "with a written caption"), fact(state.held_out, "held out to measure progress"),
+      fact(state.buckets.length, state.buckets.length === 1 ? "shape after cropping" : "shapes after cropping"));
   }
   findings(state) {
     if (!state.findings.length) return null;
     const groups = new Map();
     for (const one of state.findings) groups.set(`${one.severity}|${one.kind}`, [...(groups.get(`${one.severity}|${one.kind}`) || []), one]);
-    return el("details", { class: "sd-panel", open: state.counts.error > 0 }, el("summary", {}, "What the doctor found"),
+    const open = this.parts.findings.querySelector("details")?.open ?? state.counts.error > 0;
+    return el("details", { class: "sd-panel", open }, el("summary", {}, `What the doctor found (${state.findings.length})`),
       [...groups].map(([key, members]) => {
         const [severity, kind] = key.split("|");
-        return el("div", { class: "sd-finding" }, el("b", { class: `sd-chip ${severity}` }, severity), ` ${kind} (${members.length}): `,
-          members.slice(0, 4).map((one) => el("div", { class: "sd-indent" }, `${one.where}: ${one.what}`)),
-          members.length > 4 ? el("div", { class: "sd-indent sd-dim" }, `and ${members.length - 4} more, shown at the pictures`) : null,
+        return el("div", { class: "sd-finding" }, el("b", { class: `sd-chip ${severity}` }, severity), ` ${kind}`, el("span", { class: "sd-dim" }, ` × ${members.length}`),
+          members.slice(0, 3).map((one) => el("div", { class: "sd-indent" }, `${one.where}: ${one.what}`)),
+          members.length > 3 ? el("div", { class: "sd-indent sd-dim" }, `and ${members.length - 3} more, shown at the pictures`) : null,
           el("div", { class: "sd-indent sd-dim" }, `→ ${members[0].fix}`));
       }));
   }
   charts(state) {
     const most = Math.max(1, ...state.buckets.map((bucket) => bucket.count));
     const top = Math.max(1, ...state.tags.map((tag) => tag[1]));
+    const wide = matchMedia("(min-width: 900px)").matches;
+    const open = (i) => this.parts.charts.querySelectorAll("details")[i]?.open ?? wide;
     const bar = (label, count, share) => el("div", { class: "sd-bar" }, el("span", { class: "sd-bar-label", title: label }, label),
-      el("span", { class: "sd-bar-line" }, el("i", { style: `width:${Math.max(2, 100 * share)}%` })), el("span", {}, count));
+      el("span", { class: "sd-bar-line" }, el("i", { style: `width:${Math.max(2, 100 * share)}%` })), el("span", { class: "sd-bar-count" }, count));
     return el("div", { class: "sd-two" },
-      el("details", { class: "sd-panel" }, el("summary", {}, `Shapes at ${state.resolution} px (${state.buckets.length})`),
-        state.buckets.map((bucket) => bar(`${bucket.width} × ${bucket.height}`, bucket.count, bucket.count / most))),
-      el("details", { class: "sd-panel" }, el("summary", {}, `Words in the captions (${state.num_tags})`),
-        state.tags.map(([tag, count]) => bar(tag, count, count / top))));
+      el("details", { class: "sd-panel", open: open(0) }, el("summary", {}, `Shapes at ${state.resolution} px`),
+        el("div", { class: "sd-bars" }, state.buckets.map((bucket) => bar(`${bucket.width} × ${bucket.height}`, bucket.count, bucket.count / most)))),
+      el("details", { class: "sd-panel", open: open(1) }, el("summary", {}, state.more_tags ? `The ${state.tags.length} commonest tags` : "Tags in the captions"),
+        el("div", { class: "sd-bars" }, state.tags.length ? state.tags.map(([tag, count]) => bar(tag, count, count / top)) : el("p", { class: "sd-dim" }, "The captions are empty."))));
   }
   toolbar(state) {
     const field = (label, id, value = "") => el("label", { class: "sd-field" }, el("span", {}, label), el("input", { type: "text", id, value }));
     const read = (id) => this.querySelector(`#${id}`).value;
     const post = (path, body, done) => attempt(async () => {
+      await Promise.all([...this.cards.values()].map((card) => card.save()));
       const answer = await ask(`captions/${path}`, { folder: this.folder, ...body });
       say(done(answer.changed));
+      document.activeElement?.closest?.(".sd-card") && document.activeElement.blur();
       await this.load();
     });
-    const plural = (count) => `${count} caption${count === 1 ? "" : "s"}`;
-    return el("div", { class: "sd-tools" }, field("Find", "sd-find"), field("Replace with", "sd-put"),
-      button("Replace in all", () => post("replace", { find: read("sd-find"), put: read("sd-put") }, (n) => `${plural(n)} changed`)),
-      field("Trigger word", "sd-trigger", state.trigger || ""),
-      button("Put in front", () => post("trigger", { word: read("sd-trigger") }, (n) => `put in front of ${plural(n)}`)),
-      button(state.undo ? `Undo (${state.undo})` : "Undo", () => post("undo", {}, (n) => `${plural(n)} as before`), "", { disabled: !state.undo, id: "sd-undo" }),
-      el("label", { class: "sd-field" }, el("span", {}, "Show"), this.filter(state)));
+    const captions = (count) => plural(count, "caption");
+    const choose = el("select", { id: "sd-only", onchange: () => { this.only = choose.value; this.page = 0; this.load(); } },
+      [["", "all pictures"], ["findings", "with findings"], ["held", "held out"], ["uncaptioned", "without a written caption"]].map(([value, label]) => el("option", { value }, label)));
+    return el("div", { class: "sd-toolrow" },
+      el("div", { class: "sd-tool" }, field("Find in captions", "sd-find"), field("Replace with", "sd-put"),
+        button("Replace in all", () => post("replace", { find: read("sd-find"), put: read("sd-put") }, (n) => `${captions(n)} changed`), "", { id: "sd-replace" })),
+      el("div", { class: "sd-tool" }, field("Trigger word", "sd-trigger", state.trigger || ""),
+        button("Put in front of all", () => post("trigger", { word: read("sd-trigger") }, (n) => `put in front of ${captions(n)}`), "", { id: "sd-add-trigger" })),
+      el("div", { class: "sd-tool" }, el("label", { class: "sd-field" }, el("span", {}, "Show"), choose),
+        button("Undo", () => post("undo", {}, (n) => `${captions(n)} as before`), "", { id: "sd-undo" })));
   }
-  filter(state) {
-    const options = [["", `all ${state.num_images}`], ["findings", "with findings"], ["held", "held out"], ["uncaptioned", "without a caption file"]];
-    const choose = el("select", { onchange: () => { this.only = choose.value; this.page = 0; this.load(); } },
-      options.map(([value, label]) => el("option", { value, selected: value === this.only }, label)));
-    return choose;
-  }
-  card(card) {
-    const [left, top, right, bottom] = card.crop;
-    const crop = el("span", { class: "sd-crop", title: `trained as ${card.bucket[1]} × ${card.bucket[0]} px`,
-      style: `left:${left * 100}%;top:${top * 100}%;right:${100 - right * 100}%;bottom:${100 - bottom * 100}%` });
-    const text = el("textarea", { rows: 2, "aria-label": `Caption of ${card.name}`, "data-name": card.name, spellcheck: false });
-    text.value = card.caption;
-    const mark = el("span", { class: "sd-saved", role: "status" });
-    text.addEventListener("input", () => this.soon(card, text, mark));
-    text.addEventListener("blur", () => this.save(card, text, mark));
-    return el("article", { class: `sd-card ${card.held ? "held" : ""}` },
-      el("div", { class: "sd-picture" }, el("div", { class: "sd-frame", style: `aspect-ratio:${card.width}/${card.height}` },
-        el("img", { src: thumbUrl(card.path, 320, card.changed), loading: "lazy", alt: card.caption }), crop)),
-      el("div", { class: "sd-meta" }, el("span", { class: "sd-name", title: card.name }, card.name),
-        el("span", {}, `${card.width} × ${card.height}`), card.held ? el("b", { class: "sd-chip held" }, "held out") : null, mark),
-      text, card.findings.map((one) => el("p", { class: `sd-hint ${one.severity}`, title: one.fix }, one.what)));
-  }
-  soon(card, text, mark) {
-    clearTimeout(this.saving.get(card.name));
-    mark.textContent = "…";
-    this.saving.set(card.name, setTimeout(() => this.save(card, text, mark), 700));
-  }
-  async save(card, text, mark) {
-    clearTimeout(this.saving.get(card.name));
-    if (text.value === card.caption) { mark.textContent = ""; return; }
-    const value = text.value;
-    const answer = await attempt(() => ask("captions/set", { folder: this.folder, texts: { [card.name]: value } }));
-    if (!answer) { mark.textContent = "not saved"; return; }
-    card.caption = value;
-    mark.textContent = "saved";
+  drawTools(state) { this.showUndo(state.undo); }
+  showUndo(count) {
     const undo = this.querySelector("#sd-undo");
-    undo.disabled = !answer.undo;
-    undo.textContent = answer.undo ? `Undo (${answer.undo})` : "Undo";
+    undo.disabled = !count;
+    undo.textContent = count ? `Undo (${count})` : "Undo";
   }
   pages(state) {
     if (state.matching <= PAGE) return null;
     const last = Math.ceil(state.matching / PAGE) - 1;
-    const go = (to) => () => { this.page = to; this.load(); this.scrollIntoView(); };
+    const go = (to) => () => { this.page = to; this.load().then(() => this.parts.tools.scrollIntoView()); };
     return el("nav", { class: "sd-row", "aria-label": "Pages of pictures" }, button("Previous", go(this.page - 1), "", { disabled: this.page === 0 }),
       el("span", {}, `${this.page + 1} of ${last + 1}`), button("Next", go(this.page + 1), "", { disabled: this.page >= last }));
+  }
+}
+
+// One picture. Its caption is saved while one types; what could not be saved is tried again.
+class Card {
+  constructor(owner) {
+    this.owner = owner;
+    this.parts = { picture: el("div", { class: "sd-picture" }), meta: el("div", { class: "sd-meta" }), hints: el("div", { class: "sd-hints" }) };
+    this.text = el("textarea", { rows: 2, spellcheck: false });
+    this.mark = el("span", { class: "sd-saved", role: "status" });
+    this.text.addEventListener("focus", () => { this.typing = `${Date.now()}-${Math.random()}`; });
+    this.text.addEventListener("input", () => { clearTimeout(this.timer); this.mark.textContent = "…"; this.timer = setTimeout(() => this.save(), SAVE_AFTER); });
+    this.text.addEventListener("blur", () => this.save());
+    this.node = el("article", { class: "sd-card" }, this.parts.picture, this.parts.meta, this.text, this.parts.hints);
+  }
+  get dirty() { return this.data && this.data.path && this.text.value !== this.data.caption; }
+  update(data) {
+    const keep = this.dirty || tidy(this.text.value) === (data.caption ?? "");
+    if (!this.dirty && keep) data = { ...data, caption: this.text.value }; // spaces of someone who types
+    const picture = `${data.path}|${data.changed}|${JSON.stringify(data.crop)}`;
+    if (picture !== this.picture) { this.picture = picture; this.parts.picture.replaceChildren(this.frame(data)); }
+    if (!keep) this.text.value = data.caption ?? "";
+    this.data = this.dirty ? { ...data, caption: this.data.caption } : data;
+    this.text.hidden = !data.path;
+    this.text.readOnly = data.source === "metadata";
+    this.text.title = this.text.readOnly ? "This caption stands in a metadata file of the folder" : "";
+    this.text.setAttribute("aria-label", `Caption of ${data.name}`);
+    this.text.dataset.name = data.name;
+    this.node.classList.toggle("held", data.held);
+    this.parts.meta.replaceChildren(el("span", { class: "sd-name", title: data.name }, data.name),
+      data.path ? el("span", {}, `${data.width} × ${data.height}`) : "",
+      data.held ? el("b", { class: "sd-chip held", title: "Not trained on: its loss tells whether the LoRA learns or memorises" }, "held out") : "",
+      data.path && !WRITTEN.includes(data.source) ? el("b", { class: "sd-chip", title: "No caption file: typing here makes one" }, `from ${data.source}`) : "", this.mark);
+    this.parts.hints.replaceChildren(...data.findings.filter((one) => one.kind !== "no caption file").map((one) => el("p", { class: `sd-hint ${one.severity}` }, one.what,
+      one.severity === "note" ? "" : el("span", { class: "sd-fix" }, ` → ${one.fix}`))));
+  }
+  frame(data) {
+    if (!data.path) return el("span", { class: "sd-broken", role: "img", "aria-label": `${data.name} cannot be shown` }, "cannot be read");
+    const [left, top, right, bottom] = data.crop;
+    const whole = left <= 0 && top <= 0 && right >= 1 && bottom >= 1;
+    const crop = el("span", { class: `sd-crop ${whole ? "whole" : ""}`, title: `trained as ${data.bucket[1]} × ${data.bucket[0]} px`,
+      style: `left:${left * 100}%;top:${top * 100}%;right:${100 - right * 100}%;bottom:${100 - bottom * 100}%` });
+    return el("div", { class: "sd-frame", style: `--aspect:${data.width / data.height}` },
+      el("img", { src: thumbUrl(data.path, 320, data.changed), loading: "lazy", alt: data.caption || data.name }), crop);
+  }
+  async save(leaving = false) {
+    clearTimeout(this.timer);
+    if (!this.dirty) { if (this.mark.textContent === "…") this.mark.textContent = ""; return; }
+    if (this.saving && !leaving) { await this.saving; return this.dirty ? this.save() : undefined; }
+    const value = this.text.value, body = { folder: this.owner.folder, texts: { [this.data.name]: value }, typing: this.typing };
+    this.saving = ask("captions/set", body, { keepalive: leaving });
+    try {
+      const answer = await this.saving;
+      this.data.caption = value;
+      this.mark.textContent = this.dirty ? "…" : "saved";
+      this.mark.classList.remove("failed");
+      if (this.owner.isConnected) this.owner.showUndo(answer.undo);
+    } catch (error) {
+      if (this.mark.textContent !== "not saved") say(`${this.data.name}: ${error.message}`, "error");
+      this.mark.textContent = "not saved";
+      this.mark.classList.add("failed");
+    } finally { this.saving = null; }
   }
 }
 

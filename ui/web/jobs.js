@@ -10,7 +10,8 @@ class Jobs extends Live {
     this.every = 1000;
     this.boxes = { queue: el("div", { class: "sd-queue" }), detail: el("div", { class: "sd-run" }) };
     this.dialog = el("dialog", { class: "sd-dialog" });
-    this.replaceChildren(this.boxes.queue, this.boxes.detail, this.dialog);
+    this.heading = el("h3", {}, "Queue");
+    this.replaceChildren(this.heading, this.boxes.queue, this.boxes.detail, this.dialog);
     this.keys = {};
   }
   async refresh() {
@@ -23,7 +24,7 @@ class Jobs extends Live {
       if (!jobs.some((job) => job.id === this.selected)) this.selected = newest;
       this.drawQueue(jobs);
       if (this.selected) this.drawRun(await ask(`jobs/${this.selected}`));
-      else this.fill("detail", "none", [el("p", { class: "sd-dim sd-none" }, "No training yet. Choose a folder and a name, then press Start training.")]);
+      else this.fill("detail", "none", [el("div", { class: "sd-none" }, el("strong", {}, "No training yet"), el("p", { class: "sd-dim" }, "Choose a folder and a name, then press Start training. Its curves and previews appear here; it goes on when this page is closed."))]);
       this.lost = false;
     } catch (error) {
       if (!this.lost) this.fill("queue", error.message, [el("p", { class: "sd-problem", role: "alert" }, error.message)]);
@@ -43,6 +44,7 @@ class Jobs extends Live {
   }
   drawQueue(jobs) {
     const shown = [...jobs].reverse();
+    this.heading.hidden = !jobs.length;
     this.fill("queue", JSON.stringify([shown, this.selected]), shown.map((job) => this.line(job)));
   }
   line(job) {
@@ -59,7 +61,7 @@ class Jobs extends Live {
     if (this.drawn !== run.id) {
       this.drawn = run.id;
       this.keys = { queue: this.keys.queue };
-      this.parts = Object.fromEntries(["head", "actions", "curve", "previews", "facts", "log"].map((name) => [name, el("div", { class: `sd-${name}` })]));
+      this.parts = Object.fromEntries(["head", "actions", "tiles", "curve", "previews", "facts"].map((name) => [name, el("div", { class: `sd-${name}` })]));
       this.boxes.detail.replaceChildren(...Object.values(this.parts));
     }
     this.fill("head", JSON.stringify([run.status, run.error, run.notes]), [
@@ -68,7 +70,8 @@ class Jobs extends Live {
     this.fill("actions", `${run.status}${run.started}`, this.actions(run));
     this.fill("curve", `${run.step}|${run.validation.length}`, run.losses.length ? [curve(run)] : []);
     this.fill("previews", JSON.stringify(run.samples), this.previews(run));
-    this.fill("facts", JSON.stringify([run.memory, run.rate, run.step, run.command, run.status]), this.facts(run));
+    this.fill("tiles", JSON.stringify([run.memory, run.step, run.status, run.seconds_left, run.validation.length]), this.tiles(run));
+    this.fill("facts", JSON.stringify([run.rate, run.command, run.status, run.images_per_second]), this.facts(run));
   }
   actions(run) {
     const act = (what, extra = {}) => () => attempt(async () => { await ask(`jobs/${run.id}/${what}`, extra); await this.refresh(); });
@@ -85,13 +88,18 @@ class Jobs extends Live {
       button("Log", () => this.showLog(run), "", { "data-what": "log" }),
       ended || run.status === "waiting" ? button("Delete", () => this.confirmDelete(run), "danger", { "data-what": "delete" }) : null)];
   }
+  // Follows the log while it is open, and keeps to its end unless someone scrolled up.
   async showLog(run) {
-    const answer = await attempt(() => ask(`jobs/${run.id}/log`));
-    if (!answer) return;
-    const text = el("pre", { class: "sd-log", tabindex: "0" }, answer.text || "(nothing said yet)");
+    const text = el("pre", { class: "sd-log", tabindex: "0" }, "reading …");
     this.dialog.replaceChildren(el("h3", {}, `Log of ${run.name}`), text, el("div", { class: "sd-row" }, button("Close", () => this.dialog.close())));
     this.dialog.showModal();
-    text.scrollTop = text.scrollHeight;
+    while (this.dialog.open && text.isConnected) {
+      const answer = await ask(`jobs/${run.id}/log`).catch((error) => ({ text: error.message }));
+      const said = answer.text || "(nothing said yet)";
+      const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+      if (text.textContent !== said) { text.textContent = said; if (atEnd) text.scrollTop = text.scrollHeight; }
+      await new Promise((later) => setTimeout(later, 1000));
+    }
   }
   confirmDelete(run) {
     const also = el("input", { type: "checkbox", id: "sd-also" });
@@ -116,12 +124,25 @@ class Jobs extends Live {
       el("tbody", {}, rows.map(([step, files]) => el("tr", {}, el("th", { scope: "row" }, step),
         files.map((file, i) => el("td", {}, el("a", { href: fileUrl(file), target: "_blank", "aria-label": `step ${step}, ${prompts[i] || "preview"}` }, el("img", { src: fileUrl(file), alt: "", loading: "lazy" })))))))))];
   }
+  tiles(run) {
+    const tile = (value, what) => value ? el("div", { class: "sd-fact" }, el("strong", {}, value), el("span", {}, what)) : null;
+    const live = LIVE.includes(run.status);
+    const held = run.validation.length ? run.validation[run.validation.length - 1][1] : null;
+    const tiles = [live && run.started ? tile(duration(run.seconds_left), "left") : tile(run.seconds ? duration(run.seconds) : "", "took"),
+      tile(run.steps ? `${run.step} / ${run.steps}` : "", "steps"), tile(run.loss?.toFixed(4), "loss, last 20 steps"),
+      tile(held === null ? "" : held.toFixed(4), "loss on held-out pictures"),
+      live ? tile(bytes(run.memory?.process), "memory") : null, live ? tile(bytes(run.memory?.gpu), "GPU memory") : null].filter(Boolean);
+    return tiles.length ? [el("div", { class: "sd-facts" }, tiles)] : [];
+  }
   facts(run) {
     const pair = (name, value) => value ? [el("dt", {}, name), el("dd", {}, value)] : [];
-    return [el("dl", {}, pair("loss (last 20 steps)", run.loss?.toFixed(4)), pair("held-out loss", run.validation.length ? run.validation[run.validation.length - 1][1].toFixed(4) : ""),
-      pair("learning rate", run.rate?.toPrecision(3)), pair("speed", LIVE.includes(run.status) && run.images_per_second ? `${run.images_per_second.toFixed(1)} pictures/s` : ""),
-      pair("memory", run.memory ? `${bytes(run.memory)} held` : ""), pair("took", run.seconds ? duration(run.seconds) : ""),
-      pair("the same in a shell", el("code", {}, run.command)))];
+    const reasons = run.decisions.map(([key, value, reason]) => el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, String(value)), el("td", {}, reason)));
+    const open = this.parts.facts.querySelector("details")?.open ?? false;
+    return [el("details", { class: "sd-panel", open }, el("summary", {}, "Settings, speed and the same in a shell"),
+      el("dl", {}, pair("the same in a shell", el("code", {}, run.command)), pair("run folder", el("code", {}, run.shown_run)),
+        pair("learning rate", run.rate?.toPrecision(3)), pair("speed", LIVE.includes(run.status) && run.images_per_second ? `${run.images_per_second.toFixed(1)} pictures/s` : ""),
+        pair("memory expected", bytes(run.expected_bytes))),
+      reasons.length ? el("div", { class: "sd-scroll" }, el("table", { class: "sd-reasons" }, el("tbody", {}, reasons))) : null)];
   }
 }
 

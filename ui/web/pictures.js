@@ -1,16 +1,19 @@
 // Pictures: a strip of strengths to scrub, before and after, a grid to choose from, the gallery.
 
-import { ask, attempt, button, el, fileUrl, Live, say, tellPython, thumbUrl } from "./base.js";
+import { ask, attempt, button, Drawn, el, fileUrl, Live, say, tellPython, thumbUrl } from "./base.js";
 
 const given = (element) => JSON.parse(element.getAttribute("data") || "{}");
 
 // All pictures of the strip lie on each other; scrubbing only changes which one is seen.
-class Strip extends HTMLElement {
-  connectedCallback() {
+class Strip extends Drawn {
+  static observedAttributes = ["data"];
+  render() {
     const { pictures, strengths, chosen, total } = given(this);
     if (!pictures || !pictures.length) return;
-    const images = pictures.map((picture, i) =>
-      el("img", { src: fileUrl(picture.file), alt: `strength ${strengths[i]}`, decoding: "sync", draggable: false }));
+    const old = this.images || new Map();
+    this.images = new Map(pictures.map((picture, i) => [picture.file, old.get(picture.file) ||
+      el("img", { src: fileUrl(picture.file), alt: `strength ${strengths[i]}`, decoding: "sync", draggable: false })]));
+    const images = [...this.images.values()];
     const value = el("output", { class: "sd-value" });
     const range = el("input", {
       type: "range", min: "0", max: String(pictures.length - 1), step: "1",
@@ -27,7 +30,7 @@ class Strip extends HTMLElement {
       this.dataset.shown = String(strengths[index]);
     };
     range.addEventListener("input", () => this.show(Number(range.value)));
-    const more = total > pictures.length ? el("p", { class: "sd-dim" }, `${pictures.length} of ${total} drawn`) : null;
+    const more = total > pictures.length ? el("p", { class: "sd-dim" }, `${pictures.length} of ${total} drawn`) : "";
     this.replaceChildren(el("div", { class: "sd-stack" }, images),
       el("div", { class: "sd-scrub" }, value, range), el("div", { class: "sd-ticks" }, ticks), more);
     const nearest = strengths.slice(0, pictures.length).reduce((best, strength, i) =>
@@ -36,8 +39,9 @@ class Strip extends HTMLElement {
   }
 }
 
-class Compare extends HTMLElement {
-  connectedCallback() {
+class Compare extends Drawn {
+  static observedAttributes = ["data"];
+  render() {
     const { before, after, labels } = given(this);
     if (!before || !after) return;
     const top = el("img", { src: fileUrl(after), alt: labels[1], class: "sd-after" });
@@ -53,8 +57,9 @@ class Compare extends HTMLElement {
   }
 }
 
-class Grid extends HTMLElement {
-  connectedCallback() {
+class Grid extends Drawn {
+  static observedAttributes = ["data"];
+  render() {
     const { rows, columns, cells } = given(this);
     if (!rows) return;
     const head = el("tr", {}, el("th", {}), columns.map((strength) => el("th", { scope: "col" }, strength)));

@@ -1,0 +1,32 @@
+"""What the forms hold, kept on disk: a reloaded page, or a browser that crashed, has lost nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sdlora.errors import OutputError
+from sdlora.files import write_json
+
+
+class Drafts:
+    """One file a form, below the server's records."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keep them in ``folder``, which is made when something is kept."""
+        self._folder = folder
+
+    def keep(self, form: str, values: Mapping[str, Any]) -> None:
+        """Write what a form holds; a full disk must not stop who types, so it is no error."""
+        with suppress(OSError, OutputError):
+            write_json(self._folder / f"{form}.json", dict(values))
+
+    def kept(self, form: str) -> dict[str, Any]:
+        """Return what a form held, empty when nothing was kept or it cannot be read."""
+        with suppress(OSError, ValueError):
+            values = json.loads((self._folder / f"{form}.json").read_text(encoding="utf-8"))
+            return values if isinstance(values, dict) else {}
+        return {}

@@ -1,0 +1,60 @@
+"""What memory a running job holds, of the machine and of its GPUs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import psutil
+
+_GPU_EVERY = 3.0  # seconds; asking the driver takes a tenth of one
+
+
+@dataclass
+class MemoryWatch:
+    """Asks the operating system, and NVIDIA's own program where there is one."""
+
+    _asked: float = float("-inf")
+    _gpu: dict[int, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def of(self, process: psutil.Process | None) -> dict[str, int] | None:
+        """Return the bytes that a process and its children hold, as ``process`` and on GPUs ``gpu``."""
+        if process is None:
+            return None
+        held, ids = 0, set()
+        with suppress(psutil.Error):
+            for one in (process, *process.children(recursive=True)):
+                held += one.memory_info().rss
+                ids.add(one.pid)
+        if not held:
+            return None
+        on_gpu = sum(count for pid, count in self._on_gpus().items() if pid in ids)
+        return {"process": held} | ({"gpu": on_gpu} if on_gpu else {})
+
+    def _on_gpus(self) -> dict[int, int]:
+        """Return process id -> bytes, asked anew after some seconds; empty without NVIDIA's program."""
+        program = shutil.which("nvidia-smi")
+        if program is None:
+            return {}
+        with self._lock:
+            if time.monotonic() - self._asked >= _GPU_EVERY:
+                self._asked = time.monotonic()
+                self._gpu = _ask(program)
+            return self._gpu
+
+
+def _ask(program: str) -> dict[int, int]:
+    query = [program, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    held: dict[int, int] = {}
+    with suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
+        for line in said.splitlines():
+            pid, _, mebibytes = line.partition(",")
+            with suppress(ValueError):  # "[N/A]" where the driver does not tell
+                held[int(pid)] = held.get(int(pid), 0) + int(mebibytes) * 2**20
+    return held
