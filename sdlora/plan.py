@@ -16,7 +16,6 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .families.base import BaseModelInfo
-from .families.emphasis import escape
 
 
 @dataclass(frozen=True)
@@ -207,6 +206,8 @@ def _preview_prompts(config: Config, training: Dataset, validation: Dataset) -> 
 
     They are written as prompts: brackets that are ordinary characters in captions are escaped.
     """
+    from .families.emphasis import escape  # here, because it brings torch along: the web UI plans without it
+
     captions: Sequence[str] = [item.caption for item in (*validation.items, *training.learned)]
     prompts = captions if config.data.emphasis else [escape(caption) for caption in captions]
     return tuple(dict.fromkeys(prompt for prompt in prompts if prompt))[:4]
