@@ -188,7 +188,7 @@ def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
         yield from _drawn(site, request, held, None, lambda parts, _: picture_html(parts[0]))
 
     def again(request: gr.Request, *held: Any) -> Iterator[Any]:
-        if not _said(held)["prompt"].strip():
+        if not str(_said(held)["prompt"] or "").strip():
             yield gr.skip(), gr.skip()
             return
         yield from one(request, *held)

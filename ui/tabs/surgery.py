@@ -147,7 +147,7 @@ def _bake_arguments(site: Site, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _target(site: Site, name: str, ending: str = ".safetensors") -> str:
-    if not name.strip():
+    if not (name or "").strip():
         raise ConfigError("name of the new file: give it one")
     return str(site.places.writable(site.places.runs / EXPORTED / f"{folder_name(name)}{ending}"))
 

@@ -131,12 +131,14 @@ def _exported(site: Site, said: Mapping[str, Any]) -> Iterator[str]:
     try:
         if not said["source"]:
             raise ConfigError("run or adapter file: choose one")
+        # text fields that are folded away say None
+        text = {key: str(said[key] or "").strip() for key in ("output", "webui", "name", "preview")}
         arguments = dict(said) | {
             "source": str(site.places.readable(said["source"])),
-            "output": str(site.places.writable(said["output"])) if said["output"].strip() else None,
-            "webui": str(site.places.writable(said["webui"])) if (said["webui"] or "").strip() else None,
-            "preview": str(site.places.readable(said["preview"])) if said["preview"].strip() else None,
-            "name": said["name"].strip() or None,
+            "output": str(site.places.writable(text["output"])) if text["output"] else None,
+            "webui": str(site.places.writable(text["webui"])) if text["webui"] else None,
+            "preview": str(site.places.readable(text["preview"])) if text["preview"] else None,
+            "name": text["name"] or None,
             "dtype": said["dtype"] or None,
         }
         for answer in site.desk.call("export", arguments):

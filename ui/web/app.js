@@ -11,6 +11,15 @@ document.addEventListener("keyup", (event) => {
   }
 });
 
+// A Gradio choice that has the focus keeps its old words when its value is set, as by a dropped picture.
+document.addEventListener(
+  "change",
+  (event) => {
+    if (event.target.matches?.('input[type="file"]')) document.activeElement?.blur();
+  },
+  true,
+);
+
 // Light or dark: as the system says, until someone presses the button.
 const STORED = "sdlora-theme";
 const isDark = () => document.body.classList.contains("dark");
