@@ -192,6 +192,7 @@ def main() -> None:
     options = parser.parse_args()
     home = options.home or Path(tempfile.mkdtemp(prefix="sdlora-ui-"))
     home.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     server, url = serve(home)
     browser = Browser(url)
     try:

@@ -201,6 +201,70 @@ def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., An
     assert "largest delta difference" in page.one("#export-report .sd-proof", 60).text
     assert (page.server.home / "runs" / "exported" / "ink-icons.safetensors").is_file()
     assert (page.server.home / "runs" / "exported" / "ink-icons.png").is_file()
+    tools_work(page, wait)
+    two_adapters_draw(page, wait)
+
+
+def tools_work(page: Page, wait: Callable[..., Any]) -> None:
+    """Inspect, merge, resize and bake the adapter that was trained and the one that was exported."""
+    made = page.server.home / "runs" / "exported"
+    page.tab(2)
+    page.tab(3)  # the lists are made anew
+    choose(page, wait, "#inspect-file input", "exported/ink-icons")
+    page.click("button#inspect, #inspect button")
+    assert "inkicon" in page.one("#inspect-report pre", 60).text
+    unfold(page, "#merge-box")
+    choose(page, wait, "#merge-0 input", "ink-icons")
+    choose(page, wait, "#merge-1 input", "exported/ink-icons")
+    page.click("button#merge, #merge button")
+    page.one("#merge-report .sd-done", 60)
+    unfold(page, "#resize-box")
+    choose(page, wait, "#resize-file input", "exported/ink-icons")
+    page.type("#resize-rank textarea, #resize-rank input", "4")
+    page.click("button#resize, #resize button")
+    page.one("#resize-report .sd-done", 60)
+    unfold(page, "#bake-box")
+    choose(page, wait, "#bake-file input", "exported/ink-icons")
+    page.click("button#bake, #bake button")
+    page.one("#bake-report .sd-done", 60)
+    assert (made / "merged.safetensors").is_file() and (made / "resized.safetensors").is_file()
+    assert (made / "baked" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def two_adapters_draw(page: Page, wait: Callable[..., Any]) -> None:
+    """Draw with two adapters of different strengths."""
+    pictures = page.server.home / "pictures"
+    page.tab(2)
+    page.click("#another")
+    choose(page, wait, "#adapter-1 input", "exported/merged")
+    page.one("#strength-1 input[type=range]").send_keys("\ue012" * 10)  # the left arrow: to 0.5
+    page.click("#draw")
+    both = ("<lora:ink-icons:1>", "<lora:merged:0.5>")
+    wait(
+        lambda: any(
+            all(adapter in Image.open(file).info.get("parameters", "") for adapter in both)
+            for file in pictures.glob("*.png")
+        ),
+        60,
+    )
+
+
+def choose(page: Page, wait: Callable[..., Any], css: str, label: str) -> None:
+    """Choose from a list by typing what it is called; the page may be making the list anew meanwhile."""
+    from selenium.webdriver.common.keys import Keys
+
+    def chosen() -> bool:
+        field = page.one(css)
+        page.js("arguments[0].scrollIntoView({block: 'center'})", field)
+        field.click()
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(label)
+        options = [one for one in page.all("ul[role=listbox] li") if one.text.strip("✓ \n") == label]
+        if options:
+            options[0].click()
+        return bool(page.one(css).get_attribute("value") == label)
+
+    wait(chosen)
 
 
 def unfold(page: Page, *sections: str) -> None:
