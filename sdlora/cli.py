@@ -294,9 +294,10 @@ def _run_generate(options: argparse.Namespace) -> Result:
     for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("clip_skip", 1)):
         if getattr(options, name) < least:
             raise ConfigError(f"--{name} {getattr(options, name)}: must be {least} or more")
+    from .adapters.strength import parse_adapter
     from .display import progress_bar
     from .families.loading import LoadOptions
-    from .generate import generate, parse_adapter
+    from .generate import generate
 
     adapters = [parse_adapter(text) for text in options.adapter]
     with progress_bar("drawing") as progress:

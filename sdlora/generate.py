@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapters.lora import Strength
+from .adapters.strength import Strength
 from .config import Precision, SampleConfig
 from .errors import ConfigError, OutputError
 from .families.loading import DEFAULT_OPTIONS, LoadOptions
@@ -34,42 +34,11 @@ __all__ = [
     "GeneratedImage",
     "ImageGenerator",
     "generate",
-    "parse_adapter",
     "render",
 ]
 
 USUAL_GUIDANCE = 7.0
 """Guidance for a base that recommends none."""
-
-
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_SPEC = re.compile(rf"(?P<file>.+?)(?::(?P<first>{_NUMBER}))?(?::(?P<second>{_NUMBER}))?", re.DOTALL)
-
-
-def parse_adapter(text: str) -> tuple[Path, Strength]:
-    """Return file and strength of ``FILE``, ``FILE:STRENGTH`` or ``FILE:U-NET:TEXT ENCODER``.
-
-    The U-Net's strength comes first (in WebUI's ``<lora:...>`` tags it comes last). Without a strength it
-    is 1. ``C:\\`` at the start of a Windows path is a part of the file.
-
-    Raises:
-        ConfigError: for an empty file name, or something after a colon that is no number.
-    """
-    matched = _SPEC.fullmatch(text.strip())
-    if matched is None:
-        raise ConfigError(f"adapter `{text}`: names no file; give FILE:STRENGTH, e.g. style.safetensors:0.8")
-    file, first, second = matched["file"], matched["first"], matched["second"]
-    head, colon, tail = file.rpartition(":")
-    if colon and not tail.lstrip().startswith(("\\", "/")) and len(head) != 1:
-        raise ConfigError(
-            f"adapter `{text}`: `{tail}` is not a strength; give FILE:STRENGTH or "
-            "FILE:U-NET:TEXT-ENCODER with numbers, e.g. style.safetensors:0.8"
-        )
-    path = Path(file).expanduser()
-    if second is None:
-        return path, 1.0 if first is None else float(first)
-    text_strength = float(second)
-    return path, {"unet": float(first), "text_encoder": text_strength, "text_encoder_2": text_strength}
 
 
 @dataclass(frozen=True)

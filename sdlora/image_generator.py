@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from .adapters.base import AdapterFile
-from .adapters.lora import Merged, Strength, attach, detach, set_strengths
+from .adapters.lora import Merged, attach, detach, set_strengths
+from .adapters.strength import Strength
 from .config import Precision
 from .devices import choose_device, choose_dtype
 from .errors import AdapterFileError, ConfigError

@@ -18,7 +18,7 @@ from .files import replacing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .adapters.lora import Strength
+    from .adapters.strength import Strength
     from .families.base import BaseModelInfo
     from .render import GenerateRequest
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .adapters.lora import Strength
+from .adapters.strength import Strength
 from .errors import ConfigError, ModelError
 from .families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
 from .parallel import SplitPredictor

@@ -32,8 +32,8 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
 
 def run_merge(options: argparse.Namespace) -> Result:
     """Run ``sdlora merge``."""
+    from .adapters.strength import parse_adapter
     from .display import progress_bar
-    from .generate import parse_adapter
     from .surgery.merge import merge_adapters
     from .surgery.strengths import parse_blocks
 
@@ -157,8 +157,8 @@ def declare_bake(parser: argparse.ArgumentParser) -> None:
 
 def run_bake(options: argparse.Namespace) -> Result:
     """Run ``sdlora bake``."""
+    from .adapters.strength import parse_adapter
     from .display import progress_bar
-    from .generate import parse_adapter
     from .surgery.bake import bake_checkpoint
     from .surgery.strengths import parse_blocks
 

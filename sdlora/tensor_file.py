@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .errors import AdapterFileError
 from .files import replacing
+from .finite import all_finite
 
 MAX_HEADER_BYTES = 32 * 2**20
 """Longest header we parse: real ones stay under a few MiB, even with cover images inside."""
@@ -166,7 +167,7 @@ def opened(header: Header) -> Iterator[Load]:
                 spec = header.tensors[key]
                 stream.seek(header.data_offset + spec.start)
                 tensor = _tensor(header.path, key, spec, stream.read(spec.end - spec.start))
-                if spec.dtype in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
+                if spec.dtype in FLOAT_DTYPES and not all_finite(tensor):
                     raise AdapterFileError(
                         f"{header.path}: tensor `{shown(key)}` holds NaN or infinite values; the training "
                         "that made it diverged, use an earlier checkpoint of it"

@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from sdlora.adapters import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
-from sdlora.adapters.lora import Strength, create_adapter, target_modules
+from sdlora.adapters.lora import create_adapter, target_modules
+from sdlora.adapters.strength import Strength
 from sdlora.config import AdapterConfig, SampleConfig
 from sdlora.errors import AdapterFileError, ConfigError, ModelError, OutputError, SdloraError
 from sdlora.families.base import DiffusionModel
 from sdlora.families.loading import load_model
 from sdlora.formats import write_adapter
-from sdlora.generate import GenerateRequest, ImageGenerator, generate, parse_adapter, render
+from sdlora.generate import GenerateRequest, ImageGenerator, generate, render
 from sdlora.png_info import read_parameters
 from sdlora.render import denoise
 from sdlora.samplers import SAMPLERS
@@ -310,49 +311,6 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_nothing(
 
 
 # --- the command ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "file", "strength"),
-    [
-        ("a.safetensors", "a.safetensors", 1.0),
-        ("a.safetensors:0.8", "a.safetensors", 0.8),
-        ("dir/a.safetensors:-1.5", "dir/a.safetensors", -1.5),
-        ("a:.5", "a", 0.5),
-        ("a:1e-1", "a", 0.1),
-        ("my.lora:0", "my.lora", 0.0),
-        (r"C:\loras\x.safetensors", r"C:\loras\x.safetensors", 1.0),
-        (r"C:\loras\x.safetensors:0.8", r"C:\loras\x.safetensors", 0.8),
-        ("D:/x.safetensors:1:0", "D:/x.safetensors", (1.0, 0.0)),
-        ("a.safetensors:0.8:0.5", "a.safetensors", (0.8, 0.5)),
-        ("  a b.safetensors:+2 ", "a b.safetensors", 2.0),
-    ],
-)
-def test_adapter_specs(text: str, file: str, strength: float | tuple[float, float]) -> None:
-    path, found = parse_adapter(text)
-    assert path == Path(file)
-    if isinstance(strength, tuple):
-        unet, encoder = strength
-        assert found == {"unet": unet, "text_encoder": encoder, "text_encoder_2": encoder}
-    else:
-        assert found == strength
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "names no file"),
-        (":0.8", "not a strength|names no file"),
-        ("a.safetensors:", "`` is not a strength"),
-        ("a.safetensors:strong", "`strong` is not a strength"),
-        ("a.safetensors:0,8", "`0,8` is not a strength"),
-        ("a.safetensors:nan", "`nan` is not a strength"),
-        ("a.safetensors:1:2:3", "`1` is not a strength"),
-    ],
-)
-def test_bad_adapter_specs_say_how_to_write_them(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_adapter(text)
 
 
 def test_pictures_are_numbered_on_and_carry_their_settings(

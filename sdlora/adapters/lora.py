@@ -37,6 +37,7 @@ from .places import (
     module_at,
     without_adapters,
 )
+from .strength import Strength, strength_of
 
 
 @dataclass(frozen=True)
@@ -188,15 +189,6 @@ def read_weights(layers: Sequence[AttachedLayer], tensors: Sequence[Tensor] | No
         for i, one in enumerate(layers)
     }
     return AdapterWeights(pairs)
-
-
-Strength = float | Mapping[str, float]
-"""One strength for all components, or one a component (missing ones count as 0)."""
-
-
-def strength_of(strength: Strength, component: str) -> float:
-    """Return the strength that applies to a component."""
-    return strength if isinstance(strength, int | float) else float(strength.get(component, 0.0))
 
 
 def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import DatasetError
 from ..families.base import Conditioning, DiffusionModel, Posterior, SizeHint
 from ..families.emphasis import escape
+from ..finite import all_finite
 from .buckets import Placement
 from .cache_folder import mark_used
 from .caption_plan import CaptionRun
@@ -264,7 +265,7 @@ def _way(look: Look) -> str:
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+    if not all(all_finite(tensor) for tensor in tensors.values()):
         raise DatasetError(
             f"{what} not finite numbers; the base cannot encode it (change or remove it, use "
             "training.precision=fp32, or another base)"

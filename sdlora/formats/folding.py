@@ -19,6 +19,7 @@ from torch import Tensor
 from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
 from ..adapters.kinds import DoRA
 from ..errors import AdapterFileError
+from ..finite import all_finite
 from ..tensor_file import FLOAT_DTYPES, entry_json, shown
 
 RECORDED_ALPHAS = "sdlora.alphas"
@@ -159,7 +160,7 @@ def folds_freely(up: Tensor, factor: float, dtype: torch.dtype) -> bool:
         return True
     if torch.equal(up.to(dtype).to(up.dtype), up):
         return folds_exactly(up, factor, dtype)
-    return bool(torch.isfinite(scaled(up, factor).to(dtype)).all())
+    return all_finite(scaled(up, factor).to(dtype))
 
 
 def common(values: Iterable[float]) -> float:
@@ -219,10 +220,10 @@ def fitting(where: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         AdapterFileError: when a value is not finite, or too large for the number format.
     """
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise AdapterFileError(f"{where}: holds NaN or infinite values; use an earlier checkpoint of the run")
     result = tensor.detach().to("cpu", dtype).contiguous()
-    if not bool(torch.isfinite(result).all()):
+    if not all_finite(result):
         largest = float(tensor.abs().max())
         raise AdapterFileError(
             f"{where}: the value {largest:.3g} is too large for {str(dtype).removeprefix('torch.')}; "

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import formats
 from ..adapters.base import AdapterFile, LowRankPair, ModuleKey, Update
 from ..adapters.kinds import DoRA
-from ..adapters.lora import Strength
+from ..adapters.strength import Strength
 from ..errors import AdapterFileError, ConfigError, ModelError, OutputError
 from ..files import replacing
 from ..tensor_file import DTYPE_NAMES, Header

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..adapters.base import AdapterInfo, ModuleKey
 from ..config import AdapterConfig, Precision, Targets
 from ..errors import ConfigError, ModelError
+from ..finite import all_finite
 from ..tensor_file import Header, shown
 from .checkpoints import Checkpoint, Site, open_checkpoint, read_tensor, variant_of
 from .dense import cut_matrix
@@ -184,7 +185,7 @@ def extracted(
     def one(module: ModuleKey) -> Part | None:
         site = tuned.sites(module)[0]
         difference = _matrix(site) - _matrix(base.sites(module)[0])
-        if not bool(torch.isfinite(difference).all()):
+        if not all_finite(difference):
             raise ModelError(
                 f"{tuned.path}: {module.component}.{module.path} or its counterpart in {base.path} holds NaN "
                 "or infinite values; use another checkpoint"

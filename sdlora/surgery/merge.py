@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
-from ..adapters.lora import Strength
+from ..adapters.strength import Strength
 from ..config import Precision
 from ..errors import ConfigError
 from .dense import cut_matrix

@@ -10,6 +10,7 @@ import torch
 
 from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
+from ..finite import all_finite
 from .factors import Cut, Factors, balanced, factors_of, pair_of, rounding_distance, spectrum
 from .report import ModuleChange, relative, sorted_changes
 
@@ -100,7 +101,7 @@ def file_alphas(ranks: Mapping[ModuleKey, int], format: str) -> dict[ModuleKey, 
 
 
 def _check_finite(module: ModuleKey, pair: LowRankPair) -> None:
-    if not bool(torch.isfinite(pair.up).all() and torch.isfinite(pair.down).all()):
+    if not (all_finite(pair.up) and all_finite(pair.down)):
         raise AdapterFileError(
             f"`{module.component}.{module.path}`: its result is too large for "
             f"{str(pair.up.dtype).removeprefix('torch.')}, or the source holds NaN; use --dtype fp32 or "

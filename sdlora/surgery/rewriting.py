@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..files import replacing
+from ..finite import all_finite
 from ..tensor_file import DTYPE_NAMES, FLOAT_DTYPES, Header, shown
 from .checkpoints import read_into
 from .workers import in_order
@@ -97,7 +98,7 @@ def rewrite(
 
 def _check_finite(header: Header, key: str, tensor: Tensor) -> None:
     seen = tensor if tensor.dtype in FLOAT_DTYPES else tensor.float()  # fp8 has few operations
-    if not bool(torch.isfinite(seen).all()):
+    if not all_finite(seen):
         raise ModelError(
             f"{header.path}: `{shown(key)}` would hold values too large for its number format "
             f"({DTYPE_NAMES[tensor.dtype]}), or holds NaN already; use smaller strengths"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..adapters.base import COMPONENTS, AdapterWeights, ModuleKey
-from ..adapters.lora import Strength, strength_of
+from ..adapters.strength import Strength, strength_of
 from ..errors import ConfigError
 from ..formats import names
 

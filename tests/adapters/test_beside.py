@@ -16,14 +16,13 @@ from sdlora.adapters import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey,
 from sdlora.adapters.base import LowRankPair
 from sdlora.adapters.lora import (
     Merged,
-    Strength,
     attach,
     detach,
     set_strengths,
-    strength_of,
     target_modules,
     updates_in,
 )
+from sdlora.adapters.strength import Strength, strength_of
 from sdlora.config import AdapterConfig
 from sdlora.errors import AdapterFileError
 from sdlora.families.base import DiffusionModel, SizeHint

@@ -13,16 +13,15 @@ from torch import Tensor
 from sdlora.adapters import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.adapters.lora import (
     Merged,
-    Strength,
     attach,
     attached_layers,
     create_adapter,
     detach,
     read_weights,
     set_strengths,
-    strength_of,
     target_modules,
 )
+from sdlora.adapters.strength import Strength, strength_of
 from sdlora.config import AdapterConfig, Targets
 from sdlora.errors import AdapterFileError
 from sdlora.families.base import DiffusionModel, SizeHint

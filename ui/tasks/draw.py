@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdlora.adapters.lora import Strength
+from sdlora.adapters.strength import Strength
 from sdlora.generate import (
     USUAL_GUIDANCE,
     GeneratedImage,
