@@ -203,6 +203,7 @@ def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., An
     assert (page.server.home / "runs" / "exported" / "ink-icons.png").is_file()
     tools_work(page, wait)
     two_adapters_draw(page, wait)
+    the_text_encoder_has_its_own_strength(page, wait)
 
 
 def tools_work(page: Page, wait: Callable[..., Any]) -> None:
@@ -233,20 +234,28 @@ def tools_work(page: Page, wait: Callable[..., Any]) -> None:
 
 def two_adapters_draw(page: Page, wait: Callable[..., Any]) -> None:
     """Draw with two adapters of different strengths."""
-    pictures = page.server.home / "pictures"
     page.tab(2)
     page.click("#another")
     choose(page, wait, "#adapter-1 input", "exported/merged")
     page.one("#strength-1 input[type=range]").send_keys("\ue012" * 10)  # the left arrow: to 0.5
     page.click("#draw")
-    both = ("<lora:ink-icons:1>", "<lora:merged:0.5>")
-    wait(
-        lambda: any(
-            all(adapter in Image.open(file).info.get("parameters", "") for adapter in both)
-            for file in pictures.glob("*.png")
-        ),
-        60,
-    )
+    wait(lambda: drawn_with(page, "<lora:ink-icons:1>", "<lora:merged:0.5>"), 60)
+
+
+def the_text_encoder_has_its_own_strength(page: Page, wait: Callable[..., Any]) -> None:
+    """Take the text encoder's strength apart and lower it; the picture follows by itself."""
+    unfold(page, "#apart-0")
+    page.click("#separate-0 input")
+    page.one("#text-0 input[type=range]").send_keys("\ue012" * 15)  # the left arrow: to 0.25
+    wait(lambda: drawn_with(page, "<lora:ink-icons:0.25:1>", "<lora:merged:0.5>"), 60)
+
+
+def drawn_with(page: Page, *said: str) -> bool:
+    """Tell whether a picture was drawn whose settings hold all of these."""
+    texts = [
+        Image.open(file).info.get("parameters", "") for file in (page.server.home / "pictures").glob("*.png")
+    ]
+    return any(all(one in text for one in said) for text in texts)
 
 
 def choose(page: Page, wait: Callable[..., Any], css: str, label: str) -> None:
@@ -294,6 +303,45 @@ for (let i = 0; i <= Number(range.max); i++) {
 }
 return { strengths, milliseconds: Math.max(...times), requests: asked() - before };
 """  # noqa: E501
+
+
+def test_a_picture_is_drawn_with_the_keyboard_alone(page: Page, wait: Callable[..., Any]) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open()
+    reach(page, "button[role=tab]:nth-of-type(3)", Keys.ENTER)
+    reach(page, "#prompt textarea", "an icon of a cat seen by keyboard")
+    reach(page, "#draw", Keys.ENTER)
+    wait(lambda: drawn_with(page, "an icon of a cat seen by keyboard"), 60)
+    wait(lambda: image(page))
+
+
+def reach(page: Page, css: str, keys: str) -> None:
+    """Go on with the tabulator until the focus is there, see that it shows, and press keys."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    for _ in range(80):
+        if page.js("return document.activeElement.matches(arguments[0])", css):
+            break
+        ActionChains(page.driver).send_keys(Keys.TAB).perform()
+    else:
+        raise AssertionError(f"`{css}` is not reached by the tabulator")
+    assert page.js(FOCUS_SHOWS), f"`{css}` does not show that it has the focus"
+    ActionChains(page.driver).send_keys(keys).perform()
+
+
+FOCUS_SHOWS = """
+const one = document.activeElement, marks = () => {
+  const style = getComputedStyle(one);
+  return [style.outlineStyle, style.outlineWidth, style.boxShadow, style.borderColor].join();
+};
+const focused = marks();
+one.blur();
+const plain = marks();
+one.focus();
+return focused !== plain;
+"""
 
 
 def test_an_edited_caption_is_saved_by_itself_and_can_be_undone(page: Page, wait: Callable[..., Any]) -> None:

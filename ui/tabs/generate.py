@@ -177,7 +177,8 @@ def _slot(site: Site, number: int) -> _Slot:
             elem_id=f"adapter-{number}",
         )
         strength = gr.Slider(_LOW, _HIGH, 1.0, step=_STEP, label="Strength", elem_id=f"strength-{number}")
-        with gr.Accordion("Separate strength for the text encoder", open=False):
+        title = "Separate strength for the text encoder"
+        with gr.Accordion(title, open=False, elem_id=f"apart-{number}"):
             separate = gr.Checkbox(False, label="Separate", elem_id=f"separate-{number}")
             text = gr.Slider(_LOW, _HIGH, 1.0, step=_STEP, label="Text encoder", elem_id=f"text-{number}")
     return _Slot(box, file, strength, separate, text)
