@@ -13,7 +13,7 @@ ROOT = Path(sdlora.__file__).parent
 # Each layer may import from its own and earlier ones.
 LAYERS = [
     {"errors", "events"},
-    {"files", "section"},
+    {"files", "section", "finite"},
     {"tensor_file", "data_config", "adapter_config"},
     {"config"},
     {"diffusion", "data", "devices", "demo_data"},
