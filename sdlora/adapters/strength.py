@@ -1,4 +1,4 @@
-"""How strongly an adapter acts, and how that is said on a command line; needs neither torch nor peft."""
+"""How strongly an adapter acts, and how that is said on a command line; peft, slow to import, stays out."""
 
 from __future__ import annotations
 
