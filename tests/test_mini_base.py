@@ -6,15 +6,18 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from tools.mini_base import captions, models, tokenizer
+from tools.mini_base import captions, models, muon, tokenizer
+from tools.mini_base.build import Build, run_tokenizer
 from tools.mini_base.config import BASE_SETS
 from tools.mini_base.denoiser import DenoiserSettings, Latents, Trainer
-from tools.mini_base.renders import Picture
-from tools.mini_base.vae import VaeSettings, VaeTrainer
+from tools.mini_base.renders import Picture, to_tensor
+from tools.mini_base.vae import VaeSettings, VaeTrainer, psnr, restore
 
 CPU = torch.device("cpu")
 
@@ -63,6 +66,14 @@ def test_captions_teach_every_style_word_and_leave_plain_prompts_to_the_main_set
         assert drawn["styled"] / 4000 == pytest.approx(0.9 * (1 - plain), abs=0.03)
 
 
+def test_a_build_that_goes_on_keeps_its_tokenizer(tmp_path: Path) -> None:
+    build = Build(output=tmp_path / "mini", cache=tmp_path / "npm")
+    run_tokenizer(build)
+    before = {path.name: path.read_bytes() for path in build.tokenizer_folder.iterdir()}
+    run_tokenizer(build)
+    assert {path.name: path.read_bytes() for path in build.tokenizer_folder.iterdir()} == before
+
+
 def test_the_contact_sheet_shows_a_hundred_prompts() -> None:
     prompts = captions.sheet_prompts()
     assert len(prompts) == len(set(prompts)) == 100
@@ -103,6 +114,28 @@ def test_a_resumed_denoiser_ends_with_the_same_weights(words: Path, tmp_path: Pa
         torch.testing.assert_close(
             found[name], value, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_the_kept_autoencoder_draws_icons_and_knows_its_scale() -> None:
+    vae = models.new_vae()
+    restore(vae, Path(__file__).parent.parent / "tools" / "mini_base" / "autoencoder")
+    assert vae.config.scaling_factor == pytest.approx(0.5512, abs=1e-4)
+    icons = sorted((Path(__file__).parent.parent / "datasets" / "ink-icons-holdout").glob("*.png"))
+    images = np.array([np.asarray(Image.open(path).convert("RGB").resize((64, 64))) for path in icons])
+    assert len(images) == 60 and psnr(vae, images, CPU) > 20  # black on white: the hardest of the sets
+    latents = vae.encode(to_tensor(images)).latent_dist.mean * vae.config.scaling_factor
+    assert 0.5 < latents.std().item() < 2
+
+
+def test_directions_in_bfloat16_are_those_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = torch.randn(3, 48, 160, generator=torch.Generator().manual_seed(0))
+    for stack in (matrices, matrices.mT):
+        monkeypatch.setattr(muon, "autocast_type", lambda device: None)
+        exact = muon.orthogonalise(stack)
+        monkeypatch.setattr(muon, "autocast_type", lambda device: torch.bfloat16)
+        rounded = muon.orthogonalise(stack)
+        assert rounded.dtype == torch.float32 and rounded.shape == stack.shape
+        assert torch.cosine_similarity(rounded.flatten(1), exact.flatten(1)).min() > 0.995
 
 
 def test_a_resumed_autoencoder_ends_with_the_same_weights(tmp_path: Path) -> None:

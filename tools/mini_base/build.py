@@ -111,8 +111,8 @@ class Build:
 
 
 def run_tokenizer(build: Build) -> None:
-    """Trains the tokenizer, unless the build goes on from a folder that has one."""
-    if build.start_from is None:
+    """Trains the tokenizer, unless this run or the folder to go on from has one."""
+    if build.start_from is None and not (build.work / "tokenizer").exists():
         tokenizer.train(build.work / "tokenizer")
 
 

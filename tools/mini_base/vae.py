@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
 from . import checkpoint, parallel
+from .models import autocast_type
 from .progress import Progress
 from .renders import to_tensor
 
@@ -138,10 +140,14 @@ class VaeTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * warm * 0.5 * (1 + math.cos(math.pi * share))
         true = self._batch()
-        with torch.set_grad_enabled(not self.settings.decoder_only):
-            posterior = self.vae.encode(true).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=self.generator).to(self.device)
-        drawn = self.vae.decode(posterior.mean + noise * posterior.std).sample
+        kind = autocast_type(self.device)
+        with torch.autocast(self.device.type, dtype=kind, enabled=kind is not None):
+            with torch.set_grad_enabled(not self.settings.decoder_only):
+                moments = self.vae.encode(true).latent_dist.parameters
+            # The spread and its price are counted in float32, as the loss is.
+            posterior = DiagonalGaussianDistribution(moments.float())
+            noise = torch.randn(posterior.mean.shape, generator=self.generator).to(self.device)
+            drawn = self.vae.decode(posterior.mean + noise * posterior.std).sample.float()
         loss = reconstruction_loss(drawn, true)
         if not self.settings.decoder_only:
             loss = loss + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
