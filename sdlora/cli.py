@@ -228,7 +228,9 @@ def _run_train(options: argparse.Namespace) -> Result:
             f"  sdlora train --resume --output {result.folder}"
         )
     else:
-        print(f"adapter: {result.adapter_file}\npreviews: {result.folder / 'samples' / 'grid.png'}")
+        print(f"adapter: {result.adapter_file}")
+        if (grid := result.folder / "samples" / "grid.png").is_file():
+            print(f"previews: {grid}")
     return {
         "adapter_file": result.adapter_file,
         "run": result.folder,

@@ -86,6 +86,18 @@ def test_check_exits_1_when_training_would_be_harmed(run: Any, picture_folder: M
     assert "cut.png" in output
 
 
+@pytest.mark.parametrize("prompts", ["[]", '["a cat"]'])
+def test_train_names_its_previews_only_where_it_drew_some(
+    run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path, prompts: str
+) -> None:
+    out = tmp_path / "run"
+    settings = [*SHORT, f"sample.prompts={prompts}"]
+    code, output, errors = run("train", picture_folder(), "--base", tiny_base, "--output", out, *settings)
+    assert code == 0, errors
+    grid = out / "samples" / "grid.png"
+    assert (str(grid) in output) == grid.is_file() == (prompts != "[]")
+
+
 def test_train_generate_export_inspect_end_to_end(
     run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path
 ) -> None:
