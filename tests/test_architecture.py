@@ -51,7 +51,7 @@ LAYERS = [
     {"demo"},
     {"display"},
     {"data_outlook"},
-    {"surgery_commands", "data_commands"},
+    {"model_commands", "file_commands", "surgery_commands", "data_commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]
