@@ -1,9 +1,9 @@
 """The command line: parse -> settings -> one public function -> show what it tells.
 
 Each command is one line in :data:`COMMANDS`: a function that declares its arguments and one that runs
-it and returns (JSON result, exit code); they live in the ``*_commands`` modules. Everything meant for people goes to stderr or is the plain
-answer on stdout; with ``--json`` the last line of stdout is one JSON object. Heavy imports happen inside
-the commands, so that ``--help`` and ``check`` answer at once.
+it and returns (JSON result, exit code); they live in the ``*_commands`` modules. Everything meant for
+people goes to stderr or is the plain answer on stdout; with ``--json`` the last line of stdout is one JSON
+object. Heavy imports happen inside the commands, so that ``--help`` and ``check`` answer at once.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import SdloraError
-from .score import Array, oklab
+from .style_features import Array, oklab
 
 if TYPE_CHECKING:
     from PIL.Image import Image

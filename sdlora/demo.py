@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .config import Config, load_config
-from .copying import Copying, copying
+from .copying import copying
 from .data.folder import ImageItem, load_pixels, scan
 from .demo_data import HOLDOUT, STYLE, demo_config, find_data
+from .demo_page import DemoResult, Drawn, write_demo_page, write_sweep
 from .errors import TrainingError
 from .events import Announcer, Control, Event, Listener, Noticed, RunFinished, RunStarted, read_events
 from .files import find_settings, refuse_used_folder, replacing, write_json
-from .page import Compared, Page, Swept, write_page
 from .pictures import grid
 from .score import StyleRuler, StyleScore, through_autoencoder
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from .export import ExportReport
     from .image_generator import ImageGenerator
     from .render import GenerateRequest
@@ -42,97 +40,6 @@ SHOWN = ("bicycle", "cat", "hamburger", "house", "mushroom", "sailboat", "teapot
 _DRAW_STEPS = 10
 _SEED = 1
 _RECOMMENDED_GUIDANCE = 7.0  # where the base recommends none, as for any other prompt
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo left behind and what it measured.
-
-    Attributes:
-        folder: the run folder.
-        adapter_file: the WebUI file.
-        grid: strength sweep.
-        page: before/after page.
-        recommended: the weakest strength whose score is as good as the best one's within its interval.
-        scores: strength -> score over all held-out subjects; 0 is the base.
-        ceiling: score of true icons against other true icons.
-        copying: whether training pictures were repeated.
-        num_images: pictures trained on.
-        num_subjects: held-out subjects drawn.
-        steps: optimizer steps.
-        proof: line that says how exactly the exported file holds the adapter.
-        seconds: wall time of everything, without breaks between a stop and going on.
-        training_seconds: of the training alone.
-    """
-
-    folder: Path
-    adapter_file: Path
-    grid: Path
-    page: Path
-    recommended: float
-    scores: Mapping[float, StyleScore]
-    ceiling: float
-    copying: Copying
-    num_images: int
-    num_subjects: int
-    steps: int
-    proof: str
-    seconds: float
-    training_seconds: float
-
-    @property
-    def score(self) -> StyleScore:
-        """Score at the recommended strength."""
-        return self.scores[self.recommended]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        return {
-            "score": round(self.score.value, 4),
-            "score_interval": [round(self.score.low, 4), round(self.score.high, 4)],
-            "seconds": round(self.seconds, 1),
-            "adapter_file": str(self.adapter_file),
-            "grid": str(self.grid),
-            "page": str(self.page),
-            "run": str(self.folder),
-            "recommended_strength": self.recommended,
-            "scores": {f"{strength:g}": one.to_dict() for strength, one in self.scores.items()},
-            "ceiling": round(self.ceiling, 4),
-            "copying": self.copying.to_dict(),
-            "num_images": self.num_images,
-            "num_subjects": self.num_subjects,
-            "steps": self.steps,
-            "training_seconds": round(self.training_seconds, 1),
-            "proof": self.proof,
-        }
-
-    def render(self) -> str:
-        """Return the outcome in a few lines for people."""
-        by_strength = ", ".join(f"{s:g}: {one.value:.2f}" for s, one in self.scores.items())
-        return "\n".join(
-            (
-                f"score {self.score.render()} at strength {self.recommended:g}; 0 looks like the base, "
-                f"1 like the true style ({self.num_subjects} subjects the adapter never saw)",
-                f"  by strength: {by_strength}",
-                f"page:    {self.page}",
-                f"sweep:   {self.grid}",
-                f"adapter: {self.adapter_file}",
-                f"proof:   {self.proof}",
-                f"{self.seconds:.0f} s in all, {self.training_seconds:.0f} s of them for {self.steps} steps",
-            )
-        )
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """The held-out subjects, drawn: strength -> one picture a subject, and the true ones."""
-
-    items: tuple[ImageItem, ...]
-    images: Mapping[float, tuple[Image, ...]]
-    true: tuple[Image, ...]
-    training: tuple[Image, ...]
-    shown: tuple[int, ...]
-    sweep: Mapping[float, tuple[Image, ...]]
 
 
 def demo(
@@ -209,7 +116,7 @@ def _show(
     ruler = StyleRuler(drawn.images[0.0], drawn.true)
     scores = {strength: ruler.score(images) for strength, images in drawn.images.items()}
     chosen = recommended_strength(scores)
-    sheet = _write_sweep(drawn, output / "sweep.png")
+    sheet = write_sweep(drawn, output / "sweep.png")
     report = _export(output, chosen, drawn, config)
     result = DemoResult(
         folder=output,
@@ -227,7 +134,7 @@ def _show(
         seconds=time.monotonic() - begun,
         training_seconds=trained.seconds,
     )
-    _write_page(result, drawn, config)
+    write_demo_page(result, drawn, config)
     result = replace(result, seconds=time.monotonic() - begun)
     write_json(output / "score.json", result.to_dict())
     return result
@@ -268,7 +175,7 @@ def _draw(
     num_subjects: int | None,
     draw_steps: int,
     tell: Announcer,
-) -> _Drawn:
+) -> Drawn:
     """Draw all subjects at the measured strengths, and the shown ones at the others of the sweep."""
     from .image_generator import ImageGenerator
 
@@ -291,7 +198,7 @@ def _draw(
     pictures = {s: {i: next(made).image for i in indices} for s, indices in wanted.items()}
     true = through_autoencoder(generator.model, [load_pixels(item) for item in items])
     known = through_autoencoder(generator.model, [load_pixels(item) for item in scan(data / STYLE).items])
-    return _Drawn(
+    return Drawn(
         items,
         {s: tuple(pictures[s][i] for i in everyone) for s in (0.0, *MEASURED)},
         tuple(true),
@@ -342,24 +249,7 @@ def _teller(tell: Announcer, num_images: int, steps: int) -> Callable[[int, int]
     return progress
 
 
-def _subject(item: ImageItem) -> str:
-    """Return what a caption is about: ``inkicon, an icon of a cat`` -> ``cat``."""
-    return item.path.stem.replace("-", " ")
-
-
-def _write_sweep(drawn: _Drawn, file: Path) -> Path:
-    columns = [_subject(drawn.items[i]) for i in drawn.shown]
-    labels = ["base" if strength == 0 else f"{strength:g}" for strength in drawn.sweep]
-    images = [image for row in drawn.sweep.values() for image in row]
-    images += [drawn.true[i] for i in drawn.shown]
-    title = "Subjects the adapter never saw, by strength; one seed a column"
-    sheet = grid(images, len(columns), [*labels, "true icon"], columns, title)
-    with replacing(file) as temporary:
-        sheet.save(temporary, format="PNG")
-    return file
-
-
-def _export(output: Path, strength: float, drawn: _Drawn, config: Config) -> ExportReport:
+def _export(output: Path, strength: float, drawn: Drawn, config: Config) -> ExportReport:
     """Export the run for WebUI with the measured strength on its card."""
     from .export import export_adapter
 
@@ -376,69 +266,3 @@ def _export(output: Path, strength: float, drawn: _Drawn, config: Config) -> Exp
         preferred_strength=strength,
         overwrite=True,  # the demo's own, when it is resumed
     )
-
-
-_GROUPS = (
-    ("colour", "how colourful, and which way"),
-    ("tone", "how much is black, grey, white"),
-    ("edges", "how many, how sharp"),
-    ("texture", "detail at each scale and direction"),
-    ("strokes", "width of ink and gaps, pieces, holes"),
-)
-
-
-def _write_page(result: DemoResult, drawn: _Drawn, config: Config) -> None:
-    best = drawn.images[result.recommended]
-    size = result.adapter_file.stat().st_size / 2**20
-    page = Page(
-        title=f"A new style, learned from {result.num_images} pictures",
-        lead=f"sdlora trained a LoRA on {result.num_images} ink icons. The base model draws in colour and "
-        "has never been taught this style. Below, the adapter draws subjects that were not among them.",
-        facts=(
-            (f"{result.score.value:.2f}", "style score: 0 base, 1 true style"),
-            (f"{result.training_seconds:.0f} s", f"for {result.steps} training steps"),
-            (f"{size:.1f} MiB", "adapter file for WebUI"),
-            (f"{result.recommended:g}", "recommended strength"),
-        ),
-        strengths=STRENGTHS,
-        chosen=result.recommended,
-        sweep=[
-            Swept(_subject(drawn.items[i]), tuple(row[k] for row in drawn.sweep.values()), drawn.true[i])
-            for k, i in enumerate(drawn.shown)
-        ],
-        compared=[
-            Compared(_subject(item), *pictures)
-            for item, *pictures in zip(drawn.items, drawn.images[0.0], best, drawn.true, strict=True)
-        ],
-        scores=list(result.scores.items()),
-        ceiling=result.ceiling,
-        notes=_notes(result),
-        groups=_GROUPS,
-        loss_curve=result.folder / "loss.png",
-        details=_details(result, config),
-    )
-    write_page(page, result.page)
-
-
-def _notes(result: DemoResult) -> list[str]:
-    copies = result.copying
-    return [
-        f"The score compares {result.num_subjects} generated pictures with the true icons of the same "
-        "subjects, by hand-made measurements of colour, tone, edges, texture and strokes; no neural network "
-        "judges. 0 is the look of the base alone, 1 the true style, below 0 would be farther away still.",
-        f"With another choice of subjects it would probably lie between {result.score.low:.2f} and "
-        f"{result.score.high:.2f}. It says how the pictures are drawn, not whether one sees what they show.",
-        "Copied? The likeness of a generated picture to the nearest training picture is "
-        f"{copies.generated:.2f} on average; true icons that were not trained on reach {copies.true:.2f}. "
-        f"{copies.share:.0%} of the generated pictures come closer to a training picture than any of those.",
-    ]
-
-
-def _details(result: DemoResult, config: Config) -> list[tuple[str, str]]:
-    return [
-        ("adapter for WebUI", str(result.adapter_file)),
-        ("read back and compared", result.proof),
-        ("in a prompt", f"<lora:{config.output.name}:{result.recommended:g}> {config.data.trigger_word}"),
-        ("all settings", str(result.folder / "config.toml")),
-        ("wall time up to this page", f"{result.seconds:.0f} s"),
-    ]

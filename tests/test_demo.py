@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdlora.demo import MEASURED, SHOWN, STRENGTHS, DemoResult, demo, recommended_strength
+from sdlora.demo import MEASURED, SHOWN, STRENGTHS, demo, recommended_strength
 from sdlora.demo_data import find_data
+from sdlora.demo_page import DemoResult
 from sdlora.errors import OutputError, TrainingError
 from sdlora.events import Event, Listener, Noticed, RunFinished, StepDone, read_events
 from sdlora.export import open_source
 from sdlora.png_info import read_parameters
-from sdlora.score import FEATURES, StyleScore
+from sdlora.score import StyleScore
+from sdlora.style_features import FEATURES
 
 NUM_SUBJECTS = 5
 

@@ -14,14 +14,13 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from sdlora.errors import SdloraError
 from sdlora.score import (
-    FEATURES,
     MIN_IMAGES,
     StyleRuler,
     energy_distance,
-    features_of,
     features_of_all,
     style_score,
 )
+from sdlora.style_features import FEATURES, features_of
 
 DATASETS = Path(__file__).parent.parent / "datasets"
 Pictures = list[Image.Image]

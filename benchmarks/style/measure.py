@@ -16,7 +16,8 @@ import numpy as np
 
 from sdlora.copying import likeness
 from sdlora.errors import ConfigError
-from sdlora.score import Array, Mask, StyleRuler, StyleScore, distances
+from sdlora.score import StyleRuler, StyleScore, distances
+from sdlora.style_features import Array, Mask
 
 if TYPE_CHECKING:
     from PIL.Image import Image
