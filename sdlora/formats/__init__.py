@@ -20,7 +20,7 @@ from ..adapters.base import COMPONENTS, AdapterFile, AdapterInfo, AdapterWeights
 from ..errors import AdapterFileError, OutputError
 from ..files import replacing, write_json
 from ..tensor_file import PICKLE_SUFFIXES, Header, Load, opened, read_header, shapes_only, write_tensors
-from . import diffusers, folding, foreign, kinds, metadata, peft, single_file, webui
+from . import diffusers, folding, foreign, hashes, kinds, metadata, peft, single_file, webui
 from .detection import detect_family
 from .keys import spellings
 
@@ -204,7 +204,7 @@ def _sniff(header: Header) -> str:
 def _write_webui(adapter: AdapterFile, target: Path, dtype: torch.dtype, info: FamilyInfo) -> list[Path]:
     tensors, more = webui.encode(str(target), adapter.weights, info, dtype)
     entries = metadata.for_file(adapter, info, more)
-    write_tensors(target, tensors, metadata.with_hashes(tensors, entries))
+    write_tensors(target, tensors, hashes.with_hashes(tensors, entries))
     return [target]
 
 

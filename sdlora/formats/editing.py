@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..files import replacing
 from ..tensor_file import MAX_ENTRY_CHARS, MAX_HEADER_BYTES, Header, header_bytes, shown
-from . import folding, metadata
+from . import folding, hashes, metadata
 from .single_file import CONFIG_ENTRY
 
 _KEY = re.compile(r"^[A-Za-z][\w.\-]{0,127}$", re.ASCII)
@@ -178,7 +178,7 @@ def _legacy_hash(
         source.seek(header.data_offset + spec.start)
         return source.read(spec.end - spec.start)
 
-    return metadata.legacy_hash(stored, entries, data)
+    return hashes.legacy_hash(stored, entries, data)
 
 
 def _broken(key: str, text: str, family: str | None) -> str | None:

@@ -12,16 +12,14 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from ..adapters.base import AdapterFile, AdapterWeights
-from ..tensor_file import entry_json, header_bytes, in_file_order, tensor_bytes
+from ..tensor_file import entry_json
 from . import folding
 from .dataset_entries import dataset_entries, folder_name
 from .privacy import without_private
@@ -42,7 +40,6 @@ _NEVER_NONE = {
     *("base_model_version", "v2", "output_name"),
 }
 """WebUI takes these for tables or numbers without looking, so that ``None`` would break its card."""
-_LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
 
 
 @dataclass(frozen=True)
@@ -161,46 +158,6 @@ def for_file(adapter: AdapterFile, info: FamilyInfo, more: Mapping[str, str]) ->
         texts["modelspec.trigger_phrase"] = ", ".join(adapter.info.trigger_words)
     texts["sdlora.family"] = info.name
     return texts | dict(more)
-
-
-def with_hashes(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries with ``sshs_model_hash``, ``sshs_legacy_hash`` and ``modelspec.hash_sha256``.
-
-    The first is the SHA-256 of the tensor data, the second that of :func:`legacy_hash`.
-    """
-    data = hashlib.sha256()
-    for tensor in in_file_order(tensors).values():
-        data.update(tensor_bytes(tensor))
-    return dict(entries) | {
-        "sshs_model_hash": data.hexdigest(),
-        "sshs_legacy_hash": legacy_hash(tensors, entries, lambda key: tensor_bytes(tensors[key])),
-        "modelspec.hash_sha256": "0x" + data.hexdigest(),
-    }
-
-
-def legacy_hash(
-    tensors: Mapping[str, Tensor], entries: Mapping[str, str], data: Callable[[str], bytes]
-) -> str:
-    """Return ``sshs_legacy_hash``: of 64 KiB at 1 MiB of a file whose header holds only the ``ss_*`` entries.
-
-    As in kohya sd-scripts (``train_util.precalculate_safetensors_hashes``), which lays the file out anew.
-
-    Args:
-        tensors: of the file; only shapes and number formats are looked at.
-        entries: all entries of the header.
-        data: gives the bytes of one tensor.
-    """
-    ordered = in_file_order(tensors)
-    start = header_bytes(ordered, {key: value for key, value in entries.items() if key.startswith("ss_")})
-    window = hashlib.sha256()
-    _feed(window, start, 0)
-    position = len(start)
-    for key, tensor in ordered.items():
-        end = position + tensor.numel() * tensor.element_size()
-        if end > _LEGACY_START and position < _LEGACY_START + _LEGACY_LENGTH:
-            _feed(window, data(key), position)
-        position = end
-    return window.hexdigest()[:8]
 
 
 def trigger_words(entries: Mapping[str, str]) -> tuple[str, ...]:
@@ -437,11 +394,3 @@ def _resolution(facts: TrainingFacts) -> int | None:
 
 def _plain(value: float) -> int | float:
     return int(value) if value == int(value) else value
-
-
-def _feed(digest: Any, block: bytes, position: int) -> None:
-    """Add to the digest what of ``block``, which lies at ``position``, falls into the legacy window."""
-    first = max(_LEGACY_START - position, 0)
-    last = _LEGACY_START + _LEGACY_LENGTH - position
-    if last > first:
-        digest.update(block[first:last])
