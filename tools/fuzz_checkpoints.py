@@ -8,13 +8,8 @@ SDXL checkpoints, given to what ``sdlora inspect``, ``bake`` and ``extract`` rea
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
-import tempfile
-import time
-import traceback
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +17,8 @@ import torch
 from safetensors.torch import save
 
 from sdlora.base_inspection import inspect_base, is_base
-from sdlora.errors import SdloraError
 from sdlora.surgery.checkpoints import open_checkpoint
-from tools.fuzz_readers import MUTATIONS, kind_of_refusal
+from tools.fuzzing import MUTATIONS, outcome_of, run_cases
 
 _UNET = "model.diffusion_model"
 _ATTENTION = f"{_UNET}.output_blocks.5.1.transformer_blocks.0.attn2"
@@ -81,39 +75,13 @@ def run_case(number: int, files: dict[str, bytes], folder: Path) -> str:
             for site in model.sites(module):
                 site.read()
         return f"a checkpoint for {model.family.name}"
-    except SdloraError as error:
-        text = str(error)
-        if any(ord(c) < 32 and c != "\n" for c in text) or len(text) > 3000:
-            return "CRASH: a message with control characters or without end"
-        return "refused: " + kind_of_refusal(text, folder)
-    except Exception as error:  # the finding this is for
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(line.filename).name}:{line.lineno}"
-        return f"CRASH: {type(error).__name__} in {where}: {str(error)[:80]!r}"
+    except Exception as error:
+        return outcome_of(error, folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cases, print how often each outcome came, and return 1 if anything crashed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--count", type=int, default=20_000)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    options = parser.parse_args(arguments)
-    outcomes: Counter[str] = Counter()
-    examples: dict[str, int] = {}
-    started, files = time.perf_counter(), corpus()
-    with tempfile.TemporaryDirectory() as name:
-        for number in range(options.first, options.first + options.count):
-            outcome = run_case(number, files, Path(name))
-            outcomes[outcome] += 1
-            examples.setdefault(outcome, number)
-    for outcome, times in outcomes.most_common():
-        print(f"{times:8}  {outcome}  (first: case {examples[outcome]})")
-    crashes = sum(times for outcome, times in outcomes.items() if outcome.startswith("CRASH"))
-    seconds = time.perf_counter() - started
-    print(f"{options.count} cases in {seconds:.0f} s: {crashes} crashes, {len(outcomes)} kinds of outcome")
-    return 1 if crashes else 0
+    """Run the cases; return 1 if anything crashed."""
+    return run_cases(__doc__ or "", run_case, corpus(), 20_000, arguments)
 
 
 if __name__ == "__main__":

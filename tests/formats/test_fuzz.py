@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from sdlora.formats import read_adapter
 from tools import fuzz_readers
-from tools.fuzz_readers import MUTATIONS, PEFT_CONFIG, corpus, run_case
+from tools.fuzz_readers import PEFT_CONFIG, corpus, run_case
+from tools.fuzzing import MUTATIONS
 
 FILES = corpus()
 NO_ADAPTERS = {"checkpoint", "embedding"}
