@@ -112,3 +112,21 @@ def narrow_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     make_base(folder, "sdxl")
     return folder
+
+
+@pytest.fixture(scope="module")
+def true_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> a single file of its true size: random weights, fp16, 2 to 7 GB, made once."""
+    import torch
+
+    from tools.true_sizes import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("true")
+
+    def make(family: str) -> Path:
+        file = folder / f"{family}.safetensors"
+        if not file.exists():
+            write_checkpoint(file, family, torch.float16)
+        return file
+
+    return make

@@ -20,7 +20,7 @@ from sdlora.adapters.lora import target_modules
 from sdlora.config import AdapterConfig
 from sdlora.families.loading import load_model
 from sdlora.formats import read_adapter
-from tools.true_sizes import blueprint, write_checkpoint
+from tools.true_sizes import blueprint
 
 COUNTS = {
     ("sd1", "attention"): {"unet": 128, "text_encoder": 48},
@@ -45,33 +45,20 @@ def test_module_counts_are_the_fields(family: str, targets: str) -> None:
     assert counted == COUNTS[family, targets]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("true")
-
-    def make(family: str) -> Path:
-        file = folder / f"{family}.safetensors"
-        if not file.exists():
-            write_checkpoint(file, family, torch.float16)
-        return file
-
-    return make
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read as Linux tells it")
 @pytest.mark.parametrize(
     ("family", "precision"), [("sd1", "fp32"), ("sd1", "fp16"), ("sd2", "fp16"), ("sdxl", "bf16")]
 )
 def test_loading_takes_its_weights_and_at_most_one_gib_more(
-    family: str, precision: str, checkpoint: Callable[[str], Path]
+    family: str, precision: str, true_checkpoint: Callable[[str], Path]
 ) -> None:
     command = [
         sys.executable,
         str(BASES),
         "load",
         "--base",
-        str(checkpoint(family)),
+        str(true_checkpoint(family)),
         "--precision",
         precision,
     ]
@@ -86,10 +73,10 @@ def test_loading_takes_its_weights_and_at_most_one_gib_more(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_true_checkpoint_trains_and_its_adapter_loads_again(
-    family: str, checkpoint: Callable[[str], Path], picture_folder: Callable[..., Path], tmp_path: Path
+    family: str, true_checkpoint: Callable[[str], Path], picture_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     steps = 1 if family == "sdxl" else 3
-    base = checkpoint(family)
+    base = true_checkpoint(family)
     command = [
         *(sys.executable, "-m", "sdlora", "train", str(picture_folder(count=2)), "--base", str(base)),
         *("--output", str(tmp_path / "run"), "--name", "true", "--json", f"training.steps={steps}"),

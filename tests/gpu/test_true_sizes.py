@@ -14,7 +14,6 @@ import torch
 
 from sdlora.families.loading import load_model
 from tools.measure_step import measure_memory, measure_speed, settings
-from tools.true_sizes import write_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,26 +24,13 @@ RUNS = {"sd1": ("data.resolution=512", "training.batch_size=4"), "sdxl": ("data.
 USUAL = ("training.batch_size=1", "training.precision=bf16", "training.device=cuda", "training.steps=50")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("true")
-
-    def make(family: str) -> Path:
-        file = folder / f"{family}.safetensors"
-        if not file.exists():
-            write_checkpoint(file, family, torch.float16)
-        return file
-
-    return make
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", RUNS)
 def test_the_plan_is_within_15_percent_of_the_peak(
-    family: str, checkpointing: bool, checkpoint: Callable[[str], Path], tmp_path: Path
+    family: str, checkpointing: bool, true_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     saving = f"training.gradient_checkpointing={str(checkpointing).lower()}"
-    config = settings(str(checkpoint(family)), tmp_path, *USUAL, *RUNS[family], saving)
+    config = settings(str(true_checkpoint(family)), tmp_path, *USUAL, *RUNS[family], saving)
     found = measure_memory(config)
     print(
         family, saving, f"planned {found.plan.peak / 2**30:.2f} GiB, measured {found.bytes / 2**30:.2f} GiB"
@@ -54,8 +40,8 @@ def test_the_plan_is_within_15_percent_of_the_peak(
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", RUNS)
-def test_fifty_steps(family: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    found = measure_speed(settings(str(checkpoint(family)), tmp_path, *USUAL, *RUNS[family]))
+def test_fifty_steps(family: str, true_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    found = measure_speed(settings(str(true_checkpoint(family)), tmp_path, *USUAL, *RUNS[family]))
     print(torch.cuda.get_device_name(), family, found)
     assert found["steps"] == 50
     assert found["loss"] is not None and 0 < found["loss"] < 10
@@ -63,13 +49,13 @@ def test_fifty_steps(family: str, checkpoint: Callable[[str], Path], tmp_path: P
 
 @pytest.mark.parametrize("family", RUNS)
 def test_offloading_holds_one_component_at_a_time_and_changes_no_number(
-    family: str, checkpoint: Callable[[str], Path]
+    family: str, true_checkpoint: Callable[[str], Path]
 ) -> None:
     """On small cards: beside the U-Net nothing else is on the device while it works."""
     states = []
     for offload in (False, True):
         torch.cuda.empty_cache()
-        model = load_model(str(checkpoint(family)), dtype=torch.float16, device=CUDA, offload=offload)
+        model = load_model(str(true_checkpoint(family)), dtype=torch.float16, device=CUDA, offload=offload)
         model.prepare(training=False)
         with torch.no_grad():
             states.append(model.encode_text(["a cat"])["states"].float().cpu())
@@ -81,9 +67,9 @@ def test_offloading_holds_one_component_at_a_time_and_changes_no_number(
 
 
 def test_sdxls_autoencoder_gives_finite_latents_while_the_rest_is_fp16(
-    checkpoint: Callable[[str], Path],
+    true_checkpoint: Callable[[str], Path],
 ) -> None:
-    model = load_model(str(checkpoint("sdxl")), dtype=torch.float16, device=CUDA)
+    model = load_model(str(true_checkpoint("sdxl")), dtype=torch.float16, device=CUDA)
     model.prepare(training=True, keep_images=True)
     pixels = torch.rand((1, 3, 512, 512), generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert model.vae.dtype == torch.float32
