@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -9,17 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
+import sdlora
 from tools.mini_base import captions, models, muon, tokenizer
 from tools.mini_base.build import Build, run_tokenizer
-from tools.mini_base.config import BASE_SETS
+from tools.mini_base.config import BASE_SETS, RECOMMENDED
 from tools.mini_base.denoiser import DenoiserSettings, Latents, Trainer
+from tools.mini_base.files import sha256
 from tools.mini_base.renders import Picture, to_tensor
-from tools.mini_base.vae import VaeSettings, VaeTrainer, psnr, restore
+from tools.mini_base.vae import VaeSettings, VaeTrainer, psnr
 
 CPU = torch.device("cpu")
+MINI = Path(sdlora.__file__).parent / "assets" / "mini"
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +122,17 @@ def test_a_resumed_denoiser_ends_with_the_same_weights(words: Path, tmp_path: Pa
         )
 
 
-def test_the_kept_autoencoder_draws_icons_and_knows_its_scale() -> None:
-    vae = models.new_vae()
-    restore(vae, Path(__file__).parent.parent / "tools" / "mini_base" / "autoencoder")
-    assert vae.config.scaling_factor == pytest.approx(0.5512, abs=1e-4)
+def test_the_shipped_base_is_whole_and_recommends_what_the_build_writes() -> None:
+    sums = dict(line.split("  ")[::-1] for line in (MINI / "SHA256SUMS").read_text("utf-8").splitlines())
+    files = {p.relative_to(MINI).as_posix(): p for p in MINI.rglob("*") if p.is_file()}
+    assert set(sums) == set(files) - {"SHA256SUMS"}
+    assert {name for name, digest in sums.items() if sha256(files[name]) != digest} == set()
+    assert sum(p.stat().st_size for p in files.values()) < 32 * 2**20
+    assert json.loads(files["sdlora.json"].read_text("utf-8")) == {"recommended": RECOMMENDED}
+
+
+def test_the_shipped_autoencoder_draws_icons_and_knows_its_scale() -> None:
+    vae = AutoencoderKL.from_pretrained(MINI / "vae", dtype=torch.float32)
     icons = sorted((Path(__file__).parent.parent / "datasets" / "ink-icons-holdout").glob("*.png"))
     images = np.array([np.asarray(Image.open(path).convert("RGB").resize((64, 64))) for path in icons])
     assert len(images) == 60 and psnr(vae, images, CPU) > 20

@@ -157,12 +157,14 @@ def states(model: DiffusionModel, *prompts: str) -> torch.Tensor:
 
 
 def test_prompts_are_encoded_with_the_weights_of_their_words(model: DiffusionModel) -> None:
-    plain, weighed = states(model, "a red cat"), states(model, "a (red:1.5) cat")
+    tokenizer = model.tokenizers["text_encoder"]  # type: ignore[attr-defined]
+    assert [len(tokenizer(word, add_special_tokens=False).input_ids) for word in ("a", "flat")] == [1, 1]
+    plain, weighed = states(model, "a flat cat"), states(model, "a (flat:1.5) cat")
     weights = torch.ones((1, 77))
-    weights[0, 2] = 1.5  # begin, a, red
+    weights[0, 2] = 1.5  # begin, a, flat
     torch.testing.assert_close(weighed, weigh(plain, weights))
     assert not torch.allclose(weighed, plain)
-    assert torch.equal(states(model, "(a red cat:1)"), plain)
+    assert torch.equal(states(model, "(a flat cat:1)"), plain)
 
 
 def test_a_literal_text_is_encoded_as_if_there_were_no_grammar(model: DiffusionModel) -> None:

@@ -157,6 +157,7 @@ def run_denoiser(build: Build) -> None:
     if parallel.rank() == 0:
         build.note(
             samples=trainer.done,
+            batch=build.denoiser.batch,
             seconds=round(trainer.elapsed),
             pictures=len(latents.pictures),
             prediction=build.denoiser.prediction,

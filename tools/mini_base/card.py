@@ -1,4 +1,4 @@
-"""Writes what travels with the weights: card, nouns, licences and hashes."""
+"""Writes what travels with the weights: card, nouns, recommended settings, licences and hashes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .captions import bare, load_nouns
-from .config import BASE_SETS, FLUENT, INK
+from .config import BASE_SETS, FLUENT, INK, RECOMMENDED
+from .denoiser import DenoiserSettings
 from .files import read_json, sha256, write_json, write_text
 from .licences import apache, mit
 from .progress import clock
@@ -65,6 +66,7 @@ def _card(figures: dict[str, Any], continued: bool) -> str:
         nouns=len(nouns.phrases),
         samples=f"{figures.get('samples', 0):,}",
         pictures=figures.get("pictures", 0),
+        batch=figures.get("batch", DenoiserSettings.batch),
         duration=clock(figures.get("seconds", 0)),
         machine=figures.get("trained_on", "an unknown machine"),
         origin=_CONTINUED if continued else _SCRATCH,
@@ -99,7 +101,7 @@ def _looks_line(figures: dict[str, Any]) -> str:
 
 
 def write(output: Path, work: Path, continued: bool) -> None:
-    """Writes card, nouns, licences and hashes into ``output``.
+    """Writes card, nouns, recommended settings, licences and hashes into ``output``.
 
     Args:
         output: The exported pipeline.
@@ -114,6 +116,7 @@ def write(output: Path, work: Path, continued: bool) -> None:
         "showcase": [f"an icon of {nouns.phrases[name]}" for name in nouns.showcase],
     }
     write_json(output / "nouns.json", listed)
+    write_json(output / "sdlora.json", {"recommended": RECOMMENDED})
     write_text(output / "LICENSE", apache())
     write_text(output / "LICENSE-noto-emoji", apache())
     write_text(output / "LICENSE-fluent-emoji", mit(FLUENT.owner))

@@ -95,3 +95,11 @@ IMAGE_SIZE = 64
 
 VARIANTS = 6
 """Placings of each drawing that training draws from."""
+
+RECOMMENDED = {
+    "optimizer.learning_rate": 0.002,
+    "training.batch_size": 8,
+    "training.steps": 150,
+    "sample.guidance": 4.0,
+}
+"""What the base recommends to those who train on it and draw with it (``sdlora.json``)."""

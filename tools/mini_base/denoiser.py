@@ -47,7 +47,8 @@ class DenoiserSettings:
         samples: Images to train on in all.
         minutes: Wall-clock budget; when set, the learning rate falls to zero by
             whichever of the two ends first.
-        batch: Images in a step, all workers together.
+        batch: Images in a step, all workers together. Many small steps: with 32 it drew after 121,000
+            images what it did not draw after 140,000 with 64.
         lr: Peak learning rate.
         warmup: Steps of linear warm-up.
         ema: Final decay of the averaged weights.
@@ -61,9 +62,9 @@ class DenoiserSettings:
             for a long run).
     """
 
-    samples: int = 400_000
+    samples: int = 208_000
     minutes: float | None = None
-    batch: int = 64
+    batch: int = 32
     lr: float = 1e-3
     warmup: int = 100
     ema: float = 0.995

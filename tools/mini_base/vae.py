@@ -38,7 +38,7 @@ class VaeSettings:
         checkpoint_seconds: Time between checkpoints.
     """
 
-    samples: int = 48_000
+    samples: int = 60_000
     batch: int = 16
     lr: float = 1e-3
     decoder_only: bool = False
