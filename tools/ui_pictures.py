@@ -27,7 +27,7 @@ from typing import Any
 
 from PIL import Image
 
-PROMPT = "inkicon, an icon of a cat"
+PROMPT = "inkicon, an icon of a bicycle"
 WIDTH, HEIGHT = 1280, 960
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
 MAX_BYTES = 300_000
