@@ -106,7 +106,7 @@ def write(output: Path, work: Path, continued: bool) -> None:
     Args:
         output: The exported pipeline.
         work: Where earlier stages left ``figures.json`` and the contact sheet.
-        continued: Whether the weights go on from the trial's.
+        continued: Whether the weights go on from another base's.
     """
     path = work / "figures.json"
     figures = read_json(path) if path.exists() else {}
