@@ -3,20 +3,68 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+from processes import MARKS, Watch, end_marked, new_mark, with_mark
 
 # Without this, threads that wait spin on cores that other processes want (CI, a busy desktop).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Two workers with two threads each on two cores mostly wait for each other.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+# A busy machine makes examples slowly, too.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 MINI = Path(__file__).parent.parent / "sdlora" / "assets" / "mini"
+
+
+_watch = pytest.StashKey[Watch]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """From here on whatever is started ends with this process."""
+    config.stash[_watch] = Watch()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what is left."""
+    config.stash[_watch].close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_goes_on_after_a_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a failed test left running does not disturb the next file's."""
+    yield
+    request.config.stash[_watch].sweep()
+
+
+@pytest.fixture
+def processes_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever the test starts ends with it, detached or not."""
+    mark = new_mark()
+    monkeypatch.setenv(MARKS, with_mark(mark)[MARKS])
+    yield
+    end_marked(mark)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["SDLORA_CACHE_FOLDER"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch computes on two threads, however few cores there are: a batch is split in two parts."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

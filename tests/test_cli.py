@@ -317,7 +317,7 @@ def test_a_line_that_means_nothing_gets_one_clear_error(run: Any, arguments: lis
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such pipes there")
-def test_a_reader_that_leaves_early_is_no_error(picture_folder: Make) -> None:
+def test_a_reader_that_leaves_early_is_no_error(picture_folder: Make, processes_end: None) -> None:
     command = [sys.executable, "-m", "sdlora", "check", str(picture_folder(count=1))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None

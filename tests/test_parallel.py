@@ -13,6 +13,8 @@ from sdlora.families.loading import load_model
 from sdlora.families.sd1 import StableDiffusion1
 from sdlora.parallel import SplitPredictor
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.fixture(scope="module")
 def model(tiny_base: Path) -> StableDiffusion1:

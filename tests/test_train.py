@@ -110,6 +110,7 @@ def prepared(config: Config) -> Run:
     ],
     ids=["plain", "bf16", "everything-random"],
 )
+@pytest.mark.usefixtures("two_threads")
 def test_stopped_and_resumed_run_ends_bit_identical(
     settings: Callable[..., Config], overrides: tuple[str, ...]
 ) -> None:

@@ -31,8 +31,11 @@ TASKS = {
 }
 
 
-class Cancelled(Exception):
-    """Nobody waits for this task any more."""
+class Cancelled(BaseException):
+    """Nobody waits for this task any more.
+
+    No :class:`Exception`: a task that cares for nobody's errors, as the events of a run do, must end, too.
+    """
 
 
 class Tell(Protocol):

@@ -6,13 +6,12 @@ import threading
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from sdlora.data.batches import Batch
 from sdlora.data.loader import BatchLoader, Loaded
 from sdlora.data.order import MicroBatch, Order
 from sdlora.errors import DatasetError
-
-PATIENCE = 60.0  # seconds that only a test which fails takes
 
 
 def order_of(count: int = 7, accumulation: int = 2) -> Order:

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE, wait_for
+from processes import end_marked, new_mark, with_mark
 
 pytest.importorskip("gradio", reason="the web UI is not installed: pip install -e '.[ui]'")
 
@@ -29,6 +30,7 @@ class Server:
     home: Path
     port: int
     process: subprocess.Popen[bytes]
+    mark: str
 
     @property
     def url(self) -> str:
@@ -41,7 +43,7 @@ class Server:
         given = {"Content-Type": "application/json", "X-Sdlora": "1"} if body is not None else {}
         data = json.dumps(body).encode() if body is not None else None
         request = urllib.request.Request(self.url + path, data, given | (headers or {}))
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             text = answer.read()
         return text if raw else json.loads(text)
 
@@ -58,6 +60,11 @@ class Server:
         self.process.kill()
         self.process.wait()
 
+    def end(self) -> None:
+        """End the server and all that it started: its worker, and the jobs that outlive it."""
+        end_marked(self.mark)
+        self.process.wait()
+
 
 def free_port() -> int:
     """Return a port that nobody listens on."""
@@ -69,27 +76,34 @@ def free_port() -> int:
 def start_server(home: Path, *arguments: str, port: int | None = None) -> Server:
     """Start ``sdlora ui`` in ``home`` and wait for its page."""
     port = port or free_port()
-    log = (home / "server.log").open("ab")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sdlora", "ui", "--port", str(port), *arguments],
-        cwd=home,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        stdout=log,
-        stderr=log,
-    )
-    server = Server(home, port, process)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{server.url}/sdlora/jobs", timeout=5).close()
-            return server
-        except urllib.error.HTTPError as error:
-            if error.code == 401:
-                return server
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"the server did not start: {(home / 'server.log').read_text()}")
+    mark = new_mark()
+    with (home / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sdlora", "ui", "--port", str(port), *arguments],
+            cwd=home,
+            env={**with_mark(mark), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            stdout=log,
+            stderr=log,
+        )
+    server = Server(home, port, process, mark)
+    try:
+        wait_for(lambda: process.poll() is not None or serves(server), "the server's page")
+        assert process.returncode is None, f"it did not start: {(home / 'server.log').read_text()}"
+    except BaseException:
+        server.end()
+        raise
+    return server
+
+
+def serves(server: Server) -> bool:
+    """Tell whether a server answers."""
+    try:
+        urllib.request.urlopen(f"{server.url}/sdlora/jobs", timeout=PATIENCE).close()
+    except urllib.error.HTTPError as error:
+        return error.code == 401  # it wants its password
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -99,26 +113,23 @@ def server(tmp_path: Path) -> Iterator[Server]:
     home.mkdir()
     running = start_server(home)
     yield running
-    running.kill()
+    running.end()
 
 
 @pytest.fixture
-def wait() -> Callable[[Callable[[], Any], float], Any]:
+def wait() -> Callable[[Callable[[], Any]], Any]:
     """A function that waits for something to become true and returns it."""
 
-    def until(ready: Callable[[], Any], seconds: float = 30) -> Any:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+    def until(ready: Callable[[], Any]) -> Any:
+        def value() -> Any:
             try:
-                value = ready()
+                return ready()
             except Exception as error:
                 # the page replaced it between finding and reading (selenium may not be installed here)
                 if type(error).__name__ != "StaleElementReferenceException":
                     raise
-                value = None
-            if value:
-                return value
-            time.sleep(0.05)
-        raise AssertionError(f"not within {seconds} s")
+                return None
+
+        return wait_for(value)
 
     return until

@@ -6,12 +6,12 @@ import io
 import json
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 from sdlora_ui import worker as worker_module
 from sdlora_ui.calls import CallCancelled, CallFailed, Worker
 
@@ -43,9 +43,11 @@ worker.TASKS.update({name: f"tasks:{name}" for name in ("count", "refuse", "cras
 worker.main()
 """
 
+ENDLESS = {"to": 10**9, "pause": 0.02}
+
 
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[Worker]:
+def worker(tmp_path: Path, processes_end: None) -> Iterator[Worker]:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     made = Worker(tmp_path, idle_seconds=0.05, program=(sys.executable, str(program)))
@@ -86,35 +88,41 @@ def test_a_newer_call_replaces_an_older_one(worker: Worker) -> None:
 
     def old() -> None:
         try:
-            for _ in worker.call("count", {"to": 500, "pause": 0.02}, replace="draw"):
+            for _ in worker.call("count", ENDLESS, replace="draw"):
                 begun.set()
         except CallCancelled:
-            outcome.append("cancelled")
+            outcome.append("old cancelled")
 
-    thread = threading.Thread(target=old)
-    thread.start()
-    assert begun.wait(20)
-    started = time.monotonic()
-    newest = list(worker.call("count", {"to": 1}, replace="draw"))[-1].result
-    assert newest is not None and time.monotonic() - started < 5
-    thread.join(5)
-    assert outcome == ["cancelled"]
+    def new() -> None:
+        newest = list(worker.call("count", {"to": 1}, replace="draw"))[-1].result
+        outcome.append("new done" if newest else "new without a result")
+
+    threads = [threading.Thread(target=old, daemon=True), threading.Thread(target=new, daemon=True)]
+    threads[0].start()
+    assert begun.wait(PATIENCE)
+    threads[1].start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert sorted(outcome) == ["new done", "old cancelled"]
 
 
 def test_closing_cancels_what_is_under_way(worker: Worker) -> None:
-    calls = worker.call("count", {"to": 500, "pause": 0.02})
+    calls = worker.call("count", ENDLESS)
     next(calls)
     worker.close()
     with pytest.raises(CallCancelled):
         list(calls)
 
 
-def test_an_idle_process_is_ended(worker: Worker) -> None:
+def test_an_idle_process_is_ended(worker: Worker, wait: Callable[..., Any]) -> None:
     worker.ask("count", {"to": 1})
     assert worker.running
-    time.sleep(0.1)
-    worker.end_if_idle()
-    assert not worker.running
+
+    def ended() -> bool:
+        worker.end_if_idle()
+        return not worker.running
+
+    wait(ended)
 
 
 def test_the_worker_ends_with_its_input() -> None:
@@ -136,6 +144,27 @@ class Silent:
 
     def part(self, value: Any) -> None:
         self.parts.append(value)
+
+
+class Leaving(Silent):
+    """Does not wait until all pictures are encoded."""
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        super().progress(done, total, note)
+        if note == "encoding the pictures":
+            raise worker_module.Cancelled
+
+
+def test_a_plan_that_nobody_waits_for_ends_while_pictures_are_encoded(
+    tiny_base: Path, picture_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    from sdlora_ui.tasks.plan import plan
+
+    tell = Leaving()
+    values = {"model.base": str(tiny_base), "data.folder": str(picture_folder())}
+    with pytest.raises(worker_module.Cancelled):
+        plan({"values": values | {"data.cache_folder": str(tmp_path / "cache")}}, tell)
+    assert tell.notes.count("encoding the pictures") == 1 and not tell.parts
 
 
 def test_drawing_keeps_the_base_and_writes_settings_that_can_be_sent_back(tmp_path: Path) -> None:

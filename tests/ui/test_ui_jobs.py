@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import end_marked, marked, new_mark, with_mark
 from sdlora_ui.job_memory import MemoryWatch
 from sdlora_ui.jobs import Job, JobQueue, process_of
 from sdlora_ui.progress import RunView, thinned
@@ -16,7 +19,8 @@ from sdlora_ui.progress import RunView, thinned
 from sdlora.config import Config, load_config
 from sdlora.errors import ConfigError, OutputError
 
-# What `sdlora train` does as far as the queue can see it: events, STOP, checkpoints, one JSON line.
+# What `sdlora train` does as far as the queue can see it: events, STOP, checkpoints, one JSON line. Half way
+# it waits for as long as there is a file "hold" where it works, and heeds only STOP.
 PROGRAM = """
 import json, sys, time, tomllib
 from pathlib import Path
@@ -45,7 +49,8 @@ saved = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*")) if
 first = saved[-1] if saved else 0
 tell("RunStarted", steps=steps, first_step=first, expected_seconds=1.0, expected_bytes=5)
 for step in range(first + 1, steps + 1):
-    time.sleep(0.02)
+    while step == steps // 2 and Path("hold").exists() and not (run / "STOP").exists():
+        time.sleep(0.01)
     facts = dict(learning_rate=1e-4, seconds_left=0.1, images_per_second=2.0)
     tell("StepDone", step=step, steps=steps, loss=1 / step, **facts)
     stop = (run / "STOP").exists()
@@ -60,23 +65,14 @@ for step in range(first + 1, steps + 1):
 tell("RunFinished", adapter_file=str(run / "x.safetensors"), seconds=1.0, stopped=False, step=steps)
 print(json.dumps({"stopped": False, "step": steps}))
 """
-Wait = Callable[[Callable[[], Any], float], Any]
+Wait = Callable[[Callable[[], Any]], Any]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[[], JobQueue]]:
+def make(tmp_path: Path, processes_end: None) -> Callable[[], JobQueue]:
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
-    queues: list[JobQueue] = []
-
-    def queue() -> JobQueue:
-        queues.append(JobQueue(tmp_path / "jobs", tmp_path, (sys.executable, str(program))))
-        return queues[-1]
-
-    yield queue
-    for job in queues[-1].all() if queues else ():
-        if job.status in ("running", "stopping"):
-            queues[-1].kill(job.id)
+    return lambda: JobQueue(tmp_path / "jobs", tmp_path, (sys.executable, str(program)))
 
 
 def settings(tmp_path: Path, name: str = "style", steps: int = 5) -> Config:
@@ -85,8 +81,14 @@ def settings(tmp_path: Path, name: str = "style", steps: int = 5) -> Config:
     )
 
 
+def held(tmp_path: Path) -> Path:
+    """Make the jobs stop half way for as long as the returned file is there."""
+    (tmp_path / "hold").touch()
+    return tmp_path / "hold"
+
+
 def ended(queue: JobQueue, job: Job, wait: Wait) -> Job:
-    wait(lambda: queue.get(job.id).status in ("stopped", "finished", "failed"), 15)
+    wait(lambda: queue.get(job.id).status in ("stopped", "finished", "failed"))
     return queue.get(job.id)
 
 
@@ -109,12 +111,14 @@ def test_only_one_job_trains_and_the_next_follows(
     make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
 ) -> None:
     queue = make()
+    hold = held(tmp_path)
     first, second = queue.add(settings(tmp_path, "a", 20)), queue.add(settings(tmp_path, "b"))
     queue.tick()
     queue.tick()
     assert [job.status for job in queue.all()] == ["running", "waiting"]
-    held = MemoryWatch().of(process_of(queue.get(first.id)))
-    assert held is not None and held["process"] > 2**20
+    memory = MemoryWatch().of(process_of(queue.get(first.id)))
+    assert memory is not None and memory["process"] > 2**20
+    hold.unlink()
     ended(queue, first, wait)
     queue.tick()
     assert ended(queue, second, wait).status == "finished"
@@ -124,6 +128,7 @@ def test_a_new_server_takes_over_running_and_waiting_jobs(
     make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
 ) -> None:
     old = make()
+    hold = held(tmp_path)
     first, second = old.add(settings(tmp_path, "a", 60)), old.add(settings(tmp_path, "b"))
     old.tick()
     new = make()
@@ -132,6 +137,7 @@ def test_a_new_server_takes_over_running_and_waiting_jobs(
     assert new.get(second.id).status == "waiting"
     assert new.stop(first.id).status == "stopping"
     assert ended(new, first, wait).status == "stopped"
+    hold.unlink()
     new.tick()
     assert ended(new, second, wait).status == "finished"
 
@@ -140,13 +146,15 @@ def test_stop_saves_and_resume_goes_on_from_there(
     make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
 ) -> None:
     queue = make()
+    hold = held(tmp_path)
     job = queue.add(settings(tmp_path, "a", 100))
     queue.tick()
-    wait(lambda: queue.view(job.id).step > 1, 15)
+    wait(lambda: queue.view(job.id).step > 1)
     queue.stop(job.id)
     assert ended(queue, job, wait).status == "stopped"
     stopped_at = queue.view(job.id).step
     assert 0 < stopped_at < 100
+    hold.unlink()
     queue.resume(job.id)
     assert queue.command(job.id) == ["sdlora", "train", "--resume", "--output", str(job.run)]
     queue.tick()
@@ -168,9 +176,10 @@ def test_a_job_killed_from_outside_is_not_shown_as_running(
     make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
 ) -> None:
     queue = make()
+    held(tmp_path)
     job = queue.add(settings(tmp_path, "a", 500))
     queue.tick()
-    wait(lambda: queue.view(job.id).step > 0, 15)
+    wait(lambda: queue.view(job.id).step > 0)
     queue.kill(job.id)
     assert ended(queue, job, wait).status == "stopped"
     with pytest.raises(OutputError, match="no checkpoint"):
@@ -180,10 +189,12 @@ def test_a_job_killed_from_outside_is_not_shown_as_running(
 def test_deleting_keeps_the_run_unless_told(make: Callable[[], JobQueue], tmp_path: Path, wait: Wait) -> None:
     queue = make()
     for name, with_run in (("a", False), ("b", True)):
+        hold = held(tmp_path)
         job = queue.add(settings(tmp_path, name))
         queue.tick()
         with pytest.raises(ConfigError, match="stop it first"):
             queue.delete(job.id, with_run=False)
+        hold.unlink()
         ended(queue, job, wait)
         queue.delete(job.id, with_run=with_run)
         assert queue.all() == [] and job.run.exists() is not with_run
@@ -218,6 +229,7 @@ def test_an_unknown_or_hostile_job_id_is_refused(make: Callable[[], JobQueue], j
 
 def test_two_servers_do_not_start_one_job_twice(make: Callable[[], JobQueue], tmp_path: Path) -> None:
     first, second = make(), make()
+    held(tmp_path)
     job = first.add(settings(tmp_path, "a", 30))
     first.tick()
     second.tick()
@@ -239,3 +251,25 @@ def test_a_half_written_event_waits_for_its_rest(tmp_path: Path) -> None:
 def test_long_curves_are_thinned_to_means() -> None:
     points = thinned({step: float(step) for step in range(1, 1001)}, 100)
     assert len(points) == 100 and points[0] == (10, 5.5) and points[-1] == (1000, 995.5)
+
+
+def test_a_detached_job_can_be_found_and_ended_by_its_mark(tmp_path: Path, wait: Wait) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    held(tmp_path)
+    mark = new_mark()
+    script = (
+        "import sys; from pathlib import Path; from sdlora_ui.jobs import JobQueue\n"
+        "from sdlora.config import load_config\n"
+        "home = Path(sys.argv[1])\n"
+        "queue = JobQueue(home / 'jobs', home, (sys.executable, str(home / 'program.py')))\n"
+        "queue.add(load_config(values={'output.folder': home / 'run', 'training.steps': 50}))\n"
+        "queue.tick()"
+    )
+    environment = {**with_mark(mark), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=True)
+    queue = JobQueue(tmp_path / "jobs", tmp_path)
+    [job] = queue.all()
+    assert job.status == "running", "it outlives the process that started it"
+    assert job.pid in [process.pid for process in marked(mark)]
+    end_marked(mark)
+    assert process_of(job) is None
