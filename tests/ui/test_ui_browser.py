@@ -7,7 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -544,7 +544,8 @@ def test_another_sites_page_can_do_nothing(page: Page) -> None:
         def log_message(self, *arguments: Any) -> None:
             return None
 
-    evil = HTTPServer(("127.0.0.1", 0), Evil)
+    # Chromium opens connections ahead that it may use a minute later; one thread would wait for the first.
+    evil = ThreadingHTTPServer(("127.0.0.1", 0), Evil)
     Thread(target=evil.serve_forever, daemon=True).start()
     try:
         page.driver.get(f"http://127.0.0.1:{evil.server_port}/")
@@ -552,6 +553,7 @@ def test_another_sites_page_can_do_nothing(page: Page) -> None:
         outcome = page.driver.execute_async_script(EVIL, page.server.url, body)
     finally:
         evil.shutdown()
+        evil.server_close()
     assert outcome == {"write": "blocked", "simple": "blocked", "read": "blocked", "image": "blocked"}
     assert file.read_text() == before
 
