@@ -54,6 +54,8 @@ class Recorder:
                 text = text.replace("{" + key + "}", place.as_posix())
             return text
 
+        for folder in case.folders:
+            Path(filled(folder)).mkdir(parents=True)
         for source, target in case.copies:
             shutil.copy2(filled(source), filled(target))
         answers = []
@@ -85,13 +87,14 @@ def record(options: argparse.Namespace) -> int:
         raise SystemExit(f"no case named {', '.join(unknown)}; python -m tools.same_bits list shows all")
     asked = list(options.only or CASES)
     checkout = options.checkout.absolute()
-    cases, broken = {}, []
+    broken: list[str] = []
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="same-bits-", dir=options.output.parent.absolute()) as folder:
         work = Path(folder)
         with Commands(checkout, work, options.python, options.threads) as commands:
             recorder = Recorder(commands, work, _pairs(options.renamed))
             about = {"commit": _commit(checkout), "threads": options.threads, **commands.versions()}
+            cases = _kept(options.output, about) if options.only else {}
             for name in with_needs(asked):
                 began = time.monotonic()
                 case = recorder.record(name)
@@ -122,6 +125,17 @@ def compared(options: argparse.Namespace) -> int:
     return int(bool(bad))
 
 
+def _kept(file: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the cases of an earlier record of the same commit, to which some are added."""
+    if not file.exists():
+        return {}
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    if earlier["about"] != about:
+        raise SystemExit(f"{file}: is a record of {earlier['about']}, not of {about}; give another --output")
+    cases: dict[str, Any] = earlier["cases"]
+    return cases
+
+
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
     """Return OLD=NEW texts as a table; OLD may be an option such as ``--picture``."""
     bad = [text for text in texts if "=" not in text.strip("=")]
@@ -147,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one = actions.add_parser("record", help="write the hashes of a checkout's seeded runs")
     one.add_argument("--checkout", type=Path, default=Path(), metavar="DIR")
     one.add_argument("--output", type=Path, required=True, metavar="FILE")
-    one.add_argument("--only", nargs="+", metavar="NAME", help="these cases (and what they need)")
+    one.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these cases (and what they need); others in FILE stay"
+    )
     one.add_argument("--python", type=Path, metavar="FILE", help="interpreter; the checkout's .venv if there")
     one.add_argument("--threads", type=int, default=1)
     one.add_argument(

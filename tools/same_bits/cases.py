@@ -36,12 +36,14 @@ class Case:
 
     Attributes:
         commands: what is run.
-        copies: (from, to) files and folders that are copied before.
+        copies: (from, to) files that are copied before.
+        folders: made before.
         same_as: tensors of (file, other file) that must be equal.
     """
 
     commands: tuple[Command, ...]
     copies: tuple[tuple[str, str], ...] = ()
+    folders: tuple[str, ...] = ()
     same_as: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -231,9 +233,11 @@ _RUN_CASES = {
         same_as=(("{here}/run/lora.safetensors", _TRAINED % "text"),),
     ),
     **{
-        f"warm-{case}": _trained(f"adapter.from_file={_TRAINED % case}")
-        for case in ("lora-all", "dora", "loha", "lokr", "text")
+        f"warm-{kind}": _trained(f"adapter.kind={kind}", f"adapter.from_file={_TRAINED % kind}")
+        for kind in ("dora", "loha", "lokr")
     },
+    "warm-lora-all": _trained(f"adapter.from_file={_ALL}"),
+    "warm-text": _trained(f"adapter.from_file={_TEXT}", "adapter.text_encoder=true"),
     "warm-tucker": _trained("adapter.from_file={tucker}"),
 }
 _DRAWING_CASES = {
@@ -290,17 +294,24 @@ _EXPORT_CASES = {
         )
         for format in _FORMATS
     },
-    "export-more": _dos(
-        "export {work}/previews-ddim/run --output {here}/private --private --name mine",
-        "export {work}/previews-ddim/run --webui {here}/webui --verify-images --prompt bee --no-verify",
+    "export-more": Case(
+        (
+            _do("export {work}/previews-ddim/run --output {here}/private --private --name mine"),
+            _do(
+                "export {work}/previews-ddim/run --webui {here}/models/Lora --verify-images --prompt bee "
+                "--no-verify"
+            ),
+        ),
+        folders=("{here}/models/Lora",),
     ),
 }
 _SURGERY_CASES = {
     "merge": _dos(
         f"merge {_LORA}:0.6 {_ALL}:0.5 {_TEXT}:0.7:0.2 --output {{here}}/linear.safetensors --report",
-        f"merge {_LORA} {_TEXT}:-0.4 --method ties --density 0.5 --dtype fp32 "
+        f"merge {_LORA} {_TEXT}:-0.4 --method ties --density 0.5 --rank 4 --dtype fp32 "
         "--output {here}/ties.safetensors",
-        f"merge {_LORA} {_TEXT} --method dare --density 0.5 --seed 7 --output {{here}}/dare.safetensors",
+        f"merge {_LORA} {_TEXT} --method dare --density 0.5 --seed 7 --energy 0.9 "
+        "--output {here}/dare.safetensors",
         f"merge {_LORA} {_ALL} --method dare-ties --density 0.5 --rank 3 "
         "--output {here}/dare-ties.safetensors",
         f"merge {_LORA} {_ALL} --block IN01=0.5,MID=0 --energy 0.9 --output {{here}}/blocks --format peft",
@@ -328,10 +339,10 @@ _SURGERY_CASES = {
         for format in _FORMATS
     },
     "convert-back": _dos(
-        "convert {work}/export-peft/fp32/lora --output {here}/peft.safetensors",
+        "convert {work}/export-peft/fp32/lora-peft --output {here}/peft.safetensors",
         "convert {work}/convert-peft/loha-all --output {here}/loha.safetensors",
         "convert {work}/convert-diffusers/text.safetensors --output {here}/diffusers.safetensors",
-        "convert {work}/convert-diffusers/lokr-all.safetensors --format peft --output {here}/lokr",
+        "convert {work}/convert-peft/lokr-all --output {here}/lokr.safetensors",
     ),
     "to-lora": _dos(
         f"convert {_TRAINED % 'loha-all'} --to-lora --output {{here}}/loha.safetensors --report",
@@ -374,7 +385,9 @@ _FAMILY_CASES = {
         *("data.resolution=64", "adapter.kind=lokr", "adapter.targets=all", "model.zero_terminal_snr=true"),
         base="{sd2}",
     ),
-    "warm-sdxl": _trained("data.resolution=64", f"adapter.from_file={_SDXL}", base="{sdxl}"),
+    "warm-sdxl": _trained(
+        *("data.resolution=64", f"adapter.from_file={_SDXL}", "adapter.text_encoder=true"), base="{sdxl}"
+    ),
     "draw-families": Case(
         (
             _generate("sdxl", *_adapter("sdxl", ":0.8:0.4"), "--size", "64x64", base="{sdxl}"),
@@ -402,8 +415,9 @@ _FAMILY_CASES = {
         f"merge {_SDXL} {_SDXL}:-0.5 --block IN04=0.5 --output {{here}}/sum.safetensors",
         f"resize {_SD2} --rank 1 --output {{here}}/small.safetensors",
         f"convert {_SDXL_DORA} --to-lora --base {{sdxl}} --rank 2 --output {{here}}/dora.safetensors",
-        "convert {work}/export-families-diffusers/sdxl/lora.safetensors --output {here}/back.safetensors",
-        f"diff {_SDXL} {_SDXL_DORA}",
+        "convert {work}/export-families-diffusers/sdxl/lora-diffusers.safetensors "
+        "--output {here}/back.safetensors",
+        f"diff {_SDXL} {_TRAINED % 'warm-sdxl'}",
         f"diff {_SDXL} {_SD2}",
         f"inspect {_SDXL}",
         f"inspect {_TRAINED % 'sd2-lokr'}",
@@ -422,7 +436,7 @@ _LOOKING_CASES = {
         "inspect {tucker}",
         f"inspect {_ALL} --chart {{here}}/norms.png",
         f"inspect {_LORA} --header",
-        "inspect {work}/export-peft/fp32/lora",
+        "inspect {work}/export-peft/fp32/lora-peft",
         "inspect mini",
         "inspect {mini}",
     ),
@@ -433,7 +447,7 @@ _LOOKING_CASES = {
                 "--remove modelspec.thumbnail"
             ),
         ),
-        copies=((_LORA, "{here}/edited.safetensors"),),
+        copies=((_TRAINED % "previews-ddim", "{here}/edited.safetensors"),),
     ),
     "check": _dos(
         "check {data} --html {here}/page.html --batch-size 2",
@@ -446,6 +460,8 @@ _LOOKING_CASES = {
     "refusals": _dos(
         "train {data} --output {here}/run adapter.kind=loha adapter.dropout=0.5 optimizer.schedul=linear",
         "train {here}/nothing --output {here}/run",
+        f"train {{data}} --output {{here}}/run adapter.from_file={_LOHA}",
+        f"train {{data}} --output {{here}}/run adapter.from_file={_TEXT}",
         "generate --prompt bee --output {here}/images --sampler Eulr",
         f"inspect {_LORA}x",
         "merg",
