@@ -22,7 +22,6 @@ from torch import Tensor
 
 from .errors import AdapterFileError
 from .files import replacing
-from .finite import all_finite
 
 MAX_HEADER_BYTES = 32 * 2**20
 """Longest header we parse: real ones stay under a few MiB, even with cover images inside."""
@@ -403,3 +402,16 @@ def _tensor(path: Path, key: str, spec: TensorSpec, data: bytes) -> Tensor:
 
 def _broken(path: Path, what: str) -> AdapterFileError:
     return AdapterFileError(f"{path}: {what}; the file is damaged, {_DOWNLOAD} again or export it again")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a floating-point tensor of any shape holds neither NaN nor infinity.
+
+    Looks at the extremes, which NaN spoils both: one pass and no memory. ``isfinite(tensor).all()`` says
+    the same but takes 20 times longer on a CPU: in a bake it was half of all processor time.
+    """
+    if tensor.numel() == 0:
+        return True
+    if tensor.device.type != "cpu":  # fast there, and NaN is not left to how each backend finds extremes
+        return bool(torch.isfinite(tensor).all())
+    return all(bool(end.isfinite()) for end in torch.aminmax(tensor))
