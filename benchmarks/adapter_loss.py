@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdlora.adapters.base import AdapterWeights
-from sdlora.adapters.lora import attach, detach
-from sdlora.data.batches import generator_for
-from sdlora.data.buckets import place, square_bucket
-from sdlora.data.cache import to_pixels
-from sdlora.data.folder import load_pixels
-from sdlora.diffusion import Corrupted, draw_noise, per_image_loss
+from sdlora.adapters.attach import attach, detach
+from sdlora.adapters.canonical import AdapterWeights
+from sdlora.data.batching.batches import generator_for
+from sdlora.data.batching.buckets import place, square_bucket
+from sdlora.data.batching.cache import to_pixels
+from sdlora.data.reading.folder import load_pixels
+from sdlora.diffusion.process import Corrupted, draw_noise, per_image_loss
 from sdlora.families.base import Conditioning, DiffusionModel, SizeHint
 from sdlora.families.loading import load_model
-from sdlora.formats import read_adapter
+from sdlora.formats.adapter_files import read_adapter
 
 _TIMESTEPS = 4
 

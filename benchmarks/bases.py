@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sdlora.config import Config  # noqa: E402
+from sdlora.config.schema import Config  # noqa: E402
 from tools.measure_step import measure_memory, measure_speed, settings  # noqa: E402
 from tools.true_sizes import fill_hub_cache, write_checkpoint, write_folder  # noqa: E402
 

@@ -47,9 +47,9 @@ def make_picture(number: int, folder: Path, side: int) -> None:
 
 def one_core(folder: Path) -> dict[str, Any]:
     """Pictures per second of processor time: by Pillow alone, decoded as training does, measured in full."""
-    from sdlora.data.listing import FoundFile
-    from sdlora.data.measure import measure_all
-    from sdlora.data.picture_files import load_pixels
+    from sdlora.data.reading.image_files import load_pixels
+    from sdlora.data.reading.listing import FoundFile
+    from sdlora.data.reading.measure import measure_all
 
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".png", ".jpg")][:_SAMPLE]
 
@@ -76,7 +76,7 @@ def one_core(folder: Path) -> dict[str, Any]:
 
 def index(folder: Path) -> dict[str, Any]:
     """Read a folder as training does."""
-    from sdlora.data.folder import survey
+    from sdlora.data.reading.folder import survey
 
     began = time.perf_counter()
     found = survey(folder)
@@ -85,7 +85,7 @@ def index(folder: Path) -> dict[str, Any]:
 
 def check(folder: Path) -> dict[str, Any]:
     """Examine a folder as `sdlora check` does."""
-    from sdlora.data.doctor import examine
+    from sdlora.data.check.doctor import examine
 
     began = time.perf_counter()
     report = examine(folder, resolution=512)
@@ -94,10 +94,10 @@ def check(folder: Path) -> dict[str, Any]:
 
 def plan(folder: Path) -> dict[str, Any]:
     """Hold pictures out, put the rest into buckets, and order the first epoch."""
-    from sdlora.data.buckets import make_buckets, place
-    from sdlora.data.folder import survey
-    from sdlora.data.holdout import split
-    from sdlora.data.order import Order
+    from sdlora.data.batching.buckets import make_buckets, place
+    from sdlora.data.batching.order import Order
+    from sdlora.data.reading.folder import survey
+    from sdlora.data.reading.holdout import split
 
     dataset = survey(folder).dataset
     began = time.perf_counter()

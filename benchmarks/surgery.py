@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
-from sdlora.families import family_info
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
 from sdlora.families.ldm import by_key, text_places, unet_places, vae_places
-from sdlora.formats import write_adapter
+from sdlora.families.table import family_info
+from sdlora.formats.adapter_files import write_adapter
 
 ASSETS = Path(__file__).parent.parent / "sdlora" / "assets" / "sdxl"
 FILES = ("base", "lora", "small", "merged", "baked", "undone", "extracted")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sdlora.data.folder import load_pixels, scan
+from sdlora.data.reading.folder import load_pixels, scan
 
 Trainer = Literal["sdlora", "diffusers"]
 TRAINERS: tuple[Trainer, Trainer] = ("sdlora", "diffusers")

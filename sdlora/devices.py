@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .config import Precision
 from .errors import ConfigError
 
-_DTYPES: dict[Precision, torch.dtype] = {
+_DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -39,7 +38,7 @@ def choose_device(setting: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(setting: Precision | None, device: torch.device) -> torch.dtype:
+def choose_dtype(setting: str | None, device: torch.device) -> torch.dtype:
     """Return the number format asked for, or else the fastest one that is safe on ``device``.
 
     CUDA: bf16 where the card computes in it, else fp16. MPS: fp32. CPU: bf16 only with AMX tiles; without

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from .run_folder import REQUESTS, SAMPLE, SAVE, STOP, RunFolder
+
 
 @dataclass(frozen=True)
 class Event:
@@ -155,7 +157,7 @@ class JsonlWriter:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Return the events of a run so far; the last line of a killed run may be cut and is left out then."""
-    file = folder / "events.jsonl"
+    file = RunFolder(folder).events_file
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [event for line in lines if (event := _parsed(line))]
 
@@ -180,25 +182,25 @@ class Control:
 
     def stop(self) -> None:
         """Ask to finish the current step, save and end."""
-        self._wishes.add("STOP")
+        self._wishes.add(STOP)
 
     @property
     def stopping(self) -> bool:
         """Whether :meth:`stop` was called, or Ctrl-C pressed, since the last :meth:`take`."""
-        return "STOP" in self._wishes
+        return STOP in self._wishes
 
     def save_now(self) -> None:
         """Ask for a checkpoint after the current step."""
-        self._wishes.add("SAVE")
+        self._wishes.add(SAVE)
 
     def sample_now(self) -> None:
         """Ask for previews after the current step."""
-        self._wishes.add("SAMPLE")
+        self._wishes.add(SAMPLE)
 
     def take(self) -> frozenset[str]:
         """Return and forget the wishes made since the last call: any of STOP, SAVE, SAMPLE."""
         if self._folder is not None:
-            for name in ("STOP", "SAVE", "SAMPLE"):
+            for name in REQUESTS:
                 file = self._folder / name
                 if file.is_file():
                     file.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .errors import OutputError, TrainingError
+from .run_folder import RunFolder
 
 
 @contextmanager
@@ -107,7 +108,7 @@ def find_settings(folder: Path) -> Path:
     Raises:
         TrainingError: when the folder holds no run.
     """
-    file = folder / "config.toml"
+    file = RunFolder(folder).config_file
     if not file.is_file():
         raise TrainingError(
             f"{folder}: holds no run to go on with (no config.toml); check --output, or leave --resume out"

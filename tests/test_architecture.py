@@ -1,128 +1,167 @@
-"""The shape of the code: imports go one way, and no family is named outside the families."""
+"""The shape of the code: packages that say what they hold, imports one way between them, budgets."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
+import pytest
+
 import sdlora
 from sdlora.families.base import DiffusionModel
 
 ROOT = Path(sdlora.__file__).parent
+UI = ROOT.parent / "ui"
 
-# Each layer may import from its own and earlier ones.
-LAYERS = [
-    {"errors", "events"},
-    {"files", "section", "finite"},
-    {"tensor_file", "data_config", "adapter_config"},
-    {"config"},
-    {"diffusion", "data", "devices", "demo_data"},
-    {"families"},
-    {"data.cache", "data.batches", "data.loader"},
-    {"adapters"},
-    {"formats"},
-    {"surgery"},
-    {"webui_card", "norms"},
-    {
-        "optim",
-        "checkpoint",
-        "plan",
-        "objective",
-        "samplers",
-        "pictures",
-        "png_info",
-        "export",
-        "base_inspection",
-        "inspection",
-    },
-    {"parallel", "inspection_view"},
-    {"feed"},
-    {"render"},
-    {"image_generator"},
-    {"generate"},
-    {"picture_proof"},
-    {"continued", "learned"},
-    {"memory"},
-    {"run"},
-    {"finish", "previews", "cost", "validation"},
-    {"train"},
-    {"style_features"},
-    {"score", "page"},
-    {"copying"},
-    {"demo_page"},
-    {"demo"},
-    {"display"},
-    {"data_outlook"},
-    {"model_commands", "file_commands", "surgery_commands", "data_commands"},
-    {"cli"},
-    {"__init__", "__main__"},
-]
+PACKAGES = (
+    "config",
+    "diffusion",
+    "families",
+    "data.reading",
+    "data.batching",
+    "data.check",
+    "adapters",
+    "formats",
+    "generation",
+    "surgery",
+    "judging",
+    "inspecting",
+    "exporting",
+    "training",
+    "demonstration",
+    "commands",
+)
+"""Each package may import from the modules at the root and from earlier packages; docs/architecture.md."""
+
+MOST_ROOT_MODULES = 10
+MOST_PACKAGES = 16
+MOST_FUNCTION_LINES = 85
+MOST_FAMILY_MEMBERS = 16
 
 
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts)] = path
-    return found
+def modules_of(root: Path) -> dict[str, Path]:
+    """Return every module below ``root`` by its dotted name; a package's own is ``NAME.__init__``."""
+    return {".".join(path.relative_to(root).with_suffix("").parts): path for path in root.rglob("*.py")}
 
 
-def layer_of(module: str) -> int:
-    """Return the layer of the longest name that covers the module."""
-    covering = [
-        (len(name), level)
-        for level, names in enumerate(LAYERS)
-        for name in names
-        if module == name or module.startswith(name + ".")
-    ]
-    assert covering, f"{module} has no layer in this test; decide where it belongs"
-    return max(covering)[1]
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imported(path: Path, module: str) -> set[str]:
-    """Modules of the package that ``path`` imports at its top level or inside functions."""
+def package_of(module: str) -> str:
+    """Return the package of a module, empty for those at the root."""
+    return module.rpartition(".")[0]
+
+
+def imports_of(module: str, path: Path, known: dict[str, Path], name: str) -> set[str]:
+    """Return the modules that one imports anywhere: at its top, in functions, for type checking."""
     package = module.split(".")[:-1]
-    if path.name == "__init__.py":
-        package = module.split(".")[:-1]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only or not isinstance(node, ast.ImportFrom) or not node.level:
-            continue
-        prefix = package[: len(package) - (node.level - 1)]
-        target = [*prefix, *(node.module.split(".") if node.module else [])]
-        known = modules()
-        for alias in node.names:
-            whole = ".".join([*target, alias.name])
-            found.add(whole if whole in known else ".".join(target))
-    return {name for name in found if name}
+    targets: set[str] = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                start = package[: len(package) - (node.level - 1)]
+            elif (node.module or "").split(".")[0] == name:
+                start = []
+            else:
+                continue
+            parts = (node.module or "").split(".") if node.module else []
+            place = [*start, *(parts if node.level else parts[1:])]
+            for alias in node.names:
+                whole = ".".join([*place, alias.name])
+                target = whole if whole in known else ".".join(place)
+                targets.add(target if target in known else f"{target}.__init__".lstrip("."))
+        elif isinstance(node, ast.Import):
+            targets |= {
+                alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == name
+            }
+    return targets - {module}
 
 
-def test_imports_go_one_way() -> None:
-    all_modules = modules()
-    assert len(all_modules) > 30
+def graph_of(root: Path, name: str) -> dict[str, set[str]]:
+    known = modules_of(root)
+    graph = {module: imports_of(module, path, known, name) for module, path in known.items()}
+    unknown = {target for targets in graph.values() for target in targets} - set(known) - {""}
+    assert unknown == set(), unknown
+    return graph
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Return some cycle, or nothing."""
+    state: dict[str, int] = {}
+
+    def visit(node: str, trail: list[str]) -> list[str]:
+        if state.get(node) == 2:
+            return []
+        if state.get(node) == 1:
+            return [*trail[trail.index(node) :], node]
+        state[node] = 1
+        for target in sorted(graph.get(node, ())):
+            if cycle := visit(target, [*trail, node]):
+                return cycle
+        state[node] = 2
+        return []
+
+    return next((cycle for node in sorted(graph) if (cycle := visit(node, []))), [])
+
+
+def test_imports_go_one_way_between_packages() -> None:
+    graph = graph_of(ROOT, "sdlora")
+    assert len(graph) > 130
+    level = {"": -1, **{package: number for number, package in enumerate(PACKAGES)}}
+    outside = {"__init__", "__main__"}  # the doors of the house
     wrong = [
-        f"{module} imports {other}"
-        for module, path in all_modules.items()
-        if module not in ("__init__", "__main__")
-        for other in imported(path, module)
-        if layer_of(other) > layer_of(module)
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        if module not in outside and not module.endswith("__init__")
+        for target in targets
+        if level[package_of(target)] > level[package_of(module)]
     ]
     assert wrong == []
 
 
+def test_every_package_has_its_place_in_the_order() -> None:
+    packages = {package_of(module) for module in modules_of(ROOT) if not module.endswith("__init__")} - {""}
+    assert packages == set(PACKAGES)
+
+
+@pytest.mark.parametrize(("root", "name"), [(ROOT, "sdlora"), (UI, "sdlora_ui")])
+def test_no_file_is_part_of_a_cycle(root: Path, name: str) -> None:
+    graph = graph_of(root, name)
+    assert len(graph) > 30
+    assert cycle_in(graph) == []
+
+
+def test_a_cycle_would_be_found() -> None:
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_house_keeps_its_budgets() -> None:
+    root_modules = [module for module in modules_of(ROOT) if "." not in module]
+    assert len(root_modules) <= MOST_ROOT_MODULES, root_modules
+    assert len(PACKAGES) <= MOST_PACKAGES
+
+
+def test_every_package_says_what_it_holds_and_nothing_else() -> None:
+    inits = [path for path in ROOT.rglob("__init__.py") if path.parent != ROOT]
+    assert len(inits) == len(PACKAGES) + 1  # and data/, which only holds packages
+    for path in inits:
+        tree = parsed(path)
+        assert ast.get_docstring(tree), path
+        assert len(tree.body) == 1, f"{path}: code here is imported with every module of the package"
+
+
+def test_no_package_has_the_name_of_a_public_function() -> None:
+    assert not {package.split(".")[0] for package in PACKAGES} & set(sdlora.__all__)
+
+
 def test_nothing_names_a_family_outside_the_families() -> None:
     compared = []
-    for module, path in modules().items():
+    for module, path in modules_of(ROOT).items():
         if module.startswith(("families", "formats")):
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Compare) and any(
                 isinstance(part, ast.Constant) and part.value in ("sd1", "sd2", "sdxl", "sd3")
                 for part in ast.walk(node)
@@ -133,29 +172,26 @@ def test_nothing_names_a_family_outside_the_families() -> None:
 
 def test_the_family_interface_stays_small() -> None:
     members = [name for name in vars(DiffusionModel) if not name.startswith("_")]
-    assert len(members) <= 16, members
+    assert len(members) <= MOST_FAMILY_MEMBERS, members
 
 
 def test_functions_fit_on_a_screen() -> None:
     long = []
-    for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
-                code = node.end_lineno - node.lineno
-                if code > 85:
-                    long.append(f"{module}.{node.name}: {code}")
+    for root in (ROOT, UI):
+        for module, path in modules_of(root).items():
+            for node in ast.walk(parsed(path)):
+                if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                    lines = node.end_lineno - node.lineno
+                    if lines > MOST_FUNCTION_LINES:
+                        long.append(f"{module}.{node.name}: {lines}")
     assert long == []
 
 
 def test_nothing_unpickles() -> None:
     users = [
         module
-        for module, path in modules().items()
+        for module, path in modules_of(ROOT).items()
         if {"pickle", "torch.load"}
-        & {
-            ast.unparse(n)
-            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(n, ast.Attribute | ast.Name)
-        }
+        & {ast.unparse(node) for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute | ast.Name)}
     ]
     assert users == []

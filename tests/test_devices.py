@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdlora.config import Precision
+from sdlora.config.schema import Precision
 from sdlora.devices import choose_device, choose_dtype, has_amx
 from sdlora.errors import ConfigError
 

@@ -24,13 +24,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
 from sdlora.adapters.kinds import DoRA, LoHa, LoKr, TuckerPair
 from sdlora.errors import AdapterFileError
-from sdlora.families import FAMILIES, family_info
 from sdlora.families.base import FamilyInfo
 from sdlora.families.loading import ASSETS
-from sdlora.formats import FORMATS, names, read_adapter, write_adapter
+from sdlora.families.table import FAMILIES, family_info
+from sdlora.formats import names
+from sdlora.formats.adapter_files import FORMATS, read_adapter, write_adapter
 from sdlora.formats.proof import compare, prove
 
 TARGETS = ("attention", "linear", "all")

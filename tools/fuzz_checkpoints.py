@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from sdlora.base_inspection import inspect_base, is_base
+from sdlora.inspecting.base_inspection import inspect_base, is_base
 from sdlora.surgery.checkpoints import open_checkpoint
 from tools.fuzzing import MUTATIONS, outcome_of, run_cases
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from sdlora.formats import read_adapter, read_outline
-from sdlora.inspection import edit_adapter, inspect_adapter
-from sdlora.inspection_view import render
+from sdlora.formats.adapter_files import read_adapter, read_outline
+from sdlora.inspecting.inspection import edit_adapter, inspect_adapter
+from sdlora.inspecting.view import render
 from tools.fuzzing import (
     ENTRIES,
     MODULE,

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sdlora.config import Config, load_config
+from sdlora.config.schema import Config
+from sdlora.config.toml import load_config
 from sdlora.events import Announcer, Event, StepDone
-from sdlora.memory import MemoryPlan
-from sdlora.run import Run, prepare_run
-from sdlora.train import train, train_step
+from sdlora.training.memory import MemoryPlan
+from sdlora.training.run import Run, prepare_run
+from sdlora.training.train import train, train_step
 
 
 @dataclass(frozen=True)

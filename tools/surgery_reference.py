@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
 from sdlora.adapters.kinds import DoRA
-from sdlora.families import family_info
 from sdlora.families.ldm import Place, by_key, text_places, unet_places
-from sdlora.formats import names, read_adapter, write_adapter
+from sdlora.families.table import family_info
+from sdlora.formats import names
+from sdlora.formats.adapter_files import read_adapter, write_adapter
 from sdlora.surgery.bake import bake_checkpoint
 from sdlora.surgery.convert import convert_adapter
 from sdlora.surgery.diff import diff_adapters

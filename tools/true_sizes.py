@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdlora.diffusion import NoiseProcess
-from sdlora.families import FAMILIES
+from sdlora.diffusion.process import NoiseProcess
 from sdlora.families.base import BaseModelInfo
 from sdlora.families.ldm import Place, text_places, unet_places, vae_places
 from sdlora.families.loading import ASSETS, load_parts
 from sdlora.families.recognition import Evidence, Recognised
+from sdlora.families.table import FAMILIES
 from sdlora.families.unet_model import UNetModel
 from sdlora.families.weights import TensorSource
 from sdlora.tensor_file import DTYPE_NAMES, tensor_bytes

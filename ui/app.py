@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sdlora.errors import ConfigError
 
-from .gate import Gate
-from .opening import Opening
-from .places import Places
+from .server.allowed_paths import Places
+from .server.security import Gate
+from .server.splash import Opening
 from .site import Site
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def make_app(site: Site) -> FastAPI:
     import gradio as gr
     from fastapi import FastAPI
 
-    from .routes import routes
+    from .server.routes import routes
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> Any:

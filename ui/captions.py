@@ -10,14 +10,14 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from sdlora.data.folder import survey, with_trigger
-from sdlora.data.listing import FoundFile, Listing, list_files
-from sdlora.data.metadata_files import name_key, read_metadata
-from sdlora.data.picture_files import PICTURE_ENDINGS
+from sdlora.data.reading.folder import survey, with_trigger
+from sdlora.data.reading.image_files import PICTURE_ENDINGS
+from sdlora.data.reading.listing import FoundFile, Listing, list_files
+from sdlora.data.reading.metadata_files import name_key, read_metadata
 from sdlora.errors import DatasetError
 from sdlora.files import write_text
 
-from .places import Places
+from .server.allowed_paths import Places
 
 MAX_CAPTION = 16_000
 _MAX_UNDO = 200

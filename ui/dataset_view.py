@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.data.doctor import ExaminedPicture, Report, examine
-from sdlora.data.folder import survey
-from sdlora.data.holdout import split
-from sdlora.data.items import Dataset, ImageItem
-from sdlora.data.picture_files import PICTURE_ENDINGS
-from sdlora.plan import hold_out
+from sdlora.config.defaults import hold_out
+from sdlora.data.check.doctor import ExaminedPicture, Report, examine
+from sdlora.data.reading.folder import survey
+from sdlora.data.reading.holdout import split
+from sdlora.data.reading.image_files import PICTURE_ENDINGS
+from sdlora.data.reading.items import Dataset, ImageItem
 
 PAGE = 60
 _MAX_TAGS = 30

@@ -13,7 +13,8 @@ import gradio as gr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from sdlora.config import Config, fields, toml_line
+from sdlora.config.schema import Config, fields
+from sdlora.config.toml import toml_line
 from sdlora.errors import ConfigError
 
 Kind = Literal["switch", "choice", "whole", "number", "text", "lines", "toml"]

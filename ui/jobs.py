@@ -23,9 +23,11 @@ from typing import Any, Literal
 
 import psutil
 
-from sdlora.config import Config, save_config
+from sdlora.config.schema import Config
+from sdlora.config.toml import save_config
 from sdlora.errors import ConfigError, OutputError
 from sdlora.files import write_json
+from sdlora.run_folder import REQUESTS, STOP, RunFolder, list_checkpoints
 
 from .progress import RunView
 
@@ -205,8 +207,8 @@ class JobQueue:
                     one.kill()
             return job
 
-    def wish(self, job_id: str, what: Literal["SAVE", "SAMPLE"]) -> None:
-        """Ask a running job for a checkpoint or for previews after its current step.
+    def wish(self, job_id: str, what: str) -> None:
+        """Ask a running job for a checkpoint (``SAVE``) or for previews (``SAMPLE``) after its current step.
 
         Raises:
             ConfigError: when it is not at a step.
@@ -227,7 +229,7 @@ class JobQueue:
             job = self.get(job_id)
             if job.status not in ("stopped", "failed"):
                 raise ConfigError(f"{job.name}: is {job.status}; only a stopped or failed job goes on")
-            saved = any((job.run / "checkpoints").glob("step-*/*"))
+            saved = bool(list_checkpoints(RunFolder(job.run).checkpoints))
             if not saved and job.run.exists() and any(job.run.iterdir()):
                 raise OutputError(
                     f"{job.run}: holds no checkpoint to go on from; clone the job and start it anew"
@@ -246,7 +248,7 @@ class JobQueue:
             if job.status in ("running", "stopping"):
                 raise ConfigError(f"{job.name}: is {job.status}; stop it first")
             if with_run and job.run.exists():
-                if not (job.run / "config.toml").is_file():
+                if not RunFolder(job.run).exists():
                     raise OutputError(f"{job.run}: was not written by a training run; remove it yourself")
                 shutil.rmtree(job.run)
             shutil.rmtree(self._folder / job.id)
@@ -304,7 +306,7 @@ class JobQueue:
             arguments = ["--config", str(folder / "run.toml")]
             if job.resume:
                 arguments = ["--resume", "--output", str(job.run)]
-            for wish in ("STOP", "SAVE", "SAMPLE"):  # left over when a run died before it looked
+            for wish in REQUESTS:  # left over when a run died before it looked
                 (job.run / wish).unlink(missing_ok=True)
             with (folder / "log.txt").open("ab") as log, (folder / "output.txt").open("wb") as output:
                 process = subprocess.Popen(
@@ -346,7 +348,7 @@ class JobQueue:
 
     def _ask_to_stop(self, job: Job) -> None:
         if self.view(job.id).started and job.run.is_dir():
-            (job.run / "STOP").touch()
+            (job.run / STOP).touch()
             return
         process = process_of(job)
         if process is not None:

@@ -7,15 +7,13 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sdlora.config import Config
+from sdlora.config.schema import Config
 
-from .calls import Answer, CallCancelled, CallFailed
 from .dataset_view import version_of
-
-if TYPE_CHECKING:
-    from .site import Site
+from .jobs import JobQueue
+from .worker_client import Answer, CallCancelled, CallFailed, Worker
 
 _KEPT = 16
 _MAX_AGE = 120.0  # seconds; the memory that is free changes
@@ -25,11 +23,20 @@ _MEMORY = "TrainingError"
 
 @dataclass
 class Plans:
-    """The answers of late, by the settings they are about."""
+    """The answers of late, by the settings they are about.
 
+    Attributes:
+        worker: who is asked.
+        queue: the jobs, one of which may use the GPU's memory now.
+        device: the type of device that runs get, once a worker has told.
+    """
+
+    worker: Worker
+    queue: JobQueue
     known: dict[str, tuple[float, Mapping[str, Any]]] = field(default_factory=dict)
+    device: str | None = None
 
-    def ask(self, site: Site, config: Config, *, replace: str | None) -> Iterator[Answer]:
+    def ask(self, config: Config, *, replace: str | None) -> Iterator[Answer]:
         """Yield what the worker tells of a run; the last answer has the plan.
 
         Raises:
@@ -44,45 +51,43 @@ class Plans:
         if known is not None and time.monotonic() - asked < _MAX_AGE:
             yield Answer(result=known)
             return
-        for answer in site.desk.call("plan", {"values": values}, replace=replace):
+        for answer in self.worker.call("plan", {"values": values}, replace=replace):
             if answer.result is not None:
-                site.device = str(answer.result["device"])
+                self.device = str(answer.result["device"])
                 while len(self.known) >= _KEPT:
                     self.known.pop(next(iter(self.known)))
                 self.known[key] = time.monotonic(), answer.result
             yield answer
 
+    def would_disturb(self) -> bool:
+        """Return whether planning takes the GPU's memory from a job that trains on it."""
+        on_gpu = shutil.which("nvidia-smi") is not None if self.device is None else self.device == "cuda"
+        return on_gpu and trains(self.queue)
 
-def trains(site: Site) -> bool:
+    def refusals(self, config: Config) -> Iterator[Answer]:
+        """Yield the progress of finding out whether a run can be.
+
+        What another job's memory is needed for may fit when that job is done, so it is not refused then.
+
+        Raises:
+            CallFailed: when it cannot.
+        """
+        if self.would_disturb():
+            return
+        try:
+            for answer in self.ask(config, replace=None):
+                if answer.progress is not None:
+                    yield answer
+        except CallCancelled:
+            return
+        except CallFailed as error:
+            if not (error.kind == _MEMORY and trains(self.queue)):
+                raise
+
+
+def trains(queue: JobQueue) -> bool:
     """Return whether a job trains now."""
-    return any(job.status in ("running", "stopping") for job in site.queue.all())
-
-
-def would_disturb(site: Site) -> bool:
-    """Return whether planning takes the GPU's memory from a job that trains on it."""
-    on_gpu = shutil.which("nvidia-smi") is not None if site.device is None else site.device == "cuda"
-    return on_gpu and trains(site)
-
-
-def refusals(site: Site, config: Config) -> Iterator[Answer]:
-    """Yield the progress of finding out whether a run can be.
-
-    What another job's memory is needed for may fit when that job is done, so it is not refused then.
-
-    Raises:
-        CallFailed: when it cannot.
-    """
-    if would_disturb(site):
-        return
-    try:
-        for answer in site.plans.ask(site, config, replace=None):
-            if answer.progress is not None:
-                yield answer
-    except CallCancelled:
-        return
-    except CallFailed as error:
-        if not (error.kind == _MEMORY and trains(site)):
-            raise
+    return any(job.status in ("running", "stopping") for job in queue.all())
 
 
 def _values(config: Config) -> dict[str, Any]:

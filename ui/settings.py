@@ -9,12 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sdlora.config import Config, load_config
+from sdlora.config.schema import Config
+from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
 
 from .forms import to_values
-from .places import Places
-from .uploads import folder_name
+from .server.allowed_paths import Places
+from .server.uploads import folder_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

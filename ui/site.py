@@ -6,13 +6,14 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdlora.config import load_config
+from sdlora.config.toml import load_config
+from sdlora.run_folder import CheckpointFolder, RunFolder, list_checkpoints
 
-from .calls import Worker
 from .drafts import Drafts
 from .jobs import JobQueue
-from .places import STATE, Places, model_files
 from .plans import Plans
+from .server.allowed_paths import STATE, Places, model_files
+from .worker_client import Worker
 
 EXPORTED = "exported"
 """Folder below the runs where exports go unless another one is named."""
@@ -38,14 +39,14 @@ class Site:
     queue: JobQueue
     draw: Worker = field(init=False)
     desk: Worker = field(init=False)
-    device: str | None = None
-    plans: Plans = field(default_factory=Plans)
+    plans: Plans = field(init=False)
     drafts: Drafts = field(init=False)
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         """Make the workers, not yet started, and where forms are kept."""
         self.draw, self.desk = Worker(self.places.home), Worker(self.places.home)
+        self.plans = Plans(self.desk, self.queue)
         self.drafts = Drafts(self.places.state / "forms")
 
     @classmethod
@@ -76,7 +77,7 @@ class Site:
     def make_room(self) -> None:
         """Stop planning, and on a GPU give its memory back: a job is about to start."""
         self.desk.cancel("plan")
-        if self.device == "cuda":
+        if self.plans.device == "cuda":
             self.desk.close()
 
     def bases(self) -> list[Choice]:
@@ -86,7 +87,7 @@ class Site:
 
     def runs(self) -> list[Choice]:
         """Return the run folders, the newest first."""
-        found = [folder for folder in self._run_folders() if list(_checkpoints(folder)) or _finished(folder)]
+        found = [folder for folder in self._run_folders() if _checkpoints(folder) or _finished(folder)]
         return [Choice(folder.name, str(folder)) for folder in found]
 
     def adapters(self) -> list[Choice]:
@@ -96,8 +97,9 @@ class Site:
             finished = _finished(folder)
             if finished is not None:
                 choices.append(Choice(folder.name, str(finished)))
-            elif saved := list(_checkpoints(folder)):
-                choices.append(Choice(f"{folder.name} (step {_step(saved[-1])})", str(saved[-1])))
+            elif saved := _checkpoints(folder):
+                newest = saved[-1]
+                choices.append(Choice(f"{folder.name} (step {newest.step})", str(newest.adapter_file)))
         made = sorted((self.places.runs / EXPORTED).glob("*.safetensors"))
         choices += [Choice(f"{EXPORTED}/{file.stem}", str(file)) for file in made if file.name[0] != "."]
         choices += [Choice(file.stem, str(file)) for file in model_files(self.places, "adapter")]
@@ -105,7 +107,7 @@ class Site:
 
     def checkpoints(self, run: Path) -> list[Choice]:
         """Return a run's checkpoints and its finished adapter, by step."""
-        found = [Choice(f"step {_step(file)}", str(file)) for file in _checkpoints(run)]
+        found = [Choice(f"step {saved.step}", str(saved.adapter_file)) for saved in _checkpoints(run)]
         finished = _finished(run)
         return [*found, Choice("finished", str(finished))] if finished else found
 
@@ -116,26 +118,22 @@ class Site:
 
     def base_of(self, run: Path) -> str:
         """Return the base a run was trained on; the built-in one when it does not say."""
-        file = run / "config.toml"
+        file = RunFolder(run).config_file
         return load_config(file).model.base if file.is_file() else "mini"
 
     def _run_folders(self) -> list[Path]:
         folders = [
             folder
             for folder in self.places.runs.iterdir()
-            if folder.name != STATE and (folder / "config.toml").is_file()
+            if folder.name != STATE and RunFolder(folder).exists()
         ]
-        return sorted(folders, key=lambda folder: (folder / "config.toml").stat().st_mtime, reverse=True)
+        return sorted(folders, key=lambda run: RunFolder(run).config_file.stat().st_mtime, reverse=True)
 
 
 def _finished(run: Path) -> Path | None:
-    found = sorted(file for file in run.glob("*.safetensors") if not file.name.startswith("."))
-    return found[0] if found else None
+    return next(iter(RunFolder(run).adapter_files()), None)
 
 
-def _checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*/adapter.safetensors"))
-
-
-def _step(file: Path) -> int:
-    return int(file.parent.name.removeprefix("step-"))
+def _checkpoints(run: Path) -> list[CheckpointFolder]:
+    saved = list_checkpoints(RunFolder(run).checkpoints)
+    return [checkpoint for checkpoint in saved if checkpoint.adapter_file.is_file()]

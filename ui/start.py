@@ -12,7 +12,7 @@ from pathlib import Path
 from sdlora.errors import ConfigError
 
 from .app import refuse_open_door, serve
-from .places import Places, usual_model_folders
+from .server.allowed_paths import Places, usual_model_folders
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdlora.demo_data import SETTINGS
+from sdlora.demonstration.data import SETTINGS
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.files import write_json
 

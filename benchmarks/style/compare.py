@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdlora.data.folder import ImageItem, load_pixels
-from sdlora.demo import recommended_strength
-from sdlora.score import through_autoencoder
+from sdlora.data.reading.folder import ImageItem, load_pixels
+from sdlora.demonstration.demo import recommended_strength
+from sdlora.judging.score import through_autoencoder
 
 from . import icon_sets
 from .entries import Entry

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdlora.config import Config, load_config
+from sdlora.config.schema import Config
+from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
 from sdlora.families.fingerprint import file_digest
 from sdlora.files import write_json

@@ -1,9 +1,9 @@
 """The four measures of a set of pictures, one a held-out subject, with intervals by one bootstrap.
 
-Style is :class:`sdlora.score.StyleRuler`'s score; closeness and copying use
-:func:`sdlora.copying.likeness`. All intervals, those of differences between entries too, come from the
-same draws of subjects with replacement, so that what the entries share cancels out. README.md beside this
-file gives the definitions.
+Style is :class:`sdlora.judging.score.StyleRuler`'s score; closeness and copying use
+:func:`sdlora.judging.copying.likeness`. All intervals, those of differences between entries too, come
+from the same draws of subjects with replacement, so that what the entries share cancels out. README.md
+beside this file gives the definitions.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdlora.copying import likeness
 from sdlora.errors import ConfigError
-from sdlora.score import StyleRuler, StyleScore, distances
-from sdlora.style_features import Array, Mask
+from sdlora.judging.copying import likeness
+from sdlora.judging.score import StyleRuler, StyleScore, distances
+from sdlora.judging.style_features import Array, Mask
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdlora.demo import SHOWN
+from sdlora.demonstration.demo import SHOWN
 from sdlora.files import replacing, write_json, write_text
-from sdlora.pictures import grid
+from sdlora.generation.grids import grid
 
 from .compare import BASE, Comparison, Row
 from .measure import MEASURES, Interval, Measured

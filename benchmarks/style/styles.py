@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdlora.data.folder import ImageItem, load_pixels, scan
+from sdlora.data.reading.folder import ImageItem, load_pixels, scan
 from sdlora.errors import ConfigError
 from sdlora.files import replacing, write_text
 

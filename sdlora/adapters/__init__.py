@@ -1,7 +1,1 @@
-"""Adapters: the canonical weights, and their layers inside a model."""
-
-from __future__ import annotations
-
-from .base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
-
-__all__ = ["AdapterFile", "AdapterInfo", "AdapterWeights", "LowRankPair", "ModuleKey", "Update"]
+"""An adapter in memory and in a model: canonical weights, kinds, layers, strengths."""

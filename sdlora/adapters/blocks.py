@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from ..errors import ConfigError
-from .base import ModuleKey
+from .canonical import ModuleKey
 
 Value = TypeVar("Value")
 _TEXT_ROOT = "text_model."

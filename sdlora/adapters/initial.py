@@ -1,7 +1,7 @@
 """The values an adapter starts with, one layer at a time, each kind as its authors start it.
 
 Every start but two changes nothing: one factor is zero. PiSSA and OLoRA start at a part of the base's own
-weight, which has to be taken off again (:mod:`sdlora.learned` keeps it and writes the difference).
+weight, which has to be taken off again (:mod:`sdlora.training.trainable` keeps it and writes the difference).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..adapter_config import AdapterConfig
-from .base import LowRankPair, Update
+from ..config.adapter import AdapterConfig
+from .canonical import LowRankPair, Update
 from .kinds import DoRA, LoHa, LoKr
 
 _OVERSAMPLING, _ITERATIONS = 10, 16

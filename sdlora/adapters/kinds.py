@@ -2,7 +2,7 @@
 
 Here: Tucker, a convolution's kernel in a small core between the factors (LoCon's ``lora_mid``), and DoRA
 (Liu et al. 2024), a learned norm for every row or column of the whole weight. LoHa and LoKr are in
-:mod:`sdlora.adapters.lycoris`. Scale rules are those that every client agrees on (FORMATS.md 1.1 and 3).
+:mod:`sdlora.adapters.lycoris`. Scale rules are those that every client agrees on (formats.md 1.1 and 3).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import LowRankPair, Update, check_factors
+from .canonical import LowRankPair, Update, check_factors
 from .lycoris import LoHa, LoKr
 
 __all__ = ["TITLES", "DoRA", "LoHa", "LoKr", "TuckerPair", "with_tensors"]

@@ -1,7 +1,7 @@
 """LoHa and LoKr, as LyCORIS defined them and every client that reads them computes them.
 
 LoHa: Hyeon-Woo et al. 2022 (FedPara), the element-wise product of two low-rank matrices. LoKr: Yeh et al.
-2024 (LyCORIS), a Kronecker product. Scale rules: FORMATS.md 3.1.
+2024 (LyCORIS), a Kronecker product. Scale rules: formats.md 3.1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Update, check_factors
+from .canonical import Update, check_factors
 
 Kernel = tuple[int, int]
 

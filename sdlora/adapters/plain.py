@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from .base import AdapterWeights, LowRankPair, ModuleKey, Update
+from .canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 from .kinds import TITLES, DoRA, LoHa, LoKr, TuckerPair
 
 

@@ -1,1 +1,1 @@
-"""Pictures and captions: found, checked, sized, and put in an order. Pillow only, no torch."""
+"""The data side: `reading` what a folder holds, `batching` what a step is fed, `check` what is wrong."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import AttentionName
+from ..config.schema import AttentionName
 from ..errors import ConfigError
 
 

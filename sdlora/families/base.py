@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..diffusion import NoiseProcess
+from ..diffusion.process import NoiseProcess
 from .fingerprint import file_digest
 
 Conditioning = dict[str, Tensor]

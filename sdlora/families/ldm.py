@@ -3,7 +3,7 @@
 Every tensor of a component has one place in a checkpoint. Nearly all are renamed only; the exceptions are
 the autoencoder's attention (1x1 convolutions there, linear layers here) and OpenCLIP text encoders, which
 hold query, key and value as thirds of one matrix and the projection transposed. Only names decide, so
-narrow or shallow models of the same build are mapped too. Source: FORMATS.md 1.3, checked there against
+narrow or shallow models of the same build are mapped too. Source: formats.md 1.3, checked there against
 ComfyUI's models, and the weight names of CompVis' and Stability's published checkpoints.
 """
 

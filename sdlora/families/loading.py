@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from ..config import AttentionName, FamilyName
-from ..diffusion import NoiseProcess, PredictionType
+from ..config.schema import AttentionName, FamilyName
+from ..diffusion.process import NoiseProcess, PredictionType
 from ..errors import ConfigError, ModelError
 from ..tensor_file import CONVERT
-from . import FAMILIES
 from .base import BaseModelInfo, TextEncoderInfo
 from .hub import from_hub
 from .ldm import VAE_PREFIX, Place, text_places, unet_places, vae_places
 from .recognition import Recognised, read_json, recognise
+from .table import FAMILIES
 from .unet_model import Parts, UNetModel, vae_factor
 from .weights import TensorSource, fill, weight_files, without_memory
 

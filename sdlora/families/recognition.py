@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import torch
 
-from ..diffusion import PredictionType
+from ..diffusion.process import PredictionType
 from ..errors import ModelError
 from ..tensor_file import Header, shown
-from . import FAMILIES
 from .base import FamilyInfo
 from .ldm import UNET_PREFIX, VAE_PREFIX
+from .table import FAMILIES
 from .weights import TensorSource, checked_header
 
 _FIRST_CONV = f"{UNET_PREFIX}input_blocks.0.0.weight"

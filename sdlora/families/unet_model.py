@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..config import AttentionName
-from ..diffusion import NoiseProcess
+from ..config.schema import AttentionName
+from ..diffusion.process import NoiseProcess
 from .attention import choose_attention
 from .base import BaseModelInfo, Conditioning, DiffusionModel, Posterior, SizeHint, stack_conditioning
 from .clip import checkpoint_text_encoder, count_chunks

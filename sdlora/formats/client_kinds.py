@@ -1,8 +1,8 @@
-"""Which programs compute which kinds of adapter, and what the others do with them (FORMATS.md 1.1 and 3)."""
+"""Which programs compute which kinds of adapter, and what the others do with them (formats.md 1.1 and 3)."""
 
 from __future__ import annotations
 
-from ..adapters.base import AdapterWeights
+from ..adapters.canonical import AdapterWeights
 from ..adapters.kinds import TITLES, DoRA, LoKr, TuckerPair
 
 _LYCORIS_READERS = ("WebUI", "Forge", "ComfyUI", "stable-diffusion.cpp")

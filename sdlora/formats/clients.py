@@ -1,6 +1,6 @@
 """Which programs load an adapter file fully, and what the others leave out.
 
-The rules are facts about those programs' loaders, each found by running it or reading it (FORMATS.md
+The rules are facts about those programs' loaders, each found by running it or reading it (formats.md
 sections 1 to 5). A file that "loads" with layers missing counts as not loaded fully.
 """
 
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..adapters.base import AdapterWeights
+from ..adapters.canonical import AdapterWeights
 from ..tensor_file import shown
 from . import kinds
 from .client_kinds import kind_reasons, magnitude_reasons
@@ -213,7 +213,7 @@ def _is_misscaled(facts: _Facts, component: str) -> bool:
     """Tell whether diffusers scales some layers wrongly.
 
     It gives the most frequent alpha of a component to the U-Net's attention, to all layers of text encoders,
-    and to layers without an alpha of their own (FORMATS.md 4.3).
+    and to layers without an alpha of their own (formats.md 4.3).
     """
     updates = facts.weights.updates_of(component)
     parsed = [parse_key(key) for key in facts.keys if key.endswith(".alpha")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..adapters.base import AdapterWeights
+from ..adapters.canonical import AdapterWeights
 
 CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """Width of the text that cross-attention reads, which no two of these families share."""

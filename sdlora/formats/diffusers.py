@@ -1,6 +1,6 @@
 """Writing the diffusers format: ``unet.<module>.lora_A.weight``, all keys of one spelling.
 
-One spelling because diffusers decides by the first key it sees (FORMATS.md 4.2). The format has no alphas.
+One spelling because diffusers decides by the first key it sees (formats.md 4.2). The format has no alphas.
 Where it costs no more than the rounding that the number format asks for anyway, the scale alpha / rank is
 multiplied into ``lora_B``, so that every release and every other client computes the same update (4.3);
 the alphas as trained then go into our own header entry. Where it would cost more, the values stay as they
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters.base import AdapterWeights
+from ..adapters.canonical import AdapterWeights
 from . import folding, kinds, names, peft
 from .single_file import CONFIG_ENTRY
 

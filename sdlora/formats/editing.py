@@ -1,7 +1,7 @@
 """Editing the header of an adapter file: the tensors stay as they are, byte for byte.
 
 What follows from the tensors or the family cannot be set, and what clients would stumble over is refused,
-since WebUI parses some entries without looking (FORMATS.md 5.1). Hashes are brought up to date.
+since WebUI parses some entries without looking (formats.md 5.1). Hashes are brought up to date.
 """
 
 from __future__ import annotations

@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from ..adapters.kinds import DoRA
 from ..errors import AdapterFileError
-from ..finite import all_finite
-from ..tensor_file import FLOAT_DTYPES, entry_json, shown
+from ..tensor_file import FLOAT_DTYPES, all_finite, entry_json, shown
 
 RECORDED_ALPHAS = "sdlora.alphas"
 

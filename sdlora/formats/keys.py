@@ -1,7 +1,7 @@
 """Keys of LoRA files: which layer and which part of it each one names, in every spelling that is in use.
 
 A key is a module name and a part of the module (``.lora_down.weight``). Both are spelled in several ways,
-and programs combine them freely, so each is recognised on its own. Sources: FORMATS.md 1, 4.1 and 5.4.
+and programs combine them freely, so each is recognised on its own. Sources: formats.md 1, 4.1 and 5.4.
 
 ==========  ====================================================  ======================================
 spelling    module names                                          written by
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..adapters.base import COMPONENTS, ModuleKey
+from ..adapters.canonical import COMPONENTS, ModuleKey
 from ..errors import AdapterFileError
 from . import foreign, names
 from .kinds import MAGNITUDE

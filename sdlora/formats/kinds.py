@@ -1,7 +1,7 @@
 """From the parts of one module in a file to its update, whatever kind it is.
 
 Plain pairs are the business of :mod:`.folding`; here are LoHa, LoKr, LoCon with Tucker factors, and the
-magnitude that makes a DoRA of any of them. Parts and scale rules: FORMATS.md 1.1 and 3.
+magnitude that makes a DoRA of any of them. Parts and scale rules: formats.md 1.1 and 3.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.kinds import TITLES, DoRA, LoHa, LoKr, TuckerPair
 from ..errors import AdapterFileError
 from ..tensor_file import FLOAT_DTYPES
@@ -86,7 +86,7 @@ def as_in_base(weights: AdapterWeights, family: str | None) -> AdapterWeights:
 
     ``proj_in`` and ``proj_out`` are convolutions in SD1 and linear in SD2 and SDXL. Some programs write the
     factors of one like those of the other: the WebUIs reshape them, kohya and diffusers refuse the file
-    (FORMATS.md 1.2).
+    (formats.md 1.2).
     """
     weights = with_projections(weights, family)
     if family is None:

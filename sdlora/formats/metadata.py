@@ -2,7 +2,7 @@
 
 Every value is text, written as kohya writes it (``None``, ``True``; structures as JSON). Our own entries
 start with ``sdlora.``. No absolute path and no user's folder structure goes into a file that people
-share: folders appear by their last name only. Source: FORMATS.md section 6.
+share: folders appear by their last name only. Source: formats.md section 6.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.base import AdapterFile, AdapterWeights
+from ..adapters.canonical import AdapterFile, AdapterWeights
 from ..tensor_file import entry_json
 from . import folding
 from .dataset_entries import dataset_entries, folder_name
 from .privacy import without_private
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..config.schema import Config
     from ..families.base import FamilyInfo
 
 SAI_MODEL_SPEC = "1.0.1"

@@ -2,7 +2,7 @@
 
 A canonical path uses diffusers' dotted names (``down_blocks.0.attentions.0...``) or, for text encoders,
 transformers' with ``text_model.`` in front. Files spell them with underscores, and SDXL files use the
-block names of the original code (LDM). Source: FORMATS.md 1.3, checked there against ComfyUI's models.
+block names of the original code (LDM). Source: formats.md 1.3, checked there against ComfyUI's models.
 """
 
 from __future__ import annotations

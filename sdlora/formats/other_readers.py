@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..adapters.base import AdapterWeights, ModuleKey, Update
+from ..adapters.canonical import AdapterWeights, ModuleKey, Update
 from ..adapters.kinds import LoKr
 from ..errors import AdapterFileError
-from . import kinds, names, read_outline
+from . import kinds, names
+from .adapter_files import read_outline
 
 if TYPE_CHECKING:
     from ..families.base import FamilyInfo

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.base import COMPONENTS, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.canonical import COMPONENTS, AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.kinds import LoHa, LoKr
 from ..errors import AdapterFileError
 from ..tensor_file import MAX_ENTRY_CHARS, Header, Load, shown

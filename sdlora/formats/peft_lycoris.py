@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..adapters.base import Update
+from ..adapters.canonical import Update
 from ..adapters.kinds import LoHa, LoKr
 from ..errors import AdapterFileError
 from .folding import common

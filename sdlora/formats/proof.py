@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import formats
-from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.kinds import DoRA
 from ..errors import AdapterFileError
+from . import adapter_files
 from .clients import Support, client_support
 from .other_readers import through_diffusers, through_peft
 
@@ -57,8 +57,8 @@ class Proof:
 
 def support_of(path: Path, format: str, info: FamilyInfo) -> tuple[Support, ...]:
     """Return what each client makes of a written adapter."""
-    keys = [key for header in formats.read_headers(path) for key in header.tensors]
-    outline = formats.read_outline(path)
+    keys = [key for header in adapter_files.read_headers(path) for key in header.tensors]
+    outline = adapter_files.read_outline(path)
     return client_support(format, info.name, outline.weights, keys, outline.info.metadata)
 
 
@@ -74,7 +74,7 @@ def prove(
         AdapterFileError: when a module is missing or differs by more than rounding.
     """
     clients = support_of(path, format, info)
-    back = formats.read_adapter(path).weights
+    back = adapter_files.read_adapter(path).weights
     largest, relative = compare(weights, back, dtype, str(path))
     readers: dict[str, Callable[[], AdapterWeights]] = {}
     if format == "peft":
@@ -89,7 +89,7 @@ def prove(
         }
         more = compare(_without(weights, same), _without(seen, same), dtype, f"{path} (read by {program})")
         largest, relative = max(largest, more[0]), max(relative, more[1])
-    num_keys = sum(len(header.tensors) for header in formats.read_headers(path))
+    num_keys = sum(len(header.tensors) for header in adapter_files.read_headers(path))
     tolerance = relative_rounding(dtype, max(weights.ranks()))
     return Proof(len(back), num_keys, largest, relative, tolerance, ("sdlora", *readers)), clients
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.base import COMPONENTS, LowRankPair, ModuleKey, Update
+from ..adapters.canonical import COMPONENTS, LowRankPair, ModuleKey, Update
 from ..adapters.kinds import DoRA
 from ..errors import AdapterFileError
 from ..tensor_file import Header, Load, entry_json

@@ -1,6 +1,6 @@
 """The WebUI (kohya) format: ``lora_unet_..._to_q.lora_down.weight``; the one every client reads.
 
-Rules from FORMATS.md sections 0 to 2: diffusers block names for SD1 and SD2 but the original ones for
+Rules from formats.md sections 0 to 2: diffusers block names for SD1 and SD2 but the original ones for
 SDXL, ``text_model_`` in every text-encoder key, a 0-dim float32 ``alpha`` for every module (rank 1 apart),
 and one alpha per component wherever that costs nothing, because diffusers misreads files that mix them.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
 from . import folding, keys, kinds, names
 
@@ -60,7 +60,7 @@ def _shared_alpha(pairs: Mapping[str, LowRankPair], dtype: torch.dtype) -> tuple
 
     No cost means no rounding, or none beyond what the number format asks of the values anyway.
 
-    stable-diffusion.cpp takes rank 1 for the input width when a module has an alpha (FORMATS.md 5.7), and
+    stable-diffusion.cpp takes rank 1 for the input width when a module has an alpha (formats.md 5.7), and
     every client takes a missing alpha for the rank. So where all can share alpha 1, rank 1 goes without.
     Else it is the smallest alpha, so that factors only grow: shrinking would make some fp16 values subnormal.
     """

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import formats
-from ..adapters.base import AdapterFile, LowRankPair, ModuleKey, Update
+from ..adapters.canonical import AdapterFile, LowRankPair, ModuleKey, Update
 from ..adapters.kinds import DoRA
 from ..adapters.strength import Strength
 from ..errors import AdapterFileError, ConfigError, ModelError, OutputError
 from ..files import replacing
+from ..formats import adapter_files
 from ..tensor_file import DTYPE_NAMES, Header
 from .checkpoints import Checkpoint, Site, open_checkpoint, variant_of, wide_dtype
 from .report import ModuleChange, SurgeryReport, relative, sorted_changes
@@ -123,7 +123,7 @@ def bake_checkpoint(
         raise ConfigError("bake needs adapters: give --adapter FILE:STRENGTH")
     model = open_checkpoint(checkpoint)
     _check_target(model, output, overwrite, [path for path, _ in adapters])
-    opened = [formats.read_adapter(path) for path, _ in adapters]
+    opened = [adapter_files.read_adapter(path) for path, _ in adapters]
     factors = blocks or [{}] * len(adapters)
     strengths = [ModuleStrength(s, b) for (_, s), b in zip(adapters, factors, strict=True)]
     check_blocks([(one.weights, strength) for one, strength in zip(opened, strengths, strict=True)])

@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..adapters.base import COMPONENTS, ModuleKey
+from ..adapters.canonical import COMPONENTS, ModuleKey
 from ..errors import ModelError
-from ..families import FAMILIES, family_info
 from ..families.base import FamilyInfo, TextEncoderInfo
 from ..families.ldm import UNET_PREFIX, Place, text_places
+from ..families.table import FAMILIES, family_info
 from ..families.weights import checked_header
 from ..formats import names
 from ..tensor_file import FLOAT_DTYPES, Header, TensorSpec, shown

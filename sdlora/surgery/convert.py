@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import formats
-from ..adapters.base import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.kinds import DoRA
 from ..adapters.plain import as_plain
-from ..config import Precision
+from ..config.schema import Precision
 from ..errors import AdapterFileError, ConfigError, ModelError
+from ..formats import adapter_files
 from ..formats.folding import own_dtype
 from .checkpoints import open_checkpoint
 from .dense import cut_matrix
@@ -88,7 +88,7 @@ def convert_adapter(
             "a size or --base has an effect with --to-lora only; sdlora resize cuts a plain LoRA"
         )
     check_target(output, format, overwrite, [source])
-    adapter = formats.read_adapter(source)
+    adapter = adapter_files.read_adapter(source)
     opened = Opened(source, adapter.weights, adapter.info, own_dtype(adapter.weights), {})
     family, number = family_of([opened]), number_format(dtype, [opened])
     if to_lora:
@@ -183,7 +183,7 @@ def _rounding(
     adapter: AdapterFile, output: Path, report: bool, progress: Progress
 ) -> tuple[ModuleChange, ...]:
     """Return each module as it is in the new file; its rounding error only where that is asked for."""
-    back = formats.read_adapter(output).weights if report else adapter.weights
+    back = adapter_files.read_adapter(output).weights if report else adapter.weights
     changes = []
     for done, (module, update) in enumerate(adapter.weights.all_items(), 1):
         change = ModuleChange(module, update.rank, update.rank)

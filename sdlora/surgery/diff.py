@@ -7,60 +7,23 @@ float64; no update is built. A cosine of 1 means the same direction at any stren
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.table import Table
 
-from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from ..errors import OutputError
 from .factors import Factors, common_shape, distance, factors_of, inner_product
+from .heatmap import draw_heatmap
 from .report import table_text
+from .similarity import Likeness, grouped, together
 from .sources import Progress, kind_notes, open_adapters, refuse_source, silent
 from .strengths import block_of
 from .workers import in_order
-
-Group = TypeVar("Group")
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """How two updates compare; a missing one counts as zero.
-
-    Attributes:
-        norm: Frobenius norm of the first.
-        other_norm: of the second.
-        product: their inner product.
-        distance: norm of their difference.
-        num_modules: modules in the comparison.
-    """
-
-    norm: float
-    other_norm: float
-    product: float
-    distance: float
-    num_modules: int = 1
-
-    @property
-    def cosine(self) -> float | None:
-        """Return the cosine of the angle between them, None where one is zero or missing."""
-        if self.norm == 0.0 or self.other_norm == 0.0:
-            return None
-        return max(-1.0, min(1.0, self.product / (self.norm * self.other_norm)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        return {
-            "cosine": self.cosine,
-            "norm": self.norm,
-            "other_norm": self.other_norm,
-            "distance": self.distance,
-            "num_modules": self.num_modules,
-        }
 
 
 @dataclass(frozen=True)
@@ -172,8 +135,6 @@ def diff_adapters(
     first, second = (adapter.weights for adapter in adapters)
     modules = dict(compared(first, second, progress))
     if picture is not None:
-        from .heatmap import draw_heatmap
-
         draw_heatmap(modules, (one.name, other.name), picture)
     shared = len(set(first.pairs) & set(second.pairs))
     return AdapterDiff(
@@ -214,27 +175,6 @@ def likeness_of(module: ModuleKey, one: LowRankPair | None, other: LowRankPair |
         return Likeness(norm, other_norm, 0.0, norm + other_norm)
     common_shape([first.shape, second.shape], f"the adapters for `{module.component}.{module.path}`")
     return Likeness(first.norm(), second.norm(), inner_product(first, second), distance(first, second))
-
-
-def together(parts: Sequence[Likeness]) -> Likeness:
-    """Return the comparison of all parts at once, as if their updates were one long vector."""
-    return Likeness(
-        math.hypot(*(part.norm for part in parts)),
-        math.hypot(*(part.other_norm for part in parts)),
-        math.fsum(part.product for part in parts),
-        math.hypot(*(part.distance for part in parts)),
-        sum(part.num_modules for part in parts),
-    )
-
-
-def grouped(
-    modules: Mapping[ModuleKey, Likeness], group: Callable[[ModuleKey], Group]
-) -> dict[Group, Likeness]:
-    """Return {group: comparison of its modules}, in the order of their first modules."""
-    found: dict[Group, list[Likeness]] = {}
-    for module, likeness in modules.items():
-        found.setdefault(group(module), []).append(likeness)
-    return {name: together(parts) for name, parts in found.items()}
 
 
 def _check_picture(picture: Path, sources: Sequence[Path], overwrite: bool) -> None:

@@ -18,26 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.base import AdapterInfo, ModuleKey
-from ..config import AdapterConfig, Precision, Targets
+from ..adapters.canonical import AdapterInfo, ModuleKey
+from ..config.schema import AdapterConfig, Precision, Targets
 from ..errors import ConfigError, ModelError
-from ..finite import all_finite
-from ..tensor_file import Header, shown
+from ..tensor_file import Header, all_finite, shown
 from .checkpoints import Checkpoint, Site, open_checkpoint, read_tensor, variant_of
 from .dense import cut_matrix
 from .factors import Cut
 from .methods import layer_seed
 from .report import SurgeryReport
 from .result import Part, finish
-from .sources import (
-    DTYPES,
-    RECORD,
-    Progress,
-    check_target,
-    dtype_name,
-    silent,
-    write_adapter,
-)
+from .sources import DTYPES, RECORD, Progress, check_target, dtype_name, silent, write_adapter
 from .workers import in_order
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters.base import LowRankPair
+from ..adapters.canonical import LowRankPair
 from ..errors import AdapterFileError, ConfigError
 
 _CANCELLED = 1e-5

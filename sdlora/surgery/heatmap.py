@@ -11,9 +11,9 @@ import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..adapters.base import COMPONENTS, ModuleKey
+from ..adapters.canonical import COMPONENTS, ModuleKey
 from ..files import replacing
-from .diff import Likeness, grouped
+from .similarity import Likeness, grouped
 from .strengths import block_of
 
 _CELL_INCHES = 0.34

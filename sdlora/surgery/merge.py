@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from ..adapters.strength import Strength
-from ..config import Precision
+from ..config.schema import Precision
 from ..errors import ConfigError
 from .dense import cut_matrix
 from .factors import Cut, common_shape, factors_of, joined

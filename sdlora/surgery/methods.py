@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..adapters.base import ModuleKey
+from ..adapters.canonical import ModuleKey
 
 METHODS = ("linear", "ties", "dare", "dare-ties")
 

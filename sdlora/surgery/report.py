@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..adapters.base import ModuleKey
+from ..adapters.canonical import ModuleKey
 
 TABLE_WIDTH = 120
 

@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..adapters.base import AdapterWeights
-from ..config import Precision
+from ..adapters.canonical import AdapterWeights
+from ..config.schema import Precision
 from ..errors import ConfigError
 from .factors import Cut, factors_of
 from .report import SurgeryReport

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
-from ..finite import all_finite
+from ..tensor_file import all_finite
 from .factors import Cut, Factors, balanced, factors_of, pair_of, rounding_distance, spectrum
 from .report import ModuleChange, relative, sorted_changes
 
@@ -90,7 +90,7 @@ def file_alphas(ranks: Mapping[ModuleKey, int], format: str) -> dict[ModuleKey, 
     """Return the alpha of each module of a result: the new rank.
 
     In WebUI files with mixed ranks it is the largest rank of the component for all its modules, since
-    diffusers takes one alpha a component (FORMATS.md 4.3); the factors take up the difference.
+    diffusers takes one alpha a component (formats.md 4.3); the factors take up the difference.
     """
     if format != "webui":
         return {module: float(rank) for module, rank in ranks.items()}

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..files import replacing
-from ..finite import all_finite
-from ..tensor_file import DTYPE_NAMES, FLOAT_DTYPES, Header, shown
+from ..tensor_file import DTYPE_NAMES, FLOAT_DTYPES, Header, all_finite, shown
 from .checkpoints import read_into
 from .workers import in_order
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import formats
-from ..adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair
+from ..adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair
 from ..adapters.kinds import TITLES
 from ..adapters.plain import to_plain
-from ..config import Precision
+from ..config.schema import Precision
 from ..errors import AdapterFileError, ConfigError, OutputError
-from ..families import FAMILIES, family_info
+from ..families.table import FAMILIES, family_info
 from ..files import replacing
+from ..formats import adapter_files
 from ..formats.folding import own_dtype
 from ..formats.proof import prove
 from ..tensor_file import DTYPE_NAMES, data_sha256
@@ -82,7 +82,7 @@ def open_adapters(paths: Sequence[Path]) -> list[Opened]:
     """
     opened = []
     for path in paths:
-        adapter = formats.read_adapter(path)
+        adapter = adapter_files.read_adapter(path)
         kinds = {kind: count for kind, count in adapter.weights.kinds().items() if kind != LowRankPair.kind}
         if "dora" in kinds:
             raise AdapterFileError(
@@ -158,13 +158,15 @@ def check_target(target: Path, format: str, overwrite: bool, sources: Iterable[P
         ConfigError: for an unknown format.
         OutputError: when the file exists, is one of the sources, or has the wrong kind of name.
     """
-    if format not in formats.FORMATS:
-        raise ConfigError(f"--format {format}: is not a format; give one of {', '.join(formats.FORMATS)}")
+    if format not in adapter_files.FORMATS:
+        raise ConfigError(
+            f"--format {format}: is not a format; give one of {', '.join(adapter_files.FORMATS)}"
+        )
     refuse_source(target, sources)
     is_file_name = target.suffix == ".safetensors"
-    if formats.FORMATS[format].is_folder and is_file_name:
+    if adapter_files.FORMATS[format].is_folder and is_file_name:
         raise OutputError(f"{target}: {format} needs a folder; give --output without .safetensors")
-    if not formats.FORMATS[format].is_folder and not is_file_name:
+    if not adapter_files.FORMATS[format].is_folder and not is_file_name:
         raise OutputError(f"{target}: give --output the name of the file, ending in .safetensors")
     if target.exists() and not overwrite:
         raise OutputError(f"{target}: exists; nothing was overwritten. Give another --output, or --overwrite")
@@ -199,12 +201,14 @@ def write_adapter(
     """
     with replacing(target) as temporary:
         try:
-            written = formats.write_adapter(AdapterFile(weights, info), format, temporary, dtype, family)
+            written = adapter_files.write_adapter(
+                AdapterFile(weights, info), format, temporary, dtype, family
+            )
             proof, _ = prove(weights, temporary, format, dtype, family)
         except AdapterFileError as error:
             raise AdapterFileError(str(error).replace(str(temporary), str(target))) from error
-        if formats.FORMATS[format].is_folder:
-            formats.make_room(target)
+        if adapter_files.FORMATS[format].is_folder:
+            adapter_files.make_room(target)
     files = tuple(target / file.relative_to(temporary) if file != temporary else target for file in written)
     line = (
         f"{proof.num_modules} modules read back by {' and '.join(proof.read_by)}, largest delta difference "
@@ -252,7 +256,7 @@ def fingerprints(paths: Sequence[Path]) -> list[dict[str, str]]:
     """Return the name and the hash of the tensor data of each source, for the record."""
     found = []
     for path in paths:
-        header = formats.read_headers(path)[0]
+        header = adapter_files.read_headers(path)[0]
         found.append({"file": path.name, "sha256": data_sha256(header.path, header.data_offset)})
     return found
 

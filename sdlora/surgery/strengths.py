@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..adapters.base import COMPONENTS, AdapterWeights, ModuleKey
+from ..adapters.canonical import COMPONENTS, AdapterWeights, ModuleKey
 from ..adapters.strength import Strength, strength_of
 from ..errors import ConfigError
 from ..formats import names

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdlora.adapters.base import LowRankPair, Update
+from sdlora.adapters.canonical import LowRankPair, Update
 from sdlora.adapters.kinds import DoRA, LoHa, LoKr, TuckerPair
 
 Shape = tuple[int, ...]

@@ -10,7 +10,7 @@ import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey, Update
+from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 from sdlora.adapters.kinds import TITLES, DoRA, LoHa, LoKr, TuckerPair
 from sdlora.adapters.plain import as_plain, exact_rank, to_plain
 from sdlora.errors import AdapterFileError
@@ -29,7 +29,7 @@ def with_core(a: Tensor, b: Tensor, core: Tensor) -> Tensor:
 
 
 def formula(update: Update, weight: Tensor) -> Tensor:
-    """The definition of each kind (FORMATS.md 1.1, 3.1, 3.3), in float64."""
+    """The definition of each kind (formats.md 1.1, 3.1, 3.3), in float64."""
     shape = weight.shape
     if isinstance(update, DoRA):
         total = weight.double() + formula(update.direction, weight)

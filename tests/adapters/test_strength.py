@@ -58,7 +58,7 @@ def test_bad_adapter_specs_say_how_to_write_them(text: str, message: str) -> Non
 def test_surgery_needs_no_model_library() -> None:
     """Importing peft and transformers took a fifth of the time of baking into an SDXL checkpoint."""
     code = (
-        "import sys, sdlora.surgery_commands, sdlora.adapters.strength, sdlora.surgery.bake, "
+        "import sys, sdlora.commands.surgery, sdlora.adapters.strength, sdlora.surgery.bake, "
         "sdlora.surgery.merge, sdlora.surgery.resize, sdlora.surgery.extract, sdlora.surgery.diff, "
         "sdlora.surgery.convert, sdlora.surgery.strengths; "
         "print({'peft', 'transformers', 'diffusers', 'accelerate'} & set(sys.modules))"

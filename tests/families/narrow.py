@@ -1,6 +1,6 @@
 """Narrow bases of every family: the true build (levels, layers, both layouts), few channels, random weights.
 
-The writer of LDM-layout files is written from FORMATS.md 1.3 for the tests alone; the product's reader has
+The writer of LDM-layout files is written from formats.md 1.3 for the tests alone; the product's reader has
 its own tables.
 """
 
@@ -180,7 +180,7 @@ def as_openclip(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ldm_unet_name(name: str, *, xl: bool = False) -> str:
-    """Name a U-Net tensor as CompVis' code does (FORMATS.md 1.3), written for this test alone."""
+    """Name a U-Net tensor as CompVis' code does (formats.md 1.3), written for this test alone."""
     inner = {
         "norm1": "in_layers.0",
         "conv1": "in_layers.2",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sdlora.families.base import DiffusionModel
 from sdlora.families.emphasis import Chunk, Fragment, escape, layout, parse, weigh
 from sdlora.families.loading import load_model
-from sdlora.render import GenerateRequest, _conditioning
+from sdlora.generation.render import GenerateRequest, _conditioning
 
 
 def fragments(prompt: str) -> list[list[tuple[str, float]]]:
@@ -187,9 +187,9 @@ def test_a_prompt_alone_and_in_company_of_others_is_the_same(model: DiffusionMod
 
 
 def test_training_previews_and_generation_read_a_prompt_alike(model: DiffusionModel, tmp_path: Path) -> None:
-    from sdlora.data.cache import EncodedDataset
-    from sdlora.data.caption_plan import CaptionRun
-    from sdlora.data.looks import Looks
+    from sdlora.data.batching.cache import EncodedDataset
+    from sdlora.data.batching.caption_plan import CaptionRun
+    from sdlora.data.batching.views import Looks
 
     prompt = "a (red:1.3) cat, [small] BREAK on a mat"
     run = CaptionRun(emphasis=True)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdlora.adapters.lora import attach, attached_layers, create_adapter, set_strengths, target_modules
-from sdlora.config import AdapterConfig
-from sdlora.families import FAMILIES
+from sdlora.adapters.attach import attach, attached_layers, create_adapter, set_strengths, target_modules
+from sdlora.config.schema import AdapterConfig
 from sdlora.families.base import Conditioning, SizeHint, stack_conditioning
 from sdlora.families.loading import load_model
+from sdlora.families.table import FAMILIES
 from sdlora.families.unet_model import UNetModel
 
 from .narrow import FAMILY_NAMES, States, in_form

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdlora.errors import ModelError
-from sdlora.families import FAMILIES
 from sdlora.families.loading import ASSETS, load_model
 from sdlora.families.recognition import recognise
+from sdlora.families.table import FAMILIES
 from tools.true_sizes import checkpoint_shapes
 
 from .narrow import FAMILY_NAMES, States, as_ldm, make_base

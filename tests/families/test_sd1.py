@@ -116,8 +116,8 @@ def test_clip_skip_equals_diffusers_own(tiny_base: Path) -> None:
 def test_encoding_and_decoding_invert_each_other_on_the_mini_base(model: UNetModel) -> None:
     from PIL import Image
 
-    from sdlora.data.buckets import place
-    from sdlora.data.cache import to_pixels
+    from sdlora.data.batching.buckets import place
+    from sdlora.data.batching.cache import to_pixels
 
     icon = Image.open(Path("datasets/ink-icons") / "dog.png").convert("RGB")
     pixels = to_pixels(icon, place(icon.height, icon.width, [(64, 64)]), mirror=False)

@@ -12,12 +12,12 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from sdlora.data.batches import make_batch
-from sdlora.data.buckets import place
-from sdlora.data.cache import EncodedDataset
-from sdlora.data.folder import scan
-from sdlora.data.looks import Looks
-from sdlora.data.order import Visit
+from sdlora.data.batching.batches import make_batch
+from sdlora.data.batching.buckets import place
+from sdlora.data.batching.cache import EncodedDataset
+from sdlora.data.batching.views import Looks
+from sdlora.data.reading.folder import scan
+from sdlora.data.reading.items import Visit
 from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
 from sdlora.families.unet_model import UNetModel

@@ -9,20 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo
-from sdlora.adapters.lora import attached_layers, create_adapter
-from sdlora.base_inspection import inspect_base
-from sdlora.checkpoint import list_checkpoints
-from sdlora.config import AdapterConfig, Config, load_config
+from sdlora.adapters.attach import attached_layers, create_adapter
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo
+from sdlora.config.schema import AdapterConfig, Config
+from sdlora.config.toml import load_config
 from sdlora.errors import AdapterFileError, ConfigError
 from sdlora.events import Control, Event, StepDone
-from sdlora.export import export_adapter
-from sdlora.families import family_info
+from sdlora.exporting.export import export_adapter
 from sdlora.families.loading import load_model
-from sdlora.formats import read_adapter, write_adapter
-from sdlora.image_generator import ImageGenerator
-from sdlora.render import GenerateRequest
-from sdlora.train import train
+from sdlora.families.table import family_info
+from sdlora.formats.adapter_files import read_adapter, write_adapter
+from sdlora.generation.image_generator import ImageGenerator
+from sdlora.generation.render import GenerateRequest
+from sdlora.inspecting.base_inspection import inspect_base
+from sdlora.run_folder import list_checkpoints
+from sdlora.training.train import train
 
 from .narrow import FAMILY_NAMES, FORMS, States, in_form
 
@@ -42,7 +43,7 @@ SETTINGS = (
 )
 
 
-# tests/test_train.py does all this with SD1 in a folder, and more
+# tests/training/test_train.py does all this with SD1 in a folder, and more
 USUAL = (("sd2", "hub cache"), ("sdxl", "file"))
 ALL = [
     pytest.param(
@@ -99,7 +100,7 @@ def test_recognise_train_resume_export_and_draw(
     assert train(make("parts"), listeners=[stop], control=control).stopped
     resumed = train(make("parts"), resume=True)
     one, other = (
-        load_file(list_checkpoints(result.folder / "checkpoints")[-1] / "optimizer.safetensors")
+        load_file(list_checkpoints(result.folder / "checkpoints")[-1].optimizer_file)
         for result in (whole, resumed)
     )
     components = [name for name in ("unet", "text_encoder", "text_encoder_2") if f"{name}.master" in one]

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdlora.adapters.lora import target_modules
-from sdlora.config import AdapterConfig
+from sdlora.adapters.attach import target_modules
+from sdlora.config.schema import AdapterConfig
 from sdlora.families.loading import load_model
-from sdlora.formats import read_adapter
+from sdlora.formats.adapter_files import read_adapter
 from tools.true_sizes import blueprint
 
 COUNTS = {

@@ -13,9 +13,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
-from sdlora.families import family_info
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
 from sdlora.families.base import FamilyInfo
+from sdlora.families.table import family_info
 
 SD1, SD2, SDXL = (family_info(name) for name in ("sd1", "sd2", "sdxl"))
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sdlora
-from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey, Update
+from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 from sdlora.families.base import FamilyInfo
-from sdlora.formats import FORMATS, read_adapter, write_adapter
+from sdlora.formats.adapter_files import FORMATS, read_adapter, write_adapter
 from sdlora.formats.clients import CLIENTS, client_support
 from sdlora.formats.other_readers import through_diffusers
 from sdlora.formats.proof import compare, prove
-from sdlora.inspection import inspect_adapter
+from sdlora.inspecting.inspection import inspect_adapter
 
 from .adapters import (
     ATTENTION,

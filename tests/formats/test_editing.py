@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
-from sdlora.cli import main
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
+from sdlora.commands.cli import main
 from sdlora.errors import AdapterFileError, ConfigError
-from sdlora.formats import FORMATS, editing, read_adapter, write_adapter
-from sdlora.inspection import edit_adapter
+from sdlora.formats import editing
+from sdlora.formats.adapter_files import FORMATS, read_adapter, write_adapter
+from sdlora.inspecting.inspection import edit_adapter
 from sdlora.tensor_file import data_sha256, read_header
 
 from .adapters import LINEAR, SD1, file_of, models_of, random_adapter

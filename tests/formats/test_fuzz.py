@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdlora.formats import read_adapter
+from sdlora.formats.adapter_files import read_adapter
 from tools import fuzz_readers
 from tools.fuzz_readers import PEFT_CONFIG, corpus, run_case
 from tools.fuzzing import MUTATIONS

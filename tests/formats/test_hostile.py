@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import AdapterFileError
-from sdlora.formats import read_adapter, sniff, write_adapter
+from sdlora.formats.adapter_files import read_adapter, sniff, write_adapter
 from sdlora.tensor_file import MAX_HEADER_BYTES, read_header
 
 from .adapters import SD1, file_of, raw_file

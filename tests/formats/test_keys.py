@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import AdapterFileError
 from sdlora.families.base import FamilyInfo
-from sdlora.formats import (
+from sdlora.formats import names
+from sdlora.formats.adapter_files import (
     FORMATS,
     READERS,
-    names,
     read_adapter,
     read_modules,
     read_outline,

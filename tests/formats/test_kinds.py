@@ -14,19 +14,19 @@ from adapters.kinds import dora, every_kind, loha, lokr, pair, tucker
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey, Update
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey, Update
 from sdlora.adapters.initial import fresh
 from sdlora.adapters.kinds import DoRA, with_tensors
 from sdlora.adapters.plain import to_plain
-from sdlora.config import AdapterConfig
+from sdlora.config.schema import AdapterConfig
 from sdlora.errors import AdapterFileError
-from sdlora.export import export_adapter
+from sdlora.exporting.export import export_adapter
 from sdlora.families.base import FamilyInfo
-from sdlora.formats import read_adapter, read_headers, read_outline, write_adapter
+from sdlora.formats.adapter_files import read_adapter, read_headers, read_outline, write_adapter
 from sdlora.formats.clients import client_support
 from sdlora.formats.proof import compare, prove
-from sdlora.inspection import inspect_adapter
-from sdlora.inspection_view import render
+from sdlora.inspecting.inspection import inspect_adapter
+from sdlora.inspecting.view import render
 
 from .adapters import ATTENTION, EVERYTHING, SD1, SD2, SDXL, TEXT, canonical, models_of
 from .test_clients import make_pipeline, models_in

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
-from sdlora.config import Config
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
+from sdlora.config.schema import Config
 from sdlora.errors import OutputError
 from sdlora.families.base import FamilyInfo
-from sdlora.formats import read_adapter, write_adapter
+from sdlora.formats.adapter_files import read_adapter, write_adapter
 from sdlora.formats.metadata import MAX_THUMBNAIL_BYTES, TrainingFacts, build_header, thumbnail
 from sdlora.tensor_file import read_header
 
@@ -352,7 +352,13 @@ def test_a_private_run_tells_numbers_but_no_names(preview: Path) -> None:
     whole = build_header(public)
     assert all(whole[key] == value for key, value in header.items())
     gone = set(whole) - set(header)
-    assert {"ss_tag_frequency", "ss_dataset_dirs", "ss_datasets", "ss_bucket_info", "sdlora.config"} <= gone
+    assert {
+        "ss_tag_frequency",
+        "ss_dataset_dirs",
+        "ss_datasets",
+        "ss_bucket_info",
+        "sdlora.config",
+    } <= gone
     assert {"ss_sd_model_name", "ss_training_comment", "ss_session_id"} <= gone
     for key in ("ss_base_model_version", "ss_v2", "ss_steps", "modelspec.architecture", "modelspec.license"):
         assert key in header

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import AdapterFileError
 from sdlora.formats.proof import compare
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sdlora.adapters.base import AdapterFile, AdapterWeights, LowRankPair, ModuleKey
+from sdlora.adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import AdapterFileError, OutputError
 from sdlora.families.base import FamilyInfo
-from sdlora.formats import FORMATS, names, read_adapter, sniff, write_adapter
+from sdlora.formats import names
+from sdlora.formats.adapter_files import FORMATS, read_adapter, sniff, write_adapter
 from sdlora.formats.folding import alpha_value, own_dtype, stored_alpha
 from sdlora.formats.proof import compare, prove
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.adapters.base import AdapterWeights
-from sdlora.families import family_info
-from sdlora.formats import read_adapter, write_adapter
+from sdlora.adapters.canonical import AdapterWeights
+from sdlora.families.table import family_info
+from sdlora.formats.adapter_files import read_adapter, write_adapter
 from sdlora.formats.other_readers import _loaded, through_diffusers
 from sdlora.formats.proof import compare, prove
 
@@ -50,7 +50,7 @@ TEXTS: dict[str, dict[str, tuple[int, int, int]]] = {  # width, inner width, lay
     "sd2": {"text_encoder": (1024, 4096, 23)},
     "sdxl": {"text_encoder": (768, 3072, 12), "text_encoder_2": (1280, 5120, 32)},
 }
-# linear layers of the U-Net, with convolutions, and of the text encoders together (FORMATS.md 1)
+# linear layers of the U-Net, with convolutions, and of the text encoders together (formats.md 1)
 COUNTS = {"sd1": (192, 278, 72), "sd2": (192, 278, 138), "sdxl": (722, 788, 264)}
 
 

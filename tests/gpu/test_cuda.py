@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdlora.checkpoint import load_newest
-from sdlora.config import Config, load_config
+from sdlora.config.schema import Config
+from sdlora.config.toml import load_config
 from sdlora.events import Announcer, Control, Event, StepDone
 from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
-from sdlora.memory import free_memory, plan_memory
-from sdlora.run import prepare_run
-from sdlora.train import train, train_step
+from sdlora.training.checkpoint import load_newest
+from sdlora.training.memory import free_memory, plan_memory
+from sdlora.training.run import prepare_run
+from sdlora.training.train import train, train_step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,9 @@ import torch
 from formats.adapters import EVERYTHING, SD1, file_of, models_of, random_adapter
 from torch import Tensor
 
-from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.families.base import FamilyInfo
-from sdlora.formats import write_adapter
+from sdlora.formats.adapter_files import write_adapter
 
 RANKS = (4, 3, 6)
 SCALES = (0.5, 1.0, 0.3)

@@ -11,9 +11,9 @@ from families.narrow import States, as_ldm
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
-from sdlora.families import family_info
-from sdlora.formats import write_adapter
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
+from sdlora.families.table import family_info
+from sdlora.formats.adapter_files import write_adapter
 from surgery.adapters import exact
 
 

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey
 from sdlora.errors import AdapterFileError, ConfigError, ModelError, OutputError
-from sdlora.families import family_info
-from sdlora.formats import write_adapter
+from sdlora.families.table import family_info
+from sdlora.formats.adapter_files import write_adapter
 from sdlora.surgery.bake import bake_checkpoint
 from sdlora.tensor_file import read_header
 from surgery.checkpoints import adapter_for, added, diffusers_folder, layers, ldm_file, saved_for

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import sdlora
-from sdlora.cli import main
-from sdlora.formats import read_adapter, sniff
+from sdlora.commands.cli import main
+from sdlora.formats.adapter_files import read_adapter, sniff
 from surgery.adapters import exact, mixed_adapter, relative_errors, saved
 from surgery.checkpoints import adapter_for, ldm_file, saved_for
 from surgery.conftest import Bases

@@ -8,10 +8,10 @@ import pytest
 import torch
 from adapters import kinds
 
-from sdlora.adapters.base import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey
+from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey
 from sdlora.errors import AdapterFileError, ConfigError
-from sdlora.families import family_info
-from sdlora.formats import read_adapter, sniff, write_adapter
+from sdlora.families.table import family_info
+from sdlora.formats.adapter_files import read_adapter, sniff, write_adapter
 from sdlora.surgery.convert import convert_adapter, plain_parts
 from sdlora.surgery.factors import Cut
 from sdlora.surgery.result import finish

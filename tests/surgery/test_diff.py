@@ -10,7 +10,7 @@ import torch
 from formats.adapters import SDXL
 from PIL import Image
 
-from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import AdapterFileError, OutputError
 from sdlora.surgery.diff import compared, diff_adapters
 from sdlora.surgery.heatmap import draw_heatmap, kind_of

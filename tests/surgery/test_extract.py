@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdlora.adapters.base import AdapterWeights
-from sdlora.config import Targets
+from sdlora.adapters.canonical import AdapterWeights
+from sdlora.config.schema import Targets
 from sdlora.errors import ConfigError, ModelError, OutputError
-from sdlora.formats import read_adapter
+from sdlora.formats.adapter_files import read_adapter
 from sdlora.surgery.bake import bake_checkpoint
 from sdlora.surgery.checkpoints import open_checkpoint
 from sdlora.surgery.dense import cut_matrix

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdlora.adapters.base import LowRankPair
+from sdlora.adapters.canonical import LowRankPair
 from sdlora.errors import AdapterFileError, ConfigError
 from sdlora.surgery.factors import (
     Cut,

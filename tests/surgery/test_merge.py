@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import AdapterFileError, ConfigError
-from sdlora.formats import read_adapter
+from sdlora.formats.adapter_files import read_adapter
 from sdlora.surgery.factors import factors_of
 from sdlora.surgery.merge import MergeMethod, merge_adapters, merged
 from sdlora.surgery.methods import dropped, elected, layer_seed, trimmed

@@ -10,9 +10,9 @@ import torch
 from adapters import kinds
 from formats.adapters import file_of
 
-from sdlora.adapters.base import AdapterWeights, LowRankPair, ModuleKey
+from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import ConfigError, OutputError
-from sdlora.formats import read_adapter
+from sdlora.formats.adapter_files import read_adapter
 from sdlora.surgery.resize import resize_adapter
 from surgery.adapters import exact, mixed_adapter, rank_for, relative_errors, saved, truncated
 

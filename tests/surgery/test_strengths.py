@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from formats.adapters import EVERYTHING, SDXL, models_of, random_adapter
 
-from sdlora.adapters.base import ModuleKey
+from sdlora.adapters.canonical import ModuleKey
 from sdlora.errors import ConfigError
 from sdlora.surgery.strengths import ModuleStrength, is_in_block, parse_blocks, webui_block
 

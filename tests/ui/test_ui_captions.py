@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sdlora_ui.captions import CaptionBook
 from sdlora_ui.dataset_view import DataSets, version_of
-from sdlora_ui.places import PlaceRefused, Places
+from sdlora_ui.server.allowed_paths import PlaceRefused, Places
 
 from sdlora.errors import DatasetError
 

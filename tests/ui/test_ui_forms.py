@@ -8,11 +8,12 @@ from typing import Any
 import gradio as gr
 import pytest
 from sdlora_ui.forms import SECTION_TITLES, control, from_config, settings, to_values
-from sdlora_ui.places import PlaceRefused, Places
-from sdlora_ui.sent import from_parameters
+from sdlora_ui.server.allowed_paths import PlaceRefused, Places
+from sdlora_ui.server.png_import import from_parameters
 from sdlora_ui.settings import checked_base, checked_config
 
-from sdlora.config import Config, fields, load_config
+from sdlora.config.schema import Config, fields
+from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from sdlora_ui.app import make_app
 from sdlora_ui.dataset_view import DataSets
-from sdlora_ui.places import Places
+from sdlora_ui.server.allowed_paths import Places
 from sdlora_ui.site import Site
 from sdlora_ui.tabs.dataset import _demo
 

@@ -16,7 +16,8 @@ from sdlora_ui.job_memory import MemoryWatch
 from sdlora_ui.jobs import Job, JobQueue, process_of
 from sdlora_ui.progress import RunView, thinned
 
-from sdlora.config import Config, load_config
+from sdlora.config.schema import Config
+from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError, OutputError
 
 # What `sdlora train` does as far as the queue can see it: events, STOP, checkpoints, one JSON line. Half way
@@ -56,7 +57,7 @@ for step in range(first + 1, steps + 1):
     stop = (run / "STOP").exists()
     if stop or step == steps:
         (run / "STOP").unlink(missing_ok=True)
-        place = run / "checkpoints" / f"step-{step}"
+        place = run / "checkpoints" / f"step-{step:06d}"
         place.mkdir(parents=True)
         (place / "adapter.safetensors").write_text("")
     if stop:
@@ -259,7 +260,7 @@ def test_a_detached_job_can_be_found_and_ended_by_its_mark(tmp_path: Path, wait:
     mark = new_mark()
     script = (
         "import sys; from pathlib import Path; from sdlora_ui.jobs import JobQueue\n"
-        "from sdlora.config import load_config\n"
+        "from sdlora.config.toml import load_config\n"
         "home = Path(sys.argv[1])\n"
         "queue = JobQueue(home / 'jobs', home, (sys.executable, str(home / 'program.py')))\n"
         "queue.add(load_config(values={'output.folder': home / 'run', 'training.steps': 50}))\n"

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sdlora_ui.calls import CallFailed, Worker
-from sdlora_ui.places import Places
-from sdlora_ui.plans import refusals
+from sdlora_ui.plans import Plans
+from sdlora_ui.server.allowed_paths import Places
 from sdlora_ui.site import Site
+from sdlora_ui.worker_client import CallFailed, Worker
 
-from sdlora.config import Config, load_config
+from sdlora.config.schema import Config
+from sdlora.config.toml import load_config
 
 PROGRAM = """
 import json, sys
@@ -34,6 +35,7 @@ for line in sys.stdin:
 def site(tmp_path: Path) -> Iterator[Site]:
     made = Site.open(Places.of(tmp_path, runs=Path("runs"), pictures=Path("out"), data=Path("data")))
     made.desk = Worker(tmp_path, program=[sys.executable, "-c", PROGRAM])
+    made.plans = Plans(made.desk, made.queue)
     yield made
     made.end()
 
@@ -48,36 +50,36 @@ def test_what_cannot_be_is_refused_with_the_commands_words(
     site: Site, config: Callable[[int], Config]
 ) -> None:
     with pytest.raises(CallFailed, match="this base is broken"):
-        list(refusals(site, config(1)))
-    assert [answer.progress for answer in refusals(site, config(3))] == [(0, 1, "looking")]
-    assert site.device == "cpu"
+        list(site.plans.refusals(config(1)))
+    assert [answer.progress for answer in site.plans.refusals(config(3))] == [(0, 1, "looking")]
+    assert site.plans.device == "cpu"
 
 
 def test_a_known_plan_is_not_worked_out_again_until_a_picture_changes(
     site: Site, config: Callable[[int], Config]
 ) -> None:
-    assert list(refusals(site, config(3))) and list(refusals(site, config(3))) == []
+    assert list(site.plans.refusals(config(3))) and list(site.plans.refusals(config(3))) == []
     folder = config(3).data.folder
     assert folder is not None
     (folder / "thing00.txt").write_text("another caption")
-    assert list(refusals(site, config(3)))
+    assert list(site.plans.refusals(config(3)))
 
 
 def test_memory_that_another_job_holds_now_is_no_reason(
     site: Site, config: Callable[[int], Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(CallFailed, match="not enough memory"):
-        list(refusals(site, config(2)))
-    monkeypatch.setattr("sdlora_ui.plans.trains", lambda site: True)
-    assert list(refusals(site, config(2)))
+        list(site.plans.refusals(config(2)))
+    monkeypatch.setattr("sdlora_ui.plans.trains", lambda queue: True)
+    assert list(site.plans.refusals(config(2)))
     with pytest.raises(CallFailed, match="this base is broken"):
-        list(refusals(site, config(1)))
+        list(site.plans.refusals(config(1)))
 
 
 def test_nothing_is_planned_beside_a_job_on_the_gpu(
     site: Site, config: Callable[[int], Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdlora_ui.plans.trains", lambda site: True)
-    site.device = "cuda"
-    assert list(refusals(site, config(1))) == []
+    monkeypatch.setattr("sdlora_ui.plans.trains", lambda queue: True)
+    site.plans.device = "cuda"
+    assert list(site.plans.refusals(config(1))) == []
     assert not site.desk.running

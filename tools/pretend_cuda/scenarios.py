@@ -184,7 +184,7 @@ def samplers(precision: str) -> Play:
 
     def play(stage: Stage) -> None:
         import sdlora
-        from sdlora.config import SamplerName
+        from sdlora.config.schema import SamplerName
 
         names = SamplerName.__args__
         assert len(names) >= 5, names

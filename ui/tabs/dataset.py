@@ -12,8 +12,8 @@ import gradio as gr
 
 from sdlora.errors import SdloraError
 
+from ..server.uploads import copy_folder, folder_name, import_files
 from ..site import Site
-from ..uploads import copy_folder, folder_name, import_files
 from .shared import Shell, choices, hint, problem
 
 RESOLUTIONS = [
@@ -141,7 +141,7 @@ def _take(
 
 
 def _demo(site: Site) -> tuple[Any, ...]:
-    from sdlora.demo_data import STYLE, demo_config, find_data
+    from sdlora.demonstration.data import STYLE, demo_config, find_data
 
     folder = copy_folder(find_data() / STYLE, site.places.data)
     word = demo_config(site.places.runs / STYLE, site.places.data).data.trigger_word or ""

@@ -11,15 +11,16 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from sdlora.config import SampleConfig, SamplerName, load_config
+from sdlora.config.schema import SampleConfig, SamplerName
+from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError, SdloraError
-from sdlora.png_info import read_parameters
+from sdlora.generation.png_info import read_parameters
 
-from ..calls import CallCancelled
 from ..gallery import compare_html, grid_html, picture_html, strip_html
-from ..sent import Sent, from_parameters
+from ..server.png_import import Sent, from_parameters
 from ..settings import checked_base
 from ..site import Site
+from ..worker_client import CallCancelled
 from .shared import Shell, checked_number, choices, problem, working
 
 NUM_SLOTS = 4

@@ -12,8 +12,8 @@ import gradio as gr
 import sdlora
 from sdlora.errors import ConfigError, SdloraError
 
+from ..server.uploads import folder_name
 from ..site import EXPORTED, Site
-from ..uploads import folder_name
 from .shared import checked_number, choices, hint, problem, working
 
 _NUM_MERGED = 3

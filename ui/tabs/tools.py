@@ -13,7 +13,7 @@ import gradio as gr
 from sdlora.errors import ConfigError, SdloraError
 
 from ..gallery.shapes import file_url
-from ..places import program_folders
+from ..server.allowed_paths import program_folders
 from ..site import EXPORTED, Site
 from . import surgery
 from .shared import Shell, choices, hint, problem, working

@@ -10,17 +10,17 @@ from typing import Any
 
 import gradio as gr
 
-from sdlora.config import Config, load_config
-from sdlora.data.folder import survey
+from sdlora.config.schema import Config
+from sdlora.config.toml import load_config
+from sdlora.data.reading.folder import survey
 from sdlora.errors import ConfigError, DatasetError, SdloraError
 
-from ..calls import CallCancelled
 from ..forms import SECTION_TITLES, Setting, control, from_config, settings
 from ..plan_view import plan_html
-from ..plans import refusals, would_disturb
+from ..server.uploads import folder_name
 from ..settings import checked_config
 from ..site import Site
-from ..uploads import folder_name
+from ..worker_client import CallCancelled
 from .shared import Shell, choices, hint, problem, working
 
 _DRAFT = "train"
@@ -113,7 +113,7 @@ def _connect(
         return raw
 
     def fill_demo(said_text: str) -> list[Any]:
-        from sdlora.demo_data import STYLE, demo_config
+        from sdlora.demonstration.data import STYLE, demo_config
 
         config = demo_config(site.places.runs / STYLE, Path(json.loads(said_text)["folder"]).parent)
         return fill(config.with_values({"output.name": _free_name(site, STYLE), "output.folder": None}))
@@ -166,11 +166,11 @@ def _predict(site: Site, raw: Mapping[str, Any]) -> Iterator[str]:
     part: Mapping[str, Any] | None = None
     try:
         config = _config(site, raw)
-        if would_disturb(site):
+        if site.plans.would_disturb():
             yield hint("A job trains on the GPU now; time and memory are worked out when it is done.")
             return
         yield working(0, 1, "working out the settings")
-        for answer in site.plans.ask(site, config, replace="plan"):
+        for answer in site.plans.ask(config, replace="plan"):
             if answer.progress is not None:
                 yield working(*answer.progress) + (plan_html(part) if part else "")
             elif answer.part is not None:
@@ -188,7 +188,7 @@ def _begin(site: Site, raw: Mapping[str, Any]) -> Iterator[Any]:
     try:
         config = _config(site, raw)
         _refuse_bad_pictures(config)
-        for answer in refusals(site, config):
+        for answer in site.plans.refusals(config):
             assert answer.progress is not None
             done, total, note = answer.progress
             yield working(done, total, f"checking that it can work: {note}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.adapters.strength import Strength
-from sdlora.generate import (
+from sdlora.generation.generate import (
     USUAL_GUIDANCE,
     GeneratedImage,
     GenerateRequest,
@@ -19,7 +19,8 @@ from sdlora.generate import (
     tensor_hash,
     write_numbered,
 )
-from sdlora.png_info import parameters_text
+from sdlora.generation.png_info import parameters_text
+from sdlora.run_folder import checkpoint_of
 
 from ..worker import Tell
 
@@ -64,8 +65,10 @@ _studio: list[_Studio] = []
 
 def adapter_name(file: Path) -> str:
     """Return what an adapter is called; a checkpoint after its run and step."""
-    if file.parent.name.startswith("step-") and file.parent.parent.name == "checkpoints":
-        return f"{file.parent.parent.parent.name}-{file.parent.name}"
+    belongs = checkpoint_of(file)
+    if belongs is not None:
+        run, checkpoint = belongs
+        return f"{run.path.name}-{checkpoint.path.name}"
     return file.name if file.is_dir() else file.stem
 
 
@@ -75,7 +78,8 @@ def draw(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     Args:
         arguments: ``base``, ``prompt``, ``negative``, ``seed``, ``width``, ``height``, ``steps``,
             ``guidance``, ``sampler``, ``folder``; ``rows``: lists of adapters ``{file, unet, text}``;
-            ``strengths``: of the columns, see :func:`sdlora.generate.swept`, or None for the adapters' own.
+            ``strengths``: of the columns, see :func:`sdlora.generation.generate.swept`, or None for the
+            adapters' own.
         tell: hears the progress, and each picture as a part.
     """
     begun = time.perf_counter()

@@ -1,7 +1,8 @@
 """What a run would be: the settings left open with their reasons, its time and its memory.
 
-The run is made ready by :func:`sdlora.run.prepare_run`, as for training, in a folder that is thrown away;
-what a step costs is measured by its trial step, again only when a setting changed that could change it.
+The run is made ready by :func:`sdlora.training.run.prepare_run`, as for training, in a folder that is
+thrown away; what a step costs is measured by its trial step, again only when a setting changed that could
+change it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 import psutil
 import torch
 
-from sdlora.config import Config, load_config
-from sdlora.cost import Cost, measure_cost
+from sdlora.config.schema import Config
+from sdlora.config.toml import load_config
 from sdlora.events import Announcer, Caching, Decided, Event
-from sdlora.run import Run, prepare_run
+from sdlora.training.cost import Cost, measure_cost
+from sdlora.training.run import Run, prepare_run
 
 from ..worker import Tell
 

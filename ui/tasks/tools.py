@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdlora.export import export_adapter
-from sdlora.inspection import inspect_adapter
-from sdlora.inspection_view import render
+from sdlora.exporting.export import export_adapter
+from sdlora.inspecting.inspection import inspect_adapter
+from sdlora.inspecting.view import render
 
 from ..worker import Tell
 

@@ -1,0 +1,280 @@
+"""Adapters inside a model: put in, set strengths, read out, merge, take off again.
+
+Plain low-rank pairs become layers of peft; other kinds hang beside the base's layers
+(:mod:`sdlora.adapters.hooks`). Each attached adapter has a name; a model can carry any number of them.
+The adapter layers hold the number format of the frozen weights they sit beside; fp32 masters for training
+live in the optimizer (:class:`sdlora.training.optim.MasterWeights`), which spares every cast in the
+forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..config.schema import AdapterConfig
+from ..errors import ConfigError
+from ..families.base import DiffusionModel
+from .blocks import check_patterns, value_for
+from .canonical import AdapterWeights, LowRankPair, ModuleKey, Update
+from .hooks import all_beside, put_beside, take_away
+from .initial import file_alpha, fresh
+from .module_paths import (
+    base_weight,
+    canonical_path,
+    check_fit,
+    holds,
+    inner_name,
+    installed_path,
+    module_at,
+    without_adapters,
+)
+from .strength import Strength, strength_of
+
+
+@dataclass(frozen=True)
+class AttachedLayer:
+    """One adapted layer of one adapter: where it is, peft's layer, and its two parameters."""
+
+    key: ModuleKey
+    layer: LoraLayer
+    down: nn.Parameter
+    up: nn.Parameter
+    alpha: float
+
+
+def target_modules(model: DiffusionModel, config: AdapterConfig) -> list[ModuleKey]:
+    """Return the modules a new adapter gets a LoRA in, sorted.
+
+    Raises:
+        ConfigError: if the preset matches nothing in the base.
+    """
+    wanted = [component for component in model.components() if config.adapts(component)]
+    found: list[ModuleKey] = []
+    for component in wanted:
+        endings = model.info.targets[component][config.targets]
+        module = model.components()[component]
+        matching = [
+            ModuleKey(component, canonical_path(component, path))
+            for path, layer in module.named_modules()
+            if isinstance(without_adapters(layer), nn.Linear | nn.Conv2d) and f".{path}".endswith(endings)
+        ]
+        if not matching:
+            raise ConfigError(
+                f"`adapter.targets={config.targets}` matches no layer of the base's {component}; "
+                "choose attention, linear or all"
+            )
+        found += matching
+    return sorted(found)
+
+
+def create_adapter(model: DiffusionModel, config: AdapterConfig, seed: int) -> AdapterWeights:
+    """Return a fresh adapter for ``model``, float32; see :mod:`sdlora.adapters.initial`.
+
+    Each layer draws from its own generator, so the values depend only on the seed and the layer's name.
+
+    Args:
+        config: resolved settings: rank and alpha of every adapted component are set.
+
+    Raises:
+        ConfigError: if targets or block ranks match nothing, or leave nothing.
+    """
+    updates: dict[ModuleKey, Update] = {}
+    keys = target_modules(model, config)
+    check_patterns("adapter.block_ranks", config.block_ranks, keys)
+    for key in keys:
+        prefix = "" if key.component == "unet" else f"{key.component}_"
+        rank: int | None = getattr(config, f"{prefix}rank") or config.rank
+        alpha: float | None = getattr(config, f"{prefix}alpha") or config.alpha
+        assert rank is not None and alpha is not None, "settings must be resolved first"
+        own = value_for(config.block_ranks, key, rank)
+        if own > 0:
+            generator = torch.Generator().manual_seed(_layer_seed(seed, key))
+            weight = base_weight(module_at(model, key))
+            updates[key] = fresh(config, weight, own, file_alpha(config, rank, alpha, own), generator)
+    if not updates:
+        raise ConfigError("`adapter.block_ranks` leaves no layer to adapt; give some block a rank above 0")
+    return AdapterWeights(updates)
+
+
+def attach(
+    model: DiffusionModel, weights: AdapterWeights, name: str, *, dropout: float = 0.0
+) -> list[AttachedLayer]:
+    """Put an adapter into a model under ``name`` at strength 1, and return its plain layers, sorted.
+
+    Raises:
+        AdapterFileError: if a module is missing in the model or has another shape.
+    """
+    check_fit(model, weights, name)
+    plain = weights.only_plain()
+    for component in plain.components():
+        module = model.components()[component]
+        pairs = {installed_path(module, path): pair for path, pair in plain.component(component).items()}
+        with warnings.catch_warnings():  # a second adapter is meant, not a mishap
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+            inject_adapter_in_model(peft_config(pairs, dropout), module, adapter_name=inner_name(name))
+        module.requires_grad_(False)
+    for key, update in weights.all_items():
+        if not isinstance(update, LowRankPair):
+            put_beside(without_adapters(module_at(model, key)), inner_name(name), update)
+    layers = list(attached_layers(model, name))
+    assert len(layers) == len(plain), f"peft adapted {len(layers)} of {len(plain)} layers"
+    write_weights(layers, plain)
+    set_strengths(model, {name: 1.0})
+    return layers
+
+
+def attached_layers(model: DiffusionModel, name: str) -> Iterator[AttachedLayer]:
+    """Yield the plain layers of one adapter, sorted by module."""
+    found: list[AttachedLayer] = []
+    inner = inner_name(name)
+    for component, module in model.components().items():
+        for path, layer in module.named_modules():
+            if isinstance(layer, LoraLayer) and inner in layer.lora_A:
+                found.append(
+                    AttachedLayer(
+                        ModuleKey(component, canonical_path(component, path)),
+                        layer,
+                        layer.lora_A[inner].weight,
+                        layer.lora_B[inner].weight,
+                        float(layer.lora_alpha[inner]),
+                    )
+                )
+    yield from sorted(found, key=lambda one: one.key)
+
+
+def updates_in(model: DiffusionModel, name: str) -> list[tuple[ModuleKey, Update]]:
+    """Return (module, update) of one adapter of any kind, sorted, on the model's device."""
+    found: list[tuple[ModuleKey, Update]] = [
+        (one.key, LowRankPair(one.down, one.up, one.alpha)) for one in attached_layers(model, name)
+    ]
+    inner = inner_name(name)
+    for component, module in model.components().items():
+        for path, layer, updates in all_beside(module):
+            if inner in updates.updates:
+                key = ModuleKey(component, canonical_path(component, path.removesuffix(".base_layer")))
+                found.append((key, updates.on(inner, base_weight(layer).device)))
+    return sorted(found, key=lambda one: one[0])
+
+
+def write_weights(layers: Sequence[AttachedLayer], weights: AdapterWeights) -> None:
+    """Copy an adapter's numbers into its layers, in the layers' number format."""
+    with torch.no_grad():
+        for one in layers:
+            pair = weights.pairs[one.key]
+            one.down.copy_(pair.down)
+            one.up.copy_(pair.up)
+
+
+def read_weights(layers: Sequence[AttachedLayer], tensors: Sequence[Tensor] | None = None) -> AdapterWeights:
+    """Return an adapter's numbers as copies on the CPU.
+
+    Args:
+        tensors: take these instead of the layers' own: down and up of each layer in turn (fp32 masters).
+    """
+    if tensors is None:
+        tensors = [tensor for one in layers for tensor in (one.down, one.up)]
+    pairs = {
+        one.key: LowRankPair(
+            tensors[2 * i].detach().cpu().clone(), tensors[2 * i + 1].detach().cpu().clone(), one.alpha
+        )
+        for i, one in enumerate(layers)
+    }
+    return AdapterWeights(pairs)
+
+
+def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> None:
+    """Make exactly these adapters act, each at its strength; all others, and strength 0, leave no trace.
+
+    Strength 0 takes the adapter out of the computation, so the result is the base's bit for bit.
+    """
+    for component, module in model.components().items():
+        values = {inner_name(name): strength_of(strength, component) for name, strength in strengths.items()}
+        active = [name for name, value in values.items() if value != 0.0]
+        for layer in module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                own = [name for name in active if holds(layer, name)]
+                for name in own:
+                    layer.set_scale(name, values[name])
+                layer.set_adapter(own, inference_mode=True)
+        for _, _, updates in all_beside(module):
+            updates.set_strengths(values)
+
+
+def detach(model: DiffusionModel, name: str) -> None:
+    """Take an adapter off again; with the last one gone the model's own layers stand there again."""
+    inner = inner_name(name)
+    for module in model.components().values():
+        for path, layer in list(module.named_modules()):
+            if isinstance(layer, BaseTunerLayer) and holds(layer, inner):
+                layer.delete_adapter(inner)
+                if not any(getattr(layer, name) for name in layer.adapter_layer_names):
+                    parent, _, child = path.rpartition(".")
+                    setattr(module.get_submodule(parent), child, layer.get_base_layer())
+        for _, layer, _ in list(all_beside(module)):
+            take_away(layer, inner)
+        known: dict[str, LoraConfig] = getattr(module, "peft_config", {})
+        known.pop(inner, None)
+        if not known and hasattr(module, "peft_config"):
+            delattr(module, "peft_config")
+
+
+class Merged:
+    """Adapters folded into the base's weights; :meth:`undo` restores every weight bit for bit."""
+
+    def __init__(self, model: DiffusionModel, strengths: Mapping[str, Strength]) -> None:
+        self._model = model
+        self._originals: dict[ModuleKey, Tensor] = {}
+        acting: dict[ModuleKey, list[tuple[float, Update]]] = {}
+        for name, strength in strengths.items():
+            for key, update in updates_in(model, name):
+                value = strength_of(strength, key.component)
+                if value != 0.0:
+                    acting.setdefault(key, []).append((value, update))
+        with torch.no_grad():
+            for key, updates in acting.items():
+                weight = base_weight(module_at(model, key))
+                self._originals[key] = original = weight.detach().clone()
+                merged = original.float()
+                for value, update in updates:
+                    merged = merged + value * update.delta(original.float())
+                weight.copy_(merged)  # rounded to the weight's format once
+        set_strengths(model, {})
+
+    def undo(self) -> None:
+        """Put the base's own weights back; call :func:`set_strengths` to let adapters act again."""
+        with torch.no_grad():
+            for key, original in self._originals.items():
+                base_weight(module_at(self._model, key)).copy_(original)
+        self._originals = {}
+
+
+def peft_config(pairs: Mapping[str, LowRankPair], dropout: float) -> LoraConfig:
+    """Return peft's settings: the most frequent rank and alpha, and patterns for the modules that differ."""
+    (rank, alpha), _ = Counter((pair.rank, pair.alpha) for pair in pairs.values()).most_common(1)[0]
+    odd = {
+        f"^{path.replace('.', r'[.]')}": p for path, p in pairs.items() if (p.rank, p.alpha) != (rank, alpha)
+    }
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=sorted(pairs),
+        rank_pattern={path: pair.rank for path, pair in odd.items()},
+        alpha_pattern={path: pair.alpha for path, pair in odd.items()},
+        init_lora_weights=False,
+    )
+
+
+def _layer_seed(seed: int, key: ModuleKey) -> int:
+    text = f"{seed}/{key.component}/{key.path}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")

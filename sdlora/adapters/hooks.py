@@ -1,0 +1,113 @@
+"""Updates of any kind beside a layer: added to what it gives, by a hook on the base's own layer.
+
+PEFT cannot put two sorts of adapters over one layer, so what is no plain low-rank pair acts here instead.
+The hook works beside PEFT's layers, in whichever order they come; while nothing acts the layer's output is
+passed on untouched, and taking the hook off leaves the layer as it was. The update is worked out from its
+factors at every call, which costs little beside the layer itself and spares a second copy of the weights;
+:class:`sdlora.adapters.attach.Merged` avoids even that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .canonical import Update
+
+_ATTRIBUTE = "_sdlora_beside"
+
+
+class Beside:
+    """The updates that one layer has beside it, by adapter; a forward hook."""
+
+    def __init__(self) -> None:
+        self.updates: dict[str, Update] = {}
+        self._strengths: dict[str, float] = {}
+        self._handle: RemovableHandle | None = None
+
+    def set_strengths(self, strengths: Mapping[str, float]) -> None:
+        """Let exactly these adapters act; strength 0 counts as not acting."""
+        self._strengths = {
+            name: value for name, value in strengths.items() if value != 0.0 and name in self.updates
+        }
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        """Return the layer's output with the updates' part, or None to leave it as it is."""
+        if not self._strengths:
+            return None
+        weight: Any = layer.weight
+        total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for name, strength in self._strengths.items():
+            # DoRA's update follows the weight that the layer computes with
+            total = total.add(self.on(name, weight.device).delta(weight.detach()), alpha=strength)
+        part = total.to(output.dtype)
+        if isinstance(layer, nn.Conv2d):
+            return output + layer._conv_forward(inputs[0], part, None)
+        return output + nn.functional.linear(inputs[0], part)
+
+    def on(self, name: str, device: torch.device) -> Update:
+        """Return an update with its factors on a device, where they stay from then on."""
+        update = self.updates[name]
+        if next(iter(update.tensors().values())).device != device:
+            update = self.updates[name] = moved(update, device)
+        return update
+
+    def hang_on(self, layer: nn.Module) -> None:
+        """Start to be called by a layer."""
+        self._handle = layer.register_forward_hook(self)
+        setattr(layer, _ATTRIBUTE, self)
+
+    def take_off(self, layer: nn.Module) -> None:
+        """Stop to be called; the layer is as it was before."""
+        if self._handle is not None:
+            self._handle.remove()
+        delattr(layer, _ATTRIBUTE)
+
+
+def put_beside(layer: nn.Module, name: str, update: Update) -> None:
+    """Give a layer (a linear layer or 2-D convolution) an update that does not act yet."""
+    found = beside(layer)
+    if found is None:
+        found = Beside()
+        found.hang_on(layer)
+    weight: Any = layer.weight
+    found.updates[name] = moved(update, weight.device)
+
+
+def take_away(layer: nn.Module, name: str) -> None:
+    """Remove an adapter's update from a layer, if it has one there."""
+    found = beside(layer)
+    if found is not None and found.updates.pop(name, None) is not None:
+        found.set_strengths({})
+        if not found.updates:
+            found.take_off(layer)
+
+
+def beside(layer: nn.Module) -> Beside | None:
+    """Return what hangs on a layer."""
+    found = getattr(layer, _ATTRIBUTE, None)
+    return found if isinstance(found, Beside) else None
+
+
+def all_beside(module: nn.Module) -> Iterator[tuple[str, nn.Module, Beside]]:
+    """Yield (path, layer, updates) of every layer inside a module that has some."""
+    for path, layer in module.named_modules():
+        if (found := beside(layer)) is not None:
+            yield path, layer, found
+
+
+def moved(update: Update, device: torch.device) -> Update:
+    """Return an update with all its factors on a device."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(update):  # type: ignore[arg-type]
+        value = getattr(update, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = value.to(device)
+        elif isinstance(value, Update):
+            changed[field.name] = moved(value, device)
+    return dataclasses.replace(update, **changed)  # type: ignore[type-var]

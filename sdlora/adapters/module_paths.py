@@ -1,0 +1,90 @@
+"""Where the modules of an adapter are in a model: canonical and installed names, the layers there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import AdapterFileError
+from ..families.base import DiffusionModel
+from .canonical import AdapterWeights, LowRankPair, ModuleKey, Update
+
+_TEXT_ROOT = "text_model."
+
+
+def module_at(model: DiffusionModel, key: ModuleKey) -> Any:
+    """Return the layer a key means, or PEFT's layer around it."""
+    root = model.components()[key.component]
+    return root.get_submodule(installed_path(root, key.path))
+
+
+def without_adapters(layer: nn.Module) -> nn.Module:
+    """Return the base's own layer inside PEFT's, or the layer itself."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def base_weight(layer: Any) -> Tensor:
+    """Return the weight of the base's own layer."""
+    weight = without_adapters(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def canonical_path(component: str, path: str) -> str:
+    """Return an installed path as adapters call it: text encoders always start with ``text_model.``."""
+    if component == "unet" or path.startswith(_TEXT_ROOT):
+        return path
+    return _TEXT_ROOT + path
+
+
+def installed_path(root: nn.Module, path: str) -> str:
+    """Return a canonical path as the installed transformers calls it."""
+    if path.startswith(_TEXT_ROOT) and not hasattr(root, "text_model"):
+        return path.removeprefix(_TEXT_ROOT)
+    return path
+
+
+def inner_name(name: str) -> str:
+    """Return the name PEFT knows an adapter by: no dots, and none of torch's own attribute names."""
+    return "adapter_" + name.replace("_", "__").replace(".", "_d")
+
+
+def holds(layer: BaseTunerLayer, inner: str) -> bool:
+    """Tell whether one of PEFT's layers has an adapter of that inner name."""
+    return any(inner in getattr(layer, name) for name in layer.adapter_layer_names)
+
+
+def check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> None:
+    """Refuse an adapter with modules that a model has not, or has in another shape.
+
+    Raises:
+        AdapterFileError: naming the first such module.
+    """
+    components = model.components()
+    for key, update in weights.all_items():
+        if key.component not in components:
+            raise AdapterFileError(
+                f"{name}: made for a base with a {key.component}, which {model.base.title} "
+                f"({model.info.title}) has not; use the base it was trained on"
+            )
+        try:
+            weight = base_weight(module_at(model, key))
+        except AttributeError:
+            raise AdapterFileError(
+                f"{name}: its module {key.path} is not in the {key.component} of {model.base.title}; "
+                "use a base of the family it was trained on"
+            ) from None
+        wanted, found = tuple(weight.shape), update.shape
+        if wanted != found and not _is_flat(update, wanted):
+            raise AdapterFileError(
+                f"{name}: {key.path} is {found} in the adapter but {wanted} in {model.base.title}; "
+                "use the base it was trained on"
+            )
+
+
+def _is_flat(update: Update, wanted: tuple[int, ...]) -> bool:
+    """Tell whether an update is that of a 1x1 convolution, which LyCORIS files hold like a linear one."""
+    flat = wanted[2:] == (1, 1) and update.shape == wanted[:2]
+    return flat and not isinstance(update, LowRankPair)

@@ -1,0 +1,192 @@
+"""The command line: parse -> settings -> one public function -> show what it tells.
+
+Each command is one line in :data:`COMMANDS`: a function that declares its arguments and one that runs
+it and returns (JSON result, exit code); they live in the ``*_commands`` modules. Everything meant for
+people goes to stderr or is the plain answer on stdout; with ``--json`` the last line of stdout is one JSON
+object. Heavy imports happen inside the commands, so that ``--help`` and ``check`` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from ..errors import ConfigError, SdloraError
+from ..files import write_problem
+from .data import declare_cache, declare_check, run_cache, run_check
+from .files import declare_export, declare_inspect, run_export, run_inspect
+from .models import (
+    declare_demo,
+    declare_generate,
+    declare_train,
+    declare_ui,
+    run_demo,
+    run_generate,
+    run_train,
+    run_ui,
+    settings_help,
+)
+from .surgery import (
+    declare_bake,
+    declare_convert,
+    declare_diff,
+    declare_extract,
+    declare_merge,
+    declare_resize,
+    run_bake,
+    run_convert,
+    run_diff,
+    run_extract,
+    run_merge,
+    run_resize,
+)
+
+Result = tuple[dict[str, Any], int]
+
+
+class Command(NamedTuple):
+    """One subcommand: help, its arguments, what it does, and what only its own help tells."""
+
+    help: str
+    declare: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Result]
+    more_help: Callable[[], str] | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code: 0 good, 1 found harmful, 2 an error the user can mend."""
+    # Threads that wait for each other by spinning cost 3-10 times when other programs want the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):  # Windows consoles may not be UTF-8
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in words  # wherever it stands, and also when the line cannot be understood
+    try:
+        options = _parse([word for word in words if word != "--json"])
+        options.json = as_json
+        result, code = COMMANDS[options.command].run(options)
+        as_json = options.json
+        sys.stdout.flush()
+    except SdloraError as error:
+        result, code = _refusal(str(error), type(error).__name__), 2
+    except KeyboardInterrupt:
+        result, code = _refusal("interrupted", "KeyboardInterrupt"), 130
+    except BrokenPipeError:  # whoever read our answer has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 1
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        result, code = _refusal(f"{place}{write_problem(error)}", "OutputError"), 2
+    if as_json:
+        print(json.dumps(result, default=str), flush=True)
+    return code
+
+
+def _refusal(message: str, kind: str) -> dict[str, Any]:
+    """Tell people why there is no result; return the same for scripts."""
+    print(f"sdlora: {message}", file=sys.stderr)
+    return {"error": message, "kind": kind}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are errors like all others: one line, with ``--json`` as JSON, too.
+
+    Attributes:
+        more_help: makes the end of the help, when it is asked for and not before.
+    """
+
+    more_help: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        """Return the help, with all that belongs to it."""
+        if self.more_help is not None:
+            self.epilog = self.more_help()
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print below the usage, and exit with."""
+        raise ConfigError(f"{' '.join(message.split())} (see {self.prog} --help)")
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Return the options of one command line.
+
+    Raises:
+        ConfigError: for a line that means nothing.
+    """
+    parser, commands = _parsers()
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    if wanted is not None and wanted not in commands:
+        parser.error(f"no command `{wanted}`{_nearest(wanted, commands)}")
+    options, extra = parser.parse_known_args(words)
+    _take_overrides(options, extra, commands[options.command])
+    return options
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """Return the parser of whole lines, and that of each command by its name."""
+    parser = _Parser(
+        prog="sdlora",
+        description="Train a Stable Diffusion LoRA from a folder of pictures, see it at any strength, "
+        "export it.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        own = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        own.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        own.more_help = command.more_help
+        command.declare(own)
+    return parser, dict(commands.choices)
+
+
+def _take_overrides(options: argparse.Namespace, extra: list[str], parser: _Parser) -> None:
+    """Accept key=value anywhere on the line of a command that has settings."""
+    settable = hasattr(options, "overrides")
+    unknown = [text for text in extra if text.startswith("-") or not settable]
+    if unknown:
+        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        nearest = _nearest(unknown[0].partition("=")[0], flags)
+        parser.error(f"{'unknown option' if settable else 'unknown argument'}: {' '.join(unknown)}{nearest}")
+    if not settable:
+        return
+    folder = getattr(options, "folder", None)
+    if folder is not None and "=" in folder and not Path(folder).exists():
+        extra, options.folder = [folder, *extra], None
+    options.overrides = extra
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("train a LoRA on a folder of pictures", declare_train, run_train, settings_help),
+    "generate": Command("draw pictures with adapters at any strength", declare_generate, run_generate),
+    "export": Command("write an adapter for WebUI, diffusers or PEFT", declare_export, run_export),
+    "inspect": Command("show what an adapter file or a base model holds", declare_inspect, run_inspect),
+    "merge": Command("merge adapters into one", declare_merge, run_merge),
+    "resize": Command("write an adapter with fewer ranks", declare_resize, run_resize),
+    "bake": Command("add adapters to a checkpoint, or take them out", declare_bake, run_bake),
+    "extract": Command("make a LoRA of the difference of two checkpoints", declare_extract, run_extract),
+    "diff": Command("compare two adapters by block and layer", declare_diff, run_diff),
+    "convert": Command("write an adapter in another format or kind", declare_convert, run_convert),
+    "check": Command("look for trouble in a folder of pictures", declare_check, run_check),
+    "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
+    "demo": Command("learn an ink style on the built-in base and show it", declare_demo, run_demo),
+    "ui": Command("train, draw and export in the browser", declare_ui, run_ui),
+}

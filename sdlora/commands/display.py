@@ -1,0 +1,143 @@
+"""How a run looks in a terminal: chosen settings with their reasons, then bars with rate and time left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from ..events import (
+    Caching,
+    CheckpointSaved,
+    Decided,
+    Event,
+    Noticed,
+    RunFinished,
+    RunStarted,
+    Sampled,
+    StepDone,
+    Validated,
+)
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time for people: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(num_bytes: float) -> str:
+    """Return an amount of memory for people, in MiB or GiB."""
+    mebibytes = num_bytes / 2**20
+    return f"{mebibytes:.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
+
+
+class TrainingDisplay:
+    """Listener that shows a run on stderr: live bars on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live = self._console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._announced = False
+
+    def __enter__(self) -> TrainingDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case Decided():
+                if not self._announced:
+                    self._say("settings that follow the data (override any with key=value):")
+                    self._announced = True
+                self._say(f"  {event.key} = {_short(event.value)}  ({event.reason})")
+            case Noticed():
+                self._say(f"note: {event.message}")
+            case Caching():
+                self._advance("encoding", event.done, event.total, "")
+            case RunStarted():
+                self._start(event)
+            case StepDone():
+                self._step(event)
+            case Validated():
+                self._say(f"step {event.step}: loss {event.loss:.4f} on {event.num_images} held-out pictures")
+            case Sampled():
+                self._say(f"step {event.step}: previews in {event.grid}")
+            case CheckpointSaved():
+                self._say(f"step {event.step}: saved {event.folder}")
+            case RunFinished():
+                word = "stopped" if event.stopped else "finished"
+                waited = f"{event.data_wait_share:.1%} of the step time was spent waiting for data"
+                self._say(f"{word} after {event.step} steps and {duration(event.seconds)}; {waited}")
+
+    def _start(self, event: RunStarted) -> None:
+        time = "" if event.expected_seconds is None else f"about {duration(event.expected_seconds)} and "
+        self._say(
+            f"training {event.name}: {event.num_parameters:,} parameters on {event.num_images} pictures, "
+            f"steps {event.first_step + 1}..{event.steps}; "
+            f"expecting {time}{size(event.expected_bytes)} of memory"
+        )
+
+    def _step(self, event: StepDone) -> None:
+        note = f"loss {event.loss:.4f}  {event.images_per_second:.1f} pictures/s"
+        self._advance("training", event.step, event.steps, note)
+        every = max(1, event.steps // 20)
+        if not self._live and (event.step % every == 0 or event.step == event.steps):
+            self._say(f"step {event.step}/{event.steps}  {note}  {duration(event.seconds_left)} left")
+
+    def _advance(self, what: str, done: int, total: int, note: str) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total, note=note)
+        self._progress.update(self._tasks[what], completed=done, total=total, note=note)
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(text))
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function (done, total) that moves a bar on stderr; silent where there is no terminal."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

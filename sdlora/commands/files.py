@@ -1,0 +1,141 @@
+"""The commands of single files: export an adapter, inspect an adapter or a base model."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+Result = tuple[dict[str, Any], int]
+
+
+def declare_export(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora export``."""
+    parser.add_argument("source", type=Path, help="run folder or adapter file")
+    parser.add_argument("--format", choices=["webui", "diffusers", "peft"], default="webui")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the file goes")
+    parser.add_argument("--webui", type=Path, metavar="DIR", help="also copy into this WebUI's models/Lora")
+    parser.add_argument("--name", help="file name without ending")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="number format; as in the source")
+    parser.add_argument("--preview", type=Path, metavar="PNG", help="picture for the WebUI card")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument(
+        "--private", action="store_true", help="leave out folder names, captions, tags and file names"
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load the file again, also through diffusers or PEFT, and compare every update",
+    )
+    parser.add_argument(
+        "--verify-images",
+        action="store_true",
+        help="also draw with the trained adapter and with the file, at several strengths, and compare",
+    )
+    parser.add_argument("--base", help="base to draw on for --verify-images; a run's own when left out")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="what to draw for --verify-images; may be repeated"
+    )
+
+
+def run_export(options: argparse.Namespace) -> Result:
+    """Run ``sdlora export``."""
+    if options.output is None and options.webui is None:
+        raise ConfigError("sdlora export needs --output DIR (or --webui DIR)")
+    if not options.verify_images and (options.base or options.prompt):
+        raise ConfigError("--base and --prompt of sdlora export have no effect without --verify-images")
+    from ..exporting.export import export_adapter
+
+    report = export_adapter(
+        options.source,
+        options.format,
+        options.output,
+        dtype=options.dtype,
+        preview=options.preview,
+        webui_folder=options.webui,
+        overwrite=options.overwrite,
+        name=options.name,
+        private=options.private,
+        verify=options.verify,
+    )
+    for file in report.files:
+        print(file)
+    print(f"proof: {report.proof_line()}")
+    if not options.verify_images:
+        return report.to_dict(), 0
+    from ..exporting.image_proof import compare_pictures
+    from .display import progress_bar
+
+    with progress_bar("drawing") as progress:
+        pictures = compare_pictures(
+            options.source, report.adapter, base=options.base, prompts=options.prompt, progress=progress
+        )
+    print(f"pictures: {pictures.line()}")
+    return report.to_dict() | {"pictures": pictures.to_dict()}, 0
+
+
+def declare_inspect(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora inspect``."""
+    parser.add_argument("file", type=Path, help="adapter file or PEFT folder, or a base model")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a header entry, e.g. modelspec.license=CC-BY-4.0; the tensors stay; may be repeated",
+    )
+    parser.add_argument("--remove", action="append", default=[], metavar="KEY", help="take an entry out")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="also draw the norms by block as a picture")
+    parser.add_argument(
+        "--header",
+        action="store_true",
+        help="show every header entry and read no tensor: at once for any size, without norms and hash",
+    )
+
+
+def run_inspect(options: argparse.Namespace) -> Result:
+    """Run ``sdlora inspect``."""
+    from ..inspecting.base_inspection import inspect_base, is_base
+    from ..inspecting.inspection import inspect_adapter
+
+    source = options.file.as_posix()  # a hub id has its slash on every system
+    if is_base(source):
+        if options.set or options.remove or options.chart or options.header:
+            raise ConfigError(
+                f"{options.file}: is a base model; --set, --remove, --chart and --header are for adapters"
+            )
+        base = inspect_base(source)
+        print(base.render())
+        return base.to_dict(), 0
+    if options.header and options.chart:
+        raise ConfigError("--chart draws the norms, which --header does not read; leave one of them out")
+    edits: dict[str, Any] = {}
+    if options.set or options.remove:
+        from ..inspecting.inspection import edit_adapter
+
+        edits = edit_adapter(options.file, options.set, options.remove)
+        for key, change in edits.items():
+            print(f"{key}: {change['before']} -> {change['after']}")
+    from ..inspecting.view import draw_norms, render
+
+    summary = inspect_adapter(options.file, values=not options.header)
+    if options.chart is not None:
+        draw_norms(summary, options.chart)
+    columns = shutil.get_terminal_size((140, 24)).columns
+    print(render(summary, width=columns, colour=sys.stdout.isatty(), plain=not _shows_blocks()))
+    more = {"chart": options.chart} if options.chart else {}
+    return summary.to_dict() | more | ({"edited": edits} if edits else {}), 0
+
+
+def _shows_blocks() -> bool:
+    """Tell whether the terminal's encoding has block characters."""
+    try:
+        "\u2588\u258c".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

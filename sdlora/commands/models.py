@@ -1,0 +1,277 @@
+"""The commands that run the model: train, generate, the demo, the web UI."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import ConfigError
+from ..files import find_settings
+from ..run_folder import RunFolder
+
+Result = tuple[dict[str, Any], int]
+
+
+def declare_train(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora train``."""
+    parser.add_argument("folder", nargs="?", help="folder of pictures, captions beside them")
+    parser.add_argument("--base", help="mini, a diffusers folder, a .safetensors file, or a hub id")
+    parser.add_argument("--name", help="name of the adapter and of its file")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default runs/NAME)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--trigger", metavar="WORD", help="word that calls the style")
+    parser.add_argument("--events", metavar="FILE", help="also write events as JSON lines (- for stdout)")
+    parser.set_defaults(overrides=[])
+    parser.usage = "sdlora train FOLDER [options] [section.name=value ...]"
+
+
+def settings_help() -> str:
+    """Return every setting with its default and meaning, for the end of ``sdlora train --help``."""
+    from ..config.schema import fields
+
+    lines = ["settings (section.name=value, or in the TOML file):"]
+    for key, field in fields():
+        default = "follows the data" if field.default is None else f"{field.default}"
+        lines.append(f"  {key} [{default}]\n      {' '.join((field.description or '').split())}")
+    return "\n".join(lines)
+
+
+def run_train(options: argparse.Namespace) -> Result:
+    """Run ``sdlora train``."""
+    from ..config.toml import load_config
+
+    file = options.config
+    if file is None and options.resume:
+        if options.output is None:
+            raise ConfigError("--resume needs --output DIR, the run folder to go on with")
+        file = find_settings(options.output)
+    config = load_config(
+        file,
+        options.overrides,
+        {
+            "data.folder": options.folder and Path(options.folder),
+            "data.trigger_word": options.trigger,
+            "model.base": options.base,
+            "output.name": options.name,
+            "output.folder": options.output,
+        },
+    )
+    from ..events import Control, JsonlWriter, Listener
+    from ..training.run import run_folder
+    from ..training.train import train
+    from .display import TrainingDisplay
+
+    control = Control(run_folder(config).path)
+    with ExitStack() as stack:
+        listeners: list[Listener] = [stack.enter_context(TrainingDisplay())] if _is_main_process() else []
+        if options.events:
+            listeners.append(JsonlWriter(stack.enter_context(_event_stream(options.events))))
+        stack.enter_context(control.on_interrupt())
+        result = train(config, resume=options.resume, listeners=listeners, control=control)
+    if not _is_main_process():
+        options.json = False
+    elif result.stopped:
+        print(
+            f"stopped after step {result.step} and saved; go on with:\n"
+            f"  sdlora train --resume --output {result.folder}"
+        )
+    else:
+        print(f"adapter: {result.adapter_file}")
+        if (grid := RunFolder(result.folder).grid).is_file():
+            print(f"previews: {grid}")
+    return {
+        "adapter_file": result.adapter_file,
+        "run": result.folder,
+        "step": result.step,
+        "stopped": result.stopped,
+        "loss": result.loss,
+        "validation_loss": result.validation_loss,
+        "seconds": round(result.seconds, 2),
+        "data_wait_share": round(result.data_wait_share, 4),
+    }, 0
+
+
+def _event_stream(place: str) -> AbstractContextManager[TextIO]:
+    return nullcontext(sys.stdout) if place == "-" else Path(place).open("a", encoding="utf-8")
+
+
+def _is_main_process() -> bool:
+    """Tell whether this is the process that speaks, of those a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def declare_generate(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora generate``."""
+    parser.add_argument("--base", default="mini", help="mini, a folder, a .safetensors file, or a hub id")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH[:TEXT]]",
+        help="adapter and its strength (a second number is the text encoder's); may be repeated",
+    )
+    parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be repeated")
+    parser.add_argument("--negative", default="", metavar="PROMPT", help="what to avoid")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the PNGs go")
+    parser.add_argument("--seed", type=int, default=0, help="fixes the noise")
+    parser.add_argument("--count", type=int, default=1, help="pictures a prompt, from consecutive seeds")
+    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="in px; the base's own size when left out")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument("--guidance", type=float, help="guidance scale; the base's own when left out")
+    parser.add_argument(
+        "--sampler", default="DPM++ 2M Karras", help="DDIM, Euler, Euler a, DPM++ 2M[ Karras]"
+    )
+    parser.add_argument("--strengths", metavar="A,B,...", help="render a sweep grid, e.g. 0,0.25,0.5,0.75,1")
+    parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights first")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the fastest when left out")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="number format")
+    parser.add_argument("--vae", metavar="FILE", help="another autoencoder: a file, a folder, or a hub id")
+    parser.add_argument("--clip-skip", type=int, default=1, help="n-th last layer of the text encoder (SD1)")
+    parser.add_argument(
+        "--family", choices=["sd1", "sd2", "sdxl"], help="what the base is, against its header"
+    )
+    parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what the U-Net predicts")
+    parser.add_argument("--zero-terminal-snr", action=argparse.BooleanOptionalAction, help="schedule's end")
+    parser.add_argument("--attention", choices=["auto", "sdpa", "xformers"], default="auto")
+    parser.add_argument("--offload", action="store_true", help="one component on the card at a time")
+
+
+def run_generate(options: argparse.Namespace) -> Result:
+    """Run ``sdlora generate``."""
+    strengths = _numbers(options.strengths, "--strengths") if options.strengths else None
+    width, height = _size(options.size) if options.size else (None, None)
+    for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("clip_skip", 1)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name} {getattr(options, name)}: must be {least} or more")
+    from ..adapters.strength import parse_adapter
+    from ..families.loading import LoadOptions
+    from ..generation.generate import generate
+    from .display import progress_bar
+
+    adapters = [parse_adapter(text) for text in options.adapter]
+    with progress_bar("drawing") as progress:
+        result = generate(
+            options.base,
+            adapters,
+            options.prompt,
+            negative_prompt=options.negative,
+            seed=options.seed,
+            height=height,
+            width=width,
+            steps=options.steps,
+            guidance=options.guidance,
+            sampler=options.sampler,
+            strengths=strengths,
+            merge=options.merge,
+            count=options.count,
+            output=options.output,
+            device=options.device,
+            precision=options.precision,
+            options=LoadOptions(
+                family=options.family,
+                prediction_type=options.prediction,
+                zero_terminal_snr=options.zero_terminal_snr,
+                clip_skip=options.clip_skip,
+                vae=options.vae,
+                attention=options.attention,
+                offload=options.offload,
+            ),
+            progress=progress,
+        )
+    for file in [*result.files, *([result.grid] if result.grid else [])]:
+        print(file)
+    return {"files": list(result.files), "grid": result.grid, "seconds": round(result.seconds, 2)}, 0
+
+
+def _numbers(text: str, flag: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: give numbers with commas between them, e.g. 0,0.5,1") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height or width)
+    except ValueError:
+        raise ConfigError(f"--size {text}: give WIDTHxHEIGHT in px, e.g. 512x768") from None
+
+
+def declare_demo(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora demo``."""
+    parser.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="run folder")
+    parser.add_argument("--steps", type=int, help="train this many steps instead of the recommended number")
+    parser.add_argument("--resume", action="store_true", help="go on with a demo that was stopped")
+
+
+def run_demo(options: argparse.Namespace) -> Result:
+    """Run ``sdlora demo``."""
+    if options.resume and options.steps is not None:
+        raise ConfigError("--steps cannot change what is resumed; start a new demo in another --output")
+    from ..demonstration.demo import demo
+    from .display import TrainingDisplay
+
+    with TrainingDisplay() as display:
+        result = demo(options.output, steps=options.steps, listeners=[display], resume=options.resume)
+    print(result.render())
+    return result.to_dict(), 0
+
+
+def declare_ui(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora ui``."""
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="training runs")
+    parser.add_argument(
+        "--pictures", type=Path, default=Path("pictures"), metavar="DIR", help="where what is drawn goes"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("training-pictures"),
+        metavar="DIR",
+        help="where dropped pictures go",
+    )
+    parser.add_argument(
+        "--allow",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a further folder the page may read and write; may be repeated",
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
+    parser.add_argument(
+        "--listen",
+        nargs="?",
+        const="0.0.0.0",
+        metavar="ADDRESS",
+        help="let others reach it; needs --password",
+    )
+    parser.add_argument("--password", help="asked of everyone (or the variable SDLORA_UI_PASSWORD)")
+    parser.add_argument("--browser", action="store_true", help="also open the page in the browser")
+
+
+def run_ui(options: argparse.Namespace) -> Result:
+    """Run ``sdlora ui``."""
+    try:
+        from sdlora_ui.start import start
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the web UI is not installed ({error.name} is missing); run: pip install -e '.[ui]'"
+        ) from None
+    start(
+        runs=options.runs,
+        pictures=options.pictures,
+        data=options.data,
+        allowed=options.allow,
+        host=options.listen or "127.0.0.1",
+        port=options.port,
+        password=options.password or os.environ.get("SDLORA_UI_PASSWORD"),
+        browser=options.browser,
+    )
+    return {"served": True}, 0

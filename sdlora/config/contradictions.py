@@ -1,0 +1,138 @@
+"""What settings cannot be meant together, or would silently have no effect; it sees the whole tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from .data import DataConfig
+from .schema import Config, component_keys
+
+
+def contradictions(config: Config) -> list[str]:
+    """Return what cannot be meant together, or would silently have no effect."""
+    found: list[str] = []
+    if config.training.steps is not None and config.training.epochs is not None:
+        found.append("`training.steps` and `training.epochs` both fix the length: give one of them")
+    for component in ("text_encoder", "text_encoder_2"):
+        if not config.adapter.adapts(component):
+            found += [
+                f"`{key}` has no effect without `adapter.{component}=true`"
+                for key in component_keys(component)
+                if config.get(key) is not None
+            ]
+    if config.model.zero_terminal_snr and config.model.prediction_type == "epsilon":
+        found.append("`model.zero_terminal_snr=true` needs `model.prediction_type=v_prediction`")
+    found += _about_adapter(config)
+    if config.sample.prompts == ():
+        for name in ("every", "guidance"):
+            if getattr(config.sample, name) is not None:
+                found.append(f"`sample.{name}` has no effect with `sample.prompts=[]`")
+    if config.data.validation == 0 and config.training.validate_every is not None:
+        found.append("`training.validate_every` has no effect with `data.validation=0`")
+    found += _about_data(config.data)
+    if config.adapter.adapts_text and config.data.encode_captions is not None:
+        found.append("`data.encode_captions` has no effect with `adapter.text_encoder=true`")
+    steps, warmup = config.training.steps, config.optimizer.warmup_steps
+    if steps is not None and warmup is not None and warmup >= steps:
+        found.append(
+            f"`optimizer.warmup_steps={warmup}` must be below `training.steps={steps}`, "
+            "or the full learning rate is never reached"
+        )
+    return found
+
+
+def _about_adapter(config: Config) -> list[str]:
+    """Return what the adapter's kind, start and scaling do not go together with."""
+    return [*_by_kind(config), *_by_start(config)]
+
+
+def _by_kind(config: Config) -> Iterator[str]:
+    adapter = config.adapter
+    if adapter.kind in ("loha", "lokr"):
+        if adapter.dropout > 0:
+            yield f"`adapter.dropout` works on the input of low-rank factors, which {adapter.kind} has not"
+        if config.optimizer.lora_plus_ratio != 1.0:
+            yield f"`optimizer.lora_plus_ratio` needs up and down factors, which {adapter.kind} has not"
+        if adapter.init != "default":
+            yield f"`adapter.init={adapter.init}` starts low-rank factors, which {adapter.kind} has not"
+    if adapter.kind == "dora" and adapter.init in ("pissa", "olora"):
+        yield f"`adapter.init={adapter.init}` cannot be undone in a DoRA file; use adapter.kind=lora"
+    if adapter.kind != "lokr" and adapter.lokr_factor is not None:
+        yield "`adapter.lokr_factor` has no effect without `adapter.kind=lokr`"
+    if adapter.scaling == "rslora":
+        if adapter.kind == "lokr":
+            yield "`adapter.scaling=rslora` has no effect on LoKr's full factors; use standard"
+        elif adapter.alpha is None:
+            yield "`adapter.scaling=rslora` has no effect without `adapter.alpha`: the scale is then 1"
+
+
+def _by_start(config: Config) -> Iterator[str]:
+    adapter = config.adapter
+    if adapter.from_file is None:
+        return
+    if adapter.init != "default":
+        yield f"`adapter.init={adapter.init}` and `adapter.from_file` both fix the start: give one of them"
+    if adapter.block_ranks:
+        yield "`adapter.block_ranks` has no effect with `adapter.from_file`, whose ranks are kept"
+    if adapter.scaling != "standard":
+        yield "`adapter.scaling` has no effect with `adapter.from_file`, whose alphas are kept"
+    if adapter.lokr_factor is not None:
+        yield "`adapter.lokr_factor` has no effect with `adapter.from_file`, whose factors are kept"
+
+
+def _about_data(data: DataConfig) -> Iterator[str]:
+    """Yield what cannot be meant together, or would silently have no effect."""
+    held_out = data.validation or 0
+    if not isinstance(held_out, Path) and held_out >= 1 and held_out != int(held_out):
+        yield "`data.validation` from 1 up is a number of pictures and must be whole"
+    yield from _about_captions(data)
+    yield from _about_pictures(data)
+    yield from _about_sources(data)
+
+
+def _about_captions(data: DataConfig) -> Iterator[str]:
+    moves = data.shuffle_tags or data.tag_dropout > 0
+    for key in ("keep_tags", "tag_separator"):
+        if not moves and _chosen(data, key):
+            yield f"`data.{key}` has no effect without `data.shuffle_tags=true` or `data.tag_dropout`"
+    if data.encode_captions is not None and not data.varies_captions:
+        yield (
+            "`data.encode_captions` has no effect: the captions do not vary (see `data.shuffle_tags`, "
+            "`data.tag_dropout`, `data.wildcards`, `data.caption_lines`)"
+        )
+    if data.caption_from == "file name":
+        for key in ("metadata_caption", "caption_lines"):
+            if _chosen(data, key):
+                yield f'`data.{key}` has no effect with `data.caption_from="file name"`'
+
+
+def _about_pictures(data: DataConfig) -> Iterator[str]:
+    if _chosen(data, "variants") and not data.varies_pictures:
+        yield "`data.variants` has no effect without `data.crop=random` or `data.colour_jitter`"
+    folders = [source.mask_folder for source in data.sources]
+    masked = data.alpha_mask or data.mask_folder is not None or any(folders)
+    if data.alpha_mask and (data.mask_folder is not None or any(folders)):
+        yield "`data.alpha_mask` and `data.mask_folder` both give the mask: choose one of them"
+    if data.mask_folder is not None and data.folder is None:
+        yield "`data.mask_folder` belongs to `data.folder`; give each source a `mask_folder` of its own"
+    if data.unmasked_weight and not masked:
+        yield "`data.unmasked_weight` has no effect without `data.alpha_mask=true` or `data.mask_folder`"
+    if data.resolution is not None and data.resolution in data.more_resolutions:
+        yield f"`data.more_resolutions` repeats `data.resolution={data.resolution}`"
+    if len(set(data.more_resolutions)) != len(data.more_resolutions):
+        yield "`data.more_resolutions` names a resolution twice"
+
+
+def _about_sources(data: DataConfig) -> Iterator[str]:
+    if data.sources and data.folder is None and all(source.regularisation for source in data.sources):
+        yield "`data.sources` holds only regularisation pictures: add pictures to be learned"
+    for number, source in enumerate(data.sources):
+        where = f"data.sources[{number}] ({source.folder})"
+        if source.regularisation and source.trigger_word:
+            yield f"`{where}.trigger_word` has no effect: regularisation pictures get none"
+
+
+def _chosen(data: DataConfig, key: str) -> bool:
+    """Return whether a setting differs from its default (a saved run names all of them)."""
+    return bool(getattr(data, key) != DataConfig.model_fields[key].default)

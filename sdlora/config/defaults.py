@@ -1,0 +1,203 @@
+"""Settings the user left open follow the data and the base; each one comes with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError
+from .schema import Config, component_keys
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A value chosen for the user: dotted key, value, and why."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What the rules look at of the base and the machine.
+
+    Attributes:
+        title: of the base.
+        recommended: settings the base's author suggests, by dotted key.
+        native_resolution: px.
+        device: type of the device, e.g. ``cuda``.
+        components: what can be adapted, e.g. ``unet``, ``text_encoder``.
+    """
+
+    title: str
+    recommended: Mapping[str, Any]
+    native_resolution: int
+    device: str
+    components: tuple[str, ...] = ("unet", "text_encoder")
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The components that are text encoders."""
+        return tuple(name for name in self.components if name != "unet")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the rules look at of the pictures.
+
+    Attributes:
+        num_images: pictures that are learned from, without regularisation pictures and held-out ones.
+        num_visits: visits of an epoch: the sum of the repeats, regularisation pictures included.
+        num_held_out: pictures held out.
+        prompts: captions written as prompts, held-out ones first.
+    """
+
+    num_images: int
+    num_visits: int
+    num_held_out: int = 0
+    prompts: tuple[str, ...] = ()
+
+
+class _Resolver:
+    """Fills open settings one by one, later rules seeing earlier results."""
+
+    def __init__(self, config: Config, facts: BaseFacts) -> None:
+        self.config, self.facts = config, facts
+        self.decisions: list[Decision] = []
+
+    def fill(self, key: str, value: Any, reason: str, *, ask_base: bool = True) -> None:
+        """Set an open setting; one the base's author recommends wins over the general rule."""
+        if self.config.get(key) is not None:
+            return
+        if ask_base and key in self.facts.recommended:
+            value, reason = (
+                self.facts.recommended[key],
+                f"recommended by the base {self.facts.title}",
+            )
+        self.decisions.append(Decision(key, value, reason))
+        self.config = self.config.with_values({key: value})
+
+
+def check_components(config: Config, facts: BaseFacts) -> None:
+    """Refuse settings for a text encoder that the base has not.
+
+    Raises:
+        ConfigError: naming all such settings.
+    """
+    useless = []
+    for component in {"text_encoder", "text_encoder_2"} - set(facts.components):
+        useless += [key for key in component_keys(component) if config.get(key) is not None]
+        useless += [key for key in (f"adapter.{component}",) if config.get(key)]
+    if useless:
+        raise ConfigError(
+            f"`{'`, `'.join(sorted(useless))}`: {facts.title} has no such text encoder; leave it out"
+        )
+
+
+def resolve_data(config: Config, facts: BaseFacts, num_images: int) -> tuple[Config, list[Decision]]:
+    """Fill the settings that preparing the pictures needs: resolution and hold-out."""
+    resolver = _Resolver(config, facts)
+    resolver.fill("data.resolution", facts.native_resolution, "the base's own resolution")
+    resolver.fill("data.validation", *hold_out(num_images))
+    return resolver.config, resolver.decisions
+
+
+def hold_out(num_images: int) -> tuple[int, str]:
+    """Return how many pictures are held out to measure progress, and why."""
+    if num_images >= 20:
+        return min(8, max(2, round(num_images * 0.1))), f"a tenth of {num_images} pictures, at most 8"
+    return 0, f"{num_images} pictures are too few to hold some out"
+
+
+def resolve_training(config: Config, facts: BaseFacts, data: DataFacts) -> tuple[Config, list[Decision]]:
+    """Fill every setting that is still open, from the pictures that are trained on."""
+    resolver = _Resolver(config, facts)
+    _fill_adapter(resolver, data.num_images)
+    _fill_length(resolver, data)
+    _fill_optimizer(resolver)
+    _fill_intervals(resolver, data)
+    return resolver.config, resolver.decisions
+
+
+def _fill_adapter(resolver: _Resolver, num_images: int) -> None:
+    rank = 8 if num_images < 10 else 16 if num_images < 200 else 32
+    loha = resolver.config.adapter.kind == "loha"
+    reason = f"enough for {num_images} pictures without learning them by heart"
+    if loha:
+        rank, reason = rank // 2, f"as large a file as a LoRA of rank {rank}"
+    resolver.fill("adapter.rank", rank, reason, ask_base=not loha)
+    resolver.fill("adapter.alpha", *_usual_alpha(resolver, "adapter.rank"), ask_base=not loha)
+    for component in _adapted_text(resolver):
+        rank_key, alpha_key, _ = component_keys(component)
+        resolver.fill(rank_key, resolver.config.adapter.rank, "as in the U-Net")
+        resolver.fill(alpha_key, *_usual_alpha(resolver, rank_key))
+
+
+def _usual_alpha(resolver: _Resolver, rank_key: str) -> tuple[float, str]:
+    """Return the alpha with which the usual learning rate fits, and why."""
+    if resolver.config.adapter.kind == "loha":
+        return 1.0, "usual for LoHa, whose factors start large"
+    return float(resolver.config.get(rank_key)), "equal to the rank: scale 1"
+
+
+def _adapted_text(resolver: _Resolver) -> list[str]:
+    return [name for name in resolver.facts.text_encoders if resolver.config.adapter.adapts(name)]
+
+
+def _fill_length(resolver: _Resolver, data: DataFacts) -> None:
+    num_images = data.num_images
+    wanted = 4 if resolver.facts.device == "cuda" else 2
+    if data.num_visits < resolver.facts.recommended.get("training.batch_size", wanted):
+        reason = f"there are only {num_images} pictures"
+        resolver.fill("training.batch_size", data.num_visits, reason, ask_base=False)
+    resolver.fill("training.batch_size", wanted, f"fits a small {resolver.facts.device} device")
+    settings = resolver.config.training
+    assert settings.batch_size is not None
+    effective = settings.batch_size * settings.gradient_accumulation
+    if settings.epochs is None:
+        visits = min(12_000, max(1_600, 80 * num_images))
+        steps = max(1, math.ceil(visits / effective))
+        resolver.fill(
+            "training.steps", steps, f"about {visits // num_images} looks at each of {num_images} pictures"
+        )
+
+
+def _fill_optimizer(resolver: _Resolver) -> None:
+    adapter = resolver.config.adapter
+    assert adapter.rank is not None and adapter.alpha is not None
+    divisor = math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank
+    # a LoHa of alpha 1 changes about as much a step as a LoRA of scale 1
+    scale = adapter.alpha if adapter.kind == "loha" else adapter.alpha / divisor
+    # the size of dW is scale * rate: keep it when the user picks another alpha
+    rate = float(f"{1e-4 / scale:.2e}")
+    reason = "the usual rate" if scale == 1 else f"1e-4 divided by the scale {scale:g}"
+    resolver.fill("optimizer.learning_rate", rate, reason)
+    assert resolver.config.optimizer.learning_rate is not None
+    fifth = resolver.config.optimizer.learning_rate / 5
+    for component in _adapted_text(resolver):
+        first = resolver.config.optimizer.text_encoder_learning_rate
+        value, reason = fifth, "a fifth of the U-Net's: text encoders forget quickly"
+        if component != "text_encoder" and first is not None:
+            value, reason = first, "as the first text encoder's"
+        resolver.fill(component_keys(component)[2], value, reason)
+
+
+def _fill_intervals(resolver: _Resolver, data: DataFacts) -> None:
+    settings = resolver.config.training
+    assert settings.batch_size is not None
+    per_epoch = math.ceil(data.num_visits / (settings.batch_size * settings.gradient_accumulation))
+    steps = resolver.config.total_steps(per_epoch)
+    resolver.fill("optimizer.warmup_steps", min(100, steps // 20), "a twentieth of the steps, at most 100")
+    every = max(10, min(250, steps // 5))
+    resolver.fill("training.checkpoint_every", every, "what a crash may cost at most")
+    if data.num_held_out:
+        resolver.fill("training.validate_every", max(5, steps // 10), "about ten points on the curve")
+    # up to four: they show what was learned, not remembered, so held-out captions come first
+    prompts = tuple(dict.fromkeys(prompt for prompt in data.prompts if prompt))[:4]
+    resolver.fill("sample.prompts", prompts, "captions of the pictures")
+    if resolver.config.sample.prompts:
+        resolver.fill("sample.every", max(10, steps // 4), "four rows of previews")
+        resolver.fill("sample.guidance", 7.0, "the usual guidance scale")

@@ -1,0 +1,194 @@
+"""The settings of a run: what exists, what is allowed, and how they are read and written.
+
+One frozen typed tree serves the command line, Python and the UI. The docstring under a field is its
+help text everywhere (TOML comment, ``--help``, reference page). ``None`` means "follow the data": such
+settings are filled in by :mod:`sdlora.config.defaults`, with a reason that is printed before training starts.
+How the tree is read and written is in :mod:`sdlora.config.toml`, what cannot be meant together in
+:mod:`sdlora.config.contradictions`. This package imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from .adapter import AdapterConfig as AdapterConfig
+from .adapter import Targets as Targets
+from .data import DataConfig
+from .section import Dropout, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "linear", "constant"]
+SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
+PredictionType = Literal["epsilon", "v_prediction"]
+AttentionName = Literal["auto", "sdpa", "xformers"]
+FamilyName = Literal["sd1", "sd2", "sdxl"]
+
+
+class ModelConfig(Section):
+    """Which base model is adapted."""
+
+    base: str = "mini"
+    """The base: `mini` (ships with sdlora), a diffusers folder, a .safetensors file, or a hub id."""
+    family: FamilyName | None = None
+    """Which family the base is of, where its header contradicts its weights; read from the base when left
+    open."""
+    prediction_type: PredictionType | None = None
+    """What the U-Net predicts; read from the base when left open."""
+    zero_terminal_snr: bool | None = None
+    """Whether the base's noise schedule ends in pure noise (v-prediction only); read from the base when
+    left open."""
+    vae: str | None = None
+    """Another autoencoder instead of the base's own: a .safetensors file, a folder, or a hub id."""
+    clip_skip: Annotated[int, Field(ge=1, le=12)] = 1
+    """Use the n-th last layer of the CLIP text encoder (1 = the last, as the base was trained); SD1 only."""
+
+
+class OptimizerConfig(Section):
+    """How the adapter's weights follow the gradient."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the U-Net's adapter."""
+    text_encoder_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the text encoder's adapter; a fifth of the U-Net's when left open."""
+    text_encoder_2_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the second text encoder's adapter; as the first one's when left open."""
+    betas: tuple[Dropout, Dropout] = (0.9, 0.99)
+    """Decay rates of AdamW's running mean and variance."""
+    epsilon: PositiveFloat = 1e-8
+    """AdamW's guard against division by zero."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after the warm-up."""
+    lora_plus_ratio: PositiveFloat = 1.0
+    """The up factors (B) learn this many times as fast as the down factors (A); LoRA+ (Hayou et al.
+    2024) recommends 16 with a lower learning rate."""
+    block_rates: dict[str, PositiveFloat] = Field(default={})
+    """Factors on the learning rate of single blocks, e.g. `{"mid_block" = 0.5}`; patterns as in
+    `adapter.block_ranks`."""
+    warmup_steps: NonNegative | None = None
+    """Steps over which the learning rate rises from zero."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients longer than this are shortened to it; 0 switches clipping off."""
+
+
+class TrainingConfig(Section):
+    """Length, batch, precision and objective."""
+
+    steps: Positive | None = None
+    """Optimizer steps of the run."""
+    epochs: Positive | None = None
+    """Passes over the pictures, instead of steps."""
+    batch_size: Positive | None = None
+    """Pictures per micro-batch and process."""
+    gradient_accumulation: Positive = 1
+    """Micro-batches per optimizer step."""
+    precision: Precision | None = None
+    """Number format of the frozen base; the adapter's master weights are always fp32."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes every random choice: a run repeats exactly on the same machine."""
+    device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")] | None = None
+    """`cpu`, `cuda`, `cuda:1`, `mps`; the fastest one present when left open."""
+    attention: AttentionName = "auto"
+    """How attention is computed: torch's own (`sdpa`), `xformers`, or the fastest one here (`auto`)."""
+    min_snr_gamma: NonNegativeFloat = 5.0
+    """Limit of the signal-to-noise weight (Hang et al. 2023); 0 weighs all timesteps alike."""
+    noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Size of a constant added per channel to the noise, which helps very dark or bright styles."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: slower, far less memory."""
+    checkpoint_every: Positive | None = None
+    """Steps between resumable checkpoints."""
+    keep_checkpoints: Positive = 2
+    """How many of the newest checkpoints are kept."""
+    validate_every: Positive | None = None
+    """Steps between measurements on the held-out pictures."""
+
+
+class SampleConfig(Section):
+    """Preview images during training."""
+
+    prompts: tuple[str, ...] | None = None
+    """What the previews show; taken from the captions when left open, `[]` for no previews."""
+    negative_prompt: str = ""
+    """What the previews should avoid."""
+    every: Positive | None = None
+    """Steps between previews; one is always made before the first and after the last step."""
+    steps: Positive = 20
+    """Denoising steps."""
+    guidance: NonNegativeFloat | None = None
+    """Guidance scale; the base's recommended one when left open."""
+    sampler: SamplerName = "DPM++ 2M Karras"
+    """The sampler."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """Seed of the first prompt's noise; the next prompts count on."""
+
+
+class OutputConfig(Section):
+    """What is written, and where."""
+
+    folder: Path | None = None
+    """The run folder; `runs/NAME` when left open."""
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r'^[^\\/:*?"<>|\x00-\x1f]+$')] = "lora"
+    """Name of the adapter and of its file."""
+    dtype: Precision = "fp16"
+    """Number format of the exported adapter file."""
+    description: str = ""
+    """Free text stored in the adapter file."""
+    license: str = ""
+    """Licence of the adapter, stored in the file."""
+    private: bool = False
+    """Keep folder names, captions, tags, prompts and file names out of the adapter file and its card."""
+
+
+class Config(Section):
+    """Everything one training run depends on."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    sample: SampleConfig = SampleConfig()
+    output: OutputConfig = OutputConfig()
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with dotted keys replaced, e.g. ``{"training.steps": 300}`` (validated)."""
+        tree = self.model_dump(exclude_unset=True)
+        for key, value in values.items():
+            section, name = key.split(".")
+            tree.setdefault(section, {})[name] = value
+        return type(self).model_validate(tree)
+
+    def get(self, key: str) -> Any:
+        """Return the value of a dotted key."""
+        section, name = key.split(".")
+        return getattr(getattr(self, section), name)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the length of the run in optimizer steps, from steps or epochs (one of them is set)."""
+        if self.training.epochs is not None:
+            return self.training.epochs * steps_per_epoch
+        assert self.training.steps is not None
+        return self.training.steps
+
+
+def fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every setting as (dotted key, pydantic field), in the order of declaration."""
+    for section, info in Config.model_fields.items():
+        assert isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+        for name, field in info.annotation.model_fields.items():
+            yield f"{section}.{name}", field
+
+
+def component_keys(component: str) -> tuple[str, str, str]:
+    """Return the keys of rank, alpha and learning rate of one component's adapter."""
+    prefix = "" if component == "unet" else f"{component}_"
+    return f"adapter.{prefix}rank", f"adapter.{prefix}alpha", f"optimizer.{prefix}learning_rate"

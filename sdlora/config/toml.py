@@ -1,0 +1,184 @@
+"""Settings read and written: TOML, ``key=value`` texts and ready values in, every problem at once out."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import ValidationError
+
+from ..errors import ConfigError
+from ..files import write_text
+from .contradictions import contradictions
+from .schema import Config, fields
+
+
+def load_config(
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read settings from a TOML file, then ``key=value`` texts, then ready values (last one wins).
+
+    Args:
+        file: TOML file with the sections of :class:`Config`.
+        overrides: texts such as ``training.steps=40``; the value is TOML, or else a plain string.
+        values: dotted key to value, as the command line's own flags give them; ``None`` is skipped.
+
+    Raises:
+        ConfigError: naming every unknown key, bad value and contradiction at once.
+    """
+    problems: list[str] = []
+    tree = _read_toml(file) if file else {}
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or key.count(".") != 1:
+            hint = _nearest(key)
+            problems.append(f"`{text}`: settings are given as section.name=value{hint}")
+            continue
+        _put(tree, key, _parse_value(value), problems)
+    for key, value in (values or {}).items():
+        if value is not None:
+            _put(tree, key, value, problems)
+    config, more = _validate(tree)
+    problems += more
+    if problems:
+        raise ConfigError(_listing(problems, file))
+    assert config is not None
+    return config
+
+
+def save_config(config: Config, file: Path) -> None:
+    """Write all set values as TOML, each under its help text; unset ones are left out."""
+    lines: list[str] = []
+    for section in Config.model_fields:
+        lines.append(f"[{section}]")
+        values = getattr(config, section).model_dump(mode="json", exclude_none=True)
+        tables: list[str] = []
+        for name, field in type(getattr(config, section)).model_fields.items():
+            if name in values:
+                help_text = f"# {' '.join((field.description or '').split())}"
+                if _is_tables(values[name]):  # tables end the section they stand in, so they come last
+                    tables.append(help_text)
+                    tables += [f"[[{section}.{name}]]\n{tomli_w.dumps(one).strip()}" for one in values[name]]
+                else:
+                    lines += [help_text, toml_line(name, values[name])]
+        lines += [*tables, ""]
+    write_text(file, "\n".join(lines))
+
+
+def toml_line(name: str, value: Any) -> str:
+    """Return one setting as TOML; a table on one line, as a header would start another section."""
+    if not isinstance(value, dict):
+        return tomli_w.dumps({name: value}).strip()
+    inner = ", ".join(tomli_w.dumps({key: one}).strip() for key, one in value.items())
+    return f"{name} = {{ {inner} }}" if inner else f"{name} = {{}}"
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such settings file; check the path after --config") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{file}: is a folder; give a TOML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error}); give a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}; mend that line") from None
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # an unquoted string, as shells leave it: output.name=my-style
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
+    section, _, name = key.partition(".")
+    group = tree.setdefault(section, {})
+    if not isinstance(group, dict):
+        problems.append(f"`{section}` is a section, not a value")
+        return
+    group[name] = value
+
+
+def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """Validate; on errors validate the rest again, so that contradictions show in the same report."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(dict(item)) for item in error.errors()]
+        rest = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+        for item in error.errors():
+            location = item["loc"]
+            if len(location) >= 2 and isinstance(rest.get(str(location[0])), dict):
+                rest[str(location[0])].pop(str(location[1]), None)
+            else:
+                rest.pop(str(location[0]), None)
+        with suppress(ValidationError):  # the first report already names what is wrong
+            problems += contradictions(Config.model_validate(rest))
+        return None, problems
+    return config, contradictions(config)
+
+
+def _explain(item: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location[:2])
+    if len(location) > 2:  # inside a table of a list: data.sources[1].weight
+        key += "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in location[2:])
+    kind, given = item["type"], item.get("input")
+    if kind == "extra_forbidden":
+        return f"`{key}` is not a setting{_nearest(key)}"
+    message = str(item["msg"]).removeprefix("Input ").removeprefix("Value error, ")
+    if kind == "literal_error":
+        choices = _choices(key)
+        close = difflib.get_close_matches(str(given), choices, 1)
+        message = "must be one of " + ", ".join(choices) + (f" (did you mean {close[0]}?)" if close else "")
+    elif kind == "string_pattern_mismatch" and key == "output.name":
+        message = 'must not hold any of \\ / : * ? " < > |'
+    return f"`{key}={given}`: {message}"
+
+
+def _choices(key: str) -> list[str]:
+    annotation = dict(fields())[key].annotation
+    found = [value for part in (annotation, *get_args(annotation)) for value in get_args(part)]
+    return [value for value in found if isinstance(value, str)]
+
+
+def _nearest(key: str) -> str:
+    known = [name for name, _ in fields()]
+    if "[" in key:
+        return _nearest_in_table(key)
+    close = difflib.get_close_matches(key, known, 1, cutoff=0.6)
+    if not close:
+        wanted = key.rpartition(".")[2]
+        by_name = {name.partition(".")[2]: name for name in known}
+        close = [by_name[name] for name in difflib.get_close_matches(wanted, list(by_name), 1, cutoff=0.6)]
+    return f"; did you mean `{close[0]}`?" if close else "; see `sdlora train --help` for all settings"
+
+
+def _nearest_in_table(key: str) -> str:
+    """Return a hint for a key such as ``data.sources[1].wieght``."""
+    table, _, wanted = key.rpartition(".")
+    annotation = dict(fields())[table.partition("[")[0]].annotation
+    known = list(get_args(annotation)[0].model_fields)
+    close = difflib.get_close_matches(wanted, known, 1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else f"; it may have {', '.join(known)}"
+
+
+def _listing(problems: list[str], file: Path | None) -> str:
+    where = f" in {file} and the command line" if file else ""
+    if len(problems) == 1:
+        return f"settings{where}: {problems[0]}"
+    return f"{len(problems)} problems with the settings{where}:\n" + "\n".join(f"  - {p}" for p in problems)

@@ -1,0 +1,204 @@
+"""Picture sizes -> bucket and crop geometry; pure arithmetic.
+
+A bucket is a training size (height, width). A picture goes to the bucket whose aspect ratio is nearest in
+log space, so portrait and landscape are mirror images of each other; it is resized until it just covers
+the bucket, and the middle is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ...errors import ConfigError
+
+Size = tuple[int, int]
+"""(height, width) in px."""
+
+MAX_ASPECT = 4.0
+"""Longest side over shortest of a bucket; pictures beyond it are cropped to it."""
+
+
+NEGLIGIBLE_UPSCALE = 1.05
+"""Pictures may be enlarged so much where enlarging is switched off: nobody sees a twentieth."""
+MAX_UPSCALE = 1.5
+"""Pictures enlarged more than this are warned of."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture ends up: all in px, (height, width) order; ``crop`` is (top, left)."""
+
+    bucket: Size
+    resized: Size
+    crop: tuple[int, int]
+    """Corner of the bucket inside the RESIZED picture, which is what SDXL is told."""
+
+    @property
+    def cropped_share(self) -> float:
+        """Share of the picture's area that is cut away, 0 to below 1."""
+        return 1 - math.prod(self.bucket) / math.prod(self.resized)
+
+
+@dataclass(frozen=True)
+class BucketCount:
+    """How many pictures, and how many visits of an epoch, a bucket gets."""
+
+    bucket: Size
+    num_images: int
+    num_visits: int
+
+
+def make_buckets(resolution: int, multiple: int, max_aspect: float = MAX_ASPECT) -> list[Size]:
+    """Return the buckets with an area of at most ``resolution`` squared, from portrait to landscape.
+
+    Sides are multiples of ``multiple``; with every (h, w) there is (w, h); the largest square is always
+    among them. For 1024 and 64 all are sizes SDXL was trained on (Podell et al. 2023, appendix I).
+
+    Raises:
+        ConfigError: when the resolution is smaller than the size multiple.
+    """
+    square = square_bucket(resolution, multiple)[0][0]
+    buckets = {(square, square)}
+    for short in range(multiple, square + 1, multiple):
+        long = resolution * resolution // short // multiple * multiple
+        if short < long <= short * max_aspect:
+            buckets |= {(long, short), (short, long)}
+    return sorted(buckets, key=lambda size: (math.log(size[1]) - math.log(size[0]), size))
+
+
+def square_bucket(resolution: int, multiple: int) -> list[Size]:
+    """Return the only bucket there is when bucketing is switched off: the largest square.
+
+    Raises:
+        ConfigError: when the resolution is smaller than the size multiple.
+    """
+    if resolution < multiple:
+        raise ConfigError(
+            f"`data.resolution={resolution}` is below {multiple} px, the smallest size this base works at; "
+            f"set data.resolution={multiple} or more"
+        )
+    side = resolution // multiple * multiple
+    return [(side, side)]
+
+
+def place(
+    height: int, width: int, buckets: Sequence[Size], focus: tuple[float, float] | None = None
+) -> Placement:
+    """Return the bucket of nearest aspect ratio, the covering size and the crop.
+
+    The crop is centred on ``focus`` (x, y as shares from the top left) as far as the picture reaches, or
+    else on the middle. A tie goes to the larger bucket, then to the one nearer to a square: a picture and
+    its transpose get transposed buckets.
+    """
+    aspect = math.log(width) - math.log(height)  # a difference, so that the transpose is exactly -aspect
+
+    def far(bucket: Size) -> tuple[float, int, float, Size]:
+        own = math.log(bucket[1]) - math.log(bucket[0])
+        return abs(own - aspect), -math.prod(bucket), abs(own), bucket
+
+    bucket = min(buckets, key=far)
+    return _placement(height, width, bucket, focus)
+
+
+def place_without_upscaling(
+    height: int,
+    width: int,
+    resolution: int,
+    multiple: int,
+    buckets: Sequence[Size],
+    focus: tuple[float, float] | None = None,
+    max_aspect: float = MAX_ASPECT,
+) -> Placement:
+    """Return a placement that does not enlarge the picture by more than :data:`NEGLIGIBLE_UPSCALE`.
+
+    A picture that is large enough goes where :func:`place` puts it. A smaller one gets a bucket of its
+    own: of all sizes with sides in multiples of ``multiple`` that it covers, the one that keeps most of
+    its pixels (those cropped away and those lost to reduction count alike). So 1023 px become 1024,
+    not 960. Only a picture smaller than one multiple must still be enlarged.
+
+    Args:
+        height: of the picture, px.
+        width: of the picture, px.
+        resolution: largest area is its square.
+        multiple: of all sides, px.
+        buckets: of larger pictures.
+        focus: see :func:`place`.
+        max_aspect: longest side over shortest.
+    """
+    usual = place(height, width, buckets, focus)
+    if upscale(height, width, usual) <= NEGLIGIBLE_UPSCALE:
+        return usual
+    limit = NEGLIGIBLE_UPSCALE
+    sizes = [
+        (tall, wide)
+        for tall in range(multiple, max(multiple, int(height * limit)) + 1, multiple)
+        for wide in range(multiple, max(multiple, int(width * limit)) + 1, multiple)
+        if tall * wide <= resolution * resolution and max(tall, wide) <= max_aspect * min(tall, wide)
+    ]
+    aspect = math.log(width) - math.log(height)
+
+    def cost(size: Size) -> tuple[float, int, float, Size]:
+        scale = max(size[0] / height, size[1] / width)
+        lost = 1 - math.prod(size) / (height * width * max(1.0, scale * scale))
+        off = abs(math.log(size[1]) - math.log(size[0]) - aspect)
+        return round(lost, 9), -math.prod(size), round(off, 9), size
+
+    return _placement(height, width, min(sizes, key=cost), focus)
+
+
+def _placement(height: int, width: int, bucket: Size, focus: tuple[float, float] | None) -> Placement:
+    resized = _cover(height, width, bucket)
+    slack = resized[0] - bucket[0], resized[1] - bucket[1]
+    if focus is None:
+        return Placement(bucket, resized, (slack[0] // 2, slack[1] // 2))
+    wanted = (
+        round(share * whole - kept / 2)
+        for share, whole, kept in zip((focus[1], focus[0]), resized, bucket, strict=True)
+    )
+    top, left = (max(0, min(most, start)) for start, most in zip(wanted, slack, strict=True))
+    return Placement(bucket, resized, (top, left))
+
+
+def _cover(height: int, width: int, bucket: Size) -> Size:
+    """Return the smallest size of the picture's aspect ratio that is nowhere smaller than the bucket."""
+    bucket_height, bucket_width = bucket
+    if bucket_height * width >= bucket_width * height:
+        return bucket_height, max(bucket_width, (2 * width * bucket_height + height) // (2 * height))
+    return max(bucket_height, (2 * height * bucket_width + width) // (2 * width)), bucket_width
+
+
+def flipped(placement: Placement) -> Placement:
+    """Return the placement of the mirrored picture whose crop shows the same part."""
+    left = placement.resized[1] - placement.bucket[1] - placement.crop[1]
+    return replace(placement, crop=(placement.crop[0], left))
+
+
+def source_box(height: int, width: int, placement: Placement) -> tuple[float, float, float, float]:
+    """Return the kept part as (left, top, right, bottom) in px of the picture before resizing.
+
+    Fits Pillow: ``image.resize((w, h), box=source_box(...))`` resizes and crops at once, and so never
+    makes a giant of a picture that is extremely long.
+    """
+    down, across = height / placement.resized[0], width / placement.resized[1]
+    top, left = placement.crop
+    bottom, right = top + placement.bucket[0], left + placement.bucket[1]
+    return left * across, top * down, min(right * across, float(width)), min(bottom * down, float(height))
+
+
+def upscale(height: int, width: int, placement: Placement) -> float:
+    """Return how many times larger the picture gets; below 1 it is made smaller."""
+    return max(placement.resized[0] / height, placement.resized[1] / width)
+
+
+def count_buckets(placements: Iterable[Placement], repeats: Iterable[int]) -> list[BucketCount]:
+    """Return what each used bucket gets, from portrait to landscape."""
+    images: Counter[Size] = Counter()
+    visits: Counter[Size] = Counter()
+    for placement, times in zip(placements, repeats, strict=True):
+        images[placement.bucket] += 1
+        visits[placement.bucket] += times
+    ordered = sorted(images, key=lambda size: (math.log(size[1]) - math.log(size[0]), size))
+    return [BucketCount(bucket, images[bucket], visits[bucket]) for bucket in ordered]

@@ -1,0 +1,272 @@
+"""Encode each picture and caption once, keep the result on disk, and find it again by content.
+
+What is kept of a picture is the VAE's posterior (mean and log-variance, unscaled), so that training
+draws fresh latents at every visit. The key covers everything the result depends on: the file's bytes,
+the geometry, the background, mirroring and the encoder's own weights. A stale entry cannot be hit;
+files are written under a temporary name, so a killed run leaves no half entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...errors import DatasetError
+from ...families.base import Conditioning, DiffusionModel, Posterior, SizeHint
+from ...families.emphasis import escape
+from ...tensor_file import all_finite
+from ..reading.cache_folder import mark_used
+from ..reading.image_files import PIXELS_VERSION, load_pixels
+from ..reading.items import ImageItem
+from ..reading.lookahead import ahead
+from ..reading.masks import load_mask, refuse_empty
+from .buckets import Placement
+from .caption_plan import CaptionRun
+from .entries import read_entry, write_entry
+from .views import Colours, Look, Looks, shown, shown_mask
+
+_FORMAT = "2"  # part of every key: raise it when what is stored changes meaning
+_PROMPTS = "2"  # raise it when a prompt comes to mean something else
+_MEMORY_BUDGET = 1 << 30  # bytes of encoded data kept in RAM; the rest is read again when needed
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One picture as training sees it: posterior (1, C, h, w), pixel sizes, and mask (1, 1, h, w) in 0..1."""
+
+    posterior: Posterior
+    size: SizeHint
+    mask: Tensor | None = None
+
+
+def to_pixels(
+    image: Image.Image, placement: Placement, *, mirror: bool = False, colours: Colours | None = None
+) -> Tensor:
+    """Bring a picture to its bucket; return (1, 3, H, W) float32 in [-1, 1]."""
+    seen = shown(image, Look(placement, mirror, colours))
+    pixels = np.asarray(seen, dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+
+class EncodedDataset:
+    """Pictures and captions as the denoiser needs them, encoded on first use.
+
+    Args:
+        items: the pictures.
+        looks: how each is shown.
+        model: encodes; needs its encoders on the device until :meth:`encode_all` has run.
+        folder: where encodings are kept, shared between runs.
+        background: colour behind transparent pictures.
+        encode_captions: off when the text encoder is trained, whose outputs change.
+        captions: how they vary from visit to visit, and where they are encoded.
+        alpha_mask: what is transparent is masked; else pictures may have masks of their own.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[ImageItem],
+        looks: Looks,
+        model: DiffusionModel,
+        folder: Path,
+        *,
+        background: str = "#ffffff",
+        encode_captions: bool = True,
+        captions: CaptionRun | None = None,
+        alpha_mask: bool = False,
+    ) -> None:
+        assert len(items) == len(looks.placements)
+        self.items, self.looks = tuple(items), looks
+        self.encode_captions, self.captions = encode_captions, captions or CaptionRun()
+        self._model, self._folder = model, folder
+        self._background, self._alpha_mask = background, alpha_mask
+        self._kept_texts = {"", *self.captions.texts, *(item.caption for item in items)}
+        self._memory: dict[Path, dict[str, Tensor]] = {}
+        self._memory_bytes = 0
+        self._image_print = model.encoder_fingerprint("images")
+        self._text_print = model.encoder_fingerprint("captions") if encode_captions else ""
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """The geometry of each picture, without chance."""
+        return self.looks.placements
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any picture has a mask."""
+        return any(self._masked(item) for item in self.items)
+
+    def encode_all(self, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Encode what is not kept yet; ``tell`` gets (done, total).
+
+        Pictures are decoded ahead on all cores, so that the encoder does not wait for them.
+
+        Raises:
+            DatasetError: if latents are not finite, or a mask lets nothing through, naming the file.
+        """
+        looks = [(index, look) for index in range(len(self.items)) for look in self.looks.to_encode(index)]
+        captions = sorted(self._kept_texts) if self.encode_captions else []
+        total = len(looks) + len(captions)
+        workers = max(1, min(16, os.cpu_count() or 1))
+        done = 0
+        with ThreadPoolExecutor(workers) as pool:
+            for index, look, pixels in ahead(self._started(pool, looks), 2 * workers):
+                if pixels is not None:
+                    self._keep(index, look, pixels)
+                tell(done := done + 1, total)
+        for caption in captions:
+            if not self._is_kept("captions", self._caption_key(caption)):
+                self.caption(caption)
+            tell(done := done + 1, total)
+        self._refuse_empty_masks(looks)
+
+    def _refuse_empty_masks(self, looks: Sequence[tuple[int, Look]]) -> None:
+        seen: dict[int, float] = {}
+        for index, look in looks:
+            if self._masked(self.items[index]):
+                mask = self._mask(index, look)
+                seen[index] = seen.get(index, 0.0) + float(mask.sum())
+        for index, share in seen.items():
+            refuse_empty(self.items[index], share)
+
+    def _started(
+        self, pool: ThreadPoolExecutor, looks: Sequence[tuple[int, Look]]
+    ) -> Iterator[tuple[int, Look, Future[Tensor] | None]]:
+        """Yield each look, with its pixels on their way where it must be encoded."""
+        for index, look in looks:
+            kept = self._is_kept("images", self._image_key(index, look))
+            yield index, look, None if kept else pool.submit(self._pixels, index, look)
+
+    def image(self, index: int, look: Look | None = None) -> EncodedImage:
+        """Return one encoded picture, by default in its look without chance.
+
+        Raises:
+            DatasetError: if its latents are not finite, naming the file.
+        """
+        return self._keep(index, look or self.looks.plain(index), None)
+
+    def prompt(self, text: str) -> str:
+        """Return what the text encoder is given for a caption."""
+        return text if self.captions.emphasis else escape(text)
+
+    def caption(self, text: str) -> Conditioning:
+        """Return one encoded caption, tensors without batch axis, float32.
+
+        Raises:
+            DatasetError: if its encoding is not finite, naming the caption.
+        """
+
+        def encode() -> dict[str, Tensor]:
+            with torch.no_grad():
+                encoded = self._model.encode_text([self.prompt(text)])
+            return {name: tensor[0].float().cpu().contiguous() for name, tensor in encoded.items()}
+
+        what = f"caption `{text[:60]}`: its encoding is"
+        keep = not self.captions.in_loop or text in self._kept_texts
+        return self._tensors("captions", self._caption_key(text), encode, what, keep=keep)
+
+    def _keep(self, index: int, look: Look, pixels: Future[Tensor] | None) -> EncodedImage:
+        """Return one encoded picture, from pixels that are decoded already if there are any."""
+        item, used = self.items[index], look.placement
+
+        def encode() -> dict[str, Tensor]:
+            ready = self._pixels(index, look) if pixels is None else pixels.result()
+            posterior = self._model.encode_images(ready)
+            return {"mean": posterior.mean, "logvar": posterior.logvar}
+
+        what = f"{item.path}: its latents are"
+        tensors = self._tensors(
+            "images", self._image_key(index, look), encode, what, keep=not self._is_fleeting(index, look)
+        )
+        size = SizeHint((item.height, item.width), used.crop, used.bucket)
+        mask = self._mask(index, look) if self._masked(item) else None
+        return EncodedImage(Posterior(tensors["mean"], tensors["logvar"]), size, mask)
+
+    def _masked(self, item: ImageItem) -> bool:
+        return "transparent" in item.traits if self._alpha_mask else item.mask is not None
+
+    def _mask(self, index: int, look: Look) -> Tensor:
+        """Return a mask (1, 1, h, w) at the size of the latents, each value the mean of its area."""
+        item = self.items[index]
+        _, height, width = self._model.latent_shape(*look.placement.bucket)
+
+        def make() -> dict[str, Tensor]:
+            mask = load_mask(item, alpha=self._alpha_mask)
+            if mask is None:
+                return {"mask": torch.ones((1, 1, height, width))}
+            small = np.asarray(shown_mask(mask, look, height, width), dtype=np.float32) / 255
+            return {"mask": torch.from_numpy(small)[None, None].contiguous()}
+
+        source = "alpha" if self._alpha_mask else item.mask_digest
+        key = f"mask {source} {item.digest} {_way(look)} {height} {width} {PIXELS_VERSION}"
+        keep = not self._is_fleeting(index, look)
+        return self._tensors("images", key, make, f"{item.path}: its mask is", keep=keep)["mask"]
+
+    def _is_fleeting(self, index: int, look: Look) -> bool:
+        """Tell whether a look is made for one visit only, so that keeping it would fill the disk."""
+        return self.looks.in_loop and look != self.looks.plain(index)
+
+    def _pixels(self, index: int, look: Look) -> Tensor:
+        image = load_pixels(self.items[index], self._background)
+        return to_pixels(image, look.placement, mirror=look.mirror, colours=look.colours)
+
+    def _image_key(self, index: int, look: Look) -> str:
+        geometry = f"{_way(look)} {self._background} {PIXELS_VERSION}"
+        return f"{self._image_print} {self.items[index].digest} {geometry}"
+
+    def _caption_key(self, text: str) -> str:
+        return f"{_PROMPTS} {self._text_print} {self.prompt(text)}"
+
+    def _is_kept(self, kind: str, key: str) -> bool:
+        """Tell whether an entry is there, without reading it, and note that it is used."""
+        file = self._file(kind, key)
+        kept = file.is_file()
+        if kept:
+            mark_used(file)
+        return kept
+
+    def _file(self, kind: str, key: str) -> Path:
+        digest = hashlib.sha256(f"{_FORMAT} {kind} {key}".encode()).hexdigest()
+        return self._folder / kind / digest[:2] / f"{digest}.safetensors"
+
+    def _tensors(
+        self, kind: str, key: str, make: Callable[[], Mapping[str, Tensor]], what: str, *, keep: bool
+    ) -> dict[str, Tensor]:
+        file = self._file(kind, key)
+        if file in self._memory:
+            return self._memory[file]
+        tensors = read_entry(file)
+        if tensors is None:  # not there, thinned out, or damaged by something else than us
+            tensors = dict(make())
+            _refuse_non_finite(tensors, what)  # before it is written: a cache must not keep it
+            if not keep:
+                return tensors
+            write_entry(file, tensors)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if self._memory_bytes + size <= _MEMORY_BUDGET:
+            self._memory[file] = tensors
+            self._memory_bytes += size
+        return tensors
+
+
+def _way(look: Look) -> str:
+    """Return all that a look changes, as part of a key."""
+    used = look.placement
+    way = f"{used.resized} {used.crop} {used.bucket} {look.mirror}"
+    return f"{way} {look.colours}" if look.colours else way
+
+
+def _refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    if not all(all_finite(tensor) for tensor in tensors.values()):
+        raise DatasetError(
+            f"{what} not finite numbers; the base cannot encode it (change or remove it, use "
+            "training.precision=fp32, or another base)"
+        )

@@ -1,0 +1,168 @@
+"""How a picture looks at one visit: which part of it, mirrored or not, in which colours.
+
+Everything is a function of (seed, epoch, picture, repeat). Random crops and colours come either from a
+few variants a picture, encoded beforehand and taken in turn, or anew at each visit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from PIL import Image, ImageEnhance, ImageOps
+
+from ..reading.items import ImageItem, Point, Visit
+from .buckets import Placement, flipped, source_box
+
+Colours = tuple[float, float, float]
+"""Factors of brightness, contrast and saturation."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One way to show a picture.
+
+    Attributes:
+        placement: in the picture as it is shown, mirrored or not.
+        mirror: left and right are exchanged.
+        colours: None for the picture's own.
+    """
+
+    placement: Placement
+    mirror: bool = False
+    colours: Colours | None = None
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The looks of a dataset's pictures, by settings; see those of the same names.
+
+    Attributes:
+        placements: of each picture, without chance.
+        random_crop: the crop moves.
+        colour_jitter: largest relative change of brightness, contrast and saturation.
+        variants: random looks of each picture; 0 for a new one at each visit.
+        flip: half of the visits are mirrored.
+        seed: fixes all of it.
+    """
+
+    placements: tuple[Placement, ...]
+    items: tuple[ImageItem, ...]
+    random_crop: bool = False
+    colour_jitter: float = 0.0
+    variants: int = 1
+    flip: bool = False
+    seed: int = 0
+
+    @property
+    def varies(self) -> bool:
+        """Whether crops or colours change from visit to visit."""
+        return self.random_crop or self.colour_jitter > 0
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether pictures must be encoded at each visit."""
+        return self.varies and self.variants == 0
+
+    def plain(self, index: int, *, mirror: bool = False) -> Look:
+        """Return the look without chance."""
+        placement = self.placements[index]
+        return Look(flipped(placement) if mirror else placement, mirror)
+
+    def at(self, visit: Visit, seed: int) -> Look:
+        """Return the look at one visit."""
+        mirror = self.flip and draw_for(seed, "flip", visit) < 0.5
+        if not self.varies:
+            return self.plain(visit.index, mirror=mirror)
+        item = self.items[visit.index]
+        if self.variants == 0:
+            draw = random.Random(f"{seed}/look/{visit.epoch}/{visit.index}/{visit.repeat}").random
+            return _mirrored(self._drawn(visit.index, draw), mirror)
+        start = int(random.Random(f"{seed}/first look/{visit.index}").random() * self.variants)
+        looks = visit.epoch * item.repeats + visit.repeat
+        return _mirrored(self._variant(visit.index, (start + looks) % self.variants), mirror)
+
+    def to_encode(self, index: int) -> list[Look]:
+        """Return the different looks of a picture that can be encoded before training."""
+        if self.in_loop:
+            return []
+        ways = (
+            [self._variant(index, number) for number in range(self.variants)]
+            if self.varies
+            else [self.plain(index)]
+        )
+        mirrors = (False, True) if self.flip else (False,)
+        return list(dict.fromkeys(_mirrored(look, mirror) for look in ways for mirror in mirrors))
+
+    def _variant(self, index: int, number: int) -> Look:
+        # by content, so that a picture's variants are found again in other datasets
+        return self._drawn(
+            index, random.Random(f"{self.seed}/look/{self.items[index].digest}/{number}").random
+        )
+
+    def _drawn(self, index: int, draw: Callable[[], float]) -> Look:
+        placement = self.placements[index]
+        if self.random_crop:
+            placement = random_crop(placement, self.items[index].focus, draw)
+        colours = None
+        if self.colour_jitter > 0:
+            brightness, contrast, saturation = (
+                round(1 + self.colour_jitter * (2 * draw() - 1), 4) for _ in range(3)
+            )
+            colours = brightness, contrast, saturation
+        return Look(placement, False, colours)
+
+
+def draw_for(seed: int, what: str, visit: Visit) -> float:
+    """Return a number from 0 to below 1 that only depends on the arguments."""
+    return random.Random(f"{seed}/{what}/{visit.epoch}/{visit.index}/{visit.repeat}").random()
+
+
+def random_crop(placement: Placement, focus: Point | None, draw: Callable[[], float]) -> Placement:
+    """Return the placement with its crop anywhere in the picture, such that it holds the focus."""
+    corner = []
+    for axis, share in ((0, focus[1] if focus else None), (1, focus[0] if focus else None)):
+        kept, whole = placement.bucket[axis], placement.resized[axis]
+        least, most = 0, whole - kept
+        if share is not None:
+            point = int(share * whole)
+            least, most = max(least, min(most, point - kept + 1)), min(most, max(least, point))
+        corner.append(least + int(draw() * (most - least + 1)))
+    return replace(placement, crop=(corner[0], corner[1]))
+
+
+def shown(image: Image.Image, look: Look) -> Image.Image:
+    """Return a picture mirrored, cut, resized and coloured as the look says, in the size of its bucket."""
+    image = _cut(ImageOps.mirror(image) if look.mirror else image, look.placement, Image.Resampling.LANCZOS)
+    if look.colours is None:
+        return image
+    enhancers: Sequence[Callable[[Image.Image], ImageEnhance._Enhance]] = (
+        ImageEnhance.Brightness,
+        ImageEnhance.Contrast,
+        ImageEnhance.Color,
+    )
+    for enhancer, factor in zip(enhancers, look.colours, strict=True):
+        image = enhancer(image).enhance(factor)
+    return image
+
+
+def shown_mask(mask: Image.Image, look: Look, height: int, width: int) -> Image.Image:
+    """Return a mask cut as its picture, reduced to (height, width): each value is the mean of its area."""
+    mask = ImageOps.mirror(mask) if look.mirror else mask
+    box = source_box(mask.height, mask.width, look.placement)
+    return mask.resize((width, height), Image.Resampling.BOX, box=box)
+
+
+def _cut(image: Image.Image, placement: Placement, method: Image.Resampling) -> Image.Image:
+    height, width = placement.bucket
+    if placement.resized != (image.height, image.width):
+        # only the part that is kept: resizing all of a 20000 x 1 px picture first would take gigabytes
+        box = source_box(image.height, image.width, placement)
+        return image.resize((width, height), method, box=box)
+    top, left = placement.crop
+    return image.crop((left, top, left + width, top + height))
+
+
+def _mirrored(look: Look, mirror: bool) -> Look:
+    return replace(look, placement=flipped(look.placement), mirror=True) if mirror else look

@@ -1,0 +1,1 @@
+"""What is wrong or odd with an image folder, shown and mended in a copy; no torch."""

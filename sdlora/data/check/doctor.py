@@ -1,0 +1,308 @@
+"""The doctor: everything known about a folder of pictures before any time is spent on training it.
+
+Reads a folder once and changes nothing. :mod:`sdlora.data.check.findings` holds what it looks for,
+:mod:`sdlora.data.check.report_text` and :mod:`sdlora.data.check.report_page` how it is shown, and
+:mod:`sdlora.data.check.repair` what can be mended in a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
+
+from ..batching.buckets import BucketCount, Placement, count_buckets, source_box, upscale
+from ..batching.placing import Placer, further, placer
+from ..reading.folder import Progress, survey
+from ..reading.items import ImageItem, Survey
+from ..reading.tokens import count_tokens
+from .findings import (
+    SEVERITIES,
+    Finding,
+    Severity,
+    about_captions,
+    about_copies,
+    about_files,
+    about_problems,
+    about_sizes,
+    count_tags,
+)
+
+_MOST_TAGS = 50
+
+
+@dataclass(frozen=True)
+class CaptionStats:
+    """Where the captions come from, and how long they are in CLIP tokens."""
+
+    from_files: int
+    """Caption and metadata files."""
+    from_names: int
+    """Names of the pictures' files."""
+    trigger_added: int
+    mean_tokens: float
+    max_tokens: int
+    from_folders: int = 0
+    """Names of kohya's folders, and captions that the settings give a folder."""
+
+
+Role = Literal["trained", "regularisation", "held out", "not used"]
+"""What a picture is for; ``not used`` are those too like a training picture to measure progress."""
+TRAINED: tuple[Role, ...] = ("trained", "regularisation")
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done with the pictures.
+
+    Attributes:
+        placed: where each ends up.
+        resolution: side of a square of the area trained at, px.
+        further: what places pictures at further resolutions, with these.
+        words: what its caption says at a visit without chance.
+        roles: by name, of pictures that are not simply trained on.
+        base: title of the base that is trained; empty where none was given.
+        alpha_mask: only what is not transparent is trained on.
+        crops_move: each visit shows another part of a picture.
+    """
+
+    placed: Placer
+    resolution: int
+    further: tuple[tuple[int, Placer], ...] = ()
+    words: Callable[[ImageItem], str] = attrgetter("caption")
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    base: str = ""
+    alpha_mask: bool = False
+    crops_move: bool = False
+
+    def role(self, item: ImageItem) -> Role:
+        """Return what a picture is for."""
+        return self.roles.get(item.name, "regularisation" if item.regularisation else "trained")
+
+
+@dataclass(frozen=True)
+class ExaminedPicture:
+    """One usable picture: what it is, which part of it is trained on, what is said of it."""
+
+    item: ImageItem
+    placement: Placement
+    tokens: int
+    caption: str
+    role: Role = "trained"
+    further: tuple[Placement, ...] = ()
+    """At further resolutions."""
+    masked: bool = False
+    """Only a part of it is trained on."""
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """The part that is kept, as (left, top, right, bottom) in px of the upright picture."""
+        return source_box(self.item.height, self.item.width, self.placement)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return its geometry as plain values; boxes in px of the upright picture."""
+        item, placement = self.item, self.placement
+        return {
+            "name": item.name,
+            "width": item.width,
+            "height": item.height,
+            "bucket": placement.bucket,
+            "resized": placement.resized,
+            "crop": placement.crop,
+            "box": [round(side, 2) for side in self.box],
+            "cropped_share": round(placement.cropped_share, 4),
+            "upscale": round(upscale(item.height, item.width, placement), 4),
+            "repeats": item.repeats,
+            "caption": self.caption,
+            "tokens": self.tokens,
+            "role": self.role,
+            "further_buckets": [further.bucket for further in self.further],
+            "focus": item.focus,
+            "mask": str(item.mask) if item.mask else None,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known about a folder after looking at every file in it."""
+
+    folder: Path
+    recursive: bool
+    trigger_word: str | None
+    resolution: int
+    num_images: int
+    num_unusable: int
+    """Pictures left out because of an error in them or in their caption."""
+    buckets: tuple[BucketCount, ...]
+    num_batches: int | None
+    """Micro-batches per epoch for the given batch size."""
+    num_short_batches: int | None
+    captions: CaptionStats
+    findings: tuple[Finding, ...]
+    tags: tuple[tuple[str, int], ...] = ()
+    """(tag, captions it is in), the commonest first."""
+    base: str = ""
+    """Title of the base that is trained; empty where none was given."""
+    more_resolutions: tuple[int, ...] = ()
+    num_held_out: int = 0
+    crops_move: bool = False
+    """Each visit shows another part of a picture than the one in the middle."""
+    pictures: tuple[ExaminedPicture, ...] = field(default=(), repr=False)
+
+    @property
+    def num_visits(self) -> int:
+        """Looks at pictures in an epoch, at all resolutions."""
+        return sum(bucket.num_visits for bucket in self.buckets)
+
+    @property
+    def num_trained(self) -> int:
+        """Pictures that are trained on."""
+        return sum(picture.role in TRAINED for picture in self.pictures)
+
+    @property
+    def harmful(self) -> bool:
+        """Whether training would be refused: there is an error."""
+        return any(finding.severity == "error" for finding in self.findings)
+
+    def caption_sources(self) -> str:
+        """Return in words where the captions come from."""
+        captions = self.captions
+        folders = f"{captions.from_folders} from folders, " if captions.from_folders else ""
+        return f"{captions.from_files} from files, {folders}{captions.from_names} from file names"
+
+    def count(self, severity: Severity) -> int:
+        """Return the number of findings of a severity."""
+        return sum(finding.severity == severity for finding in self.findings)
+
+    def verdict(self) -> str:
+        """Return what it comes to, in one sentence."""
+        if self.harmful:
+            return "Not ready: mend the errors first."
+        if self.count("warning"):
+            return "Can be trained; the warnings make the result worse."
+        return "Ready to train."
+
+
+def examine(
+    folder: Path,
+    *,
+    recursive: bool = True,
+    trigger_word: str | None = None,
+    resolution: int = 512,
+    multiple: int = 64,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Return everything found in a folder, worst first; every picture is decoded.
+
+    Raises:
+        DatasetError: when the folder is missing, is a file, or holds no pictures.
+        ConfigError: when the resolution is smaller than the size multiple.
+    """
+    placed = placer(resolution, multiple)  # refuses before anything is read
+    found = survey(folder, recursive=recursive, trigger_word=trigger_word, progress=progress)
+    return diagnose(found, Treatment(placed, resolution), recursive=recursive, batch_size=batch_size)
+
+
+def diagnose(
+    found: Survey, treatment: Treatment, *, recursive: bool = True, batch_size: int | None = None
+) -> Report:
+    """Return the report about pictures that were read, treated as training would treat them."""
+    dataset = found.dataset
+    captions = [treatment.words(item) for item in dataset.items]
+    tokens = count_tokens(captions)
+    pictures = tuple(
+        _examined(item, treatment, caption, count)
+        for item, caption, count in zip(dataset.items, captions, tokens, strict=True)
+    )
+    findings = chain(
+        about_problems(found.problems),
+        about_sizes(dataset.items, [picture.placement for picture in pictures], treatment.resolution),
+        about_copies(dataset.items),
+        about_captions(dataset, tokens),
+        about_files(dataset),
+    )
+    buckets = _trained_buckets(pictures)
+    batches, short = _batches(buckets, batch_size)
+    return Report(
+        folder=dataset.folder,
+        recursive=recursive,
+        trigger_word=dataset.trigger_word,
+        resolution=treatment.resolution,
+        num_images=len(dataset.items),
+        num_unusable=found.num_pictures - len(dataset.items),
+        buckets=tuple(buckets),
+        num_batches=batches,
+        num_short_batches=short,
+        captions=_caption_stats(dataset.items, tokens),
+        findings=tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))),
+        tags=tuple(count_tags(dataset)[:_MOST_TAGS]),
+        pictures=pictures,
+        base=treatment.base,
+        more_resolutions=tuple(resolution for resolution, _ in treatment.further),
+        num_held_out=sum(picture.role == "held out" for picture in pictures),
+        crops_move=treatment.crops_move,
+    )
+
+
+def report_to_dict(report: Report) -> dict[str, Any]:
+    """Return the report as plain values for JSON, with its verdict."""
+    return {
+        "folder": str(report.folder),
+        "recursive": report.recursive,
+        "trigger_word": report.trigger_word,
+        "resolution": report.resolution,
+        "num_images": report.num_images,
+        "num_unusable": report.num_unusable,
+        "num_held_out": report.num_held_out,
+        "base": report.base or None,
+        "more_resolutions": report.more_resolutions,
+        "crops_move": report.crops_move,
+        "num_visits": report.num_visits,
+        "buckets": [asdict(bucket) for bucket in report.buckets],
+        "num_batches": report.num_batches,
+        "num_short_batches": report.num_short_batches,
+        "captions": asdict(report.captions),
+        "findings": [asdict(finding) for finding in report.findings],
+        "tags": report.tags,
+        "pictures": [picture.to_dict() for picture in report.pictures],
+        "harmful": report.harmful,
+        "verdict": report.verdict(),
+        "counts": {severity: report.count(severity) for severity in SEVERITIES},
+    }
+
+
+def _examined(item: ImageItem, treatment: Treatment, caption: str, tokens: int) -> ExaminedPicture:
+    placement, role = treatment.placed(item), treatment.role(item)
+    others = [placed for _, placed in treatment.further]
+    more = tuple(further(item, placement, others)) if role in TRAINED else ()
+    masked = item.mask is not None or (treatment.alpha_mask and "transparent" in item.traits)
+    return ExaminedPicture(item, placement, tokens, caption, role, more, masked)
+
+
+def _trained_buckets(pictures: Sequence[ExaminedPicture]) -> list[BucketCount]:
+    """Return what each bucket gets in an epoch, at all resolutions."""
+    trained = [one for one in pictures if one.role in TRAINED]
+    placed = [(place, one.item.repeats) for one in trained for place in (one.placement, *one.further)]
+    return count_buckets([place for place, _ in placed], [repeats for _, repeats in placed])
+
+
+def _batches(buckets: Iterable[BucketCount], batch_size: int | None) -> tuple[int | None, int | None]:
+    if batch_size is None:
+        return None, None
+    visits = [bucket.num_visits for bucket in buckets]
+    return sum(-(-count // batch_size) for count in visits), sum(count % batch_size > 0 for count in visits)
+
+
+def _caption_stats(items: Sequence[ImageItem], tokens: Sequence[int]) -> CaptionStats:
+    return CaptionStats(
+        from_files=sum(item.caption_source in ("txt", "caption", "metadata") for item in items),
+        from_names=sum(item.caption_source == "file name" for item in items),
+        trigger_added=sum(item.trigger_added for item in items),
+        mean_tokens=round(sum(tokens) / len(tokens), 1) if tokens else 0.0,
+        max_tokens=max(tokens, default=0),
+        from_folders=sum(item.caption_source in ("folder name", "setting") for item in items),
+    )

@@ -1,0 +1,120 @@
+"""What settings make of their pictures: placed for the base, worded and held out as training would.
+
+Reads no weight: the base is looked at as a blueprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from ...config.defaults import resolve_data
+from ...config.schema import Config
+from ...errors import DatasetError
+from ...families.loading import load_model
+from ..batching.placing import placer
+from ..batching.prepare import base_facts
+from ..reading.holdout import divide
+from ..reading.items import Dataset, Survey
+from ..reading.measure import Progress
+from ..reading.sources import by_role, survey_all, survey_held_out
+from ..reading.wording import Wording
+from .doctor import Report, Role, Treatment, diagnose
+
+
+def examine_settings(
+    config: Config,
+    *,
+    multiple: int | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Return everything found in the folders that settings train on, and what each picture is for.
+
+    Args:
+        config: the settings; what they leave open is decided as for training.
+        multiple: picture sides are multiples of this many px; the base's own when None.
+        batch_size: also count the batches of an epoch; that of the settings when None.
+        progress: told after each file.
+
+    Raises:
+        DatasetError: when a folder is missing, is a file, or holds no pictures.
+        ModelError: for a base that cannot be used.
+        ConfigError: when the resolution is smaller than the size multiple.
+    """
+    blueprint = load_model(
+        config.model.base, dtype=torch.float32, device=torch.device("meta"), vae=config.model.vae
+    )
+    facts = base_facts(blueprint, "cpu")
+    multiple = multiple or blueprint.size_multiple
+    found = survey_all(config.data, progress)
+    own = survey_held_out(config.data, progress)
+    config, _ = resolve_data(config, facts, len(found.dataset.learned))
+    data = config.data
+    assert data.resolution is not None
+    placed = partial(placer, multiple=multiple, grouped=data.buckets, enlarge=data.upscale)
+    treatment = Treatment(
+        placed(data.resolution),
+        data.resolution,
+        tuple((resolution, placed(resolution)) for resolution in data.more_resolutions),
+        words=Wording.of(data).plain,
+        base=blueprint.base.title,
+        alpha_mask=data.alpha_mask,
+        crops_move=data.crop == "random",
+    )
+    survey, roles = _with_roles(config, found, own)
+    return diagnose(
+        survey,
+        replace(treatment, roles=roles),
+        recursive=data.recursive,
+        batch_size=batch_size or config.training.batch_size,
+    )
+
+
+def _with_roles(config: Config, found: Survey, own: Survey | None) -> tuple[Survey, Mapping[str, Role]]:
+    """Return the pictures of all folders, and by their names what those not trained on are for."""
+    learned, priors = by_role(found.dataset)
+    if not learned.items:  # all are broken, which the problems say
+        return found, {}
+    apart = own.dataset if own and own.dataset.items else None
+    validation = config.data.validation if own is None else 0.0
+    try:
+        training, held = divide(learned, validation, apart, config.training.seed, priors.items)
+    except DatasetError:
+        if not found.problems:
+            raise
+        return found, {}  # too few pictures are left to hold out any; what broke the others comes first
+    if own is None:
+        dataset = replace(found.dataset, notes=training.notes)
+        return replace(found, dataset=dataset), {item.name: "held out" for item in held.items}
+    prefix = f"{own.dataset.folder.resolve().name}/"
+    kept = {item.path for item in held.items}
+    others = _renamed(own.dataset, prefix)
+    roles: dict[str, Role] = {
+        item.name: "held out" if item.path in kept else "not used" for item in others.items
+    }
+    trained = {item.path for item in (*training.items, *priors.items)}
+    items = tuple(item for item in found.dataset.items if item.path in trained) + others.items
+    dataset = replace(
+        found.dataset,
+        items=items,
+        notes=training.notes + others.notes,
+        orphans=found.dataset.orphans + others.orphans,
+    )
+    problems = tuple(replace(problem, where=prefix + problem.where) for problem in own.problems)
+    distinct = tuple(dict.fromkeys(found.problems + problems))  # the one folder may lie in the other
+    broken = found.num_pictures - len(found.dataset.items) + own.num_pictures - len(own.dataset.items)
+    broken -= len(found.problems) + len(problems) - len(distinct)
+    return Survey(dataset, distinct, len(items) + broken), roles
+
+
+def _renamed(dataset: Dataset, prefix: str) -> Dataset:
+    return replace(
+        dataset,
+        items=tuple(replace(item, name=prefix + item.name) for item in dataset.items),
+        notes=tuple(prefix + note for note in dataset.notes),
+        orphans=tuple(prefix + orphan for orphan in dataset.orphans),
+    )

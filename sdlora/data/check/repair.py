@@ -1,0 +1,173 @@
+"""A mended copy of a folder of pictures: what can be put right is, what cannot is left out, all of it told.
+
+The folder itself is never changed. Files that need nothing are copied byte for byte. Only pictures and
+what describes them are copied: captions, metadata and sidecars.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ...errors import OutputError
+from ...files import refuse_used_folder, replacing
+from ..reading.captions import MAX_CAPTION_BYTES
+from ..reading.image_files import read_file
+from ..reading.listing import FoundFile, Listing, list_files
+from ..reading.measure import Progress
+from ..reading.metadata_files import name_key
+from ..reading.problems import Problem, Unusable
+from ..reading.sidecars import read_focus
+from .caption_text import to_utf8
+from .metadata_copy import mended_metadata
+from .salvage import Mended, mend
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was done about a file; ``written`` is its name in the copy, None when it was left out."""
+
+    name: str
+    what: str
+    written: str | None
+
+
+def repair(
+    folder: Path, output: Path, *, recursive: bool = True, progress: Progress | None = None
+) -> list[Change]:
+    """Write a mended copy of a folder and return what is different in it.
+
+    Raises:
+        DatasetError: when the folder is missing or is a file.
+        OutputError: when ``output`` is in use, lies inside the folder, or cannot be written.
+    """
+    folder, output = Path(folder), Path(output)
+    listing = list_files(folder, recursive)
+    refuse_used_folder(output, "a mended copy")
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(
+            f"{output}: lies inside {folder}, which would then hold it; choose another --output"
+        )
+    if output.is_dir():
+        output.rmdir()  # empty; Windows cannot rename over it
+    with replacing(output) as unfinished:
+        unfinished.mkdir(parents=True)
+        return _Copy(listing, unfinished).make(progress)
+
+
+class _Copy:
+    """One copy being made; ``changes`` grows with every file that is not copied as it is."""
+
+    def __init__(self, listing: Listing, target: Path) -> None:
+        self._listing, self._target = listing, target
+        self._changes: list[Change] = []
+        self._first_of: dict[str, str] = {}
+        self._taken: set[tuple[str, str]] = set()
+        self._written: dict[str, str | None] = {name_key(file.name): None for file in listing.pictures}
+
+    def make(self, progress: Progress | None) -> list[Change]:
+        for problem in self._listing.problems:
+            self._changes.append(Change(problem.where, f"left out: {problem.what}", None))
+        for note in self._listing.notes:
+            self._changes.append(Change(note.partition(": ")[0], f"left out: {note}", None))
+        for done, picture in enumerate(self._listing.pictures, start=1):
+            self._picture(picture)
+            if progress is not None:
+                progress(done, len(self._listing.pictures))
+        for name in self._listing.orphans():
+            self._changes.append(Change(name, "left out: belongs to no picture", None))
+        for path, name in self._listing.metadata_files():
+            self._metadata(path, name)
+        return self._changes
+
+    def _metadata(self, path: Path, name: str) -> None:
+        """Copy a metadata file, with the names that its pictures have in the copy."""
+        try:
+            data, done = to_utf8(read_file(path, name), name)
+        except Unusable as error:
+            self._changes.append(Change(name, f"left out: {error.problem.what}", None))
+            return
+        captioned = {
+            name_key(file.name) for file in self._listing.pictures if self._listing.captions_of(file)
+        }
+        text, notes = mended_metadata(data.decode("utf-8-sig"), name, self._written, captioned)
+        if not text:
+            self._changes.append(Change(name, f"left out: {'; '.join(notes) or 'is empty'}", None))
+            return
+        if done or notes:
+            self._changes.append(Change(name, "; ".join([done, *notes] if done else notes), name))
+        self._write(name, text.encode("utf-8") if notes else data)
+
+    def _picture(self, file: FoundFile) -> None:
+        try:
+            data = read_file(file.path, file.name)
+        except Unusable as error:
+            self._leave_out(file, error.problem.what)
+            return
+        first = self._first_of.setdefault(hashlib.sha256(data).hexdigest(), file.name)
+        if first != file.name:
+            self._leave_out(file, f"is the same file as {first}")
+            return
+        try:
+            mended = mend(data, file.name)
+        except Unusable as error:
+            self._leave_out(file, error.problem.what)
+            return
+        written = self._free_name(file, mended)
+        if written != file.name or mended.done:
+            renamed = [] if PurePosixPath(written).stem == PurePosixPath(file.name).stem else ["renamed"]
+            self._changes.append(Change(file.name, "; ".join([*mended.done, *renamed]), written))
+        self._written[name_key(file.name)] = written
+        self._write(written, mended.data)
+        self._beside(file, PurePosixPath(written))
+
+    def _leave_out(self, picture: FoundFile, why: str) -> None:
+        beside = " with its caption" if self._listing.captions_of(picture) else ""
+        self._changes.append(Change(picture.name, f"left out{beside}: {why}", None))
+
+    def _free_name(self, file: FoundFile, mended: Mended) -> str:
+        """Return a name whose stem no other picture of the copy has, so that each has its own caption."""
+        path = PurePosixPath(file.name)
+        if mended.suffix is not None:
+            path = path.with_suffix(mended.suffix)
+        wanted, number = path, 1
+        while (key := FoundFile(file.path, str(wanted)).key) in self._taken:
+            number += 1
+            wanted = path.with_stem(f"{path.stem}-{number}")
+        self._taken.add(key)
+        return str(wanted)
+
+    def _beside(self, picture: FoundFile, written: PurePosixPath) -> None:
+        """Copy what describes a picture under the picture's new name."""
+        sidecar = self._listing.sidecars.get(picture.key)
+        wrong = read_focus(sidecar.path, sidecar.name) if sidecar else None
+        if isinstance(wrong, Problem):
+            self._changes.append(Change(wrong.where, f"left out: {wrong.what}", None))
+        elif sidecar:
+            self._write(str(written.with_suffix(sidecar.path.suffix)), sidecar.path.read_bytes())
+        texts = list(self._captions(picture))
+        if texts:
+            name, data = texts[0]
+            self._write(str(written.with_suffix(PurePosixPath(name).suffix.lower())), data)
+        for name, data in texts[1:]:
+            same = "says the same" if data == texts[0][1] else f"{texts[0][0]} is taken"
+            self._changes.append(Change(name, f"left out: a second caption of one picture, {same}", None))
+
+    def _captions(self, picture: FoundFile) -> Iterator[tuple[str, bytes]]:
+        """Yield the caption files of a picture that can be read, as UTF-8."""
+        for path, name in self._listing.captions_of(picture):
+            try:
+                data, done = to_utf8(read_file(path, name, MAX_CAPTION_BYTES), name)
+            except Unusable as error:
+                self._changes.append(Change(name, f"left out: {error.problem.what}", None))
+                continue
+            if done:
+                self._changes.append(Change(name, done, name))
+            yield name, data
+
+    def _write(self, name: str, data: bytes) -> None:
+        file = self._target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)

@@ -1,0 +1,233 @@
+"""The doctor's report as one HTML file that works offline, light and dark, on paper and on a phone.
+
+Every picture is shown with the exact part that training keeps. Without JavaScript everything is there but
+the filter of the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from ...files import write_text
+from ..reading.measure import Progress
+from .doctor import TRAINED, ExaminedPicture, Report
+from .findings import SEVERITIES, Finding, Severity
+from .report_charts import bucket_chart, length_chart, tag_chart
+from .thumbnails import thumbnails
+
+_ASSETS = Path(__file__).parents[2] / "assets" / "report"
+_SIDE = 300  # px of the longer side of a thumbnail
+_MOST_PICTURES, _MOST_ROWS, _MOST_BUTTONS = 600, 300, 10
+_TONES: dict[Severity, str] = {"error": "error", "warning": "warning", "note": "note"}
+
+
+def write_report_page(report: Report, file: Path, progress: Progress | None = None) -> None:
+    """Write the page; pictures with findings come first where there are too many to show all.
+
+    Raises:
+        OutputError: when the file cannot be written.
+    """
+    shown = _chosen_pictures(report)
+    anchors = {picture.item.name: f"p{number}" for number, picture in enumerate(shown)}
+    found = _by_picture(report.findings)
+    images = thumbnails([(picture.item, picture.masked) for picture in shown], _SIDE, progress)
+    cards = [
+        _card(picture, image, found.get(picture.item.name, []), anchors[picture.item.name])
+        for picture, image in zip(shown, images, strict=True)
+    ]
+    hidden = len(report.pictures) - len(shown)
+    page = Template((_ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
+        style=(_ASSETS / "page.css").read_text(encoding="utf-8"),
+        script=(_ASSETS / "page.js").read_text(encoding="utf-8"),
+        title=escape(report.folder.resolve().name or str(report.folder)),
+        path=escape(str(report.folder.resolve())),
+        about=escape(_about(report)),
+        tone="error" if report.harmful else "warning" if report.count("warning") else "good",
+        verdict=escape(report.verdict()),
+        facts="".join(_facts(report)),
+        findings=_findings(report, anchors),
+        sizes=escape(_sizes(report)),
+        buckets=bucket_chart(report.buckets) if report.buckets else '<p class="sub">None.</p>',
+        lengths=length_chart([picture.tokens for picture in report.pictures]),
+        captions=escape(_caption_line(report)),
+        tags=tag_chart(report.tags, report.num_images) if report.tags else '<p class="sub">None.</p>',
+        buttons="".join(_buttons(shown, found)),
+        cards="".join(cards),
+        shown=f"{len(shown)} of {len(report.pictures)}; those with findings first. "
+        if hidden
+        else f"All {len(shown)}. ",
+        legend=" ".join(_legend(report)),
+    )
+    write_text(file, page)
+
+
+def _about(report: Report) -> str:
+    """Return what the pictures are prepared for."""
+    base = report.base or "no base was named, so the sizes are those usual for Stable Diffusion 1"
+    return f"{base}, {report.resolution} px"
+
+
+def _sizes(report: Report) -> str:
+    also = "".join(f" and {resolution}" for resolution in report.more_resolutions)
+    return f"Width \u00d7 height trained at, for {report.resolution}{also} px."
+
+
+def _legend(report: Report) -> Iterator[str]:
+    yield "What lies inside the line is trained on; what is dark is cut away."
+    if report.crops_move:
+        yield "The line shows the middle: data.crop=random moves it at each visit."
+    if any(picture.masked for picture in report.pictures):
+        yield "What is tinted is masked out."
+    if any(picture.item.focus for picture in report.pictures):
+        yield "The dot is the point that the crop keeps."
+
+
+def _chosen_pictures(report: Report) -> list[ExaminedPicture]:
+    """Return the pictures to show in their own order, those with findings preferred."""
+    found = _by_picture(report.findings)
+    ranked = sorted(report.pictures, key=lambda picture: picture.item.name not in found)
+    names = {picture.item.name for picture in ranked[:_MOST_PICTURES]}
+    return [picture for picture in report.pictures if picture.item.name in names]
+
+
+def _by_picture(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
+    found: dict[str, list[Finding]] = {}
+    for finding in findings:
+        found.setdefault(finding.where, []).append(finding)
+    return found
+
+
+def _facts(report: Report) -> Iterator[str]:
+    values: list[tuple[str, str, str]] = [("", f"{report.num_trained:,}", "pictures to train on")]
+    if report.num_held_out:
+        values.append(("", f"{report.num_held_out:,}", "held out"))
+    if report.num_unusable:
+        values.append(("error", f"{report.num_unusable:,}", "pictures not usable"))
+    for severity in SEVERITIES:
+        count = report.count(severity)
+        tone = _TONES[severity] if count else ""
+        values.append((tone, f"{count:,}", severity if count == 1 else f"{severity}s"))
+    values.append(("", f"{len(report.buckets)}", "bucket" if len(report.buckets) == 1 else "buckets"))
+    if report.num_visits != report.num_trained:
+        values.append(("", f"{report.num_visits:,}", "visits an epoch"))
+    if report.num_batches is not None:
+        short = f"batches an epoch, {report.num_short_batches} short"
+        values.append(("", f"{report.num_batches:,}", short))
+    values.append(("", f"{report.captions.mean_tokens:g}", "tokens a caption"))
+    for tone, value, name in values:
+        kind = f' class="tone {tone}"' if tone else ""
+        yield f"<div{kind}><b>{value}</b><span>{escape(name)}</span></div>"
+
+
+def _findings(report: Report, anchors: dict[str, str]) -> str:
+    groups: dict[tuple[Severity, str], list[Finding]] = {}
+    for finding in report.findings:
+        groups.setdefault((finding.severity, finding.kind), []).append(finding)
+    if not groups:
+        return '<p class="sub">Nothing was found.</p>'
+    return "".join(_group(severity, kind, members, anchors) for (severity, kind), members in groups.items())
+
+
+def _group(severity: Severity, kind: str, members: Sequence[Finding], anchors: dict[str, str]) -> str:
+    fixes = {finding.fix for finding in members}
+    common = members[0].fix if len(fixes) == 1 else ""
+    rows = []
+    for finding in members[:_MOST_ROWS]:
+        name = escape(finding.where)
+        anchor = anchors.get(finding.where)
+        where = f'<a href="#{anchor}"><code>{name}</code></a>' if anchor else f"<code>{name}</code>"
+        own = "" if common else f"; <i>{escape(finding.fix)}</i>"
+        rows.append(f"<div>{where}<span>{escape(finding.what)}{own}</span></div>")
+    if len(members) > _MOST_ROWS:
+        rows.append(f"<div><i>and {len(members) - _MOST_ROWS} more</i></div>")
+    opened = " open" if severity == "error" else ""
+    return (
+        f'<details{opened}><summary><span class="pill {_TONES[severity]}">{severity}</span>'
+        f'<b>{escape(kind)}</b><span class="count">{len(members)}</span>'
+        f'<span class="fix">{escape(common)}</span></summary>'
+        f'<div class="rows">{"".join(rows)}</div></details>'
+    )
+
+
+def _caption_line(report: Report) -> str:
+    captions = report.captions
+    text = f"{report.caption_sources()}. "
+    if report.trigger_word:
+        text += f"The trigger word {report.trigger_word} is put in front of {captions.trigger_added}. "
+    return text + f"The longest has {captions.max_tokens} tokens."
+
+
+def _kinds(picture: ExaminedPicture, found: Sequence[Finding]) -> list[str]:
+    """Return what a picture can be filtered by: what it is for, if not simply trained on, and findings."""
+    role = [picture.role] if picture.role != "trained" else []
+    return [*role, *dict.fromkeys(finding.kind for finding in found)]
+
+
+def _buttons(shown: Sequence[ExaminedPicture], found: dict[str, list[Finding]]) -> Iterator[str]:
+    counts: dict[str, int] = {}
+    for picture in shown:
+        for kind in _kinds(picture, found.get(picture.item.name, [])):
+            counts[kind] = counts.get(kind, 0) + 1
+    yield '<button type="button" data-kind="">all</button>'
+    for kind, count in sorted(counts.items(), key=lambda pair: -pair[1])[:_MOST_BUTTONS]:
+        name = escape(kind, quote=True)
+        yield f'<button type="button" data-kind="{name}">{name} {count}</button>'
+
+
+def _card(picture: ExaminedPicture, image: str | None, found: Sequence[Finding], anchor: str) -> str:
+    item = picture.item
+    role = "" if picture.role == "trained" else f'<span class="pill">{picture.role}</span>'
+    pills = role + "".join(
+        f'<span class="pill {_TONES[finding.severity]}" title="{escape(finding.what)}">'
+        f"{escape(finding.kind)}</span>"
+        for finding in found
+    )
+    words = escape(picture.caption)
+    caption = f'<p title="{words}">{words}</p>' if words else '<p class="empty">no words</p>'
+    text = escape(f"{item.name} {picture.caption}".lower())
+    return (
+        f'<figure id="{anchor}" data-kinds="{escape("|".join(_kinds(picture, found)))}" data-text="{text}">'
+        f'<div class="frame">{_frame(picture, image)}</div><figcaption>'
+        f'<span class="name" title="{escape(item.name)}">{escape(item.name)}</span>'
+        f'<span class="size">{_size_line(picture)}</span>'
+        f'{caption}<span class="pills">{pills}</span></figcaption></figure>'
+    )
+
+
+def _size_line(picture: ExaminedPicture) -> str:
+    """Return the picture's size, those it is trained at, what is cut away and how often it counts."""
+    item, placement = picture.item, picture.placement
+    buckets = dict.fromkeys([placement.bucket, *(one.bucket for one in picture.further)])
+    line = f"{item.width} &times; {item.height} &rarr; "
+    line += " and ".join(f"{width} &times; {height}" for height, width in buckets)
+    if placement.cropped_share >= 0.005:
+        line += f", {placement.cropped_share:.0%} cut away"
+    often = item.repeats > 1 and picture.role in TRAINED
+    return line + (f", {item.repeats} visits an epoch" if often else "")
+
+
+def _frame(picture: ExaminedPicture, image: str | None) -> str:
+    """Return the picture with what is cut away darkened, and a line around what is kept."""
+    if image is None:
+        return '<span class="gone">changed since the check</span>'
+    item = picture.item
+    left, top, right, bottom = (f"{side:.2f}" for side in picture.box)
+    whole = f"M0 0H{item.width}V{item.height}H0Z"
+    kept = f"M{left} {top}H{right}V{bottom}H{left}Z"
+    return (
+        f'<svg viewBox="0 0 {item.width} {item.height}" role="img" aria-label="{escape(item.name)}">'
+        f'<image href="{image}" width="{item.width}" height="{item.height}" preserveAspectRatio="none"/>'
+        f'<path class="dim" d="{whole}{kept}"/><path class="kept" d="{kept}"/>{_dot(picture)}</svg>'
+    )
+
+
+def _dot(picture: ExaminedPicture) -> str:
+    """Return a mark at the point of interest: a line of no length, as round and thick at any size."""
+    item = picture.item
+    if item.focus is None:
+        return ""
+    x, y = item.focus[0] * item.width, item.focus[1] * item.height
+    return f'<path class="dot" d="M{x:.2f} {y:.2f}h0"/>'

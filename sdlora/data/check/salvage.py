@@ -1,0 +1,98 @@
+"""One picture file mended, if it needs it: rotated upright, without a lost end, without further frames."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps
+
+from ..reading.image_files import decode
+from ..reading.problems import Unusable, is_cut_short
+
+_LEAST_INTACT = 0.9
+_JPEG_QUALITY = 97
+_BY_ROWS = ("JPEG", "PNG")  # stored from top to bottom, so that a lost end is lost rows
+_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A picture file as it should be: its bytes, the ending they need if it is another, what was done."""
+
+    data: bytes
+    suffix: str | None = None
+    done: tuple[str, ...] = ()
+
+
+def mend(data: bytes, name: str) -> Mended:
+    """Return a picture that training takes as it is.
+
+    Raises:
+        Unusable: when it cannot be mended.
+    """
+    try:
+        _, traits = decode(data, name, "#ffffff")
+    except Unusable as error:
+        return _without_lost_end(data, error)
+    with Image.open(io.BytesIO(data)) as image:
+        if "animated" in traits:
+            image.seek(0)
+            upright = ImageOps.exif_transpose(image)
+            return Mended(_saved(upright, "PNG"), ".png", ("its first frame alone",))
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return Mended(data)
+        format = "JPEG" if image.format in ("JPEG", "MPO") else "PNG"
+        suffix = None if format == "JPEG" else ".png"
+        return Mended(_saved(ImageOps.exif_transpose(image), format), suffix, ("rotated upright",))
+
+
+def _without_lost_end(data: bytes, error: Unusable) -> Mended:
+    """Return the rows of a truncated picture that are there, if they are nearly all."""
+    if not is_cut_short(error.problem):
+        raise error  # damaged somewhere else, and who knows where
+    with _lenient():
+        try:
+            image = Image.open(io.BytesIO(data), formats=_BY_ROWS)
+            by_rows = not (image.info.get("progressive") or image.info.get("interlace"))
+            image.load()
+        except Exception:
+            raise error from None
+    intact = _intact_rows(image)
+    if not by_rows or not _LEAST_INTACT * image.height <= intact < image.height:
+        raise error
+    done = f"the last {image.height - intact} of {image.height} rows were lost and are cut off"
+    kept = ImageOps.exif_transpose(image.crop((0, 0, image.width, intact)))
+    return Mended(_saved(kept, "PNG"), ".png", (done,))
+
+
+def _intact_rows(image: Image.Image) -> int:
+    """Return how many rows from the top were decoded; decoders fill the rest with one colour."""
+    fill = image.getpixel((image.width - 1, image.height - 1))
+    box = ImageChops.difference(image, Image.new(image.mode, image.size, fill)).getbbox(alpha_only=False)
+    rows = box[3] if box else 0
+    # the last row of blocks may be decoded in part
+    return max(0, rows - _BLOCK) if image.format == "JPEG" else rows
+
+
+def _saved(image: Image.Image, format: str) -> bytes:
+    profile = image.info.get("icc_profile")
+    if format == "PNG" and image.mode not in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"):
+        image, profile = image.convert("RGB"), None
+    buffer = io.BytesIO()
+    more = {"quality": _JPEG_QUALITY, "subsampling": 0} if format == "JPEG" else {}
+    image.save(buffer, format, icc_profile=profile, **more)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _lenient() -> Iterator[None]:
+    """Let Pillow give what there is of a truncated file; it knows this for all files at once only."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before

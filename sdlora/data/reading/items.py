@@ -1,0 +1,91 @@
+"""What a folder yields: pictures with their captions, in an order that depends on names only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .likeness import Likeness
+from .problems import Problem
+from .sharpness import Detail
+
+CaptionSource = Literal["txt", "caption", "metadata", "folder name", "setting", "file name"]
+Trait = Literal["animated", "transparent"]
+Point = tuple[float, float]
+"""(x, y) as shares of width and height, from the top left."""
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One picture of a dataset. Height and width in px, after EXIF rotation."""
+
+    path: Path
+    caption: str
+    height: int
+    width: int
+    repeats: int
+    digest: str
+    """SHA-256 of the file's bytes, as hex digits."""
+    name: str
+    """Path from the dataset's folder with forward slashes, for messages."""
+    caption_source: CaptionSource = "txt"
+    trigger_added: bool = False
+    """The trigger word was put in front, because the caption lacked it."""
+    traits: tuple[Trait, ...] = ()
+    likeness: Likeness | None = field(default=None, repr=False)
+    detail: Detail = field(default=(), repr=False)
+    lines: tuple[str, ...] = ()
+    """The caption's own lines, without trigger word; what varies at each visit is made from them."""
+    trigger_word: str | None = None
+    focus: Point | None = None
+    """What a crop should keep."""
+    weight: float = 1.0
+    """How much the picture counts in the loss."""
+    regularisation: bool = False
+    """Shows the class in general; never held out, without trigger word."""
+    mask: Path | None = None
+    """Where it is white, the picture is trained on."""
+    mask_digest: str = ""
+    """SHA-256 of the mask's bytes."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The pictures of a folder in the order of their names, with remarks about what was not taken."""
+
+    folder: Path
+    items: tuple[ImageItem, ...]
+    trigger_word: str | None = None
+    notes: tuple[str, ...] = ()
+    orphans: tuple[str, ...] = ()
+    """Caption files that belong to no picture."""
+
+    @property
+    def learned(self) -> tuple[ImageItem, ...]:
+        """The pictures that are to be learned: all but the regularisation pictures."""
+        return tuple(item for item in self.items if not item.regularisation)
+
+    @property
+    def num_visits(self) -> int:
+        """Pictures seen in one epoch: the sum of the repeats."""
+        return sum(item.repeats for item in self.items)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A folder as it is: the pictures that can be used, and the problems of the others."""
+
+    dataset: Dataset
+    problems: tuple[Problem, ...]
+    num_pictures: int
+    """Picture files found, usable or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One look at a picture: its index, the epoch, and the how-manieth look of that epoch, all from 0."""
+
+    index: int
+    epoch: int
+    repeat: int

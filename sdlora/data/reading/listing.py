@@ -1,0 +1,196 @@
+"""Which files of a folder are pictures and captions, in an order that depends on names only."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import DatasetError
+from ...run_folder import RunFolder, was_run
+from .captions import CAPTION_ENDINGS
+from .image_files import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS
+from .metadata_files import METADATA_NAMES
+from .problems import Problem
+from .sidecars import SIDECAR_ENDING
+
+_UTILITY_FOLDERS = frozenset({"__macosx", "@eadir"})  # thumbnails and forks left by macOS and Synology
+_NOT_CAPTIONS = frozenset(
+    {"readme", "license", "licence", "notice", "copying", "authors", "changelog", "sources"}
+)
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file, and its path from the folder with forward slashes."""
+
+    path: Path
+    name: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Folder and stem without case: what a picture and its caption file share on every system."""
+        folder, _, base = self.name.rpartition("/")
+        return folder, unicodedata.normalize("NFC", base.rpartition(".")[0]).casefold()
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder by their use, and what was not taken."""
+
+    pictures: list[FoundFile]
+    captions: dict[tuple[str, str], list[FoundFile]]
+    problems: list[Problem]
+    notes: list[str]
+    others: Counter[str]
+    folders: list[str]
+    metadata: list[FoundFile]
+    sidecars: dict[tuple[str, str], FoundFile]
+
+    def captions_of(self, picture: FoundFile) -> list[tuple[Path, str]]:
+        """Return path and name of the caption files that share a picture's stem."""
+        return [(file.path, file.name) for file in self.captions.get(picture.key, [])]
+
+    def metadata_files(self) -> list[tuple[Path, str]]:
+        """Return path and name of the metadata files."""
+        return [(file.path, file.name) for file in self.metadata]
+
+    def orphans(self) -> Iterator[str]:
+        """Yield the caption files without a picture; texts about the folder itself do not count."""
+        pictured = {picture.key for picture in self.pictures}
+        for key in sorted(set(self.captions) - pictured):
+            if key[1] not in _NOT_CAPTIONS:
+                yield from (file.name for file in self.captions[key])
+
+
+def list_files(root: Path, recursive: bool, left_out: Sequence[Path] = ()) -> Listing:
+    """Return what lies in a folder, and in the folders inside it if ``recursive``, but not in ``left_out``.
+
+    Raises:
+        DatasetError: when the folder is missing or is a file.
+    """
+    if not root.exists():
+        raise DatasetError(f"{root}: no such folder; check the path")
+    if not root.is_dir():
+        raise DatasetError(
+            f"{root}: is a file where a folder of pictures is needed; give the folder it is in"
+        )
+    listing = Listing([], {}, [], [], Counter(), [], [], {})
+    unread: Counter[str] = Counter()
+    seen: set[str] = set()
+    apart = {os.path.realpath(folder) for folder in left_out}
+
+    def refused(error: OSError) -> None:
+        where = _relative(Path(error.filename), root) or str(root)
+        fix = "change its permissions or move it out"
+        listing.problems.append(Problem("unreadable", where, f"cannot be opened ({error.strerror})", fix))
+
+    for current, folders, names in os.walk(root, onerror=refused, followlinks=True):
+        here, real = Path(current), os.path.realpath(current)
+        if real in apart:
+            folders[:] = []
+            continue
+        if real in seen:  # a link in a circle, or two links to one place
+            listing.notes.append(f"{_relative(here, root)}/: leads to a folder already read; taken once")
+            folders[:] = []
+            continue
+        seen.add(real)
+        _sort_files(listing, [FoundFile(here / name, _relative(here / name, root)) for name in names], unread)
+        wanted = _folders_to_enter(here, root, folders, listing)
+        listing.folders.extend(_relative(here / name, root) for name in wanted)
+        folders[:] = wanted if recursive else []
+    listing.pictures.sort(key=lambda file: sort_key(file.name))
+    for ending, count in sorted(unread.items()):
+        listing.notes.append(f"{count} {ending} file(s) are not read; convert them to PNG to use them")
+    return listing
+
+
+def _sort_files(listing: Listing, files: Iterable[FoundFile], unread: Counter[str]) -> None:
+    for file in sorted(files, key=lambda file: sort_key(file.name)):
+        ending = file.path.suffix.lower()
+        if file.path.name.startswith(".") or _unprintable(file.path, file.name, listing):
+            continue
+        if ending in PICTURE_ENDINGS:
+            listing.pictures.append(file)
+        elif ending in CAPTION_ENDINGS:
+            listing.captions.setdefault(file.key, []).append(file)
+        elif file.path.name in METADATA_NAMES:
+            listing.metadata.append(file)
+        elif ending == SIDECAR_ENDING:
+            listing.sidecars[file.key] = file
+        if ending not in PICTURE_ENDINGS:
+            listing.others[ending or "files without ending"] += 1
+        if ending in UNREAD_PICTURE_ENDINGS:
+            unread[ending] += 1
+
+
+def _folders_to_enter(here: Path, root: Path, names: Iterable[str], listing: Listing) -> list[str]:
+    """Return the folders that hold data; what a run of ours wrote, or the system, is not training data."""
+    wanted = []
+    inside_run = was_run(here)
+    for name in sorted(names, key=sort_key):
+        relative = _relative(here / name, root)
+        if name.startswith(".") or name.casefold() in _UTILITY_FOLDERS:
+            continue
+        if _unprintable(here / name, relative, listing):
+            continue
+        if was_run(here / name) or (
+            inside_run and here / name in (RunFolder(here).samples, RunFolder(here).checkpoints)
+        ):
+            listing.notes.append(f"{relative}/: left out, it was written by a training run")
+        elif Path(name).suffix.lower() in CAPTION_ENDINGS:
+            fix = "rename the folder, or put a text file in its place"
+            what = "is a folder where a caption file is expected"
+            listing.problems.append(Problem("bad caption", relative, what, fix))
+        else:
+            wanted.append(name)
+    return wanted
+
+
+def _unprintable(path: Path, name: str, listing: Listing) -> bool:
+    """Report a name that is not UTF-8: it could be neither shown nor written into a file."""
+    try:
+        path.name.encode("utf-8")
+    except UnicodeEncodeError:
+        listing.problems.append(Problem("unreadable", name, "has a name that is not UTF-8", "rename it"))
+        return True
+    return False
+
+
+def no_pictures(folder: Path, listing: Listing, recursive: bool) -> str:
+    """Return why a folder yields nothing, and what to do."""
+    for name in () if recursive else listing.folders:
+        if any(path.suffix.lower() in PICTURE_ENDINGS for path in (folder / name).rglob("*")):
+            return (
+                f"{folder}: holds no pictures itself, but the folder `{name}` in it does; "
+                "set data.recursive=true or give that folder"
+            )
+    held = [f"{count} {ending}" for ending, count in sorted(listing.others.items())]
+    held += [f"{len(listing.folders)} folder(s)"] if listing.folders else []
+    endings = ", ".join(sorted(ending.lstrip(".") for ending in PICTURE_ENDINGS))
+    what = f"holds no pictures, only {', '.join(held)}" if held else "is empty"
+    return "; ".join([f"{folder}: {what}", *listing.notes, f"put pictures there ({endings})"])
+
+
+def clashes(listing: Listing) -> list[Problem]:
+    """Return pictures that differ in their ending only: they would share a caption."""
+    by_key: dict[tuple[str, str], list[str]] = {}
+    for picture in listing.pictures:
+        by_key.setdefault(picture.key, []).append(picture.name)
+    what, fix = "have one stem and would share a caption", "rename one of them"
+    return [
+        Problem("name clash", " and ".join(names), what, fix) for names in by_key.values() if len(names) > 1
+    ]
+
+
+def _relative(path: Path, root: Path) -> str:
+    name = "" if path == root else path.relative_to(root).as_posix()
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")  # names that are not UTF-8
+
+
+def sort_key(name: str) -> tuple[str, str]:
+    """Return what names are ordered by, the same on every system."""
+    return unicodedata.normalize("NFC", name).casefold(), name

@@ -1,0 +1,133 @@
+"""What each picture file holds, found out by decoding it in full, on all cores, once for each content.
+
+A truncated file has a perfect header, so only decoding tells. Pillow, hashing and numpy work without
+Python's lock, so threads use all cores. What was found is remembered in the index; memory holds one
+decoded picture a thread, however many files there are.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL
+
+from .image_files import PIXELS_VERSION, decode, read_file
+from .index import PictureIndex
+from .items import Trait
+from .likeness import Likeness, likeness_of
+from .listing import FoundFile
+from .lookahead import ahead
+from .problems import Problem, Unusable
+from .sharpness import Detail, detail_of
+
+Progress = Callable[[int, int], None]
+"""Called with (pictures done, pictures in all) while a folder is read."""
+
+# Raise it when what is measured, or what decoding accepts, changes; another Pillow may decode otherwise.
+_FACTS = "2"
+_AHEAD = 4  # files a thread has waiting for it
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A picture's facts: size in px after EXIF rotation, digest of the bytes, looks."""
+
+    height: int
+    width: int
+    digest: str
+    traits: tuple[Trait, ...]
+    likeness: Likeness
+    detail: Detail
+
+
+def measure_all(
+    files: Sequence[FoundFile], progress: Progress | None = None, index_file: Path | None = None
+) -> list[Measured | Problem]:
+    """Return what each file holds, or why it cannot be used, in the order of ``files``.
+
+    Args:
+        files: pictures to read.
+        progress: told after each file.
+        index_file: remembers facts between runs; None to read everything.
+    """
+    found: list[Measured | Problem] = []
+    workers = max(1, min(32, os.cpu_count() or 1, len(files)))
+    version = f"{_FACTS} {PIXELS_VERSION} Pillow {PIL.__version__}"
+    with (
+        warnings.catch_warnings(),
+        PictureIndex(index_file, version) as index,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd EXIF and TIFF tags
+        for file, status, facts in ahead(_started(files, index, pool), workers * _AHEAD):
+            if isinstance(facts, Measured):
+                found.append(facts)
+            else:
+                found.append(result := facts.result())
+                if status and isinstance(result, Measured):
+                    index.put(file.path, status, _to_json(result))
+            if progress is not None:
+                progress(len(found), len(files))
+    return found
+
+
+def _started(
+    files: Sequence[FoundFile], index: PictureIndex, pool: ThreadPoolExecutor
+) -> Iterator[tuple[FoundFile, os.stat_result | None, Future[Measured | Problem] | Measured]]:
+    """Yield each file with its state before it is read, and its facts or their being found out."""
+    for file in files:
+        status = _status(file.path)
+        known = index.get(file.path, status) if status else None
+        yield file, status, _from_json(known) if known else pool.submit(_measure, file)
+
+
+def _measure(file: FoundFile) -> Measured | Problem:
+    try:
+        data = read_file(file.path, file.name)
+        image, traits = decode(data, file.name, "#ffffff")
+    except Unusable as error:
+        return error.problem
+    digest = hashlib.sha256(data).hexdigest()
+    return Measured(image.height, image.width, digest, traits, likeness_of(image), detail_of(image))
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None  # reading it says what is wrong
+
+
+def _to_json(facts: Measured) -> str:
+    return json.dumps(
+        {
+            "height": facts.height,
+            "width": facts.width,
+            "digest": facts.digest,
+            "traits": facts.traits,
+            "hashes": [facts.likeness.bits, facts.likeness.mirrored],
+            "thumbnail": base64.b64encode(facts.likeness.thumbnail).decode("ascii"),
+            "detail": facts.detail,
+        }
+    )
+
+
+def _from_json(text: str) -> Measured:
+    facts = json.loads(text)
+    bits, mirrored = facts["hashes"]
+    return Measured(
+        facts["height"],
+        facts["width"],
+        facts["digest"],
+        tuple(facts["traits"]),
+        Likeness(bits, mirrored, base64.b64decode(facts["thumbnail"])),
+        tuple((side, variance) for side, variance in facts["detail"]),
+    )

@@ -1,0 +1,169 @@
+"""Captions from ``metadata.jsonl`` and ``metadata.csv``, as Hugging Face image folders have them.
+
+Each line names a picture relative to the metadata file (column ``file_name``) and says what it shows.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .image_files import read_file
+from .problems import Problem, Unusable
+
+METADATA_NAMES = frozenset({"metadata.jsonl", "metadata.csv"})
+_CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
+_MAX_BYTES = 512 * 1024 * 1024
+_FIX = "mend that line"
+
+
+@dataclass(frozen=True)
+class MetadataCaptions:
+    """What metadata files say: picture -> the lines of its caption, with problems and notes."""
+
+    captions: Mapping[str, tuple[tuple[str, ...], str]]
+    """Picture's name (see :func:`name_key`) -> (lines of its caption, where that stands)."""
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+
+def name_key(name: str) -> str:
+    """Return a picture's name in the one spelling that file systems may give it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def read_metadata(
+    files: Sequence[tuple[Path, str]], pictures: Sequence[str], column: str | None
+) -> MetadataCaptions:
+    """Read the metadata files of a folder.
+
+    Args:
+        files: their paths, and their names from the folder with forward slashes.
+        pictures: names of the pictures of the folder.
+        column: which column holds the caption; the first known one when None.
+    """
+    known = {name_key(name) for name in pictures}
+    captions: dict[str, tuple[tuple[str, ...], str]] = {}
+    problems: list[Problem] = []
+    notes: list[str] = []
+    for path, name in files:
+        lost: list[str] = []
+        found = 0
+        for row in _rows(path, name, column):
+            if isinstance(row, Problem):
+                problems.append(row)
+                continue
+            picture, lines, where = row
+            key = picture_key(name, picture)
+            if key not in known:
+                lost.append(picture)
+            elif key in captions and captions[key] != (lines, where):
+                what = f"names {picture} again, after {captions[key][1]}"
+                problems.append(Problem("bad caption", where, what, "delete one of the lines"))
+            else:
+                found += 1
+                captions[key] = lines, where
+        if lost and not found and not any(problem.where.startswith(name) for problem in problems):
+            what = f"names no picture of this folder (first: {lost[0]})"
+            problems.append(Problem("bad caption", name, what, "put it beside its pictures, or delete it"))
+        elif lost:
+            notes.append(f"{name}: names {len(lost)} pictures that are not there (first: {lost[0]})")
+    return MetadataCaptions(captions, tuple(problems), tuple(notes))
+
+
+def _rows(path: Path, name: str, column: str | None) -> Iterator[tuple[str, tuple[str, ...], str] | Problem]:
+    """Yield (file name, lines of the caption, where it stands) of each line, or what is wrong with it."""
+    try:
+        text = read_file(path, name, _MAX_BYTES).decode("utf-8-sig")
+    except Unusable as error:
+        yield error.problem
+        return
+    except UnicodeDecodeError as error:
+        yield Problem(
+            "bad caption", name, f"is not UTF-8 text (byte {error.start} is not)", "save it as UTF-8"
+        )
+        return
+    for number, values in rows_of(text, name):
+        where = f"{name} line {number}"
+        row = read_row(values, where, column)
+        yield row if isinstance(row, Problem) else (*row, where)
+
+
+def rows_of(text: str, name: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield number and values of each line of a metadata file, or what is wrong with it."""
+    return (_json_lines if name.endswith(".jsonl") else _csv_rows)(text)
+
+
+def read_row(
+    values: dict[str, Any] | str, where: str, column: str | None
+) -> tuple[str, tuple[str, ...]] | Problem:
+    """Return the file name and the lines of the caption of one line, or what is wrong with it."""
+    if isinstance(values, str):
+        return Problem("bad caption", where, values, _FIX)
+    picture = values.get("file_name")
+    if not isinstance(picture, str) or not picture.strip():
+        return Problem("bad caption", where, "has no `file_name`", "add the column `file_name`")
+    wanted = column or next((one for one in _CAPTION_COLUMNS if one in values), None)
+    if wanted is None or wanted not in values:
+        has = ", ".join(str(one) for one in values if one != "file_name") or "nothing else"
+        what = f"has no column `{wanted or 'text'}` (it has {has})"
+        return Problem("bad caption", where, what, "name its caption column in data.metadata_caption")
+    lines = _lines(values[wanted])
+    if lines is None:
+        return Problem("bad caption", where, f"has no text in `{wanted}`", "write the caption as a string")
+    return picture.strip().replace("\\", "/"), lines
+
+
+def picture_key(metadata: str, picture: str) -> str:
+    """Return the :func:`name_key` of a picture as a metadata file names it.
+
+    Args:
+        metadata: name of the metadata file from the folder, with forward slashes.
+        picture: as it stands in the file, relative to it.
+    """
+    return name_key(posixpath.normpath(posixpath.join(posixpath.dirname(metadata), picture)))
+
+
+def _lines(value: Any) -> tuple[str, ...] | None:
+    parts = [value] if isinstance(value, str) else value
+    if parts is None:
+        parts = []
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        return None
+    return tuple(line.strip() for part in parts for line in part.splitlines() if line.strip())
+
+
+def _json_lines(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, f"is not valid JSON ({error})"
+            continue
+        yield number, value if isinstance(value, dict) else "is not a JSON object"
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        try:
+            line = 1 + (reader.line_num if reader.fieldnames is not None else 0)
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield 1 + reader.line_num, f"is not valid CSV ({error})"
+            return
+        if None in row or None in row.values():
+            yield line, "has more or fewer values than the first line has columns"
+        else:
+            yield line, dict(row)

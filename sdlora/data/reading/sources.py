@@ -1,0 +1,190 @@
+"""Several folders -> one :class:`Dataset`: each with its own repeats, captions, weight and role."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...config.data import DataConfig, SourceConfig
+from ...errors import DatasetError
+from .folder import Progress, Reading, survey
+from .items import Dataset, ImageItem, Survey
+from .problems import listed
+
+
+def gather(data: DataConfig, progress: Progress | None = None) -> Dataset:
+    """Return the pictures of ``data.folder`` and ``data.sources``, in this order.
+
+    With several folders, a picture's name begins with its folder's. Regularisation pictures without
+    repeats of their own are repeated until they are about as many as the pictures to be learned.
+
+    Raises:
+        DatasetError: when no folder is given, one is missing or empty, or any picture or caption cannot
+            be used.
+    """
+    read = _read_all(data, progress)
+    complaints = [listed(found.problems, source.folder) for source, found in read if found.problems]
+    if complaints:
+        raise DatasetError("\n".join(complaints))
+    return _together(data, read)
+
+
+def survey_all(data: DataConfig, progress: Progress | None = None) -> Survey:
+    """Return the usable pictures of all folders and the problems of the rest, as :func:`gather` reads them.
+
+    Raises:
+        DatasetError: when no folder is given, or one is missing or empty.
+    """
+    read = _read_all(data, progress)
+    problems = [
+        replace(problem, where=f"{source.folder}/{problem.where}") if len(read) > 1 else problem
+        for source, found in read
+        for problem in found.problems
+    ]
+    return Survey(_together(data, read), tuple(problems), sum(found.num_pictures for _, found in read))
+
+
+def _read_all(data: DataConfig, progress: Progress | None) -> list[tuple[SourceConfig, Survey]]:
+    sources = _all_sources(data)
+    if not sources:
+        raise DatasetError("no folder of pictures given: sdlora train FOLDER, or data.folder in the settings")
+    return [
+        (
+            source,
+            survey(
+                source.folder,
+                recursive=data.recursive if source.recursive is None else source.recursive,
+                trigger_word=_trigger(source, data),
+                repeats=source.repeats or (1 if source.regularisation else data.repeats),
+                reading=_reading(source, data),
+                progress=progress,
+            ),
+        )
+        for source in sources
+    ]
+
+
+def _together(data: DataConfig, read: Sequence[tuple[SourceConfig, Survey]]) -> Dataset:
+    sources, found = [source for source, _ in read], [survey.dataset for _, survey in read]
+    parts = _named(found) if len(found) > 1 else found
+    parts, notes = _balanced(sources, parts)
+    items = tuple(item for part in parts for item in part.items)
+    if all(source.regularisation for source in sources):
+        raise DatasetError("data.sources: there are only regularisation pictures; add pictures to be learned")
+    notes += _shared(items)
+    return Dataset(
+        Path(found[0].folder),
+        items,
+        (data.trigger_word or "").strip() or None,
+        (*(note for part in parts for note in part.notes), *notes),
+        tuple(orphan for part in parts for orphan in part.orphans),
+    )
+
+
+def gather_held_out(data: DataConfig) -> Dataset | None:
+    """Return the pictures of ``data.validation`` where it is a folder, read as ``data.folder`` is.
+
+    Raises:
+        DatasetError: when the folder is missing or empty, or any picture or caption cannot be used.
+    """
+    found = survey_held_out(data)
+    if found is None:
+        return None
+    if found.problems:
+        raise DatasetError(listed(found.problems, found.dataset.folder))
+    return found.dataset
+
+
+def survey_held_out(data: DataConfig, progress: Progress | None = None) -> Survey | None:
+    """Return the usable pictures of ``data.validation`` and the problems of the rest, where it is a folder.
+
+    Raises:
+        DatasetError: when the folder is missing or empty.
+    """
+    if not isinstance(data.validation, Path):
+        return None
+    return survey(
+        data.validation,
+        recursive=data.recursive,
+        trigger_word=data.trigger_word,
+        reading=_reading(SourceConfig(folder=data.validation), data),
+        progress=progress,
+    )
+
+
+def by_role(dataset: Dataset) -> tuple[Dataset, Dataset]:
+    """Return (pictures to be learned, regularisation pictures); remarks stay with the first."""
+    priors = tuple(item for item in dataset.items if item.regularisation)
+    return replace(dataset, items=dataset.learned), replace(dataset, items=priors, notes=(), orphans=())
+
+
+def joined(learned: Dataset, priors: Dataset) -> Dataset:
+    """Return both again, regularisation pictures last."""
+    return replace(learned, items=learned.items + priors.items)
+
+
+def _all_sources(data: DataConfig) -> list[SourceConfig]:
+    main = [SourceConfig(folder=data.folder, mask_folder=data.mask_folder)] if data.folder else []
+    return [*main, *data.sources]
+
+
+def _trigger(source: SourceConfig, data: DataConfig) -> str | None:
+    if source.regularisation:
+        return None
+    return data.trigger_word if source.trigger_word is None else source.trigger_word
+
+
+def _reading(source: SourceConfig, data: DataConfig) -> Reading:
+    return Reading(
+        kohya_folders=data.kohya_folders if source.kohya_folders is None else source.kohya_folders,
+        metadata_caption=data.metadata_caption,
+        captions_from_files=data.caption_from == "files",
+        fallback_caption=source.caption,
+        weight=source.weight,
+        regularisation=source.regularisation,
+        mask_folder=source.mask_folder,
+    )
+
+
+def _named(parts: Sequence[Dataset]) -> list[Dataset]:
+    """Return the parts with the folder's name in front of every name, numbered where two are alike."""
+    bases = [part.folder.resolve().name or "folder" for part in parts]
+    alike = Counter(bases)
+    names = [f"{base}#{n}" if alike[base] > 1 else base for n, base in enumerate(bases, start=1)]
+    return [
+        replace(
+            part,
+            items=tuple(replace(item, name=f"{name}/{item.name}") for item in part.items),
+            notes=tuple(f"{name}/{note}" for note in part.notes),
+            orphans=tuple(f"{name}/{orphan}" for orphan in part.orphans),
+        )
+        for name, part in zip(names, parts, strict=True)
+    ]
+
+
+def _balanced(sources: Sequence[SourceConfig], parts: Sequence[Dataset]) -> tuple[list[Dataset], list[str]]:
+    """Return the parts with the repeats that regularisation pictures were left open with."""
+    wanted = sum(
+        part.num_visits for source, part in zip(sources, parts, strict=True) if not source.regularisation
+    )
+    balanced: list[Dataset] = []
+    notes: list[str] = []
+    for source, part in zip(sources, parts, strict=True):
+        if source.regularisation and source.repeats is None and part.num_visits:
+            times = max(1, round(wanted / part.num_visits))
+            items = tuple(replace(item, repeats=item.repeats * times) for item in part.items)
+            balanced.append(replace(part, items=items))
+            notes.append(
+                f"{source.folder}: each regularisation picture counts {times} times, to be about as many as "
+                f"the {wanted} looks at pictures to be learned"
+            )
+        else:
+            balanced.append(part)
+    return balanced, notes
+
+
+def _shared(items: Sequence[ImageItem]) -> list[str]:
+    times = Counter(item.path.resolve() for item in items)
+    return [f"{path}: is in {count} sources and counts in each" for path, count in times.items() if count > 1]

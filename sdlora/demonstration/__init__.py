@@ -1,0 +1,1 @@
+"""The demo: an ink style learned on the built-in base, shown before and after."""

@@ -1,0 +1,61 @@
+"""What the demo trains on and with which settings; no torch, so that the web UI can offer it at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config.schema import Config
+from ..config.toml import load_config
+from ..errors import DatasetError
+
+STYLE, HOLDOUT = "ink-icons", "ink-icons-holdout"
+SETTINGS = ("adapter.targets=all", "sample.steps=10", "sample.every=75")
+"""What the demo sets besides the base's recommended settings."""
+
+
+def find_data() -> Path:
+    """Return the folder that holds the sample data sets: installed, or of the checkout.
+
+    Raises:
+        DatasetError: when there is none.
+    """
+    spec = importlib.util.find_spec("sdlora_datasets")
+    candidates = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    candidates.append(Path(__file__).parent.parent.parent / "datasets")
+    for folder in candidates:
+        if (folder / STYLE).is_dir() and (folder / HOLDOUT).is_dir():
+            return folder
+    raise DatasetError(
+        f"the sample data sets {STYLE} and {HOLDOUT} are not installed (looked in "
+        f"{', '.join(str(folder) for folder in candidates)}); install sdlora again, or run from a checkout"
+    )
+
+
+def demo_config(
+    output: Path, data: Path, *, base: str = "mini", steps: int | None = None, settings: Sequence[str] = ()
+) -> Config:
+    """Return the training's settings: the base's recommended ones and the demo's few own."""
+    return load_config(
+        None,
+        (*SETTINGS, *settings),
+        {
+            "model.base": base,
+            "data.folder": data / STYLE,
+            "data.trigger_word": _trigger_word(data / STYLE),
+            "training.steps": steps,
+            "output.folder": output,
+            "output.name": STYLE,
+            "output.license": "MIT",
+            "output.description": "Black ink on white, learned from Fluent UI Emoji High Contrast.",
+        },
+    )
+
+
+def _trigger_word(folder: Path) -> str:
+    found = re.search(r"Trigger word\W+(\w+)", (folder / "README.md").read_text(encoding="utf-8"))
+    if found is None:
+        raise DatasetError(f"{folder / 'README.md'}: names no trigger word; install sdlora again")
+    return found.group(1)

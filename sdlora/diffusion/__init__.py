@@ -1,0 +1,1 @@
+"""Noise: adding it in training, and taking it away step by step in drawing; mathematics only."""

@@ -1,0 +1,186 @@
+"""The samplers users know by name, built from the base's own noise process.
+
+The update rules are diffusers'; what is decided here is where on the noise schedule they step, and that
+follows A1111's WebUI, so that a preview shows what its users will get:
+
+* ``DDIM``: every (T // steps)-th timestep plus 1, ending at the first trained noise level. As everywhere
+  with this rule, above 100 steps only numbers that divide T start from full noise.
+* ``Euler``, ``Euler a``, ``DPM++ 2M``: evenly from the last timestep to the first, then to no noise.
+  (DPM++ takes whole timesteps, so its inner ones are rounded; WebUI's are fractions.)
+* ``DPM++ 2M Karras``: noise levels spaced as in Karras et al. 2022, equation 5, rho 7.
+
+A base whose schedule ends in pure noise (zero terminal SNR) is sampled from that last timestep on, in equal
+steps ("trailing", Lin et al. 2024, section 3.3); its infinite noise level is taken as 4096, as in diffusers.
+
+One scheduler serves one batch: it counts its steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ..config.schema import SamplerName
+from ..errors import ConfigError
+from .process import NoiseProcess
+
+Build = Callable[[dict[str, Any], int], Any]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler as users see it.
+
+    Attributes:
+        webui_name: WebUI's word for it in the ``Sampler:`` field of an image's settings.
+        webui_schedule: WebUI's ``Schedule type:``, or None where it states none.
+        ancestral: new noise enters at every step.
+        build: makes the diffusers scheduler from shared settings and the number of steps.
+    """
+
+    webui_name: str
+    webui_schedule: str | None
+    ancestral: bool
+    build: Build
+
+
+def find_sampler(name: str) -> Sampler:
+    """Return the sampler of that name; case and spaces do not matter.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest known one.
+    """
+    known = {_plain(one): one for one in SAMPLERS}
+    found = known.get(_plain(name))
+    if found is not None:
+        return SAMPLERS[found]
+    close = difflib.get_close_matches(_plain(name), list(known), 1, cutoff=0.5)
+    hint = f"did you mean `{known[close[0]]}`? " if close else ""
+    raise ConfigError(f"sampler `{name}`: unknown; {hint}There are {', '.join(SAMPLERS)}")
+
+
+def make_scheduler(name: str, process: NoiseProcess, steps: int) -> Any:
+    """Return a fresh diffusers scheduler of that sampler, its timesteps set, on the CPU.
+
+    Args:
+        name: one of :data:`SAMPLERS`.
+        process: the noise the base was trained with.
+        steps: number of denoising steps, 1 to T - 1.
+
+    Raises:
+        ConfigError: for an unknown name or an impossible number of steps.
+    """
+    sampler = find_sampler(name)
+    check_steps(process, steps)
+    shared = {
+        "num_train_timesteps": process.num_timesteps,
+        "trained_betas": _betas(process.alphas_cumprod),
+        "prediction_type": process.prediction_type,
+        # our betas are rescaled already, which this repeats without effect; it also makes sigmas finite
+        "rescale_betas_zero_snr": process.ends_in_noise,
+    }
+    scheduler = sampler.build(shared, steps)
+    if hasattr(scheduler, "set_begin_index"):
+        # without it the first step is looked up by its timestep, wrongly where rounding repeats one
+        scheduler.set_begin_index(0)
+    return scheduler
+
+
+def check_steps(process: NoiseProcess, steps: int) -> None:
+    """Raise ConfigError unless a picture can be made in so many denoising steps."""
+    most = process.num_timesteps - 1
+    if not 1 <= steps <= most:
+        raise ConfigError(f"`steps={steps}`: a picture takes 1 to {most} denoising steps; 20 to 30 are usual")
+
+
+def _betas(alphas_cumprod: Tensor) -> list[float]:
+    """Return beta_t = 1 - alpha_bar_t / alpha_bar_(t-1), with alpha_bar before the first step 1."""
+    before = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
+    betas: list[float] = (1.0 - alphas_cumprod / before).tolist()
+    return betas
+
+
+def _plain(name: str) -> str:
+    return "".join(name.lower().split())
+
+
+def _ddim(shared: dict[str, Any], steps: int) -> Any:
+    from diffusers import DDIMScheduler
+
+    spacing = _spacing(shared, "leading")
+    offset = 1 if spacing == "leading" else 0
+    scheduler = DDIMScheduler(
+        **shared, clip_sample=False, set_alpha_to_one=False, steps_offset=offset, timestep_spacing=spacing
+    )
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _euler(shared: dict[str, Any], steps: int) -> Any:
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler(**shared, timestep_spacing=_spacing(shared, _even(steps)))
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _euler_ancestral(shared: dict[str, Any], steps: int) -> Any:
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    scheduler = EulerAncestralDiscreteScheduler(**shared, timestep_spacing=_spacing(shared, _even(steps)))
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _spacing(shared: dict[str, Any], usual: str) -> str:
+    """Return how timesteps are spaced: from the very last one if only that is pure noise."""
+    return "trailing" if shared["rescale_betas_zero_snr"] else usual
+
+
+def _even(steps: int) -> str:
+    """Return the spacing from the last timestep to the first; a single step must be the last one."""
+    return "linspace" if steps > 1 else "trailing"
+
+
+def _dpm(shared: dict[str, Any], steps: int) -> Any:
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(**shared, **_DPM)
+    count = shared["num_train_timesteps"]
+    first = count / steps - 1 if _spacing(shared, "even") == "trailing" else 0
+    # given by number: diffusers' own "linspace" makes one more step and drops the first timestep
+    scheduler.set_timesteps(
+        timesteps=torch.linspace(count - 1, first, steps, dtype=torch.float64).round().int().tolist()
+    )
+    return scheduler
+
+
+def _dpm_karras(shared: dict[str, Any], steps: int) -> Any:
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(**shared, **_DPM, use_karras_sigmas=True)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+# DPM-Solver++ of second order, multistep (Lu et al. 2022b, algorithm 2), first order into the clean image
+_DPM: dict[str, Any] = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
+}
+
+SAMPLERS: dict[SamplerName, Sampler] = {
+    "DDIM": Sampler("DDIM", None, False, _ddim),
+    "Euler": Sampler("Euler", "Automatic", False, _euler),
+    "Euler a": Sampler("Euler a", "Automatic", True, _euler_ancestral),
+    "DPM++ 2M": Sampler("DPM++ 2M", "Uniform", False, _dpm),
+    "DPM++ 2M Karras": Sampler("DPM++ 2M", "Karras", False, _dpm_karras),
+}
+assert tuple(SAMPLERS) == get_args(SamplerName)

@@ -1,0 +1,1 @@
+"""Adapter files for other programs, proven, with what lies beside them."""

@@ -1,0 +1,94 @@
+"""On a CPU, a batch is denoised as one part a core, each part on a single thread.
+
+The layers of a small U-Net are too small to be split over cores: measured on 2 cores, one batch of 8 on
+two threads takes 1.5 to 2.3 times as long as two parts of 4 on one thread each, forward and backward.
+On an accelerator, and for a single picture, everything goes through in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from .base import Conditioning, DiffusionModel, SizeHint
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class SplitPredictor:
+    """Calls :meth:`DiffusionModel.predict` on parts of a batch at once; results keep their order.
+
+    The parts' gradients are added in the order of the parts, so a step repeats bit for bit.
+    """
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self._model = model
+        self._most = torch.get_num_threads() if model.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self._most, initializer=torch.set_num_threads, initargs=(1,))
+        self._outputs: list[Tensor] = []
+        self._leaf: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Sequence[SizeHint]
+    ) -> Tensor:
+        """Return what ``model.predict`` returns, without gradients."""
+        return torch.cat(self._run(noisy, timesteps, text, sizes, gradients=False))
+
+    def predict_with_gradients(
+        self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Sequence[SizeHint]
+    ) -> Tensor:
+        """Return the prediction as a leaf; after a backward to it, :meth:`backward` goes on from there."""
+        self._outputs = self._run(noisy, timesteps, text, sizes, gradients=True)
+        self._leaf = torch.cat([output.detach() for output in self._outputs]).requires_grad_()
+        return self._leaf
+
+    def backward(self, parameters: Sequence[Tensor]) -> None:
+        """Add the gradients of the last prediction to the ``grad`` of ``parameters``."""
+        assert self._leaf is not None and self._leaf.grad is not None
+        gradients = self._leaf.grad.split([output.shape[0] for output in self._outputs])
+        jobs = zip(self._outputs, gradients, strict=True)
+        parts = self._map(lambda job: torch.autograd.grad(job[0], parameters, job[1]), jobs)
+        self._outputs, self._leaf = [], None
+        for part in parts:
+            for parameter, gradient in zip(parameters, part, strict=True):
+                assert parameter.grad is not None
+                parameter.grad.add_(gradient)
+
+    def _run(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Conditioning,
+        sizes: Sequence[SizeHint],
+        *,
+        gradients: bool,
+    ) -> list[Tensor]:
+        count = noisy.shape[0]
+        parts = min(self._most, count)
+        edges = [count * part // parts for part in range(parts + 1)]
+
+        def part(index: int) -> Tensor:
+            one = slice(edges[index], edges[index + 1])
+            own = {name: tensor[one] for name, tensor in text.items()}
+            with torch.set_grad_enabled(gradients):  # a thread does not inherit the caller's mode
+                return self._model.predict(noisy[one], timesteps[one], own, list(sizes)[one])
+
+        return self._map(part, range(parts))
+
+    def _map(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
+        todo = list(jobs)
+        return [work(todo[0])] if len(todo) == 1 else list(self._pool.map(work, todo))

@@ -1,0 +1,251 @@
+"""From prompts, and adapters at strengths, to pictures in a folder.
+
+The denoising loop is :mod:`sdlora.generation.render`; :class:`ImageGenerator` keeps a base loaded while
+adapters and their strengths change; :func:`generate` is the whole of ``sdlora generate``: it names and
+writes the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..adapters.strength import Strength
+from ..config.schema import Precision, SampleConfig
+from ..diffusion.samplers import find_sampler
+from ..errors import ConfigError, OutputError
+from ..families.loading import DEFAULT_OPTIONS, LoadOptions
+from ..files import replacing, write_problem
+from .grids import grid
+from .image_generator import ImageGenerator
+from .png_info import parameters_text, save_png
+from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
+
+__all__ = [
+    "GenerateRequest",
+    "GenerateResult",
+    "GeneratedImage",
+    "ImageGenerator",
+    "generate",
+    "render",
+]
+
+USUAL_GUIDANCE = 7.0
+"""Guidance for a base that recommends none."""
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What :func:`generate` wrote: the pictures in order, the sweep's grid, and the seconds it took."""
+
+    files: tuple[Path, ...]
+    grid: Path | None
+    seconds: float
+
+
+def generate(
+    base: str,
+    adapters: Sequence[tuple[str | Path, Strength]],
+    prompts: Sequence[str],
+    output: str | Path,
+    *,
+    negative_prompt: str = "",
+    seed: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    strengths: Sequence[float] | None = None,
+    merge: bool = False,
+    count: int = 1,
+    device: str | None = None,
+    precision: Precision | None = None,
+    options: LoadOptions = DEFAULT_OPTIONS,
+    progress: Progress | None = None,
+) -> GenerateResult:
+    """Make pictures and write them as ``00001-SEED.png``, counting on from what the folder holds.
+
+    Every prompt gets the same ``count`` seeds, from ``seed`` upwards. What is left open follows the base:
+    its own size and recommended guidance, else the defaults of :class:`sdlora.config.schema.SampleConfig`.
+
+    Args:
+        base: ``mini``, a diffusers folder, a ``.safetensors`` file or a hub id.
+        adapters: (file, strength) of each adapter; see :func:`parse_adapter`.
+        prompts: what to show.
+        output: folder for the pictures; made if missing, and nothing in it is overwritten.
+        strengths: sweep: each prompt and seed at each of these, and a labelled grid of all. A value takes
+            the place of the strength of a single adapter; several adapters, or one with separate U-Net
+            and text-encoder strengths, have their strengths multiplied by it.
+        merge: fold the adapters into the base's weights first.
+        count: pictures a prompt (and strength).
+        device: see :func:`sdlora.devices.choose_device`.
+        precision: see :func:`sdlora.devices.choose_dtype`.
+        options: how the base is loaded.
+        progress: told after every denoising step.
+
+    Raises:
+        ConfigError: for settings that cannot be.
+        ModelError: for a base that cannot be loaded.
+        AdapterFileError: for an adapter that cannot be read or does not fit.
+        OutputError: for a folder that cannot be written.
+    """
+    started = time.perf_counter()
+    folder, defaults = Path(output), SampleConfig()
+    sampler = sampler or defaults.sampler
+    _check_call(adapters, prompts, sampler, strengths, count)
+    generator = ImageGenerator.load(base, device=device, precision=precision, options=options)
+    model = generator.model
+    given = {generator.add_adapter(Path(file)): strength for file, strength in adapters}
+    hashes = {name: tensor_hash(Path(file)) for name, (file, _) in zip(given, adapters, strict=True)}
+    recommended = float(model.base.recommended.get("sample.guidance", USUAL_GUIDANCE))
+    first_seed = defaults.seed if seed is None else seed
+    plain = GenerateRequest(
+        "",
+        negative_prompt,
+        height=model.native_resolution if height is None else height,
+        width=model.native_resolution if width is None else width,
+        steps=defaults.steps if steps is None else steps,
+        guidance=recommended if guidance is None else guidance,
+        sampler=sampler,
+        seed=first_seed,
+    )
+    columns = [given] if strengths is None else [swept(given, value) for value in strengths]
+    requests = [
+        dataclasses.replace(plain, prompt=prompt, seed=first_seed + i, strengths=column)
+        for prompt in prompts
+        for i in range(count)
+        for column in columns
+    ]
+    for request in requests:
+        check_request(model, request)
+    make_folder(folder)  # after everything that can be wrong, before the long work
+    made = generator.generate(requests, merge=merge, progress=progress)
+    files = [write_numbered(folder, one, parameters_text(one.request, model.base, hashes)) for one in made]
+    sheet = None if strengths is None else _write_sweep(folder, made, strengths, given)
+    return GenerateResult(tuple(files), sheet, time.perf_counter() - started)
+
+
+def _check_call(
+    adapters: Sequence[tuple[str | Path, Strength]],
+    prompts: Sequence[str],
+    sampler: str,
+    strengths: Sequence[float] | None,
+    count: int,
+) -> None:
+    """Refuse, before anything is loaded, what cannot be made."""
+    problems: list[str] = []
+    if not prompts:
+        problems.append("no prompt given; say what to show with --prompt")
+    if count < 1:
+        problems.append(f"`count={count}`: make at least 1 picture a prompt")
+    if strengths is not None and not strengths:
+        problems.append("`strengths` is empty; give numbers, e.g. --strengths 0,0.5,1")
+    if strengths is not None and not adapters:
+        problems.append("`strengths` needs an adapter to act on; give one with --adapter FILE")
+    values = [*(strengths or ()), *(v for _, s in adapters for v in _values(s))]
+    problems += [f"strength `{value}`: not a finite number" for value in values if not math.isfinite(value)]
+    try:
+        find_sampler(sampler)
+    except ConfigError as error:
+        problems.append(str(error))
+    if len(problems) > 1:
+        raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"  - {one}" for one in problems))
+    if problems:
+        raise ConfigError(problems[0])
+
+
+def _values(strength: Strength) -> list[float]:
+    return [strength] if isinstance(strength, int | float) else list(strength.values())
+
+
+def swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
+    """Return the strengths of one column of a sweep."""
+    if len(given) == 1 and all(isinstance(strength, int | float) for strength in given.values()):
+        return dict.fromkeys(given, value)
+    return {
+        name: value * strength
+        if isinstance(strength, int | float)
+        else {component: value * one for component, one in strength.items()}
+        for name, strength in given.items()
+    }
+
+
+def tensor_hash(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's tensors, as WebUI does; empty for a folder."""
+    from ..tensor_file import read_header
+
+    path = path.expanduser()
+    if path.is_dir():
+        return ""
+    with path.open("rb") as stream:
+        stream.seek(read_header(path).data_offset)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder for pictures if it is missing.
+
+    Raises:
+        OutputError: when it is a file, or cannot be made.
+    """
+    if folder.is_file():
+        raise OutputError(f"{folder}: is a file, but pictures need a folder; choose another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: {write_problem(error)}") from error
+
+
+def write_numbered(folder: Path, made: GeneratedImage, text: str) -> Path:
+    """Write a picture with its settings as ``00001-SEED.png``, counting on; return the file."""
+    file = _reserve(folder, r"(\d{5,})-\d+\.png", lambda number: f"{number:05d}-{made.request.seed}.png")
+    with _giving_back(file):
+        save_png(made.image, file, text)
+    return file
+
+
+def _write_sweep(
+    folder: Path, made: Sequence[GeneratedImage], strengths: Sequence[float], given: Mapping[str, Strength]
+) -> Path:
+    rows = made[:: len(strengths)]
+    several = len({one.request.seed for one in rows}) > 1
+    labels = [one.request.prompt + (f" (seed {one.request.seed})" if several else "") for one in rows]
+    heads = [f"{value:g}" for value in strengths]
+    sheet = grid([one.image for one in made], len(heads), labels, heads, f"strength of {' and '.join(given)}")
+    file = _reserve(folder, r"grid-(\d{4,})\.png", lambda number: f"grid-{number:04d}.png")
+    with _giving_back(file), replacing(file) as temporary:
+        sheet.save(temporary, format="PNG")
+    return file
+
+
+def _reserve(folder: Path, pattern: str, name: Callable[[int], str]) -> Path:
+    """Return a new empty file whose number follows the highest one there; another process gets another."""
+    try:
+        numbers = [int(found[1]) for file in folder.iterdir() if (found := re.fullmatch(pattern, file.name))]
+        for number in itertools.count(max(numbers, default=0) + 1):
+            file = folder / name(number)
+            with contextlib.suppress(FileExistsError):
+                file.open("xb").close()
+                return file
+    except OSError as error:
+        raise OutputError(f"{folder}: {write_problem(error)}") from error
+    raise AssertionError("numbers do not end")
+
+
+@contextlib.contextmanager
+def _giving_back(file: Path) -> Iterator[None]:
+    """Remove a reserved file if it could not be filled."""
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,216 @@
+"""A base that stays loaded while adapters come, go and change their strengths."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from ..adapters.attach import Merged, attach, detach, set_strengths
+from ..adapters.canonical import AdapterFile
+from ..adapters.strength import Strength
+from ..config.schema import Precision
+from ..devices import choose_device, choose_dtype
+from ..errors import AdapterFileError, ConfigError
+from ..families.loading import DEFAULT_OPTIONS, LoadOptions, load_model
+from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..families.base import DiffusionModel
+
+
+class ImageGenerator:
+    """A loaded base that makes pictures with any adapters, at strengths that may change every call."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        """Take over a loaded model; it must be left alone while this object is used."""
+        self.model = model
+        self._names: list[str] = []
+        self._merged: tuple[Merged, dict[str, Strength]] | None = None
+        model.prepare(training=False)
+
+    @classmethod
+    def load(
+        cls,
+        base: str,
+        *,
+        device: str | None = None,
+        precision: Precision | None = None,
+        options: LoadOptions = DEFAULT_OPTIONS,
+    ) -> Self:
+        """Load a base (``mini``, a folder, a .safetensors file or a hub id).
+
+        Args:
+            base: see :func:`sdlora.families.loading.load_model`.
+            device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; the fastest one present by default.
+            precision: ``fp32``, ``bf16`` or ``fp16``; the fastest safe one by default.
+            options: prediction type, VAE, attention and the like.
+
+        Raises:
+            ConfigError: for a device that is not there.
+            ModelError: for a base that cannot be loaded.
+        """
+        chosen = choose_device(device)
+        dtype = choose_dtype(precision, chosen)
+        return cls(load_model(base, dtype=dtype, device=chosen, **dataclasses.asdict(options)))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return tuple(self._names)
+
+    def add_adapter(self, adapter: str | Path | AdapterFile, name: str | None = None) -> str:
+        """Load an adapter and return its name: the one given, or else the file's.
+
+        Raises:
+            AdapterFileError: if it cannot be read, does not fit the base, or the name is taken.
+        """
+        self._refuse_while_merged("adding an adapter")
+        read, where, usual = _read(adapter)
+        name = name or _free_name(usual, self._names)
+        if name in self._names:
+            raise AdapterFileError(f"{where}: an adapter named `{name}` is loaded already; give another name")
+        info = self.model.info
+        if read.info.family is not None and read.info.family != info.name:
+            raise AdapterFileError(
+                f"{where}: an adapter for {read.info.family} bases, but {self.model.base.title} is "
+                f"{info.name}; use a {read.info.family} base"
+            )
+        try:
+            attach(self.model, read.weights, name)
+        except AdapterFileError as error:
+            raise AdapterFileError(f"{where}: {str(error).removeprefix(f'{name}: ')}") from error
+        set_strengths(self.model, {})
+        self._names.append(name)
+        return name
+
+    def remove_adapter(self, name: str) -> None:
+        """Unload an adapter; the base is as if it had never been there.
+
+        Raises:
+            ConfigError: if no such adapter is loaded, or adapters are merged.
+        """
+        self._refuse_while_merged("removing an adapter")
+        self._check_loaded([name])
+        detach(self.model, name)
+        self._names.remove(name)
+
+    def generate(
+        self, requests: Iterable[GenerateRequest], *, merge: bool = False, progress: Progress | None = None
+    ) -> list[GeneratedImage]:
+        """Return the pictures of ``requests``, in their order, each with its own adapter strengths.
+
+        After :meth:`merge`, requests must ask for the merged strengths or for none.
+
+        Args:
+            requests: what to make; those with equal strengths are made together.
+            merge: fold the adapters into the base's weights for the time of each group.
+            progress: told after every denoising step.
+
+        Raises:
+            ConfigError: for an adapter that is not loaded, or anything :func:`render` refuses.
+            ModelError: if the numbers overflow.
+        """
+        asked = [self._as_merged(request) for request in requests]
+        for request in asked:
+            check_request(self.model, request)
+            self._check_loaded(request.strengths)
+        total, before = sum(request.steps for request in asked), 0
+        images: dict[int, Image] = {}
+        for strengths, indices in _by_strengths(asked):
+            members = [asked[i] for i in indices]
+            shifted = None if progress is None else _shifted(progress, before, total)
+            with self._acting(strengths, merge):
+                images |= zip(indices, render(self.model, members, progress=shifted), strict=True)
+            before += sum(request.steps for request in members)
+        return [GeneratedImage(images[i], request) for i, request in enumerate(asked)]
+
+    def merge(self, strengths: Mapping[str, Strength]) -> None:
+        """Fold adapters into the base's weights: no cost while generating, and rounding-equal pictures.
+
+        Raises:
+            ConfigError: for an adapter that is not loaded, or if adapters are merged already.
+        """
+        self._refuse_while_merged("merging again")
+        self._check_loaded(strengths)
+        self._merged = Merged(self.model, strengths), dict(strengths)
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`: every weight of the base is back bit for bit. Without a merge: nothing."""
+        if self._merged is not None:
+            self._merged[0].undo()
+            self._merged = None
+
+    def _check_loaded(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._names:
+                loaded = ", ".join(f"`{one}`" for one in self._names) or "none"
+                raise ConfigError(f"adapter `{name}`: not loaded (loaded: {loaded}); call add_adapter first")
+
+    @contextlib.contextmanager
+    def _acting(self, strengths: Mapping[str, Strength], merge: bool) -> Iterator[None]:
+        """Let adapters act at these strengths: already merged, merged for now, or beside the weights."""
+        if self._merged is not None:
+            yield
+            return
+        try:
+            if merge:
+                self.merge(strengths)
+            else:
+                set_strengths(self.model, strengths)
+            yield
+        finally:
+            self.unmerge()
+            set_strengths(self.model, {})
+
+    def _as_merged(self, request: GenerateRequest) -> GenerateRequest:
+        if self._merged is None:
+            return request
+        merged = self._merged[1]
+        if request.strengths and dict(request.strengths) != merged:
+            raise ConfigError(
+                f"strengths {dict(request.strengths)} asked for while {merged} are merged; call unmerge first"
+            )
+        return dataclasses.replace(request, strengths=merged)
+
+    def _refuse_while_merged(self, what: str) -> None:
+        if self._merged is not None:
+            raise ConfigError(f"{what} while adapters are merged; call unmerge first")
+
+
+def _by_strengths(requests: Sequence[GenerateRequest]) -> list[tuple[Mapping[str, Strength], list[int]]]:
+    groups: list[tuple[Mapping[str, Strength], list[int]]] = []
+    for i, request in enumerate(requests):
+        for strengths, indices in groups:
+            if strengths == request.strengths:
+                indices.append(i)
+                break
+        else:
+            groups.append((request.strengths, [i]))
+    return groups
+
+
+def _shifted(progress: Progress, before: int, total: int) -> Progress:
+    return lambda done, _: progress(before + done, total)
+
+
+def _read(adapter: str | Path | AdapterFile) -> tuple[AdapterFile, str, str]:
+    """Return the adapter, where it came from, and its usual name."""
+    if isinstance(adapter, AdapterFile):
+        name = adapter.info.name or "adapter"
+        return adapter, name, name
+    from ..formats.adapter_files import read_adapter
+
+    path = Path(adapter).expanduser()
+    return read_adapter(path), str(path), path.name if path.is_dir() else path.stem
+
+
+def _free_name(wanted: str, taken: Iterable[str]) -> str:
+    names = set(taken)
+    if wanted not in names:
+        return wanted
+    return next(name for i in range(2, len(names) + 3) if (name := f"{wanted}-{i}") not in names)

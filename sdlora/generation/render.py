@@ -1,0 +1,186 @@
+"""The denoising loop: from requests to pictures, for users and for previews during training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..adapters.strength import Strength
+from ..diffusion.samplers import check_steps, find_sampler, make_scheduler
+from ..errors import ConfigError, ModelError
+from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
+from ..families.parallel import SplitPredictor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Progress = Callable[[int, int], None]
+"""Told after every denoising step: (pictures times steps done, all of them)."""
+
+MAX_BATCH = 16
+MAX_BATCH_LATENTS = 4 * 64 * 64
+"""Latent pixels of one batch: four pictures of 512 px; guidance doubles what the denoiser sees."""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One picture to be made.
+
+    Attributes:
+        prompt: what to show.
+        negative_prompt: what to avoid; it has no effect without guidance.
+        height: px.
+        width: px.
+        steps: denoising steps.
+        guidance: how far to go from the negative prompt to the prompt; 1 or less: no guidance.
+        sampler: a name of :data:`sdlora.diffusion.samplers.SAMPLERS`.
+        seed: fixes the noise, whatever else is in the batch.
+        strengths: adapter name -> strength; adapters that are not named do not act.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    _: KW_ONLY
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    sampler: str
+    seed: int
+    strengths: Mapping[str, Strength] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """A picture with the request that made it."""
+
+    image: Image
+    request: GenerateRequest
+
+
+@torch.no_grad()  # not inference_mode: training goes on with this model, which must hold no such tensors
+def render(
+    model: DiffusionModel, requests: Sequence[GenerateRequest], *, progress: Progress | None = None
+) -> list[Image]:
+    """Return the pictures of ``requests``, in their order, with the adapters acting as the model has them.
+
+    Requests that differ only in prompts and seed share batches. Each picture draws all its noise from its
+    own CPU generator and each prompt is encoded by itself, so a batch changes a picture only by rounding.
+    The caller sets modes and strengths (:meth:`DiffusionModel.prepare`, ``set_strengths``).
+
+    Raises:
+        ConfigError: for a size, sampler or number of steps that does not exist.
+        ModelError: if the numbers overflow.
+    """
+    for request in requests:
+        check_request(model, request)
+    total, done = sum(request.steps for request in requests), 0
+    images: dict[int, Image] = {}
+    for batch in _batches(model, requests):
+        members = [requests[i] for i in batch]
+
+        def tick(count: int = len(batch)) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, total)
+
+        latents = denoise(model, members, tick)
+        for request, one in zip(members, latents, strict=True):
+            if not bool(torch.isfinite(one).all()):
+                raise ModelError(
+                    f"prompt `{request.prompt}`: the denoiser of {model.base.title} overflowed in "
+                    f"{str(model.dtype).removeprefix('torch.')}; use fp32 or bf16, or weaker adapters"
+                )
+        images |= zip(batch, _to_images(model.decode_latents(latents)), strict=True)
+    return [images[i] for i in range(len(requests))]
+
+
+def check_request(model: DiffusionModel, request: GenerateRequest) -> None:
+    """Raise ConfigError if the model cannot make such a picture, naming what it could make."""
+    find_sampler(request.sampler)
+    check_steps(model.process, request.steps)
+    multiple = model.size_multiple
+    for name, value in (("height", request.height), ("width", request.width)):
+        if value < multiple or value % multiple:
+            nearest = max(multiple, round(value / multiple) * multiple)
+            raise ConfigError(
+                f"`{name}={value}`: {model.base.title} makes multiples of {multiple} px; use {nearest}"
+            )
+    if not 0 <= request.seed < 2**64:
+        raise ConfigError(f"`seed={request.seed}`: seeds are whole numbers from 0 to 2^64 - 1")
+    if not math.isfinite(request.guidance) or request.guidance < 0:
+        raise ConfigError(f"`guidance={request.guidance}`: use a number from 0 up; 5 to 9 are usual")
+
+
+def _batches(model: DiffusionModel, requests: Sequence[GenerateRequest]) -> Iterator[list[int]]:
+    """Yield indices of requests that can go through the denoiser together."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, one in enumerate(requests):
+        key = (one.height, one.width, one.steps, one.guidance, find_sampler(one.sampler))
+        alike.setdefault(key, []).append(i)
+    for indices in alike.values():
+        _, height, width = model.latent_shape(requests[indices[0]].height, requests[indices[0]].width)
+        size = max(1, min(MAX_BATCH, MAX_BATCH_LATENTS // (height * width)))
+        yield from (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+@torch.no_grad()
+def denoise(
+    model: DiffusionModel, requests: Sequence[GenerateRequest], tick: Callable[[], None] | None = None
+) -> Tensor:
+    """Return clean scaled latents (B, C, h, w) float32 of requests that share all but prompts and seed.
+
+    Args:
+        model: in eval mode, its adapters set as they shall act.
+        requests: one batch.
+        tick: called after every denoising step.
+    """
+    first, count = requests[0], len(requests)
+    scheduler = make_scheduler(first.sampler, model.process, first.steps)
+    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+    extra = {"generator": generators} if find_sampler(first.sampler).ancestral else {}
+    shape = model.latent_shape(first.height, first.width)
+    noise = torch.stack([torch.randn(shape, generator=one, dtype=torch.float32) for one in generators])
+    latents = noise.to(model.device) * float(scheduler.init_noise_sigma)
+    guided = first.guidance > 1.0
+    text = _conditioning(model, requests, guided)
+    copies = 2 if guided else 1
+    pixels = (first.height, first.width)
+    sizes = [SizeHint(original=pixels, crop=(0, 0), target=pixels)] * (count * copies)
+    with SplitPredictor(model) as split:
+        for timestep in scheduler.timesteps:
+            inputs = torch.cat([scheduler.scale_model_input(latents, timestep)] * copies)
+            prediction = split.predict(inputs, timestep.repeat(count * copies), text, sizes)
+            if guided:  # Ho and Salimans 2022, equation 6, in the scale that users know (w + 1)
+                negative, positive = prediction.chunk(2)
+                prediction = negative + first.guidance * (positive - negative)
+            latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+            if tick is not None:
+                tick()
+    return latents
+
+
+def _conditioning(model: DiffusionModel, requests: Sequence[GenerateRequest], guided: bool) -> Conditioning:
+    """Encode each prompt by itself and stack: all negative prompts (if guided), then all prompts."""
+    prompts = [request.negative_prompt for request in requests] if guided else []
+    prompts += [request.prompt for request in requests]
+    encoded = {
+        prompt: {name: tensor[0] for name, tensor in model.encode_text([prompt]).items()}
+        for prompt in dict.fromkeys(prompts)
+    }
+    stacked = stack_conditioning([encoded[prompt] for prompt in prompts])
+    return {name: tensor.to(model.device) for name, tensor in stacked.items()}
+
+
+def _to_images(pixels: Tensor) -> list[Image]:
+    """Return pictures of pixels (B, 3, H, W) in [-1, 1]."""
+    from PIL import Image as Pil
+
+    numbers = ((pixels.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Pil.fromarray(one.permute(1, 2, 0).contiguous().numpy()) for one in numbers]

@@ -1,0 +1,1 @@
+"""What an adapter file or a base model holds, for people."""

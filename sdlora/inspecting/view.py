@@ -1,0 +1,161 @@
+"""An adapter's summary as text for a terminal, and its norms by block as a picture."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..adapters.kinds import TITLES
+from ..errors import OutputError
+from ..files import replacing
+from ..formats import adapter_files
+from ..formats.clients import Support
+from ..tensor_file import shown
+from .inspection import AdapterSummary
+
+_BAR = 32
+_COLOURS = {"unet": "cyan", "text_encoder": "magenta", "text_encoder_2": "yellow"}
+_CHART_COLOURS = {"unet": "#1f77b4", "text_encoder": "#d62728", "text_encoder_2": "#ff7f0e"}
+
+
+def render(summary: AdapterSummary, *, width: int = 140, colour: bool = False, plain: bool = False) -> str:
+    """Return a summary as text.
+
+    Args:
+        summary: what was found out.
+        width: columns of the terminal; longer lines are folded.
+        colour: mark the bars of the components with colours.
+        plain: draw bars of ``#`` instead of block characters, for terminals that lack these.
+    """
+    stream = io.StringIO()
+    console = Console(
+        file=stream,
+        width=max(width, 60),
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+        highlight=False,
+        legacy_windows=False,
+    )
+    console.print(_table([(label, shown(text, 200)) for label, text in _fields(summary)]))
+    if summary.settings:
+        console.print("\ntraining")
+        console.print(_table([(k, _short(v)) for k, v in summary.settings.items()], indent=2))
+    if summary.has_values:
+        console.print("\nsize of the update by block (Frobenius norm)")
+        console.print(_bars(summary, plain=plain))
+    console.print("\nloads fully in")
+    console.print(_table([(one.client, _verdict(one)) for one in summary.clients], indent=2))
+    if not summary.has_values:
+        console.print("\nheader entries")
+        rows = [(shown(key, 60), shown(text, 300)) for key, text in sorted(summary.entries.items())]
+        console.print(_table(rows or [("none", "")], indent=2))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def draw_norms(summary: AdapterSummary, picture: Path) -> None:
+    """Draw the size of the updates by block as bars into a new PNG, atomically.
+
+    Raises:
+        OutputError: when the picture exists, or cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if picture.exists():
+        raise OutputError(f"{picture}: exists; nothing was overwritten. Choose another name after --chart")
+    blocks = summary.blocks
+    figure = Figure(figsize=(9, min(60.0, 1.6 + 0.26 * len(blocks))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for component, colour in _CHART_COLOURS.items():
+        rows = [i for i, one in enumerate(blocks) if one.component == component]
+        if rows:
+            axis.barh(rows, [blocks[i].norm for i in rows], color=colour, label=component)
+    axis.set_yticks(range(len(blocks)), [f"{one.block} ({one.num_modules})" for one in blocks], fontsize=7)
+    axis.invert_yaxis()
+    axis.margins(y=0.01)
+    axis.set_xlabel("Frobenius norm of the updates (layers in brackets)", fontsize=8)
+    rank, alpha = _counts(summary.ranks), _counts({f"{a:g}": n for a, n in summary.alphas.items()})
+    title = f"{shown(summary.name, 60)}: {summary.family or 'unknown family'}, rank {rank}, alpha {alpha}"
+    figure.suptitle(shown(title, 120), fontsize=9, parse_math=False)
+    axis.legend(fontsize=8)
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def _fields(summary: AdapterSummary) -> list[tuple[str, str]]:
+    layers = ", ".join(f"{count} in {component}" for component, count in summary.modules.items())
+    hash_note = {True: "", False: " (the header says another!)", None: ""}[summary.hash_matches]
+    if not summary.has_values and summary.model_hash:
+        hash_note = " (by the header)"
+    title = adapter_files.READERS[summary.format].title
+    return [
+        ("file", f"{summary.path} ({_size(summary.num_bytes)})"),
+        ("format", f"{title}, {summary.num_keys} tensors, {_counts(summary.dtypes)}"),
+        ("family", summary.family or "not told by the file"),
+        ("name", summary.name),
+        ("base", summary.base or "not told by the file"),
+        ("kind", _counts({TITLES[kind]: count for kind, count in summary.kinds.items()})),
+        ("layers", layers),
+        ("rank", _counts(summary.ranks)),
+        ("alpha", _counts({f"{alpha:g}": count for alpha, count in summary.alphas.items()})),
+        ("trigger words", ", ".join(summary.trigger_words) or "none recorded"),
+        ("tags", ", ".join(f"{tag} ({count})" for tag, count in summary.tags[:8]) or "none recorded"),
+        ("hash", f"{summary.model_hash[:12] or 'not told by the file'}{hash_note}"),
+    ]
+
+
+def _bars(summary: AdapterSummary, *, plain: bool) -> Table:
+    largest = max((block.norm for block in summary.blocks), default=0.0) or 1.0
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(min_width=0)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(width=_BAR)
+    table.add_column(no_wrap=True)
+    for one in summary.blocks:
+        bar: Bar | Text = Bar(largest, 0, one.norm, width=_BAR, color=_COLOURS[one.component])
+        if plain:
+            bar = Text("#" * max(1 if one.norm > 0 else 0, round(_BAR * one.norm / largest)))
+        label = Text(f"{one.component} {shown(one.block, 60)}")
+        layers = f"{one.num_modules} layer{'' if one.num_modules == 1 else 's'}"
+        table.add_row(Text(""), label, Text(f"{one.norm:.4g}"), bar, Text(layers))
+    return table
+
+
+def _table(rows: Iterable[tuple[str, str]], indent: int = 0) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        table.add_row(Text(" " * indent + label), Text(text))
+    return table
+
+
+def _short(value: str) -> str:
+    """Return a value of the header fit for a table: long decimal fractions are rounded."""
+    if not re.fullmatch(r"-?\d+\.\d{6,17}", value):
+        return shown(value, 120)
+    return f"{float(value):.5g}"
+
+
+def _counts(counts: Mapping[str, int] | Mapping[int, int]) -> str:
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{value} ({count}x)" for value, count in counts.items())
+
+
+def _verdict(support: Support) -> str:
+    verdict = "yes" if support.full else "no: " + "; ".join(support.reasons)
+    return f"{verdict}; {support.hint}" if support.hint else verdict
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"

@@ -1,0 +1,1 @@
+"""How near drawn images come to a style, and whether they copy."""

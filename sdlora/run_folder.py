@@ -1,0 +1,177 @@
+"""A run folder: every name and path in it, known in this one place by trainer, export, demo and web UI.
+
+Names are read strictly: a copy called ``step-000020 copy``, a ``step-000040-best.png`` or anything else a
+person or a sync program left there is no checkpoint and no preview, and is passed over.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+STOP, SAVE, SAMPLE = "STOP", "SAVE", "SAMPLE"
+REQUESTS = (STOP, SAVE, SAMPLE)
+"""Files with these names ask a run to stop, to save or to draw previews; it removes what it has seen."""
+
+ADAPTER_SUFFIX = ".safetensors"
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of images that can lie beside an adapter as its preview."""
+_CHECKPOINT = re.compile(r"step-(\d{6,18})", re.ASCII)
+_PREVIEW = re.compile(r"step-(\d{6,18})-([1-9]\d{0,8})\.png", re.ASCII)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run; nothing has to exist.
+
+    Attributes:
+        path: the folder itself.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """All settings of the run, resolved."""
+        return self.path / "config.toml"
+
+    @property
+    def events_file(self) -> Path:
+        """What the run told, one JSON object a line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def loss_curve(self) -> Path:
+        """The drawn curve."""
+        return self.path / "loss.png"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of previews."""
+        return self.path / "samples"
+
+    @property
+    def grid(self) -> Path:
+        """All previews, steps x prompts."""
+        return self.samples / "grid.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of resumable states."""
+        return self.path / "checkpoints"
+
+    def exists(self) -> bool:
+        """Return whether a run has begun here: its settings are written."""
+        return self.config_file.is_file()
+
+    def adapter_file(self, name: str) -> Path:
+        """Return the file of the finished adapter."""
+        return self.path / f"{name}{ADAPTER_SUFFIX}"
+
+    def adapter_files(self) -> list[Path]:
+        """Return the finished adapters that lie here, by name."""
+        files = self.path.glob(f"*{ADAPTER_SUFFIX}")
+        return sorted(file for file in files if not file.name.startswith("."))
+
+    def request_file(self, request: str) -> Path:
+        """Return the file that asks for one of :data:`REQUESTS`."""
+        return self.path / request
+
+    def preview(self, step: int, number: int) -> Path:
+        """Return the file of the ``number``-th prompt's preview (from 1) after ``step`` steps."""
+        return self.samples / f"{step_name(step)}-{number}.png"
+
+    def list_previews(self) -> list[Preview]:
+        """Return the previews that lie here, by step and prompt."""
+        previews = []
+        for file in self.samples.glob("step-*.png"):
+            if match := _PREVIEW.fullmatch(file.name):
+                previews.append(Preview(int(match[1]), int(match[2]), file))
+        return sorted(previews, key=lambda preview: (preview.step, preview.number))
+
+    def newest_preview(self) -> Path | None:
+        """Return the newest image a run made: the last preview of its first prompt, else any it has."""
+        if previews := [preview.file for preview in self.list_previews() if preview.number == 1]:
+            return previews[-1]
+        for folder, pattern in ((self.samples, "**/*"), (self.path, "*sweep*")):
+            files = [file for file in folder.glob(pattern) if file.is_file()]
+            images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
+            if images:
+                return max(images, key=lambda file: (file.stat().st_mtime_ns, file.name))
+        return None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One preview image: drawn after ``step`` steps with the ``number``-th prompt (from 1)."""
+
+    step: int
+    number: int
+    file: Path
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """The paths of one checkpoint.
+
+    Attributes:
+        path: the folder itself.
+        step: optimizer steps done.
+    """
+
+    path: Path
+    step: int
+
+    @property
+    def adapter_file(self) -> Path:
+        """The adapter in fp32, in WebUI format: usable by itself."""
+        return self.path / f"adapter{ADAPTER_SUFFIX}"
+
+    @property
+    def optimizer_file(self) -> Path:
+        """Masters and the optimizer's state."""
+        return self.path / "optimizer.safetensors"
+
+    @property
+    def state_file(self) -> Path:
+        """The step, the digests of the other two, and what is not a tensor."""
+        return self.path / "state.json"
+
+
+def step_name(step: int) -> str:
+    """Return how names of checkpoints and previews begin: ``step-000040``."""
+    return f"step-{step:06d}"
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> CheckpointFolder:
+    """Return where the checkpoint of ``step`` lies below the folder of checkpoints."""
+    return CheckpointFolder(checkpoints / step_name(step), step)
+
+
+def list_checkpoints(checkpoints: Path) -> list[CheckpointFolder]:
+    """Return the checkpoints below the folder of checkpoints, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    folders = []
+    for path in checkpoints.iterdir():
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match and path.is_dir():
+            folders.append(CheckpointFolder(path, int(match[1])))
+    return sorted(folders, key=lambda folder: folder.step)
+
+
+def checkpoint_of(adapter_file: Path) -> tuple[RunFolder, CheckpointFolder] | None:
+    """Return the run and the checkpoint that an adapter file belongs to; None for any other file."""
+    folder = adapter_file.parent
+    match = _CHECKPOINT.fullmatch(folder.name)
+    run = RunFolder(folder.parent.parent)
+    if match is None or folder.parent != run.checkpoints:
+        return None
+    return run, CheckpointFolder(folder, int(match[1]))
+
+
+def was_run(path: Path) -> bool:
+    """Return whether a folder is a run's: settings, and something that a run writes."""
+    run = RunFolder(path)
+    return run.exists() and any(part.exists() for part in (run.checkpoints, run.samples, run.events_file))

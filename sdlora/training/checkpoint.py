@@ -1,0 +1,101 @@
+"""Resumable run state on disk: save atomically, find the newest good one, prune the old ones.
+
+A checkpoint is a folder ``step-000040`` with ``adapter.safetensors`` (fp32, WebUI format: usable by
+itself), ``optimizer.safetensors`` (masters and moments) and ``state.json`` (step, digests of the other
+two). The folder appears under its name only when all of it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import TrainingError
+from ..families.fingerprint import file_digest
+from ..files import replacing, write_json
+from ..run_folder import CheckpointFolder, checkpoint_folder, list_checkpoints
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded state.
+
+    Attributes:
+        step: optimizer steps done.
+        tensors: named tensors of masters and optimizer.
+        state: everything else, as JSON values.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    folder: Path
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    write_adapter: Callable[[Path], None],
+) -> Path:
+    """Write a checkpoint under ``root`` and return its folder.
+
+    Args:
+        write_adapter: writes the adapter to the path it is given.
+
+    Raises:
+        OutputError: if it cannot be written; earlier checkpoints stay as they are.
+    """
+    target = checkpoint_folder(root, step).path
+    if target.exists():  # asked for twice at one step: the content is the same
+        return target
+    with replacing(target) as temporary:
+        temporary.mkdir(parents=True)
+        files = CheckpointFolder(temporary, step)
+        adapter, optimizer = files.adapter_file, files.optimizer_file
+        write_adapter(adapter)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, optimizer)
+        digests = {file.name: file_digest(file) for file in (adapter, optimizer)}
+        write_json(files.state_file, {"step": step, "digests": digests, **state})
+    return target
+
+
+def load_newest(root: Path, notice: Callable[[str], None]) -> Checkpoint:
+    """Load the newest checkpoint whose files are whole; ``notice`` hears of damaged ones passed over.
+
+    Raises:
+        TrainingError: if there is none.
+    """
+    for folder in reversed(list_checkpoints(root)):
+        try:
+            return load_checkpoint(folder)
+        except (OSError, ValueError, KeyError) as error:
+            notice(f"{folder.path} is damaged ({error}); trying the one before")
+    raise TrainingError(
+        f"{root}: no usable checkpoint to resume from; start without --resume in a new --output"
+    )
+
+
+def load_checkpoint(folder: CheckpointFolder) -> Checkpoint:
+    """Load one checkpoint, checking its digests (ValueError if they differ)."""
+    state = json.loads(folder.state_file.read_text(encoding="utf-8"))
+    for name, digest in state.pop("digests").items():
+        if file_digest(folder.path / name) != digest:
+            raise ValueError(f"{name} is not what was written")
+    return Checkpoint(int(state.pop("step")), load_file(folder.optimizer_file), state, folder.path)
+
+
+def prune_checkpoints(root: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest; the newest is never removed."""
+    for folder in list_checkpoints(root)[: -max(1, keep)]:
+        shutil.rmtree(folder.path, ignore_errors=True)
+    for leftover in root.glob(".*"):  # half-written when a process was killed
+        shutil.rmtree(leftover, ignore_errors=True)

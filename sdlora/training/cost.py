@@ -1,0 +1,66 @@
+"""What a step costs: its time is measured on the real model with a real batch before the first step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..data.batching.batches import generator_for, make_batch
+from ..data.reading.items import Visit
+from ..errors import TrainingError
+from .objective import loss_of
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time of one optimizer step and memory of the run."""
+
+    seconds_per_step: float
+    bytes: int
+
+
+def measure_cost(run: Run) -> Cost:
+    """Run forward and backward of the largest micro-batch twice, and throw the gradients away.
+
+    The first pass warms up, the second is timed. The memory is the plan's, made before any weight was read.
+
+    Raises:
+        TrainingError: if the device's memory does not suffice.
+    """
+    settings = run.config.training
+    micros = [micro for rank in run.order.step(run.step) for micro in rank if micro]
+    visits = max(micros, key=lambda micro: len(micro))
+    try:
+        _pass(run, visits)
+        began = time.perf_counter()
+        _pass(run, visits)
+        if run.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    except torch.OutOfMemoryError:
+        raise TrainingError(
+            f"{run.model.device}: not enough memory for training.batch_size={settings.batch_size} at "
+            f"{run.config.data.resolution} px; use a smaller training.batch_size, "
+            "training.gradient_checkpointing=true or a smaller data.resolution"
+        ) from None
+    return Cost(seconds * settings.gradient_accumulation, run.memory.peak)
+
+
+def _pass(run: Run, visits: tuple[Visit, ...]) -> None:
+    generator = generator_for("cost")
+    batch = make_batch(run.training, run.model, visits, generator, seed=0)
+    splitter = run.splitter
+    predict = splitter.predict_with_gradients if splitter else None
+    loss, _ = loss_of(run.model, batch, run.config, generator, predict)
+    loss.sum().backward()
+    if splitter:
+        splitter.backward(run.parameters())
+    for group in run.groups:
+        group.master.collect()
+        group.master.publish()

@@ -1,0 +1,85 @@
+"""From a run's weights to adapter files, with everything known about their making in the header."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..adapters.canonical import AdapterFile, AdapterInfo
+from ..exporting.export import write_finished
+from ..formats.adapter_files import write_adapter
+from ..formats.metadata import TrainingFacts, build_header
+from ..version import version
+
+if TYPE_CHECKING:
+    from ..data.reading.items import ImageItem
+    from .run import Run
+
+
+def finish_run(run: Run, losses: Sequence[float]) -> Path:
+    """Write ``NAME.safetensors`` in WebUI format into the run folder, proven by reading it back."""
+    target = run.folder.adapter_file(run.config.output.name)
+    adapter = adapter_file(run, final_loss=sum(losses) / len(losses) if losses else None)
+    output = run.config.output
+    preview = run.folder.newest_preview()
+    write_finished(adapter, target, output.dtype, run.model.info, preview, private=output.private)
+    return target
+
+
+def write_checkpoint_adapter(run: Run, target: Path) -> None:
+    """Write the fp32 masters in WebUI format, as a checkpoint keeps them."""
+    write_adapter(adapter_file(run), "webui", target, torch.float32, run.model.info)
+
+
+def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
+    """Return the adapter as it is now, with its header."""
+    config, items = run.config, run.dataset.items
+    triggers = (config.data.trigger_word,) if config.data.trigger_word else ()
+    learned = _by_folder(item for item in items if not item.regularisation)
+    regularisation = _by_folder(item for item in items if item.regularisation)
+    facts = TrainingFacts(
+        family=run.model.info,
+        name=config.output.name,
+        base_title=run.model.base.title,
+        base_digest=run.model.base.digest,
+        config=config,
+        prediction_type=run.model.process.prediction_type,
+        zero_terminal_snr=run.model.process.ends_in_noise,
+        native_resolution=run.model.native_resolution,
+        steps=run.step,
+        epochs=run.step / run.order.steps_per_epoch,
+        num_images=sum(map(len, learned.values())),
+        num_batches_per_epoch=run.order.steps_per_epoch * config.training.gradient_accumulation,
+        buckets=Counter(placement.bucket for placement in run.training.placements),
+        folder_images={folder: len(found) for folder, found in learned.items()},
+        reg_folder_images={folder: len(found) for folder, found in regularisation.items()},
+        folder_repeats={
+            folder: found[0].repeats for folder, found in (*learned.items(), *regularisation.items())
+        },
+        tag_frequency={folder: _tags([item.caption for item in found]) for folder, found in learned.items()},
+        started_at=run.started_at,
+        finished_at=time.time(),
+        final_loss=final_loss,
+        trigger_words=triggers,
+        preview=run.folder.newest_preview() if final_loss is not None else None,
+        sdlora_version=version(),
+    )
+    info = AdapterInfo(run.model.info.name, config.output.name, triggers, build_header(facts))
+    return AdapterFile(run.masters(), info)
+
+
+def _by_folder(items: Iterable[ImageItem]) -> dict[str, list[ImageItem]]:
+    folders: dict[str, list[ImageItem]] = {}
+    for item in items:
+        folders.setdefault(str(item.path.absolute().parent), []).append(item)
+    return folders
+
+
+def _tags(captions: Sequence[str]) -> dict[str, int]:
+    """Count the comma-separated parts of the captions, as WebUI shows them."""
+    return dict(Counter(tag for caption in captions for part in caption.split(",") if (tag := part.strip())))

@@ -1,0 +1,347 @@
+"""How much memory a training step will take, counted before any weight is read.
+
+The step is really run, forward and backward, on torch's meta device: tensors of the true shapes and formats
+that hold no numbers. Every allocation and release is counted as it happens, so the peak is that of the true
+graph, with no table of guesses. What the count cannot see is the memory of the libraries themselves (a CUDA
+context takes 0.3 to 0.8 GiB) and the scratch space inside single kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..adapters.attach import create_adapter
+from ..adapters.trainable_layers import attach_for_training
+from ..config.schema import AdapterConfig, Config
+from ..diffusion.process import per_image_loss
+from ..errors import TrainingError
+from ..families.attention import choose_attention
+from ..families.base import DiffusionModel, SizeHint
+
+GIB = 2**30
+_TOLERANCE = 0.85  # the count may be 15 % too high; below this share of it a run cannot fit
+_CONTEXT_BYTES = {"cuda": GIB // 2}  # libraries and kernels, before the first tensor
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted memory of a training run on its device, in bytes.
+
+    Attributes:
+        weights: the frozen components that stay on the device.
+        adapter: the adapter's fp32 masters, its copy in the base's format, gradients and two moments.
+        activations: the most that is alive at once during a step, besides the above.
+        free: what the device has free before the run, if that is known.
+    """
+
+    weights: int
+    adapter: int
+    activations: int
+    free: int | None
+
+    @property
+    def peak(self) -> int:
+        """Everything at once."""
+        return self.weights + self.adapter + self.activations
+
+    def fits(self) -> bool | None:
+        """Return whether the peak fits into what is free; None if that is not known."""
+        return None if self.free is None else self.peak <= self.free
+
+    def render(self) -> str:
+        """Return the plan in one line for people."""
+        parts = f"weights {gib(self.weights)}, adapter {gib(self.adapter)}, step {gib(self.activations)}"
+        free = "" if self.free is None else f"; {gib(self.free)} free"
+        return f"{gib(self.peak)} ({parts}{free})"
+
+
+def gib(count: int) -> str:
+    """Return a number of bytes in GiB or MiB."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return how many bytes ``device`` has free for this process, or None where it does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) - _CONTEXT_BYTES["cuda"]
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory())
+    return int(psutil.virtual_memory().available)
+
+
+def plan_memory(config: Config, blueprint: Callable[[], DiffusionModel], *, free: int | None) -> MemoryPlan:
+    """Count what one step of a resolved run takes.
+
+    Args:
+        config: resolved settings.
+        blueprint: makes the base on the meta device, without weights; called at most once.
+        free: see :attr:`MemoryPlan.free`.
+    """
+    counted = _count(_Question(_structure(config), config, blueprint))
+    return MemoryPlan(*counted, free)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of :func:`_count`; equal for equal structure, so that no step is counted twice."""
+
+    structure: str
+    config: Config = field(compare=False)
+    blueprint: Callable[[], DiffusionModel] = field(compare=False)
+
+
+def _structure(config: Config) -> str:
+    """Return the settings that a step's memory depends on, as text."""
+    tree = config.model_dump(mode="json")
+    training = ("batch_size", "precision", "device", "gradient_checkpointing", "attention")
+    wanted = [tree["model"], tree["adapter"], [tree["training"][name] for name in training]]
+    return json.dumps([*wanted, _side(config), _keeps_text(config), _keeps_images(config), *_priors(config)])
+
+
+def _side(config: Config) -> int:
+    """Return the largest resolution of a run."""
+    assert config.data.resolution is not None
+    return max((config.data.resolution, *config.data.more_resolutions))
+
+
+def _keeps_text(config: Config) -> bool:
+    """Tell whether the text encoders may be needed while training; what is not decided yet counts."""
+    varying = config.data.varies_captions and config.data.encode_captions != "before"
+    return config.adapter.adapts_text or varying
+
+
+def _keeps_images(config: Config) -> bool:
+    """Tell whether the picture encoder is needed while training."""
+    return config.data.varies_pictures and config.data.variants == 0
+
+
+def _priors(config: Config) -> tuple[bool, bool]:
+    """Return whether the base predicts in every step, too, and whether all for the empty caption."""
+    wanted = config.data.prior_preservation > 0
+    return wanted, wanted and not config.data.has_regularisation
+
+
+@functools.lru_cache(maxsize=64)
+def _count(question: _Question) -> tuple[int, int, int]:
+    """Return bytes of weights, adapter and step."""
+    config, model = question.config, question.blueprint()
+    adapter = config.adapter
+    weights = _weight_bytes(model, config)
+    values = _attach(model, adapter)
+    model.prepare(
+        training=True,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        keep_text=_keeps_text(config),
+    )
+    device = torch.device(config.training.device or "cpu")
+    choice = choose_attention(config.training.attention, device, model.dtype, training=True)
+    choice.apply(model.components()["unet"])  # not the meta device's, but that of the device it will run on
+    multiple = model.size_multiple
+    activations = _step_bytes(model, max(multiple, _side(config) // multiple * multiple), config)
+    # fp32 master, gradient and two moments; the model's own copy and gradient, which in fp32 is the master
+    own = 2 * model.dtype.itemsize if model.dtype != torch.float32 else 4
+    return weights, values * (16 + own), activations
+
+
+def refuse_what_cannot_fit(
+    plan: MemoryPlan, config: Config, device: torch.device, again: Callable[[Config], MemoryPlan]
+) -> str | None:
+    """Return a warning if the run may not fit, with the mildest settings that would.
+
+    Args:
+        plan: of ``config``.
+        config: resolved settings.
+        device: where it would run.
+        again: plans other settings.
+
+    Raises:
+        TrainingError: if it cannot fit even if the count is as wrong as it may be.
+    """
+    if plan.free is None or plan.peak <= plan.free:
+        return None
+    remedy = _remedy(config, again)
+    text = (
+        f"this run needs about {plan.render()} on {device}, more than is free; "
+        f"{remedy or 'nothing smaller fits either: use a device with more memory'}"
+    )
+    if plan.peak * _TOLERANCE > plan.free:
+        raise TrainingError(text)
+    return text
+
+
+def _remedy(config: Config, again: Callable[[Config], MemoryPlan]) -> str | None:
+    """Return the first of ever stronger changes with which the run fits."""
+    batch, resolution = config.training.batch_size, _side(config)
+    assert batch is not None
+    accumulate = config.training.gradient_accumulation * batch
+    one = {"training.batch_size": 1, "training.gradient_accumulation": accumulate}
+    saving = {"training.gradient_checkpointing": True}
+    steps: list[dict[str, Any]] = [saving, one, {**one, **saving}]
+    # the smaller ones of several resolutions take no memory of their own
+    only = {"data.more_resolutions": ()} if config.data.more_resolutions else {}
+    smaller = [{**only, "data.resolution": resolution * share // 4 // 64 * 64} for share in (3, 2)]
+    steps += [{**one, **saving, **changes} for changes in smaller]
+    if config.training.precision == "fp32" and config.training.device != "cpu":
+        steps = [{"training.precision": "bf16", **step} for step in ({}, *steps)]
+    for changes in steps:
+        if all(config.get(key) == value for key, value in changes.items()):
+            continue
+        if changes.get("data.resolution", 64) < 64:
+            continue
+        if again(config.with_values(changes)).fits():
+            changed = {key: value for key, value in changes.items() if config.get(key) != value}
+            return "it fits with " + " ".join(f"{key}={_as_toml(value)}" for key, value in changed.items())
+    return None
+
+
+def _as_toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "[]" if value == () else str(value)
+
+
+def _weight_bytes(model: DiffusionModel, config: Config) -> int:
+    modules = {
+        name: module
+        for name, module in model.components().items()
+        # while training, encoders wait in main memory; on a CPU that is the same memory
+        if name == "unet" or _keeps_text(config) or config.training.device == "cpu"
+    }
+    if _keeps_images(config) or config.training.device == "cpu":
+        modules["vae"] = model.vae  # type: ignore[attr-defined]
+    tensors = {id(t): t for module in modules.values() for t in (*module.parameters(), *module.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _attach(model: DiffusionModel, config: AdapterConfig) -> int:
+    """Put a fresh adapter of the same kind and shapes on the blueprint; return how many numbers it has."""
+    # starts that are worked out from the base's weights have the shapes of any other
+    fresh = create_adapter(model, config.model_copy(update={"init": "default"}), 0)
+    count = 0
+    for layer in attach_for_training(model, fresh, "planned", dropout=config.dropout):
+        for parameter in layer.parameters.values():
+            parameter.requires_grad_(True)
+            count += parameter.numel()
+    return count
+
+
+def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
+    """Run a step of the objective's shape; see :func:`sdlora.training.objective.loss_of`."""
+    device, adapts_text, count = torch.device("meta"), config.adapter.adapts_text, config.training.batch_size
+    assert count is not None
+    preserving, blank = _priors(config)
+    rows = 2 * count if blank else count
+    shape = (rows, *model.latent_shape(side, side))
+    sizes = [SizeHint((side, side), (0, 0), (side, side))] * rows
+    captions = [""] * rows  # one chunk of tokens, as nearly all captions
+    latents, timesteps = torch.empty(shape, device=device), torch.zeros(rows, dtype=torch.long, device=device)
+    with _fused_attention(), torch.enable_grad():
+        with torch.set_grad_enabled(adapts_text):
+            text = None if adapts_text else model.encode_text(captions)
+        with counting_memory() as memory:
+            if text is None:
+                text = model.encode_text(captions)
+            prediction = model.predict(latents, timesteps, text, sizes)
+            loss = per_image_loss(prediction, torch.empty_like(prediction)).sum()
+            if preserving:  # what the base predicts, while the graph of the first prediction is alive
+                with torch.no_grad():
+                    own = {name: tensor[:count] for name, tensor in text.items()}
+                    model.predict(latents[:count], timesteps[:count], own, sizes[:count])
+            loss.backward()
+    # gradients of the adapter are counted with the adapter
+    gradients = sum(
+        p.grad.numel() * p.grad.element_size()
+        for module in model.components().values()
+        for p in module.parameters()
+        if p.grad is not None
+    )
+    return max(0, memory.peak - gradients)
+
+
+@dataclass
+class MemoryCount:
+    """What is alive now and was at most, in bytes, of tensors made while counting."""
+
+    alive: int = 0
+    peak: int = 0
+    _known: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+    def see(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor unless it is known, and its release."""
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.alive -= size
+
+
+@contextmanager
+def counting_memory() -> Iterator[MemoryCount]:
+    """Count all memory that operations allocate for their results inside."""
+    count = MemoryCount()
+    with _Counting(count):
+        yield count
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, count: MemoryCount) -> None:
+        super().__init__()
+        self._count = count
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = {
+            id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
+                self._count.see(leaf)
+        return out
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Keep fused attention one kernel on the meta device, where torch would unfold it.
+
+    The function is replaced for the time, not intercepted by a mode: checkpointing calls it again in the
+    backward pass, where modes do not reach. Other devices' calls pass through.
+    """
+    original = functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if not query.is_meta:
+            return original(query, key, value, *rest, **options)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: Tensor = fused(query, key, value, 0.0, bool(options.get("is_causal", False)))[0]
+        return out
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original

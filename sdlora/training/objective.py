@@ -1,0 +1,102 @@
+"""What training minimises, to be read top to bottom in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters.disable import silenced
+from ..config.schema import Config
+from ..data.batching.batches import Batch
+from ..diffusion.process import draw_noise, per_image_loss
+from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
+
+Predict = Callable[[Tensor, Tensor, Conditioning, Sequence[SizeHint]], Tensor]
+
+
+class _Inputs(NamedTuple):
+    """What the denoiser is given."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    text: Conditioning
+    sizes: Sequence[SizeHint]
+
+    def rows(self, chosen: Sequence[int]) -> _Inputs:
+        """Return those of some pictures."""
+        text = {name: tensor[list(chosen)] for name, tensor in self.text.items()}
+        sizes = [self.sizes[row] for row in chosen]
+        return _Inputs(self.noisy[list(chosen)], self.timesteps[list(chosen)], text, sizes)
+
+    def and_blank(self, blank: Conditioning) -> _Inputs:
+        """Return these, followed by the same with the empty caption (tensors without batch axis)."""
+        count = len(self.sizes)
+        own = [{name: tensor[row] for name, tensor in self.text.items()} for row in range(count)]
+        text = stack_conditioning([*own, *[blank] * count])
+        twice = torch.cat([self.noisy, self.noisy]), torch.cat([self.timesteps, self.timesteps])
+        return _Inputs(*twice, text, [*self.sizes, *self.sizes])
+
+
+def loss_of(
+    model: DiffusionModel,
+    batch: Batch,
+    config: Config,
+    generator: torch.Generator,
+    predict: Predict | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the objective of each picture and its plain error, both (B,) float32.
+
+    The objective is the mean squared error of the prediction (over the mask) times the min-SNR weight and
+    the picture's own. With prior preservation, what the base itself predicts is the target of
+    regularisation pictures; without such pictures, it is that of a second prediction of every picture, for
+    the empty caption. Noise and timesteps are drawn with ``generator``, in this order. ``predict`` stands
+    in for the model's own call.
+    """
+    settings, prior = config.training, config.data.prior_preservation
+    count = len(batch.names)
+    noise = draw_noise(batch.latents.shape, generator, noise_offset=settings.noise_offset)
+    timesteps = model.process.sample_timesteps(count, generator)
+    corrupted = model.process.corrupt(batch.latents, noise, timesteps)
+    with torch.random.fork_rng(enabled=config.adapter.dropout > 0):
+        if config.adapter.dropout > 0:  # torch's dropout draws from the global generator
+            torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=generator)))
+        text = batch.text if batch.text is not None else model.encode_text(batch.captions)
+        inputs = _Inputs(corrupted.noisy, timesteps, text, batch.sizes)
+        blank = prior > 0 and not config.data.has_regularisation
+        if blank:
+            inputs = inputs.and_blank(_blank(model, batch))
+        prediction = (predict or model.predict)(*inputs)
+    target = corrupted.target.to(prediction.device)
+    weights = model.process.loss_weights(timesteps, settings.min_snr_gamma) * batch.weights
+    if prior > 0 and not blank and any(batch.regularisation):
+        rows = [row for row in range(count) if batch.regularisation[row]]
+        target = target.clone()
+        target[rows] = _of_base(model, batch, inputs, rows)
+        weights = weights * torch.where(torch.tensor(batch.regularisation), prior, 1.0)
+    weights = weights.to(prediction.device)
+    plain = per_image_loss(prediction[:count], target, batch.mask)
+    weighted = plain * weights
+    if blank:
+        base = _of_base(model, batch, inputs, range(count, 2 * count))
+        weighted = weighted + prior * weights * per_image_loss(prediction[count:], base)
+    return weighted, plain.detach()
+
+
+def _blank(model: DiffusionModel, batch: Batch) -> Conditioning:
+    if batch.blank is not None:
+        return batch.blank
+    return {name: tensor[0] for name, tensor in model.encode_text([""]).items()}
+
+
+@torch.no_grad()
+def _of_base(model: DiffusionModel, batch: Batch, inputs: _Inputs, rows: Sequence[int]) -> Tensor:
+    """Return what the base predicts for some rows, (len(rows), C, h, w) float32."""
+    chosen = inputs.rows(rows)
+    with silenced(model):
+        if batch.text is None:  # the text encoder is trained too: the base's own text belongs to it
+            captions = [batch.captions[row] if row < len(batch.captions) else "" for row in rows]
+            chosen = chosen._replace(text=model.encode_text(captions))
+        return model.predict(*chosen)

@@ -1,0 +1,142 @@
+"""fp32 master weights over a model in any number format, the optimizer on them, and its schedule.
+
+All adapter parameters of one learning rate live in one flat buffer: clipping, AdamW, zeroing and
+publishing to the model are then a few kernels, however many layers there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.canonical import ModuleKey
+from ..config.schema import OptimizerConfig, Schedule
+
+
+class MasterWeights:
+    """Parameters in fp32 whose rounded copies the model computes with.
+
+    The model's parameters become views into one flat buffer of their own format, and so do their
+    gradients; for an fp32 model that buffer *is* the master. Gradients of several micro-batches are
+    summed in fp32.
+
+    Args:
+        parameters: the model's parameters, one device and one dtype.
+        values: their fp32 starting values, same shapes.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        assert parameters and len(parameters) == len(values)
+        self._parameters = list(parameters)
+        device, self._dtype = parameters[0].device, parameters[0].dtype
+        flat = torch.cat([value.detach().to(device, torch.float32).flatten() for value in values])
+        self.flat = nn.Parameter(flat)
+        self.flat.grad = torch.zeros_like(flat)
+        self._compute = self.flat.data if self._dtype == torch.float32 else flat.to(self._dtype)
+        self._compute_grad = torch.zeros_like(self._compute)
+        start = 0
+        for parameter in self._parameters:
+            end = start + parameter.numel()
+            parameter.data = self._compute[start:end].view(parameter.shape)
+            parameter.requires_grad_(True)
+            parameter.grad = self._compute_grad[start:end].view(parameter.shape)
+            start = end
+
+    def collect(self) -> None:
+        """Add the model's gradients to the master's and clear them; call after each backward."""
+        assert self.flat.grad is not None
+        self.flat.grad.add_(self._compute_grad)
+        self._compute_grad.zero_()
+
+    def publish(self) -> None:
+        """Round the master's values into the model and clear its gradient; call after each step."""
+        assert self.flat.grad is not None
+        if self._dtype != torch.float32:
+            self._compute.copy_(self.flat.data)
+        self.flat.grad.zero_()
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The model's parameters, in the order of the flat buffer."""
+        return self._parameters
+
+    def tensors(self) -> list[Tensor]:
+        """Return the fp32 values as views, in the parameters' order and shapes."""
+        return self.shaped(self.flat.data)
+
+    def shaped(self, flat: Tensor) -> list[Tensor]:
+        """Return a flat tensor of this layout as views, in the parameters' order and shapes."""
+        parts = flat.split([parameter.numel() for parameter in self._parameters])
+        return [part.view(p.shape) for part, p in zip(parts, self._parameters, strict=True)]
+
+    def load(self, values: Tensor) -> None:
+        """Replace all values by a flat fp32 tensor and publish them."""
+        self.flat.data.copy_(values)
+        self.publish()
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Master weights with their own peak learning rate.
+
+    Attributes:
+        name: part of the names in a checkpoint.
+        master: the values.
+        learning_rate: at its peak.
+        slots: module and factor of each parameter, in the master's order.
+        decays: whether weight decay pulls them to zero (DoRA's magnitudes are not to be pulled there).
+    """
+
+    name: str
+    master: MasterWeights
+    learning_rate: float
+    slots: tuple[tuple[ModuleKey, str], ...] = ()
+    decays: bool = True
+
+
+def make_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
+    """Return AdamW (Loshchilov and Hutter 2019) over the groups' flat buffers."""
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [group.master.flat],
+                "lr": group.learning_rate,
+                "weight_decay": config.weight_decay if group.decays else 0.0,
+            }
+            for group in groups
+        ],
+        betas=config.betas,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        fused=groups[0].master.flat.device.type in ("cpu", "cuda"),
+    )
+
+
+def schedule_factor(schedule: Schedule, step: int, steps: int, warmup_steps: int) -> float:
+    """Return what the peak learning rate is multiplied by at ``step`` (0-based) of ``steps``.
+
+    Linear warm-up to 1, then constant, linear to 0, or half a cosine to 0 (Loshchilov and Hutter 2017).
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def clip_(groups: Sequence[ParameterGroup], max_norm: float) -> float:
+    """Shorten the joint gradient to ``max_norm`` (0: leave it); return its norm before."""
+    gradients = [group.master.flat.grad for group in groups if group.master.flat.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    if max_norm > 0:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor)
+    return float(norm)

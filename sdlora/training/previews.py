@@ -1,0 +1,85 @@
+"""Pictures made while training: rows of previews as a steps x prompts grid, and the loss curve."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from ..events import Sampled, read_events
+from ..generation.generate import GenerateRequest, render
+from ..generation.grids import loss_curve, steps_by_prompts
+from ..generation.png_info import parameters_text, save_png
+from ..run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def preview(run: Run) -> None:
+    """Render the preview prompts with the adapter as it is, and redraw the grid of all steps so far.
+
+    The sampler, size and prompt layout are those of generation; only the main process draws.
+    """
+    prompts = run.config.sample.prompts
+    if not prompts or not run.accelerator.is_main_process:
+        return
+    requests = [_request(run, prompt, number) for number, prompt in enumerate(prompts)]
+    run.model.prepare(
+        training=False, keep_text=run.keep_text, keep_images=run.training.looks.in_loop, lean=True
+    )
+    images = render(run.model, requests)
+    run.model.prepare(
+        training=True,
+        gradient_checkpointing=run.config.training.gradient_checkpointing,
+        keep_text=run.keep_text,
+        keep_images=run.training.looks.in_loop,
+    )
+    files = []
+    for number, (image, request) in enumerate(zip(images, requests, strict=True), start=1):
+        file = run.folder.preview(run.step, number)
+        save_png(image, file, parameters_text(request, base=run.model.base))
+        files.append(file)
+    _draw_grid(run.folder, list(prompts))
+    run.tell(Sampled(run.step, tuple(files), run.folder.grid))
+
+
+def _request(run: Run, prompt: str, number: int) -> GenerateRequest:
+    settings = run.config.sample
+    assert settings.guidance is not None and run.config.data.resolution is not None
+    multiple = run.model.size_multiple
+    side = max(multiple, run.config.data.resolution // multiple * multiple)
+    return GenerateRequest(
+        prompt=prompt,
+        negative_prompt=settings.negative_prompt,
+        height=side,
+        width=side,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        sampler=settings.sampler,
+        seed=settings.seed + number,
+        strengths={},
+    )
+
+
+def _draw_grid(folder: RunFolder, prompts: list[str]) -> None:
+    rows: dict[int, list[Image.Image]] = {}
+    for preview in folder.list_previews():
+        with Image.open(preview.file) as image:
+            rows.setdefault(preview.step, []).append(image.convert("RGB"))
+    whole = {step: images for step, images in rows.items() if len(images) == len(prompts)}
+    steps_by_prompts(whole, prompts, folder.grid)
+
+
+def draw_loss_curve(run: Run) -> None:
+    """Draw ``loss.png`` from the run's event file, so that a resumed run shows its whole history."""
+    training: dict[int, tuple[float, float]] = {}
+    validation: dict[int, float] = {}
+    for event in read_events(run.folder.path):
+        if event.get("event") == "StepDone":
+            training[event["step"]] = (event["loss"], event["learning_rate"])
+        elif event.get("event") == "Validated":
+            validation[event["step"]] = event["loss"]
+    points = [(step, *values) for step, values in sorted(training.items())]
+    if points:
+        loss_curve(points, sorted(validation.items()), run.folder.loss_curve)

@@ -1,0 +1,282 @@
+"""The training loop, to be read from top to bottom.
+
+A step: for each micro-batch compute the loss, refuse it if it is not finite, and gather its gradients
+in fp32; then clip, step, tell; then validate, preview and checkpoint when they are due; then stop if
+asked to. Everything random follows from (seed, step, micro-batch, rank), so a resumed run repeats the
+uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from ..config.schema import Config
+from ..data.batching.batches import Batch
+from ..errors import TrainingError
+from ..events import (
+    Announcer,
+    CheckpointSaved,
+    Control,
+    Event,
+    JsonlWriter,
+    Listener,
+    RunFinished,
+    RunStarted,
+    StepDone,
+)
+from ..run_folder import SAMPLE, SAVE, STOP
+from . import checkpoint
+from .cost import measure_cost
+from .finish import finish_run, write_checkpoint_adapter
+from .objective import loss_of
+from .optim import clip_, schedule_factor
+from .previews import draw_loss_curve, preview
+from .run import Run, prepare_run, run_folder, state_tensors, state_values
+from .validation import validate
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        folder: the run folder.
+        adapter_file: the exported adapter, or None if the run was stopped before its end.
+        step: optimizer steps done.
+        stopped: whether it was asked to stop early.
+        loss: mean over the last 20 steps; None if no step was made.
+        validation_loss: the last one measured.
+        seconds: wall time of this call.
+        data_wait_share: share of the steps' time spent waiting for data.
+    """
+
+    folder: Path
+    adapter_file: Path | None
+    step: int
+    stopped: bool
+    loss: float | None
+    validation_loss: float | None
+    seconds: float
+    data_wait_share: float
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+    control: Control | None = None,
+) -> TrainResult:
+    """Train a LoRA and export it in WebUI format.
+
+    Args:
+        config: settings; those left open follow the data.
+        resume: go on from the newest checkpoint in the run folder.
+        listeners: hear every :class:`sdlora.events.Event`.
+        control: asks the run to stop, save or preview; by default files in the run folder do.
+
+    Raises:
+        SdloraError: for anything the user can mend.
+    """
+    begun = time.monotonic()
+    early: list[Event] = []
+    control = control or Control(run_folder(config).path)
+    tell = _BeforeTheFirstStep((early.append, *listeners), control)
+    run = prepare_run(config, resume=resume, tell=tell)
+    with _journal(run, early) as journal, run.loader:
+        run.tell = Announcer((journal, *listeners))
+        losses, validation_loss, stopped = _loop(run, control)
+        waited = run.loader.waited / max(run.step_seconds, 1e-9)
+        adapter_file = None
+        if run.accelerator.is_main_process:
+            draw_loss_curve(run)
+            adapter_file = None if stopped else finish_run(run, losses)
+        seconds = time.monotonic() - begun
+        run.tell(RunFinished(run.step, stopped, seconds, adapter_file, waited))
+    loss = sum(losses) / len(losses) if losses else None
+    return TrainResult(
+        run.folder.path, adapter_file, run.step, stopped, loss, validation_loss, seconds, waited
+    )
+
+
+class _BeforeTheFirstStep(Announcer):
+    """Ends a run that is asked to stop while pictures are still encoded: no step is to be finished then."""
+
+    def __init__(self, listeners: tuple[Listener, ...], control: Control) -> None:
+        super().__init__(listeners)
+        self._control = control
+
+    def __call__(self, event: Event) -> None:
+        super().__call__(event)
+        if self._control.stopping:
+            raise TrainingError(
+                "stopped before the first step, so there was nothing to save; what was encoded is kept, and "
+                "the same command goes on from there"
+            )
+
+
+@contextmanager
+def _journal(run: Run, early: Sequence[Event]) -> Iterator[Listener]:
+    """Give a listener that appends to the run's ``events.jsonl``, and hand it the earlier events."""
+    if not run.accelerator.is_main_process:
+        yield lambda event: None
+        return
+    run.folder.path.mkdir(parents=True, exist_ok=True)
+    with run.folder.events_file.open("a", encoding="utf-8") as stream:
+        writer = JsonlWriter(stream)
+        for event in early:
+            writer(event)
+        yield writer
+
+
+def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
+    """Make all remaining steps; return (recent losses, last validation loss, whether stopped)."""
+    settings = run.config.training
+    _start(run)
+    recent: deque[float] = deque(maxlen=20)
+    times: deque[float] = deque(maxlen=20)
+    validation_loss: float | None = None
+    if run.step == 0:
+        validation_loss = validate(run)
+        preview(run)
+    while run.step < run.steps:
+        began, waited = time.perf_counter(), run.loader.waited
+        loss, norm, rate, count = train_step(run)
+        times.append(time.perf_counter() - began)
+        run.step_seconds += times[-1]
+        recent.append(loss)
+        left = (run.steps - run.step) * sum(times) / len(times)
+        epoch = run.order.epoch_of(run.step - 1)
+        speed = count / times[-1]
+        share = (run.loader.waited - waited) / times[-1]
+        run.tell(StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left, share))
+        wishes = _agreed(run, control.take())
+        last = run.step == run.steps
+        validating = last or _due(run.step, settings.validate_every)
+        previewing = last or SAMPLE in wishes or _due(run.step, run.config.sample.every)
+        if validating or previewing:
+            run.loader.settle()  # both move the model and switch its modes
+        if validating:
+            validation_loss = validate(run) or validation_loss
+        if previewing:
+            preview(run)
+        if last or wishes & {SAVE, STOP} or _due(run.step, settings.checkpoint_every):
+            save(run)
+        if STOP in wishes and not last:
+            return list(recent), validation_loss, True
+    return list(recent), validation_loss, False
+
+
+def train_step(run: Run) -> tuple[float, float, float, int]:
+    """Make one optimizer step; return (mean loss, gradient norm, learning rate, pictures seen)."""
+    config = run.config
+    assert config.optimizer.warmup_steps is not None
+    factor = schedule_factor(config.optimizer.schedule, run.step, run.steps, config.optimizer.warmup_steps)
+    for options, own in zip(run.optimizer.param_groups, run.groups, strict=True):
+        options["lr"] = own.learning_rate * factor
+    total, count = 0.0, 0
+    names: list[str] = []
+    for batch, generator in run.loader.step(run.step):
+        split = run.splitter
+        predict = split.predict_with_gradients if split else None
+        weighted, plain = loss_of(run.model, batch, config, generator, predict)
+        _refuse_non_finite(weighted, batch, run.step)
+        # A full step's number of pictures, also in a short step: each picture weighs the same in an epoch.
+        run.scaler.scale(weighted.sum() / run.images_per_step).backward()
+        if split:
+            split.backward(run.parameters())
+        for group in run.groups:
+            group.master.collect()
+        total, count, names = total + float(plain.sum()), count + len(batch.names), [*names, *batch.names]
+    norm = _apply(run, names)
+    run.step += 1
+    if run.accelerator.num_processes > 1:
+        sums = torch.tensor([total, count], dtype=torch.float64, device=run.model.device)
+        total, count = run.accelerator.reduce(sums, reduction="sum").tolist()
+    return total / count, norm, run.groups[0].learning_rate * factor, int(count)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the current step and prune old ones."""
+    if run.accelerator.is_main_process:
+        root = run.folder.checkpoints
+        folder = checkpoint.save_checkpoint(
+            root,
+            run.step,
+            state_tensors(run),
+            state_values(run),
+            lambda path: write_checkpoint_adapter(run, path),
+        )
+        checkpoint.prune_checkpoints(root, run.config.training.keep_checkpoints)
+        run.tell(CheckpointSaved(run.step, folder))
+    run.accelerator.wait_for_everyone()
+
+
+def _start(run: Run) -> None:
+    cost = measure_cost(run)
+    left = run.steps - run.step
+    run.tell(
+        RunStarted(
+            name=run.config.output.name,
+            steps=run.steps,
+            first_step=run.step,
+            num_images=len(run.training.items),
+            num_parameters=sum(group.master.flat.numel() for group in run.groups),
+            expected_seconds=left * cost.seconds_per_step,
+            expected_bytes=cost.bytes,
+        )
+    )
+
+
+def _apply(run: Run, names: Sequence[str]) -> float:
+    """Clip and step with the gradients gathered so far; return their norm."""
+    if run.accelerator.num_processes > 1:
+        for group in run.groups:
+            group.master.flat.grad = run.accelerator.reduce(group.master.flat.grad, reduction="sum")
+    run.scaler.unscale_(run.optimizer)
+    norm = clip_(run.groups, run.config.optimizer.max_grad_norm)
+    if not math.isfinite(norm) and not run.scaler.is_enabled():  # a scaler skips such a step by itself
+        raise TrainingError(_not_finite("the gradient", run.step, names))
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    for group in run.groups:
+        group.master.publish()
+    return norm
+
+
+def _refuse_non_finite(loss: Tensor, batch: Batch, step: int) -> None:
+    finite = torch.isfinite(loss.detach())
+    if not bool(finite.all()):
+        culprits = [name for name, good in zip(batch.names, finite.tolist(), strict=True) if not good]
+        raise TrainingError(_not_finite("the loss", step, culprits))
+
+
+def _not_finite(what: str, step: int, names: Sequence[str]) -> str:
+    return (
+        f"step {step + 1}: {what} is not a finite number for {', '.join(names)}; the adapter's weights were "
+        "not touched. Lower optimizer.learning_rate or use training.precision=bf16 or fp32, and look at "
+        "these pictures; --resume goes on from the last checkpoint"
+    )
+
+
+def _agreed(run: Run, wishes: frozenset[str]) -> frozenset[str]:
+    """Return the main process's wishes in every process, so that all stop at one step."""
+    if run.accelerator.num_processes == 1:
+        return wishes
+    shared = [wishes]
+    broadcast_object_list(shared)
+    return shared[0]
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,133 @@
+"""What a run learns: the adapter's layers, their fp32 masters in groups of one rate, and where they started.
+
+A group holds what has one learning rate, one number format and one treatment by weight decay: usually one
+group a component; LoRA+, rates of single blocks and DoRA's magnitudes make more. PiSSA and OLoRA start at a
+part of the base's own weight. It is taken off again by a second, frozen adapter at strength -1, so the base
+itself is never touched, and what is written is the difference of the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..adapters.attach import attach, attached_layers, set_strengths, write_weights
+from ..adapters.blocks import check_patterns, value_for
+from ..adapters.canonical import COMPONENTS, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.trainable_layers import TrainedLayer, attach_for_training
+from ..config.schema import Config, component_keys
+from ..families.base import DiffusionModel
+from .optim import MasterWeights, ParameterGroup
+
+ADAPTER_NAME = "run"
+START_NAME = "run-start"
+_MAGNITUDE, _UP = "dora_scale", "lora_up.weight"
+
+
+@dataclasses.dataclass
+class Learned:
+    """The adapter that a run learns.
+
+    Attributes:
+        layers: in the order of the components.
+        groups: masters by learning rate.
+        start: where the masters of each group started, if that is subtracted again (PiSSA, OLoRA).
+    """
+
+    layers: list[TrainedLayer]
+    groups: list[ParameterGroup]
+    start: dict[str, Tensor] | None
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters inside the model, in the order of the masters."""
+        return [parameter for group in self.groups for parameter in group.master.parameters]
+
+    def masters(self) -> AdapterWeights:
+        """Return what was learned so far, fp32, as copies on the CPU; relative to the base as it is."""
+        now = self._weights({group.name: group.master.flat.data for group in self.groups})
+        return now if self.start is None else difference(now, self._weights(self.start))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the flat starting values by name, for checkpoints, if they are subtracted."""
+        return {f"{name}.start": flat for name, flat in (self.start or {}).items()}
+
+    def restore_start(self, model: DiffusionModel, flats: Mapping[str, Tensor]) -> None:
+        """Take the starting values of a checkpoint instead of those worked out again."""
+        if self.start is not None:
+            self.start = {name: flat.clone() for name, flat in flats.items()}
+            write_weights(list(attached_layers(model, START_NAME)), self._weights(self.start))
+
+    def _weights(self, flats: Mapping[str, Tensor]) -> AdapterWeights:
+        tensors: dict[ModuleKey, dict[str, Tensor]] = {}
+        for group in self.groups:
+            parts = group.master.shaped(flats[group.name])
+            for (key, factor), part in zip(group.slots, parts, strict=True):
+                tensors.setdefault(key, {})[factor] = part.detach().cpu().clone()
+        return AdapterWeights({one.key: one.rebuilt(tensors[one.key]) for one in self.layers})
+
+
+def learn(model: DiffusionModel, config: Config, weights: AdapterWeights) -> Learned:
+    """Put the starting adapter into a model and make its masters.
+
+    Args:
+        model: gets the adapter.
+        config: resolved settings.
+        weights: where to start, float32.
+
+    Raises:
+        ConfigError: if a pattern of ``optimizer.block_rates`` means no layer.
+        AdapterFileError: if the adapter does not fit the model.
+    """
+    check_patterns("optimizer.block_rates", config.optimizer.block_rates, weights.updates)
+    subtracted = config.adapter.init in ("pissa", "olora")
+    if subtracted:  # both adapters hold the very same numbers, so that nothing is changed at first
+        weights = weights.to(model.dtype).to(torch.float32)
+    layers = attach_for_training(model, weights, ADAPTER_NAME, dropout=config.adapter.dropout)
+    if subtracted:
+        attach(model, weights, START_NAME)
+        set_strengths(model, {ADAPTER_NAME: 1.0, START_NAME: -1.0})
+    layers.sort(key=lambda one: (COMPONENTS.index(one.key.component), one.key))
+    groups = _groups(config, layers)
+    start = {group.name: group.master.flat.data.clone() for group in groups} if subtracted else None
+    return Learned(layers, groups, start)
+
+
+def difference(now: AdapterWeights, start: AdapterWeights) -> AdapterWeights:
+    """Return the plain LoRA of the sum of both ranks that holds the difference of two, exactly."""
+    found: dict[ModuleKey, Update] = {}
+    for key, pair in now.items():
+        other = start.pairs[key]
+        down = torch.cat([pair.down, other.down])
+        up = torch.cat([pair.up, -other.up], 1)
+        found[key] = LowRankPair(down, up, pair.scale * down.shape[0])
+    return AdapterWeights(found)
+
+
+def _groups(config: Config, layers: Sequence[TrainedLayer]) -> list[ParameterGroup]:
+    """Return the groups, those of the plain rate of each component first."""
+    members: dict[tuple[int, bool, float], list[tuple[TrainedLayer, str]]] = {}
+    for one in layers:
+        component = COMPONENTS.index(one.key.component)
+        for factor in one.parameters:
+            plus = config.optimizer.lora_plus_ratio if factor == _UP else 1.0
+            times = value_for(config.optimizer.block_rates, one.key, 1.0) * plus
+            members.setdefault((component, factor == _MAGNITUDE, times), []).append((one, factor))
+    groups = []
+    for component, magnitude, times in sorted(
+        members, key=lambda group: (*group[:2], group[2] != 1, group[2])
+    ):
+        name = COMPONENTS[component]
+        rate = config.get(component_keys(name)[2])
+        assert rate is not None
+        own = members[component, magnitude, times]
+        master = MasterWeights(
+            [one.parameters[factor] for one, factor in own],
+            [one.update.tensors()[factor] for one, factor in own],
+        )
+        full = name + (" magnitude" if magnitude else "") + (f" x{times!r}" if times != 1 else "")
+        slots = tuple((one.key, factor) for one, factor in own)
+        groups.append(ParameterGroup(full, master, rate * times, slots, decays=not magnitude))
+    return groups

@@ -1,0 +1,102 @@
+"""Going on from an existing adapter file: what it must be, and which settings follow from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from ..adapters.attach import target_modules
+from ..adapters.canonical import AdapterWeights
+from ..adapters.kinds import TITLES, TuckerPair
+from ..config.defaults import Decision
+from ..config.schema import Config, component_keys
+from ..errors import ConfigError
+from ..families.base import DiffusionModel
+from ..families.fingerprint import file_digest
+from ..formats.adapter_files import read_adapter, read_headers
+
+
+def continued(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWeights, list[Decision]]:
+    """Return the settings with the file's ranks and alphas, its weights in float32, and what was decided.
+
+    LoCon with Tucker factors goes on as a plain LoRA of the same ranks and alphas, which it is exactly.
+
+    Raises:
+        AdapterFileError: if the file cannot be read.
+        ConfigError: if settings contradict the file.
+    """
+    path = config.adapter.from_file
+    assert path is not None
+    read = read_adapter(path)
+    updates = {
+        key: one.merged() if isinstance(one, TuckerPair) else one for key, one in read.weights.all_items()
+    }
+    weights = AdapterWeights(updates).to(torch.float32)
+    _check_kind(config, path, weights)
+    if read.info.family not in (None, model.info.name):
+        raise ConfigError(
+            f"`adapter.from_file={path}`: made for {read.info.family} bases, but {model.base.title} is "
+            f"{model.info.name}; choose another base or file"
+        )
+    _check_modules(config, path, weights, model)
+    decisions: list[Decision] = []
+    for component in weights.components():
+        found = weights.updates_of(component).values()
+        (rank, alpha), _ = Counter((one.rank, one.alpha) for one in found).most_common(1)[0]
+        rank_key, alpha_key, _ = component_keys(component)
+        for key, value in ((rank_key, rank), (alpha_key, alpha)):
+            given = config.get(key)
+            if given is not None and given != value:
+                raise ConfigError(
+                    f"`{key}={given}` contradicts `adapter.from_file={path}`, whose layers have {value:g}; "
+                    f"leave {key} out"
+                )
+            if given is None:
+                decisions.append(Decision(key, value, f"as in {path.name}"))
+                config = config.with_values({key: value})
+    return config, weights, decisions
+
+
+def digest_of(path: Path) -> str:
+    """Return what identifies an adapter's files, to tell whether a run goes on from the same ones."""
+    return " ".join(file_digest(header.path) for header in read_headers(path))
+
+
+def _check_kind(config: Config, path: Path, weights: AdapterWeights) -> None:
+    kinds = list(weights.kinds())
+    if kinds == [config.adapter.kind]:
+        return
+    titles = " and ".join(TITLES[kind] for kind in kinds)
+    advice = (
+        f"set adapter.kind={kinds[0]}"
+        if len(kinds) == 1
+        else "convert the file to a plain LoRA (sdlora convert)"
+    )
+    raise ConfigError(
+        f"`adapter.kind={config.adapter.kind}` contradicts `adapter.from_file={path}`, which holds {titles}; "
+        f"{advice}"
+    )
+
+
+def _check_modules(config: Config, path: Path, weights: AdapterWeights, model: DiffusionModel) -> None:
+    for component in model.components():
+        has, wanted = bool(weights.updates_of(component)), config.adapter.adapts(component)
+        if has == wanted:
+            continue
+        if component == "unet":
+            raise ConfigError(
+                f"`adapter.from_file={path}`: has no U-Net layers, so there is nothing to go on from"
+            )
+        advice = f"set adapter.{component}={str(has).lower()}"
+        what = "also adapts" if has else "does not adapt"
+        raise ConfigError(f"`adapter.from_file={path}`: {what} the {component}; {advice}")
+    default = type(config.adapter).model_fields["targets"].default
+    if config.adapter.targets != default and set(target_modules(model, config.adapter)) != set(
+        weights.updates
+    ):
+        raise ConfigError(
+            f"`adapter.targets={config.adapter.targets}` contradicts `adapter.from_file={path}`, which has "
+            "other layers; leave adapter.targets out"
+        )

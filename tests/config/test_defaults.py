@@ -1,0 +1,91 @@
+"""Settings left open follow the data, and the user's and the base's wishes go first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdlora.config.defaults import BaseFacts, resolve_data, resolve_training
+from sdlora.config.schema import Config
+from sdlora.config.toml import load_config
+from sdlora.data.batching.prepare import data_facts
+from sdlora.data.reading.folder import Dataset, ImageItem
+
+
+def dataset(count: int) -> Dataset:
+    items = [
+        ImageItem(Path(f"{n}.png"), f"picture {n}", 64, 64, 1, f"{n:064x}", f"{n}.png") for n in range(count)
+    ]
+    return Dataset(Path("folder"), tuple(items))
+
+
+def facts(**recommended: object) -> BaseFacts:
+    return BaseFacts("x", recommended, 512, "cuda")
+
+
+def resolved(*overrides: str, count: int = 20, held: int = 0, base: BaseFacts | None = None) -> Config:
+    base = base or facts()
+    config, _ = resolve_data(load_config(None, overrides), base, count)
+    return resolve_training(config, base, data_facts(config, dataset(count - held), dataset(held)))[0]
+
+
+def test_nothing_that_training_needs_stays_open() -> None:
+    config = resolved()
+    needed = [
+        "data.resolution",
+        "data.validation",
+        "adapter.rank",
+        "adapter.alpha",
+        "optimizer.learning_rate",
+        "optimizer.warmup_steps",
+        "training.steps",
+        "training.batch_size",
+        "training.checkpoint_every",
+        "sample.prompts",
+    ]
+    assert [key for key in needed if config.get(key) is None] == []
+
+
+def test_every_choice_comes_with_a_reason() -> None:
+    config, decisions = resolve_data(Config(), facts(), 20)
+    _, more = resolve_training(config, facts(), data_facts(config, dataset(18), dataset(2)))
+    assert len(decisions + more) >= 10
+    assert all(one.reason for one in decisions + more)
+
+
+def test_the_user_wins_over_the_base_and_the_base_over_the_rule() -> None:
+    base = facts(**{"optimizer.learning_rate": 2e-3, "training.batch_size": 8})
+    assert resolved(base=base).optimizer.learning_rate == 2e-3
+    assert resolved("optimizer.learning_rate=5e-5", base=base).optimizer.learning_rate == 5e-5
+    assert resolved().optimizer.learning_rate == 1e-4
+
+
+def test_few_pictures_limit_the_batch() -> None:
+    assert resolved(count=3, base=facts(**{"training.batch_size": 8})).training.batch_size == 3
+
+
+@pytest.mark.parametrize(("alpha", "rate"), [(16.0, 1e-4), (1.0, 1.6e-3), (8.0, 2e-4)])
+def test_the_rate_makes_up_for_alpha_over_rank(alpha: float, rate: float) -> None:
+    config = resolved("adapter.rank=16", f"adapter.alpha={alpha}")
+    assert config.optimizer.learning_rate == pytest.approx(rate)
+
+
+def test_more_pictures_mean_more_steps_up_to_a_limit() -> None:
+    steps = [resolved(count=count).training.steps for count in (5, 20, 100, 1000, 5000)]
+    assert steps == [400, 400, 2000, 3000, 3000]
+
+
+def test_epochs_fix_the_length_instead_of_steps() -> None:
+    config = resolved("training.epochs=3")
+    assert config.training.steps is None
+    assert config.total_steps(steps_per_epoch=7) == 21
+
+
+def test_small_sets_hold_nothing_out() -> None:
+    assert [resolved(count=count).data.validation for count in (5, 19, 20, 45, 500)] == [0, 0, 2, 4, 8]
+
+
+def test_previews_show_held_out_captions_first() -> None:
+    config = resolved(count=30, held=3)
+    assert config.sample.prompts == ("picture 0", "picture 1", "picture 2", "picture 3")

@@ -1,0 +1,77 @@
+"""Noise processes against diffusers' schedulers and the papers' formulae."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from sdlora.diffusion.process import NoiseProcess, draw_noise, per_image_loss
+
+TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
+
+
+def process(prediction_type: str = "epsilon") -> NoiseProcess:
+    return NoiseProcess.from_betas(0.00085, 0.012, "scaled_linear", 1000, prediction_type)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_noising_and_target_equal_diffusers(prediction_type: str) -> None:
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    )
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn((6, 4, 8, 8), generator=generator)
+    noise = torch.randn((6, 4, 8, 8), generator=generator)
+    corrupted = process(prediction_type).corrupt(clean, noise, TIMESTEPS)
+    target = noise if prediction_type == "epsilon" else scheduler.get_velocity(clean, noise, TIMESTEPS)
+    # diffusers accumulates its schedule in float32, ours in float64
+    torch.testing.assert_close(
+        corrupted.noisy, scheduler.add_noise(clean, noise, TIMESTEPS), rtol=0, atol=2e-4
+    )
+    torch.testing.assert_close(corrupted.target, target, rtol=0, atol=2e-4)
+
+
+def test_min_snr_weights_follow_the_paper() -> None:
+    snr = process().snr(TIMESTEPS)
+    gamma = torch.full_like(snr, 5.0)
+    torch.testing.assert_close(process().loss_weights(TIMESTEPS, 5.0), torch.minimum(snr, gamma) / snr)
+    torch.testing.assert_close(
+        process("v_prediction").loss_weights(TIMESTEPS, 5.0), torch.minimum(snr, gamma) / (snr + 1)
+    )
+    assert torch.equal(process().loss_weights(TIMESTEPS, 0.0), torch.ones(6))
+
+
+def test_noise_offset_is_part_of_the_noise_and_constant_per_channel() -> None:
+    plain = draw_noise((2, 4, 8, 8), torch.Generator().manual_seed(1))
+    offset = draw_noise((2, 4, 8, 8), torch.Generator().manual_seed(1), noise_offset=0.5) - plain
+    torch.testing.assert_close(offset, offset[:, :, :1, :1].expand_as(offset), rtol=0, atol=1e-6)
+    assert float(offset[:, :, 0, 0].std()) > 0.1
+
+
+def test_spread_timesteps_cover_the_range_evenly() -> None:
+    assert process().spread_timesteps(4).tolist() == [125, 375, 625, 875]
+
+
+def test_per_image_loss_keeps_images_apart() -> None:
+    prediction, target = torch.zeros(2, 1, 2, 2), torch.tensor([1.0, 3.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    assert per_image_loss(prediction, target).tolist() == [1.0, 9.0]
+
+
+def test_unknown_beta_schedule_is_refused() -> None:
+    with pytest.raises(ValueError, match="cosine"):
+        NoiseProcess.from_betas(0.1, 0.2, "cosine", 10, "epsilon")
+
+
+def test_zero_terminal_snr_rescales_as_diffusers_does() -> None:
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    wanted = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
+    process = NoiseProcess.from_betas(
+        0.00085, 0.012, "scaled_linear", 1000, "v_prediction", zero_terminal_snr=True
+    )
+    torch.testing.assert_close(process.alphas_cumprod, wanted, rtol=1e-9, atol=1e-12)
+    assert process.ends_in_noise
+    assert not NoiseProcess.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon").ends_in_noise
+    assert bool(torch.isfinite(process.loss_weights(torch.arange(1000), 5.0)).all())

@@ -1,0 +1,60 @@
+"""Checkpoints: whole or not there, found newest first, pruned by rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdlora.errors import TrainingError
+from sdlora.run_folder import list_checkpoints
+from sdlora.training.checkpoint import load_newest, prune_checkpoints, save_checkpoint
+
+
+def save(root: Path, step: int) -> Path:
+    tensors = {"unet.master": torch.arange(4.0) + step}
+    return save_checkpoint(root, step, tensors, {"note": "x"}, lambda path: path.write_bytes(b"adapter"))
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    loaded = load_newest(tmp_path, lambda text: None)
+    assert (loaded.step, loaded.state) == (3, {"note": "x"})
+    assert torch.equal(loaded.tensors["unet.master"], torch.arange(4.0) + 3)
+
+
+def test_newest_good_one_wins_and_damage_is_told(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save(tmp_path, step)
+    (tmp_path / "step-000010" / "adapter.safetensors").write_bytes(b"other")
+    (tmp_path / "step-000002" / "state.json").write_text("{", encoding="utf-8")
+    told: list[str] = []
+    assert load_newest(tmp_path, told.append).step == 1
+    assert len(told) == 2
+
+
+def test_no_usable_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no usable checkpoint"):
+        load_newest(tmp_path, lambda text: None)
+
+
+def test_a_failed_save_leaves_the_old_ones_and_nothing_else(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+
+    def fail(path: Path) -> None:
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        save_checkpoint(tmp_path, 2, {"unet.master": torch.zeros(1)}, {}, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step)
+    (tmp_path / ".0123456789ab").mkdir()
+    prune_checkpoints(tmp_path, keep=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000004", "step-000005"]
+    prune_checkpoints(tmp_path, keep=0)
+    assert [folder.step for folder in list_checkpoints(tmp_path)] == [5]

@@ -1,0 +1,60 @@
+"""What the finished file tells of the pictures it was trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdlora.config.toml import load_config
+from sdlora.events import Announcer
+from sdlora.training.finish import adapter_file
+from sdlora.training.run import Run, prepare_run
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_the_header_tells_every_folder_with_its_own_repeats_or_none(
+    private: bool, tiny_base: Path, picture_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = load_config(
+        None,
+        [
+            *("adapter.rank=2", "training.batch_size=2", "training.steps=1", "sample.prompts=[]"),
+            *("training.device=cpu", "training.precision=fp32", "data.validation=0", "data.recursive=false"),
+        ],
+        {
+            "data.folder": picture_folder(3, "style"),
+            "data.sources": [
+                {"folder": picture_folder(2, "more"), "repeats": 3},
+                {"folder": picture_folder(4, "class"), "regularisation": True, "repeats": 2},
+            ],
+            "model.base": str(tiny_base),
+            "output.folder": tmp_path / "run",
+            "output.private": private,
+            "data.cache_folder": tmp_path / "cache",
+        },
+    )
+    run = prepare_run(config, resume=False, tell=Announcer(()))
+    assert isinstance(run, Run)
+    header = adapter_file(run).info.metadata
+    if private:
+        assert [
+            k for k, text in header.items() if "style" in text or "more" in text or "icon of" in text
+        ] == []
+        assert header["ss_num_train_images"] == "9" and header["ss_base_model_version"] == "sd_v1"
+        return
+    assert json.loads(header["ss_dataset_dirs"]) == {
+        "style": {"n_repeats": 1, "img_count": 3},
+        "more": {"n_repeats": 3, "img_count": 2},
+    }
+    assert json.loads(header["ss_reg_dataset_dirs"]) == {"class": {"n_repeats": 2, "img_count": 4}}
+    assert (header["ss_num_train_images"], header["ss_num_reg_images"]) == ("9", "8")
+    tags = json.loads(header["ss_tag_frequency"])
+    assert set(tags) == {"style", "more"} and tags["more"] == {
+        "an icon of a cat 0": 1,
+        "an icon of a cat 1": 1,
+    }
+    (dataset,) = json.loads(header["ss_datasets"])
+    assert [subset["is_reg"] for subset in dataset["subsets"]] == [False, False, True]

@@ -1,0 +1,192 @@
+"""The memory plan against what torch really allocates."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from sdlora.adapters.attach import attach, create_adapter
+from sdlora.config.schema import Config
+from sdlora.config.toml import load_config
+from sdlora.errors import TrainingError
+from sdlora.families.base import SizeHint
+from sdlora.families.loading import load_model
+from sdlora.training.memory import (
+    GIB,
+    MemoryPlan,
+    counting_memory,
+    free_memory,
+    gib,
+    plan_memory,
+    refuse_what_cannot_fit,
+)
+from sdlora.training.optim import MasterWeights
+from tools.measure_step import measure_memory, most_allocated
+from tools.measure_step import settings as run_settings
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+FIXED = ("adapter.rank=8", "adapter.alpha=8", "training.device=cpu", "training.batch_size=4")
+
+
+def settings(*overrides: str) -> Config:
+    return load_config(None, [*FIXED, *overrides])
+
+
+def planned(base: str, config: Config, free: int | None = None) -> MemoryPlan:
+    dtype = DTYPES[config.training.precision or "fp32"]
+    return plan_memory(config, lambda: load_model(base, dtype=dtype, device=META), free=free)
+
+
+def allocated(base: str, config: Config) -> int:
+    """Return the most bytes that two true training steps have allocated at once, as torch's profiler says."""
+    side, count = config.data.resolution, config.training.batch_size
+    assert side is not None and count is not None
+    model = load_model(base, dtype=DTYPES[config.training.precision or "fp32"], device=CPU)
+    weights = create_adapter(model, config.adapter, 0)
+    layers = attach(model, weights, "run")
+    pairs = [weights.pairs[one.key] for one in layers]
+    parameters = [parameter for one in layers for parameter in (one.down, one.up)]
+    master = MasterWeights(parameters, [t for pair in pairs for t in (pair.down, pair.up)])
+    optimizer = torch.optim.AdamW([master.flat])
+    text_trained = config.adapter.adapts_text
+    model.prepare(training=True, gradient_checkpointing=config.training.gradient_checkpointing)
+    with torch.no_grad():
+        cached = model.encode_text([""] * count)
+
+    def step() -> None:
+        text = model.encode_text([""] * count) if text_trained else cached
+        latents = torch.zeros((count, *model.latent_shape(side, side)))
+        sizes = [SizeHint((side, side), (0, 0), (side, side))] * count
+        prediction = model.predict(latents, torch.full((count,), 500), text, sizes)
+        prediction.square().mean().backward()
+        master.collect()
+        optimizer.step()
+        master.publish()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    return most_allocated(record)
+
+
+CASES = {
+    "mini, checkpointed": ("mini", "data.resolution=96", "training.gradient_checkpointing=true"),
+    "mini, text": (
+        *("mini", "data.resolution=64", "adapter.text_encoder=true"),
+        *("adapter.text_encoder_rank=8", "adapter.text_encoder_alpha=8"),
+    ),
+    "mini, bf16, all": ("mini", "data.resolution=64", "training.precision=bf16", "adapter.targets=all"),
+    "sdxl": ("sdxl", "data.resolution=256"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_planned_peak_is_within_15_percent_of_what_torch_allocates(case: str, narrow_sdxl: Path) -> None:
+    base, *overrides = CASES[case]
+    config = settings(*overrides)
+    base = str(narrow_sdxl) if base == "sdxl" else base
+    plan, true = planned(base, config), allocated(base, config)
+    assert true > 2**20
+    assert plan.activations == pytest.approx(true, rel=0.15)
+
+
+def test_weights_and_adapter_are_counted_exactly() -> None:
+    config = settings("data.resolution=64")
+    plan = planned("mini", config)
+    model = load_model("mini", dtype=torch.float32, device=CPU)
+    modules = (model.unet, model.vae, *model.text_encoders.values())
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    assert plan.weights == sum(t.numel() * t.element_size() for t in tensors)
+    pairs = create_adapter(model, config.adapter, 0).pairs.values()
+    # fp32: master, gradient, two moments, and the model's own gradient buffer
+    assert plan.adapter == 20 * sum(pair.down.numel() + pair.up.numel() for pair in pairs)
+
+
+def test_a_storage_is_counted_once_and_its_release_is_seen() -> None:
+    with counting_memory() as memory:
+        first = torch.zeros(1000)
+        view = first.view(10, 100)[2:]
+        assert memory.alive == 4000
+        second = first + 1
+        assert (memory.alive, memory.peak) == (8000, 8000)
+        alive = weakref.ref(second)
+        del second
+        assert alive() is None
+        assert (memory.alive, memory.peak) == (4000, 8000)
+        del first
+        assert memory.alive == 4000, "a view keeps it alive"
+        del view
+        assert memory.alive == 0
+
+
+def fake(free: int, needs: Mapping[tuple[bool, int], int]) -> tuple[MemoryPlan, Any]:
+    def again(config: Config) -> MemoryPlan:
+        key = (config.training.gradient_checkpointing, config.training.batch_size or 0)
+        return MemoryPlan(0, 0, needs[key], free)
+
+    return MemoryPlan(0, 0, needs[(False, 4)], free), again
+
+
+def test_the_mildest_settings_that_fit_are_named() -> None:
+    config = settings("data.resolution=512")
+    needs = {(False, 4): 10 * GIB, (True, 4): 7 * GIB, (False, 1): 5 * GIB, (True, 1): 2 * GIB}
+    plan, again = fake(6 * GIB, needs)
+    with pytest.raises(TrainingError, match=r"10\.0 GiB.*6\.0 GiB free.*it fits with training\.batch_size=1"):
+        refuse_what_cannot_fit(plan, config, CPU, again)
+    plan, again = fake(9 * GIB, needs)
+    warning = refuse_what_cannot_fit(plan, config, CPU, again)
+    assert warning is not None and "training.gradient_checkpointing=true" in warning
+    plan, again = fake(11 * GIB, needs)
+    assert refuse_what_cannot_fit(plan, config, CPU, again) is None
+    plan, again = fake(GIB, needs)
+    with pytest.raises(TrainingError, match="a device with more memory"):
+        refuse_what_cannot_fit(plan, config, CPU, again)
+
+
+@pytest.mark.parametrize("share", [0.35, 0.6])
+def test_the_named_settings_do_fit(share: float) -> None:
+    """On true counts, not on made-up ones."""
+    sizes = ("data.resolution=128", "data.more_resolutions=[192]")
+    config = settings(*sizes)
+    free = int(planned("mini", config).peak * share)
+    with pytest.raises(TrainingError, match="it fits with") as caught:
+        refuse_what_cannot_fit(
+            planned("mini", config, free), config, CPU, lambda other: planned("mini", other, free)
+        )
+    changes = str(caught.value).rpartition("it fits with ")[2].split()
+    assert changes
+    plan = planned("mini", settings(*sizes, *changes), free)
+    assert plan.fits()
+
+
+RUNS = {
+    "usual": (),
+    "two resolutions": ("data.more_resolutions=[96]",),
+    "keeping what the base predicts of nothing": ("data.prior_preservation=0.5",),
+    "captions in the loop": ("data.shuffle_tags=true", 'data.encode_captions="in loop"'),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_plan_of_a_whole_run_is_within_15_percent_of_all_that_is_alive(run: str, tmp_path: Path) -> None:
+    """Weights, adapter, optimizer and activations of the real loop, counted without the plan's help."""
+    given = (*FIXED, "data.resolution=64", "training.precision=fp32", *RUNS[run])
+    config = run_settings("mini", tmp_path, *given, count=8, side=128)
+    found = measure_memory(config)
+    assert found.bytes > 50 * 2**20
+    assert found.ratio == pytest.approx(1, abs=0.15)
+
+
+def test_free_memory_and_its_words() -> None:
+    found = free_memory(CPU)
+    assert found is not None and found > 2**20
+    assert (gib(3 * GIB), gib(5 * 2**20)) == ("3.0 GiB", "5 MiB")

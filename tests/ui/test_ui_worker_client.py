@@ -1,0 +1,188 @@
+"""Calls to the worker process: progress, results, errors; replaced, crashed and idle ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from patience import PATIENCE
+from sdlora_ui import worker as worker_module
+from sdlora_ui.worker_client import CallCancelled, CallFailed, Worker
+
+# The worker's protocol around tasks that need no torch.
+PROGRAM = """
+import os, sys, time
+from sdlora_ui import worker
+from sdlora.errors import ConfigError
+
+def count(arguments, tell):
+    for step in range(arguments["to"]):
+        tell.progress(step, arguments["to"], "counting")
+        time.sleep(arguments.get("pause", 0))
+    tell.part({"half": True})
+    return {"pid": os.getpid(), "to": arguments["to"]}
+
+def refuse(arguments, tell):
+    raise ConfigError("`x`: not so")
+
+def crash(arguments, tell):
+    os._exit(9)
+
+def stumble(arguments, tell):
+    print("noise on stdout must not reach the protocol")
+    return {}["missing"]
+
+sys.modules["tasks"] = sys.modules["__main__"]
+worker.TASKS.update({name: f"tasks:{name}" for name in ("count", "refuse", "crash", "stumble")})
+worker.main()
+"""
+
+ENDLESS = {"to": 10**9, "pause": 0.02}
+
+
+@pytest.fixture
+def worker(tmp_path: Path, processes_end: None) -> Iterator[Worker]:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    made = Worker(tmp_path, idle_seconds=0.05, program=(sys.executable, str(program)))
+    yield made
+    made.close()
+
+
+def test_a_call_tells_progress_parts_and_its_result(worker: Worker) -> None:
+    answers = list(worker.call("count", {"to": 3}))
+    progress = [answer.progress for answer in answers if answer.progress]
+    assert progress == [(0, 1, "starting"), (0, 3, "counting"), (1, 3, "counting"), (2, 3, "counting")]
+    assert [answer.part for answer in answers if answer.part] == [{"half": True}]
+    assert answers[-1].result is not None and answers[-1].result["to"] == 3
+
+
+def test_the_process_stays_between_calls(worker: Worker) -> None:
+    assert worker.ask("count", {"to": 1})["pid"] == worker.ask("count", {"to": 1})["pid"]
+
+
+def test_an_error_has_the_tasks_own_words(worker: Worker) -> None:
+    with pytest.raises(CallFailed, match="not so"):
+        worker.ask("refuse", {})
+    with pytest.raises(CallFailed, match="unforeseen: KeyError"):
+        worker.ask("stumble", {})
+    assert worker.ask("count", {"to": 1})["to"] == 1
+
+
+def test_a_crash_fails_the_call_and_the_next_one_gets_a_new_process(worker: Worker) -> None:
+    first = worker.ask("count", {"to": 1})["pid"]
+    with pytest.raises(CallFailed, match="nothing was lost"):
+        worker.ask("crash", {})
+    assert worker.ask("count", {"to": 1})["pid"] != first
+
+
+def test_a_newer_call_replaces_an_older_one(worker: Worker) -> None:
+    outcome: list[str] = []
+    begun = threading.Event()
+
+    def old() -> None:
+        try:
+            for _ in worker.call("count", ENDLESS, replace="draw"):
+                begun.set()
+        except CallCancelled:
+            outcome.append("old cancelled")
+
+    def new() -> None:
+        newest = list(worker.call("count", {"to": 1}, replace="draw"))[-1].result
+        outcome.append("new done" if newest else "new without a result")
+
+    threads = [threading.Thread(target=old, daemon=True), threading.Thread(target=new, daemon=True)]
+    threads[0].start()
+    assert begun.wait(PATIENCE)
+    threads[1].start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert sorted(outcome) == ["new done", "old cancelled"]
+
+
+def test_closing_cancels_what_is_under_way(worker: Worker) -> None:
+    calls = worker.call("count", ENDLESS)
+    next(calls)
+    worker.close()
+    with pytest.raises(CallCancelled):
+        list(calls)
+
+
+def test_an_idle_process_is_ended(worker: Worker, wait: Callable[..., Any]) -> None:
+    worker.ask("count", {"to": 1})
+    assert worker.running
+
+    def ended() -> bool:
+        worker.end_if_idle()
+        return not worker.running
+
+    wait(ended)
+
+
+def test_the_worker_ends_with_its_input() -> None:
+    out = io.StringIO()
+    worker_module.serve(io.StringIO('{"id": 1, "task": "no such", "arguments": {}}\n'), out)
+    [line] = out.getvalue().splitlines()[1:]
+    assert "unforeseen" in json.loads(line)["error"]
+
+
+class Silent:
+    """Hears a task and keeps what it says."""
+
+    def __init__(self) -> None:
+        self.parts: list[Any] = []
+        self.notes: list[str] = []
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        self.notes.append(note)
+
+    def part(self, value: Any) -> None:
+        self.parts.append(value)
+
+
+class Leaving(Silent):
+    """Does not wait until all pictures are encoded."""
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        super().progress(done, total, note)
+        if note == "encoding the pictures":
+            raise worker_module.Cancelled
+
+
+def test_a_plan_that_nobody_waits_for_ends_while_pictures_are_encoded(
+    tiny_base: Path, picture_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    from sdlora_ui.tasks.plan import plan
+
+    tell = Leaving()
+    values = {"model.base": str(tiny_base), "data.folder": str(picture_folder())}
+    with pytest.raises(worker_module.Cancelled):
+        plan({"values": values | {"data.cache_folder": str(tmp_path / "cache")}}, tell)
+    assert tell.notes.count("encoding the pictures") == 1 and not tell.parts
+
+
+def test_drawing_keeps_the_base_and_writes_settings_that_can_be_sent_back(tmp_path: Path) -> None:
+    from sdlora_ui.server.png_import import from_parameters
+    from sdlora_ui.tasks.draw import draw
+
+    from sdlora.generation.png_info import read_parameters
+
+    tell = Silent()
+    arguments = {
+        "base": "mini", "prompt": "an icon of a cat", "negative": "", "seed": 5, "width": None,
+        "height": None, "steps": 2, "guidance": 3.0, "sampler": "DDIM", "folder": str(tmp_path / "out"),
+        "rows": [[]],
+    }  # fmt: skip
+    first = draw(arguments, tell)["pictures"]
+    again = draw(arguments | {"seed": 6}, tell)["pictures"]
+    assert sum("loading" in note for note in tell.notes) == 1
+    assert len(tell.parts) == 2 and Path(first[0]["file"]) != Path(again[0]["file"])
+    sent = from_parameters(read_parameters(Path(first[0]["file"])))
+    assert (sent.prompt, sent.seed, sent.steps, sent.guidance) == ("an icon of a cat", 5, 2, 3.0)
+    assert (sent.width, sent.height, sent.sampler) == (64, 64, "DDIM")

@@ -1,0 +1,74 @@
+"""The settings inside a picture, as the form takes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import get_args
+
+from sdlora.config.schema import SamplerName
+
+_TAG = re.compile(r"\s*<lora:([^:>]+):([^:>]+)(?::([^>]+))?>")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a picture says; None where it says nothing usable.
+
+    Attributes:
+        adapters: name, strength of the U-Net, strength of the text encoder.
+    """
+
+    prompt: str
+    negative: str
+    seed: int | None
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance: float | None
+    sampler: str | None
+    model: str | None
+    adapters: tuple[tuple[str, float, float], ...]
+
+
+def from_parameters(values: Mapping[str, str]) -> Sent:
+    """Return the settings that :func:`sdlora.generation.png_info.read_parameters` found in a picture."""
+    text = values.get("Prompt", "")
+    adapters = []
+    for name, first, second in _TAG.findall(text):
+        with suppress(ValueError):
+            # with two numbers the text encoder's comes first, as WebUI writes it
+            unet, encoder = (float(second), float(first)) if second else (float(first), float(first))
+            adapters.append((name, unet, encoder))
+    width, _, height = values.get("Size", "").partition("x")
+    return Sent(
+        prompt=_TAG.sub("", text).strip(),
+        negative=values.get("Negative prompt", ""),
+        seed=_whole(values.get("Seed")),
+        width=_whole(width),
+        height=_whole(height),
+        steps=_whole(values.get("Steps")),
+        guidance=_number(values.get("CFG scale")),
+        sampler=_sampler(values.get("Sampler", ""), values.get("Schedule type", "")),
+        model=values.get("Model"),
+        adapters=tuple(adapters),
+    )
+
+
+def _sampler(name: str, schedule: str) -> str | None:
+    known = get_args(SamplerName)
+    return next((one for one in (f"{name} {schedule}", name) if one in known), None)
+
+
+def _whole(text: str | None) -> int | None:
+    with suppress(TypeError, ValueError):
+        return int(text or "")
+    return None
+
+
+def _number(text: str | None) -> float | None:
+    with suppress(TypeError, ValueError):
+        return float(text or "")
+    return None

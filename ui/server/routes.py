@@ -1,0 +1,227 @@
+"""What the page's own elements ask for: files, thumbnails, data sets, captions, jobs. Below ``/sdlora/``.
+
+Every path in a request goes through :class:`sdlora_ui.server.allowed_paths.Places`.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import shlex
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from sdlora.config.toml import load_config
+from sdlora.data.reading.folder import load_pixels
+from sdlora.data.reading.image_files import PICTURE_ENDINGS
+from sdlora.errors import ConfigError, SdloraError
+from sdlora.generation.png_info import read_parameters
+from sdlora.run_folder import SAMPLE, SAVE, RunFolder
+
+from ..captions import CaptionBook
+from ..dataset_view import DataSets, version_of
+from ..gallery import list_pictures
+from ..job_memory import MemoryWatch
+from ..jobs import Job, JobQueue, process_of
+from .allowed_paths import PlaceRefused, Places
+
+_SERVED = PICTURE_ENDINGS | {".safetensors", ".zip"}
+_MAX_THUMB = 1024
+Handler = Callable[[Request], dict[str, Any]]
+
+
+def routes(places: Places, queue: JobQueue) -> list[BaseRoute]:
+    """Return the routes of one server."""
+    own = _Own(places, queue)
+    web = Path(__file__).parent.parent / "web"
+    return [
+        Mount("/sdlora/web", StaticFiles(directory=web)),
+        Route("/sdlora/file", own.file),
+        Route("/sdlora/thumb", own.thumb),
+        Route("/sdlora/dataset", _reading(own.dataset)),
+        Route("/sdlora/dataset/progress", _reading(own.reading)),
+        Route("/sdlora/settings", _reading(own.settings)),
+        Route("/sdlora/pictures", _reading(own.pictures)),
+        Route("/sdlora/captions/{what}", _writing(own.captions), methods=["POST"]),
+        Route("/sdlora/jobs", _reading(own.jobs)),
+        Route("/sdlora/jobs/{id}", _reading(own.job)),
+        Route("/sdlora/jobs/{id}/log", _reading(own.log)),
+        Route("/sdlora/jobs/{id}/{action}", _writing(own.act), methods=["POST"]),
+    ]
+
+
+def _reading(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    @functools.wraps(handler)
+    async def answer(request: Request) -> Response:
+        return await run_in_threadpool(_answered, handler, request)
+
+    return answer
+
+
+def _writing(
+    handler: Callable[[Request, dict[str, Any]], dict[str, Any]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """Take JSON only, with a header that no form of another site can send."""
+
+    @functools.wraps(handler)
+    async def answer(request: Request) -> Response:
+        kind = request.headers.get("content-type", "").partition(";")[0]
+        if kind != "application/json" or "x-sdlora" not in request.headers:
+            return JSONResponse({"error": "refused: not a request of this page"}, 403)
+        try:
+            body = json.loads(await request.body() or b"{}")
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            return JSONResponse({"error": "the request is no JSON object"}, 400)
+        return await run_in_threadpool(_answered, lambda given: handler(given, body), request)
+
+    return answer
+
+
+def _answered(handler: Handler, request: Request) -> Response:
+    try:
+        return JSONResponse(handler(request))
+    except PlaceRefused as error:
+        return JSONResponse({"error": str(error)}, 403)
+    except SdloraError as error:
+        return JSONResponse({"error": str(error)}, 422)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return JSONResponse({"error": f"cannot be done: {error}"}, 400)
+
+
+class _Own:
+    """The handlers, around what they share."""
+
+    def __init__(self, places: Places, queue: JobQueue) -> None:
+        self.places, self.queue = places, queue
+        self.book, self.sets, self.memory = CaptionBook(places), DataSets(), MemoryWatch()
+
+    async def file(self, request: Request) -> Response:
+        try:
+            path = self.places.readable(request.query_params.get("path", ""))
+        except PlaceRefused as error:
+            return JSONResponse({"error": str(error)}, 403)
+        if path.suffix.lower() not in _SERVED:
+            return JSONResponse({"error": f"{path.name}: only pictures and adapters are served"}, 403)
+        if not path.is_file():
+            return JSONResponse({"error": f"{path.name}: there is no such file (any more)"}, 404)
+        return FileResponse(path, headers={"cache-control": "private, max-age=5"})
+
+    async def thumb(self, request: Request) -> Response:
+        try:
+            path = self.places.readable(request.query_params.get("path", ""))
+            side = min(_MAX_THUMB, max(16, int(request.query_params.get("side", "256"))))
+            data = await run_in_threadpool(_thumbnail, path, path.stat().st_mtime_ns, side)
+        except PlaceRefused as error:
+            return JSONResponse({"error": str(error)}, 403)
+        except (SdloraError, OSError, ValueError) as error:
+            return JSONResponse({"error": str(error)}, 404)
+        return Response(data, media_type="image/webp", headers={"cache-control": "private, max-age=86400"})
+
+    def dataset(self, request: Request) -> dict[str, Any]:
+        asked = request.query_params
+        folder = self.places.readable(asked.get("folder", ""))
+        seen = self.sets.look(
+            folder,
+            trigger=asked.get("trigger") or None,
+            resolution=int(asked.get("resolution") or 512),
+            page=max(0, int(asked.get("page") or 0)),
+            only=asked.get("only", ""),
+        )
+        return seen | {"undo": self.book.changes(folder)}
+
+    def reading(self, request: Request) -> dict[str, Any]:
+        """Say how far looking at a folder is; when nobody looks, whether it changed."""
+        folder = self.places.readable(request.query_params.get("folder", ""))
+        progress = self.sets.progress(folder)
+        return {"progress": progress, "version": None if progress else version_of(folder)}
+
+    def settings(self, request: Request) -> dict[str, Any]:
+        return dict(read_parameters(self.places.readable(request.query_params.get("path", ""))))
+
+    def pictures(self, request: Request) -> dict[str, Any]:
+        limit = min(1000, max(1, int(request.query_params.get("limit") or 48)))
+        return list_pictures(self.places.pictures, limit)
+
+    def captions(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        folder, what = self.places.writable(str(body["folder"])), request.path_params["what"]
+        if what == "set":
+            texts = {str(k): str(v) for k, v in body["texts"].items()}
+            changed = self.book.set(folder, texts, typing=str(body.get("typing") or ""))
+        elif what == "replace":
+            changed = self.book.replace(folder, str(body["find"]), str(body["put"]))
+        elif what == "trigger":
+            changed = self.book.add_trigger(folder, str(body["word"]))
+        elif what == "undo":
+            changed = self.book.undo(folder)
+        else:
+            raise ConfigError(f"{what}: nothing of this name can be done with captions")
+        return {"changed": changed, "undo": self.book.changes(folder)}
+
+    def jobs(self, request: Request) -> dict[str, Any]:
+        return {"jobs": [self._brief(job) for job in self.queue.all()]}
+
+    def job(self, request: Request) -> dict[str, Any]:
+        job = self.queue.get(request.path_params["id"])
+        full = self._brief(job) | self.queue.view(job.id).full()
+        adapter = full["adapter_file"]
+        return full | {
+            "memory": self.memory.of(process_of(job)),
+            "prompts": self._prompts(job),
+            "command": shlex.join(self.queue.command(job.id)),
+            "shown_run": self.places.shown(job.run),
+            "shown_adapter": self.places.shown(Path(adapter)) if adapter else "",
+        }
+
+    def log(self, request: Request) -> dict[str, Any]:
+        return {"text": self.queue.log(request.path_params["id"])}
+
+    def act(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        job_id, action = request.path_params["id"], request.path_params["action"]
+        if action == "delete":
+            if body.get("confirmed") is not True:
+                raise ConfigError("deleting asks for a confirmation")
+            self.queue.delete(job_id, with_run=body.get("with_run") is True)
+            return {"deleted": job_id}
+        if action in ("save", "sample"):
+            self.queue.wish(job_id, SAVE if action == "save" else SAMPLE)
+            return self._brief(self.queue.get(job_id))
+        known = {
+            "start": self.queue.start,
+            "stop": self.queue.stop,
+            "kill": self.queue.kill,
+            "resume": self.queue.resume,
+        }
+        if action not in known:
+            raise ConfigError(f"{action}: nothing of this name can be done with a job")
+        return self._brief(known[action](job_id))
+
+    def _brief(self, job: Job) -> dict[str, Any]:
+        return job.to_dict() | self.queue.view(job.id).brief()
+
+    def _prompts(self, job: Job) -> list[str]:
+        for file in (RunFolder(job.run).config_file, self.queue.settings(job.id)):
+            if file.is_file():
+                prompts = load_config(file).sample.prompts
+                if prompts is not None:
+                    return list(prompts)
+        return []
+
+
+@functools.lru_cache(maxsize=2000)
+def _thumbnail(path: Path, changed: int, side: int) -> bytes:
+    """Return a small WebP of a picture; ``changed`` keeps an old one from being shown for a new file."""
+    picture = load_pixels(path)
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=82)
+    return buffer.getvalue()
