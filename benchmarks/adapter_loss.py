@@ -1,4 +1,4 @@
-"""How well a LoRA file fits the pictures it was trained on, by one measure for every trainer.
+"""How well a LoRA file fits the images it was trained on, by one measure for every trainer.
 
 Every file, and the base without any, meets the same noise at the same timesteps, in float32, through
 sdlora's own model code; a trainer that is fast because it leaves something out shows here.
@@ -27,11 +27,11 @@ _TIMESTEPS = 4
 
 
 class LossMeter:
-    """Measures the training objective of LoRA files on fixed pictures, noise and timesteps.
+    """Measures the training objective of LoRA files on fixed images, noise and timesteps.
 
     Args:
         base: diffusers folder.
-        folder: the pictures.
+        folder: the images.
         captions: file name -> caption.
         resolution: px.
         min_snr_gamma: limit of the loss weight, as both trainers had it.
@@ -75,12 +75,12 @@ def layout(adapter: Path) -> dict[str, tuple[int, float]]:
 def _case(
     model: DiffusionModel, file: Path, caption: str, resolution: int
 ) -> tuple[Corrupted, Conditioning, SizeHint]:
-    picture = load_pixels(file)
-    placement = place(picture.height, picture.width, square_bucket(resolution, model.size_multiple))
-    posterior = model.encode_images(to_pixels(picture, placement, mirror=False))
+    image = load_pixels(file)
+    placement = place(image.height, image.width, square_bucket(resolution, model.size_multiple))
+    posterior = model.encode_images(to_pixels(image, placement, mirror=False))
     clean: Tensor = model.scale_latents(posterior.mean).repeat(_TIMESTEPS, 1, 1, 1)
     noise = draw_noise(clean.shape, generator_for("benchmark", file.name))
     corrupted = model.process.corrupt(clean, noise, model.process.spread_timesteps(_TIMESTEPS))
     text = {name: one.repeat(_TIMESTEPS, 1, 1) for name, one in model.encode_text([caption]).items()}
-    size = SizeHint((picture.height, picture.width), placement.crop, placement.bucket)
+    size = SizeHint((image.height, image.width), placement.crop, placement.bucket)
     return corrupted, text, size

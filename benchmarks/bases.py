@@ -7,7 +7,7 @@ check holds (see the functions below), and says seconds and peak memory. The com
 Linux allows it without any network. (Peak memory is read as Linux tells it.)
 
 ``python benchmarks/bases.py memory --base FILE`` compares planned and measured memory of a training step,
-``python benchmarks/bases.py speed --base FILE --resolution 1024`` trains and tells pictures a second and the
+``python benchmarks/bases.py speed --base FILE --resolution 1024`` trains and tells images a second and the
 peak. Both work on the device that sdlora would choose.
 """
 
@@ -42,7 +42,7 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 FORMS = ("file", "folder", "hub cache")
 STAGES = ("load", "recognise", "train", "resume", "generate", "export", "reload")
 GIB = 2**30
-STRENGTHS = "0,300"  # two steps learn little: far up, the picture must change
+STRENGTHS = "0,300"  # two steps learn little: far up, the image must change
 
 
 @dataclass
@@ -131,11 +131,11 @@ def train(row: Row) -> None:
         *("adapter.text_encoder=true", "training.batch_size=1", "training.steps=2"),
         *("training.checkpoint_every=1", f"training.precision={options.precision}"),
     ]
-    pictures, run = row.folder / "pictures", row.folder / "run"
+    images, run = row.folder / "images", row.folder / "run"
     for number, file in enumerate(sorted((ROOT / "datasets" / "ink-icons").glob("*.png"))[:2]):
-        pictures.mkdir(exist_ok=True)
-        shutil.copy(file, pictures / f"{number}.png")
-        shutil.copy(file.with_suffix(".txt"), pictures / f"{number}.txt")
+        images.mkdir(exist_ok=True)
+        shutil.copy(file, images / f"{number}.png")
+        shutil.copy(file.with_suffix(".txt"), images / f"{number}.txt")
 
     def check(facts: dict[str, Any]) -> bool:
         tensors = load_file(facts["adapter_file"])
@@ -143,7 +143,7 @@ def train(row: Row) -> None:
         ups = [tensor for key, tensor in tensors.items() if key.endswith("lora_up.weight")]
         return len(ups) > 100 and all(bool(torch.isfinite(t).all()) for t in ups) and any(map(torch.any, ups))
 
-    row.run("train", ["train", str(pictures), "--base", row.base, "--output", str(run), *settings], check)
+    row.run("train", ["train", str(images), "--base", row.base, "--output", str(run), *settings], check)
 
 
 def resume(row: Row) -> None:
@@ -164,7 +164,7 @@ def resume(row: Row) -> None:
 
 
 def draw(row: Row, stage: str, adapter: Path) -> Cell:
-    """Draw one prompt at strength 0 and far above 1; pictures must differ."""
+    """Draw one prompt at strength 0 and far above 1; images must differ."""
     arguments = ["generate", "--base", row.base, "--adapter", str(adapter), "--prompt", "an icon of a cat"]
     arguments += ["--size", f"{row.options.size}x{row.options.size}", "--steps", "2", "--seed", "1"]
     arguments += ["--strengths", STRENGTHS, "--precision", row.options.precision]
@@ -179,7 +179,7 @@ def draw(row: Row, stage: str, adapter: Path) -> Cell:
 
 
 def generate(row: Row) -> None:
-    """The run's adapter changes the picture; strength 0 does not (its digest is compared across forms)."""
+    """The run's adapter changes the image; strength 0 does not (its digest is compared across forms)."""
     draw(row, "generate", row.folder / "run" / "lora.safetensors")
 
 
@@ -190,7 +190,7 @@ def export(row: Row) -> None:
 
 
 def reload(row: Row) -> None:
-    """The exported file draws the same pictures as the run's adapter."""
+    """The exported file draws the same images as the run's adapter."""
     before = row.cells["generate"].facts.get("digest")
     cell = draw(row, "reload", Path(row.cells["export"].facts["files"][0]))
     cell.ok = cell.ok and cell.facts["digest"] == before
@@ -200,7 +200,7 @@ STAGE_FUNCTIONS = (load, recognise, train, resume, generate, export, reload)
 
 
 def pixels(file: Path) -> str:
-    """Return a digest of a picture's pixels."""
+    """Return a digest of an image's pixels."""
     from PIL import Image
 
     with Image.open(file) as image:
@@ -258,11 +258,11 @@ def as_json(row: Row) -> dict[str, Any]:
 
 
 def equal_across_forms(rows: Sequence[Row]) -> bool:
-    """Tell whether all forms of a family gave the same weights, the same adapter and the same pictures."""
+    """Tell whether all forms of a family gave the same weights, the same adapter and the same images."""
     equal = True
     for family in dict.fromkeys(row.family for row in rows):
         own = [row for row in rows if row.family == family]
-        for what, stage in (("weights", "load"), ("adapter", "train"), ("pictures", "generate")):
+        for what, stage in (("weights", "load"), ("adapter", "train"), ("images", "generate")):
             digests = {row.cells[stage].facts.get("digest") for row in own}
             same = len(digests) == 1 and None not in digests
             print(f"{family}: {what} {'equal' if same else 'DIFFER'} in {len(own)} forms, bit for bit")
@@ -360,7 +360,7 @@ def memory(options: argparse.Namespace) -> int:
 
 
 def speed(options: argparse.Namespace) -> int:
-    """Train and print pictures a second and the peak of CUDA's memory."""
+    """Train and print images a second and the peak of CUDA's memory."""
     with tempfile.TemporaryDirectory() as work:
         print(json.dumps(measure_speed(_short_run(options, Path(work)))))
     return 0
@@ -370,7 +370,7 @@ def _short_run(options: argparse.Namespace, work: Path) -> Config:
     given = [f"data.resolution={options.resolution}", f"training.batch_size={options.batch}"]
     given += [f"training.steps={options.steps}", f"training.precision={options.precision}", *options.set]
     given += [f"training.device={options.device}"] if options.device else []
-    # encoding pictures is not what is measured
+    # encoding images is not what is measured
     return settings(options.base, work, *given, count=2 * options.batch + 1)
 
 

@@ -1,8 +1,8 @@
-"""How long 20,000 pictures take: indexing cold and warm, checking, planning, and the memory each needs.
+"""How long 20,000 images take: indexing cold and warm, checking, planning, and the memory each needs.
 
     python -m benchmarks.data_scale [--count 20000] [--side 192] [--folder DIR]
 
-Makes the pictures (half PNG, half JPEG, with captions) in a temporary folder unless --folder keeps them,
+Makes the images (half PNG, half JPEG, with captions) in a temporary folder unless --folder keeps them,
 and runs each step in a process of its own, whose peak memory is then known. Prints one JSON object last.
 """
 
@@ -25,11 +25,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-_SAMPLE = 2000  # pictures that one core's speed is taken from
+_SAMPLE = 2000  # images that one core's speed is taken from
 
 
-def make_picture(number: int, folder: Path, side: int) -> None:
-    """Write one picture of discs with its caption; different numbers look different."""
+def make_image(number: int, folder: Path, side: int) -> None:
+    """Write one image of discs with its caption; different numbers look different."""
     draw = random.Random(number).random
     width, height = side, round(side * (0.6 + 0.8 * draw()))
     image = Image.new("RGB", (width, height), tuple(int(256 * draw()) for _ in range(3)))
@@ -46,7 +46,7 @@ def make_picture(number: int, folder: Path, side: int) -> None:
 
 
 def one_core(folder: Path) -> dict[str, Any]:
-    """Pictures per second of processor time: by Pillow alone, decoded as training does, measured in full."""
+    """Images per second of processor time: by Pillow alone, decoded as training does, measured in full."""
     from sdlora.data.reading.image_files import load_pixels
     from sdlora.data.reading.listing import FoundFile
     from sdlora.data.reading.measure import measure_all
@@ -80,7 +80,7 @@ def index(folder: Path) -> dict[str, Any]:
 
     began = time.perf_counter()
     found = survey(folder)
-    return {"pictures": len(found.dataset.items), "survey_seconds": time.perf_counter() - began}
+    return {"images": len(found.dataset.items), "survey_seconds": time.perf_counter() - began}
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def check(folder: Path) -> dict[str, Any]:
 
 
 def plan(folder: Path) -> dict[str, Any]:
-    """Hold pictures out, put the rest into buckets, and order the first epoch."""
+    """Hold images out, put the rest into buckets, and order the first epoch."""
     from sdlora.data.batching.buckets import make_buckets, place
     from sdlora.data.batching.order import Order
     from sdlora.data.reading.folder import survey
@@ -130,11 +130,11 @@ def run_step(name: str, folder: Path, cache: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make the pictures, run all steps, print what they took."""
+    """Make the images, run all steps, print what they took."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=20_000)
-    parser.add_argument("--side", type=int, default=192, help="width of the pictures in px")
-    parser.add_argument("--folder", type=Path, help="make the pictures here, or use those that are there")
+    parser.add_argument("--side", type=int, default=192, help="width of the images in px")
+    parser.add_argument("--folder", type=Path, help="make the images here, or use those that are there")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
@@ -148,13 +148,13 @@ def main() -> None:
         print(json.dumps({name: round(value, 2) for name, value in (result | cost).items()}))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.folder or Path(scratch) / "pictures"
+        folder = options.folder or Path(scratch) / "images"
         if not folder.exists():
             folder.mkdir(parents=True)
             with ProcessPoolExecutor() as pool:
                 list(
                     pool.map(
-                        make_picture,
+                        make_image,
                         range(options.count),
                         repeat(folder),
                         repeat(options.side),

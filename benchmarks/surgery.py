@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
-from sdlora.families.ldm import by_key, text_places, unet_places, vae_places
+from sdlora.families.ldm import by_key, text_key_map, unet_key_map, vae_key_map
 from sdlora.families.table import family_info
 from sdlora.formats.adapter_files import write_adapter
 
@@ -57,11 +57,11 @@ def component_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
 
 def checkpoint_layout(shapes: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
     """Return {key: shape} of a single-file checkpoint."""
-    places = {"unet": unet_places(shapes["unet"]), "vae": vae_places(shapes["vae"])}
+    key_maps = {"unet": unet_key_map(shapes["unet"]), "vae": vae_key_map(shapes["vae"])}
     for encoder in family_info("sdxl").text_encoders:
-        places[encoder.component] = text_places(shapes[encoder.component], encoder)
+        key_maps[encoder.component] = text_key_map(shapes[encoder.component], encoder)
     found: dict[str, tuple[int, ...]] = {}
-    for component, own in places.items():
+    for component, own in key_maps.items():
         for key, names in by_key(own).items():
             rows, *rest = shapes[component][names[0]]
             found[key] = (rows * len(names), *rest)

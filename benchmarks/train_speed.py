@@ -1,4 +1,4 @@
-"""Pictures per second of a training step: sdlora against diffusers' own LoRA script, and that both learn.
+"""Images per second of a training step: sdlora against diffusers' own LoRA script, and that both learn.
 
     python benchmarks/train_speed.py --peer-script PATH/train_text_to_image_lora.py
 
@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainers import TRAINERS, BenchmarkError, Measured, Pictures, Settings, Trainer, prepare_pictures, run
+from trainers import TRAINERS, BenchmarkError, Images, Measured, Settings, Trainer, prepare_images, run
 
 ROOT = Path(__file__).parent.parent
 LEARNS_ENOUGH = 0.85
@@ -76,7 +76,7 @@ def side(short: Measured, long: Measured, batch_size: int, loss: float) -> Side:
 
 
 def measure_round(
-    settings: Settings, pictures: Pictures, folder: Path, number: int, lengths: tuple[int, int]
+    settings: Settings, images: Images, folder: Path, number: int, lengths: tuple[int, int]
 ) -> dict[Trainer, tuple[Measured, Measured]]:
     """Train with both at both lengths; who goes first changes from round to round."""
     order = TRAINERS if number % 2 == 0 else TRAINERS[::-1]
@@ -84,7 +84,7 @@ def measure_round(
     for steps in lengths:
         for name in order:
             where = folder / f"round{number}-{name}-{steps}"
-            runs[name].append(run(name, settings, pictures, where, steps=steps, seed=number))
+            runs[name].append(run(name, settings, images, where, steps=steps, seed=number))
     return {name: (short, long) for name, (short, long) in runs.items()}
 
 
@@ -136,12 +136,12 @@ def _median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def facts(settings: Settings, num_pictures: int) -> dict[str, Any]:
+def facts(settings: Settings, num_images: int) -> dict[str, Any]:
     """Return what the figures depend on: settings, machine, versions, and which peer script it was."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "datasets")
     return {
         "settings": {key: str(v) if isinstance(v, Path) else v for key, v in asdict(settings).items()},
-        "num_pictures": num_pictures,
+        "num_images": num_images,
         "peer_script_sha256": hashlib.sha256(settings.peer_script.read_bytes()).hexdigest(),
         "machine": f"{os.cpu_count()} x {_cpu_name()}, Python {platform.python_version()}",
         "load_before": os.getloadavg()[0],
@@ -163,13 +163,13 @@ def compare(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
     from adapter_loss import LossMeter, layout
 
-    pictures = prepare_pictures(images, folder / "pictures", settings.batch_size)
-    result = facts(settings, len(pictures.captions))
+    prepared = prepare_images(images, folder / "images", settings.batch_size)
+    result = facts(settings, len(prepared.captions))
     for name in TRAINERS:  # fills the disk cache, and fails early
-        run(name, settings, pictures, folder / f"first-{name}", steps=1, seed=0)
+        run(name, settings, prepared, folder / f"first-{name}", steps=1, seed=0)
     runs = []
     for number in range(rounds):
-        runs.append(measure_round(settings, pictures, folder, number, (warm_up, warm_up + steps)))
+        runs.append(measure_round(settings, prepared, folder, number, (warm_up, warm_up + steps)))
         times = ", ".join(
             f"{name} {long.wall_s - short.wall_s:.1f} s" for name, (short, long) in runs[-1].items()
         )
@@ -177,8 +177,8 @@ def compare(
     print("measuring what was learned", file=sys.stderr, flush=True)
     meter = LossMeter(
         settings.base,
-        pictures.folders["sdlora"],
-        pictures.captions,
+        prepared.folders["sdlora"],
+        prepared.captions,
         resolution=settings.resolution,
         min_snr_gamma=settings.min_snr_gamma,
     )
@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
         "--base", type=Path, default=ROOT / "sdlora" / "assets" / "mini", help="diffusers folder"
     )
     parser.add_argument(
-        "--images", type=Path, default=ROOT / "datasets" / "ink-icons", help="captioned pictures"
+        "--images", type=Path, default=ROOT / "datasets" / "ink-icons", help="captioned images"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="steps that are timed, in each run")

@@ -1,6 +1,6 @@
 """The two trainers as commands with equal settings, and one run of either, measured from outside.
 
-Equal means: base, pictures, captions, resolution, batch, LoRA layers, rank, alpha, precision of the frozen
+Equal means: base, images, captions, resolution, batch, LoRA layers, rank, alpha, precision of the frozen
 base, AdamW with its rates, constant learning rate, min-SNR weight, clipping, threads. Neither previews,
 validates or saves before its end. Every run starts in a fresh folder with cold caches of its own.
 """
@@ -34,7 +34,7 @@ class Settings:
     Attributes:
         base: diffusers folder of the base.
         peer_script: diffusers' ``train_text_to_image_lora.py``.
-        batch_size: pictures a step.
+        batch_size: images a step.
         rank: of the LoRA; alpha is the rank, as the peer has no other.
         precision: of the frozen base.
         learning_rate: constant, no warm-up.
@@ -61,8 +61,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The same pictures for each trainer: captions beside them, and captions in ``metadata.jsonl``."""
+class Images:
+    """The same images for each trainer: captions beside them, and captions in ``metadata.jsonl``."""
 
     folders: Mapping[Trainer, Path]
     captions: Mapping[str, str]
@@ -79,10 +79,10 @@ class Measured:
     adapter: Path
 
 
-def prepare_pictures(source: Path, target: Path, batch_size: int) -> Pictures:
-    """Copy captioned pictures for both trainers, flattened to RGB at their own size.
+def prepare_images(source: Path, target: Path, batch_size: int) -> Images:
+    """Copy captioned images for both trainers, flattened to RGB at their own size.
 
-    As many as fill whole batches, so that every step of both sees ``batch_size`` pictures.
+    As many as fill whole batches, so that every step of both sees ``batch_size`` images.
 
     Raises:
         BenchmarkError: if there are fewer than one batch.
@@ -90,7 +90,7 @@ def prepare_pictures(source: Path, target: Path, batch_size: int) -> Pictures:
     items = scan(source, recursive=False).items
     items = items[: len(items) // batch_size * batch_size]
     if not items:
-        raise BenchmarkError(f"{source}: fewer than {batch_size} pictures; use a smaller --batch")
+        raise BenchmarkError(f"{source}: fewer than {batch_size} images; use a smaller --batch")
     folders: dict[Trainer, Path] = {name: target / name for name in TRAINERS}
     for folder in folders.values():
         folder.mkdir(parents=True)
@@ -98,17 +98,17 @@ def prepare_pictures(source: Path, target: Path, batch_size: int) -> Pictures:
     for item in items:
         name = f"{item.path.stem}.png"
         captions[name] = item.caption
-        picture = load_pixels(item)
+        image = load_pixels(item)
         for folder in folders.values():
-            picture.save(folder / name)
+            image.save(folder / name)
         (folders["sdlora"] / name).with_suffix(".txt").write_text(item.caption, encoding="utf-8")
     lines = [json.dumps({"file_name": name, "text": caption}) for name, caption in captions.items()]
     (folders["diffusers"] / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return Pictures(folders, captions)
+    return Images(folders, captions)
 
 
 def run(
-    trainer: Trainer, settings: Settings, pictures: Pictures, folder: Path, *, steps: int, seed: int
+    trainer: Trainer, settings: Settings, images: Images, folder: Path, *, steps: int, seed: int
 ) -> Measured:
     """Train for ``steps`` in a new process and a new folder.
 
@@ -116,7 +116,7 @@ def run(
         BenchmarkError: if the process fails or leaves no LoRA; its output is in ``FOLDER/output.txt``.
     """
     folder.mkdir(parents=True)
-    command, adapter = (_ours if trainer == "sdlora" else _peers)(settings, pictures, folder, steps, seed)
+    command, adapter = (_ours if trainer == "sdlora" else _peers)(settings, images, folder, steps, seed)
     wall, cpu, peak = measured(trainer, command, folder, adapter, settings.threads)
     return Measured(steps, wall, cpu, peak, adapter)
 
@@ -159,9 +159,7 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def _ours(
-    settings: Settings, pictures: Pictures, folder: Path, steps: int, seed: int
-) -> tuple[list[str], Path]:
+def _ours(settings: Settings, images: Images, folder: Path, steps: int, seed: int) -> tuple[list[str], Path]:
     values = {
         "data.resolution": settings.resolution,
         "data.buckets": "false",
@@ -188,18 +186,16 @@ def _ours(
         "sample.prompts": "[]",
         "output.dtype": "fp32",
     }
-    start = [sys.executable, "-m", "sdlora", "train", str(pictures.folders["sdlora"])]
+    start = [sys.executable, "-m", "sdlora", "train", str(images.folders["sdlora"])]
     place = ["--base", str(settings.base), "--name", "speed", "--output", str(folder / "run")]
     settings_given = [f"{key}={value}" for key, value in values.items()]
     return [*start, *place, *settings_given], folder / "run" / "speed.safetensors"
 
 
-def _peers(
-    settings: Settings, pictures: Pictures, folder: Path, steps: int, seed: int
-) -> tuple[list[str], Path]:
+def _peers(settings: Settings, images: Images, folder: Path, steps: int, seed: int) -> tuple[list[str], Path]:
     options = {
         "pretrained_model_name_or_path": settings.base,
-        "train_data_dir": pictures.folders["diffusers"],
+        "train_data_dir": images.folders["diffusers"],
         "cache_dir": folder / "cache",
         "output_dir": folder / "run",
         "resolution": settings.resolution,

@@ -2,9 +2,9 @@
 
     python -m benchmarks.ui_times --home FOLDER
 
-``FOLDER`` must hold a finished run, as ``python -m tools.ui_pictures --home FOLDER`` leaves it. Prints JSON:
+``FOLDER`` must hold a finished run, as ``python -m tools.ui_images --home FOLDER`` leaves it. Prints JSON:
 seconds until the server has its page and until that can be used, from a slider's release to the new
-picture, of a sweep, and the milliseconds of a scrub through it.
+image, of a sweep, and the milliseconds of a scrub through it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools.ui_pictures import PROMPT, Browser, serve
+from tools.ui_images import PROMPT, Browser, serve
 
 RELEASES = 10
 
@@ -95,8 +95,8 @@ def _drawing(browser: Browser) -> dict[str, Any]:
             strength = str(round(0.3 + 0.05 * number, 2))
             times.append(browser.driver.execute_async_script(RELEASE, strength) / 1000)
             browser.wait(lambda: not browser.shown("#drawing .sd-working"))
-        found[f"release_to_picture_{steps}_steps_s"] = [round(one, 2) for one in sorted(times)]
-        found[f"release_to_picture_{steps}_steps_median_s"] = round(statistics.median(times), 2)
+        found[f"release_to_image_{steps}_steps_s"] = [round(one, 2) for one in sorted(times)]
+        found[f"release_to_image_{steps}_steps_median_s"] = round(statistics.median(times), 2)
     begun = time.perf_counter()
     browser.click("#sweep")
     browser.wait(lambda: len(browser.shown("#extra .sd-tick")) == 7)

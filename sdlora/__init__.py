@@ -1,4 +1,4 @@
-"""sdlora: train a Stable Diffusion LoRA from a folder of pictures, see it at any strength, export it.
+"""sdlora: train a Stable Diffusion LoRA from a folder of images, see it at any strength, export it.
 
 The public names load on first use, so ``import sdlora`` is instant and imports no torch.
 """

@@ -39,7 +39,7 @@ class Decided(Event):
 
 
 @dataclass(frozen=True)
-class Noticed(Event):
+class Notice(Event):
     """Something the user should know; training goes on."""
 
     message: str
@@ -47,7 +47,7 @@ class Noticed(Event):
 
 @dataclass(frozen=True)
 class Caching(Event):
-    """Encoding of pictures and captions before training."""
+    """Encoding of images and captions before training."""
 
     done: int
     total: int
@@ -68,7 +68,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step; loss is the mean over its pictures, rate in pictures per second."""
+    """One optimizer step; loss is the mean over its images, rate in images per second."""
 
     step: int
     steps: int
@@ -85,7 +85,7 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class Validated(Event):
-    """Loss on the held-out pictures with fixed noise and times."""
+    """Loss on the held-out images with fixed noise and times."""
 
     step: int
     loss: float
@@ -129,7 +129,7 @@ def to_json(event: Event) -> str:
     return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}, default=str)
 
 
-class Announcer:
+class Emitter:
     """Tells every listener; drops one that raises, with a single warning."""
 
     def __init__(self, listeners: tuple[Listener, ...]) -> None:
@@ -171,41 +171,41 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 class Control:
-    """Wishes from outside: a signal, a method call, or a file named STOP, SAVE or SAMPLE in the run.
+    """Requests from outside: a signal, a method call, or a file named STOP, SAVE or SAMPLE in the run.
 
     A file is removed when it has been seen.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._wishes: set[str] = set()
+        self._requests: set[str] = set()
 
     def stop(self) -> None:
         """Ask to finish the current step, save and end."""
-        self._wishes.add(STOP)
+        self._requests.add(STOP)
 
     @property
     def stopping(self) -> bool:
         """Whether :meth:`stop` was called, or Ctrl-C pressed, since the last :meth:`take`."""
-        return STOP in self._wishes
+        return STOP in self._requests
 
     def save_now(self) -> None:
         """Ask for a checkpoint after the current step."""
-        self._wishes.add(SAVE)
+        self._requests.add(SAVE)
 
     def sample_now(self) -> None:
         """Ask for previews after the current step."""
-        self._wishes.add(SAMPLE)
+        self._requests.add(SAMPLE)
 
     def take(self) -> frozenset[str]:
-        """Return and forget the wishes made since the last call: any of STOP, SAVE, SAMPLE."""
+        """Return and forget the requests made since the last call: any of STOP, SAVE, SAMPLE."""
         if self._folder is not None:
             for name in REQUESTS:
                 file = self._folder / name
                 if file.is_file():
                     file.unlink(missing_ok=True)
-                    self._wishes.add(name)
-        taken, self._wishes = frozenset(self._wishes), set()
+                    self._requests.add(name)
+        taken, self._requests = frozenset(self._requests), set()
         return taken
 
     @contextmanager

@@ -65,8 +65,8 @@ _FOREIGN_STARTS = (
     (b"<!DOCTYPE", "a web page, not the file itself,"),
     (b"<!doctype", "a web page, not the file itself,"),
     (b"<html", "a web page, not the file itself,"),
-    (b"\x89PNG", "a PNG picture"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
 )
 CONVERT = (
     'convert it where you trust it: python -c "import torch, safetensors.torch as s; '
@@ -277,7 +277,7 @@ def _header_length(path: Path, start: bytes, num_bytes: int) -> int:
 def _check_amount(path: Path, raw: bytes) -> None:
     """Refuse a header that would take far more memory parsed than as text: millions of tiny values.
 
-    Long texts, as of cover pictures and lists of tags, are no harm.
+    Long texts, as of cover images and lists of tags, are no harm.
     """
     if len(raw) <= _SMALL_HEADER_BYTES:
         return

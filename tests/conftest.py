@@ -1,4 +1,4 @@
-"""Real components, made small: a random SD1-layout base on disk and a folder of drawn pictures."""
+"""Real components, made small: a random SD1-layout base on disk and a folder of drawn images."""
 
 from __future__ import annotations
 
@@ -130,11 +130,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Callable[..., Path]:
-    """A function that makes a folder of ``count`` captioned pictures of mixed shapes."""
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """A function that makes a folder of ``count`` captioned images of mixed shapes."""
     from PIL import Image, ImageDraw
 
-    def make(count: int = 6, name: str = "pictures", caption: bool = True) -> Path:
+    def make(count: int = 6, name: str = "images", caption: bool = True) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         shapes = [(40, 40), (64, 32), (32, 64)]

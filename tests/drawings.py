@@ -1,4 +1,4 @@
-"""Real picture files for the tests of the data side: plain ones, odd ones and broken ones."""
+"""Real image files for the tests of the data side: plain ones, odd ones and broken ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 
 def drawing(seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """Return an RGB picture of coloured boxes; different seeds look different."""
+    """Return an RGB image of coloured boxes; different seeds look different."""
     draw = random.Random(seed).random
     image = Image.new("RGB", (width, height), (int(draw() * 255), int(draw() * 255), int(draw() * 255)))
     pen = ImageDraw.Draw(image)
@@ -24,14 +24,14 @@ def drawing(seed: int, width: int = 48, height: int = 40) -> Image.Image:
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
-    """Return the bytes of a picture file."""
+    """Return the bytes of an image file."""
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
 
 
 def put(file: Path, content: bytes | str | Image.Image) -> Path:
-    """Write bytes, UTF-8 text or a picture (as PNG), making the folder."""
+    """Write bytes, UTF-8 text or an image (as PNG), making the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     data = encoded(content) if isinstance(content, Image.Image) else content
     file.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
@@ -39,7 +39,7 @@ def put(file: Path, content: bytes | str | Image.Image) -> Path:
 
 
 def folder_of(root: Path, count: int, *, captions: bool = True) -> Path:
-    """Make a folder of ``count`` different pictures, with captions ``picture N`` beside them."""
+    """Make a folder of ``count`` different images, with captions ``image N`` beside them."""
     for number in range(count):
         put(root / f"p{number:02}.png", drawing(number))
         if captions:

@@ -1,4 +1,4 @@
-"""What a training step of a real run takes: memory by what the device allocated, and pictures a second.
+"""What a training step of a real run takes: memory by what the device allocated, and images a second.
 
 On a CUDA device torch's own peak is read. On a CPU every tensor that is alive before the step is summed up,
 and the allocations of the step are taken from torch's profiler: neither knows anything of the plan.
@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
-from sdlora.events import Announcer, Event, StepDone
+from sdlora.events import Emitter, Event, StepDone
 from sdlora.training.memory import MemoryPlan
 from sdlora.training.run import Run, prepare_run
 from sdlora.training.train import train, train_step
@@ -26,7 +26,7 @@ from sdlora.training.train import train, train_step
 
 @dataclass(frozen=True)
 class Measured:
-    """The plan of a run, and the most bytes that were allocated at once in a step of its largest pictures."""
+    """The plan of a run, and the most bytes that were allocated at once in a step of its largest images."""
 
     plan: MemoryPlan
     bytes: int
@@ -38,12 +38,12 @@ class Measured:
 
 
 def settings(base: str, work: Path, *overrides: str, count: int = 16, side: int = 1024) -> Config:
-    """Return settings for a short run without previews, on drawn pictures in ``work``."""
-    pictures = work / "pictures"
-    draw_pictures(pictures, count, side)
+    """Return settings for a short run without previews, on drawn images in ``work``."""
+    images = work / "images"
+    draw_images(images, count, side)
     fixed = ("data.validation=0", "sample.prompts=[]")
     values = {
-        "data.folder": pictures,
+        "data.folder": images,
         "data.cache_folder": work / "cache",
         "output.folder": work / "run",
         "model.base": base,
@@ -51,8 +51,8 @@ def settings(base: str, work: Path, *overrides: str, count: int = 16, side: int 
     return load_config(None, [*fixed, *overrides], values)
 
 
-def draw_pictures(folder: Path, count: int, side: int) -> None:
-    """Draw captioned square pictures, unless they are there."""
+def draw_images(folder: Path, count: int, side: int) -> None:
+    """Draw captioned square images, unless they are there."""
     from PIL import Image, ImageDraw
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,10 +69,10 @@ def draw_pictures(folder: Path, count: int, side: int) -> None:
 
 
 def measure_memory(config: Config) -> Measured:
-    """Make a run ready, and measure the step with the largest pictures of its first epoch."""
+    """Make a run ready, and measure the step with the largest images of its first epoch."""
     gc.collect()
     before = alive_bytes()  # what else the process holds
-    run = prepare_run(config, resume=False, tell=Announcer(()))
+    run = prepare_run(config, resume=False, emit=Emitter(()))
     steps = range(1, min(run.steps, max(2, run.order.steps_per_epoch)))
     largest = max(steps, key=lambda step: _area(run, step))
     with run.loader:
@@ -125,7 +125,7 @@ def most_allocated(record: profile) -> int:
 
 
 def measure_speed(config: Config) -> dict[str, Any]:
-    """Train; return pictures a second (median, without the first fifth), the loss and CUDA's peak."""
+    """Train; return images a second (median, without the first fifth), the loss and CUDA's peak."""
     seen: list[float] = []
 
     def listen(event: Event) -> None:

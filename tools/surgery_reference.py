@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
 from sdlora.adapters.kinds import DoRA
-from sdlora.families.ldm import Place, by_key, text_places, unet_places
+from sdlora.families.ldm import StoredKey, by_key, text_key_map, unet_key_map
 from sdlora.families.table import family_info
 from sdlora.formats import names
 from sdlora.formats.adapter_files import read_adapter, write_adapter
@@ -215,34 +215,34 @@ def resizing(checks: Checks, folder: Path, dtype: str) -> None:
                 assert smallest.updates[module].rank == least, f"{label}: {module} could have rank {least}"
 
 
-def checkpoint(folder: Path, dtype: str) -> tuple[Path, dict[ModuleKey, Place]]:
+def checkpoint(folder: Path, dtype: str) -> tuple[Path, dict[ModuleKey, StoredKey]]:
     """Write random weights of SDXL's layout; return the file and where each matrix lies."""
     shapes = {m: shrunk(shape) for m, shape in true_shapes(FAMILY).items()}
     info, generator = family_info(FAMILY), torch.Generator().manual_seed(7)
-    places: dict[ModuleKey, Place] = {}
+    key_map: dict[ModuleKey, StoredKey] = {}
     tensors: dict[str, Tensor] = {}
     for component in ("unet", *(one.component for one in info.text_encoders)):
         own = {
             m.path.removeprefix(names.TEXT_PREFIX) + ".weight": m for m in shapes if m.component == component
         }
         encoder = next((one for one in info.text_encoders if one.component == component), None)
-        found = unet_places(own) if encoder is None else text_places(own, encoder)
-        places |= {own[name]: place for name, place in found.items()}
+        found = unet_key_map(own) if encoder is None else text_key_map(own, encoder)
+        key_map |= {own[name]: place for name, place in found.items()}
         for key, inside in by_key(found).items():
             first = shapes[own[inside[0]]]
             shape = tuple(reversed(first)) if found[inside[0]].transposed else first
             tensors[key] = torch.randn(shape[0] * len(inside), *shape[1:], generator=generator) * 0.05
     path = folder / f"model-{dtype}.safetensors"
     save_file({key: tensor.to(DTYPES[dtype]) for key, tensor in tensors.items()}, path)
-    return path, places
+    return path, key_map
 
 
 def matrices(
-    path: Path, places: Mapping[ModuleKey, Place], shapes: Mapping[ModuleKey, Sequence[int]]
+    path: Path, key_map: Mapping[ModuleKey, StoredKey], shapes: Mapping[ModuleKey, Sequence[int]]
 ) -> Dense:
     """Return the float64 matrix of every module of a checkpoint."""
     stored = load_file(path)
-    return {m: places[m].take(stored[places[m].key], shapes[m]).double().flatten(1) for m in shapes}
+    return {m: key_map[m].take(stored[key_map[m].key], shapes[m]).double().flatten(1) for m in shapes}
 
 
 def beyond_rounding(found: Tensor, exact: Tensor, sizes: Tensor, dtype: torch.dtype) -> float:
@@ -260,12 +260,12 @@ def baking(checks: Checks, folder: Path, dtype: str) -> None:
     """Into a checkpoint, rounded once to its format; out of it again; extracted from it."""
     weights = random_lora(checks.layers(), torch.float32)
     lora = saved(folder, "baked-in", weights, "fp32")
-    base, places = checkpoint(folder, dtype)
+    base, key_map = checkpoint(folder, dtype)
     shapes = {m: shrunk(shape) for m, shape in true_shapes(FAMILY).items() if m in weights.updates}
-    before, update = matrices(base, places, shapes), scaled(dense(weights), lambda m: 0.8)
+    before, update = matrices(base, key_map, shapes), scaled(dense(weights), lambda m: 0.8)
     out = folder / "model-baked.safetensors"
     bake_checkpoint(base, [(lora, 0.8)], out, overwrite=True)
-    after, number = matrices(out, places, shapes), DTYPES[dtype]
+    after, number = matrices(out, key_map, shapes), DTYPES[dtype]
     worst = 0.0
     for module in shapes:
         pair = weights.pairs[module]
@@ -282,11 +282,11 @@ def baking(checks: Checks, folder: Path, dtype: str) -> None:
         f"; {100 * share:.3f} % of the values of {len(shapes)} matrices as float64 rounds them",
     )
     untouched, rest = load_file(base), load_file(out)
-    changed = {places[m].key for m in shapes}
+    changed = {key_map[m].key for m in shapes}
     assert all(torch.equal(rest[key], untouched[key]) for key in untouched if key not in changed)
     undone = folder / "model-undone.safetensors"
     bake_checkpoint(out, [(lora, 0.8)], undone, inverse=True, overwrite=True)
-    again = matrices(undone, places, shapes)
+    again = matrices(undone, key_map, shapes)
     worst = max(
         float(((again[m] - before[m]).abs() / (before[m].abs() + update[m].abs()).clamp(min=1e-3)).max())
         for m in shapes

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdlora.diffusion.process import NoiseProcess
 from sdlora.families.base import BaseModelInfo
-from sdlora.families.ldm import Place, text_places, unet_places, vae_places
+from sdlora.families.ldm import StoredKey, text_key_map, unet_key_map, vae_key_map
 from sdlora.families.loading import ASSETS, load_parts
 from sdlora.families.recognition import Evidence, Recognised
 from sdlora.families.table import FAMILIES
@@ -47,7 +47,7 @@ def write_folder(folder: Path, file: Path, family: str, dtype: torch.dtype) -> i
     """Write the diffusers folder that holds the same numbers as a checkpoint; return its bytes."""
     source, model, assets = TensorSource([file]), blueprint(family), ASSETS / FAMILIES[family].info.assets
     index: dict[str, Any] = {"_class_name": _PIPELINES.get(family, "StableDiffusionPipeline")}
-    for name, (module, places) in component_places(model).items():
+    for name, (module, key_map) in component_key_maps(model).items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         shutil.copy(assets / name / "config.json", folder / name / "config.json")
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
@@ -55,7 +55,7 @@ def write_folder(folder: Path, file: Path, family: str, dtype: torch.dtype) -> i
         # published folders have the name of transformers before 5.6
         old = [f"text_model.{key}" if name == "text_encoder" else key for key in shapes]
         renamed = dict(zip(old, shapes.values(), strict=True))
-        made = (_taken(source, places[key], shape).to(dtype) for key, shape in shapes.items())
+        made = (_taken(source, key_map[key], shape).to(dtype) for key, shape in shapes.items())
         _write(folder / name / f"{stem}.safetensors", renamed, dtype, made)
         index[name] = [type(module).__module__.partition(".")[0], type(module).__name__]
     for encoder in model.info.text_encoders:
@@ -83,22 +83,22 @@ def fill_hub_cache(cache: Path, folder: Path, hub_id: str) -> None:
 def checkpoint_shapes(family: str) -> dict[str, tuple[int, ...]]:
     """Return checkpoint key -> shape there."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for module, places in component_places(blueprint(family)).values():
+    for module, key_map in component_key_maps(blueprint(family)).values():
         for name, tensor in module.state_dict().items():
-            place, shape = places[name], tuple(tensor.shape)
-            if place.third is not None:
+            stored_key, shape = key_map[name], tuple(tensor.shape)
+            if stored_key.third is not None:
                 shape = (3 * shape[0], *shape[1:])
-            shapes[place.key] = shape[::-1] if place.transposed else shape
+            shapes[stored_key.key] = shape[::-1] if stored_key.transposed else shape
     return shapes
 
 
-def component_places(model: UNetModel) -> dict[str, tuple[Any, Mapping[str, Place]]]:
+def component_key_maps(model: UNetModel) -> dict[str, tuple[Any, Mapping[str, StoredKey]]]:
     """Return component -> (module, where a checkpoint keeps each of its tensors)."""
     unet, vae = model.unet, model.vae
-    found = {"unet": (unet, unet_places(unet.state_dict())), "vae": (vae, vae_places(vae.state_dict()))}
+    found = {"unet": (unet, unet_key_map(unet.state_dict())), "vae": (vae, vae_key_map(vae.state_dict()))}
     for encoder in model.info.text_encoders:
         module = model.text_encoders[encoder.component]
-        found[encoder.component] = module, text_places(module.state_dict(), encoder)
+        found[encoder.component] = module, text_key_map(module.state_dict(), encoder)
     return found
 
 
@@ -121,9 +121,9 @@ def _weights(key: str, shape: tuple[int, ...], pool: Tensor) -> Tensor:
     return flat.reshape(shape) / math.sqrt(math.prod(shape[1:]))
 
 
-def _taken(source: TensorSource, place: Place, shape: tuple[int, ...]) -> Tensor:
-    ((_, stored),) = source.read([place.key])
-    return place.take(stored, shape)
+def _taken(source: TensorSource, stored_key: StoredKey, shape: tuple[int, ...]) -> Tensor:
+    ((_, stored),) = source.read([stored_key.key])
+    return stored_key.take(stored, shape)
 
 
 def _write(

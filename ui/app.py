@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sdlora.errors import ConfigError
 
-from .server.allowed_paths import Places
-from .server.security import Gate
-from .server.splash import Opening
+from .server.allowed_paths import AllowedPaths
+from .server.security import SecurityMiddleware
+from .server.splash import Splash
 from .site import Site
 
 if TYPE_CHECKING:
@@ -23,11 +23,13 @@ _MONO = ["ui-monospace", "SFMono-Regular", "Consolas", "Liberation Mono", "monos
 MAX_UPLOAD = "2gb"
 
 
-def serve(places: Places, *, host: str = "127.0.0.1", port: int = 7860, password: str | None = None) -> None:
+def serve(
+    paths: AllowedPaths, *, host: str = "127.0.0.1", port: int = 7860, password: str | None = None
+) -> None:
     """Serve the page until interrupted.
 
     Args:
-        places: the folders that may be used.
+        paths: the folders that may be used.
         host: address to listen on.
         port: to listen on.
         password: asked of everyone; required when others can reach the address.
@@ -41,8 +43,8 @@ def serve(places: Places, *, host: str = "127.0.0.1", port: int = 7860, password
         raise ConfigError(f"--port {port}: {taken}; choose another, e.g. --port {port + 1}")
     import uvicorn
 
-    site = Site.open(places)
-    app = Gate(Opening(lambda: make_app(site)), host=host, password=password)
+    site = Site.open(paths)
+    app = SecurityMiddleware(Splash(lambda: make_app(site)), host=host, password=password)
     uvicorn.run(app, host=host, port=port, log_level="warning", ws="none", timeout_graceful_shutdown=2)
 
 
@@ -61,7 +63,7 @@ def refuse_open_door(host: str, password: str | None) -> None:
 
 def make_app(site: Site) -> FastAPI:
     """Return the ASGI application of a site: our own routes, and the Gradio page on ``/``."""
-    quiet(site.places.state / "uploads")
+    quiet(site.paths.state / "uploads")
     from contextlib import asynccontextmanager
 
     import gradio as gr
@@ -76,7 +78,7 @@ def make_app(site: Site) -> FastAPI:
         site.end()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.router.routes.extend(routes(site.places, site.queue))
+    app.router.routes.extend(routes(site.paths, site.queue))
     page = build(site)
     # Gradio looks whether a file that a request names was uploaded only for pages started by its own launch()
     page.has_launched = True
@@ -122,7 +124,7 @@ def build(site: Site) -> gr.Blocks:
             name: gr.Textbox(elem_id=name, visible="hidden", label=name.replace("-", " "))
             for name in (
                 "chosen-folder", "chosen-trigger", "chosen-demo", "try-run", "export-run", "clone-run",
-                "chosen-cell", "sent-picture",
+                "chosen-cell", "import-png",
             )
         }  # fmt: skip
         gr.HTML(

@@ -1,4 +1,4 @@
-"""Captions edited in the browser: written at once beside their pictures, every change can be undone."""
+"""Captions edited in the browser: written at once beside their images, every change can be undone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from sdlora.data.reading.folder import survey, with_trigger
-from sdlora.data.reading.image_files import PICTURE_ENDINGS
+from sdlora.data.reading.image_files import IMAGE_ENDINGS
 from sdlora.data.reading.listing import FoundFile, Listing, list_files
 from sdlora.data.reading.metadata_files import name_key, read_metadata
 from sdlora.errors import DatasetError
 from sdlora.files import write_text
 
-from .server.allowed_paths import Places
+from .server.allowed_paths import AllowedPaths
 
 MAX_CAPTION = 16_000
 _MAX_UNDO = 200
@@ -29,10 +29,10 @@ def tidy(text: str) -> str:
 
 
 def _in_metadata(listing: Listing) -> set[str]:
-    """Return the pictures whose captions a metadata file holds: a text file as well would be an error."""
+    """Return the images whose captions a metadata file holds: a text file as well would be an error."""
     if not listing.metadata:
         return set()
-    names = [file.name for file in listing.pictures]
+    names = [file.name for file in listing.images]
     found = read_metadata(listing.metadata_files(), names, None).captions
     return {name for name, (lines, _) in found.items() if lines}
 
@@ -40,9 +40,9 @@ def _in_metadata(listing: Listing) -> set[str]:
 class CaptionBook:
     """The captions of folders, with one undo history a folder that survives the server."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, paths: AllowedPaths) -> None:
         """Keep the histories among the server's records."""
-        self._places = places
+        self._paths = paths
         self._lock = threading.Lock()
         self._typing: dict[Path, str] = {}
 
@@ -51,13 +51,13 @@ class CaptionBook:
 
         Args:
             folder: the data set.
-            texts: picture, by its path below the folder -> caption, its lines kept.
+            texts: image, by its path below the folder -> caption, its lines kept.
             typing: saves with the same word, one after the other, are one change to undo: the page saves
                 while its user types.
 
         Raises:
-            PlaceRefused: when a picture's real place is not in the folder.
-            DatasetError: when there is no such picture, or a caption is too long.
+            PathRefused: when an image's real place is not in the folder.
+            DatasetError: when there is no such image, or a caption is too long.
         """
         with self._lock:
             change: dict[str, tuple[str | None, str | None]] = {}
@@ -116,7 +116,7 @@ class CaptionBook:
             self._typing.pop(folder, None)
             undone = 0
             for name, (before, after) in history.pop().items():
-                file = self._places.writable(folder / name)
+                file = self._paths.writable(folder / name)
                 now = tidy(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
                 if now != after:
                     continue
@@ -141,21 +141,21 @@ class CaptionBook:
         return self.set(folder, wanted) if wanted else 0
 
     def _file(self, folder: Path, name: str, listing: Listing, elsewhere: Collection[str]) -> Path:
-        """Return the caption file of a picture, there or not yet."""
-        picture = self._places.writable(folder / name)
-        if not picture.is_relative_to(folder) or picture.suffix.lower() not in PICTURE_ENDINGS:
-            raise DatasetError(f"{name}: is no picture of this folder")
-        if not picture.is_file():
-            raise DatasetError(f"{name}: there is no such picture (any more); open the folder again")
+        """Return the caption file of an image, there or not yet."""
+        image = self._paths.writable(folder / name)
+        if not image.is_relative_to(folder) or image.suffix.lower() not in IMAGE_ENDINGS:
+            raise DatasetError(f"{name}: is no image of this folder")
+        if not image.is_file():
+            raise DatasetError(f"{name}: there is no such image (any more); open the folder again")
         if name_key(name) in elsewhere:
             raise DatasetError(f"{name}: has its caption in a metadata file of the folder; edit it there")
-        for path, _ in listing.captions_of(FoundFile(picture, name)):
-            return self._places.writable(path)
-        return picture.with_suffix(".txt")
+        for path, _ in listing.captions_of(FoundFile(image, name)):
+            return self._paths.writable(path)
+        return image.with_suffix(".txt")
 
     def _record(self, folder: Path) -> Path:
         key = hashlib.sha256(str(folder).encode()).hexdigest()[:20]
-        return self._places.state / "captions" / f"{key}.json"
+        return self._paths.state / "captions" / f"{key}.json"
 
     def _history(self, folder: Path) -> list[dict[str, tuple[str | None, str | None]]]:
         with suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A data set as the page shows it: pictures, captions, crops and findings; buckets, tags, the hold-out."""
+"""A data set as the page shows it: images, captions, crops and findings; buckets, tags, the hold-out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config.defaults import hold_out
-from sdlora.data.check.doctor import ExaminedPicture, Report, examine
+from sdlora.data.check.doctor import ExaminedImage, Report, examine
 from sdlora.data.reading.folder import survey
 from sdlora.data.reading.holdout import split
-from sdlora.data.reading.image_files import PICTURE_ENDINGS
+from sdlora.data.reading.image_files import IMAGE_ENDINGS
 from sdlora.data.reading.items import Dataset, ImageItem
 
 PAGE = 60
@@ -27,7 +27,7 @@ _SMALL_MULTIPLE, _MULTIPLE = 16, 64
 
 
 def size_multiple(resolution: int) -> int:
-    """Return what picture sides are multiples of: 64 px, on the mini base 16."""
+    """Return what image sides are multiples of: 64 px, on the mini base 16."""
     return _SMALL_MULTIPLE if resolution < _SMALL else _MULTIPLE
 
 
@@ -57,11 +57,11 @@ class DataSets:
             folder: the data set.
             trigger: word the captions should hold.
             resolution: px trained at.
-            page: of 60 pictures each.
+            page: of 60 images each.
             only: ``findings``, ``held``, ``uncaptioned``, or everything.
 
         Raises:
-            DatasetError: when the folder is missing, is a file, or holds no pictures.
+            DatasetError: when the folder is missing, is a file, or holds no images.
             ConfigError: for a resolution below the size multiple.
         """
         seen = self._look(folder, trigger, resolution)
@@ -74,15 +74,15 @@ class DataSets:
             _unusable(name, found) for name, found in _left_out(seen, by_name) if only in ("", "findings")
         ]
         cards += [
-            _card(picture, by_name.get(picture.item.name, []), picture.item.name in seen.held)
-            for picture in seen.report.pictures
-            if _matches(picture.item, only, by_name, seen.held)
+            _card(image, by_name.get(image.item.name, []), image.item.name in seen.held)
+            for image in seen.report.images
+            if _matches(image.item, only, by_name, seen.held)
         ]
         shown = cards[page * PAGE : (page + 1) * PAGE]
         return _summary(seen, resolution) | {"cards": shown, "matching": len(cards), "trigger": trigger}
 
     def progress(self, folder: Path) -> tuple[int, int] | None:
-        """Return how many of a folder's pictures were read so far, and how many there are; None at rest."""
+        """Return how many of a folder's images were read so far, and how many there are; None at rest."""
         return self._progress.get(folder)
 
     def _look(self, folder: Path, trigger: str | None, resolution: int) -> _Seen:
@@ -94,7 +94,7 @@ class DataSets:
             if (seen := self._seen.get(key)) is not None:
                 return seen
 
-            def tell(done: int, total: int) -> None:
+            def emit(done: int, total: int) -> None:
                 self._progress[folder] = done, total
 
             try:
@@ -103,7 +103,7 @@ class DataSets:
                     trigger_word=trigger,
                     resolution=resolution,
                     multiple=size_multiple(resolution),
-                    progress=tell,
+                    progress=emit,
                 )
                 dataset = survey(folder).dataset
             finally:
@@ -117,7 +117,7 @@ class DataSets:
 
 
 def _held_out(dataset: Dataset) -> frozenset[str]:
-    """Return the names of the pictures that training holds out when the user says nothing."""
+    """Return the names of the images that training holds out when the user says nothing."""
     if not dataset.items:
         return frozenset()
     _, held = split(dataset, hold_out(len(dataset.items))[0], 0)
@@ -137,12 +137,12 @@ def _matches(
 def _left_out(
     seen: _Seen, by_name: Mapping[str, list[dict[str, str]]]
 ) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return the pictures that cannot be used, with what is wrong with them."""
-    usable = {picture.item.name for picture in seen.report.pictures}
+    """Return the images that cannot be used, with what is wrong with them."""
+    usable = {image.item.name for image in seen.report.images}
     return [
         (name, found)
         for name, found in by_name.items()
-        if name not in usable and Path(name).suffix.lower() in PICTURE_ENDINGS
+        if name not in usable and Path(name).suffix.lower() in IMAGE_ENDINGS
     ]
 
 
@@ -150,19 +150,19 @@ def _unusable(name: str, findings: list[dict[str, str]]) -> dict[str, Any]:
     return {"name": name, "path": None, "findings": findings, "held": False}
 
 
-def _card(picture: ExaminedPicture, findings: list[dict[str, str]], held: bool) -> dict[str, Any]:
-    item = picture.item
-    left, top, right, bottom = picture.box
+def _card(image: ExaminedImage, findings: list[dict[str, str]], held: bool) -> dict[str, Any]:
+    item = image.item
+    left, top, right, bottom = image.box
     return {
         "name": item.name,
         "path": str(item.path),
         "changed": item.path.stat().st_mtime_ns if item.path.exists() else 0,
         "caption": "\n".join(item.lines),
         "source": item.caption_source,
-        "tokens": picture.tokens,
+        "tokens": image.tokens,
         "width": item.width,
         "height": item.height,
-        "bucket": picture.placement.bucket,
+        "bucket": image.placement.bucket,
         "crop": [left / item.width, top / item.height, right / item.width, bottom / item.height],
         "held": held,
         "findings": findings,
@@ -175,7 +175,7 @@ def _summary(seen: _Seen, resolution: int) -> dict[str, Any]:
         "version": seen.version,
         "num_images": report.num_images,
         "num_unusable": seen.report.num_unusable,
-        "num_captions": sum(one.item.caption_source in _FILES for one in report.pictures),
+        "num_captions": sum(one.item.caption_source in _FILES for one in report.images),
         "held_out": len(seen.held),
         "resolution": resolution,
         "counts": {name: report.count(name) for name in ("error", "warning", "note")},

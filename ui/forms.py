@@ -22,7 +22,7 @@ OPEN = "follows the data"
 
 SECTION_TITLES = {
     "model": "Base model",
-    "data": "Pictures",
+    "data": "Images",
     "adapter": "LoRA",
     "optimizer": "Optimizer",
     "training": "Training",

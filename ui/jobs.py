@@ -207,7 +207,7 @@ class JobQueue:
                     one.kill()
             return job
 
-    def wish(self, job_id: str, what: str) -> None:
+    def request(self, job_id: str, what: str) -> None:
         """Ask a running job for a checkpoint (``SAVE``) or for previews (``SAMPLE``) after its current step.
 
         Raises:
@@ -306,8 +306,8 @@ class JobQueue:
             arguments = ["--config", str(folder / "run.toml")]
             if job.resume:
                 arguments = ["--resume", "--output", str(job.run)]
-            for wish in REQUESTS:  # left over when a run died before it looked
-                (job.run / wish).unlink(missing_ok=True)
+            for request in REQUESTS:  # left over when a run died before it looked
+                (job.run / request).unlink(missing_ok=True)
             with (folder / "log.txt").open("ab") as log, (folder / "output.txt").open("wb") as output:
                 process = subprocess.Popen(
                     [*self._program, "train", *arguments, "--events", str(folder / "events.jsonl"), "--json"],

@@ -9,7 +9,7 @@ from typing import Any
 
 def plan_html(plan: Mapping[str, Any]) -> str:
     """Return time, memory, and every setting that was filled in with its reason."""
-    facts = [_fact(plan["images"], "pictures to train on")]
+    facts = [_fact(plan["images"], "images to train on")]
     if "steps" in plan:
         facts = [
             _fact(duration(plan["seconds"]), "to train, previews not counted"),
@@ -26,11 +26,11 @@ def plan_html(plan: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><th scope='row'>{escape(key)}</th><td>{escape(_value(value))}</td>"
         f"<td>{escape(reason)}</td></tr>"
-        for key, value, reason in plan["decisions"]
+        for key, value, reason in plan["defaults"]
     )
     return (
         f'<div class="sd-facts">{"".join(facts)}</div>{warning}<details class="sd-panel"><summary>'
-        f"Filled in for you ({len(plan['decisions'])} settings, with reasons)</summary>"
+        f"Filled in for you ({len(plan['defaults'])} settings, with reasons)</summary>"
         f'<div class="sd-scroll"><table class="sd-reasons"><tbody>{rows}</tbody></table></div></details>'
     )
 

@@ -13,7 +13,7 @@ from sdlora.config.schema import Config
 
 from .dataset_view import version_of
 from .jobs import JobQueue
-from .worker_client import Answer, CallCancelled, CallFailed, Worker
+from .worker_client import Answer, CallCancelled, CallFailed, WorkerClient
 
 _KEPT = 16
 _MAX_AGE = 120.0  # seconds; the memory that is free changes
@@ -31,7 +31,7 @@ class Plans:
         device: the type of device that runs get, once a worker has told.
     """
 
-    worker: Worker
+    worker: WorkerClient
     queue: JobQueue
     known: dict[str, tuple[float, Mapping[str, Any]]] = field(default_factory=dict)
     device: str | None = None

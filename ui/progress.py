@@ -29,7 +29,7 @@ class RunView:
         self.rate: float | None = None
         self.samples: dict[int, list[str]] = {}
         self.checkpoints: list[int] = []
-        self.decisions: dict[str, tuple[Any, str]] = {}
+        self.defaults: dict[str, tuple[Any, str]] = {}
         self.notes: list[str] = []
         self.adapter_file: str | None = None
         self.seconds: float | None = None
@@ -72,8 +72,8 @@ class RunView:
         elif kind == "CheckpointSaved":
             self.checkpoints.append(event["step"])
         elif kind == "Decided":
-            self.decisions[event["key"]] = event["value"], event["reason"]
-        elif kind == "Noticed":
+            self.defaults[event["key"]] = event["value"], event["reason"]
+        elif kind in ("Notice", "Noticed"):  # the latter in run folders of earlier versions
             self.notes.append(event["message"])
         elif kind == "RunFinished":
             self.adapter_file, self.seconds, self.started = event["adapter_file"], event["seconds"], False
@@ -104,7 +104,7 @@ class RunView:
             "validation": sorted(self.validation.items()),
             "samples": [[step, self.samples[step]] for step in sorted(self.samples)],
             "checkpoints": sorted(set(self.checkpoints)),
-            "decisions": [[key, value, reason] for key, (value, reason) in self.decisions.items()],
+            "defaults": [[key, value, reason] for key, (value, reason) in self.defaults.items()],
             "notes": self.notes[-20:],
             "rate": self.rate,
             "images_per_second": self.images_per_second,

@@ -14,52 +14,52 @@ from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
 
 from .forms import to_values
-from .server.allowed_paths import Places
+from .server.allowed_paths import AllowedPaths
 from .server.uploads import folder_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def checked_config(places: Places, raw: Mapping[str, Any]) -> Config:
+def checked_config(paths: AllowedPaths, raw: Mapping[str, Any]) -> Config:
     """Return the settings a form says, with absolute paths and the run folder filled in.
 
     Raises:
         ConfigError: for anything that cannot be, all of it at once.
-        PlaceRefused: for a path outside the named folders.
+        PathRefused: for a path outside the named folders.
     """
     values = to_values(raw)
     name = str(values.get("output.name") or "").strip()
     if name:
         values["output.name"] = name
     config = load_config(values=values)
-    changes: dict[str, Any] = {"model.base": checked_base(places, config.model.base)}
+    changes: dict[str, Any] = {"model.base": checked_base(paths, config.model.base)}
     if config.output.folder is None:
-        changes["output.folder"] = places.runs / folder_name(config.output.name)
+        changes["output.folder"] = paths.runs / folder_name(config.output.name)
     for key, path in _paths(config):
         written = key in ("output.folder", "data.cache_folder")
-        real = places.writable(path) if written else places.readable(path)
+        real = paths.writable(path) if written else paths.readable(path)
         if config.get(key) == path:
             changes[key] = real
     config = config.with_values(changes)
     assert config.output.folder is not None
-    places.writable(config.output.folder)
+    paths.writable(config.output.folder)
     return config
 
 
-def checked_base(places: Places, base: str) -> str:
+def checked_base(paths: AllowedPaths, base: str) -> str:
     """Return a base that may be loaded: the built-in one, a hub id, or a file or folder that may be read.
 
     Raises:
         ConfigError: when nothing is named.
-        PlaceRefused: for a path outside the named folders.
+        PathRefused: for a path outside the named folders.
     """
     base = base.strip()
     if not base:
         raise ConfigError("base: choose one, e.g. mini")
     is_file = base.lower().endswith(".safetensors")
-    if base == "mini" or (_HUB_ID.fullmatch(base) and not is_file and not (places.home / base).exists()):
+    if base == "mini" or (_HUB_ID.fullmatch(base) and not is_file and not (paths.home / base).exists()):
         return base
-    found = places.readable(base)
+    found = paths.readable(base)
     if not found.exists():
         raise ConfigError(f"base `{base}`: there is no such file or folder, and it is no hub id (owner/name)")
     return str(found)

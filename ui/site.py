@@ -12,8 +12,8 @@ from sdlora.run_folder import CheckpointFolder, RunFolder, list_checkpoints
 from .drafts import Drafts
 from .jobs import JobQueue
 from .plans import Plans
-from .server.allowed_paths import STATE, Places, model_files
-from .worker_client import Worker
+from .server.allowed_paths import STATE, AllowedPaths, model_files
+from .worker_client import WorkerClient
 
 EXPORTED = "exported"
 """Folder below the runs where exports go unless another one is named."""
@@ -35,26 +35,26 @@ class Site:
     The workers start when something needs torch: one draws, the other plans, exports and changes adapters.
     """
 
-    places: Places
+    paths: AllowedPaths
     queue: JobQueue
-    draw: Worker = field(init=False)
-    desk: Worker = field(init=False)
+    draw: WorkerClient = field(init=False)
+    desk: WorkerClient = field(init=False)
     plans: Plans = field(init=False)
     drafts: Drafts = field(init=False)
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         """Make the workers, not yet started, and where forms are kept."""
-        self.draw, self.desk = Worker(self.places.home), Worker(self.places.home)
+        self.draw, self.desk = WorkerClient(self.paths.home), WorkerClient(self.paths.home)
         self.plans = Plans(self.desk, self.queue)
-        self.drafts = Drafts(self.places.state / "forms")
+        self.drafts = Drafts(self.paths.state / "forms")
 
     @classmethod
-    def open(cls, places: Places) -> Site:
+    def open(cls, paths: AllowedPaths) -> Site:
         """Return a site over these folders, which are made where they are missing."""
-        for folder in (places.runs, places.pictures, places.data, places.state):
+        for folder in (paths.runs, paths.images, paths.data, paths.state):
             folder.mkdir(parents=True, exist_ok=True)
-        return cls(places, JobQueue(places.state / "jobs", places.home))
+        return cls(paths, JobQueue(paths.state / "jobs", paths.home))
 
     def begin(self) -> None:
         """Let the queue go on, and end workers that have nothing to do."""
@@ -82,7 +82,7 @@ class Site:
 
     def bases(self) -> list[Choice]:
         """Return the bases that can be chosen: the built-in one and the checkpoints found."""
-        found = [Choice(file.stem, str(file)) for file in model_files(self.places, "base")]
+        found = [Choice(file.stem, str(file)) for file in model_files(self.paths, "base")]
         return [Choice("mini (built in: 64 px, needs no GPU)", "mini"), *found]
 
     def runs(self) -> list[Choice]:
@@ -100,9 +100,9 @@ class Site:
             elif saved := _checkpoints(folder):
                 newest = saved[-1]
                 choices.append(Choice(f"{folder.name} (step {newest.step})", str(newest.adapter_file)))
-        made = sorted((self.places.runs / EXPORTED).glob("*.safetensors"))
+        made = sorted((self.paths.runs / EXPORTED).glob("*.safetensors"))
         choices += [Choice(f"{EXPORTED}/{file.stem}", str(file)) for file in made if file.name[0] != "."]
-        choices += [Choice(file.stem, str(file)) for file in model_files(self.places, "adapter")]
+        choices += [Choice(file.stem, str(file)) for file in model_files(self.paths, "adapter")]
         return choices
 
     def checkpoints(self, run: Path) -> list[Choice]:
@@ -113,7 +113,7 @@ class Site:
 
     def data_sets(self) -> list[Choice]:
         """Return the folders below the data folder."""
-        found = sorted(folder for folder in self.places.data.iterdir() if folder.is_dir())
+        found = sorted(folder for folder in self.paths.data.iterdir() if folder.is_dir())
         return [Choice(folder.name, str(folder)) for folder in found if not folder.name.startswith(".")]
 
     def base_of(self, run: Path) -> str:
@@ -124,7 +124,7 @@ class Site:
     def _run_folders(self) -> list[Path]:
         folders = [
             folder
-            for folder in self.places.runs.iterdir()
+            for folder in self.paths.runs.iterdir()
             if folder.name != STATE and RunFolder(folder).exists()
         ]
         return sorted(folders, key=lambda run: RunFolder(run).config_file.stat().st_mtime, reverse=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from sdlora.errors import ConfigError
 
 from .app import refuse_open_door, serve
-from .server.allowed_paths import Places, usual_model_folders
+from .server.allowed_paths import AllowedPaths, usual_model_folders
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -20,7 +20,7 @@ _LOCAL = ("127.0.0.1", "::1", "localhost")
 def start(
     *,
     runs: Path,
-    pictures: Path,
+    images: Path,
     data: Path,
     allowed: Iterable[Path] = (),
     host: str = "127.0.0.1",
@@ -35,20 +35,20 @@ def start(
 
     Raises:
         ConfigError: without Gradio, for an open address without a password, or a port in use.
-        PlaceRefused: when a folder given with ``--allow`` does not exist.
+        PathRefused: when a folder given with ``--allow`` does not exist.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("the web UI needs Gradio; run: pip install -c constraints.txt -e '.[ui]'")
     refuse_open_door(host, password)
     models = usual_model_folders() if host in _LOCAL else []
-    places = Places.of(Path.cwd(), runs=runs, pictures=pictures, data=data, allowed=allowed, models=models)
+    paths = AllowedPaths.of(Path.cwd(), runs=runs, images=images, data=data, allowed=allowed, models=models)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     lines = [f"sdlora is at {url} (Ctrl-C ends the page; running jobs go on)"]
-    lines += [f"  may read and write {folder}" for folder in places.roots]
-    lines += [f"  may read {folder}" for folder in places.models]
+    lines += [f"  may read and write {folder}" for folder in paths.roots]
+    lines += [f"  may read {folder}" for folder in paths.models]
     if host not in _LOCAL:
         lines.append("  others can reach it over plain HTTP: the password is not encrypted on the way")
     print("\n".join(lines), file=sys.stderr, flush=True)
     if browser:
         threading.Timer(0.7, webbrowser.open, (url,)).start()
-    serve(places, host=host, port=port, password=password)
+    serve(paths, host=host, port=port, password=password)

@@ -38,7 +38,7 @@ class Cancelled(BaseException):
     """
 
 
-class Tell(Protocol):
+class Emit(Protocol):
     """How a task speaks while it works; each call raises :class:`Cancelled` when nobody listens."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:

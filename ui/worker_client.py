@@ -51,7 +51,7 @@ class _Child:
     inboxes: dict[int, queue.Queue[dict[str, Any] | None]] = field(default_factory=dict)
 
 
-class Worker:
+class WorkerClient:
     """One worker process and the calls under way in it. Safe to use from any thread."""
 
     def __init__(self, home: Path, idle_seconds: float = 600.0, program: Sequence[str] | None = None) -> None:

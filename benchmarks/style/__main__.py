@@ -5,7 +5,7 @@
     python -m benchmarks.style --output build/style --check --style ink --style blueprint --style openmoji
 
 README.md beside this file says what is measured. Interrupted, the same command goes on: runs that are
-finished and pictures that are drawn are kept below the output folder, under names that tell what they were
+finished and images that are drawn are kept below the output folder, under names that tell what they were
 made from, so that another base never gets an old one's. Exit code 1: a check of the yardstick failed.
 """
 
@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     styles = [find_style(name, options.holdout, kept, icons or kept / "icons") for name in names]
     given = _given(options)
     if len(styles) > 1 and (given or options.holdout):
-        raise ConfigError("--adapter, --pictures and --holdout belong to one style; give one --style")
+        raise ConfigError("--adapter, --images and --holdout belong to one style; give one --style")
     entries: dict[str, list[Entry]] = {}
     for style in styles:
         trained = [] if options.check else _trained(options, style, kept, say)
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     judge = None if icons is None else SubjectJudge(icons, icons)
     drawing = Drawing(options.draw_steps, options.guidance, options.seed)
-    studio = Studio(options.base, drawing, kept / "pictures", say)
+    studio = Studio(options.base, drawing, kept / "images", say)
     bad = 0
     for style in styles:
         comparison = compare(
@@ -105,8 +105,8 @@ def _given(options: argparse.Namespace) -> list[Entry]:
         if not adapter.exists():
             raise ConfigError(f"--adapter {name}={value}: no such file or folder; check the path")
         found.append(Entry(name, adapter=adapter))
-    for name, value in named(options.pictures, "--pictures").items():
-        found.append(Entry(name, pictures=Path(value).expanduser()))
+    for name, value in named(options.images, "--images").items():
+        found.append(Entry(name, images=Path(value).expanduser()))
     return found
 
 
@@ -118,7 +118,7 @@ def _trained(options: argparse.Namespace, style: Style, kept: Path, say: Say) ->
     wanted = {name.strip(): settings.split() for name, _, settings in parts}
     if len(wanted) < len(parts) or not all(wanted):
         raise ConfigError("--train: give each run a name of its own, e.g. --train 'small=adapter.rank=4'")
-    if not wanted and not options.adapter and not options.pictures:
+    if not wanted and not options.adapter and not options.images:
         wanted = {OURS[0]: [], OURS[1]: [one for one in SETTINGS if not one.startswith("sample.")]}
     workshop = Workshop(options.base, style, kept / "runs" / style.name, options.seed, say)
     made = [workshop.ours(name, [*settings, *options.set]) for name, settings in wanted.items()]
@@ -161,12 +161,12 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         required=True,
-        help="folder for runs, pictures and reports; kept and gone on with",
+        help="folder for runs, images and reports; kept and gone on with",
     )
     add("--base", default="mini", help="mini, a diffusers folder, a .safetensors file or a hub id")
-    style = "ink, blueprint, openmoji, twemoji, or a folder of captioned pictures; several times for several"
+    style = "ink, blueprint, openmoji, twemoji, or a folder of captioned images; several times for several"
     add("--style", action="append", metavar="NAME", help=f"{style} (default: ink)")
-    add("--holdout", type=Path, help="true pictures of other subjects (default: STYLE-holdout)")
+    add("--holdout", type=Path, help="true images of other subjects (default: STYLE-holdout)")
     add("--subjects", type=int, help="measure this many of the held-out subjects (default: all)")
     what = parser.add_argument_group(
         "what is compared (default: sdlora's own defaults, and the demo's settings)"
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="file or PEFT folder of any trainer",
     )
-    add("--pictures", action="append", default=[], metavar="NAME=FOLDER", help="pictures named by subject")
+    add("--images", action="append", default=[], metavar="NAME=FOLDER", help="images named by subject")
     add(
         "--peer-script",
         type=Path,
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     add = how.add_argument
     add("--strengths", type=_strengths, default=_strengths(STRENGTHS), help=f"(default: {STRENGTHS})")
-    add("--draw-steps", type=int, default=10, help="denoising steps a picture (default: 10)")
+    add("--draw-steps", type=int, default=10, help="denoising steps an image (default: 10)")
     add("--guidance", type=float, help="(default: the base's recommended one)")
     add("--seed", type=int, default=0, help="of trainings and drawings")
     add("--icons", type=Path, help="folder of fetched icon packages (default: OUTPUT/_work/icons)")

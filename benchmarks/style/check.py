@@ -1,7 +1,7 @@
-"""Whether the yardstick itself is right: sets of pictures whose order is known must come out in it.
+"""Whether the yardstick itself is right: sets of images whose order is known must come out in it.
 
 The expectations name no style and hold for any: what is in the style scores high and what is in other
-hands low, more true pictures score higher, copies are flagged, and mixed-up subjects are seen.
+hands low, more true images score higher, copies are flagged, and mixed-up subjects are seen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SHARES = (0.25, 0.5, 0.75)
 NEAR, GAP = 0.2, 0.2
-"""Other pictures of the style come this near to the ceiling, and other hands stay this far below those."""
+"""Other images of the style come this near to the ceiling, and other hands stay this far below those."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ def findings(comparison: Comparison) -> Iterator[Finding]:
     yardstick = comparison.yardstick
     base, copies = comparison.references[BASE][1], comparison.references[COPIES][1]
     ceiling = yardstick.ceiling()
-    spread = f"true pictures have {ceiling.low:.2f}..{ceiling.high:.2f} against each other"
+    spread = f"true images have {ceiling.low:.2f}..{ceiling.high:.2f} against each other"
     yield Finding("the base is far enough from the style to measure it", spread, yardstick.measurable)
     if not yardstick.measurable:
         return
     yield Finding("the base has style 0", f"{base.style.value:.3f}", base.style.value == 0)
     yield Finding(
-        "true pictures have style 1 against each other", f"{ceiling.value:.2f}", abs(ceiling.value - 1) < 0.1
+        "true images have style 1 against each other", f"{ceiling.value:.2f}", abs(ceiling.value - 1) < 0.1
     )
     style = copies.style.value
     yield Finding(
@@ -60,7 +60,7 @@ def findings(comparison: Comparison) -> Iterator[Finding]:
 
 
 def _mixtures(comparison: Comparison) -> Iterator[Finding]:
-    """More true pictures: more style, closer to the true ones, and only by as much as they are."""
+    """More true images: more style, closer to the true ones, and only by as much as they are."""
     base, true = comparison.references[BASE][0], comparison.yardstick.true
     order = np.random.default_rng(0).permutation(len(true))
     values, near = [], []
@@ -72,42 +72,42 @@ def _mixtures(comparison: Comparison) -> Iterator[Finding]:
         near.append(_value(measured, "likeness"))
     text = ", ".join(f"{one:.2f}" for one in values)
     rising = 0 < values[0] < values[1] < values[2] < 1.1
-    yield Finding("style rises with 1/4, 1/2, 3/4 true pictures", text, rising)
+    yield Finding("style rises with 1/4, 1/2, 3/4 true images", text, rising)
     expected = [1 - (1 - share) ** 2 for share in SHARES]
     off = max(abs(one - wanted) for one, wanted in zip(values, expected, strict=True))
     yield Finding("... as 1 - (share of the base) squared, to 0.1", f"off by {off:.2f}", off < 0.1)
     text = ", ".join(f"{one:.2f}" for one in near)
-    yield Finding("likeness to the true pictures rises with them", text, near[0] < near[1] < near[2])
+    yield Finding("likeness to the true images rises with them", text, near[0] < near[1] < near[2])
 
 
 def _copies(copies: Measured) -> Iterator[Finding]:
     found = copies.figure("copied")
     assert found is not None
     yield Finding(
-        "copies of training pictures are flagged, all of them",
+        "copies of training images are flagged, all of them",
         f"{found.value:.0%}",
         copies.flagged and found.value == 1,
     )
     closer = copies.figure("closer")
     assert closer is not None
     yield Finding(
-        "they are no closer to the true pictures than chance (50 %)",
+        "they are no closer to the true images than chance (50 %)",
         f"{closer.value:.0%} ({closer.low:.0%}..{closer.high:.0%})",
         closer.low - 0.05 < 0.5 < closer.high + 0.05,
     )
 
 
 def _subjects(comparison: Comparison) -> Iterator[Finding]:
-    """True pictures show their subjects, and shown under each other's names they do not."""
+    """True images show their subjects, and shown under each other's names they do not."""
     true = comparison.true
     copied = _value(true, "copied")
-    yield Finding("true pictures are not flagged as copies", f"{copied:.0%}", not true.flagged)
+    yield Finding("true images are not flagged as copies", f"{copied:.0%}", not true.flagged)
     shuffled: Sequence[Image] = [*comparison.yardstick.true[1:], comparison.yardstick.true[0]]
     swapped = comparison.yardstick.measure(shuffled)
     closer = swapped.figure("closer")
     assert closer is not None
     yield Finding(
-        "true pictures under each other's names: style stays",
+        "true images under each other's names: style stays",
         f"{swapped.style.value:.2f}",
         abs(swapped.style.value - true.style.value) < 1e-9,
     )
@@ -115,7 +115,7 @@ def _subjects(comparison: Comparison) -> Iterator[Finding]:
     if "named" not in true.draws:
         return
     named, wrong = _value(true, "named"), _value(swapped, "named")
-    yield Finding("the judge names true pictures", f"{named:.0%}", named > 0.7)
+    yield Finding("the judge names true images", f"{named:.0%}", named > 0.7)
     yield Finding("... but not under each other's names", f"{wrong:.0%}", wrong < 0.1)
 
 

@@ -24,7 +24,7 @@ from .styles import Style
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BASE, COPIES, UNSEEN = "base", "copies of training pictures", "true pictures of other subjects"
+BASE, COPIES, UNSEEN = "base", "copies of training images", "true images of other subjects"
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Row:
 
     Attributes:
         entry: what it is.
-        strengths: strength -> pictures' measures; pictures that were made elsewhere have the single key 1.
-        images: strength -> one picture a subject.
-        recommended: the strength that follows from the style scores; None for pictures made elsewhere.
+        strengths: strength -> images' measures; images that were made elsewhere have the single key 1.
+        images: strength -> one image a subject.
+        recommended: the strength that follows from the style scores; None for images made elsewhere.
     """
 
     entry: Entry
@@ -63,8 +63,8 @@ class Comparison:
         base: title of the base.
         items: held-out subjects.
         yardstick: what they were measured with.
-        references: name -> (pictures, measures), for scale.
-        true: measures of the true pictures themselves; their style is the ceiling instead.
+        references: name -> (images, measures), for scale.
+        true: measures of the true images themselves; their style is the ceiling instead.
         rows: the entries, in the order given.
         facts: what the figures depend on.
     """
@@ -104,21 +104,21 @@ def compare(
     """
     subjects = [icon_sets.subject_of(item.path.stem) for item in items]
     say(f"{style.name}: drawing {len(items)} subjects with the base alone")
-    # the base's pictures do not depend on the style, but its captions' trigger words do
+    # the base's images do not depend on the style, but its captions' trigger words do
     base = studio.draw(f"{style.name} {BASE}", None, [0.0], items)[0.0]
     true = through_autoencoder(studio.model, [load_pixels(item) for item in items])
     training = through_autoencoder(studio.model, [load_pixels(item) for item in style.training_items()])
     ranks = None if judge is None else judge.ranks
     yardstick = Yardstick(subjects, base, true, training, ranks=ranks)
     say(f"{style.name}: measuring the references")
-    pictures = {BASE: base, **_references(base, training, len(items))}
+    drawn = {BASE: base, **_references(base, training, len(items))}
     if icons is not None:
-        pictures |= _other_hands(subjects, studio, icons, say)
-    references = {name: (images, yardstick.measure(images)) for name, images in pictures.items()}
+        drawn |= _other_hands(subjects, studio, icons, say)
+    references = {name: (images, yardstick.measure(images)) for name, images in drawn.items()}
     rows = [_row(entry, yardstick, studio, strengths, items, style, say) for entry in entries]
     facts = {
         "subjects": len(items),
-        "training_pictures": len(training),
+        "training_images": len(training),
         "drawing_steps": studio.drawing.steps,
         "guidance": studio.guidance,
         "base_digest": studio.digest,
@@ -147,8 +147,8 @@ def _row(
     say: Say,
 ) -> Row:
     images: Mapping[float, Sequence[Image]]
-    if entry.pictures is not None:
-        images = {1.0: [studio.fitted(one) for one in read_folder(entry.pictures, yardstick.subjects)]}
+    if entry.images is not None:
+        images = {1.0: [studio.fitted(one) for one in read_folder(entry.images, yardstick.subjects)]}
     else:
         assert entry.adapter is not None
         images = studio.draw(f"{style.name} {entry.name}", entry.adapter, strengths, items)
@@ -174,7 +174,7 @@ def _references(base: Sequence[Image], training: Sequence[Image], count: int) ->
         "base, greyscaled": imitated(lambda image: image),
         "base, in two tones": imitated(lambda image: image.point(lambda value: 255 if value > 150 else 0)),
         "base, inverted": imitated(ImageOps.invert),
-        # subject by subject another one's picture, as a trainer would draw that learned by heart
+        # subject by subject another one's image, as a trainer would draw that learned by heart
         COPIES: [training[i % len(training)] for i in range(count)],
     }
 

@@ -1,4 +1,4 @@
-"""What is compared: runs of ours and of diffusers' script, adapter files, folders of pictures.
+"""What is compared: runs of ours and of diffusers' script, adapter files, folders of images.
 
 A run is made once, below the output folder, under a name that tells what it was made from; a half-made
 one is made again from its start, so that its wall time is one process's from start to end.
@@ -22,7 +22,7 @@ from sdlora.errors import ConfigError
 from sdlora.families.fingerprint import file_digest
 from sdlora.files import write_json
 
-from ..trainers import BenchmarkError, Measured, Settings, measured, prepare_pictures, run
+from ..trainers import BenchmarkError, Measured, Settings, measured, prepare_images, run
 from .gallery import Say, slug
 from .styles import ROOT, Style
 
@@ -35,8 +35,8 @@ class Entry:
 
     Attributes:
         name: for tables.
-        adapter: adapter file or PEFT folder, drawn at every strength; None for pictures.
-        pictures: folder of already made pictures; None for adapters.
+        adapter: adapter file or PEFT folder, drawn at every strength; None for images.
+        images: folder of already made images; None for adapters.
         steps: of its training, where it was trained here.
         seconds: wall time of the training process, from start to end.
         settings: what it was trained with, in words.
@@ -44,7 +44,7 @@ class Entry:
 
     name: str
     adapter: Path | None = None
-    pictures: Path | None = None
+    images: Path | None = None
     steps: int | None = None
     seconds: float | None = None
     settings: str = ""
@@ -104,7 +104,7 @@ class Workshop:
             made = run(
                 "diffusers",
                 settings,
-                prepare_pictures(self.style.training, place / "pictures", settings.batch_size),
+                prepare_images(self.style.training, place / "images", settings.batch_size),
                 place / "run",
                 steps=steps,
                 seed=self.seed,
@@ -124,8 +124,8 @@ class Workshop:
     def _place(self, name: str, made_of: Sequence[str]) -> tuple[Path, dict[str, Any] | None]:
         """Return the run's folder, and what is known of it if it is finished; else it is emptied."""
         weights = _weights(MINI if self.base == "mini" else Path(self.base))
-        pictures = [f"{i.path.name} {i.digest} {i.caption}" for i in self.style.training_items()]
-        text = json.dumps([*made_of, weights, *pictures])
+        images = [f"{i.path.name} {i.digest} {i.caption}" for i in self.style.training_items()]
+        text = json.dumps([*made_of, weights, *images])
         place = self.folder / f"{slug(name)}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         facts = place / "training.json"
         if facts.is_file():

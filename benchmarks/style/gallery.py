@@ -1,4 +1,4 @@
-"""Pictures by subject on disk: those a base draws, resumed picture by picture, and other people's folders."""
+"""Images by subject on disk: those a base draws, resumed image by image, and other people's folders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CHUNK = 8
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn: the same for the base and every adapter.
+    """How images are drawn: the same for the base and every adapter.
 
     Attributes:
         steps: denoising steps.
@@ -46,7 +46,7 @@ class Drawing:
 
 
 class Studio:
-    """A loaded base that draws subjects into folders and never draws a picture twice."""
+    """A loaded base that draws subjects into folders and never draws an image twice."""
 
     def __init__(self, base: str, drawing: Drawing, folder: Path, say: Say) -> None:
         self.generator = ImageGenerator.load(base)
@@ -62,7 +62,7 @@ class Studio:
     def draw(
         self, name: str, adapter: Path | None, strengths: Sequence[float], items: Sequence[ImageItem]
     ) -> Mapping[float, list[Image]]:
-        """Return pictures of the subjects at each strength; what is on disk is read, not drawn again."""
+        """Return images of the subjects at each strength; what is on disk is read, not drawn again."""
         made_of = [self.digest, "" if adapter is None else adapter_digest(adapter)]
         how = [self.drawing.steps, self.guidance, self.drawing.seed]
         folder = self._folder / f"{slug(name)}-{_short([*made_of, *map(str, how)])}"
@@ -78,7 +78,7 @@ class Studio:
         return {strength: [_opened(file) for file in files[strength]] for strength in strengths}
 
     def fitted(self, image: Image) -> Image:
-        """Return a picture at the base's own size, cut as training would cut it."""
+        """Return an image at the base's own size, cut as training would cut it."""
         from PIL import Image as Pil
 
         where = place(image.height, image.width, square_bucket(self._side, self.model.size_multiple))
@@ -97,7 +97,7 @@ class Studio:
                 ):
                     with replacing(file) as temporary:
                         made.image.save(temporary, format="PNG")
-                self._say(f"{name}: drew {min(start + _CHUNK, len(wanted))} of {len(wanted)} pictures")
+                self._say(f"{name}: drew {min(start + _CHUNK, len(wanted))} of {len(wanted)} images")
         finally:
             if loaded is not None:
                 self.generator.remove_adapter(loaded)
@@ -120,13 +120,13 @@ class Studio:
 
 
 def read_folder(folder: Path, subjects: Sequence[str]) -> list[Image]:
-    """Return already made pictures by subject: ``ice-cream-cone.png``, ``Ice cream cone.jpg``.
+    """Return already made images by subject: ``ice-cream-cone.png``, ``Ice cream cone.jpg``.
 
     Raises:
-        ConfigError: when the folder or pictures of some subjects are missing, or one subject has two.
+        ConfigError: when the folder or images of some subjects are missing, or one subject has two.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder of pictures; check the path")
+        raise ConfigError(f"{folder}: no such folder of images; check the path")
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in SUFFIXES:
@@ -135,7 +135,7 @@ def read_folder(folder: Path, subjects: Sequence[str]) -> list[Image]:
     double = [one for one in subjects if len(found.get(one, [])) > 1]
     if missing:
         raise ConfigError(
-            f"{folder}: no picture of {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} "
+            f"{folder}: no image of {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} "
             f"({len(missing)} of {len(subjects)} subjects); name files after the subjects, e.g. "
             f"{missing[0]}.png, or measure fewer with --subjects"
         )
@@ -168,4 +168,4 @@ def _opened(file: Path) -> Image:
         with Pil.open(file) as image:
             return image.convert("RGB")
     except OSError as error:
-        raise ConfigError(f"{file}: is no picture that can be read ({error}); remove it") from error
+        raise ConfigError(f"{file}: is no image that can be read ({error}); remove it") from error

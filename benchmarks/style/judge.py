@@ -1,6 +1,6 @@
-"""Whether one sees what a picture shows: a small classifier that knows the subjects from seven icon sets.
+"""Whether one sees what an image shows: a small classifier that knows the subjects from seven icon sets.
 
-The network, its pictures and its augmentation are those that the mini base is judged by
+The network, its images and its augmentation are those that the mini base is judged by
 (``tools/mini_base/classifier.py``). A judge of styles has to see past style, too: it also learns from the
 two sets that no base may learn from, and from drawings with swapped light and dark, other inks and papers,
 outlines only, and thicker or thinner lines. It is trained once.
@@ -36,7 +36,7 @@ _RATE = 2e-3
 
 
 class SubjectJudge:
-    """Names what pictures show.
+    """Names what images show.
 
     Args:
         folder: where the trained classifier is kept, under a name that tells what it was made from.
@@ -69,7 +69,7 @@ class SubjectJudge:
         return subject in self._classes
 
     def ranks(self, images: Sequence[Image], subjects: Sequence[str]) -> npt.NDArray[np.float64]:
-        """Return the place of each picture's subject among the judge's guesses (1: named); NaN if unknown."""
+        """Return the place of each image's subject among the judge's guesses (1: named); NaN if unknown."""
         from PIL import Image as Pil
 
         side = (self._side, self._side)
@@ -88,10 +88,10 @@ class SubjectJudge:
 def _trained(icons: Path, steps: int) -> Any:
     classifier, _, renders = _parts()
     torch.manual_seed(0)
-    pictures = renders.base_pictures(icons, all_sets())
-    images = renders.render_variants(pictures, icons, count=4, seed=1)
+    icon_images = renders.base_images(icons, all_sets())
+    images = renders.render_variants(icon_images, icons, count=4, seed=1)
     names = [name for _, name in known_subjects()]
-    classes = torch.tensor([names.index(picture.name) for picture in pictures])
+    classes = torch.tensor([names.index(image.name) for image in icon_images])
     classes = classes.repeat_interleave(images.shape[1])
     flat = images.reshape(-1, *images.shape[2:])
     judge = classifier.Judge(len(names)).train()

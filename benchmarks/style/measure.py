@@ -1,4 +1,4 @@
-"""The four measures of a set of pictures, one a held-out subject, with intervals by one bootstrap.
+"""The four measures of a set of images, one a held-out subject, with intervals by one bootstrap.
 
 Style is :class:`sdlora.judging.score.StyleRuler`'s score; closeness and copying use
 :func:`sdlora.judging.copying.likeness`. All intervals, those of differences between entries too, come
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Ranks = Callable[[Sequence["Image"], Sequence[str]], Array]
-"""Pictures and their subjects -> place of each subject among a judge's guesses, NaN where it has none."""
+"""Images and their subjects -> place of each subject among a judge's guesses, NaN where it has none."""
 
 DRAWS = 1000
 FLAGGED = 0.05
 """Copying is flagged when the low end of the copied share is above this; chance alone gives 1 / (n + 1)."""
 UNSTEADY = 0.5
-"""True pictures against each other may spread this much; more, and the base is too near to the style."""
+"""True images against each other may spread this much; more, and the base is too near to the style."""
 MEASURES: Mapping[str, str] = {
     "style": "style",
     "named": "subject named",
@@ -57,13 +57,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Measured:
-    """A set of pictures, measured subject by subject.
+    """A set of images, measured subject by subject.
 
     Attributes:
         style: its score with partial scores, as ``sdlora demo`` would print it.
         per_subject: measure -> (n,); a subject's share of the measure. Style has none.
         draws: measure -> (DRAWS,); its value in every draw of subjects.
-        closest: index of the training picture nearest to each picture.
+        closest: index of the training image nearest to each image.
     """
 
     style: StyleScore
@@ -87,18 +87,18 @@ class Measured:
 
     @property
     def flagged(self) -> bool:
-        """Whether more pictures repeat training pictures than chance can explain."""
+        """Whether more images repeat training images than chance can explain."""
         copied = self.figure("copied")
         return copied is not None and copied.low > FLAGGED
 
 
 class Yardstick:
-    """Measures sets of pictures of the same subjects.
+    """Measures sets of images of the same subjects.
 
     Args:
-        subjects: names, one a picture of every set that is measured.
-        base: pictures by the base alone, in the order of ``subjects``.
-        true: the true pictures, in the same order, through the base's autoencoder.
+        subjects: names, one an image of every set that is measured.
+        base: images by the base alone, in the order of ``subjects``.
+        true: the true images, in the same order, through the base's autoencoder.
         training: what adapters were trained on, through the autoencoder as well.
         ranks: the judge of subjects; without one, ``named`` is not measured.
         seed: of the bootstrap.
@@ -118,7 +118,7 @@ class Yardstick:
         seed: int = 0,
     ) -> None:
         if not len(subjects) == len(base) == len(true):
-            raise ConfigError(f"{len(subjects)} subjects, {len(base)} base and {len(true)} true pictures")
+            raise ConfigError(f"{len(subjects)} subjects, {len(base)} base and {len(true)} true images")
         self.subjects, self.training = tuple(subjects), tuple(training)
         self.true = tuple(true)
         self.ruler = StyleRuler(base, true, seed=seed)
@@ -132,12 +132,12 @@ class Yardstick:
         self._unit = self._distance(base_features)
         usual = likeness(self.true, self.training).max(1)
         self.bar = float(usual.max())
-        """Likeness to a training picture that no true picture of another subject reaches."""
+        """Likeness to a training image that no true image of another subject reaches."""
 
     def measure(self, images: Sequence[Image]) -> Measured:
-        """Measure a set of pictures, one a subject, in the order of the subjects."""
+        """Measure a set of images, one a subject, in the order of the subjects."""
         if len(images) != len(self.subjects):
-            raise ConfigError(f"{len(images)} pictures for {len(self.subjects)} subjects")
+            raise ConfigError(f"{len(images)} images for {len(self.subjects)} subjects")
         both = likeness(images, [*self.training, *self.true])
         table, to_true = np.split(both, [len(self.training)], axis=1)
         per_subject = self._closeness(to_true)
@@ -152,7 +152,7 @@ class Yardstick:
         return Measured(self.ruler.score(images), per_subject, draws, tuple(table.argmax(1).tolist()))
 
     def ceiling(self) -> Interval:
-        """Return the style score of true pictures against others of them: what is within reach."""
+        """Return the style score of true images against others of them: what is within reach."""
         return _interval(self.ruler.ceiling(), np.array(self.ruler.splits()))
 
     @property
@@ -162,7 +162,7 @@ class Yardstick:
         return ceiling.high - ceiling.low <= UNSTEADY
 
     def _closeness(self, table: Array) -> dict[str, Array]:
-        """Return the measures that follow from the likeness of each picture to each true one."""
+        """Return the measures that follow from the likeness of each image to each true one."""
         own = table.diagonal()
         below = (table < own[:, None]).sum(1)
         ties = (table == own[:, None]).sum(1) - 1
@@ -175,13 +175,13 @@ class Yardstick:
         return means
 
     def _distance(self, features: Array) -> Array:
-        """Return the energy distance to the true pictures in every draw of subjects."""
+        """Return the energy distance to the true images in every draw of subjects."""
         return 2 * self._across(features) - self._within(features) - self._within_true
 
     def _across(self, features: Array) -> Array:
-        """Return the mean distance of pictures to true ones.
+        """Return the mean distance of images to true ones.
 
-        A subject that was drawn k times meets its own true picture k times, not k squared times: it would
+        A subject that was drawn k times meets its own true image k times, not k squared times: it would
         count as a closeness that is not there with each subject once.
         """
         table = distances(features, self._true_features)

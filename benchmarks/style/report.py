@@ -1,4 +1,4 @@
-"""What was found, as text, JSON and pictures."""
+"""What was found, as text, JSON and images."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _COLOURS = ("#1f5f99", "#d1495b", "#3a8f5c", "#8c6bb1", "#c98a1b", "#555555")
 
 
 def write_report(comparison: Comparison, folder: Path) -> str:
-    """Write ``report.md``, ``report.json`` and the pictures; return the text."""
+    """Write ``report.md``, ``report.json`` and the images; return the text."""
     text = "\n\n".join(sections(comparison)) + "\n"
     write_text(folder / "report.md", text)
     write_json(folder / "report.json", to_json(comparison))
-    _save(pictures(comparison), folder / "pictures.png")
+    _save(sheet(comparison), folder / "images.png")
     chart(comparison, folder / "chart.png")
     if any(len(row.strengths) > 1 for row in comparison.rows):
         sweep(comparison, folder / "sweep.png")
@@ -44,7 +44,7 @@ def sections(comparison: Comparison) -> Iterator[str]:
     facts = comparison.facts
     yield f"# Style benchmark: {comparison.style.name} on {comparison.base}"
     yield (
-        f"{len(comparison.items)} held-out subjects, one picture each, {facts['drawing_steps']} steps at "
+        f"{len(comparison.items)} held-out subjects, one image each, {facts['drawing_steps']} steps at "
         f"guidance {facts['guidance']:g}. In brackets: 90 % bootstrap intervals over the subjects. What the "
         "columns mean: benchmarks/style/README.md."
     )
@@ -60,7 +60,7 @@ def sections(comparison: Comparison) -> Iterator[str]:
         yield strengths(comparison)
     flagged = [row.entry.name for row in comparison.rows if row.measured.flagged]
     if flagged:
-        yield f"COPYING: {', '.join(flagged)}: more pictures repeat training pictures than chance explains."
+        yield f"COPYING: {', '.join(flagged)}: more images repeat training images than chance explains."
     if "named" not in comparison.true.draws:
         yield "Subject kept was not measured: there was no judge (--no-icons)."
 
@@ -70,7 +70,7 @@ def main_table(comparison: Comparison) -> str:
     heads = ["", "steps", "wall s", *(MEASURES[name] for name in _TABLE)]
     lines = [_line(heads), _line(["---"] * len(heads))]
     ceiling = comparison.yardstick.ceiling()
-    lines.append(_line(["true pictures", "", "", *_cells(comparison.true, ceiling, own=True)]))
+    lines.append(_line(["true images", "", "", *_cells(comparison.true, ceiling, own=True)]))
     for row in comparison.rows:
         entry = row.entry
         seconds = "" if entry.seconds is None else f"{entry.seconds:.0f}"
@@ -132,7 +132,7 @@ def _entry(row: Row) -> dict[str, Any]:
     return {
         "name": entry.name,
         "adapter": None if entry.adapter is None else str(entry.adapter),
-        "pictures": None if entry.pictures is None else str(entry.pictures),
+        "images": None if entry.images is None else str(entry.images),
         "steps": entry.steps,
         "seconds": None if entry.seconds is None else round(entry.seconds, 1),
         "settings": entry.settings,
@@ -150,7 +150,7 @@ def _measures(measured: Measured) -> dict[str, Any]:
 
 
 def _cells(measured: Measured, style: Interval | None = None, own: bool = False) -> list[str]:
-    """Return the cells of a row; ``own``: the true pictures, whose nearness to themselves says nothing."""
+    """Return the cells of a row; ``own``: the true images, whose nearness to themselves says nothing."""
     cells = []
     for name in _TABLE:
         figure = style if name == "style" and style is not None else measured.figure(name)
@@ -179,10 +179,10 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-# --- pictures ----------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------
 
 
-def pictures(comparison: Comparison) -> Image:
+def sheet(comparison: Comparison) -> Image:
     """Return a sheet of some subjects: base, every entry, true."""
     names = [item.path.stem for item in comparison.items]
     chosen = [i for i, name in enumerate(names) if name in SHOWN]
@@ -200,7 +200,7 @@ def pictures(comparison: Comparison) -> Image:
 
 
 def nearest(row: Row, comparison: Comparison) -> Image:
-    """Return the pictures of an entry that come closest to a training picture, with that one below."""
+    """Return the images of an entry that come closest to a training image, with that one below."""
     measured, images = row.measured, row.images[row.shown]
     likenesses = measured.per_subject["nearest"]
     order = np.argsort(-likenesses, kind="stable")[:_COLUMNS].tolist()
@@ -208,8 +208,8 @@ def nearest(row: Row, comparison: Comparison) -> Image:
     below = [comparison.yardstick.training[measured.closest[i]] for i in order]
     names = [comparison.items[i].path.stem.replace("-", " ") for i in order]
     heads = [f"{name} {likenesses[i]:.2f}" for i, name in zip(order, names, strict=True)]
-    title = f"{row.entry.name}: nearest to training pictures; bar {comparison.yardstick.bar:.2f}"
-    return grid([*above, *below], len(order), ["drawn", "nearest training picture"], heads, title)
+    title = f"{row.entry.name}: nearest to training images; bar {comparison.yardstick.bar:.2f}"
+    return grid([*above, *below], len(order), ["drawn", "nearest training image"], heads, title)
 
 
 def chart(comparison: Comparison, file: Path) -> None:
@@ -220,7 +220,7 @@ def chart(comparison: Comparison, file: Path) -> None:
         (row.entry.name, row.measured, _COLOURS[i % len(_COLOURS)]) for i, row in enumerate(comparison.rows)
     ]
     sets += [(name, measured, "#b9b9b9") for name, (_, measured) in comparison.references.items()]
-    sets.insert(0, ("true pictures", comparison.true, "#222222"))
+    sets.insert(0, ("true images", comparison.true, "#222222"))
     figure = Figure(figsize=(13, 1.2 + 0.32 * len(sets)), dpi=110, layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
     for panel, name in zip(panels, ("style", "named", "closer", "copied"), strict=True):

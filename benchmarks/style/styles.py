@@ -1,4 +1,4 @@
-"""A style to learn: pictures to train on, the true pictures of held-out subjects, and where they come from.
+"""A style to learn: images to train on, the true images of held-out subjects, and where they come from.
 
 ``ink`` is in the repository. The others are made on the spot and never kept in it: ``blueprint`` by a
 documented change of the ink icons, ``openmoji`` and ``twemoji`` from pinned icon packages whose licences
@@ -28,7 +28,7 @@ INK, INK_HOLDOUT = ROOT / "datasets" / "ink-icons", ROOT / "datasets" / "ink-ico
 PAPER, LINES = (24, 62, 122), (214, 230, 250)
 """The blueprint's ground and lines, sRGB."""
 SIDE = 256
-"""px of the pictures that are made."""
+"""px of the images that are made."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Style:
 
     Attributes:
         name: short, for folders and tables.
-        training: captioned pictures to train on.
-        holdout: captioned true pictures of other subjects.
+        training: captioned images to train on.
+        holdout: captioned true images of other subjects.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Style:
     holdout: Path
 
     def subjects(self, most: int | None = None) -> tuple[ImageItem, ...]:
-        """Return the held-out pictures, or ``most`` of them, evenly spread over the alphabet.
+        """Return the held-out images, or ``most`` of them, evenly spread over the alphabet.
 
         Raises:
             SdloraError: for a folder that cannot be used, or one with subjects of the training folder.
@@ -63,7 +63,7 @@ class Style:
         return tuple(items[i * len(items) // most] for i in range(most))
 
     def training_items(self) -> tuple[ImageItem, ...]:
-        """Return the pictures to train on."""
+        """Return the images to train on."""
         return scan(self.training, recursive=False).items
 
     @property
@@ -78,7 +78,7 @@ def find_style(name: str, holdout: Path | None, work: Path, icons: Path) -> Styl
     """Return a style by name (:data:`MADE` or ``ink``) or by folder; made ones are written below ``work``.
 
     Args:
-        name: ``ink``, a name of :data:`MADE`, or a folder of captioned pictures.
+        name: ``ink``, a name of :data:`MADE`, or a folder of captioned images.
         holdout: hold-out of a folder; ``FOLDER-holdout`` when None.
         work: where made styles are kept.
         icons: where icon packages are kept.
@@ -118,7 +118,7 @@ def _made(name: str, work: Path, icons: Path) -> Style:
                 missing.append(item.path.stem)
                 continue
             subject = item.caption.partition(",")[2].strip()
-            # the caption first: a picture that is there is complete
+            # the caption first: an image that is there is complete
             write_text(file.with_suffix(".txt"), f"{name}style, {subject}\n")
             with replacing(file) as temporary:
                 image.save(temporary, format="PNG")

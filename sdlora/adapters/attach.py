@@ -26,7 +26,7 @@ from ..errors import ConfigError
 from ..families.base import DiffusionModel
 from .blocks import check_patterns, value_for
 from .canonical import AdapterWeights, LowRankPair, ModuleKey, Update
-from .hooks import all_beside, put_beside, take_away
+from .hooks import all_hooks, hook_update, unhook_update
 from .initial import file_alpha, fresh
 from .module_paths import (
     base_weight,
@@ -125,7 +125,7 @@ def attach(
         module.requires_grad_(False)
     for key, update in weights.all_items():
         if not isinstance(update, LowRankPair):
-            put_beside(without_adapters(module_at(model, key)), inner_name(name), update)
+            hook_update(without_adapters(module_at(model, key)), inner_name(name), update)
     layers = list(attached_layers(model, name))
     assert len(layers) == len(plain), f"peft adapted {len(layers)} of {len(plain)} layers"
     write_weights(layers, plain)
@@ -159,7 +159,7 @@ def updates_in(model: DiffusionModel, name: str) -> list[tuple[ModuleKey, Update
     ]
     inner = inner_name(name)
     for component, module in model.components().items():
-        for path, layer, updates in all_beside(module):
+        for path, layer, updates in all_hooks(module):
             if inner in updates.updates:
                 key = ModuleKey(component, canonical_path(component, path.removesuffix(".base_layer")))
                 found.append((key, updates.on(inner, base_weight(layer).device)))
@@ -206,7 +206,7 @@ def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> N
                 for name in own:
                     layer.set_scale(name, values[name])
                 layer.set_adapter(own, inference_mode=True)
-        for _, _, updates in all_beside(module):
+        for _, _, updates in all_hooks(module):
             updates.set_strengths(values)
 
 
@@ -220,8 +220,8 @@ def detach(model: DiffusionModel, name: str) -> None:
                 if not any(getattr(layer, name) for name in layer.adapter_layer_names):
                     parent, _, child = path.rpartition(".")
                     setattr(module.get_submodule(parent), child, layer.get_base_layer())
-        for _, layer, _ in list(all_beside(module)):
-            take_away(layer, inner)
+        for _, layer, _ in list(all_hooks(module)):
+            unhook_update(layer, inner)
         known: dict[str, LoraConfig] = getattr(module, "peft_config", {})
         known.pop(inner, None)
         if not known and hasattr(module, "peft_config"):

@@ -11,7 +11,7 @@ from ..families.base import DiffusionModel
 
 
 @contextmanager
-def silenced(model: DiffusionModel) -> Iterator[None]:
+def adapters_disabled(model: DiffusionModel) -> Iterator[None]:
     """Take the adapters that learn out of the computation: what the model gives is the base's, bit for bit.
 
     Only that: strengths, and what requires gradients, stay as they are, which

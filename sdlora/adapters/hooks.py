@@ -19,10 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .canonical import Update
 
-_ATTRIBUTE = "_sdlora_beside"
+_ATTRIBUTE = "_sdlora_hook"
 
 
-class Beside:
+class UpdateHook:
     """The updates that one layer has beside it, by adapter; a forward hook."""
 
     def __init__(self) -> None:
@@ -57,47 +57,47 @@ class Beside:
             update = self.updates[name] = moved(update, device)
         return update
 
-    def hang_on(self, layer: nn.Module) -> None:
+    def attach_to(self, layer: nn.Module) -> None:
         """Start to be called by a layer."""
         self._handle = layer.register_forward_hook(self)
         setattr(layer, _ATTRIBUTE, self)
 
-    def take_off(self, layer: nn.Module) -> None:
+    def detach_from(self, layer: nn.Module) -> None:
         """Stop to be called; the layer is as it was before."""
         if self._handle is not None:
             self._handle.remove()
         delattr(layer, _ATTRIBUTE)
 
 
-def put_beside(layer: nn.Module, name: str, update: Update) -> None:
+def hook_update(layer: nn.Module, name: str, update: Update) -> None:
     """Give a layer (a linear layer or 2-D convolution) an update that does not act yet."""
-    found = beside(layer)
+    found = hook_of(layer)
     if found is None:
-        found = Beside()
-        found.hang_on(layer)
+        found = UpdateHook()
+        found.attach_to(layer)
     weight: Any = layer.weight
     found.updates[name] = moved(update, weight.device)
 
 
-def take_away(layer: nn.Module, name: str) -> None:
+def unhook_update(layer: nn.Module, name: str) -> None:
     """Remove an adapter's update from a layer, if it has one there."""
-    found = beside(layer)
+    found = hook_of(layer)
     if found is not None and found.updates.pop(name, None) is not None:
         found.set_strengths({})
         if not found.updates:
-            found.take_off(layer)
+            found.detach_from(layer)
 
 
-def beside(layer: nn.Module) -> Beside | None:
+def hook_of(layer: nn.Module) -> UpdateHook | None:
     """Return what hangs on a layer."""
     found = getattr(layer, _ATTRIBUTE, None)
-    return found if isinstance(found, Beside) else None
+    return found if isinstance(found, UpdateHook) else None
 
 
-def all_beside(module: nn.Module) -> Iterator[tuple[str, nn.Module, Beside]]:
+def all_hooks(module: nn.Module) -> Iterator[tuple[str, nn.Module, UpdateHook]]:
     """Yield (path, layer, updates) of every layer inside a module that has some."""
     for path, layer in module.named_modules():
-        if (found := beside(layer)) is not None:
+        if (found := hook_of(layer)) is not None:
             yield path, layer, found
 
 

@@ -135,7 +135,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """Return the parser of whole lines, and that of each command by its name."""
     parser = _Parser(
         prog="sdlora",
-        description="Train a Stable Diffusion LoRA from a folder of pictures, see it at any strength, "
+        description="Train a Stable Diffusion LoRA from a folder of images, see it at any strength, "
         "export it.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -175,8 +175,8 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("train a LoRA on a folder of pictures", declare_train, run_train, settings_help),
-    "generate": Command("draw pictures with adapters at any strength", declare_generate, run_generate),
+    "train": Command("train a LoRA on a folder of images", declare_train, run_train, settings_help),
+    "generate": Command("draw images with adapters at any strength", declare_generate, run_generate),
     "export": Command("write an adapter for WebUI, diffusers or PEFT", declare_export, run_export),
     "inspect": Command("show what an adapter file or a base model holds", declare_inspect, run_inspect),
     "merge": Command("merge adapters into one", declare_merge, run_merge),
@@ -185,7 +185,7 @@ COMMANDS: dict[str, Command] = {
     "extract": Command("make a LoRA of the difference of two checkpoints", declare_extract, run_extract),
     "diff": Command("compare two adapters by block and layer", declare_diff, run_diff),
     "convert": Command("write an adapter in another format or kind", declare_convert, run_convert),
-    "check": Command("look for trouble in a folder of pictures", declare_check, run_check),
+    "check": Command("look for trouble in a folder of images", declare_check, run_check),
     "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
     "demo": Command("learn an ink style on the built-in base and show it", declare_demo, run_demo),
     "ui": Command("train, draw and export in the browser", declare_ui, run_ui),

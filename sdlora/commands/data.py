@@ -1,4 +1,4 @@
-"""The commands of the data side: check a folder of pictures, show and thin out the cache."""
+"""The commands of the data side: check a folder of images, show and thin out the cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MULTIPLE = 64
 
 def declare_check(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora check``."""
-    parser.add_argument("folder", nargs="?", help="folder of pictures; as in the settings when left out")
+    parser.add_argument("folder", nargs="?", help="folder of images; as in the settings when left out")
     parser.add_argument("--config", type=Path, metavar="FILE", help="look at what these settings train on")
     parser.add_argument(
         "--base",
@@ -32,13 +32,11 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trigger", metavar="WORD", help="word the captions should hold")
     parser.add_argument("--resolution", type=int, help="px trained at; 512 without a base")
     parser.add_argument(
-        "--multiple", type=int, help="picture sides are multiples of this many px; 64 without a base"
+        "--multiple", type=int, help="image sides are multiples of this many px; 64 without a base"
     )
     parser.add_argument("--batch-size", type=int, help="also count the batches of an epoch")
     parser.add_argument("--flat", action="store_true", help="do not look into folders inside")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write a page with every picture's crop"
-    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every image's crop")
     parser.add_argument("--fix", action="store_true", help="write a mended copy of the folder to --output")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where --fix puts the copy")
     parser.set_defaults(overrides=[])
@@ -59,7 +57,7 @@ def run_check(options: argparse.Namespace) -> Result:
     if options.fix and (options.config is not None or options.overrides):
         raise ConfigError("--fix mends one folder as it is: give it without --config and key=value")
     if options.folder is None and options.config is None and not options.overrides:
-        raise ConfigError("no folder of pictures given: sdlora check FOLDER, or --config FILE")
+        raise ConfigError("no folder of images given: sdlora check FOLDER, or --config FILE")
     if options.html:
         _refuse_to_replace(options.html)
     report = _examined(options, options.folder and Path(options.folder))
@@ -136,7 +134,7 @@ def _mend(options: argparse.Namespace) -> dict[str, Any]:
     copy = _examined(options, options.output)
     counts = {severity: copy.count(severity) for severity in SEVERITIES}
     left = ", ".join(f"{count} {severity}(s)" for severity, count in counts.items())
-    print(f"{options.output}: {copy.num_images} pictures; {left}. {copy.verdict()}")
+    print(f"{options.output}: {copy.num_images} images; {left}. {copy.verdict()}")
     return {
         "output": options.output,
         "changes": [asdict(change) for change in changes],
@@ -203,7 +201,7 @@ def run_cache(options: argparse.Namespace) -> Result:
         "chosen": len(chosen),
         "removed": removed,
         "freed_bytes": freed,
-        "forgotten_pictures": forgotten,
+        "forgotten_images": forgotten,
     }, 0
 
 

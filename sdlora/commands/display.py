@@ -24,7 +24,7 @@ from ..events import (
     CheckpointSaved,
     Decided,
     Event,
-    Noticed,
+    Notice,
     RunFinished,
     RunStarted,
     Sampled,
@@ -86,7 +86,7 @@ class TrainingDisplay:
                     self._say("settings that follow the data (override any with key=value):")
                     self._announced = True
                 self._say(f"  {event.key} = {_short(event.value)}  ({event.reason})")
-            case Noticed():
+            case Notice():
                 self._say(f"note: {event.message}")
             case Caching():
                 self._advance("encoding", event.done, event.total, "")
@@ -95,7 +95,7 @@ class TrainingDisplay:
             case StepDone():
                 self._step(event)
             case Validated():
-                self._say(f"step {event.step}: loss {event.loss:.4f} on {event.num_images} held-out pictures")
+                self._say(f"step {event.step}: loss {event.loss:.4f} on {event.num_images} held-out images")
             case Sampled():
                 self._say(f"step {event.step}: previews in {event.grid}")
             case CheckpointSaved():
@@ -108,13 +108,13 @@ class TrainingDisplay:
     def _start(self, event: RunStarted) -> None:
         time = "" if event.expected_seconds is None else f"about {duration(event.expected_seconds)} and "
         self._say(
-            f"training {event.name}: {event.num_parameters:,} parameters on {event.num_images} pictures, "
+            f"training {event.name}: {event.num_parameters:,} parameters on {event.num_images} images, "
             f"steps {event.first_step + 1}..{event.steps}; "
             f"expecting {time}{size(event.expected_bytes)} of memory"
         )
 
     def _step(self, event: StepDone) -> None:
-        note = f"loss {event.loss:.4f}  {event.images_per_second:.1f} pictures/s"
+        note = f"loss {event.loss:.4f}  {event.images_per_second:.1f} images/s"
         self._advance("training", event.step, event.steps, note)
         every = max(1, event.steps // 20)
         if not self._live and (event.step % every == 0 or event.step == event.steps):

@@ -21,7 +21,7 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--webui", type=Path, metavar="DIR", help="also copy into this WebUI's models/Lora")
     parser.add_argument("--name", help="file name without ending")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="number format; as in the source")
-    parser.add_argument("--preview", type=Path, metavar="PNG", help="picture for the WebUI card")
+    parser.add_argument("--preview", type=Path, metavar="PNG", help="image for the WebUI card")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--private", action="store_true", help="leave out folder names, captions, tags and file names"
@@ -68,15 +68,15 @@ def run_export(options: argparse.Namespace) -> Result:
     print(f"proof: {report.proof_line()}")
     if not options.verify_images:
         return report.to_dict(), 0
-    from ..exporting.image_proof import compare_pictures
+    from ..exporting.image_proof import compare_images
     from .display import progress_bar
 
     with progress_bar("drawing") as progress:
-        pictures = compare_pictures(
+        images = compare_images(
             options.source, report.adapter, base=options.base, prompts=options.prompt, progress=progress
         )
-    print(f"pictures: {pictures.line()}")
-    return report.to_dict() | {"pictures": pictures.to_dict()}, 0
+    print(f"images: {images.line()}")
+    return report.to_dict() | {"images": images.to_dict()}, 0
 
 
 def declare_inspect(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,7 @@ def declare_inspect(parser: argparse.ArgumentParser) -> None:
         help="change a header entry, e.g. modelspec.license=CC-BY-4.0; the tensors stay; may be repeated",
     )
     parser.add_argument("--remove", action="append", default=[], metavar="KEY", help="take an entry out")
-    parser.add_argument("--chart", type=Path, metavar="PNG", help="also draw the norms by block as a picture")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="also draw the norms by block as an image")
     parser.add_argument(
         "--header",
         action="store_true",

@@ -18,7 +18,7 @@ Result = tuple[dict[str, Any], int]
 
 def declare_train(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora train``."""
-    parser.add_argument("folder", nargs="?", help="folder of pictures, captions beside them")
+    parser.add_argument("folder", nargs="?", help="folder of images, captions beside them")
     parser.add_argument("--base", help="mini, a diffusers folder, a .safetensors file, or a hub id")
     parser.add_argument("--name", help="name of the adapter and of its file")
     parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default runs/NAME)")
@@ -119,7 +119,7 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what to avoid")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the PNGs go")
     parser.add_argument("--seed", type=int, default=0, help="fixes the noise")
-    parser.add_argument("--count", type=int, default=1, help="pictures a prompt, from consecutive seeds")
+    parser.add_argument("--count", type=int, default=1, help="images a prompt, from consecutive seeds")
     parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="in px; the base's own size when left out")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--guidance", type=float, help="guidance scale; the base's own when left out")
@@ -227,14 +227,17 @@ def declare_ui(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora ui``."""
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="training runs")
     parser.add_argument(
-        "--pictures", type=Path, default=Path("pictures"), metavar="DIR", help="where what is drawn goes"
+        "--images", type=Path, metavar="DIR", help="where what is drawn goes (default: images)"
+    )
+    # the option's earlier name
+    parser.add_argument(
+        "--pictures", dest="images", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
     parser.add_argument(
         "--data",
         type=Path,
-        default=Path("training-pictures"),
         metavar="DIR",
-        help="where dropped pictures go",
+        help="where dropped images go (default: training-images)",
     )
     parser.add_argument(
         "--allow",
@@ -266,8 +269,8 @@ def run_ui(options: argparse.Namespace) -> Result:
         ) from None
     start(
         runs=options.runs,
-        pictures=options.pictures,
-        data=options.data,
+        images=options.images or _usual_folder("images", "pictures"),
+        data=options.data or _usual_folder("training-images", "training-pictures"),
         allowed=options.allow,
         host=options.listen or "127.0.0.1",
         port=options.port,
@@ -275,3 +278,8 @@ def run_ui(options: argparse.Namespace) -> Result:
         browser=options.browser,
     )
     return {"served": True}, 0
+
+
+def _usual_folder(name: str, earlier: str) -> Path:
+    """Return a default folder, under its earlier name where only that one exists."""
+    return Path(earlier) if Path(earlier).is_dir() and not Path(name).exists() else Path(name)

@@ -79,8 +79,12 @@ def declare_diff(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora diff``."""
     parser.add_argument("one", type=Path, help="adapter file or PEFT folder")
     parser.add_argument("other", type=Path, help="another one of the same model family")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw a heat map, block by kind of layer")
-    parser.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
+    parser.add_argument("--image", type=Path, metavar="PNG", help="draw a heat map, block by kind of layer")
+    # the option's earlier name
+    parser.add_argument(
+        "--picture", dest="image", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an image that exists")
     parser.add_argument("--report", action="store_true", help="list every module, not only the blocks")
 
 
@@ -93,7 +97,7 @@ def run_diff(options: argparse.Namespace) -> Result:
         found = diff_adapters(
             options.one,
             options.other,
-            picture=options.picture,
+            image=options.image,
             overwrite=options.overwrite,
             report=options.report,
             progress=progress,

@@ -85,9 +85,9 @@ def _about_data(data: DataConfig) -> Iterator[str]:
     """Yield what cannot be meant together, or would silently have no effect."""
     held_out = data.validation or 0
     if not isinstance(held_out, Path) and held_out >= 1 and held_out != int(held_out):
-        yield "`data.validation` from 1 up is a number of pictures and must be whole"
+        yield "`data.validation` from 1 up is a number of images and must be whole"
     yield from _about_captions(data)
-    yield from _about_pictures(data)
+    yield from _about_images(data)
     yield from _about_sources(data)
 
 
@@ -107,8 +107,8 @@ def _about_captions(data: DataConfig) -> Iterator[str]:
                 yield f'`data.{key}` has no effect with `data.caption_from="file name"`'
 
 
-def _about_pictures(data: DataConfig) -> Iterator[str]:
-    if _chosen(data, "variants") and not data.varies_pictures:
+def _about_images(data: DataConfig) -> Iterator[str]:
+    if _chosen(data, "variants") and not data.varies_images:
         yield "`data.variants` has no effect without `data.crop=random` or `data.colour_jitter`"
     folders = [source.mask_folder for source in data.sources]
     masked = data.alpha_mask or data.mask_folder is not None or any(folders)
@@ -126,11 +126,11 @@ def _about_pictures(data: DataConfig) -> Iterator[str]:
 
 def _about_sources(data: DataConfig) -> Iterator[str]:
     if data.sources and data.folder is None and all(source.regularisation for source in data.sources):
-        yield "`data.sources` holds only regularisation pictures: add pictures to be learned"
+        yield "`data.sources` holds only regularisation images: add images to be learned"
     for number, source in enumerate(data.sources):
         where = f"data.sources[{number}] ({source.folder})"
         if source.regularisation and source.trigger_word:
-            yield f"`{where}.trigger_word` has no effect: regularisation pictures get none"
+            yield f"`{where}.trigger_word` has no effect: regularisation images get none"
 
 
 def _chosen(data: DataConfig, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""The settings of the data side: which pictures are trained on, with which words, cut how.
+"""The settings of the data side: which images are trained on, with which words, cut how.
 
 Part of :mod:`sdlora.config.schema`, where all settings meet.
 """
@@ -24,24 +24,24 @@ class SourceConfig(Section):
     """One `[[data.sources]]` table: a folder with its own repeats, captions and weight."""
 
     folder: Path
-    """The folder of pictures."""
+    """The folder of images."""
     repeats: Positive | None = None
-    """How often each picture is seen in one epoch; as `data.repeats` when left open, and for
-    regularisation pictures as often as it takes to match the training pictures."""
+    """How often each image is seen in one epoch; as `data.repeats` when left open, and for
+    regularisation images as often as it takes to match the training images."""
     recursive: bool | None = None
-    """Also take pictures from folders inside it; as `data.recursive` when left open."""
+    """Also take images from folders inside it; as `data.recursive` when left open."""
     kohya_folders: bool | None = None
     """Folders inside are named `N_words` as kohya's trainer has them; as `data.kohya_folders` when left
     open."""
     trigger_word: str | None = None
     """Trigger word of this folder; as `data.trigger_word` when left open, `""` for none.
-    Regularisation pictures never get one."""
+    Regularisation images never get one."""
     caption: str | None = None
-    """Caption of pictures that have none of their own, instead of the words of their file name."""
+    """Caption of images that have none of their own, instead of the words of their file name."""
     weight: PositiveFloat = 1.0
-    """Weight of these pictures in the loss."""
+    """Weight of these images in the loss."""
     regularisation: bool = False
-    """These pictures show the class in general: they are never held out, and get no trigger word."""
+    """These images show the class in general: they are never held out, and get no trigger word."""
     mask_folder: Path | None = None
     """Folder of masks of the same names: white is trained, black is not."""
 
@@ -53,22 +53,22 @@ def _amount_or_folder(value: float | Path) -> float | Path:
 
 
 class DataConfig(Section):
-    """Which pictures are trained on, and how they are prepared."""
+    """Which images are trained on, and how they are prepared."""
 
     folder: Path | None = None
-    """The folder of pictures, with captions as .txt or .caption files beside them."""
+    """The folder of images, with captions as .txt or .caption files beside them."""
     sources: tuple[SourceConfig, ...] = ()
     """Further folders, each with its own repeats, captions and weight (`[[data.sources]]` tables)."""
     recursive: bool = True
-    """Also take pictures from folders inside the folder."""
+    """Also take images from folders inside the folder."""
     kohya_folders: bool | None = None
-    """Folders inside are named `N_words`, as kohya's trainer has them: their pictures count N times, and
+    """Folders inside are named `N_words`, as kohya's trainer has them: their images count N times, and
     the words are the caption where there is none. When left open: yes if all of them are named so."""
     metadata_caption: str | None = None
     """Column of metadata.jsonl or metadata.csv that holds the caption; the first of `text`, `caption`,
     `prompt`, `description` when left open."""
     caption_from: CaptionFrom = "files"
-    """Captions come from `files` beside the pictures (or else the file name), or always from the
+    """Captions come from `files` beside the images (or else the file name), or always from the
     `file name`."""
     caption_lines: CaptionLines = "joined"
     """Captions of several lines: `joined` to one, or `one` of them a visit, in turn."""
@@ -101,23 +101,23 @@ class DataConfig(Section):
     resolution: Resolution | None = None
     """Side in px of a square of the area trained at; the base's own resolution when left open."""
     more_resolutions: tuple[Resolution, ...] = ()
-    """Each picture is also trained at these resolutions, as far as it is large enough for them."""
+    """Each image is also trained at these resolutions, as far as it is large enough for them."""
     repeats: Positive = 1
-    """How often each picture is seen in one epoch (and at each resolution)."""
+    """How often each image is seen in one epoch (and at each resolution)."""
     buckets: bool = True
-    """Keep each picture's aspect ratio by grouping pictures into buckets; off: crop to squares."""
+    """Keep each image's aspect ratio by grouping images into buckets; off: crop to squares."""
     upscale: bool = True
-    """Enlarge pictures that are smaller than the resolution; off: train them at their own size."""
+    """Enlarge images that are smaller than the resolution; off: train them at their own size."""
     top_up: bool = False
     """Fill up micro-batches that would be short with further visits, so that all are of one size."""
     crop: Crop = "centre"
-    """Which part of a picture is kept: the `centre` (or the point `focus` of a sidecar JSON file), or a
+    """Which part of an image is kept: the `centre` (or the point `focus` of a sidecar JSON file), or a
     `random` one at each visit that holds the focus, if there is one."""
     colour_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Change brightness, contrast and saturation by up to this share, differently at each visit."""
     variants: NonNegative = 4
-    """How many random crops and colours of each picture are encoded beforehand and taken in turn; 0
-    encodes a new one at each visit, which runs the picture encoder in the loop."""
+    """How many random crops and colours of each image are encoded beforehand and taken in turn; 0
+    encodes a new one at each visit, which runs the image encoder in the loop."""
     flip: bool = False
     """Also train on mirror images (half of the visits). Not for faces, text or other asymmetric
     subjects."""
@@ -129,23 +129,23 @@ class DataConfig(Section):
     """How much the loss counts where a mask is black."""
     prior_preservation: NonNegativeFloat = 0.0
     """Weight of a loss that keeps the adapter to what the base predicts by itself: on the regularisation
-    pictures, or on the empty caption if there are none."""
+    images, or on the empty caption if there are none."""
     validation: Annotated[float | Path, AfterValidator(_amount_or_folder)] | None = None
-    """Pictures held out to measure progress: a share below 1, a number of pictures, or a folder of
+    """Images held out to measure progress: a share below 1, a number of images, or a folder of
     their own; 0 for none. Near duplicates are never on both sides."""
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = "#ffffff"
-    """Colour put behind transparent pictures."""
+    """Colour put behind transparent images."""
     cache_folder: Path | None = None
-    """Where encoded pictures and captions are kept; the user's cache folder when left open."""
+    """Where encoded images and captions are kept; the user's cache folder when left open."""
 
     @property
     def has_regularisation(self) -> bool:
-        """Whether any source holds regularisation pictures."""
+        """Whether any source holds regularisation images."""
         return any(source.regularisation for source in self.sources)
 
     @property
-    def varies_pictures(self) -> bool:
-        """Whether a picture looks different from visit to visit, besides being mirrored."""
+    def varies_images(self) -> bool:
+        """Whether an image looks different from visit to visit, besides being mirrored."""
         return self.crop == "random" or self.colour_jitter > 0
 
     @property

@@ -12,7 +12,7 @@ from .schema import Config, component_keys
 
 
 @dataclass(frozen=True)
-class Decision:
+class Default:
     """A value chosen for the user: dotted key, value, and why."""
 
     key: str
@@ -46,12 +46,12 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the rules look at of the pictures.
+    """What the rules look at of the images.
 
     Attributes:
-        num_images: pictures that are learned from, without regularisation pictures and held-out ones.
-        num_visits: visits of an epoch: the sum of the repeats, regularisation pictures included.
-        num_held_out: pictures held out.
+        num_images: images that are learned from, without regularisation images and held-out ones.
+        num_visits: visits of an epoch: the sum of the repeats, regularisation images included.
+        num_held_out: images held out.
         prompts: captions written as prompts, held-out ones first.
     """
 
@@ -66,7 +66,7 @@ class _Resolver:
 
     def __init__(self, config: Config, facts: BaseFacts) -> None:
         self.config, self.facts = config, facts
-        self.decisions: list[Decision] = []
+        self.defaults: list[Default] = []
 
     def fill(self, key: str, value: Any, reason: str, *, ask_base: bool = True) -> None:
         """Set an open setting; one the base's author recommends wins over the general rule."""
@@ -77,7 +77,7 @@ class _Resolver:
                 self.facts.recommended[key],
                 f"recommended by the base {self.facts.title}",
             )
-        self.decisions.append(Decision(key, value, reason))
+        self.defaults.append(Default(key, value, reason))
         self.config = self.config.with_values({key: value})
 
 
@@ -97,35 +97,35 @@ def check_components(config: Config, facts: BaseFacts) -> None:
         )
 
 
-def resolve_data(config: Config, facts: BaseFacts, num_images: int) -> tuple[Config, list[Decision]]:
-    """Fill the settings that preparing the pictures needs: resolution and hold-out."""
+def resolve_data(config: Config, facts: BaseFacts, num_images: int) -> tuple[Config, list[Default]]:
+    """Fill the settings that preparing the images needs: resolution and hold-out."""
     resolver = _Resolver(config, facts)
     resolver.fill("data.resolution", facts.native_resolution, "the base's own resolution")
     resolver.fill("data.validation", *hold_out(num_images))
-    return resolver.config, resolver.decisions
+    return resolver.config, resolver.defaults
 
 
 def hold_out(num_images: int) -> tuple[int, str]:
-    """Return how many pictures are held out to measure progress, and why."""
+    """Return how many images are held out to measure progress, and why."""
     if num_images >= 20:
-        return min(8, max(2, round(num_images * 0.1))), f"a tenth of {num_images} pictures, at most 8"
-    return 0, f"{num_images} pictures are too few to hold some out"
+        return min(8, max(2, round(num_images * 0.1))), f"a tenth of {num_images} images, at most 8"
+    return 0, f"{num_images} images are too few to hold some out"
 
 
-def resolve_training(config: Config, facts: BaseFacts, data: DataFacts) -> tuple[Config, list[Decision]]:
-    """Fill every setting that is still open, from the pictures that are trained on."""
+def resolve_training(config: Config, facts: BaseFacts, data: DataFacts) -> tuple[Config, list[Default]]:
+    """Fill every setting that is still open, from the images that are trained on."""
     resolver = _Resolver(config, facts)
     _fill_adapter(resolver, data.num_images)
     _fill_length(resolver, data)
     _fill_optimizer(resolver)
     _fill_intervals(resolver, data)
-    return resolver.config, resolver.decisions
+    return resolver.config, resolver.defaults
 
 
 def _fill_adapter(resolver: _Resolver, num_images: int) -> None:
     rank = 8 if num_images < 10 else 16 if num_images < 200 else 32
     loha = resolver.config.adapter.kind == "loha"
-    reason = f"enough for {num_images} pictures without learning them by heart"
+    reason = f"enough for {num_images} images without learning them by heart"
     if loha:
         rank, reason = rank // 2, f"as large a file as a LoRA of rank {rank}"
     resolver.fill("adapter.rank", rank, reason, ask_base=not loha)
@@ -151,7 +151,7 @@ def _fill_length(resolver: _Resolver, data: DataFacts) -> None:
     num_images = data.num_images
     wanted = 4 if resolver.facts.device == "cuda" else 2
     if data.num_visits < resolver.facts.recommended.get("training.batch_size", wanted):
-        reason = f"there are only {num_images} pictures"
+        reason = f"there are only {num_images} images"
         resolver.fill("training.batch_size", data.num_visits, reason, ask_base=False)
     resolver.fill("training.batch_size", wanted, f"fits a small {resolver.facts.device} device")
     settings = resolver.config.training
@@ -161,7 +161,7 @@ def _fill_length(resolver: _Resolver, data: DataFacts) -> None:
         visits = min(12_000, max(1_600, 80 * num_images))
         steps = max(1, math.ceil(visits / effective))
         resolver.fill(
-            "training.steps", steps, f"about {visits // num_images} looks at each of {num_images} pictures"
+            "training.steps", steps, f"about {visits // num_images} looks at each of {num_images} images"
         )
 
 
@@ -197,7 +197,7 @@ def _fill_intervals(resolver: _Resolver, data: DataFacts) -> None:
         resolver.fill("training.validate_every", max(5, steps // 10), "about ten points on the curve")
     # up to four: they show what was learned, not remembered, so held-out captions come first
     prompts = tuple(dict.fromkeys(prompt for prompt in data.prompts if prompt))[:4]
-    resolver.fill("sample.prompts", prompts, "captions of the pictures")
+    resolver.fill("sample.prompts", prompts, "captions of the images")
     if resolver.config.sample.prompts:
         resolver.fill("sample.every", max(10, steps // 4), "four rows of previews")
         resolver.fill("sample.guidance", 7.0, "the usual guidance scale")

@@ -85,9 +85,9 @@ class TrainingConfig(Section):
     steps: Positive | None = None
     """Optimizer steps of the run."""
     epochs: Positive | None = None
-    """Passes over the pictures, instead of steps."""
+    """Passes over the images, instead of steps."""
     batch_size: Positive | None = None
-    """Pictures per micro-batch and process."""
+    """Images per micro-batch and process."""
     gradient_accumulation: Positive = 1
     """Micro-batches per optimizer step."""
     precision: Precision | None = None
@@ -109,7 +109,7 @@ class TrainingConfig(Section):
     keep_checkpoints: Positive = 2
     """How many of the newest checkpoints are kept."""
     validate_every: Positive | None = None
-    """Steps between measurements on the held-out pictures."""
+    """Steps between measurements on the held-out images."""
 
 
 class SampleConfig(Section):

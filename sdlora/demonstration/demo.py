@@ -18,7 +18,7 @@ from ..config.schema import Config
 from ..config.toml import load_config
 from ..data.reading.folder import ImageItem, load_pixels, scan
 from ..errors import TrainingError
-from ..events import Announcer, Control, Event, Listener, Noticed, RunFinished, RunStarted, read_events
+from ..events import Control, Emitter, Event, Listener, Notice, RunFinished, RunStarted, read_events
 from ..files import find_settings, refuse_used_folder, replacing, write_json
 from ..generation.grids import grid
 from ..judging.copying import copying
@@ -62,7 +62,7 @@ def demo(
         base: the base model, as in ``model.base``.
         steps: optimizer steps; the base's recommended number when None.
         num_subjects: draw and score this many of the held-out subjects (4 or more); all when None.
-        draw_steps: denoising steps of each picture.
+        draw_steps: denoising steps of each image.
         settings: further ``key=value`` texts for the training.
         listeners: hear every event, those of the training among them.
         resume: go on with a demo that was stopped: with its training where it was, and with the rest anew.
@@ -80,12 +80,12 @@ def demo(
     else:
         refuse_used_folder(output, "the demo")
         config = demo_config(output, data, base=base, steps=steps, settings=settings)
-    tell = Announcer(tuple(listeners))
-    tell(Noticed("1 of 3: learning an ink style from black-and-white icons"))
+    emit = Emitter(tuple(listeners))
+    emit(Notice("1 of 3: learning an ink style from black-and-white icons"))
     trained, num_images = _train(config, listeners, resume=resume)
     trained = replace(trained, seconds=trained.seconds + earlier)
     try:
-        return _show(config, trained, num_images, data, num_subjects, draw_steps, tell, begun - earlier)
+        return _show(config, trained, num_images, data, num_subjects, draw_steps, emit, begun - earlier)
     except KeyboardInterrupt:
         raise TrainingError(f"stopped after the training, which is saved; {_go_on(output)}") from None
 
@@ -107,14 +107,14 @@ def _show(
     data: Path,
     num_subjects: int | None,
     draw_steps: int,
-    tell: Announcer,
+    emit: Emitter,
     begun: float,
 ) -> DemoResult:
     """Draw, score and export what was trained, and write the page."""
     output = trained.folder
-    tell(Noticed("2 of 3: drawing subjects that were not among them, at several strengths"))
-    drawn = _draw(config, trained, data, num_subjects, draw_steps, tell)
-    tell(Noticed("3 of 3: scoring against the true icons, exporting, writing the page"))
+    emit(Notice("2 of 3: drawing subjects that were not among them, at several strengths"))
+    drawn = _draw(config, trained, data, num_subjects, draw_steps, emit)
+    emit(Notice("3 of 3: scoring against the true icons, exporting, writing the page"))
     ruler = StyleRuler(drawn.images[0.0], drawn.true)
     scores = {strength: ruler.score(images) for strength, images in drawn.images.items()}
     chosen = recommended_strength(scores)
@@ -153,7 +153,7 @@ def recommended_strength(scores: Mapping[float, StyleScore]) -> float:
 
 
 def _train(config: Config, listeners: Sequence[Listener], *, resume: bool) -> tuple[TrainResult, int]:
-    """Return how the training ended and how many pictures it saw."""
+    """Return how the training ended and how many images it saw."""
     from ..training.train import train
 
     counts: list[int] = []
@@ -176,7 +176,7 @@ def _draw(
     data: Path,
     num_subjects: int | None,
     draw_steps: int,
-    tell: Announcer,
+    emit: Emitter,
 ) -> Drawn:
     """Draw all subjects at the measured strengths, and the shown ones at the others of the sweep."""
     from ..generation.image_generator import ImageGenerator
@@ -195,18 +195,18 @@ def _draw(
         for strength, indices in wanted.items()
         for i in indices
     ]
-    progress = _teller(tell, len(requests), draw_steps)
+    progress = _progress_notices(emit, len(requests), draw_steps)
     made = iter(generator.generate(requests, merge=True, progress=progress))
-    pictures = {s: {i: next(made).image for i in indices} for s, indices in wanted.items()}
+    images = {s: {i: next(made).image for i in indices} for s, indices in wanted.items()}
     true = through_autoencoder(generator.model, [load_pixels(item) for item in items])
     known = through_autoencoder(generator.model, [load_pixels(item) for item in scan(data / STYLE).items])
     return Drawn(
         items,
-        {s: tuple(pictures[s][i] for i in everyone) for s in (0.0, *MEASURED)},
+        {s: tuple(images[s][i] for i in everyone) for s in (0.0, *MEASURED)},
         tuple(true),
         tuple(known),
         shown,
-        {s: tuple(pictures[s][i] for i in shown) for s in STRENGTHS},
+        {s: tuple(images[s][i] for i in shown) for s in STRENGTHS},
     )
 
 
@@ -237,7 +237,7 @@ def _request(
     )
 
 
-def _teller(tell: Announcer, num_images: int, steps: int) -> Callable[[int, int], None]:
+def _progress_notices(emit: Emitter, num_images: int, steps: int) -> Callable[[int, int], None]:
     """Return a progress function that says every eighth of the way how long it will take."""
     begun, told = time.monotonic(), 0
 
@@ -246,7 +246,7 @@ def _teller(tell: Announcer, num_images: int, steps: int) -> Callable[[int, int]
         if 8 * done // total > told:
             told = 8 * done // total
             left = (time.monotonic() - begun) * (total - done) / done
-            tell(Noticed(f"drew {done // steps} of {num_images} pictures, about {left:.0f} s left"))
+            emit(Notice(f"drew {done // steps} of {num_images} images, about {left:.0f} s left"))
 
     return progress
 

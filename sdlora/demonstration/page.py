@@ -1,6 +1,6 @@
 """The before/after page: one self-contained HTML file that works offline, light and dark.
 
-All pictures are data URLs, the slider is a few lines of plain JavaScript, and without JavaScript
+All images are data URLs, the slider is a few lines of plain JavaScript, and without JavaScript
 everything but the slider is still there.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Swept:
-    """A subject at every strength of the sweep, and its true picture in the style."""
+    """A subject at every strength of the sweep, and its true image in the style."""
 
     subject: str
     images: tuple[Image, ...]
@@ -34,7 +34,7 @@ class Swept:
 
 @dataclass(frozen=True)
 class Compared:
-    """A held-out subject: by the base, with the adapter, and its true picture in the style."""
+    """A held-out subject: by the base, with the adapter, and its true image in the style."""
 
     subject: str
     base: Image
@@ -55,7 +55,7 @@ class Page:
         sweep: subjects to play with.
         compared: all subjects that were scored.
         scores: (strength, score) of the strengths that were measured.
-        ceiling: what true pictures score against each other.
+        ceiling: what true images score against each other.
         notes: paragraphs of plain text that explain the score.
         groups: group of features -> what it looks at, for the table of partial scores.
         loss_curve: PNG file.
@@ -116,7 +116,7 @@ def _data_url(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _picture(image: Image, alt: str, extra: str = "") -> str:
+def _image(image: Image, alt: str, extra: str = "") -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     space = " " if extra else ""
@@ -124,14 +124,14 @@ def _picture(image: Image, alt: str, extra: str = "") -> str:
 
 
 def _stage(page: Page) -> str:
-    """Return the large pictures the slider acts on; the script gives them those of the sweep."""
+    """Return the large images the slider acts on; the script gives them those of the sweep."""
     start = list(page.strengths).index(page.chosen)
     figures = []
     for number, one in enumerate(page.sweep):
-        picture = _picture(one.images[start], one.subject, f'class="live" data-subject="{number}"')
-        true = _picture(one.true, f"true icon: {one.subject}", 'title="the true icon"')
+        image = _image(one.images[start], one.subject, f'class="live" data-subject="{number}"')
+        true = _image(one.true, f"true icon: {one.subject}", 'title="the true icon"')
         figures.append(
-            f"<figure>{picture}<figcaption><span>{escape(one.subject)}</span>{true}</figcaption></figure>"
+            f"<figure>{image}<figcaption><span>{escape(one.subject)}</span>{true}</figcaption></figure>"
         )
     return "".join(figures)
 
@@ -146,18 +146,18 @@ def _sweep(page: Page) -> str:
         cells = ""
         for index, (value, image) in enumerate(zip(page.strengths, one.images, strict=True)):
             alt = f"{one.subject} at strength {value:g}"
-            cells += f"<td>{_picture(image, alt, f'data-s={number}-{index}')}</td>"
-        true = _picture(one.true, f"true icon: {one.subject}")
+            cells += f"<td>{_image(image, alt, f'data-s={number}-{index}')}</td>"
+        true = _image(one.true, f"true icon: {one.subject}")
         rows.append(f'<tr><th>{escape(one.subject)}</th>{cells}<td class="true">{true}</td></tr>')
     return f"<table><tr><th></th>{heads}<th>true icon</th></tr>{''.join(rows)}</table>"
 
 
 def _compared(one: Compared) -> str:
-    pictures = "".join(
-        _picture(image, f"{one.subject}: {what}", 'loading="lazy"')
+    images = "".join(
+        _image(image, f"{one.subject}: {what}", 'loading="lazy"')
         for image, what in ((one.base, "base"), (one.adapter, "adapter"), (one.true, "true icon"))
     )
-    return f"<figure><div>{pictures}</div><figcaption>{escape(one.subject)}</figcaption></figure>"
+    return f"<figure><div>{images}</div><figcaption>{escape(one.subject)}</figcaption></figure>"
 
 
 def _scale(score: StyleScore, ceiling: float) -> str:
@@ -294,7 +294,7 @@ _PAGE = Template("""<!doctype html>
 <div class="facts">$facts</div>
 <section><h2>Turn the style up and down</h2>
 <p class="sub">Subjects the adapter has never seen, each from one seed; only the strength changes.
-The small picture is the true icon.</p>
+The small image is the true icon.</p>
 <div class="stage">$stage</div>
 <div class="dial"><output><b>$chosen</b><small>recommended</small></output>
 <input type="range" min="0" max="$last" step="1" value="$start" data-values="$strengths" data-best="$chosen"
@@ -309,7 +309,7 @@ aria-label="strength"><div class="ticks">$ticks</div></div>
 <p class="sub">Base &middot; adapter at strength $chosen &middot; true icon.
 Nothing was picked out or left out.</p>
 <div class="all">$compared</div></section>
-<section><h2>How it was learned</h2><p class="sub">The loss of every step, and of held-out pictures.</p>
+<section><h2>How it was learned</h2><p class="sub">The loss of every step, and of held-out images.</p>
 <img class="loss" src="$loss" alt="loss curve"></section>
 <section><h2>The run</h2><dl>$details</dl></section>
 </main><script>$script</script></body></html>

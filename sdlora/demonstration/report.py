@@ -1,4 +1,4 @@
-"""What the demo shows: its result in a few lines, the sweep as one picture, the before/after page."""
+"""What the demo shows: its result in a few lines, the sweep as one image, the before/after page."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class DemoResult:
         recommended: the weakest strength whose score is as good as the best one's within its interval.
         scores: strength -> score over all held-out subjects; 0 is the base.
         ceiling: score of true icons against other true icons.
-        copying: whether training pictures were repeated.
-        num_images: pictures trained on.
+        copying: whether training images were repeated.
+        num_images: images trained on.
         num_subjects: held-out subjects drawn.
         steps: optimizer steps.
         proof: line that says how exactly the exported file holds the adapter.
@@ -101,7 +101,7 @@ class DemoResult:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The held-out subjects, drawn: strength -> one picture a subject, and the true ones."""
+    """The held-out subjects, drawn: strength -> one image a subject, and the true ones."""
 
     items: tuple[ImageItem, ...]
     images: Mapping[float, tuple[Image, ...]]
@@ -143,7 +143,7 @@ def write_demo_page(result: DemoResult, drawn: Drawn, config: Config) -> None:
     best = drawn.images[result.recommended]
     size = result.adapter_file.stat().st_size / 2**20
     page = Page(
-        title=f"A new style, learned from {result.num_images} pictures",
+        title=f"A new style, learned from {result.num_images} images",
         lead=f"sdlora trained a LoRA on {result.num_images} ink icons. The base model draws in colour and "
         "has never been taught this style. Below, the adapter draws subjects that were not among them.",
         facts=(
@@ -159,8 +159,8 @@ def write_demo_page(result: DemoResult, drawn: Drawn, config: Config) -> None:
             for k, i in enumerate(drawn.shown)
         ],
         compared=[
-            Compared(_subject(item), *pictures)
-            for item, *pictures in zip(drawn.items, drawn.images[0.0], best, drawn.true, strict=True)
+            Compared(_subject(item), *images)
+            for item, *images in zip(drawn.items, drawn.images[0.0], best, drawn.true, strict=True)
         ],
         scores=list(result.scores.items()),
         ceiling=result.ceiling,
@@ -175,14 +175,14 @@ def write_demo_page(result: DemoResult, drawn: Drawn, config: Config) -> None:
 def _notes(result: DemoResult) -> list[str]:
     copies = result.copying
     return [
-        f"The score compares {result.num_subjects} generated pictures with the true icons of the same "
+        f"The score compares {result.num_subjects} generated images with the true icons of the same "
         "subjects, by hand-made measurements of colour, tone, edges, texture and strokes; no neural network "
         "judges. 0 is the look of the base alone, 1 the true style, below 0 would be farther away still.",
         f"With another choice of subjects it would probably lie between {result.score.low:.2f} and "
-        f"{result.score.high:.2f}. It says how the pictures are drawn, not whether one sees what they show.",
-        "Copied? The likeness of a generated picture to the nearest training picture is "
+        f"{result.score.high:.2f}. It says how the images are drawn, not whether one sees what they show.",
+        "Copied? The likeness of a generated image to the nearest training image is "
         f"{copies.generated:.2f} on average; true icons that were not trained on reach {copies.true:.2f}. "
-        f"{copies.share:.0%} of the generated pictures come closer to a training picture than any of those.",
+        f"{copies.share:.0%} of the generated images come closer to a training image than any of those.",
     ]
 
 

@@ -78,7 +78,7 @@ class NoiseProcess:
 
     @property
     def ends_in_noise(self) -> bool:
-        """Whether the last timestep keeps nothing of the picture."""
+        """Whether the last timestep keeps nothing of the image."""
         return float(self.alphas_cumprod[-1]) == 0.0
 
     @property
@@ -107,7 +107,7 @@ class NoiseProcess:
         return (alpha_bar / (1.0 - alpha_bar)).float().to(timesteps.device)
 
     def loss_weights(self, timesteps: Tensor, min_snr_gamma: float) -> Tensor:
-        """Return the weight (B,) of each picture's loss; all ones for gamma 0.
+        """Return the weight (B,) of each image's loss; all ones for gamma 0.
 
         Min-SNR (Hang et al. 2023, section 3.4): min(snr, gamma) / snr for epsilon,
         min(snr, gamma) / (snr + 1) for v.
@@ -131,7 +131,7 @@ class NoiseProcess:
 def draw_noise(shape: Sequence[int], generator: torch.Generator, *, noise_offset: float = 0.0) -> Tensor:
     """Draw float32 noise (B, C, h, w) from a CPU generator.
 
-    ``noise_offset`` adds one Gaussian constant per picture and channel (Guttenberg 2023); the sum is
+    ``noise_offset`` adds one Gaussian constant per image and channel (Guttenberg 2023); the sum is
     the noise, so it is part of the target too.
     """
     noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
@@ -143,12 +143,12 @@ def draw_noise(shape: Sequence[int], generator: torch.Generator, *, noise_offset
 
 
 def per_image_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mean squared error of each picture, (B,) float32.
+    """Return the mean squared error of each image, (B,) float32.
 
     Args:
         prediction: (B, C, h, w).
         target: of the same shape.
-        mask: (B or 1, 1, h, w) from 0 to 1: the mean is weighted with it, so that a picture of which little
+        mask: (B or 1, 1, h, w) from 0 to 1: the mean is weighted with it, so that an image of which little
             counts weighs as much as any other. Where all of it is 0, the error is 0.
     """
     errors = (prediction.float() - target.float()).square()

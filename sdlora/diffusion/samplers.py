@@ -92,10 +92,10 @@ def make_scheduler(name: str, process: NoiseProcess, steps: int) -> Any:
 
 
 def check_steps(process: NoiseProcess, steps: int) -> None:
-    """Raise ConfigError unless a picture can be made in so many denoising steps."""
+    """Raise ConfigError unless an image can be made in so many denoising steps."""
     most = process.num_timesteps - 1
     if not 1 <= steps <= most:
-        raise ConfigError(f"`steps={steps}`: a picture takes 1 to {most} denoising steps; 20 to 30 are usual")
+        raise ConfigError(f"`steps={steps}`: an image takes 1 to {most} denoising steps; 20 to 30 are usual")
 
 
 def _betas(alphas_cumprod: Tensor) -> list[float]:

@@ -1,6 +1,6 @@
 """Exporting adapters, with proof: every file is read back and compared before it gets its name.
 
-Also what goes beside a file for WebUI: the preview picture and the card with the trigger words.
+Also what goes beside a file for WebUI: the preview image and the card with the trigger words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..formats.privacy import without_private
 from ..formats.proof import Proof, compare, prove, support_of
 from ..run_folder import IMAGE_ENDINGS, RunFolder, list_checkpoints
 from ..tensor_file import data_sha256
-from .webui_card import card_picture, other_preview, write_card
+from .webui_card import card_image, other_preview, write_card
 
 if TYPE_CHECKING:
     from ..families.base import FamilyInfo
@@ -102,7 +102,7 @@ class Source:
         path: where they came from.
         name: for the files.
         dtype: number format to write when none is asked for.
-        preview: picture that shows it, if there is one.
+        preview: image that shows it, if there is one.
     """
 
     adapter: AdapterFile
@@ -134,12 +134,12 @@ def export_adapter(
         output: folder to write into, or a path ending in ``.safetensors`` for the file itself; may be left
             out when ``webui_folder`` is given.
         dtype: number format; the run's setting, or the source's own, when None.
-        preview: picture for the card; the run's newest sample when None.
+        preview: image for the card; the run's newest sample when None.
         webui_folder: a WebUI's own folder, or its ``models/Lora``, to put the files into as well.
         overwrite: replace files that exist.
         name: of the adapter; the run's or the source file's own when None.
         preferred_strength: strength that looks best, for the card; the source's own when None.
-        private: leave out what tells of the training pictures (folder names, captions, tags, file names).
+        private: leave out what tells of the training images (folder names, captions, tags, file names).
         verify: load the file through our reader, diffusers and PEFT and compare every update.
 
     Raises:
@@ -165,10 +165,10 @@ def export_adapter(
         kept = without_private(adapter.info.metadata)
         adapter = replace(adapter, info=replace(adapter.info, metadata=kept))
     target = _target(format, place, chosen)
-    picture = card_picture(preview or found.preview, private=private) if format == "webui" else None
-    if picture is not None and other_preview(target) is not None:
-        picture = None  # the one that is there stays the card's picture
-    planned = _planned(target, format, picture is not None)
+    image = card_image(preview or found.preview, private=private) if format == "webui" else None
+    if image is not None and other_preview(target) is not None:
+        image = None  # the one that is there stays the card's image
+    planned = _planned(target, format, image is not None)
     if lora_folder is not None:
         planned += [lora_folder / file.name for file in planned if file.parent != lora_folder]
     taken = next((file for file in planned if file.exists()), None)
@@ -177,7 +177,7 @@ def export_adapter(
     number_format = _dtype(dtype, found.dtype)
     report = _write_proven(adapter, format, target, number_format, info, str(found.path), verify=verify)
     if format == "webui":
-        report = replace(report, files=(*report.files, *write_card(adapter, target, info, picture)))
+        report = replace(report, files=(*report.files, *write_card(adapter, target, info, image)))
     if lora_folder is not None:
         report = replace(report, files=(*report.files, *_copy_into(lora_folder, report.files)))
     return report
@@ -199,17 +199,17 @@ def write_finished(
         target: path of the ``.safetensors`` file.
         dtype: number format of the file.
         info: the base's family.
-        preview: picture for the card.
+        preview: image for the card.
         private: leave the settings out of the preview; ``adapter`` brings its own header.
 
     Raises:
         AdapterFileError: when the written file does not hold the adapter (it is removed then).
         OutputError: when the place cannot be written.
     """
-    picture = card_picture(preview, private=private)
+    image = card_image(preview, private=private)
     number_format = _dtype(dtype, torch.float16)
     report = _write_proven(adapter, "webui", target, number_format, info, "the trained weights")
-    return replace(report, files=(*report.files, *write_card(adapter, target, info, picture)))
+    return replace(report, files=(*report.files, *write_card(adapter, target, info, image)))
 
 
 def open_source(source: Path) -> Source:
@@ -365,11 +365,11 @@ def _target(format: str, output: Path, name: str) -> Path:
     return output / _TARGETS[format].format(name=name)
 
 
-def _planned(target: Path, format: str, has_picture: bool) -> list[Path]:
+def _planned(target: Path, format: str, has_image: bool) -> list[Path]:
     if format != "webui":
         return [target]
     cards = [target.with_suffix(".json")]
-    if has_picture:
+    if has_image:
         cards.append(target.with_suffix(".png"))
     return [target, *cards]
 

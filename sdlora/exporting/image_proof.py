@@ -1,4 +1,4 @@
-"""Proof by pictures: an adapter as it was trained against the file that was written, drawn from one noise.
+"""Proof by images: an adapter as it was trained against the file that was written, drawn from one noise.
 
 Comparing updates is the sharper test; this one shows that what remains of rounding cannot be seen.
 """
@@ -23,11 +23,11 @@ _TRAINED, _WRITTEN = "trained", "written"
 
 
 @dataclass(frozen=True)
-class PictureProof:
-    """What comparing pictures gave; differences are of one channel of one pixel, of 0 to 255.
+class ImageProof:
+    """What comparing images gave; differences are of one channel of one pixel, of 0 to 255.
 
     Attributes:
-        num_pairs: pairs of pictures that were compared.
+        num_pairs: pairs of images that were compared.
         largest: the largest difference in all of them.
         mean: the mean difference.
         by_strength: strength -> largest difference.
@@ -58,7 +58,7 @@ class PictureProof:
         return asdict(self)
 
 
-def compare_pictures(
+def compare_images(
     source: Path,
     written: Path,
     *,
@@ -70,7 +70,7 @@ def compare_pictures(
     device: str | None = None,
     precision: Precision = "fp32",
     progress: Progress | None = None,
-) -> PictureProof:
+) -> ImageProof:
     """Draw with the source's adapter and with the written file from the same noise, and compare.
 
     Args:
@@ -111,8 +111,8 @@ def compare_pictures(
         for strength in strengths
         for name in (_TRAINED, _WRITTEN)
     ]
-    pictures = generator.generate(requests, progress=progress)
-    return _compared(pictures, strengths, model.base.title, seed)
+    images = generator.generate(requests, progress=progress)
+    return _compared(images, strengths, model.base.title, seed)
 
 
 def _base_and_prompts(
@@ -132,17 +132,17 @@ def _base_and_prompts(
 
 
 def _compared(
-    pictures: Sequence[GeneratedImage], strengths: Sequence[float], base: str, seed: int
-) -> PictureProof:
+    images: Sequence[GeneratedImage], strengths: Sequence[float], base: str, seed: int
+) -> ImageProof:
     import numpy as np
 
-    pixels = np.stack([np.asarray(one.image.convert("RGB"), dtype=np.int16) for one in pictures])
+    pixels = np.stack([np.asarray(one.image.convert("RGB"), dtype=np.int16) for one in images])
     # (prompts, strengths, trained or written, height, width, 3)
     pixels = pixels.reshape(-1, len(strengths), 2, *pixels.shape[1:])
     difference = np.abs(pixels[:, :, 0] - pixels[:, :, 1])
     weakest, strongest = (pick(range(len(strengths)), key=lambda i: abs(strengths[i])) for pick in (min, max))
     effect = np.abs(pixels[:, strongest, 0] - pixels[:, weakest, 0])
-    return PictureProof(
+    return ImageProof(
         num_pairs=difference.shape[0] * difference.shape[1],
         largest=int(difference.max()),
         mean=float(difference.mean()),

@@ -1,4 +1,4 @@
-"""What lies beside an adapter file for WebUI: the preview picture and the card with the trigger words.
+"""What lies beside an adapter file for WebUI: the preview image and the card with the trigger words.
 
 Forge reads the same files. Source: formats.md 5.2.
 """
@@ -23,12 +23,12 @@ _PREVIEWS = tuple(
 )
 
 
-def write_card(adapter: AdapterFile, target: Path, info: FamilyInfo, picture: bytes | None) -> list[Path]:
+def write_card(adapter: AdapterFile, target: Path, info: FamilyInfo, image: bytes | None) -> list[Path]:
     """Write ``STEM.png`` and ``STEM.json`` beside an adapter file and return them."""
     files = []
-    if picture is not None:
+    if image is not None:
         files.append(target.with_suffix(".png"))
-        write_bytes(files[0], picture)
+        write_bytes(files[0], image)
     entries = adapter.info.metadata
     card = {
         "description": entries.get("modelspec.description", ""),
@@ -51,28 +51,28 @@ def other_preview(target: Path) -> Path | None:
     return next((file for file in beside if file.is_file()), None)
 
 
-def card_picture(picture: Path | None, *, private: bool = False) -> bytes | None:
-    """Return a picture as PNG of a card's size; a small PNG as it is, with the settings stored in it.
+def card_image(file: Path | None, *, private: bool = False) -> bytes | None:
+    """Return an image as PNG of a card's size; a small PNG as it is, with the settings stored in it.
 
     Args:
-        picture: a file of any kind that Pillow reads, or None.
+        image: a file of any kind that Pillow reads, or None.
         private: leave out the settings, which hold the prompt and names of files.
 
     Raises:
-        OutputError: when it cannot be read as a picture.
+        OutputError: when it cannot be read as an image.
     """
-    if picture is None:
+    if file is None:
         return None
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(picture) as image:
+        with Image.open(file) as image:
             if image.format == "PNG" and max(image.size) <= _MAX_SIDE and not private:
-                return picture.read_bytes()
+                return file.read_bytes()
             small = image.convert("RGB")
             small.info = {}
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise OutputError(f"{picture}: is no usable preview picture ({error}); give a PNG or JPEG") from None
+        raise OutputError(f"{file}: is no usable preview image ({error}); give a PNG or JPEG") from None
     small.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "PNG")
@@ -83,7 +83,7 @@ def _notes(entries: Mapping[str, str]) -> str:
     labels = {
         "ss_sd_model_name": "base",
         "ss_steps": "steps",
-        "ss_num_train_images": "pictures",
+        "ss_num_train_images": "images",
         "ss_resolution": "resolution",
         "ss_learning_rate": "learning rate",
         "modelspec.license": "licence",

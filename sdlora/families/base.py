@@ -1,6 +1,6 @@
 """What a model family is: the interface every base model is driven through.
 
-A family knows its components, how pictures and captions are encoded and how the denoiser is called.
+A family knows its components, how images and captions are encoded and how the denoiser is called.
 It knows neither adapters nor file formats; for those it only declares data (:class:`FamilyInfo`).
 :data:`Conditioning` is opaque to everyone else: named tensors that only the family reads.
 """
@@ -142,12 +142,12 @@ class DiffusionModel(ABC):
     @property
     @abstractmethod
     def native_resolution(self) -> int:
-        """Side in px of the square pictures the base was trained on."""
+        """Side in px of the square images the base was trained on."""
 
     @property
     @abstractmethod
     def size_multiple(self) -> int:
-        """Picture sides must be multiples of this many px."""
+        """Image sides must be multiples of this many px."""
 
     @abstractmethod
     def components(self) -> Mapping[str, nn.Module]:
@@ -188,7 +188,7 @@ class DiffusionModel(ABC):
             noisy: (B, C, h, w) noisy latents, any float type.
             timesteps: (B,) step index 0..999.
             text: conditioning of B captions.
-            sizes: one hint a picture.
+            sizes: one hint an image.
 
         Returns:
             (B, C, h, w) in float32, to be compared with the process's target.
@@ -196,7 +196,7 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return (C, h, w) of the latents of a picture of that size in px."""
+        """Return (C, h, w) of the latents of an image of that size in px."""
 
     @abstractmethod
     def prepare(
@@ -211,10 +211,10 @@ class DiffusionModel(ABC):
         """Set modes, placement and the attention that is fastest for what comes next.
 
         Args:
-            training: train mode with the picture encoder off the accelerator; else eval mode with all on it.
+            training: train mode with the image encoder off the accelerator; else eval mode with all on it.
             gradient_checkpointing: compute activations twice instead of keeping them.
             keep_text: keep the text encoders on the accelerator while training, or if lean.
-            keep_images: keep the picture encoder there too.
+            keep_images: keep the image encoder there too.
             lean: outside of training, have encoders that are not kept there only while they work, so that
                 previews take little more than the training itself.
         """

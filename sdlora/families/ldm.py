@@ -70,7 +70,7 @@ _FUSED = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredKey:
     """Where a checkpoint keeps one tensor.
 
     Attributes:
@@ -110,7 +110,7 @@ class Place:
         target.copy_(tensor.reshape(target.shape))
 
 
-def unet_places(names: Iterable[str]) -> dict[str, Place]:
+def unet_key_map(names: Iterable[str]) -> dict[str, StoredKey]:
     """Return the place of every tensor of a ``UNet2DConditionModel``, by diffusers name.
 
     Raises:
@@ -120,15 +120,15 @@ def unet_places(names: Iterable[str]) -> dict[str, Place]:
     layers = 1 + max(int(m[1]) for n in known if (m := re.match(r"down_blocks\.\d+\.resnets\.(\d+)\.", n)))
     # an upsampler comes after the residual layer and, where there is one, the attention
     attending = {int(m[1]) for n in known if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", n))}
-    return {name: Place(UNET_PREFIX + _unet_name(name, layers, attending)) for name in known}
+    return {name: StoredKey(UNET_PREFIX + _unet_name(name, layers, attending)) for name in known}
 
 
-def vae_places(names: Iterable[str], prefix: str = VAE_PREFIX) -> dict[str, Place]:
+def vae_key_map(names: Iterable[str], prefix: str = VAE_PREFIX) -> dict[str, StoredKey]:
     """Return the place of every tensor of an ``AutoencoderKL``, by diffusers name."""
     known = list(names)
     last = max((int(m[1]) for n in known if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", n))), default=0)
 
-    def place(name: str) -> Place:
+    def stored(name: str) -> StoredKey:
         # the original counts the decoder's blocks from the finest one
         renamed = re.sub(
             r"^decoder\.up_blocks\.(\d+)\.resnets\.", lambda m: f"decoder.up.{last - int(m[1])}.block.", name
@@ -140,12 +140,12 @@ def vae_places(names: Iterable[str], prefix: str = VAE_PREFIX) -> dict[str, Plac
         )
         for pattern, words in _VAE_WORDS:
             renamed = re.sub(pattern, words, renamed)
-        return Place(prefix + renamed)
+        return StoredKey(prefix + renamed)
 
-    return {name: place(name) for name in known}
+    return {name: stored(name) for name in known}
 
 
-def text_places(names: Iterable[str], encoder: TextEncoderInfo) -> dict[str, Place]:
+def text_key_map(names: Iterable[str], encoder: TextEncoderInfo) -> dict[str, StoredKey]:
     """Return the place of every tensor of a CLIP text encoder, by transformers name.
 
     Args:
@@ -155,8 +155,8 @@ def text_places(names: Iterable[str], encoder: TextEncoderInfo) -> dict[str, Pla
     Raises:
         ModelError: for a name that such checkpoints have no place for.
     """
-    place = _openclip_place if encoder.checkpoint_layout == "openclip" else _clip_place
-    return {name: place(name.removeprefix(TEXT_ROOT), encoder.checkpoint_prefix) for name in names}
+    stored = _openclip_key if encoder.checkpoint_layout == "openclip" else _clip_key
+    return {name: stored(name.removeprefix(TEXT_ROOT), encoder.checkpoint_prefix) for name in names}
 
 
 def _unet_name(name: str, layers: int, attending: set[int]) -> str:
@@ -191,29 +191,31 @@ def _inside_resnet(name: str, rest: str) -> str:
     return f"{_RESNET[head]}.{tail}"
 
 
-def _clip_place(name: str, prefix: str) -> Place:
-    return Place(f"{prefix}{name}" if name.startswith("text_projection") else f"{prefix}{TEXT_ROOT}{name}")
+def _clip_key(name: str, prefix: str) -> StoredKey:
+    return StoredKey(
+        f"{prefix}{name}" if name.startswith("text_projection") else f"{prefix}{TEXT_ROOT}{name}"
+    )
 
 
-def _openclip_place(name: str, prefix: str) -> Place:
+def _openclip_key(name: str, prefix: str) -> StoredKey:
     if name == "text_projection.weight":
-        return Place(f"{prefix}text_projection", transposed=True)
+        return StoredKey(f"{prefix}text_projection", transposed=True)
     if name in _OPENCLIP_ENDS:
-        return Place(prefix + _OPENCLIP_ENDS[name])
+        return StoredKey(prefix + _OPENCLIP_ENDS[name])
     m = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if m:
         block, inner, kind = f"{prefix}transformer.resblocks.{m[1]}", m[2], m[3]
         if inner in _OPENCLIP_LAYER:
-            return Place(f"{block}.{_OPENCLIP_LAYER[inner]}.{kind}")
+            return StoredKey(f"{block}.{_OPENCLIP_LAYER[inner]}.{kind}")
         projection = inner.removeprefix("self_attn.")
         if projection in _FUSED:
-            return Place(f"{block}.attn.in_proj_{kind}", third=_FUSED.index(projection))
+            return StoredKey(f"{block}.attn.in_proj_{kind}", third=_FUSED.index(projection))
     raise ModelError(f"the text-encoder tensor `{name}` has no place in an LDM checkpoint")
 
 
-def by_key(places: Mapping[str, Place]) -> dict[str, list[str]]:
+def by_key(key_map: Mapping[str, StoredKey]) -> dict[str, list[str]]:
     """Return checkpoint key -> the names of the tensors that lie under it."""
     found: dict[str, list[str]] = {}
-    for name, place in places.items():
-        found.setdefault(place.key, []).append(name)
+    for name, stored_key in key_map.items():
+        found.setdefault(stored_key.key, []).append(name)
     return found

@@ -22,7 +22,7 @@ from ..errors import ConfigError, ModelError
 from ..tensor_file import CONVERT
 from .base import BaseModelInfo, TextEncoderInfo
 from .hub import from_hub
-from .ldm import VAE_PREFIX, Place, text_places, unet_places, vae_places
+from .ldm import VAE_PREFIX, StoredKey, text_key_map, unet_key_map, vae_key_map
 from .recognition import Recognised, read_json, recognise
 from .table import FAMILIES
 from .unet_model import Parts, UNetModel, vae_factor
@@ -75,7 +75,7 @@ def load_model(
     Args:
         source: ``mini``, a diffusers folder, a ``.safetensors`` checkpoint, or a hub id.
         dtype: number format of U-Net and text encoders; the autoencoder is always float32, since fp16
-            overflows in SDXL's and it runs once a picture.
+            overflows in SDXL's and it runs once an image.
         device: where the denoiser works.
         family: overrides what the base's header says of itself; the weights must be of that family.
         prediction_type: overrides what the base says of itself.
@@ -85,7 +85,7 @@ def load_model(
         attention: see :func:`sdlora.families.attention.choose_attention`.
         offload: keep in ``device``'s memory only the component that works (for drawing on small cards).
         denoiser_waits: leave the U-Net in main memory until :meth:`UNetModel.prepare`, so that encoding the
-            pictures and captions before training has the device to itself.
+            images and captions before training has the device to itself.
 
     Raises:
         ModelError: if it is not there, not a supported family, damaged, or contradicts itself.
@@ -102,11 +102,11 @@ def load_model(
         )
     process = _process(found, prediction_type, zero_terminal_snr)
     # An offloaded model waits in main memory.
-    place = torch.device("cpu") if offload else device
+    encoder_device = torch.device("cpu") if offload else device
     try:
         with _quiet():
-            waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else place
-            parts = load_parts(found, dtype=dtype, device=place, unet_device=waiting, vae=vae)
+            waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else encoder_device
+            parts = load_parts(found, dtype=dtype, device=encoder_device, unet_device=waiting, vae=vae)
     except ModelError:
         raise
     except Exception as error:  # whatever the libraries raise on damaged input
@@ -184,10 +184,10 @@ def load_parts(
         names = encoder.state_dict()
         if source is None:
             component = TensorSource(weight_files(found.path / one.component))
-            places = _folder_places(names, component)
+            key_map = _folder_key_map(names, component)
         else:
-            component, places = source, _known_spelling(text_places(names, one), source)
-        fill(encoder, places, component, dtype=dtype, device=device, what=one.component)
+            component, key_map = source, _known_spelling(text_key_map(names, one), source)
+        fill(encoder, key_map, component, dtype=dtype, device=device, what=one.component)
         encoders[one.component] = encoder.eval()
         tokenizers[one.component] = _tokenizer(folder / one.tokenizer, one, shared=source is not None)
     other = default_vae if vae is None else _load_vae(vae, default_vae, device)
@@ -268,20 +268,24 @@ def _process(
     )
 
 
-def _unet_source(path: Path, source: TensorSource | None, unet: Any) -> tuple[dict[str, Place], TensorSource]:
+def _unet_source(
+    path: Path, source: TensorSource | None, unet: Any
+) -> tuple[dict[str, StoredKey], TensorSource]:
     names = unet.state_dict()
     if source is not None:
-        return unet_places(names), source
+        return unet_key_map(names), source
     source = TensorSource(weight_files(path / "unet"))
-    return _folder_places(names, source), source
+    return _folder_key_map(names, source), source
 
 
-def _vae_source(path: Path, source: TensorSource | None, vae: Any) -> tuple[dict[str, Place], TensorSource]:
+def _vae_source(
+    path: Path, source: TensorSource | None, vae: Any
+) -> tuple[dict[str, StoredKey], TensorSource]:
     names = vae.state_dict()
     if source is not None:
-        return vae_places(names), source
+        return vae_key_map(names), source
     source = TensorSource(weight_files(path / "vae"))
-    return _folder_places(names, source), source
+    return _folder_key_map(names, source), source
 
 
 def _load_vae(source: str, default: Any, device: torch.device) -> Any:
@@ -293,49 +297,50 @@ def _load_vae(source: str, default: Any, device: torch.device) -> Any:
         folder = folder if (folder / "config.json").is_file() else folder / "vae"
         vae = _new_vae(folder.parent, folder)
         tensors = TensorSource(weight_files(folder))
-        places = _folder_places(vae.state_dict(), tensors)
+        key_map = _folder_key_map(vae.state_dict(), tensors)
     else:
         tensors = TensorSource([path])
-        places = _vae_places_of_file(path, tensors, vae)
-    fill(vae, places, tensors, dtype=torch.float32, device=device, what="VAE")
+        key_map = _vae_key_map_of_file(path, tensors, vae)
+    fill(vae, key_map, tensors, dtype=torch.float32, device=device, what="VAE")
     return vae
 
 
-def _vae_places_of_file(path: Path, source: TensorSource, vae: Any) -> dict[str, Place]:
+def _vae_key_map_of_file(path: Path, source: TensorSource, vae: Any) -> dict[str, StoredKey]:
     """Return the places in a VAE file: diffusers' names, LDM names, or those inside a checkpoint."""
     names = vae.state_dict()
     keys = set(source.keys)
     if path.suffix.lower() in _CODE_SUFFIXES:
         raise ModelError(f"{path}: {path.suffix} files can run code when opened; use a .safetensors VAE")
     if any(key.startswith(VAE_PREFIX) for key in keys):
-        return vae_places(names)
+        return vae_key_map(names)
     if any(key.startswith("decoder.up.") for key in keys):
-        return vae_places(names, prefix="")
+        return vae_key_map(names, prefix="")
     if any(key.startswith("decoder.up_blocks.") for key in keys):
-        return _folder_places(names, source)
+        return _folder_key_map(names, source)
     raise ModelError(f"{path}: holds no VAE; give a VAE file, a checkpoint with one, or a diffusers folder")
 
 
-def _folder_places(names: Mapping[str, Any], source: TensorSource) -> dict[str, Place]:
+def _folder_key_map(names: Mapping[str, Any], source: TensorSource) -> dict[str, StoredKey]:
     """Return the places in a diffusers component, whichever release of the libraries wrote it."""
     keys = set(source.keys)
-    places = {}
+    key_map = {}
     for name in names:
         spellings = [name, f"text_model.{name}"]
         spellings += [name.replace(new, old) for new, old in _OLD_NAMES.items() if new in name]
-        places[name] = Place(next((one for one in spellings if one in keys), name))
-    return places
+        key_map[name] = StoredKey(next((one for one in spellings if one in keys), name))
+    return key_map
 
 
-def _known_spelling(places: dict[str, Place], source: TensorSource) -> dict[str, Place]:
+def _known_spelling(key_map: dict[str, StoredKey], source: TensorSource) -> dict[str, StoredKey]:
     """Some old SD1 files leave ``text_model.`` out."""
     keys = set(source.keys)
-    if all(place.key in keys for place in places.values()):
-        return places
+    if all(stored_key.key in keys for stored_key in key_map.values()):
+        return key_map
     short = {
-        name: Place(place.key.replace(".text_model.", "."), place.third) for name, place in places.items()
+        name: StoredKey(stored_key.key.replace(".text_model.", "."), stored_key.third)
+        for name, stored_key in key_map.items()
     }
-    return short if all(place.key in keys for place in short.values()) else places
+    return short if all(stored_key.key in keys for stored_key in short.values()) else key_map
 
 
 def _new_unet(folder: Path) -> Any:

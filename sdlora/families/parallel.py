@@ -2,7 +2,7 @@
 
 The layers of a small U-Net are too small to be split over cores: measured on 2 cores, one batch of 8 on
 two threads takes 1.5 to 2.3 times as long as two parts of 4 on one thread each, forward and backward.
-On an accelerator, and for a single picture, everything goes through in one piece.
+On an accelerator, and for a single image, everything goes through in one piece.
 """
 
 from __future__ import annotations

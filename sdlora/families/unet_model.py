@@ -133,7 +133,7 @@ class UNetModel(DiffusionModel):
             if self.vae.use_tiling:
                 raise
             warnings.warn(
-                "not enough memory to decode a picture at once: from here on they are decoded in tiles, "
+                "not enough memory to decode an image at once: from here on they are decoded in tiles, "
                 "which may differ by a shade at their seams",
                 stacklevel=2,
             )
@@ -143,7 +143,7 @@ class UNetModel(DiffusionModel):
         return image
 
     def _decode_in_tiles(self) -> None:
-        """Have pictures above 512 px decoded in parts: at 1024 px that takes 0.8 instead of 3 GiB."""
+        """Have images above 512 px decoded in parts: at 1024 px that takes 0.8 instead of 3 GiB."""
         self.vae.enable_tiling()
         self.vae.tile_sample_min_size = _TILE
         self.vae.tile_latent_min_size = _TILE // vae_factor(self.vae)
@@ -246,7 +246,7 @@ class UNetModel(DiffusionModel):
 
 
 def vae_factor(vae: Any) -> int:
-    """Return how many px of a picture's side one latent stands for."""
+    """Return how many px of an image's side one latent stands for."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 

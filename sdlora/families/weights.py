@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError, ModelError
 from ..tensor_file import Header, TensorSpec, read_header, shown
-from .ldm import Place, by_key
+from .ldm import StoredKey, by_key
 
 
 class TensorSource:
@@ -123,7 +123,7 @@ def without_memory() -> Iterator[None]:
 
 def fill(
     module: nn.Module,
-    places: Mapping[str, Place],
+    key_map: Mapping[str, StoredKey],
     source: TensorSource,
     *,
     dtype: torch.dtype,
@@ -149,7 +149,7 @@ def fill(
     if device.type == "meta":
         nn.Module.to(module, dtype)  # diffusers' own would warn about formats it keeps
         return
-    users = by_key({name: places[name] for name in wanted})
+    users = by_key({name: key_map[name] for name in wanted})
     missing = sorted(set(users) - set(source.keys))
     where = source.files[0]
     if missing:
@@ -160,7 +160,7 @@ def fill(
     for key, stored in source.read(users):
         for name in users[key]:
             try:
-                part = places[name].take(stored, wanted[name])
+                part = key_map[name].take(stored, wanted[name])
             except ValueError as error:
                 raise ModelError(
                     f"{where}: `{shown(key)}` {error}; it is a variant of the family that is not supported"

@@ -1,4 +1,4 @@
-"""Header entries about the training pictures, as kohya's scripts write them and WebUI's card reads them.
+"""Header entries about the training images, as kohya's scripts write them and WebUI's card reads them.
 
 Once flat, as for a single folder, and once as ``ss_datasets``, which tools that show several data sets
 read (kohya sd-scripts, ``train_network.py``). Folders appear by their last name only.
@@ -45,14 +45,14 @@ def dataset_entries(
     """Return the ``ss_*`` entries (without the prefix) that tell of folders, tags and buckets.
 
     Args:
-        images: folder -> training pictures.
-        reg_images: folder -> regularisation pictures.
+        images: folder -> training images.
+        reg_images: folder -> regularisation images.
         tags: folder -> tag or caption -> count.
-        buckets: (height, width) px -> pictures.
+        buckets: (height, width) px -> images.
         side: px of the square of the area trained at.
-        repeats: of each picture in an epoch.
+        repeats: of each image in an epoch.
         folder_repeats: folder -> repeats, where they are others.
-        batch_size: pictures a step and process.
+        batch_size: images a step and process.
         flip: whether mirror images are trained on too.
     """
     times = by_folder_name({path: folder_repeats.get(path, repeats) for path in images})

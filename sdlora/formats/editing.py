@@ -77,13 +77,13 @@ def edit_header(
 
     Args:
         header: of the file, as it is now.
-        values: entry -> new value; for ``modelspec.thumbnail`` it may be the path of a picture.
+        values: entry -> new value; for ``modelspec.thumbnail`` it may be the path of an image.
         removed: entries to take out.
         family: ``sd1``, ``sd2`` or ``sdxl`` where the layers tell it, else None.
 
     Raises:
         ConfigError: naming every entry that may not be changed, is unknown, or has a broken value.
-        OutputError: when the file cannot be written, or a thumbnail's picture cannot be read.
+        OutputError: when the file cannot be written, or a thumbnail's image cannot be read.
     """
     values = dict(values)
     problems = [problem for key in (*values, *removed) if (problem := _fixed(key))]
@@ -123,11 +123,11 @@ def _fixed(key: str) -> str | None:
 
 
 def _following(values: dict[str, str], entries: Mapping[str, str]) -> dict[str, str]:
-    """Return entries that say the same as changed ones, and the thumbnail of a picture."""
+    """Return entries that say the same as changed ones, and the thumbnail of an image."""
     more: dict[str, str] = {}
-    picture = values.get("modelspec.thumbnail")
-    if picture is not None and not picture.startswith("data:"):
-        more["modelspec.thumbnail"] = metadata.thumbnail(Path(picture))
+    image = values.get("modelspec.thumbnail")
+    if image is not None and not image.startswith("data:"):
+        more["modelspec.thumbnail"] = metadata.thumbnail(Path(image))
     if "sdlora.trigger_words" in values:
         words = json.loads(values["sdlora.trigger_words"])
         more.setdefault("modelspec.trigger_phrase", ", ".join(words))
@@ -290,11 +290,11 @@ def _alias(text: str) -> str | None:
     return None
 
 
-def _picture(text: str) -> str | None:
+def _image(text: str) -> str | None:
     if text.startswith("data:"):
         valid = re.match(r"^data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+$", text)
-        return None if valid else "must be a data URL of a picture, or the path of one"
-    return None if Path(text).is_file() else "no such picture; give the path of a PNG or JPEG, or a data URL"
+        return None if valid else "must be a data URL of an image, or the path of one"
+    return None if Path(text).is_file() else "no such image; give the path of a PNG or JPEG, or a data URL"
 
 
 _RULES: dict[str, Callable[[str], str | None]] = {
@@ -313,6 +313,6 @@ _RULES: dict[str, Callable[[str], str | None]] = {
     "modelspec.prediction_type": _choice("epsilon", "v"),
     "modelspec.encoder_layer": _pattern(r"\d{1,2}", "must be a whole number"),
     "modelspec.timestep_range": _pattern(r"\d{1,4},\d{1,4}", "must be two numbers like 0,1000"),
-    "modelspec.thumbnail": _picture,
+    "modelspec.thumbnail": _image,
     "modelspec.title": lambda text: None if text.strip() else "must not be empty",
 }

@@ -56,21 +56,21 @@ class TrainingFacts:
         zero_terminal_snr: whether the noise schedule ended in pure noise.
         native_resolution: px, where ``config.data.resolution`` is open.
         steps: optimizer steps done.
-        epochs: passes over the pictures done.
-        num_images: training pictures.
+        epochs: passes over the images done.
+        num_images: training images.
         num_batches_per_epoch: micro-batches in one epoch.
-        buckets: (height, width) px -> pictures.
-        folder_images: folder -> pictures, where there are several folders.
-        reg_folder_images: folder -> regularisation pictures.
-        folder_repeats: folder -> repeats of its pictures, where ``config`` does not tell.
+        buckets: (height, width) px -> images.
+        folder_images: folder -> images, where there are several folders.
+        reg_folder_images: folder -> regularisation images.
+        folder_repeats: folder -> repeats of its images, where ``config`` does not tell.
         tag_frequency: folder name -> tag or caption -> count.
         started_at: seconds since 1970, UTC.
         finished_at: seconds since 1970, UTC.
         final_loss: training loss at the end, smoothed.
-        validation_loss: loss on held-out pictures at the end.
+        validation_loss: loss on held-out images at the end.
         trigger_words: words that call the style.
         preferred_strength: what looks best, if it was measured.
-        preview: picture for the thumbnail.
+        preview: image for the thumbnail.
         author: who made it.
         sdlora_version: of this program.
         seed: where ``config`` is missing.
@@ -112,7 +112,7 @@ def build_header(facts: TrainingFacts) -> dict[str, str]:
     ``output.private`` nothing tells of folders, captions and files.
 
     Raises:
-        OutputError: when the preview cannot be read as a picture.
+        OutputError: when the preview cannot be read as an image.
     """
     entries: dict[str, Any] = _base_entries(facts)
     entries |= _data_entries(facts)
@@ -174,21 +174,21 @@ def trigger_words(entries: Mapping[str, str]) -> tuple[str, ...]:
     return () if phrase == "None" else tuple(word.strip() for word in phrase.split(",") if word.strip())
 
 
-def thumbnail(picture: Path) -> str:
-    """Return a picture as a JPEG data URL of at most 64 KiB, sides at most 512 px.
+def thumbnail(file: Path) -> str:
+    """Return an image as a JPEG data URL of at most 64 KiB, sides at most 512 px.
 
     Raises:
-        OutputError: when it cannot be read as a picture.
+        OutputError: when it cannot be read as an image.
     """
     from PIL import Image, UnidentifiedImageError
 
     from ..errors import OutputError
 
     try:
-        with Image.open(picture) as opened:
+        with Image.open(file) as opened:
             image = opened.convert("RGB")
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise OutputError(f"{picture}: is no usable preview picture ({error}); give a PNG or JPEG") from None
+        raise OutputError(f"{file}: is no usable preview image ({error}); give a PNG or JPEG") from None
     for side, quality in ((512, 85), (512, 70), (384, 70), (256, 70), (256, 50), (128, 50), (64, 40)):
         image.thumbnail((side, side))
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What a header may tell when the maker of an adapter wants to keep the training pictures to themselves.
+"""What a header may tell when the maker of an adapter wants to keep the training images to themselves.
 
 Everything is dropped but what is listed here: what loaders need, numbers, and what the maker wrote for the
 public. So folder names, tags, captions, prompts and file names go, those of other trainers' own entries
@@ -41,5 +41,5 @@ KEPT = frozenset(
 
 
 def without_private(entries: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries that tell nothing of pictures, captions and files."""
+    """Return the entries that tell nothing of images, captions and files."""
     return {key: value for key, value in entries.items() if key in KEPT}

@@ -1,4 +1,4 @@
-"""From prompts, and adapters at strengths, to pictures in a folder.
+"""From prompts, and adapters at strengths, to images in a folder.
 
 The denoising loop is :mod:`sdlora.generation.render`; :class:`ImageGenerator` keeps a base loaded while
 adapters and their strengths change; :func:`generate` is the whole of ``sdlora generate``: it names and
@@ -44,7 +44,7 @@ USUAL_GUIDANCE = 7.0
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """What :func:`generate` wrote: the pictures in order, the sweep's grid, and the seconds it took."""
+    """What :func:`generate` wrote: the images in order, the sweep's grid, and the seconds it took."""
 
     files: tuple[Path, ...]
     grid: Path | None
@@ -72,7 +72,7 @@ def generate(
     options: LoadOptions = DEFAULT_OPTIONS,
     progress: Progress | None = None,
 ) -> GenerateResult:
-    """Make pictures and write them as ``00001-SEED.png``, counting on from what the folder holds.
+    """Make images and write them as ``00001-SEED.png``, counting on from what the folder holds.
 
     Every prompt gets the same ``count`` seeds, from ``seed`` upwards. What is left open follows the base:
     its own size and recommended guidance, else the defaults of :class:`sdlora.config.schema.SampleConfig`.
@@ -81,12 +81,12 @@ def generate(
         base: ``mini``, a diffusers folder, a ``.safetensors`` file or a hub id.
         adapters: (file, strength) of each adapter; see :func:`parse_adapter`.
         prompts: what to show.
-        output: folder for the pictures; made if missing, and nothing in it is overwritten.
+        output: folder for the images; made if missing, and nothing in it is overwritten.
         strengths: sweep: each prompt and seed at each of these, and a labelled grid of all. A value takes
             the place of the strength of a single adapter; several adapters, or one with separate U-Net
             and text-encoder strengths, have their strengths multiplied by it.
         merge: fold the adapters into the base's weights first.
-        count: pictures a prompt (and strength).
+        count: images a prompt (and strength).
         device: see :func:`sdlora.devices.choose_device`.
         precision: see :func:`sdlora.devices.choose_dtype`.
         options: how the base is loaded.
@@ -146,7 +146,7 @@ def _check_call(
     if not prompts:
         problems.append("no prompt given; say what to show with --prompt")
     if count < 1:
-        problems.append(f"`count={count}`: make at least 1 picture a prompt")
+        problems.append(f"`count={count}`: make at least 1 image a prompt")
     if strengths is not None and not strengths:
         problems.append("`strengths` is empty; give numbers, e.g. --strengths 0,0.5,1")
     if strengths is not None and not adapters:
@@ -192,13 +192,13 @@ def tensor_hash(path: Path) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder for pictures if it is missing.
+    """Make the folder for images if it is missing.
 
     Raises:
         OutputError: when it is a file, or cannot be made.
     """
     if folder.is_file():
-        raise OutputError(f"{folder}: is a file, but pictures need a folder; choose another --output")
+        raise OutputError(f"{folder}: is a file, but images need a folder; choose another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -206,7 +206,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_numbered(folder: Path, made: GeneratedImage, text: str) -> Path:
-    """Write a picture with its settings as ``00001-SEED.png``, counting on; return the file."""
+    """Write an image with its settings as ``00001-SEED.png``, counting on; return the file."""
     file = _reserve(folder, r"(\d{5,})-\d+\.png", lambda number: f"{number:05d}-{made.request.seed}.png")
     with _giving_back(file):
         save_png(made.image, file, text)

@@ -1,4 +1,4 @@
-"""Pictures about pictures: labelled grids and the loss curve. Pillow and matplotlib load on use."""
+"""Images about images: labelled grids and the loss curve. Pillow and matplotlib load on use."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def grid(
     column_labels: Sequence[str] = (),
     title: str | None = None,
 ) -> Image:
-    """Return pictures laid out in rows, with labels that can be read.
+    """Return images laid out in rows, with labels that can be read.
 
-    Small pictures are enlarged by a whole factor of at most 3; all cells are as large as the largest
-    picture. Long labels are wrapped, and shortened with an ellipsis where even that is not enough.
+    Small images are enlarged by a whole factor of at most 3; all cells are as large as the largest
+    image. Long labels are wrapped, and shortened with an ellipsis where even that is not enough.
 
     Args:
-        images: the pictures, row by row; the last row may be short.
-        columns: pictures in a row.
+        images: the images, row by row; the last row may be short.
+        columns: images in a row.
         row_labels: none, or one a row, shown at the left.
         column_labels: none, or one a column, shown on top.
         title: one line above everything.
@@ -50,10 +50,10 @@ def grid(
 
     rows = math.ceil(len(images) / columns) if columns > 0 else 0
     if rows == 0:
-        raise ValueError(f"a grid needs pictures and columns, not {len(images)} and {columns}")
+        raise ValueError(f"a grid needs images and columns, not {len(images)} and {columns}")
     if len(row_labels) not in (0, rows) or len(column_labels) not in (0, columns):
         raise ValueError(
-            f"{rows} x {columns} pictures, but {len(row_labels)} row and {len(column_labels)} column labels"
+            f"{rows} x {columns} images, but {len(row_labels)} row and {len(column_labels)} column labels"
         )
     cells = _enlarged(images)
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
@@ -133,7 +133,7 @@ def loss_curve(
             marker="o",
             markersize=5,
             linewidth=1.2,
-            label="held-out pictures",
+            label="held-out images",
         )
     upper.set_ylabel("loss")
     upper.set_ylim(0, _upper_limit(losses, [loss for _, loss in validation]))
@@ -181,12 +181,12 @@ def _enlarged(images: Sequence[Image]) -> list[Image]:
 
     largest = max(max(image.size) for image in images)
     factor = min(3, max(1, math.ceil(_LEGIBLE / largest)))
-    pictures = [image.convert("RGB") for image in images]
+    converted = [image.convert("RGB") for image in images]
     if factor == 1:
-        return pictures
+        return converted
     return [
-        picture.resize((picture.width * factor, picture.height * factor), Pil.Resampling.LANCZOS)
-        for picture in pictures
+        image.resize((image.width * factor, image.height * factor), Pil.Resampling.LANCZOS)
+        for image in converted
     ]
 
 

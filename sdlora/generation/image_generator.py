@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ImageGenerator:
-    """A loaded base that makes pictures with any adapters, at strengths that may change every call."""
+    """A loaded base that makes images with any adapters, at strengths that may change every call."""
 
     def __init__(self, model: DiffusionModel) -> None:
         """Take over a loaded model; it must be left alone while this object is used."""
@@ -102,7 +102,7 @@ class ImageGenerator:
     def generate(
         self, requests: Iterable[GenerateRequest], *, merge: bool = False, progress: Progress | None = None
     ) -> list[GeneratedImage]:
-        """Return the pictures of ``requests``, in their order, each with its own adapter strengths.
+        """Return the images of ``requests``, in their order, each with its own adapter strengths.
 
         After :meth:`merge`, requests must ask for the merged strengths or for none.
 
@@ -130,7 +130,7 @@ class ImageGenerator:
         return [GeneratedImage(images[i], request) for i, request in enumerate(asked)]
 
     def merge(self, strengths: Mapping[str, Strength]) -> None:
-        """Fold adapters into the base's weights: no cost while generating, and rounding-equal pictures.
+        """Fold adapters into the base's weights: no cost while generating, and rounding-equal images.
 
         Raises:
             ConfigError: for an adapter that is not loaded, or if adapters are merged already.

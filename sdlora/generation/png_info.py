@@ -98,9 +98,9 @@ def read_parameters(file: Path) -> dict[str, str]:
             image.load()
             text = image.info.get(_KEY)
     except FileNotFoundError:
-        raise SdloraError(f"{file}: no such picture; check the path") from None
+        raise SdloraError(f"{file}: no such image; check the path") from None
     except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise SdloraError(f"{file}: not a picture that can be read ({error}); give a PNG") from error
+        raise SdloraError(f"{file}: not an image that can be read ({error}); give a PNG") from error
     if not isinstance(text, str):
         raise SdloraError(f"{file}: holds no `{_KEY}` text; give a PNG that sdlora or WebUI wrote")
     return parse_parameters(text)

@@ -1,4 +1,4 @@
-"""The denoising loop: from requests to pictures, for users and for previews during training."""
+"""The denoising loop: from requests to images, for users and for previews during training."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Progress = Callable[[int, int], None]
-"""Told after every denoising step: (pictures times steps done, all of them)."""
+"""Told after every denoising step: (images times steps done, all of them)."""
 
 MAX_BATCH = 16
 MAX_BATCH_LATENTS = 4 * 64 * 64
-"""Latent pixels of one batch: four pictures of 512 px; guidance doubles what the denoiser sees."""
+"""Latent pixels of one batch: four images of 512 px; guidance doubles what the denoiser sees."""
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One picture to be made.
+    """One image to be made.
 
     Attributes:
         prompt: what to show.
@@ -57,7 +57,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A picture with the request that made it."""
+    """An image with the request that made it."""
 
     image: Image
     request: GenerateRequest
@@ -67,10 +67,10 @@ class GeneratedImage:
 def render(
     model: DiffusionModel, requests: Sequence[GenerateRequest], *, progress: Progress | None = None
 ) -> list[Image]:
-    """Return the pictures of ``requests``, in their order, with the adapters acting as the model has them.
+    """Return the images of ``requests``, in their order, with the adapters acting as the model has them.
 
-    Requests that differ only in prompts and seed share batches. Each picture draws all its noise from its
-    own CPU generator and each prompt is encoded by itself, so a batch changes a picture only by rounding.
+    Requests that differ only in prompts and seed share batches. Each image draws all its noise from its
+    own CPU generator and each prompt is encoded by itself, so a batch changes an image only by rounding.
     The caller sets modes and strengths (:meth:`DiffusionModel.prepare`, ``set_strengths``).
 
     Raises:
@@ -102,7 +102,7 @@ def render(
 
 
 def check_request(model: DiffusionModel, request: GenerateRequest) -> None:
-    """Raise ConfigError if the model cannot make such a picture, naming what it could make."""
+    """Raise ConfigError if the model cannot make such an image, naming what it could make."""
     find_sampler(request.sampler)
     check_steps(model.process, request.steps)
     multiple = model.size_multiple
@@ -179,7 +179,7 @@ def _conditioning(model: DiffusionModel, requests: Sequence[GenerateRequest], gu
 
 
 def _to_images(pixels: Tensor) -> list[Image]:
-    """Return pictures of pixels (B, 3, H, W) in [-1, 1]."""
+    """Return images of pixels (B, 3, H, W) in [-1, 1]."""
     from PIL import Image as Pil
 
     numbers = ((pixels.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -20,7 +20,7 @@ from .norms import BlockNorm, block_norms
 _SETTINGS = {
     "ss_steps": "steps",
     "ss_num_epochs": "epochs",
-    "ss_num_train_images": "pictures per epoch",
+    "ss_num_train_images": "images per epoch",
     "ss_resolution": "resolution",
     "ss_learning_rate": "learning rate",
     "ss_text_encoder_lr": "text encoder learning rate",
@@ -63,7 +63,7 @@ class AdapterSummary:
         alphas: alpha -> layers.
         dtypes: number format -> tensors.
         trigger_words: words that call the style.
-        tags: the most frequent tags or captions of the training pictures.
+        tags: the most frequent tags or captions of the training images.
         settings: training settings by their usual name.
         model_hash: SHA-256 of the tensor data; the header's own, or empty, where no data was read.
         hash_matches: whether the header's own hash agrees; None if it has none, or no data was read.

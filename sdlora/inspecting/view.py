@@ -1,4 +1,4 @@
-"""An adapter's summary as text for a terminal, and its norms by block as a picture."""
+"""An adapter's summary as text for a terminal, and its norms by block as an image."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ def render(summary: AdapterSummary, *, width: int = 140, colour: bool = False, p
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
-def draw_norms(summary: AdapterSummary, picture: Path) -> None:
+def draw_norms(summary: AdapterSummary, image: Path) -> None:
     """Draw the size of the updates by block as bars into a new PNG, atomically.
 
     Raises:
-        OutputError: when the picture exists, or cannot be written.
+        OutputError: when the image exists, or cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if picture.exists():
-        raise OutputError(f"{picture}: exists; nothing was overwritten. Choose another name after --chart")
+    if image.exists():
+        raise OutputError(f"{image}: exists; nothing was overwritten. Choose another name after --chart")
     blocks = summary.blocks
     figure = Figure(figsize=(9, min(60.0, 1.6 + 0.26 * len(blocks))), layout="constrained")
     FigureCanvasAgg(figure)
@@ -86,7 +86,7 @@ def draw_norms(summary: AdapterSummary, picture: Path) -> None:
     title = f"{shown(summary.name, 60)}: {summary.family or 'unknown family'}, rank {rank}, alpha {alpha}"
     figure.suptitle(shown(title, 120), fontsize=9, parse_math=False)
     axis.legend(fontsize=8)
-    with replacing(picture) as temporary:
+    with replacing(image) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 

@@ -1,8 +1,8 @@
-"""How alike two pictures are in what they show where, and whether generated pictures repeat trained ones.
+"""How alike two images are in what they show where, and whether generated images repeat trained ones.
 
-Unlike the style score, which compares sets, this compares single pictures: the correlation of their
+Unlike the style score, which compares sets, this compares single images: the correlation of their
 lightness at 16 x 16 px, the best one over small moves. A copy that was mirrored, moved a little or drawn
-a little larger is still a copy, and the same latitude is given to the pictures it is judged against.
+a little larger is still a copy, and the same latitude is given to the images it is judged against.
 Numpy and Pillow only.
 """
 
@@ -20,7 +20,7 @@ from .style_features import Array, oklab
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_SIDE = 16  # px at which pictures are compared
+_SIDE = 16  # px at which images are compared
 _FINE = 2  # moves are made at this many times as many px
 _SHIFTS = (-2, -1, 0, 1, 2)  # in fine px: up to a sixteenth of the side
 _SIZES = (0.875, 1.0, 1.125)
@@ -28,12 +28,12 @@ _SIZES = (0.875, 1.0, 1.125)
 
 @dataclass(frozen=True)
 class Copying:
-    """Whether generated pictures repeat training pictures.
+    """Whether generated images repeat training images.
 
     Attributes:
-        generated: mean over the generated pictures of the likeness to the nearest training picture.
-        true: the same for true pictures that were not trained on: what chance and style alone give.
-        share: share of the generated pictures nearer to a training picture than any of these is.
+        generated: mean over the generated images of the likeness to the nearest training image.
+        true: the same for true images that were not trained on: what chance and style alone give.
+        share: share of the generated images nearer to a training image than any of these is.
     """
 
     generated: float
@@ -46,26 +46,26 @@ class Copying:
 
 
 def copying(generated: Sequence[Image], training: Sequence[Image], true: Sequence[Image]) -> Copying:
-    """Compare generated pictures with the training pictures, by :func:`likeness`.
+    """Compare generated images with the training images, by :func:`likeness`.
 
-    True pictures that were not trained on show what is usual between different pictures of this style.
+    True images that were not trained on show what is usual between different images of this style.
 
     Raises:
         SdloraError: when one of the sets is empty.
     """
     for name, images in (("generated", generated), ("training", training), ("true", true)):
         if not images:
-            raise SdloraError(f"copying check: there are no {name} pictures; give at least one")
+            raise SdloraError(f"copying check: there are no {name} images; give at least one")
     ours, theirs = likeness(generated, training).max(1), likeness(true, training).max(1)
     return Copying(float(ours.mean()), float(theirs.mean()), float((ours > theirs.max()).mean()))
 
 
 def likeness(first: Sequence[Image], second: Sequence[Image]) -> Array:
-    """Return the likeness (n, m) of every picture of ``first`` to every one of ``second``.
+    """Return the likeness (n, m) of every image of ``first`` to every one of ``second``.
 
     The correlation of lightness (Oklab) at 16 x 16 px, the highest over the views of the first one: it and
     its mirror image, at 7/8, 1 and 9/8 of its size, moved by up to a sixteenth of the side. 1 is a copy;
-    pictures of different things in one style have about 0 to 0.8.
+    images of different things in one style have about 0 to 0.8.
     """
     known = _standardised(np.stack([_shrunk(_lightness(image)).ravel() for image in second]))
     views = _standardised(np.stack([view for image in first for view in _views(image)]))
@@ -84,7 +84,7 @@ def _lightness(image: Image) -> Array:
 
 
 def _views(image: Image) -> Iterator[Array]:
-    """Yield the picture's views as flat vectors; beyond its edge, the edge goes on."""
+    """Yield the image's views as flat vectors; beyond its edge, the edge goes on."""
     from PIL import Image as Pil
 
     side, margin = _SIDE * _FINE, 8

@@ -1,17 +1,17 @@
-"""How far pictures moved from a base's look towards a style, in one number that can be explained.
+"""How far images moved from a base's look towards a style, in one number that can be explained.
 
-Each picture becomes a few dozen hand-made numbers about colour, tone, edges, texture and strokes
+Each image becomes a few dozen hand-made numbers about colour, tone, edges, texture and strokes
 (:mod:`sdlora.judging.style_features`); nothing is learned and no network is used. A style is a *set* of
-pictures, so sets are compared: the energy distance between the generated and the true pictures, relative
+images, so sets are compared: the energy distance between the generated and the true images, relative
 to that between the base's and the true ones::
 
     score = 1 - D(generated, true) / D(base, true)
 
 0 looks like the base, 1 cannot be told from the true style, below 0 is farther away than the base was.
-The ruler (:class:`StyleRuler`) depends on the base's and the true pictures only, never on what is
+The ruler (:class:`StyleRuler`) depends on the base's and the true images only, never on what is
 measured with it. ``docs/score.md`` gives the formulae and the reasons.
 
-Everything works on Pillow pictures and numpy arrays; this module imports no torch.
+Everything works on Pillow images and numpy arrays; this module imports no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..families.base import DiffusionModel
 
 MIN_IMAGES = 4
-"""A set of fewer pictures says nothing about a look."""
+"""A set of fewer images says nothing about a look."""
 
 _FLOOR = 0.01  # least spread of a feature, so that one that is constant in both sets cannot rule
 _DRAWS = 400
@@ -40,16 +40,16 @@ _SPLITS = 40
 
 @dataclass(frozen=True)
 class StyleScore:
-    """Where a set of pictures stands between a base and a style.
+    """Where a set of images stands between a base and a style.
 
     Attributes:
         value: 0 looks like the base, 1 like the true style; may be negative.
-        low: lower end of the 90 % bootstrap interval over the pictures.
+        low: lower end of the 90 % bootstrap interval over the images.
         high: upper end.
         groups: the score by each group of features alone.
-        distance: energy distance of the generated pictures to the true ones.
-        base_distance: that of the base's pictures, which is the unit.
-        num_images: generated pictures.
+        distance: energy distance of the generated images to the true ones.
+        base_distance: that of the base's images, which is the unit.
+        num_images: generated images.
     """
 
     value: float
@@ -78,16 +78,16 @@ class StyleScore:
 
 
 class StyleRuler:
-    """Measures sets of pictures between a base's look (0) and a style (1).
+    """Measures sets of images between a base's look (0) and a style (1).
 
     Args:
-        base: pictures by the base alone, at least :data:`MIN_IMAGES`.
-        true: pictures of the style, of the same size; best of the same subjects, and passed through the
+        base: images by the base alone, at least :data:`MIN_IMAGES`.
+        true: images of the style, of the same size; best of the same subjects, and passed through the
             base's autoencoder, so that its blur is not charged to the adapter.
         seed: fixes the bootstrap's draws.
 
     Raises:
-        SdloraError: when there are too few pictures, or the base looks like the style already.
+        SdloraError: when there are too few images, or the base looks like the style already.
     """
 
     def __init__(self, base: Sequence[Image], true: Sequence[Image], *, seed: int = 0) -> None:
@@ -98,12 +98,12 @@ class StyleRuler:
         self.base_distance = energy_distance(self._base, self._true)
         if self.base_distance <= 0:
             raise SdloraError(
-                "style score: the base's pictures cannot be told from the true ones, so there is no way to "
+                "style score: the base's images cannot be told from the true ones, so there is no way to "
                 "go; check that they come from the base alone, or give more of them"
             )
 
     def score(self, images: Sequence[Image]) -> StyleScore:
-        """Return the score of generated pictures; their order does not matter."""
+        """Return the score of generated images; their order does not matter."""
         generated = features_of_all(images, "generated") / self._scale
         distance = energy_distance(generated, self._true)
         low, high = self._interval(generated)
@@ -123,14 +123,14 @@ class StyleRuler:
         return rows
 
     def ceiling(self) -> float:
-        """Return the mean score of one half of the true pictures against the other: about 1.
+        """Return the mean score of one half of the true images against the other: about 1.
 
-        How far it is from 1 is what the number of pictures leaves open.
+        How far it is from 1 is what the number of images leaves open.
         """
         return float(np.mean(self.splits()))
 
     def splits(self) -> list[float]:
-        """Return the score of one half of the true pictures against the other, for random halves."""
+        """Return the score of one half of the true images against the other, for random halves."""
         generator = np.random.default_rng(self._seed)
         half, scores = len(self._true) // 2, []
         for _ in range(_SPLITS):
@@ -163,7 +163,7 @@ class StyleRuler:
 
 
 def style_score(base: Sequence[Image], true: Sequence[Image], generated: Sequence[Image]) -> StyleScore:
-    """Return the score of one set of generated pictures; see :class:`StyleRuler`."""
+    """Return the score of one set of generated images; see :class:`StyleRuler`."""
     return StyleRuler(base, true).score(generated)
 
 
@@ -173,7 +173,7 @@ def style_score(base: Sequence[Image], true: Sequence[Image], generated: Sequenc
 def energy_distance(first: Array, second: Array) -> float:
     """Return the energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'| (Szekely and Rizzo 2013, equation 5).
 
-    The unbiased form, which leaves out each picture's distance to itself: 0 on average for two samples
+    The unbiased form, which leaves out each image's distance to itself: 0 on average for two samples
     of one distribution, whatever their sizes, and so sometimes below 0.
 
     Args:
@@ -187,7 +187,7 @@ def energy_distance(first: Array, second: Array) -> float:
 def _weighted_energy(first: Array, second: Array, weights: Array, others: Array) -> Array:
     """Return the distance (draws,) for each row of weights, (draws, n) and (draws, m).
 
-    A picture drawn twice must not count as two pictures at distance 0, so pairs of a picture with
+    An image drawn twice must not count as two images at distance 0, so pairs of an image with
     itself are left out of the weights' sum, too.
     """
     across = np.einsum("bi,ij,bj->b", weights, distances(first, second), others, optimize=True)
@@ -229,8 +229,7 @@ def features_of_all(images: Sequence[Image], what: str = "") -> Array:
     """
     if len(images) < MIN_IMAGES:
         raise SdloraError(
-            f"style score: {len(images)} {what} pictures are too few to tell a look; "
-            f"give {MIN_IMAGES} or more"
+            f"style score: {len(images)} {what} images are too few to tell a look; give {MIN_IMAGES} or more"
         )
     rows = np.stack([features_of(image) for image in images])
     return rows[np.lexsort(rows.T[::-1])]
@@ -240,7 +239,7 @@ def features_of_all(images: Sequence[Image], what: str = "") -> Array:
 
 
 def through_autoencoder(model: DiffusionModel, images: Sequence[Image]) -> list[Image]:
-    """Return pictures as the base could draw them at best: resized, encoded and decoded again.
+    """Return images as the base could draw them at best: resized, encoded and decoded again.
 
     Its autoencoder's blur is then on both sides of a comparison, and not charged to an adapter.
     """

@@ -1,7 +1,7 @@
-"""A picture's look as a few dozen hand-made numbers: colour, tone, edges, texture, strokes.
+"""An image's look as a few dozen hand-made numbers: colour, tone, edges, texture, strokes.
 
-Nothing is learned and no network is used: Pillow pictures in, numpy arrays out; no torch. ``docs/score.md``
-gives the reasons; :mod:`sdlora.judging.score` compares sets of pictures by them.
+Nothing is learned and no network is used: Pillow images in, numpy arrays out; no torch. ``docs/score.md``
+gives the reasons; :mod:`sdlora.judging.score` compares sets of images by them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _INK = 0.5  # Oklab lightness below which a pixel is ink; 0.5 is sRGB grey 99
 _TONES = 8  # soft bins of lightness
 _OCTAVES = 4
 _DIRECTIONS = 4
-_WIDTHS = (1 / 32, 1 / 16, 1 / 8)  # stroke widths, in shares of the picture's side
-_SPECK = 1 / 1024  # smaller spots (share of the picture's area) are not counted
+_WIDTHS = (1 / 32, 1 / 16, 1 / 8)  # stroke widths, in shares of the image's side
+_SPECK = 1 / 1024  # smaller spots (share of the image's area) are not counted
 
 
 def _names() -> dict[str, tuple[str, ...]]:
@@ -56,7 +56,7 @@ FEATURES: Mapping[str, tuple[str, ...]] = _names()
 
 
 def features_of(image: Image) -> Array:
-    """Return the features (d,) of one picture, in the order of :data:`FEATURES`; all are about 0 to 1."""
+    """Return the features (d,) of one image, in the order of :data:`FEATURES`; all are about 0 to 1."""
     lab = oklab(np.asarray(image.convert("RGB"), dtype=np.float64) / 255)
     lightness = lab[..., 0]
     values = [
@@ -189,7 +189,7 @@ def _strokes(ink: Mask) -> list[float]:
 def _opened(mask: Mask, width: int) -> Mask:
     """Return the union of all squares of ``width`` px inside the mask (opening; Serra 1982).
 
-    What lies beyond the picture's edge continues it, so that the ground does not end there.
+    What lies beyond the image's edge continues it, so that the ground does not end there.
     """
     padded = np.pad(mask, width, mode="edge")
     full = _box_sums(padded, width) == width * width

@@ -182,7 +182,7 @@ def _plan(
                     f"{path}: {module.path} is {update.shape} in the adapter but {site.shape} in "
                     f"{model.path}; use the base it was trained on"
                 )
-            terms = baking.terms.setdefault((site.header.path, site.place.key), [])
+            terms = baking.terms.setdefault((site.header.path, site.stored_key.key), [])
             terms.append(_Term(module, site, update, value))
 
 
@@ -206,10 +206,10 @@ def _plain_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _rows(site: Site, stored: Tensor) -> Tensor:
     """Return a module's weight as a view into the tensor that holds it, (out, rest)."""
-    if site.place.third is not None:
+    if site.stored_key.third is not None:
         rows = stored.shape[0] // 3
-        stored = stored[site.place.third * rows : (site.place.third + 1) * rows]
-    return stored.T if site.place.transposed else stored.view(stored.shape[0], -1)
+        stored = stored[site.stored_key.third * rows : (site.stored_key.third + 1) * rows]
+    return stored.T if site.stored_key.transposed else stored.view(stored.shape[0], -1)
 
 
 def _add(target: Tensor, terms: Sequence[_Term], weight: Tensor) -> Tensor:

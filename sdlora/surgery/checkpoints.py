@@ -21,7 +21,7 @@ from torch import Tensor
 from ..adapters.canonical import COMPONENTS, ModuleKey
 from ..errors import ModelError
 from ..families.base import FamilyInfo, TextEncoderInfo
-from ..families.ldm import UNET_PREFIX, Place, text_places
+from ..families.ldm import UNET_PREFIX, StoredKey, text_key_map
 from ..families.table import FAMILIES, family_info
 from ..families.weights import checked_header
 from ..formats import names
@@ -47,24 +47,24 @@ class Site:
     """Where one module's weight lies in a file."""
 
     header: Header
-    place: Place
+    stored_key: StoredKey
 
     @property
     def spec(self) -> TensorSpec:
         """The tensor that holds it, perhaps among others."""
-        return self.header.tensors[self.place.key]
+        return self.header.tensors[self.stored_key.key]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the module's weight: (out, in) or (out, in, kh, kw)."""
         rows, *rest = self.spec.shape
-        shape = (rows if self.place.third is None else rows // 3, *rest)
-        return tuple(reversed(shape)) if self.place.transposed else shape
+        shape = (rows if self.stored_key.third is None else rows // 3, *rest)
+        return tuple(reversed(shape)) if self.stored_key.transposed else shape
 
     def read(self) -> Tensor:
         """Return the module's weight, float32 (float64 stays)."""
-        stored = read_tensor(self.header, self.place.key)
-        return self.place.take(stored, self.shape).to(wide_dtype(stored.dtype))
+        stored = read_tensor(self.header, self.stored_key.key)
+        return self.stored_key.take(stored, self.shape).to(wide_dtype(stored.dtype))
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _open_folder(path: Path) -> Checkpoint:
                     module = ModuleKey(
                         component, name if component == "unet" else names.with_text_prefix(name)
                     )
-                    sites.setdefault(module, []).append(Site(header, Place(key)))
+                    sites.setdefault(module, []).append(Site(header, StoredKey(key)))
     if not any(module.component == "unet" for module in sites):
         raise ModelError(
             f"{path}: holds no U-Net weights in {path / 'unet'}; check that the download is complete"
@@ -244,16 +244,16 @@ def _sites_of_file(header: Header) -> dict[ModuleKey, tuple[Site, ...]]:
         if key.startswith(UNET_PREFIX) and key.endswith(_ENDING) and _is_matrix(spec):
             path = names.from_ldm(key.removeprefix(UNET_PREFIX).removesuffix(_ENDING))
             if path is not None:
-                found[ModuleKey("unet", path)] = (Site(header, Place(key)),)
+                found[ModuleKey("unet", path)] = (Site(header, StoredKey(key)),)
     family = _family_of_file(header)
     for encoder in family.text_encoders:
-        for name, place in _places(header, encoder, family.assets):
+        for name, stored_key in _key_map(header, encoder, family.assets):
             module = ModuleKey(encoder.component, names.with_text_prefix(name.removesuffix(_ENDING)))
-            found[module] = (Site(header, place),)
+            found[module] = (Site(header, stored_key),)
     return found
 
 
-def _places(header: Header, encoder: TextEncoderInfo, assets: str) -> Iterator[tuple[str, Place]]:
+def _key_map(header: Header, encoder: TextEncoderInfo, assets: str) -> Iterator[tuple[str, StoredKey]]:
     """Yield (transformers name, place) of the matrices of a text encoder that are in the file.
 
     SD2's checkpoints have a layer more than is used; no adapter has it.
@@ -275,9 +275,9 @@ def _places(header: Header, encoder: TextEncoderInfo, assets: str) -> Iterator[t
     ]
     if encoder.projected:
         wanted.append(f"text_projection{_ENDING}")
-    for name, place in text_places(wanted, encoder).items():
-        if place.key in header.tensors:
-            yield name, place
+    for name, stored_key in text_key_map(wanted, encoder).items():
+        if stored_key.key in header.tensors:
+            yield name, stored_key
 
 
 def _family_of_file(header: Header) -> FamilyInfo:

@@ -35,7 +35,7 @@ class AdapterDiff:
         modules: module -> comparison.
         with_modules: whether people asked for each module.
         only_in: modules that the first, and the second, has alone.
-        picture: the heat map, if one was drawn.
+        image: the heat map, if one was drawn.
         seconds: wall time.
         notes: what the user should know.
     """
@@ -44,7 +44,7 @@ class AdapterDiff:
     modules: Mapping[ModuleKey, Likeness]
     with_modules: bool
     only_in: tuple[int, int]
-    picture: Path | None
+    image: Path | None
     seconds: float
     notes: tuple[str, ...]
 
@@ -69,7 +69,7 @@ class AdapterDiff:
                 {"component": component, "block": block, **likeness.to_dict()}
                 for (component, block), likeness in self.blocks().items()
             ],
-            "picture": self.picture and str(self.picture),
+            "image": self.image and str(self.image),
             "seconds": round(self.seconds, 2),
             "notes": list(self.notes),
         }
@@ -100,8 +100,8 @@ class AdapterDiff:
             if count:
                 lines.append(f"{count} modules are only in {name}")
         lines += [f"note: {note}" for note in self.notes]
-        if self.picture is not None:
-            lines.append(str(self.picture))
+        if self.image is not None:
+            lines.append(str(self.image))
         return "\n".join(lines)
 
 
@@ -109,7 +109,7 @@ def diff_adapters(
     one: Path,
     other: Path,
     *,
-    picture: Path | None = None,
+    image: Path | None = None,
     overwrite: bool = False,
     report: bool = False,
     progress: Progress = silent,
@@ -119,30 +119,30 @@ def diff_adapters(
     Args:
         one: adapter file or folder of any format.
         other: the same.
-        picture: PNG to draw a heat map into, block by kind of layer.
-        overwrite: replace an existing picture.
+        image: PNG to draw a heat map into, block by kind of layer.
+        overwrite: replace an existing image.
         report: list every module, not only the blocks.
         progress: told after each module.
 
     Raises:
         AdapterFileError: when one cannot be read, or they are not for the same layers.
-        OutputError: when the picture exists or cannot be written.
+        OutputError: when the image exists or cannot be written.
     """
     started = time.perf_counter()
-    if picture is not None:
-        _check_picture(picture, (one, other), overwrite)
+    if image is not None:
+        _check_image(image, (one, other), overwrite)
     adapters = open_adapters([one, other])
     first, second = (adapter.weights for adapter in adapters)
     modules = dict(compared(first, second, progress))
-    if picture is not None:
-        draw_heatmap(modules, (one.name, other.name), picture)
+    if image is not None:
+        draw_heatmap(modules, (one.name, other.name), image)
     shared = len(set(first.pairs) & set(second.pairs))
     return AdapterDiff(
         (one, other),
         modules,
         report,
         (len(first) - shared, len(second) - shared),
-        picture,
+        image,
         time.perf_counter() - started,
         kind_notes(adapters),
     )
@@ -177,12 +177,12 @@ def likeness_of(module: ModuleKey, one: LowRankPair | None, other: LowRankPair |
     return Likeness(first.norm(), second.norm(), inner_product(first, second), distance(first, second))
 
 
-def _check_picture(picture: Path, sources: Sequence[Path], overwrite: bool) -> None:
-    if picture.suffix.lower() != ".png":
-        raise OutputError(f"{picture}: the heat map is a PNG; give --picture a name ending in .png")
-    refuse_source(picture, sources)
-    if picture.exists() and not overwrite:
-        raise OutputError(f"{picture}: exists; nothing was overwritten. Give another name, or --overwrite")
+def _check_image(image: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    if image.suffix.lower() != ".png":
+        raise OutputError(f"{image}: the heat map is a PNG; give --image a name ending in .png")
+    refuse_source(image, sources)
+    if image.exists() and not overwrite:
+        raise OutputError(f"{image}: exists; nothing was overwritten. Give another name, or --overwrite")
 
 
 def _norm(factors: Factors | None) -> float:

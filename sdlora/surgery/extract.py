@@ -196,7 +196,7 @@ def extracted(
 
 def what_is_left(base: Checkpoint, tuned: Checkpoint, modules: Sequence[ModuleKey]) -> LeftOut:
     """Return what two checkpoints of one layout differ in beside these modules, VAE and averages aside."""
-    taken = {(site.header.path, site.place.key) for m in modules for site in tuned.sites(m)[:1]}
+    taken = {(site.header.path, site.stored_key.key) for m in modules for site in tuned.sites(m)[:1]}
     differences: dict[str, float] = {}
     for one, other in _matching(base, tuned):
         keys = [

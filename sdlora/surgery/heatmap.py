@@ -1,4 +1,4 @@
-"""A comparison of two adapters as a picture: one cell for each block and kind of layer."""
+"""A comparison of two adapters as an image: one cell for each block and kind of layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONGEST_SIDE_INCHES = 60.0
 _MOST_DOUBLINGS = 3.0
 
 
-def draw_heatmap(modules: Mapping[ModuleKey, Likeness], names: tuple[str, str], picture: Path) -> None:
+def draw_heatmap(modules: Mapping[ModuleKey, Likeness], names: tuple[str, str], file: Path) -> None:
     """Draw cosine and ratio of norms for each block (rows) and kind of layer (columns), atomically.
 
     Cells without a layer, or where one adapter has none, stay grey.
@@ -29,7 +29,7 @@ def draw_heatmap(modules: Mapping[ModuleKey, Likeness], names: tuple[str, str], 
     Args:
         modules: the comparison by module.
         names: of the two adapters, for the titles.
-        picture: the PNG.
+        image: the PNG.
 
     Raises:
         OutputError: when it cannot be written.
@@ -61,7 +61,7 @@ def draw_heatmap(modules: Mapping[ModuleKey, Likeness], names: tuple[str, str], 
         axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
         axis.set_yticks(range(len(rows)), rows, fontsize=7)
         figure.colorbar(image, ax=axis, shrink=0.6)
-    with replacing(picture) as temporary:
+    with replacing(file) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 

@@ -124,8 +124,8 @@ def _keeps_text(config: Config) -> bool:
 
 
 def _keeps_images(config: Config) -> bool:
-    """Tell whether the picture encoder is needed while training."""
-    return config.data.varies_pictures and config.data.variants == 0
+    """Tell whether the image encoder is needed while training."""
+    return config.data.varies_images and config.data.variants == 0
 
 
 def _priors(config: Config) -> tuple[bool, bool]:

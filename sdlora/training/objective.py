@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters.disable import silenced
+from ..adapters.disable import adapters_disabled
 from ..config.schema import Config
 from ..data.batching.batches import Batch
 from ..diffusion.process import draw_noise, per_image_loss
@@ -26,7 +26,7 @@ class _Inputs(NamedTuple):
     sizes: Sequence[SizeHint]
 
     def rows(self, chosen: Sequence[int]) -> _Inputs:
-        """Return those of some pictures."""
+        """Return those of some images."""
         text = {name: tensor[list(chosen)] for name, tensor in self.text.items()}
         sizes = [self.sizes[row] for row in chosen]
         return _Inputs(self.noisy[list(chosen)], self.timesteps[list(chosen)], text, sizes)
@@ -47,11 +47,11 @@ def loss_of(
     generator: torch.Generator,
     predict: Predict | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the objective of each picture and its plain error, both (B,) float32.
+    """Return the objective of each image and its plain error, both (B,) float32.
 
     The objective is the mean squared error of the prediction (over the mask) times the min-SNR weight and
-    the picture's own. With prior preservation, what the base itself predicts is the target of
-    regularisation pictures; without such pictures, it is that of a second prediction of every picture, for
+    the image's own. With prior preservation, what the base itself predicts is the target of
+    regularisation images; without such images, it is that of a second prediction of every image, for
     the empty caption. Noise and timesteps are drawn with ``generator``, in this order. ``predict`` stands
     in for the model's own call.
     """
@@ -95,7 +95,7 @@ def _blank(model: DiffusionModel, batch: Batch) -> Conditioning:
 def _of_base(model: DiffusionModel, batch: Batch, inputs: _Inputs, rows: Sequence[int]) -> Tensor:
     """Return what the base predicts for some rows, (len(rows), C, h, w) float32."""
     chosen = inputs.rows(rows)
-    with silenced(model):
+    with adapters_disabled(model):
         if batch.text is None:  # the text encoder is trained too: the base's own text belongs to it
             captions = [batch.captions[row] if row < len(batch.captions) else "" for row in rows]
             chosen = chosen._replace(text=model.encode_text(captions))

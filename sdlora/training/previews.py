@@ -1,4 +1,4 @@
-"""Pictures made while training: rows of previews as a steps x prompts grid, and the loss curve."""
+"""Images made while training: rows of previews as a steps x prompts grid, and the loss curve."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def preview(run: Run) -> None:
         return
     requests = [_request(run, prompt, number) for number, prompt in enumerate(prompts)]
     run.model.prepare(
-        training=False, keep_text=run.keep_text, keep_images=run.training.looks.in_loop, lean=True
+        training=False, keep_text=run.keep_text, keep_images=run.training.views.in_loop, lean=True
     )
     images = render(run.model, requests)
     run.model.prepare(
         training=True,
         gradient_checkpointing=run.config.training.gradient_checkpointing,
         keep_text=run.keep_text,
-        keep_images=run.training.looks.in_loop,
+        keep_images=run.training.views.in_loop,
     )
     files = []
     for number, (image, request) in enumerate(zip(images, requests, strict=True), start=1):
@@ -41,7 +41,7 @@ def preview(run: Run) -> None:
         save_png(image, file, parameters_text(request, base=run.model.base))
         files.append(file)
     _draw_grid(run.folder, list(prompts))
-    run.tell(Sampled(run.step, tuple(files), run.folder.grid))
+    run.emit(Sampled(run.step, tuple(files), run.folder.grid))
 
 
 def _request(run: Run, prompt: str, number: int) -> GenerateRequest:

@@ -1,4 +1,4 @@
-"""A run made ready: settings resolved, pictures encoded, adapter attached, state restored.
+"""A run made ready: settings resolved, images encoded, adapter attached, state restored.
 
 :func:`prepare_run` does everything before the first step, cheapest checks first; :mod:`sdlora.training.train`
 holds the loop.
@@ -19,21 +19,21 @@ from torch import Tensor
 
 from ..adapters.attach import create_adapter
 from ..adapters.canonical import AdapterWeights
-from ..config.defaults import Decision, check_components, resolve_data, resolve_training
+from ..config.defaults import Default, check_components, resolve_data, resolve_training
 from ..config.schema import Config
 from ..config.toml import load_config, save_config
 from ..data.batching.batches import generator_for, make_batch
 from ..data.batching.cache import EncodedDataset
 from ..data.batching.loader import BatchLoader, Loaded
 from ..data.batching.order import MicroBatch, Order
-from ..data.batching.prepare import Feed, base_facts, data_facts, make_feed
+from ..data.batching.prepare import PreparedData, base_facts, data_facts, prepare_data
 from ..data.reading.holdout import divide
 from ..data.reading.items import Dataset, ImageItem
 from ..data.reading.sources import by_role, gather, gather_held_out, joined
 from ..data.reading.wording import Wording, reworded
 from ..devices import choose_device, choose_dtype
 from ..errors import ConfigError, OutputError, TrainingError
-from ..events import Announcer, Decided, Noticed
+from ..events import Decided, Emitter, Notice
 from ..families.attention import choose_attention
 from ..families.base import DiffusionModel
 from ..families.loading import load_model
@@ -43,8 +43,8 @@ from ..run_folder import RunFolder, list_checkpoints
 from . import checkpoint
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
 from .optim import ParameterGroup, make_optimizer
-from .trainable import Learned, learn
-from .warm_start import continued, digest_of
+from .trainable import TrainableAdapter, make_trainable
+from .warm_start import digest_of, warm_start
 
 # what a resumed run may change, as none of it alters the numbers of the adapter
 _FREE_ON_RESUME = (
@@ -72,11 +72,11 @@ class Run:
     order: Order
     steps: int
     memory: MemoryPlan
-    learned: Learned
+    trainable: TrainableAdapter
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     accelerator: Accelerator
-    tell: Announcer
+    emit: Emitter
     started_at: float
     splitter: SplitPredictor | None
     loader: BatchLoader
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def images_per_step(self) -> int:
-        """Pictures of a full optimizer step: micro-batch x accumulation x processes."""
+        """Images of a full optimizer step: micro-batch x accumulation x processes."""
         settings = self.config.training
         assert settings.batch_size is not None
         return settings.batch_size * settings.gradient_accumulation * self.accelerator.num_processes
@@ -93,7 +93,7 @@ class Run:
     @property
     def groups(self) -> list[ParameterGroup]:
         """The masters by learning rate."""
-        return self.learned.groups
+        return self.trainable.groups
 
     @property
     def keep_text(self) -> bool:
@@ -102,11 +102,11 @@ class Run:
 
     def parameters(self) -> list[Tensor]:
         """Return the adapter's parameters inside the model, in the order of the masters."""
-        return self.learned.parameters()
+        return self.trainable.parameters()
 
     def masters(self) -> AdapterWeights:
         """Return the adapter's fp32 master weights as copies on the CPU."""
-        return self.learned.masters()
+        return self.trainable.masters()
 
 
 def run_folder(config: Config) -> RunFolder:
@@ -114,7 +114,7 @@ def run_folder(config: Config) -> RunFolder:
     return RunFolder(config.output.folder or Path("runs") / config.output.name)
 
 
-def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
+def prepare_run(config: Config, *, resume: bool, emit: Emitter) -> Run:
     """Make a run ready to step.
 
     Raises:
@@ -122,7 +122,7 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     """
     folder = run_folder(config)
     if config.data.folder is None and not config.data.sources:
-        raise ConfigError("no folder of pictures given: sdlora train FOLDER, or data.folder in the settings")
+        raise ConfigError("no folder of images given: sdlora train FOLDER, or data.folder in the settings")
     accelerator = Accelerator()
     if resume:
         if not list_checkpoints(folder.checkpoints):
@@ -137,7 +137,7 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     own_validation = gather_held_out(config.data)
     if own_validation is not None:
         own_validation = reworded(own_validation, wording)
-    config, device, decisions = _choose(config, accelerator)
+    config, device, defaults = _choose(config, accelerator)
     blueprint = _base(config, torch.device("meta"))
     facts = base_facts(blueprint, device.type)
     check_components(config, facts)
@@ -147,20 +147,20 @@ def prepare_run(config: Config, *, resume: bool, tell: Announcer) -> Run:
     )
     training = joined(training, priors)
     for note in training.notes:
-        tell(Noticed(note))
+        emit(Notice(note))
     start: AdapterWeights | None = None
     if config.adapter.from_file is not None:
-        config, start, followed = continued(config, blueprint)
+        config, start, followed = warm_start(config, blueprint)
         more += followed
     config, rest = resolve_training(config, facts, data_facts(config, training, validation))
-    for one in decisions + more + rest:
-        tell(Decided(one.key, one.value, one.reason))
+    for one in defaults + more + rest:
+        emit(Decided(one.key, one.value, one.reason))
     if resume:
         _check_same(config, folder)
-    plan = _plan_memory(config, device, tell)
+    plan = _plan_memory(config, device, emit)
     model = _base(config, device)
     return _assemble(
-        config, folder, model, plan, start, training, validation, accelerator, tell, resume=resume
+        config, folder, model, plan, start, training, validation, accelerator, emit, resume=resume
     )
 
 
@@ -172,7 +172,7 @@ def _refuse_old_run(folder: RunFolder) -> None:
     refuse_used_folder(folder.path, "a training run")
 
 
-def _choose(config: Config, accelerator: Accelerator) -> tuple[Config, torch.device, list[Decision]]:
+def _choose(config: Config, accelerator: Accelerator) -> tuple[Config, torch.device, list[Default]]:
     """Return the device, and settings with device and number format filled in."""
     device = choose_device(config.training.device)
     if accelerator.num_processes > 1:
@@ -185,11 +185,11 @@ def _choose(config: Config, accelerator: Accelerator) -> tuple[Config, torch.dev
         "training.precision": f"fastest safe one on {device.type}",
     }
     open_keys = [key for key in chosen if config.get(key) is None]
-    decisions = [Decision(key, chosen[key], reasons[key]) for key in open_keys]
+    defaults = [Default(key, chosen[key], reasons[key]) for key in open_keys]
     config = config.with_values({key: chosen[key] for key in open_keys})
     attention = choose_attention(config.training.attention, device, dtype, training=True)
-    decisions.append(Decision("training.attention", attention.name, attention.reason))
-    return config, device, decisions
+    defaults.append(Default("training.attention", attention.name, attention.reason))
+    return config, device, defaults
 
 
 def _base(config: Config, device: torch.device) -> DiffusionModel:
@@ -208,7 +208,7 @@ def _base(config: Config, device: torch.device) -> DiffusionModel:
     )
 
 
-def _plan_memory(config: Config, device: torch.device, tell: Announcer) -> MemoryPlan:
+def _plan_memory(config: Config, device: torch.device, emit: Emitter) -> MemoryPlan:
     """Return what a step will take; warn or refuse if the device has not so much."""
     free = free_memory(device)
 
@@ -217,7 +217,7 @@ def _plan_memory(config: Config, device: torch.device, tell: Announcer) -> Memor
 
     found = plan(config)
     warning = refuse_what_cannot_fit(found, config, device, plan)
-    tell(Noticed(warning or f"memory: about {found.render()}"))
+    emit(Notice(warning or f"memory: about {found.render()}"))
     return found
 
 
@@ -230,35 +230,35 @@ def _assemble(
     training: Dataset,
     validation: Dataset,
     accelerator: Accelerator,
-    tell: Announcer,
+    emit: Emitter,
     *,
     resume: bool,
 ) -> Run:
     with accelerator.main_process_first():  # the others find everything in the cache
-        feed = make_feed(config, training, validation, model, accelerator.num_processes, tell)
-    config = feed.config
+        data = prepare_data(config, training, validation, model, accelerator.num_processes, emit)
+    config = data.config
     settings = config.training
     # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
     model.prepare(training=True, keep_text=config.adapter.adapts_text)
-    learned = learn(model, config, start or create_adapter(model, config.adapter, settings.seed))
+    trainable = make_trainable(model, config, start or create_adapter(model, config.adapter, settings.seed))
     run = Run(
         config=config,
         folder=folder,
         model=model,
         dataset=training,
-        training=feed.training,
-        validation=feed.validation,
-        order=feed.order,
-        steps=feed.steps,
+        training=data.training,
+        validation=data.validation,
+        order=data.order,
+        steps=data.steps,
         memory=plan,
-        learned=learned,
-        optimizer=make_optimizer(config.optimizer, learned.groups),
+        trainable=trainable,
+        optimizer=make_optimizer(config.optimizer, trainable.groups),
         scaler=torch.amp.GradScaler(model.device.type, enabled=settings.precision == "fp16"),
         accelerator=accelerator,
-        tell=tell,
+        emit=emit,
         started_at=time.time(),
         splitter=_splitter(config, model),
-        loader=_loader(feed, model, accelerator.process_index),
+        loader=_loader(data, model, accelerator.process_index),
     )
     if resume:
         _restore(run)
@@ -268,7 +268,7 @@ def _assemble(
         training=True,
         gradient_checkpointing=settings.gradient_checkpointing,
         keep_text=run.keep_text,
-        keep_images=run.training.looks.in_loop,
+        keep_images=run.training.views.in_loop,
     )
     return run
 
@@ -283,13 +283,13 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
     return SplitPredictor(model) if model.device.type == "cpu" and not whole else None
 
 
-def _loader(feed: Feed, model: DiffusionModel, rank: int) -> BatchLoader:
-    config, seed = feed.config, feed.config.training.seed
+def _loader(data: PreparedData, model: DiffusionModel, rank: int) -> BatchLoader:
+    config, seed = data.config, data.config.training.seed
 
     def make(step: int, micro: int, visits: MicroBatch) -> Loaded:
         generator = generator_for(seed, step, micro, rank)
         batch = make_batch(
-            feed.training,
+            data.training,
             model,
             visits,
             generator,
@@ -299,12 +299,12 @@ def _loader(feed: Feed, model: DiffusionModel, rank: int) -> BatchLoader:
         )
         return Loaded(batch, generator)
 
-    return BatchLoader(feed.order, rank, feed.steps, make, single_threaded=model.device.type == "cpu")
+    return BatchLoader(data.order, rank, data.steps, make, single_threaded=model.device.type == "cpu")
 
 
 def state_tensors(run: Run) -> dict[str, Tensor]:
     """Return everything numeric that the next steps depend on, by name."""
-    tensors = run.learned.tensors()
+    tensors = run.trainable.tensors()
     for group in run.groups:
         tensors[f"{group.name}.master"] = group.master.flat.data
         for name, value in run.optimizer.state.get(group.master.flat, {}).items():
@@ -328,7 +328,7 @@ def _origin(run: Run) -> str | None:
 
 
 def dataset_digest(items: Iterable[ImageItem]) -> str:
-    """Return a digest of the pictures and captions trained on, in order."""
+    """Return a digest of the images and captions trained on, in order."""
     digest = hashlib.sha256()
     for item in items:
         parts = (
@@ -340,10 +340,10 @@ def dataset_digest(items: Iterable[ImageItem]) -> str:
 
 
 def _restore(run: Run) -> None:
-    saved = checkpoint.load_newest(run.folder.checkpoints, lambda text: run.tell(Noticed(text)))
+    saved = checkpoint.load_newest(run.folder.checkpoints, lambda text: run.emit(Notice(text)))
     if saved.state["run_id"] != dataset_digest(run.dataset.items):
         raise TrainingError(
-            f"{run.config.data.folder}: the pictures or captions changed since {saved.folder.name}; put them "
+            f"{run.config.data.folder}: the images or captions changed since {saved.folder.name}; put them "
             "back, or start a new run in another --output"
         )
     if saved.state.get("from_file") != _origin(run):
@@ -357,7 +357,7 @@ def _restore(run: Run) -> None:
         group_name, _, name = full_name.rpartition(".")
         by_group.setdefault(group_name, {})[name] = tensor
     starts = {name: own.pop("start") for name, own in by_group.items() if "start" in own}
-    run.learned.restore_start(run.model, starts)
+    run.trainable.restore_start(run.model, starts)
     for group in run.groups:
         own = by_group[group.name]
         group.master.load(own.pop("master"))

@@ -24,9 +24,9 @@ from ..config.schema import Config
 from ..data.batching.batches import Batch
 from ..errors import TrainingError
 from ..events import (
-    Announcer,
     CheckpointSaved,
     Control,
+    Emitter,
     Event,
     JsonlWriter,
     Listener,
@@ -91,10 +91,10 @@ def train(
     begun = time.monotonic()
     early: list[Event] = []
     control = control or Control(run_folder(config).path)
-    tell = _BeforeTheFirstStep((early.append, *listeners), control)
-    run = prepare_run(config, resume=resume, tell=tell)
+    emit = _BeforeTheFirstStep((early.append, *listeners), control)
+    run = prepare_run(config, resume=resume, emit=emit)
     with _journal(run, early) as journal, run.loader:
-        run.tell = Announcer((journal, *listeners))
+        run.emit = Emitter((journal, *listeners))
         losses, validation_loss, stopped = _loop(run, control)
         waited = run.loader.waited / max(run.step_seconds, 1e-9)
         adapter_file = None
@@ -102,15 +102,15 @@ def train(
             draw_loss_curve(run)
             adapter_file = None if stopped else finish_run(run, losses)
         seconds = time.monotonic() - begun
-        run.tell(RunFinished(run.step, stopped, seconds, adapter_file, waited))
+        run.emit(RunFinished(run.step, stopped, seconds, adapter_file, waited))
     loss = sum(losses) / len(losses) if losses else None
     return TrainResult(
         run.folder.path, adapter_file, run.step, stopped, loss, validation_loss, seconds, waited
     )
 
 
-class _BeforeTheFirstStep(Announcer):
-    """Ends a run that is asked to stop while pictures are still encoded: no step is to be finished then."""
+class _BeforeTheFirstStep(Emitter):
+    """Ends a run that is asked to stop while images are still encoded: no step is to be finished then."""
 
     def __init__(self, listeners: tuple[Listener, ...], control: Control) -> None:
         super().__init__(listeners)
@@ -159,26 +159,26 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
         epoch = run.order.epoch_of(run.step - 1)
         speed = count / times[-1]
         share = (run.loader.waited - waited) / times[-1]
-        run.tell(StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left, share))
-        wishes = _agreed(run, control.take())
+        run.emit(StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left, share))
+        requests = _agreed(run, control.take())
         last = run.step == run.steps
         validating = last or _due(run.step, settings.validate_every)
-        previewing = last or SAMPLE in wishes or _due(run.step, run.config.sample.every)
+        previewing = last or SAMPLE in requests or _due(run.step, run.config.sample.every)
         if validating or previewing:
             run.loader.settle()  # both move the model and switch its modes
         if validating:
             validation_loss = validate(run) or validation_loss
         if previewing:
             preview(run)
-        if last or wishes & {SAVE, STOP} or _due(run.step, settings.checkpoint_every):
+        if last or requests & {SAVE, STOP} or _due(run.step, settings.checkpoint_every):
             save(run)
-        if STOP in wishes and not last:
+        if STOP in requests and not last:
             return list(recent), validation_loss, True
     return list(recent), validation_loss, False
 
 
 def train_step(run: Run) -> tuple[float, float, float, int]:
-    """Make one optimizer step; return (mean loss, gradient norm, learning rate, pictures seen)."""
+    """Make one optimizer step; return (mean loss, gradient norm, learning rate, images seen)."""
     config = run.config
     assert config.optimizer.warmup_steps is not None
     factor = schedule_factor(config.optimizer.schedule, run.step, run.steps, config.optimizer.warmup_steps)
@@ -191,7 +191,7 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
         predict = split.predict_with_gradients if split else None
         weighted, plain = loss_of(run.model, batch, config, generator, predict)
         _refuse_non_finite(weighted, batch, run.step)
-        # A full step's number of pictures, also in a short step: each picture weighs the same in an epoch.
+        # A full step's number of images, also in a short step: each image weighs the same in an epoch.
         run.scaler.scale(weighted.sum() / run.images_per_step).backward()
         if split:
             split.backward(run.parameters())
@@ -218,14 +218,14 @@ def save(run: Run) -> None:
             lambda path: write_checkpoint_adapter(run, path),
         )
         checkpoint.prune_checkpoints(root, run.config.training.keep_checkpoints)
-        run.tell(CheckpointSaved(run.step, folder))
+        run.emit(CheckpointSaved(run.step, folder))
     run.accelerator.wait_for_everyone()
 
 
 def _start(run: Run) -> None:
     cost = measure_cost(run)
     left = run.steps - run.step
-    run.tell(
+    run.emit(
         RunStarted(
             name=run.config.output.name,
             steps=run.steps,
@@ -265,15 +265,15 @@ def _not_finite(what: str, step: int, names: Sequence[str]) -> str:
     return (
         f"step {step + 1}: {what} is not a finite number for {', '.join(names)}; the adapter's weights were "
         "not touched. Lower optimizer.learning_rate or use training.precision=bf16 or fp32, and look at "
-        "these pictures; --resume goes on from the last checkpoint"
+        "these images; --resume goes on from the last checkpoint"
     )
 
 
-def _agreed(run: Run, wishes: frozenset[str]) -> frozenset[str]:
-    """Return the main process's wishes in every process, so that all stop at one step."""
+def _agreed(run: Run, requests: frozenset[str]) -> frozenset[str]:
+    """Return the main process's requests in every process, so that all stop at one step."""
     if run.accelerator.num_processes == 1:
-        return wishes
-    shared = [wishes]
+        return requests
+    shared = [requests]
     broadcast_object_list(shared)
     return shared[0]
 

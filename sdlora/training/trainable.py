@@ -28,7 +28,7 @@ _MAGNITUDE, _UP = "dora_scale", "lora_up.weight"
 
 
 @dataclasses.dataclass
-class Learned:
+class TrainableAdapter:
     """The adapter that a run learns.
 
     Attributes:
@@ -69,7 +69,7 @@ class Learned:
         return AdapterWeights({one.key: one.rebuilt(tensors[one.key]) for one in self.layers})
 
 
-def learn(model: DiffusionModel, config: Config, weights: AdapterWeights) -> Learned:
+def make_trainable(model: DiffusionModel, config: Config, weights: AdapterWeights) -> TrainableAdapter:
     """Put the starting adapter into a model and make its masters.
 
     Args:
@@ -92,7 +92,7 @@ def learn(model: DiffusionModel, config: Config, weights: AdapterWeights) -> Lea
     layers.sort(key=lambda one: (COMPONENTS.index(one.key.component), one.key))
     groups = _groups(config, layers)
     start = {group.name: group.master.flat.data.clone() for group in groups} if subtracted else None
-    return Learned(layers, groups, start)
+    return TrainableAdapter(layers, groups, start)
 
 
 def difference(now: AdapterWeights, start: AdapterWeights) -> AdapterWeights:

@@ -1,4 +1,4 @@
-"""Loss on held-out pictures at fixed noise and timesteps: smooth over time, comparable between runs."""
+"""Loss on held-out images at fixed noise and timesteps: smooth over time, comparable between runs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _NUM_TIMESTEPS = 4
 
 @torch.no_grad()
 def validate(run: Run) -> float | None:
-    """Measure the held-out pictures and tell the mean; None if there are none (or on other ranks)."""
+    """Measure the held-out images and tell the mean; None if there are none (or on other ranks)."""
     if not run.validation.items or not run.accelerator.is_main_process:
         return None
     for module in run.model.components().values():
         module.eval()
-    losses = [_loss_of_picture(run, index) for index in range(len(run.validation.items))]
+    losses = [_loss_of_image(run, index) for index in range(len(run.validation.items))]
     for module in run.model.components().values():
         module.train()
     mean = sum(losses) / len(losses)
-    run.tell(Validated(run.step, mean, len(losses)))
+    run.emit(Validated(run.step, mean, len(losses)))
     return mean
 
 
-def _loss_of_picture(run: Run, index: int) -> float:
+def _loss_of_image(run: Run, index: int) -> float:
     model, item = run.model, run.validation.items[index]
     encoded = run.validation.image(index)
     timesteps = model.process.spread_timesteps(_NUM_TIMESTEPS)

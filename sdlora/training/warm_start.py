@@ -10,7 +10,7 @@ import torch
 from ..adapters.attach import target_modules
 from ..adapters.canonical import AdapterWeights
 from ..adapters.kinds import TITLES, TuckerPair
-from ..config.defaults import Decision
+from ..config.defaults import Default
 from ..config.schema import Config, component_keys
 from ..errors import ConfigError
 from ..families.base import DiffusionModel
@@ -18,7 +18,7 @@ from ..families.fingerprint import file_digest
 from ..formats.adapter_files import read_adapter, read_headers
 
 
-def continued(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWeights, list[Decision]]:
+def warm_start(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWeights, list[Default]]:
     """Return the settings with the file's ranks and alphas, its weights in float32, and what was decided.
 
     LoCon with Tucker factors goes on as a plain LoRA of the same ranks and alphas, which it is exactly.
@@ -41,7 +41,7 @@ def continued(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWei
             f"{model.info.name}; choose another base or file"
         )
     _check_modules(config, path, weights, model)
-    decisions: list[Decision] = []
+    defaults: list[Default] = []
     for component in weights.components():
         found = weights.updates_of(component).values()
         (rank, alpha), _ = Counter((one.rank, one.alpha) for one in found).most_common(1)[0]
@@ -54,9 +54,9 @@ def continued(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWei
                     f"leave {key} out"
                 )
             if given is None:
-                decisions.append(Decision(key, value, f"as in {path.name}"))
+                defaults.append(Default(key, value, f"as in {path.name}"))
                 config = config.with_values({key: value})
-    return config, weights, decisions
+    return config, weights, defaults
 
 
 def digest_of(path: Path) -> str:

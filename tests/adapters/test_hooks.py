@@ -242,7 +242,7 @@ def test_factors_of_a_file_in_half_precision_act_in_a_bf16_base(tiny_base: Path)
     assert torch.equal(output(model), base)
 
 
-def test_pictures_are_made_with_any_mixture(shared: DiffusionModel) -> None:
+def test_images_are_made_with_any_mixture(shared: DiffusionModel) -> None:
     generator = ImageGenerator(shared)
     files = [AdapterFile(mixture(shared, seed), AdapterInfo("sd1", f"style{seed}")) for seed in (0, 1)]
     names = [generator.add_adapter(file) for file in files]

@@ -63,21 +63,21 @@ def test_help_of_every_command_needs_no_torch(command: str) -> None:
         assert "optimizer.learning_rate [follows the data]" in done.stdout
 
 
-def test_check_needs_no_torch(picture_folder: Make) -> None:
+def test_check_needs_no_torch(image_folder: Make) -> None:
     script = (
         "import sys\nfrom sdlora.commands.cli import main\ncode = main(['check', sys.argv[1], '--json'])\n"
         "assert not {'torch', 'scipy', 'pydantic', 'transformers'} & set(sys.modules), 'heavy import'\n"
         "sys.exit(code)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(picture_folder())], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, str(image_folder())], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["num_images"] == 6
 
 
-def test_check_exits_1_when_training_would_be_harmed(run: Any, picture_folder: Make) -> None:
-    folder = picture_folder()
+def test_check_exits_1_when_training_would_be_harmed(run: Any, image_folder: Make) -> None:
+    folder = image_folder()
     (folder / "cut.png").write_bytes((folder / "thing00.png").read_bytes()[:60])
     code, output, _ = run("check", folder, "--json")
     assert code == 1
@@ -86,20 +86,20 @@ def test_check_exits_1_when_training_would_be_harmed(run: Any, picture_folder: M
 
 @pytest.mark.parametrize("prompts", ["[]", '["a cat"]'])
 def test_train_names_its_previews_only_where_it_drew_some(
-    run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path, prompts: str
+    run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path, prompts: str
 ) -> None:
     out = tmp_path / "run"
     settings = [*SHORT, f"sample.prompts={prompts}"]
-    code, output, errors = run("train", picture_folder(), "--base", tiny_base, "--output", out, *settings)
+    code, output, errors = run("train", image_folder(), "--base", tiny_base, "--output", out, *settings)
     assert code == 0, errors
     grid = out / "samples" / "grid.png"
     assert (str(grid) in output) == grid.is_file() == (prompts != "[]")
 
 
 def test_train_generate_export_inspect_end_to_end(
-    run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path
+    run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path
 ) -> None:
-    folder, out = picture_folder(), tmp_path / "run"
+    folder, out = image_folder(), tmp_path / "run"
     base = ["--base", tiny_base]
     code, output, errors = run("train", folder, *base, "--name", "style", "--output", out, "--json", *SHORT)
     assert code == 0, errors
@@ -130,10 +130,10 @@ def test_train_generate_export_inspect_end_to_end(
 
 
 def test_resume_needs_only_the_run_folder(
-    run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path
+    run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    assert run("train", picture_folder(), "--base", tiny_base, "--output", out, *SHORT)[0] == 0
+    assert run("train", image_folder(), "--base", tiny_base, "--output", out, *SHORT)[0] == 0
     first = load_file(out / "lora.safetensors")
     code, output, errors = run("train", "--resume", "--output", out, "--json")
     assert code == 0, errors
@@ -159,10 +159,10 @@ def bad_folders(folder: Path, tmp_path: Path) -> dict[str, tuple[Path, str]]:
     cases["empty"] = (tmp_path / "empty", "empty")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "notes.md").write_text("x", encoding="utf-8")
-    cases["no images"] = (tmp_path / "texts", "no pictures")
+    cases["no images"] = (tmp_path / "texts", "no images")
     cases["file as folder"] = (folder / "thing00.png", "folder")
     corrupt = variant("corrupt")
-    (corrupt / "bad.png").write_bytes(b"not a picture")
+    (corrupt / "bad.png").write_bytes(b"not an image")
     cases["corrupt image"] = (corrupt, "bad.png")
     truncated = variant("truncated")
     (truncated / "half.png").write_bytes(image[: len(image) // 2])
@@ -180,9 +180,9 @@ def bad_folders(folder: Path, tmp_path: Path) -> dict[str, tuple[Path, str]]:
 
 
 def test_bad_folders_get_one_clear_error_and_leave_nothing(
-    run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path
+    run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path
 ) -> None:
-    cases = bad_folders(picture_folder(), tmp_path)
+    cases = bad_folders(image_folder(), tmp_path)
     assert len(cases) == 9
     for name, (folder, words) in cases.items():
         out = tmp_path / "out"
@@ -207,11 +207,11 @@ def test_bad_folders_get_one_clear_error_and_leave_nothing(
     ],
 )
 def test_bad_settings_get_one_clear_error(
-    run: Any, picture_folder: Make, tmp_path: Path, tiny_base: Path, arguments: list[str], words: str
+    run: Any, image_folder: Make, tmp_path: Path, tiny_base: Path, arguments: list[str], words: str
 ) -> None:
     base = [] if "--base" in arguments else ["--base", str(tiny_base)]
     code, output, errors = run(
-        "train", picture_folder(), *base, "--output", tmp_path / "out", "--json", *SHORT, *arguments
+        "train", image_folder(), *base, "--output", tmp_path / "out", "--json", *SHORT, *arguments
     )
     assert code == 2
     assert words in errors
@@ -257,7 +257,7 @@ def test_bad_adapters_get_one_clear_error(run: Any, tiny_base: Path, tmp_path: P
 
 
 def test_full_disk_is_one_clear_error_and_leaves_no_half_file(
-    run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk fills up when the first checkpoint is moved into place."""
     replace = os.replace
@@ -269,17 +269,17 @@ def test_full_disk_is_one_clear_error_and_leaves_no_half_file(
 
     monkeypatch.setattr(os, "replace", full)
     out = tmp_path / "out"
-    code, _, errors = run("train", picture_folder(), "--base", tiny_base, "--output", out, *SHORT)
+    code, _, errors = run("train", image_folder(), "--base", tiny_base, "--output", out, *SHORT)
     assert code == 2
     assert "disk is full" in errors
     assert [name for name in files_below(out) if name.startswith("checkpoints")] == []
 
 
 def test_output_that_exists_is_left_as_it_is(
-    run: Any, tiny_base: Path, picture_folder: Make, tmp_path: Path
+    run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    folder = picture_folder()
+    folder = image_folder()
     assert run("train", folder, "--base", tiny_base, "--output", out, *SHORT)[0] == 0
     before = files_below(out)
     code, _, errors = run("train", folder, "--base", tiny_base, "--output", out, *SHORT)
@@ -315,8 +315,8 @@ def test_a_line_that_means_nothing_gets_one_clear_error(run: Any, arguments: lis
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such pipes there")
-def test_a_reader_that_leaves_early_is_no_error(picture_folder: Make, processes_end: None) -> None:
-    command = [sys.executable, "-m", "sdlora", "check", str(picture_folder(count=1))]
+def test_a_reader_that_leaves_early_is_no_error(image_folder: Make, processes_end: None) -> None:
+    command = [sys.executable, "-m", "sdlora", "check", str(image_folder(count=1))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()

@@ -28,7 +28,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A cache of two pictures (3 and 40 days unused), a caption and what a killed run left."""
+    """A cache of two images (3 and 40 days unused), a caption and what a killed run left."""
     folder = tmp_path / "cache"
     for name, days, size in (
         ("images/aa/new", 3, 1_000_000),
@@ -120,10 +120,10 @@ def test_an_empty_cache_is_fine(run: Run, tmp_path: Path) -> None:
 
 
 def test_check_writes_a_page_and_says_where(
-    run: Run, picture_folder: Callable[..., Path], tmp_path: Path
+    run: Run, image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     page = tmp_path / "page.html"
-    code, output, _ = run("check", picture_folder(), "--resolution", 64, "--html", page, "--json")
+    code, output, _ = run("check", image_folder(), "--resolution", 64, "--html", page, "--json")
     assert code == 0
     assert str(page) in output.splitlines()
     assert json.loads(output.splitlines()[-1])["html"] == str(page)
@@ -131,9 +131,9 @@ def test_check_writes_a_page_and_says_where(
 
 
 def test_check_replaces_a_page_of_its_own_and_no_other_file(
-    run: Run, picture_folder: Callable[..., Path], tmp_path: Path
+    run: Run, image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder, page, other = picture_folder(), tmp_path / "page.html", tmp_path / "thesis.html"
+    folder, page, other = image_folder(), tmp_path / "page.html", tmp_path / "thesis.html"
     for _ in range(2):
         assert run("check", folder, "--resolution", 64, "--html", page)[0] == 0
     other.write_text("<title>my work</title>", encoding="utf-8")
@@ -144,9 +144,9 @@ def test_check_replaces_a_page_of_its_own_and_no_other_file(
 
 
 def test_check_looks_at_what_the_settings_train_on(
-    run: Run, picture_folder: Callable[..., Path], tmp_path: Path
+    run: Run, image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    first, second = picture_folder(), picture_folder(3, "more", caption=False)
+    first, second = image_folder(), image_folder(3, "more", caption=False)
     (second / "broken.png").write_bytes(b"x")
     settings = tmp_path / "run.toml"
     settings.write_text(
@@ -161,7 +161,7 @@ def test_check_looks_at_what_the_settings_train_on(
     assert (result["num_images"], result["num_unusable"], result["num_batches"]) == (9, 1, 3)
     assert result["buckets"] == [{"bucket": [64, 64], "num_images": 9, "num_visits": 12}]
     assert [f["where"] for f in result["findings"] if f["severity"] == "error"] == [f"{second}/broken.png"]
-    captions = {picture["name"]: picture["caption"] for picture in result["pictures"]}
+    captions = {image["name"]: image["caption"] for image in result["images"]}
     assert captions["more/thing00.png"] == "a thing"
     (second / "broken.png").unlink()
     code, output, _ = run("check", "--config", settings, "--multiple", 8, "data.upscale=false", "--json")
@@ -172,17 +172,17 @@ def test_check_looks_at_what_the_settings_train_on(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "no folder of pictures given"),
+        ([], "no folder of images given"),
         (["--config", "nowhere.toml"], "no such settings file"),
-        (["pictures", "data.resolutoin=64"], "data.resolution"),
-        (["pictures", "--fix", "--output", "x", "data.flip=true"], "without --config"),
-        (["pictures", "--resolution", "0"], "must be 1 or more"),
+        (["images", "data.resolutoin=64"], "data.resolution"),
+        (["images", "--fix", "--output", "x", "data.flip=true"], "without --config"),
+        (["images", "--resolution", "0"], "must be 1 or more"),
     ],
 )
 def test_a_check_that_makes_no_sense_gets_one_clear_error(
-    run: Run, picture_folder: Callable[..., Path], arguments: list[str], words: str
+    run: Run, image_folder: Callable[..., Path], arguments: list[str], words: str
 ) -> None:
-    folder = picture_folder()
-    given = [str(folder) if argument == "pictures" else argument for argument in arguments]
+    folder = image_folder()
+    given = [str(folder) if argument == "images" else argument for argument in arguments]
     code, _, errors = run("check", *given)
     assert (code, words in errors) == (2, True), errors

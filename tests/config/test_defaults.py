@@ -1,4 +1,4 @@
-"""Settings left open follow the data, and the user's and the base's wishes go first."""
+"""Settings left open follow the data, and what the user and the base ask for goes first."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_nothing_that_training_needs_stays_open() -> None:
 
 
 def test_every_choice_comes_with_a_reason() -> None:
-    config, decisions = resolve_data(Config(), facts(), 20)
+    config, defaults = resolve_data(Config(), facts(), 20)
     _, more = resolve_training(config, facts(), data_facts(config, dataset(18), dataset(2)))
-    assert len(decisions + more) >= 10
-    assert all(one.reason for one in decisions + more)
+    assert len(defaults + more) >= 10
+    assert all(one.reason for one in defaults + more)
 
 
 def test_the_user_wins_over_the_base_and_the_base_over_the_rule() -> None:
@@ -61,7 +61,7 @@ def test_the_user_wins_over_the_base_and_the_base_over_the_rule() -> None:
     assert resolved().optimizer.learning_rate == 1e-4
 
 
-def test_few_pictures_limit_the_batch() -> None:
+def test_few_images_limit_the_batch() -> None:
     assert resolved(count=3, base=facts(**{"training.batch_size": 8})).training.batch_size == 3
 
 
@@ -71,7 +71,7 @@ def test_the_rate_makes_up_for_alpha_over_rank(alpha: float, rate: float) -> Non
     assert config.optimizer.learning_rate == pytest.approx(rate)
 
 
-def test_more_pictures_mean_more_steps_up_to_a_limit() -> None:
+def test_more_images_mean_more_steps_up_to_a_limit() -> None:
     steps = [resolved(count=count).training.steps for count in (5, 20, 100, 1000, 5000)]
     assert steps == [400, 400, 2000, 3000, 3000]
 

@@ -16,7 +16,7 @@ from sdlora.demonstration.data import find_data
 from sdlora.demonstration.demo import MEASURED, SHOWN, STRENGTHS, demo, recommended_strength
 from sdlora.demonstration.report import DemoResult
 from sdlora.errors import OutputError, TrainingError
-from sdlora.events import Event, Listener, Noticed, RunFinished, StepDone, read_events
+from sdlora.events import Event, Listener, Notice, RunFinished, StepDone, read_events
 from sdlora.exporting.export import open_source
 from sdlora.generation.png_info import read_parameters
 from sdlora.judging.score import StyleScore
@@ -88,14 +88,14 @@ def test_the_exported_card_carries_trigger_word_and_measured_strength(
     assert "rounding allows" in result.proof
 
 
-def test_every_picture_is_drawn_once_and_the_sweep_is_labelled(
+def test_every_image_is_drawn_once_and_the_sweep_is_labelled(
     small: tuple[DemoResult, list[Event]],
 ) -> None:
     result, events = small
-    notes = [event.message for event in events if isinstance(event, Noticed)]
+    notes = [event.message for event in events if isinstance(event, Notice)]
     shown = min(NUM_SUBJECTS, len(SHOWN))
     total = NUM_SUBJECTS * (1 + len(MEASURED)) + shown * (len(STRENGTHS) - 1 - len(MEASURED))
-    assert any(f"drew {total} of {total} pictures" in note for note in notes)
+    assert any(f"drew {total} of {total} images" in note for note in notes)
     assert [note[:6] for note in notes if re.match(r"\d of 3", note)] == ["1 of 3", "2 of 3", "3 of 3"]
     assert any(isinstance(event, StepDone) for event in events)
     assert any(isinstance(event, RunFinished) for event in events)
@@ -158,7 +158,7 @@ def test_stopped_anywhere_it_says_how_to_go_on_and_ends_the_same(
             (folder / "STOP").touch()
 
     def interrupt_drawing(event: Event) -> None:
-        if isinstance(event, Noticed) and event.message.startswith("2 of 3"):
+        if isinstance(event, Notice) and event.message.startswith("2 of 3"):
             raise KeyboardInterrupt
 
     go_on = re.escape(f"sdlora demo --resume --output {folder}")
@@ -183,7 +183,7 @@ def test_going_on_where_nothing_was_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_sample_pictures_are_found_and_the_shown_subjects_are_held_out() -> None:
+def test_the_sample_images_are_found_and_the_shown_subjects_are_held_out() -> None:
     data = find_data()
     trained = {path.stem for path in (data / "ink-icons").glob("*.png")}
     held_out = {path.stem for path in (data / "ink-icons-holdout").glob("*.png")}

@@ -227,7 +227,7 @@ def test_a_schedule_that_ends_in_noise_is_sampled_from_its_very_end(name: str) -
     generator = {"generator": torch.Generator().manual_seed(1)} if SAMPLERS[name].ancestral else {}
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, timestep)
-        # what a perfect denoiser of that one picture would say, at the timestep's own signal and noise
+        # what a perfect denoiser of that one image would say, at the timestep's own signal and noise
         alpha_bar = rescaled.alphas_cumprod[int(float(timestep))].float()
         a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         noise = (scaled - a * clean) / s

@@ -60,7 +60,7 @@ def source(weights: AdapterWeights, tmp_path: Path) -> Path:
     return path
 
 
-def picture(path: Path, size: tuple[int, int] = (32, 32)) -> Path:
+def image_file(path: Path, size: tuple[int, int] = (32, 32)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "red").save(path)
     return path
@@ -157,7 +157,7 @@ def test_a_failed_proof_leaves_nothing_and_keeps_the_old_file(
 
 
 def test_nothing_is_overwritten_unless_asked(source: Path, tmp_path: Path) -> None:
-    export_adapter(source, "webui", tmp_path / "out", preview=picture(tmp_path / "p.png"))
+    export_adapter(source, "webui", tmp_path / "out", preview=image_file(tmp_path / "p.png"))
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     assert sorted(before) == ["ink.json", "ink.png", "ink.safetensors"]
     for kept in before:
@@ -175,7 +175,7 @@ def test_nothing_is_overwritten_unless_asked(source: Path, tmp_path: Path) -> No
 
 def test_a_finished_run_is_exported_from_its_fp32_masters(weights: AdapterWeights, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", weights, (100, 200), finished=200)
-    picture(run / "samples" / "step-000200-1.png")
+    image_file(run / "samples" / "step-000200-1.png")
     report = export_adapter(run, "webui", tmp_path / "out", dtype="fp32")
     assert report.source.endswith("step-000200/adapter.safetensors")
     assert_same(read_adapter(tmp_path / "out" / "my style.safetensors").weights, weights)
@@ -253,7 +253,7 @@ def test_bad_requests_are_refused_before_anything_is_written(source: Path, tmp_p
     with pytest.raises(ConfigError, match="needs a place"):
         export_adapter(source, "webui")
     with pytest.raises(OutputError, match="is a file, but export needs a folder"):
-        export_adapter(source, "webui", picture(tmp_path / "p.png"))
+        export_adapter(source, "webui", image_file(tmp_path / "p.png"))
     (tmp_path / "broken.png").write_bytes(b"x")
     with pytest.raises(OutputError, match="no usable preview"):
         export_adapter(source, "webui", out, preview=tmp_path / "broken.png")
@@ -290,7 +290,7 @@ def test_the_trainer_writes_and_replaces_a_proven_file(weights: AdapterWeights, 
     target = tmp_path / "my.style.safetensors"
     for _ in range(2):
         report = write_finished(
-            file_of(weights), target, "fp16", INFO, picture(tmp_path / "s.png", (1500, 900))
+            file_of(weights), target, "fp16", INFO, image_file(tmp_path / "s.png", (1500, 900))
         )
     assert [file.name for file in report.files] == ["my.style.safetensors", "my.style.png", "my.style.json"]
     with Image.open(tmp_path / "my.style.png") as image:
@@ -333,7 +333,7 @@ def test_a_reader_that_sees_other_numbers_stops_the_export(
         assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_private_export_tells_nothing_of_the_pictures(weights: AdapterWeights, tmp_path: Path) -> None:
+def test_a_private_export_tells_nothing_of_the_images(weights: AdapterWeights, tmp_path: Path) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     entries = {
@@ -366,8 +366,8 @@ def test_a_private_export_tells_nothing_of_the_pictures(weights: AdapterWeights,
 
 
 def test_a_preview_that_is_there_under_another_name_stays_the_only_one(source: Path, tmp_path: Path) -> None:
-    mine = picture(tmp_path / "out" / "ink.preview.jpg")
-    report = export_adapter(source, "webui", tmp_path / "out", preview=picture(tmp_path / "p.png"))
+    mine = image_file(tmp_path / "out" / "ink.preview.jpg")
+    report = export_adapter(source, "webui", tmp_path / "out", preview=image_file(tmp_path / "p.png"))
     assert mine.is_file() and not (tmp_path / "out" / "ink.png").exists()
     assert [file.name for file in report.files] == ["ink.safetensors", "ink.json"]
 

@@ -1,4 +1,4 @@
-"""Pictures of the trained adapter against pictures of the written file."""
+"""Images of the trained adapter against images of the written file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, 
 from sdlora.commands.cli import main
 from sdlora.errors import ConfigError
 from sdlora.exporting.export import export_adapter
-from sdlora.exporting.image_proof import compare_pictures
+from sdlora.exporting.image_proof import compare_images
 from sdlora.families.loading import load_model
 from sdlora.formats.adapter_files import FORMATS, read_adapter, write_adapter
 
@@ -39,14 +39,14 @@ def source(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_exact_file_draws_the_very_same_pictures(
+def test_an_exact_file_draws_the_very_same_images(
     format: str, source: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     report = export_adapter(source, format, tmp_path)
-    proof = compare_pictures(source, report.adapter, base=str(tiny_base), steps=3)
+    proof = compare_images(source, report.adapter, base=str(tiny_base), steps=3)
     assert (proof.largest, proof.mean, proof.num_pairs) == (0, 0.0, 4)
     assert proof.by_strength == {"0": 0, "0.5": 0, "1": 0, "1.5": 0}
-    assert proof.effect > 10, "the adapter must change the picture, or the comparison shows nothing"
+    assert proof.effect > 10, "the adapter must change the image, or the comparison shows nothing"
 
 
 def test_another_adapter_is_seen(source: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_another_adapter_is_seen(source: Path, tiny_base: Path, tmp_path: Path) 
     write_adapter(
         AdapterFile(AdapterWeights(stronger), adapter.info), "webui", other, torch.float32, family_info("sd1")
     )
-    proof = compare_pictures(source, other, base=str(tiny_base), steps=3, prompts=("a", "b"))
+    proof = compare_images(source, other, base=str(tiny_base), steps=3, prompts=("a", "b"))
     assert proof.num_pairs == 8 and proof.by_strength["0"] == 0
     assert proof.by_strength["1"] > 0 and proof.largest == max(proof.by_strength.values())
     assert str(proof.largest) in proof.line()
@@ -66,7 +66,7 @@ def test_another_adapter_is_seen(source: Path, tiny_base: Path, tmp_path: Path) 
 
 def test_a_file_alone_does_not_tell_its_base(source: Path) -> None:
     with pytest.raises(ConfigError, match="does not tell which base"):
-        compare_pictures(source, source)
+        compare_images(source, source)
 
 
 def test_the_command_compares_on_request(
@@ -77,5 +77,5 @@ def test_the_command_compares_on_request(
     assert "no effect without --verify-images" in capsys.readouterr().err
     assert main([*words, "--verify-images", "--base", str(tiny_base), "--prompt", "a cat"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["pictures"]["num_pairs"] == 4 and told["read_by"] == ["sdlora", "diffusers"]
-    assert told["pictures"]["largest"] == 0 and told["pictures"]["effect"] > 10
+    assert told["images"]["num_pairs"] == 4 and told["read_by"] == ["sdlora", "diffusers"]
+    assert told["images"]["largest"] == 0 and told["images"]["effect"] > 10

@@ -189,18 +189,20 @@ def test_a_prompt_alone_and_in_company_of_others_is_the_same(model: DiffusionMod
 def test_training_previews_and_generation_read_a_prompt_alike(model: DiffusionModel, tmp_path: Path) -> None:
     from sdlora.data.batching.cache import EncodedDataset
     from sdlora.data.batching.caption_plan import CaptionRun
-    from sdlora.data.batching.views import Looks
+    from sdlora.data.batching.views import AugmentationViews
 
     prompt = "a (red:1.3) cat, [small] BREAK on a mat"
     run = CaptionRun(emphasis=True)
-    trained = EncodedDataset((), Looks((), ()), model, tmp_path, captions=run).caption(prompt)["states"]
+    trained = EncodedDataset((), AugmentationViews((), ()), model, tmp_path, captions=run).caption(prompt)[
+        "states"
+    ]
     request = GenerateRequest(
         prompt=prompt, height=32, width=32, steps=1, guidance=1.0, sampler="Euler", seed=0, strengths={}
     )
     drawn = _conditioning(model, [request], False)["states"][0]
     assert trained.shape == (154, 16)
     torch.testing.assert_close(trained, drawn)
-    literal = EncodedDataset((), Looks((), ()), model, tmp_path).caption(prompt)["states"]
+    literal = EncodedDataset((), AugmentationViews((), ()), model, tmp_path).caption(prompt)["states"]
     assert literal.shape == (77, 16)
 
 

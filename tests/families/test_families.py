@@ -149,7 +149,7 @@ def test_long_captions_are_chunks_and_stack_with_short_ones(model: UNetModel) ->
     assert stack_conditioning([one, other])["states"].shape[:2] == (2, 154)
 
 
-def test_offloading_decodes_large_pictures_in_tiles(bases: Bases) -> None:
+def test_offloading_decodes_large_images_in_tiles(bases: Bases) -> None:
     model = load_model(str(bases["sdxl"][0]), dtype=torch.float32, device=CPU, offload=True)
     sides: list[int] = []
     hook = model.vae.decoder.register_forward_pre_hook(

@@ -15,7 +15,7 @@ from PIL import Image
 from sdlora.data.batching.batches import make_batch
 from sdlora.data.batching.buckets import place
 from sdlora.data.batching.cache import EncodedDataset
-from sdlora.data.batching.views import Looks
+from sdlora.data.batching.views import AugmentationViews
 from sdlora.data.reading.folder import scan
 from sdlora.data.reading.items import Visit
 from sdlora.families.base import SizeHint
@@ -115,21 +115,21 @@ def test_the_prediction_equals_diffusers_unet_with_its_pipelines_time_ids(
 def test_a_batch_tells_the_unet_what_diffusers_pipeline_would_of_the_same_crop(
     model: UNetModel, pipeline: StableDiffusionXLPipeline, tmp_path: Path
 ) -> None:
-    """From the picture on disk to the U-Net's input, plain and mirrored, with a crop off the centre line."""
+    """From the image on disk to the U-Net's input, plain and mirrored, with a crop off the centre line."""
     pipeline.register_modules(unet=model.unet, text_encoder_2=model.text_encoders["text_encoder_2"])
-    (tmp_path / "pictures").mkdir()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 157, 3), dtype=np.uint8))
+    (tmp_path / "images").mkdir()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 157, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[274] = 6  # stored lying: 157 high and 90 wide for people
-    picture.save(tmp_path / "pictures" / "a.jpg", exif=exif, quality=95)
-    items = scan(tmp_path / "pictures").items
+    image.save(tmp_path / "images" / "a.jpg", exif=exif, quality=95)
+    items = scan(tmp_path / "images").items
     placement = place(items[0].height, items[0].width, [(96, 64)])
     assert ((items[0].height, items[0].width), placement.resized) == ((157, 90), (112, 64))
     placement = replace(
         placement, resized=(112, 71), crop=(8, 2)
     )  # wider than the bucket, left of the middle
-    looks = Looks((placement,), items, flip=True)
-    data = EncodedDataset(items, looks, model, tmp_path / "cache")
+    views = AugmentationViews((placement,), items, flip=True)
+    data = EncodedDataset(items, views, model, tmp_path / "cache")
     seen: dict[bool, torch.Tensor] = {}
     hook = model.unet.add_time_proj.register_forward_pre_hook(lambda module, args: ids.append(args[0]))
     try:
@@ -138,7 +138,7 @@ def test_a_batch_tells_the_unet_what_diffusers_pipeline_would_of_the_same_crop(
             batch = make_batch(data, model, [visit], torch.Generator().manual_seed(0), seed=3)
             with torch.no_grad():
                 model.predict(batch.latents, torch.tensor([500]), batch.text or {}, batch.sizes)
-            seen[looks.at(visit, 3).mirror] = ids[0].reshape(1, 6)
+            seen[views.at(visit, 3).mirror] = ids[0].reshape(1, 6)
     finally:
         hook.remove()
     assert seen.keys() == {False, True}

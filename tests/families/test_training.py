@@ -71,8 +71,8 @@ def base(form: tuple[str, str], bases: Bases, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.fixture
-def make(base: str, picture_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Config]:
-    folder = picture_folder(count=4)
+def make(base: str, image_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Config]:
+    folder = image_folder(count=4)
 
     def config(run: str, *overrides: str) -> Config:
         values = {

@@ -73,12 +73,12 @@ def test_loading_takes_its_weights_and_at_most_one_gib_more(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_true_checkpoint_trains_and_its_adapter_loads_again(
-    family: str, true_checkpoint: Callable[[str], Path], picture_folder: Callable[..., Path], tmp_path: Path
+    family: str, true_checkpoint: Callable[[str], Path], image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     steps = 1 if family == "sdxl" else 3
     base = true_checkpoint(family)
     command = [
-        *(sys.executable, "-m", "sdlora", "train", str(picture_folder(count=2)), "--base", str(base)),
+        *(sys.executable, "-m", "sdlora", "train", str(image_folder(count=2)), "--base", str(base)),
         *("--output", str(tmp_path / "run"), "--name", "true", "--json", f"training.steps={steps}"),
         *("data.resolution=128", "data.validation=0", "sample.prompts=[]", "training.batch_size=1"),
         *("training.precision=bf16", "adapter.rank=4", "training.device=cpu"),

@@ -109,7 +109,7 @@ def test_trigger_words_and_phrase_follow_each_other(tmp_path: Path) -> None:
     assert read_header(path).metadata["modelspec.trigger_phrase"] == "pen, fine"
 
 
-def test_a_thumbnail_may_be_given_as_a_picture(tmp_path: Path) -> None:
+def test_a_thumbnail_may_be_given_as_an_image(tmp_path: Path) -> None:
     path = large_file(tmp_path / "a.safetensors")
     Image.new("RGB", (40, 30), "red").save(tmp_path / "p.png")
     edit_adapter(path, [f"modelspec.thumbnail={tmp_path / 'p.png'}"], [])
@@ -158,8 +158,8 @@ REFUSED = {
     "modelspec.date=soon": "must be a date",
     "modelspec.resolution=512": "WIDTHxHEIGHT",
     "modelspec.prediction_type=noise": "epsilon, v",
-    "modelspec.thumbnail=missing.png": "no such picture",
-    "modelspec.thumbnail=data:text/html,x": "data URL of a picture",
+    "modelspec.thumbnail=missing.png": "no such image",
+    "modelspec.thumbnail=data:text/html,x": "data URL of an image",
     "modelspec.title= ": "must not be empty",
 }
 

@@ -266,9 +266,9 @@ def test_the_thumbnail_is_a_small_jpeg(preview: Path) -> None:
         assert abs(image.width / image.height - 900 / 700) < 0.02
 
 
-def test_a_preview_that_is_no_picture_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_bytes(b"not a picture")
-    with pytest.raises(OutputError, match=r"x\.png: is no usable preview picture"):
+def test_a_preview_that_is_no_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"not an image")
+    with pytest.raises(OutputError, match=r"x\.png: is no usable preview image"):
         thumbnail(tmp_path / "x.png")
 
 

@@ -91,7 +91,7 @@ def adapter_file(shared: ImageGenerator, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_seed_fixes_the_picture(generator: ImageGenerator, sampler: str) -> None:
+def test_a_seed_fixes_the_image(generator: ImageGenerator, sampler: str) -> None:
     first, again, other = (
         render(generator.model, [request(sampler=sampler, seed=seed)])[0] for seed in (1, 1, 2)
     )
@@ -101,7 +101,7 @@ def test_a_seed_fixes_the_picture(generator: ImageGenerator, sampler: str) -> No
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_picture_does_not_depend_on_its_batch(generator: ImageGenerator, sampler: str) -> None:
+def test_an_image_does_not_depend_on_its_batch(generator: ImageGenerator, sampler: str) -> None:
     """Prompts of one and of three chunks, in any company; only rounding may differ."""
     requests = [
         request("an icon of a cat", 1, sampler=sampler),
@@ -267,7 +267,7 @@ def test_merged_equals_unmerged_and_undoing_restores_every_weight(generator: Ima
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_fresh_adapter_changes_no_picture(generator: ImageGenerator) -> None:
+def test_a_fresh_adapter_changes_no_image(generator: ImageGenerator) -> None:
     base = render(generator.model, [request()])[0]
     config = AdapterConfig(targets="all", rank=4, alpha=4.0, text_encoder=True)
     generator.add_adapter(AdapterFile(create_adapter(generator.model, config, 0), AdapterInfo(name="a")))
@@ -313,7 +313,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_nothing(
 # --- the command ---------------------------------------------------------------------------------------
 
 
-def test_pictures_are_numbered_on_and_carry_their_settings(
+def test_images_are_numbered_on_and_carry_their_settings(
     tiny_base: Path, adapter_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
@@ -422,6 +422,6 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 def test_a_file_where_the_folder_should_be_is_named(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine", encoding="utf-8")
-    with pytest.raises(OutputError, match=r"out: is a file, but pictures need a folder"):
+    with pytest.raises(OutputError, match=r"out: is a file, but images need a folder"):
         generate(str(tiny_base), [], ["cat"], tmp_path / "out", steps=1, device="cpu")
     assert (tmp_path / "out").read_text(encoding="utf-8") == "mine"

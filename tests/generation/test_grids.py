@@ -28,7 +28,7 @@ def areas(page: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, in
 
 
 @pytest.mark.parametrize(("side", "shown"), [(64, 192), (32, 96), (128, 256), (176, 176), (512, 512)])
-def test_small_pictures_are_enlarged_by_a_whole_factor(side: int, shown: int) -> None:
+def test_small_images_are_enlarged_by_a_whole_factor(side: int, shown: int) -> None:
     page = grid(squares(2, side, side), 2, ["row"], ["a", "b"])
     for colour in COLOURS[:2]:
         assert areas(page, colour)[2:] == (shown, shown, shown * shown)
@@ -47,7 +47,7 @@ def test_a_bare_grid_has_only_its_cells_and_margins() -> None:
     assert grid(squares(3), 2).size == (2 * 192 + 6 + 2 * 12, 2 * 192 + 6 + 2 * 12)
 
 
-def test_pictures_of_different_sizes_are_centred_in_equal_cells() -> None:
+def test_images_of_different_sizes_are_centred_in_equal_cells() -> None:
     images = [Image.new("RGB", (200, 100), COLOURS[0]), Image.new("RGB", (100, 200), COLOURS[1])]
     page = grid(images, 2)
     first, second = areas(page, COLOURS[0]), areas(page, COLOURS[1])
@@ -71,9 +71,9 @@ def test_labels_are_drawn_beside_and_above_and_never_over_a_cell() -> None:
 
 
 def test_a_label_needs_its_row() -> None:
-    with pytest.raises(ValueError, match=r"1 x 2 pictures, but 2 row and 0 column labels"):
+    with pytest.raises(ValueError, match=r"1 x 2 images, but 2 row and 0 column labels"):
         grid(squares(2), 2, ["a", "b"])
-    with pytest.raises(ValueError, match="needs pictures"):
+    with pytest.raises(ValueError, match="needs images"):
         grid([], 3)
 
 
@@ -91,7 +91,7 @@ def test_previews_are_a_row_a_step_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 500])
-def test_a_curve_of_any_length_is_a_picture_with_ink(tmp_path: Path, count: int) -> None:
+def test_a_curve_of_any_length_is_an_image_with_ink(tmp_path: Path, count: int) -> None:
     points = [(i + 1, 0.2 / (i + 1) + 0.1, 1e-3) for i in range(count)]
     loss_curve(points, [(0, 0.3), (count, 0.15)] if count else [], tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as image:

@@ -77,7 +77,7 @@ def test_tags_have_the_text_encoder_first(strength: float | dict[str, float], ta
         ("", ""),
     ],
 )
-def test_a_picture_gives_its_settings_back(tmp_path: Path, prompt: str, negative: str) -> None:
+def test_an_image_gives_its_settings_back(tmp_path: Path, prompt: str, negative: str) -> None:
     request = GenerateRequest(
         prompt, negative, height=64, width=96, steps=9, guidance=3.5, sampler="Euler a", seed=2**32
     )
@@ -136,7 +136,7 @@ def test_files_that_hold_no_settings_are_named(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     for name, reason in (
         ("missing.png", "no such"),
-        ("broken.png", "not a picture"),
+        ("broken.png", "not an image"),
         ("plain.png", "no `param"),
     ):
         with pytest.raises(SdloraError, match=rf"{name}: .*{reason}"):

@@ -10,7 +10,7 @@ import torch
 
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
-from sdlora.events import Announcer, Control, Event, StepDone
+from sdlora.events import Control, Emitter, Event, StepDone
 from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
 from sdlora.training.checkpoint import load_newest
@@ -38,21 +38,19 @@ def settings(folder: Path, tmp_path: Path, name: str, *overrides: str) -> Config
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_learns_in_every_precision(
-    precision: str, picture_folder: Callable[..., Path], tmp_path: Path
+    precision: str, image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = settings(
-        picture_folder(), tmp_path, "run", f"training.precision={precision}", "training.steps=40"
-    )
+    config = settings(image_folder(), tmp_path, "run", f"training.precision={precision}", "training.steps=40")
     result = train(config)
     assert result.loss is not None and result.loss < 0.3
     assert result.adapter_file is not None and result.adapter_file.is_file()
 
 
 def test_the_planned_memory_is_within_15_percent_of_the_peak(
-    picture_folder: Callable[..., Path], tmp_path: Path
+    image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = settings(picture_folder(12), tmp_path, "run", "training.batch_size=8", "training.precision=bf16")
-    run = prepare_run(config, resume=False, tell=Announcer(()))
+    config = settings(image_folder(12), tmp_path, "run", "training.batch_size=8", "training.precision=bf16")
+    run = prepare_run(config, resume=False, emit=Emitter(()))
     torch.cuda.reset_peak_memory_stats()
     train_step(run)
     train_step(run)
@@ -96,9 +94,9 @@ def test_xformers_and_torchs_own_attention_agree_within_rounding(dtype: torch.dt
     assert float((found[0] - found[1]).abs().max()) < 0.05 * scale
 
 
-def test_the_scaler_of_fp16_goes_on_where_it_was(picture_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_scaler_of_fp16_goes_on_where_it_was(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     given = ("training.precision=fp16", "training.steps=6", "training.checkpoint_every=3")
-    config = settings(picture_folder(), tmp_path, "run", *given)
+    config = settings(image_folder(), tmp_path, "run", *given)
     control = Control()
 
     def stop(event: Event) -> None:
@@ -107,7 +105,7 @@ def test_the_scaler_of_fp16_goes_on_where_it_was(picture_folder: Callable[..., P
 
     assert train(config, listeners=[stop], control=control).stopped
     saved = load_newest(tmp_path / "run" / "checkpoints", print).state["scaler"]
-    run = prepare_run(config, resume=True, tell=Announcer(()))
+    run = prepare_run(config, resume=True, emit=Emitter(()))
     assert run.scaler.is_enabled() and run.scaler.get_scale() == saved["scale"]
     assert run.scaler.state_dict() == saved
     assert train(config, resume=True).step == 6

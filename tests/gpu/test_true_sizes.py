@@ -1,6 +1,6 @@
 """SD1.5 at 512 px and SDXL at 1024 px on an NVIDIA GPU: random weights, true sizes, 50 steps.
 
-``pytest -n 0 -s tests/gpu`` prints what is asked of such a machine: pictures a second, planned and measured
+``pytest -n 0 -s tests/gpu`` prints what is asked of such a machine: images a second, planned and measured
 memory. ``benchmarks/bases.py memory`` and ``speed`` do the same with any base.
 """
 

@@ -166,17 +166,17 @@ def test_bars_are_as_long_as_the_norms(weights: AdapterWeights, tmp_path: Path) 
     assert max(map(len, render(summary, width=70).splitlines())) <= 70
 
 
-def test_the_norms_are_drawn_into_a_new_picture(weights: AdapterWeights, tmp_path: Path) -> None:
+def test_the_norms_are_drawn_into_a_new_image(weights: AdapterWeights, tmp_path: Path) -> None:
     from PIL import Image
 
     path = tmp_path / "a.safetensors"
-    name = "$\\frac{" + "x" * 300  # neither mathematics nor longer than the picture
+    name = "$\\frac{" + "x" * 300  # neither mathematics nor longer than the image
     write_adapter(AdapterFile(weights, AdapterInfo("sd1", name)), "webui", path, torch.float16, SD1)
     summary = inspect_adapter(path)
     draw_norms(summary, tmp_path / "norms.png")
-    with Image.open(tmp_path / "norms.png") as picture:
-        assert picture.format == "PNG" and picture.width > 400 and picture.height > 200
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**20) or []}
+    with Image.open(tmp_path / "norms.png") as image:
+        assert image.format == "PNG" and image.width > 400 and image.height > 200
+        colours = {colour for _, colour in image.convert("RGB").getcolors(2**20) or []}
     assert {(0x1F, 0x77, 0xB4), (0xD6, 0x27, 0x28)} <= colours, "a bar of each component"
     with pytest.raises(OutputError, match="exists; nothing was overwritten"):
         draw_norms(summary, tmp_path / "norms.png")

@@ -1,4 +1,4 @@
-"""Copies of training pictures are noticed, also changed ones, and other pictures of the style are not."""
+"""Copies of training images are noticed, also changed ones, and other images of the style are not."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sdlora.errors import SdloraError
 from sdlora.judging.copying import copying, likeness
 
 DATASETS = Path(__file__).parents[2] / "datasets"
-Pictures = list[Image.Image]
+Images = list[Image.Image]
 
 
-def icons(name: str) -> Pictures:
+def icons(name: str) -> Images:
     files = sorted((DATASETS / name).glob("*.png"))
     assert len(files) >= 40
     return [Image.open(f).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS) for f in files]
@@ -61,14 +61,14 @@ def test_other_subjects_of_the_style_are_no_copies() -> None:
     assert copying(TRUE[::2], TRAINING, TRUE[1::2]).share <= 3 / 30
 
 
-def test_likeness_is_1_for_a_picture_with_itself_and_lower_for_any_other() -> None:
+def test_likeness_is_1_for_an_image_with_itself_and_lower_for_any_other() -> None:
     table = likeness(TRUE[:12], TRUE[:12])
     assert table.shape == (12, 12)
     assert np.allclose(table.diagonal(), 1)
     assert (table[~np.eye(12, dtype=bool)] < 0.9).all()
 
 
-def test_an_even_picture_is_like_nothing() -> None:
+def test_an_even_image_is_like_nothing() -> None:
     white = Image.new("RGB", (64, 64), "white")
     assert likeness([white], TRUE[:3])[0] == pytest.approx(np.zeros(3), abs=1e-9)
 
@@ -80,5 +80,5 @@ def test_sizes_may_differ() -> None:
 
 def test_the_result_is_plain_json_and_an_empty_set_is_refused() -> None:
     assert json.loads(json.dumps(copying(TRUE[:4], TRAINING[:4], TRUE[:4]).to_dict()))["share"] == 0
-    with pytest.raises(SdloraError, match="no training pictures"):
+    with pytest.raises(SdloraError, match="no training images"):
         copying(TRUE, [], TRUE)

@@ -17,10 +17,10 @@ from sdlora.judging.score import MIN_IMAGES, StyleRuler, energy_distance, featur
 from sdlora.judging.style_features import FEATURES, features_of
 
 DATASETS = Path(__file__).parents[2] / "datasets"
-Pictures = list[Image.Image]
+Images = list[Image.Image]
 
 
-def icons(name: str) -> Pictures:
+def icons(name: str) -> Images:
     files = sorted((DATASETS / name).glob("*.png"))
     assert len(files) >= 40
     return [Image.open(f).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS) for f in files]
@@ -49,7 +49,7 @@ TRAINING = icons("ink-icons")
 BASE = [coloured(icon, number) for number, icon in enumerate(TRUE)]
 
 
-def changed(images: Pictures, change: Callable[[Image.Image], Image.Image]) -> Pictures:
+def changed(images: Images, change: Callable[[Image.Image], Image.Image]) -> Images:
     return [change(image).convert("RGB") for image in images]
 
 
@@ -108,7 +108,7 @@ def test_each_group_of_features_sees_its_own_fault(ruler: StyleRuler) -> None:
         assert ruler.score(changed(TRUE, fault)).groups[group] < perfect[group] - 0.3, group
 
 
-def test_it_rises_with_every_picture_that_is_in_the_style(ruler: StyleRuler) -> None:
+def test_it_rises_with_every_image_that_is_in_the_style(ruler: StyleRuler) -> None:
     values = [ruler.score(TRUE[:count] + BASE[count:]).value for count in (0, 15, 30, 45, 60)]
     assert values == sorted(values)
     # a share p left in the base's look costs p squared of the distance (docs/score.md)
@@ -135,7 +135,7 @@ def test_the_ruler_does_not_depend_on_what_it_measures(ruler: StyleRuler) -> Non
     assert ruler.score(TRAINING) == before
 
 
-def test_the_interval_holds_the_score_and_widens_with_fewer_pictures(ruler: StyleRuler) -> None:
+def test_the_interval_holds_the_score_and_widens_with_fewer_images(ruler: StyleRuler) -> None:
     mixed = TRUE[:30] + BASE[30:]
     many, few = ruler.score(mixed), ruler.score(mixed[22:38])
     assert many.low < many.value < many.high
@@ -175,7 +175,7 @@ def test_features_are_what_their_names_say() -> None:
     assert (found["ink wider than 1/8"], found["ink wider than 1/32"]) == (1.0, 1.0)
 
 
-def test_strokes_are_measured_in_shares_of_the_picture() -> None:
+def test_strokes_are_measured_in_shares_of_the_image() -> None:
     small, large = features_of(TRUE[0]), features_of(TRUE[0].resize((256, 256), Image.Resampling.NEAREST))
     start = sum(len(FEATURES[group]) for group in ("colour", "tone", "edges", "texture"))
     assert small[start:] == pytest.approx(large[start:], abs=0.02)
@@ -188,7 +188,7 @@ def test_results_are_plain_json(ruler: StyleRuler) -> None:
 
 
 def test_what_cannot_be_measured_is_refused_with_a_reason() -> None:
-    with pytest.raises(SdloraError, match="3 base pictures are too few"):
+    with pytest.raises(SdloraError, match="3 base images are too few"):
         StyleRuler(BASE[: MIN_IMAGES - 1], TRUE)
     with pytest.raises(SdloraError, match="cannot be told from the true ones"):
         StyleRuler(TRUE, TRUE)

@@ -22,23 +22,23 @@ def _on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]  # other libraries must not find the stand-in
 
 
-def test_both_trainers_get_the_same_pictures_and_captions(
-    tmp_path: Path, picture_folder: Callable[..., Path]
+def test_both_trainers_get_the_same_images_and_captions(
+    tmp_path: Path, image_folder: Callable[..., Path]
 ) -> None:
-    from trainers import TRAINERS, prepare_pictures
+    from trainers import TRAINERS, prepare_images
 
-    pictures = prepare_pictures(picture_folder(count=7), tmp_path / "out", batch_size=3)
+    images = prepare_images(image_folder(count=7), tmp_path / "out", batch_size=3)
 
-    assert len(pictures.captions) == 6
-    ours, peers = (pictures.folders[name] for name in TRAINERS)
+    assert len(images.captions) == 6
+    ours, peers = (images.folders[name] for name in TRAINERS)
     lines = (peers / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    assert {one["file_name"]: one["text"] for one in map(json.loads, lines)} == pictures.captions
-    for name, caption in pictures.captions.items():
+    assert {one["file_name"]: one["text"] for one in map(json.loads, lines)} == images.captions
+    for name, caption in images.captions.items():
         assert (ours / name).read_bytes() == (peers / name).read_bytes()
         assert (ours / name).with_suffix(".txt").read_text(encoding="utf-8") == caption
 
 
-def test_stand_in_transforms_give_the_pixels_that_we_train_on(picture_folder: Callable[..., Path]) -> None:
+def test_stand_in_transforms_give_the_pixels_that_we_train_on(image_folder: Callable[..., Path]) -> None:
     from torchvision import transforms
 
     from sdlora.data.batching.buckets import place, square_bucket
@@ -52,10 +52,10 @@ def test_stand_in_transforms_give_the_pixels_that_we_train_on(picture_folder: Ca
         transforms.ToTensor(),
         transforms.Normalize([0.5], [0.5]),
     ]
-    picture = load_pixels(picture_folder(count=1) / "thing00.png")
+    image = load_pixels(image_folder(count=1) / "thing00.png")
 
-    expected = to_pixels(picture, place(40, 40, square_bucket(32, 8)), mirror=False)[0]
-    torch.testing.assert_close(transforms.Compose(steps)(picture), expected)
+    expected = to_pixels(image, place(40, 40, square_bucket(32, 8)), mirror=False)[0]
+    torch.testing.assert_close(transforms.Compose(steps)(image), expected)
 
 
 def test_a_fast_trainer_that_learns_nothing_fails() -> None:
@@ -77,7 +77,7 @@ def test_a_fast_trainer_that_learns_nothing_fails() -> None:
 
 
 def test_loss_of_an_adapter_that_does_nothing_is_the_bases(
-    tmp_path: Path, tiny_base: Path, picture_folder: Callable[..., Path]
+    tmp_path: Path, tiny_base: Path, image_folder: Callable[..., Path]
 ) -> None:
     from adapter_loss import LossMeter, layout
 
@@ -87,7 +87,7 @@ def test_loss_of_an_adapter_that_does_nothing_is_the_bases(
     from sdlora.families.loading import load_model
     from sdlora.formats.adapter_files import write_adapter
 
-    folder = picture_folder(count=2)
+    folder = image_folder(count=2)
     captions = {"thing00.png": "an icon of a cat 0", "thing01.png": "an icon of a cat 1"}
     meter = LossMeter(tiny_base, folder, captions, resolution=32, min_snr_gamma=5.0)
     model = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"))

@@ -20,7 +20,7 @@ from tools.mini_base.build import Build, run_tokenizer
 from tools.mini_base.config import BASE_SETS, RECOMMENDED
 from tools.mini_base.denoiser import DenoiserSettings, Latents, Trainer
 from tools.mini_base.files import sha256
-from tools.mini_base.renders import Picture, to_tensor
+from tools.mini_base.renders import IconImage, to_tensor
 from tools.mini_base.vae import VaeSettings, VaeTrainer, psnr
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def trainer(words: Path, prediction: str = "epsilon", std: float = 0.5) -> Train
     latents = Latents(
         torch.zeros(4, 1, 4, 16, 16),
         torch.full((4, 1, 4, 16, 16), std),
-        [Picture(icon_set, "cat") for icon_set in BASE_SETS],
+        [IconImage(icon_set, "cat") for icon_set in BASE_SETS],
     )
     settings = DenoiserSettings(samples=4, batch=2, prediction=prediction)
     return Trainer(models.new_unet(), models.new_text_encoder(tokens), tokens, latents, settings, CPU)
@@ -89,7 +89,7 @@ def test_the_contact_sheet_shows_a_hundred_prompts() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_perfect_prediction_has_no_loss(words: Path, prediction: str) -> None:
-    training = trainer(words, prediction, std=0.0)  # a picture of zeros: all that is seen is noise
+    training = trainer(words, prediction, std=0.0)  # an image of zeros: all that is seen is noise
 
     def perfect(noisy: torch.Tensor, times: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor]:
         alpha = training.alphas[times].view(-1, 1, 1, 1)

@@ -21,7 +21,7 @@ from sdlora.errors import ConfigError, SdloraError
 from sdlora.judging.copying import likeness
 
 DATASETS = Path(__file__).parents[2] / "datasets"
-Pictures = list[Image.Image]
+Images = list[Image.Image]
 
 
 def icons(name: str) -> dict[str, Image.Image]:
@@ -60,7 +60,7 @@ def value(measured: Measured, name: str) -> float:
     return figure.value
 
 
-def mixed(share: float) -> Pictures:
+def mixed(share: float) -> Images:
     chosen = set(np.random.default_rng(1).permutation(len(TRUE))[: round(share * len(TRUE))].tolist())
     return [TRUE[i] if i in chosen else BASE[i] for i in range(len(TRUE))]
 
@@ -86,7 +86,7 @@ def test_learning_by_heart_gives_the_style_and_nothing_else(yardstick: Yardstick
     assert 0.3 < value(copies, "closer") < 0.7
 
 
-def test_pictures_under_each_others_names_keep_the_style_only(yardstick: Yardstick) -> None:
+def test_images_under_each_others_names_keep_the_style_only(yardstick: Yardstick) -> None:
     swapped = yardstick.measure([*TRUE[1:], TRUE[0]])
     assert value(swapped, "style") == value(yardstick.measure(TRUE), "style")
     assert value(swapped, "closer") == pytest.approx(0.5, abs=0.1)
@@ -136,32 +136,32 @@ def test_a_style_that_the_base_draws_already_is_said_to_be_not_measurable(yardst
     assert not Yardstick(SUBJECTS, nearly, TRUE, TRAINING).measurable
 
 
-# --- pictures by subject -----------------------------------------------------------------------------------
+# --- images by subject -----------------------------------------------------------------------------------
 
 
-def test_other_peoples_pictures_are_found_by_subject(tmp_path: Path) -> None:
+def test_other_peoples_images_are_found_by_subject(tmp_path: Path) -> None:
     for name in ("Ice cream_cone.jpg", "CAT.png", "unasked.png", "notes.txt"):
         if name.endswith("txt"):
-            (tmp_path / name).write_text("no picture", encoding="utf-8")
+            (tmp_path / name).write_text("no image", encoding="utf-8")
         else:
             Image.new("RGB", (20, 20), "red" if name.startswith("CAT") else "blue").save(tmp_path / name)
     cone, cat = read_folder(tmp_path, ["ice-cream-cone", "cat"])
     assert cat.getpixel((5, 5)) == (255, 0, 0)
     assert cone.size == (20, 20)
-    with pytest.raises(ConfigError, match=r"no picture of dog \(1 of 2 subjects\).*dog\.png"):
+    with pytest.raises(ConfigError, match=r"no image of dog \(1 of 2 subjects\).*dog\.png"):
         read_folder(tmp_path, ["cat", "dog"])
     Image.new("RGB", (20, 20)).save(tmp_path / "cat.webp")
     with pytest.raises(ConfigError, match=r"CAT\.png and cat\.webp"):
         read_folder(tmp_path, ["cat"])
-    (tmp_path / "dog.png").write_bytes(b"not a picture")
-    with pytest.raises(ConfigError, match=r"dog\.png: is no picture"):
+    (tmp_path / "dog.png").write_bytes(b"not an image")
+    with pytest.raises(ConfigError, match=r"dog\.png: is no image"):
         read_folder(tmp_path, ["dog"])
 
 
 @pytest.fixture
-def style(tmp_path: Path, picture_folder: Callable[..., Path]) -> Style:
-    """Six pictures to train on, and six others held out."""
-    folder = picture_folder(count=12)
+def style(tmp_path: Path, image_folder: Callable[..., Path]) -> Style:
+    """Six images to train on, and six others held out."""
+    folder = image_folder(count=12)
     holdout = folder.with_name("held")
     holdout.mkdir()
     for file in sorted(folder.glob("*.png"))[6:]:
@@ -170,7 +170,7 @@ def style(tmp_path: Path, picture_folder: Callable[..., Path]) -> Style:
     return Style("things", folder, holdout)
 
 
-def test_no_picture_is_drawn_twice_and_a_subject_alone_is_drawn_alike(
+def test_no_image_is_drawn_twice_and_a_subject_alone_is_drawn_alike(
     tmp_path: Path, tiny_base: Path, style: Style
 ) -> None:
     items = style.subjects()
@@ -178,12 +178,12 @@ def test_no_picture_is_drawn_twice_and_a_subject_alone_is_drawn_alike(
     studio = Studio(str(tiny_base), Drawing(steps=2), tmp_path / "drawn", told.append)
     first = studio.draw("base", None, [0.0], items)[0.0]
     files = sorted((tmp_path / "drawn").rglob("*.png"))
-    assert len(files) == 6 and told == ["base: drew 6 of 6 pictures"]
+    assert len(files) == 6 and told == ["base: drew 6 of 6 images"]
     before = {file: file.stat().st_mtime_ns for file in files}
     files[3].unlink()
     again = studio.draw("base", None, [0.0], items[2:5])[0.0]
     assert [one.tobytes() for one in again] == [one.tobytes() for one in first[2:5]]
-    assert told[1:] == ["base: drew 1 of 1 pictures"]
+    assert told[1:] == ["base: drew 1 of 1 images"]
     changed = [file for file in files if file.stat().st_mtime_ns != before[file]]
     assert changed == [files[3]]
     other = Studio(str(tiny_base), Drawing(steps=2, seed=1), tmp_path / "drawn", told.append)
@@ -283,16 +283,14 @@ def adapters(folder: Path, base: Path) -> list[str]:
     return found
 
 
-def test_files_of_all_formats_and_folders_of_pictures_are_measured_alike(
+def test_files_of_all_formats_and_folders_of_images_are_measured_alike(
     tmp_path: Path, tiny_base: Path, style: Style, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--output", str(tmp_path / "out"), "--base", str(tiny_base), "--no-icons"]
     arguments += ["--style", str(style.training), "--holdout", str(style.holdout)]
     arguments += ["--draw-steps", "2", "--strengths", "0.5,1", *adapters(tmp_path, tiny_base)]
     assert main(arguments) == 0
-    drawn = {
-        file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "_work" / "pictures").rglob("*.png")
-    }
+    drawn = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "_work" / "images").rglob("*.png")}
     assert len(drawn) == 6 + 3 * 2 * 6
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -300,7 +298,7 @@ def test_files_of_all_formats_and_folders_of_pictures_are_measured_alike(
         if "webui" in file.parts[-3] and file.parts[-2] == "1":
             (elsewhere / f"{file.stem[:7]}.png").write_bytes(file.read_bytes())
     capsys.readouterr()
-    assert main([*arguments, "--pictures", f"elsewhere={elsewhere}"]) == 0
+    assert main([*arguments, "--images", f"elsewhere={elsewhere}"]) == 0
 
     assert {file: file.stat().st_mtime_ns for file in drawn} == drawn
     folder = tmp_path / "out" / style.training.name
@@ -310,7 +308,7 @@ def test_files_of_all_formats_and_folders_of_pictures_are_measured_alike(
     assert rows[0] == rows[1] == rows[2] == rows[3]
     assert rows[0] != report["entries"][0]["strengths"]["0.5"]
     assert "named" not in rows[0] and report["entries"][3]["recommended_strength"] is None
-    for name in ("chart.png", "pictures.png", "sweep.png", "nearest.png"):
+    for name in ("chart.png", "images.png", "sweep.png", "nearest.png"):
         assert Image.open(folder / name).size[0] > 300, name
     text = capsys.readouterr().out
     assert "| **peft** |" in text and "not measured" in text and "recommended" in text
@@ -319,7 +317,7 @@ def test_files_of_all_formats_and_folders_of_pictures_are_measured_alike(
 def test_what_is_missing_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--adapter", "a=nowhere.safetensors"], "no such file or folder"),
-        (["--style", "ink", "--style", "blueprint", "--pictures", "a=b"], "belong to one style"),
+        (["--style", "ink", "--style", "blueprint", "--images", "a=b"], "belong to one style"),
         (["--train", "=x"], "a name of its own"),
     ):
         assert main(["--output", str(tmp_path), "--no-icons", *arguments]) == 2
@@ -348,5 +346,5 @@ def test_a_run_of_ours_is_trained_once_and_measured(
 
 
 def test_errors_are_of_our_own_kind() -> None:
-    with pytest.raises(SdloraError, match="5 pictures for 30 subjects"):
+    with pytest.raises(SdloraError, match="5 images for 30 subjects"):
         Yardstick(SUBJECTS, BASE, TRUE, TRAINING).measure(TRUE[:5])

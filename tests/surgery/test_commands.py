@@ -60,11 +60,11 @@ def test_nothing_but_our_own_words_is_printed(tmp_path: Path, capfd: pytest.Capt
 
 def test_diff_prints_blocks_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(saved(tmp_path, name, mixed_adapter(seed))) for seed, name in enumerate(("a", "b"))]
-    picture = tmp_path / "heat.png"
-    assert main(["diff", *files, "--picture", str(picture), "--json"]) == 0
+    image = tmp_path / "heat.png"
+    assert main(["diff", *files, "--image", str(image), "--json"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
-    assert picture.is_file() and result["picture"] == str(picture)
+    assert image.is_file() and result["image"] == str(image)
     assert {block["component"] for block in result["blocks"]} == {"unet", "text_encoder"}
     assert "modules" not in result and "cosine" in printed
 

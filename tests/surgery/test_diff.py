@@ -59,12 +59,12 @@ def test_modules_of_one_adapter_alone_count_as_zero_in_the_other(tmp_path: Path)
     assert "modules are only in A" in found.render()
 
 
-def test_the_heat_map_is_a_picture_with_a_cell_for_each_block_and_kind(tmp_path: Path) -> None:
+def test_the_heat_map_is_an_image_with_a_cell_for_each_block_and_kind(tmp_path: Path) -> None:
     one, other = mixed_adapter(0, family=SDXL), mixed_adapter(1, family=SDXL)
     draw_heatmap(dict(compared(one, other)), ("a$_b", "b"), tmp_path / "heat.png")
-    with Image.open(tmp_path / "heat.png") as picture:
-        picture.load()
-        assert picture.format == "PNG" and min(picture.size) > 300
+    with Image.open(tmp_path / "heat.png") as image:
+        image.load()
+        assert image.format == "PNG" and min(image.size) > 300
 
 
 @pytest.mark.parametrize(
@@ -82,13 +82,13 @@ def test_the_kind_of_a_layer_is_the_same_in_all_blocks(path: str, kind: str) -> 
     assert kind_of(ModuleKey("unet", path)) == kind
 
 
-def test_pictures_are_not_written_over(tmp_path: Path) -> None:
+def test_images_are_not_written_over(tmp_path: Path) -> None:
     files = saved(tmp_path, "a", mixed_adapter()), saved(tmp_path, "b", mixed_adapter(1))
     (tmp_path / "heat.png").write_bytes(b"mine")
     with pytest.raises(OutputError, match="--overwrite"):
-        diff_adapters(*files, picture=tmp_path / "heat.png")
+        diff_adapters(*files, image=tmp_path / "heat.png")
     with pytest.raises(OutputError, match=r"\.png"):
-        diff_adapters(*files, picture=tmp_path / "heat.jpg")
+        diff_adapters(*files, image=tmp_path / "heat.jpg")
     assert (tmp_path / "heat.png").read_bytes() == b"mine"
 
 

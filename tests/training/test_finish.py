@@ -1,4 +1,4 @@
-"""What the finished file tells of the pictures it was trained on."""
+"""What the finished file tells of the images it was trained on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from sdlora.config.toml import load_config
-from sdlora.events import Announcer
+from sdlora.events import Emitter
 from sdlora.training.finish import adapter_file
 from sdlora.training.run import Run, prepare_run
 
 
 @pytest.mark.parametrize("private", [False, True])
 def test_the_header_tells_every_folder_with_its_own_repeats_or_none(
-    private: bool, tiny_base: Path, picture_folder: Callable[..., Path], tmp_path: Path
+    private: bool, tiny_base: Path, image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = load_config(
         None,
@@ -25,10 +25,10 @@ def test_the_header_tells_every_folder_with_its_own_repeats_or_none(
             *("training.device=cpu", "training.precision=fp32", "data.validation=0", "data.recursive=false"),
         ],
         {
-            "data.folder": picture_folder(3, "style"),
+            "data.folder": image_folder(3, "style"),
             "data.sources": [
-                {"folder": picture_folder(2, "more"), "repeats": 3},
-                {"folder": picture_folder(4, "class"), "regularisation": True, "repeats": 2},
+                {"folder": image_folder(2, "more"), "repeats": 3},
+                {"folder": image_folder(4, "class"), "regularisation": True, "repeats": 2},
             ],
             "model.base": str(tiny_base),
             "output.folder": tmp_path / "run",
@@ -36,7 +36,7 @@ def test_the_header_tells_every_folder_with_its_own_repeats_or_none(
             "data.cache_folder": tmp_path / "cache",
         },
     )
-    run = prepare_run(config, resume=False, tell=Announcer(()))
+    run = prepare_run(config, resume=False, emit=Emitter(()))
     assert isinstance(run, Run)
     header = adapter_file(run).info.metadata
     if private:

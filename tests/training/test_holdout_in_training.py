@@ -1,4 +1,4 @@
-"""What a run measures it has not trained on: kohya's default split had 14 of 20 pictures on both sides."""
+"""What a run measures it has not trained on: kohya's default split had 14 of 20 images on both sides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from sdlora.config.toml import load_config
 from sdlora.data.reading.likeness import near_duplicates
-from sdlora.events import Announcer
+from sdlora.events import Emitter
 from sdlora.training.run import Run, prepare_run
 
 Make = Callable[..., Path]
@@ -22,13 +22,13 @@ def prepared(tiny_base: Path, tmp_path: Path) -> Callable[..., Run]:
     def make(folder: Path, *settings: str) -> Run:
         base = ["adapter.rank=2", "training.steps=2", "sample.prompts=[]", "training.batch_size=2"]
         values = {"data.folder": folder, "model.base": str(tiny_base), "output.folder": tmp_path / "run"}
-        return prepare_run(load_config(None, [*base, *settings], values), resume=False, tell=Announcer(()))
+        return prepare_run(load_config(None, [*base, *settings], values), resume=False, emit=Emitter(()))
 
     return make
 
 
 def photos(folder: Path, count: int, first: int = 0) -> Path:
-    """Make pictures that look different, as the tests of the data side have them."""
+    """Make images that look different, as the tests of the data side have them."""
     for number in range(first, first + count):
         put(folder / f"p{number:02}.png", drawing(number, 96, 72))
         put(folder / f"p{number:02}.txt", f"thing {number}")
@@ -36,10 +36,10 @@ def photos(folder: Path, count: int, first: int = 0) -> Path:
 
 
 @pytest.mark.parametrize("wanted", ["0.15", "3", "9"])
-def test_no_picture_and_no_copy_of_it_is_on_both_sides(
+def test_no_image_and_no_copy_of_it_is_on_both_sides(
     prepared: Callable[..., Run], tmp_path: Path, wanted: str
 ) -> None:
-    folder = photos(tmp_path / "pictures", 14)
+    folder = photos(tmp_path / "images", 14)
     for number in range(6):
         with Image.open(folder / f"p{number:02}.png") as image:
             ImageOps.mirror(image).resize((72, 54)).save(folder / f"p{number:02} copy.jpg", quality=85)
@@ -54,7 +54,7 @@ def test_no_picture_and_no_copy_of_it_is_on_both_sides(
 
 
 def test_a_folder_of_its_own_is_measured(prepared: Callable[..., Run], tmp_path: Path) -> None:
-    folder, own = photos(tmp_path / "pictures", 4), photos(tmp_path / "own", 3, first=20)
+    folder, own = photos(tmp_path / "images", 4), photos(tmp_path / "own", 3, first=20)
     run = prepared(folder, f"data.validation='{own}'")
     assert [item.name for item in run.training.items] == ["p00.png", "p01.png", "p02.png", "p03.png"]
     assert [item.name for item in run.validation.items] == ["p20.png", "p21.png", "p22.png"]

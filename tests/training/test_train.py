@@ -22,7 +22,7 @@ from sdlora.commands.cli import main
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config, save_config
 from sdlora.errors import ConfigError, OutputError, TrainingError
-from sdlora.events import Announcer, Caching, Control, Event, RunFinished, RunStarted, StepDone, Validated
+from sdlora.events import Caching, Control, Emitter, Event, RunFinished, RunStarted, StepDone, Validated
 from sdlora.formats.adapter_files import read_adapter
 from sdlora.run_folder import list_checkpoints
 from sdlora.training.checkpoint import load_checkpoint
@@ -41,8 +41,8 @@ FAST = (
 
 
 @pytest.fixture
-def settings(tiny_base: Path, picture_folder: Make, tmp_path: Path) -> Callable[..., Config]:
-    folder = picture_folder()
+def settings(tiny_base: Path, image_folder: Make, tmp_path: Path) -> Callable[..., Config]:
+    folder = image_folder()
 
     def make(run: str, *overrides: str, **values: Any) -> Config:
         chosen = {override.partition("=")[0] for override in overrides}
@@ -91,7 +91,7 @@ def assert_equal_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Te
 
 
 def prepared(config: Config) -> Run:
-    return prepare_run(config, resume=False, tell=Announcer(()))
+    return prepare_run(config, resume=False, emit=Emitter(()))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_resume_passes_over_a_damaged_checkpoint(settings: Callable[..., Config]
     assert_equal_tensors(whole, final_state(resumed))
 
 
-def test_resume_with_other_settings_or_pictures_is_refused(settings: Callable[..., Config]) -> None:
+def test_resume_with_other_settings_or_images_is_refused(settings: Callable[..., Config]) -> None:
     config = settings("run", "training.steps=4")
     train(config)
     with pytest.raises(ConfigError, match=r"adapter\.rank: was 2, now 3"):
@@ -242,7 +242,7 @@ def test_existing_run_is_never_overwritten(settings: Callable[..., Config], tmp_
     assert {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()} == before
 
 
-def test_every_picture_is_visited_exactly_repeats_times_an_epoch(settings: Callable[..., Config]) -> None:
+def test_every_image_is_visited_exactly_repeats_times_an_epoch(settings: Callable[..., Config]) -> None:
     run = prepared(settings("run", "training.epochs=2", "data.repeats=3", "training.batch_size=4"))
     assert run.steps == 2 * run.order.steps_per_epoch
     for epoch in range(2):
@@ -254,7 +254,7 @@ def test_every_picture_is_visited_exactly_repeats_times_an_epoch(settings: Calla
 def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With noise fixed by picture, 2 x 3 pictures and 6 x 1 pictures must agree."""
+    """With noise fixed by image, 2 x 3 images and 6 x 1 images must agree."""
 
     def by_name(
         model: Any, batch: Any, config: Config, generator: torch.Generator, predict: Any
@@ -289,10 +289,10 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
 
 
-def test_a_lone_picture_in_a_short_step_weighs_as_much_as_any_other(
-    settings: Callable[..., Config], picture_folder: Make, monkeypatch: pytest.MonkeyPatch
+def test_a_lone_image_in_a_short_step_weighs_as_much_as_any_other(
+    settings: Callable[..., Config], image_folder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = picture_folder(count=1, name="lone")
+    folder = image_folder(count=1, name="lone")
     norms = []
     for size in (1, 4):
         run = prepared(
@@ -308,7 +308,7 @@ def test_a_lone_picture_in_a_short_step_weighs_as_much_as_any_other(
     assert norms[0] == pytest.approx(4 * norms[1], rel=1e-5)
 
 
-def test_non_finite_loss_stops_before_the_weights_and_names_the_pictures(
+def test_non_finite_loss_stops_before_the_weights_and_names_the_images(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepared(settings("run", "training.steps=4"))
@@ -330,8 +330,8 @@ def test_non_finite_loss_stops_before_the_weights_and_names_the_pictures(
     assert torch.isfinite(run.groups[0].master.flat).all()
 
 
-def test_loss_falls_on_a_picture_it_can_learn(settings: Callable[..., Config], picture_folder: Make) -> None:
-    folder = picture_folder(count=2, name="two")
+def test_loss_falls_on_an_image_it_can_learn(settings: Callable[..., Config], image_folder: Make) -> None:
+    folder = image_folder(count=2, name="two")
     recorder = Recorder()
     train(
         settings(
@@ -422,7 +422,7 @@ def test_run_folder_holds_what_the_documentation_promises(settings: Callable[...
 
 
 def test_validation_repeats_exactly(settings: Callable[..., Config]) -> None:
-    """Noise and times are fixed by the picture, so equal weights give an equal loss at any step."""
+    """Noise and times are fixed by the image, so equal weights give an equal loss at any step."""
     losses = []
     for name in ("one", "two"):
         recorder = Recorder()

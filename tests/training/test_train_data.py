@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdlora.adapters.disable import silenced
+from sdlora.adapters.disable import adapters_disabled
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.data.batching.batches import generator_for, make_batch
@@ -21,7 +21,7 @@ from sdlora.data.reading.image_files import load_pixels
 from sdlora.data.reading.items import Visit
 from sdlora.diffusion.process import per_image_loss
 from sdlora.errors import ConfigError, DatasetError
-from sdlora.events import Announcer, Control, Decided, Event, Noticed, StepDone
+from sdlora.events import Control, Decided, Emitter, Event, Notice, StepDone
 from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
 from sdlora.run_folder import list_checkpoints
@@ -42,8 +42,8 @@ FAST = (
 
 
 @pytest.fixture
-def settings(tiny_base: Path, picture_folder: Make, tmp_path: Path) -> Callable[..., Config]:
-    folder = picture_folder()
+def settings(tiny_base: Path, image_folder: Make, tmp_path: Path) -> Callable[..., Config]:
+    folder = image_folder()
 
     def make(run: str, *overrides: str, **values: Any) -> Config:
         chosen = {override.partition("=")[0] for override in overrides}
@@ -64,7 +64,7 @@ def settings(tiny_base: Path, picture_folder: Make, tmp_path: Path) -> Callable[
 
 
 def prepared(config: Config, told: list[Event] | None = None) -> Run:
-    return prepare_run(config, resume=False, tell=Announcer(() if told is None else (told.append,)))
+    return prepare_run(config, resume=False, emit=Emitter(() if told is None else (told.append,)))
 
 
 def visits_of(run: Run, epoch: int = 0) -> list[int]:
@@ -76,9 +76,9 @@ def visits_of(run: Run, epoch: int = 0) -> list[int]:
 
 
 def test_the_weight_of_a_source_is_the_weight_of_its_gradient(
-    settings: Callable[..., Config], picture_folder: Make
+    settings: Callable[..., Config], image_folder: Make
 ) -> None:
-    folder = picture_folder(count=1, name="one")
+    folder = image_folder(count=1, name="one")
     norms = []
     for weight in (1.0, 0.25):
         config = settings(
@@ -91,8 +91,8 @@ def test_the_weight_of_a_source_is_the_weight_of_its_gradient(
     assert norms[1] == pytest.approx(0.25 * norms[0], rel=1e-5)
 
 
-def test_regularisation_pictures_are_trained_on_but_never_held_out_or_previewed(
-    settings: Callable[..., Config], picture_folder: Make
+def test_regularisation_images_are_trained_on_but_never_held_out_or_previewed(
+    settings: Callable[..., Config], image_folder: Make
 ) -> None:
     told: list[Event] = []
     config = settings(
@@ -100,7 +100,7 @@ def test_regularisation_pictures_are_trained_on_but_never_held_out_or_previewed(
         "data.validation=2",
         "sample.prompts=['a']",
         "data.trigger_word=zork",
-        **{"data.sources": [{"folder": picture_folder(4, "class"), "regularisation": True, "repeats": 2}]},
+        **{"data.sources": [{"folder": image_folder(4, "class"), "regularisation": True, "repeats": 2}]},
     )
     run = prepared(config, told)
     assert [item.regularisation for item in run.validation.items] == [False, False]
@@ -112,16 +112,16 @@ def test_regularisation_pictures_are_trained_on_but_never_held_out_or_previewed(
     assert not any("zork" in caption for caption in captions[4:])
 
 
-def test_what_is_odd_about_the_folders_is_told(settings: Callable[..., Config], picture_folder: Make) -> None:
-    folder = picture_folder(2, "7_cat")
+def test_what_is_odd_about_the_folders_is_told(settings: Callable[..., Config], image_folder: Make) -> None:
+    folder = image_folder(2, "7_cat")
     told: list[Event] = []
     prepared(settings("run", **{"data.folder": folder}), told)
-    notes = [event.message for event in told if isinstance(event, Noticed)]
+    notes = [event.message for event in told if isinstance(event, Notice)]
     assert any(note.startswith("7_cat: is named as kohya's folders are") for note in notes)
 
 
 def test_without_any_folder_nothing_starts(settings: Callable[..., Config]) -> None:
-    with pytest.raises(ConfigError, match="no folder of pictures given"):
+    with pytest.raises(ConfigError, match="no folder of images given"):
         prepared(settings("run", **{"data.folder": None}))
 
 
@@ -129,7 +129,7 @@ def test_without_any_folder_nothing_starts(settings: Callable[..., Config]) -> N
 
 
 def test_varying_captions_are_told_encoded_and_trained_on(
-    settings: Callable[..., Config], picture_folder: Make
+    settings: Callable[..., Config], image_folder: Make
 ) -> None:
     told: list[Event] = []
     config = settings("run", "data.shuffle_tags=true", "data.caption_suffix='ink, drawn, {x|y}'")
@@ -142,9 +142,9 @@ def test_varying_captions_are_told_encoded_and_trained_on(
 
 @pytest.mark.parametrize("mode", ["before", "in loop"])
 def test_text_is_that_of_the_captions_whenever_it_is_encoded(
-    settings: Callable[..., Config], picture_folder: Make, mode: str
+    settings: Callable[..., Config], image_folder: Make, mode: str
 ) -> None:
-    folder = picture_folder(3, "tags")
+    folder = image_folder(3, "tags")
     for number in range(3):
         (folder / f"thing{number:02d}.txt").write_text(f"n{number}, (a:2), b, c, d", encoding="utf-8")
     run = prepared(
@@ -200,19 +200,19 @@ def test_random_looks_give_the_sizes_and_crops_that_were_cut(settings: Callable[
             visits = run.order.step(step)[0][0]
             batch = make_batch(run.training, run.model, visits, generator_for(step), seed=0)
             for visit, size in zip(visits, batch.sizes, strict=True):
-                look, item = run.training.looks.at(visit, 0), run.training.items[visit.index]
-                assert (size.crop, size.target) == (look.placement.crop, look.placement.bucket)
+                view, item = run.training.views.at(visit, 0), run.training.items[visit.index]
+                assert (size.crop, size.target) == (view.placement.crop, view.placement.bucket)
                 assert size.original == (item.height, item.width)
-                pixels = to_pixels(load_pixels(item), look.placement, mirror=look.mirror)
+                pixels = to_pixels(load_pixels(item), view.placement, mirror=view.mirror)
                 direct = run.model.encode_images(pixels)
-                stored = run.training.image(visit.index, look).posterior
+                stored = run.training.image(visit.index, view).posterior
                 torch.testing.assert_close(stored.mean, direct.mean)
                 crops.add(size.crop)
         assert len(crops) > 4
 
 
-def test_only_what_the_mask_shows_is_trained(settings: Callable[..., Config], picture_folder: Make) -> None:
-    """Outside of the mask the picture may be anything: with equal latents inside, the loss is the same."""
+def test_only_what_the_mask_shows_is_trained(settings: Callable[..., Config], image_folder: Make) -> None:
+    """Outside of the mask the image may be anything: with equal latents inside, the loss is the same."""
     prediction, target = torch.randn((2, 2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros((2, 1, 8, 8))
     mask[0, :, :4], mask[1, :, 0, 0] = 1.0, 0.5
@@ -227,9 +227,9 @@ def test_only_what_the_mask_shows_is_trained(settings: Callable[..., Config], pi
 
 
 def test_masks_reach_the_loss_at_the_size_of_the_latents(
-    settings: Callable[..., Config], picture_folder: Make, tmp_path: Path
+    settings: Callable[..., Config], image_folder: Make, tmp_path: Path
 ) -> None:
-    folder = picture_folder(2, "square")
+    folder = image_folder(2, "square")
     masks = tmp_path / "masks"
     masks.mkdir()
     mask = Image.new("L", (40, 40), 0)
@@ -252,9 +252,9 @@ def test_masks_reach_the_loss_at_the_size_of_the_latents(
 
 
 def test_a_mask_outside_of_the_crop_is_refused_by_name(
-    settings: Callable[..., Config], picture_folder: Make, tmp_path: Path
+    settings: Callable[..., Config], image_folder: Make, tmp_path: Path
 ) -> None:
-    folder, masks = picture_folder(2, "wide"), tmp_path / "masks"
+    folder, masks = image_folder(2, "wide"), tmp_path / "masks"
     masks.mkdir()
     mask = Image.new("L", (64, 32), 0)
     mask.paste(255, (0, 0, 4, 32))
@@ -267,7 +267,7 @@ def test_a_mask_outside_of_the_crop_is_refused_by_name(
     assert run.training.image(1).size.crop == (0, 0)
 
 
-def test_each_picture_is_trained_at_each_resolution_it_is_large_enough_for(
+def test_each_image_is_trained_at_each_resolution_it_is_large_enough_for(
     settings: Callable[..., Config],
 ) -> None:
     values = ("data.buckets=false", "data.resolution=40", "data.more_resolutions=[32, 64]")
@@ -279,13 +279,13 @@ def test_each_picture_is_trained_at_each_resolution_it_is_large_enough_for(
     train_step(run)
 
 
-def test_small_pictures_keep_their_size_if_enlarging_is_off_and_are_warned_of_if_not(
+def test_small_images_keep_their_size_if_enlarging_is_off_and_are_warned_of_if_not(
     settings: Callable[..., Config],
 ) -> None:
     told: list[Event] = []
     prepared(settings("up", "data.resolution=128"), told)
-    notes = [event.message for event in told if isinstance(event, Noticed)]
-    assert any(note.startswith("6 of 6 pictures are enlarged more than 1.5 times") for note in notes)
+    notes = [event.message for event in told if isinstance(event, Notice)]
+    assert any(note.startswith("6 of 6 images are enlarged more than 1.5 times") for note in notes)
     run = prepared(settings("own", "data.resolution=128", "data.upscale=false"))
     sizes = {
         (item.height, item.width): p.bucket
@@ -313,12 +313,12 @@ def drift_on_blank(run: Run) -> float:
     with torch.no_grad():
         text = run.model.encode_text([""] * 4)
         ours = run.model.predict(noisy, timesteps, text, sizes)
-        with silenced(run.model):
+        with adapters_disabled(run.model):
             theirs = run.model.predict(noisy, timesteps, text, sizes)
     return float((ours - theirs).square().mean())
 
 
-def test_silenced_adapters_leave_the_base_bit_for_bit_and_go_on_learning(
+def test_disabled_adapters_leave_the_base_bit_for_bit_and_go_on_learning(
     settings: Callable[..., Config], tiny_base: Path
 ) -> None:
     run = prepared(
@@ -332,7 +332,7 @@ def test_silenced_adapters_leave_the_base_bit_for_bit_and_go_on_learning(
     inputs = (noisy, torch.tensor([500]), base.encode_text(["a cat"]), [SizeHint((32, 32), (0, 0), (32, 32))])
     with torch.no_grad():
         changed = run.model.predict(*inputs)
-        with silenced(run.model):
+        with adapters_disabled(run.model):
             assert torch.equal(run.model.predict(*inputs), base.predict(*inputs))
         assert torch.equal(run.model.predict(*inputs), changed)
     assert not torch.allclose(changed, base.predict(*inputs))
@@ -340,12 +340,12 @@ def test_silenced_adapters_leave_the_base_bit_for_bit_and_go_on_learning(
     train_step(run)
 
 
-def test_regularisation_pictures_hold_the_adapter_to_the_base_where_asked_for(
-    settings: Callable[..., Config], picture_folder: Make
+def test_regularisation_images_hold_the_adapter_to_the_base_where_asked_for(
+    settings: Callable[..., Config], image_folder: Make
 ) -> None:
-    """At first the adapter is the base, so these pictures have no error; without it they have one."""
-    source = {"folder": picture_folder(1, "class"), "regularisation": True}
-    learned = picture_folder(1, "me")
+    """At first the adapter is the base, so these images have no error; without it they have one."""
+    source = {"folder": image_folder(1, "class"), "regularisation": True}
+    learned = image_folder(1, "me")
     losses = {}
     for prior in (0.0, 0.5):
         config = settings(
@@ -360,10 +360,10 @@ def test_regularisation_pictures_hold_the_adapter_to_the_base_where_asked_for(
         assert batch.regularisation == (False, True)
         losses[prior] = loss_of(run.model, batch, config, generator_for(1))[0].tolist()
     assert losses[0.5][0] == losses[0.0][0] > 0
-    assert losses[0.5][1] < 1e-10 < 1e-3 < losses[0.0][1]  # rounding: the base sees that picture alone
+    assert losses[0.5][1] < 1e-10 < 1e-3 < losses[0.0][1]  # rounding: the base sees that image alone
 
 
-def test_without_such_pictures_the_empty_caption_holds_it(settings: Callable[..., Config]) -> None:
+def test_without_such_images_the_empty_caption_holds_it(settings: Callable[..., Config]) -> None:
     drifts, first = {}, {}
     for prior in (0.0, 30.0):
         config = settings(
@@ -410,9 +410,9 @@ def test_without_such_pictures_the_empty_caption_holds_it(settings: Callable[...
     ids=["kept", "in-loop", "text-encoder"],
 )
 def test_a_run_stopped_and_resumed_ends_bit_identical_with_everything_that_varies(
-    settings: Callable[..., Config], picture_folder: Make, overrides: tuple[str, ...]
+    settings: Callable[..., Config], image_folder: Make, overrides: tuple[str, ...]
 ) -> None:
-    folder = picture_folder(4, "varied")
+    folder = image_folder(4, "varied")
     for number in range(4):
         text = f"a {{b|c|d}}, e{number}, (f:1.3), g\nsecond, line {number}, of, tags"
         (folder / f"thing{number:02d}.txt").write_text(text, encoding="utf-8")

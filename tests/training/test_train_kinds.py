@@ -18,22 +18,22 @@ from sdlora.adapters.kinds import DoRA, LoHa, LoKr
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config, save_config
 from sdlora.errors import ConfigError
-from sdlora.events import Announcer, Control, Event, StepDone
+from sdlora.events import Control, Emitter, Event, StepDone
 from sdlora.families.base import DiffusionModel, SizeHint
 from sdlora.families.loading import load_model
 from sdlora.formats.adapter_files import read_adapter, write_adapter
 from sdlora.run_folder import list_checkpoints
 from sdlora.training.run import Run, prepare_run
 from sdlora.training.train import TrainResult, train, train_step
-from sdlora.training.warm_start import continued
+from sdlora.training.warm_start import warm_start
 
 Settings = Callable[..., Config]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def settings(tiny_base: Path, picture_folder: Callable[..., Path], tmp_path: Path) -> Settings:
-    folder = picture_folder(4)
+def settings(tiny_base: Path, image_folder: Callable[..., Path], tmp_path: Path) -> Settings:
+    folder = image_folder(4)
 
     def make(run: str, *overrides: str) -> Config:
         fixed = ("training.batch_size=2", "data.validation=0", "sample.prompts=[]", "training.device=cpu")
@@ -68,7 +68,7 @@ def base_of(config: Config, dtype: torch.dtype = torch.float32) -> DiffusionMode
 
 
 def prepared(config: Config, resume: bool = False) -> Run:
-    return prepare_run(config, resume=resume, tell=Announcer(()))
+    return prepare_run(config, resume=resume, emit=Emitter(()))
 
 
 def last_checkpoint(result: TrainResult) -> Path:
@@ -162,10 +162,10 @@ def test_lycoris_kinds_start_at_the_base_and_every_layer_learns(variant: str, se
     config = settings("run", *VARIANTS[variant])
     run = prepared(config)
     assert torch.equal(output(run.model), output(base_of(config)))
-    before = run.learned.masters()
+    before = run.trainable.masters()
     run.model.prepare(training=True)
     train_step(run)
-    after = run.learned.masters()
+    after = run.trainable.masters()
     assert after.kinds() == {variant: len(before)} and len(before) > 20
     for key, update in after.all_items():
         assert float(update.delta().abs().max()) > 0 == float(before.updates[key].delta().abs().max()), key
@@ -176,9 +176,9 @@ def test_dora_in_bf16_starts_at_the_base_and_keeps_its_magnitudes_in_fp32(settin
     base = base_of(config, torch.bfloat16)
     run = prepared(config)
     torch.testing.assert_close(output(run.model), output(base), rtol=1e-2, atol=2e-2)
-    magnitudes = [one.parameters["dora_scale"] for one in run.learned.layers]
+    magnitudes = [one.parameters["dora_scale"] for one in run.trainable.layers]
     assert {tensor.dtype for tensor in magnitudes} == {torch.float32}
-    for one in run.learned.layers:
+    for one in run.trainable.layers:
         update = one.rebuilt({name: p.detach() for name, p in one.parameters.items()})
         weight = base.components()["unet"].get_submodule(one.key.path).weight.detach().float()
         assert isinstance(update, DoRA) and isinstance(weight, Tensor)
@@ -197,10 +197,10 @@ def test_the_first_step_moves_each_group_by_its_own_rate(settings: Settings) -> 
         "adapter.text_encoder=true",
     )
     run = prepared(config)
-    before = run.learned.masters()
+    before = run.trainable.masters()
     train_step(run)
     train_step(run)  # B is zero at first, so A has a gradient only in the second step
-    after = run.learned.masters()
+    after = run.trainable.masters()
     names = [group.name for group in run.groups]
     assert names == ["unet", "unet x0.5", "unet x2.0", "unet x4.0", "text_encoder", "text_encoder x4.0"]
     for key, pair in after.items():
@@ -216,7 +216,7 @@ def test_the_first_step_moves_each_group_by_its_own_rate(settings: Settings) -> 
 def test_pissa_takes_the_largest_singular_values_and_leaves_the_base_alone(settings: Settings) -> None:
     config = settings("run", "adapter.init=pissa", "adapter.alpha=4")
     run, base = prepared(config), base_of(config)
-    assert run.learned.start is not None
+    assert run.trainable.start is not None
     for component in run.model.components():
         theirs = {n: p for n, p in base.components()[component].state_dict().items()}
         ours = {
@@ -225,14 +225,14 @@ def test_pissa_takes_the_largest_singular_values_and_leaves_the_base_alone(setti
             if "lora_" not in name
         }
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-    for one in run.learned.layers:
+    for one in run.trainable.layers:
         weight = base.components()["unet"].get_submodule(one.key.path).weight.detach()
         assert isinstance(weight, Tensor)
         u, sizes, v = torch.linalg.svd(weight.double(), full_matrices=False)
         wanted = (u[:, :2] * sizes[:2]) @ v[:2]
         # singular values of random weights lie close together, so the iteration is not quite through
         torch.testing.assert_close(one.update.delta().double(), wanted, rtol=1e-2, atol=1e-3)
-    masters = run.learned.masters()
+    masters = run.trainable.masters()
     assert max(float(pair.delta().abs().max()) for pair in masters.pairs.values()) < 1e-6
 
 
@@ -251,7 +251,7 @@ def test_a_run_goes_on_from_a_file_of_any_kind_with_its_ranks_and_alphas(
     )
     run = prepared(config)
     assert run.config.adapter.alpha == 3.0 and run.config.adapter.rank in file.weights.ranks()
-    start = run.learned.masters()
+    start = run.trainable.masters()
     for key, update in file.weights.all_items():
         assert (start.updates[key].kind, start.updates[key].alpha) == (update.kind, update.alpha)
         for name, tensor in update.tensors().items():
@@ -278,8 +278,8 @@ def test_contradictions_with_the_file_are_errors(settings: Settings, tmp_path: P
     }
     for override, message in wrong.items():
         with pytest.raises(ConfigError, match=message):
-            continued(settings("wrong", given, override), model)
-    config, weights, decisions = continued(settings("right", given, "adapter.rank=3"), model)
+            warm_start(settings("wrong", given, override), model)
+    config, weights, decisions = warm_start(settings("right", given, "adapter.rank=3"), model)
     assert (config.adapter.rank, config.adapter.alpha, len(weights)) == (3, 1.5, len(file.weights))
     assert [one.key for one in decisions] == ["adapter.alpha"]
 
@@ -332,7 +332,7 @@ def test_a_tucker_locon_goes_on_as_the_plain_lora_it_is(settings: Settings, tmp_
     file = tmp_path / "locon.safetensors"
     write_adapter(AdapterFile(AdapterWeights({key: update}), info), "webui", file, torch.float32, family)
     run = prepared(settings("run", f"adapter.from_file={file.as_posix()}"))
-    (found,) = run.learned.masters().updates.values()
+    (found,) = run.trainable.masters().updates.values()
     assert isinstance(found, LowRankPair) and (found.rank, found.alpha) == (update.rank, update.alpha)
     torch.testing.assert_close(found.delta(), update.delta(), rtol=1e-5, atol=1e-6)
 
@@ -357,8 +357,8 @@ def test_lokr_factors_follow_the_sides_of_the_layer(settings: Settings) -> None:
     ]
     assert [split_side(size, 8) for size in (320, 12, 7)] == [(8, 40), (3, 4), (1, 7)]
     run = prepared(settings("run", "adapter.kind=lokr", "adapter.targets=all", "adapter.rank=4"))
-    forms = {len(one.update.tensors()) for one in run.learned.layers}
+    forms = {len(one.update.tensors()) for one in run.trainable.layers}
     assert forms == {2, 3}  # both full, and the second decomposed
-    assert all(isinstance(one.update, LoKr) and one.update.w1 is not None for one in run.learned.layers)
+    assert all(isinstance(one.update, LoKr) and one.update.w1 is not None for one in run.trainable.layers)
     loha = prepared(settings("loha", "adapter.kind=loha"))
-    assert all(isinstance(one.update, LoHa) and one.update.rank == 2 for one in loha.learned.layers)
+    assert all(isinstance(one.update, LoHa) and one.update.rank == 2 for one in loha.trainable.layers)

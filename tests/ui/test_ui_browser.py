@@ -129,14 +129,14 @@ def driver() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def page(driver: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     home = tmp_path_factory.mktemp("home")
-    shutil.copytree(ROOT / "datasets" / "ink-icons", home / "training-pictures" / "few", ignore=few)
+    shutil.copytree(ROOT / "datasets" / "ink-icons", home / "training-images" / "few", ignore=few)
     running = start_server(home)
     yield Page(driver, running)
     running.end()
 
 
 def few(folder: str, names: list[str]) -> set[str]:
-    """Leave all but four pictures out of a copy."""
+    """Leave all but four images out of a copy."""
     return {name for name in names if Path(name).stem not in ("bee", "candle", "cheese", "dog")}
 
 
@@ -147,7 +147,7 @@ def image(page: Page) -> str | None:
 
 def open_folder(page: Page, name: str) -> None:
     page.tab(0)
-    page.type("#dataset-folder input", f"training-pictures/{name}")
+    page.type("#dataset-folder input", f"training-images/{name}")
     page.click("#open-folder")
     page.one(".sd-card")
 
@@ -183,7 +183,7 @@ def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., An
     slider.send_keys("\ue012" * 4)  # the left arrow, four times
     wait(lambda: float(slider.get_attribute("value")) == pytest.approx(0.8))
     wait(lambda: image(page) not in (None, first))
-    drawn = sorted((page.server.home / "pictures").glob("*.png"))
+    drawn = sorted((page.server.home / "images").glob("*.png"))
     assert len(drawn) >= 2
 
     page.click("#sweep")
@@ -205,7 +205,7 @@ def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., An
     wait(lambda: "(step " in page.one("#adapter-0 input").get_attribute("value"))
 
     page.type("#prompt textarea", "something else")
-    page.driver.find_element("css selector", "#sent-file input[type=file]").send_keys(str(drawn[0]))
+    page.driver.find_element("css selector", "#import-file input[type=file]").send_keys(str(drawn[0]))
     wait(lambda: page.one("#prompt textarea").get_attribute("value") == "inkicon, an icon of a cat")
     wait(lambda: page.one("#adapter-0 input").get_attribute("value") == "ink-icons")
     wait(lambda: page.one("#strength-0 input[type=range]").get_attribute("value") == "1")
@@ -258,7 +258,7 @@ def two_adapters_draw(page: Page, wait: Callable[..., Any]) -> None:
 
 
 def the_text_encoder_has_its_own_strength(page: Page, wait: Callable[..., Any]) -> None:
-    """Take the text encoder's strength apart and lower it; the picture follows by itself."""
+    """Take the text encoder's strength apart and lower it; the image follows by itself."""
     unfold(page, "#apart-0")
     page.click("#separate-0 input")
     page.one("#text-0 input[type=range]").send_keys("\ue012" * 15)  # the left arrow: to 0.25
@@ -266,9 +266,9 @@ def the_text_encoder_has_its_own_strength(page: Page, wait: Callable[..., Any]) 
 
 
 def drawn_with(page: Page, *said: str) -> bool:
-    """Tell whether a picture was drawn whose settings hold all of these."""
+    """Tell whether an image was drawn whose settings hold all of these."""
     texts = [
-        Image.open(file).info.get("parameters", "") for file in (page.server.home / "pictures").glob("*.png")
+        Image.open(file).info.get("parameters", "") for file in (page.server.home / "images").glob("*.png")
     ]
     return any(all(one in text for one in said) for text in texts)
 
@@ -304,7 +304,7 @@ def checkpoints(page: Page) -> list[Path]:
     return list((page.server.home / "runs" / "ink-icons" / "checkpoints").glob("step-*/adapter.safetensors"))
 
 
-# Scrubs through the whole strip, five times because of what else the machine does; a picture is there
+# Scrubs through the whole strip, five times because of what else the machine does; an image is there
 # when it is the one visible and decoded.
 SCRUB = """
 const strip = document.querySelector("#extra sd-strip"), range = strip.querySelector("input[type=range]");
@@ -324,7 +324,7 @@ return { strengths, milliseconds: Math.max(...times), requests: asked() - before
 """  # noqa: E501
 
 
-def test_a_picture_is_drawn_with_the_keyboard_alone(page: Page, wait: Callable[..., Any]) -> None:
+def test_an_image_is_drawn_with_the_keyboard_alone(page: Page, wait: Callable[..., Any]) -> None:
     from selenium.webdriver.common.keys import Keys
 
     page.open()
@@ -367,7 +367,7 @@ def test_an_edited_caption_is_saved_by_itself_and_can_be_undone(page: Page, wait
     page.open()
     open_folder(page, "few")
     page.type("textarea[data-name='bee.png']", "inkicon, a busy bee")
-    file = page.server.home / "training-pictures" / "few" / "bee.txt"
+    file = page.server.home / "training-images" / "few" / "bee.txt"
     wait(lambda: file.read_text() == "inkicon, a busy bee\n")
     page.open()
     open_folder(page, "few")
@@ -380,7 +380,7 @@ def test_an_edited_caption_is_saved_by_itself_and_can_be_undone(page: Page, wait
     )
 
 
-def test_captions_are_replaced_in_all_pictures_and_get_the_trigger_word(
+def test_captions_are_replaced_in_all_images_and_get_the_trigger_word(
     page: Page, wait: Callable[..., Any]
 ) -> None:
     page.open()
@@ -388,7 +388,7 @@ def test_captions_are_replaced_in_all_pictures_and_get_the_trigger_word(
     page.one("#sd-find").send_keys("inkicon, an icon of")
     page.one("#sd-put").send_keys("a drawing of")
     page.click("#sd-replace")
-    file = page.server.home / "training-pictures" / "few" / "dog.txt"
+    file = page.server.home / "training-images" / "few" / "dog.txt"
     wait(lambda: file.read_text().strip() == "a drawing of a dog")
     page.one("#sd-trigger").send_keys("inkicon")
     page.click("#sd-add-trigger")
@@ -430,7 +430,7 @@ def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., An
         other.tab(0)
         field = other.one("textarea[data-name='candle.png']")
         field.send_keys(" and its light")  # the field keeps the focus: only typing saves
-        file = home / "training-pictures" / "few" / "candle.txt"
+        file = home / "training-images" / "few" / "candle.txt"
         wait(lambda: file.read_text().endswith("and its light\n"))
     finally:
         end_marked(mark)  # as a crash would
@@ -439,24 +439,24 @@ def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., An
     wait(lambda: page.one(NAME).get_attribute("value") == "half-typed")
 
 
-def test_dropped_pictures_and_zips_become_a_data_set(
+def test_dropped_images_and_zips_become_a_data_set(
     page: Page, tmp_path: Path, wait: Callable[..., Any]
 ) -> None:
     with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
         for name in ("dog.png", "dog.txt"):
             archive.write(ROOT / "datasets" / "ink-icons" / name, name)
-    (tmp_path / "fake.png").write_text("no picture")
+    (tmp_path / "fake.png").write_text("no image")
     Image.new("RGB", (400, 100), "teal").save(tmp_path / "wide.png")
     page.open()
     page.type("#drop-name textarea, #drop-name input", "dropped")
     files = [str(tmp_path / name) for name in ("more.zip", "fake.png", "wide.png")]
     page.driver.find_element("css selector", "#drop input[type=file]").send_keys("\n".join(files))
     page.one("textarea[data-name='dog.png']")
-    folder = page.server.home / "training-pictures" / "dropped"
+    folder = page.server.home / "training-images" / "dropped"
     assert sorted(file.name for file in folder.iterdir()) == ["dog.png", "dog.txt", "wide.png"]
     wait(lambda: "fake.png" in page.text())  # a warning says what was left out
     edges = wait(lambda: page.js(CROP))
-    assert edges["picture"] == pytest.approx(4, rel=0.03)  # not squeezed, so that the crop fits it
+    assert edges["image"] == pytest.approx(4, rel=0.03)  # not squeezed, so that the crop fits it
     assert edges["crop"] == pytest.approx(edges["bucket"], rel=0.05)
 
 
@@ -466,7 +466,7 @@ const box = (one) => one.getBoundingClientRect();
 const image = card.querySelector("img"), crop = card.querySelector(".sd-crop");
 if (!image.complete || !image.naturalWidth) { image.loading = "eager"; return null; }
 const [width, height] = crop.title.match(/\\d+/g).map(Number);
-return { picture: box(image).width / box(image).height, crop: box(crop).width / box(crop).height, bucket: width / height };
+return { image: box(image).width / box(image).height, crop: box(crop).width / box(crop).height, bucket: width / height };
 """  # noqa: E501
 
 
@@ -531,7 +531,7 @@ def test_pages_fit_a_phone(page: Page, theme: str) -> None:
 
 
 def test_another_sites_page_can_do_nothing(page: Page) -> None:
-    file = page.server.home / "training-pictures" / "few" / "cheese.txt"
+    file = page.server.home / "training-images" / "few" / "cheese.txt"
     before = file.read_text()
 
     class Evil(BaseHTTPRequestHandler):
@@ -549,7 +549,7 @@ def test_another_sites_page_can_do_nothing(page: Page) -> None:
     Thread(target=evil.serve_forever, daemon=True).start()
     try:
         page.driver.get(f"http://127.0.0.1:{evil.server_port}/")
-        body = '{"folder": "training-pictures/few", "texts": {"cheese.png": "owned"}}'
+        body = '{"folder": "training-images/few", "texts": {"cheese.png": "owned"}}'
         outcome = page.driver.execute_async_script(EVIL, page.server.url, body)
     finally:
         evil.shutdown()
@@ -567,7 +567,7 @@ const image = new Promise((ready) => {
   const one = new Image();
   one.onload = () => ready("loaded");
   one.onerror = () => ready("blocked");
-  one.src = url + "/sdlora/file?path=training-pictures/few/bee.png";
+  one.src = url + "/sdlora/file?path=training-images/few/bee.png";
 }).then((text) => { outcome.image = text; });
 const headers = { "Content-Type": "application/json", "X-Sdlora": "1" };
 Promise.all([
@@ -583,7 +583,7 @@ Promise.all([
     "path",
     [
         "/sdlora/file?path=/etc/passwd",
-        "/sdlora/file?path=training-pictures/../../../etc/passwd",
+        "/sdlora/file?path=training-images/../../../etc/passwd",
         "/sdlora/thumb?path=/usr/share/pixmaps/x.png",
         "/sdlora/dataset?folder=/etc",
         "/sdlora/settings?path=../secret.png",
@@ -598,7 +598,7 @@ def test_paths_outside_are_not_served(page: Page, path: str) -> None:
     assert page.server.status(path) in (403, 404)
 
 
-def test_a_picture_that_was_not_uploaded_cannot_be_named_as_dropped(page: Page, tmp_path: Path) -> None:
+def test_an_image_that_was_not_uploaded_cannot_be_named_as_dropped(page: Page, tmp_path: Path) -> None:
     shutil.copy(ROOT / "datasets" / "ink-icons" / "bee.png", tmp_path / "bee.png")
     config = page.server.ask("/config")
     ids = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
@@ -609,17 +609,17 @@ def test_a_picture_that_was_not_uploaded_cannot_be_named_as_dropped(page: Page, 
     page.server.ask("/gradio_api/queue/join", body)
     said = page.server.ask("/gradio_api/queue/data?session_hash=stranger", raw=True).decode()
     assert "it was not uploaded" in said
-    assert not (page.server.home / "training-pictures" / "stolen").exists()
+    assert not (page.server.home / "training-images" / "stolen").exists()
 
 
 def test_captions_outside_are_not_written(page: Page) -> None:
     outside = page.server.home / "outside"
     outside.mkdir(exist_ok=True)
     shutil.copy(ROOT / "datasets" / "ink-icons" / "bee.png", outside / "bee.png")
-    for folder in ("outside", str(outside), "training-pictures/../outside"):
+    for folder in ("outside", str(outside), "training-images/../outside"):
         body = {"folder": folder, "texts": {"bee.png": "x"}}
         assert page.server.status("/sdlora/captions/set", body) == 403
-    body = {"folder": "training-pictures/few", "texts": {"../../outside/bee.png": "x"}}
+    body = {"folder": "training-images/few", "texts": {"../../outside/bee.png": "x"}}
     assert page.server.status("/sdlora/captions/set", body) == 403
     assert not (outside / "bee.txt").exists()
 
@@ -627,7 +627,7 @@ def test_captions_outside_are_not_written(page: Page) -> None:
 def test_the_queue_survives_a_killed_server(
     driver: Any, tmp_path: Path, wait: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
-    shutil.copytree(ROOT / "datasets" / "ink-icons", tmp_path / "training-pictures" / "few", ignore=few)
+    shutil.copytree(ROOT / "datasets" / "ink-icons", tmp_path / "training-images" / "few", ignore=few)
     port = free_port()
     page = Page(driver, start_server(tmp_path, port=port))
     request.addfinalizer(page.server.end)

@@ -1,4 +1,4 @@
-"""Captions edited in the browser lie beside their pictures, and every change can be undone."""
+"""Captions edited in the browser lie beside their images, and every change can be undone."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import pytest
 from PIL import Image
 from sdlora_ui.captions import CaptionBook
 from sdlora_ui.dataset_view import DataSets, version_of
-from sdlora_ui.server.allowed_paths import PlaceRefused, Places
+from sdlora_ui.server.allowed_paths import AllowedPaths, PathRefused
 
 from sdlora.errors import DatasetError
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Places:
-    return Places.of(tmp_path, runs=Path("runs"), pictures=Path("out"), data=Path("pictures"))
+def paths(tmp_path: Path) -> AllowedPaths:
+    return AllowedPaths.of(tmp_path, runs=Path("runs"), images=Path("out"), data=Path("images"))
 
 
 def test_an_edit_is_on_disk_and_can_be_undone_by_a_later_server(
-    places: Places, picture_folder: Callable[..., Path]
+    paths: AllowedPaths, image_folder: Callable[..., Path]
 ) -> None:
-    folder = picture_folder(3)
-    assert CaptionBook(places).set(folder, {"thing00.png": "  a new \n\n caption "}) == 1
+    folder = image_folder(3)
+    assert CaptionBook(paths).set(folder, {"thing00.png": "  a new \n\n caption "}) == 1
     assert (folder / "thing00.txt").read_text() == "a new\ncaption\n"
-    later = CaptionBook(places)
+    later = CaptionBook(paths)
     assert later.changes(folder) == 1 and later.undo(folder) == 1
     assert (folder / "thing00.txt").read_text() == "an icon of a cat 0"
     with pytest.raises(DatasetError, match="nothing to undo"):
@@ -33,10 +33,10 @@ def test_an_edit_is_on_disk_and_can_be_undone_by_a_later_server(
 
 
 def test_undoing_a_first_caption_removes_its_file(
-    places: Places, picture_folder: Callable[..., Path]
+    paths: AllowedPaths, image_folder: Callable[..., Path]
 ) -> None:
-    folder = picture_folder(1, caption=False)
-    book = CaptionBook(places)
+    folder = image_folder(1, caption=False)
+    book = CaptionBook(paths)
     book.set(folder, {"thing00.png": "a thing"})
     assert (folder / "thing00.txt").exists()
     book.undo(folder)
@@ -44,10 +44,10 @@ def test_undoing_a_first_caption_removes_its_file(
 
 
 def test_undo_keeps_what_someone_else_wrote_since(
-    places: Places, picture_folder: Callable[..., Path]
+    paths: AllowedPaths, image_folder: Callable[..., Path]
 ) -> None:
-    folder = picture_folder(1)
-    book = CaptionBook(places)
+    folder = image_folder(1)
+    book = CaptionBook(paths)
     book.set(folder, {"thing00.png": "mine"})
     (folder / "thing00.txt").write_text("theirs")
     assert book.undo(folder) == 0
@@ -55,9 +55,9 @@ def test_undo_keeps_what_someone_else_wrote_since(
 
 
 def test_replace_in_all_and_trigger_word_are_one_undo_each(
-    places: Places, picture_folder: Callable[..., Path]
+    paths: AllowedPaths, image_folder: Callable[..., Path]
 ) -> None:
-    folder, book = picture_folder(3), CaptionBook(places)
+    folder, book = image_folder(3), CaptionBook(paths)
     assert book.replace(folder, "cat", "do\\g<1>g") == 3
     assert (folder / "thing01.txt").read_text() == "an icon of a do\\g<1>g 1\n"
     assert book.add_trigger(folder, "mystyle") == 3
@@ -68,28 +68,28 @@ def test_replace_in_all_and_trigger_word_are_one_undo_each(
 
 
 def test_a_caption_file_that_is_there_keeps_its_ending(
-    places: Places, picture_folder: Callable[..., Path]
+    paths: AllowedPaths, image_folder: Callable[..., Path]
 ) -> None:
-    folder = picture_folder(1)
+    folder = image_folder(1)
     (folder / "thing00.txt").rename(folder / "thing00.caption")
-    CaptionBook(places).set(folder, {"thing00.png": "new"})
+    CaptionBook(paths).set(folder, {"thing00.png": "new"})
     assert sorted(file.name for file in folder.iterdir()) == ["thing00.caption", "thing00.png"]
 
 
 @pytest.mark.parametrize(
     "name", ["../../outside.png", "/etc/passwd", "thing00.txt", "nobody.png", "thing00.png/.."]
 )
-def test_a_name_that_is_no_picture_of_the_folder_is_refused(
-    places: Places, picture_folder: Callable[..., Path], name: str
+def test_a_name_that_is_no_image_of_the_folder_is_refused(
+    paths: AllowedPaths, image_folder: Callable[..., Path], name: str
 ) -> None:
-    folder = picture_folder(1)
-    with pytest.raises((DatasetError, PlaceRefused)):
-        CaptionBook(places).set(folder, {name: "x"})
+    folder = image_folder(1)
+    with pytest.raises((DatasetError, PathRefused)):
+        CaptionBook(paths).set(folder, {name: "x"})
 
 
-def test_a_caption_of_a_book_is_refused(places: Places, picture_folder: Callable[..., Path]) -> None:
+def test_a_caption_of_a_book_is_refused(paths: AllowedPaths, image_folder: Callable[..., Path]) -> None:
     with pytest.raises(DatasetError, match="shorten"):
-        CaptionBook(places).set(picture_folder(1), {"thing00.png": "x" * 20_000})
+        CaptionBook(paths).set(image_folder(1), {"thing00.png": "x" * 20_000})
 
 
 def test_the_view_has_crops_findings_and_the_hold_out() -> None:
@@ -110,8 +110,8 @@ def test_the_view_has_crops_findings_and_the_hold_out() -> None:
     assert large["counts"]["warning"] and any(card["findings"] for card in large["cards"])
 
 
-def test_what_cannot_be_read_has_a_card_with_the_reason(picture_folder: Callable[..., Path]) -> None:
-    folder, sets = picture_folder(2), DataSets()
+def test_what_cannot_be_read_has_a_card_with_the_reason(image_folder: Callable[..., Path]) -> None:
+    folder, sets = image_folder(2), DataSets()
     (folder / "torn.png").write_bytes(b"\x89PNG and no more")
     seen = sets.look(folder, trigger=None, resolution=64)
     assert (seen["num_images"], seen["num_unusable"]) == (2, 1)
@@ -130,8 +130,8 @@ def test_crops_are_those_of_training_with_the_subject_kept(tmp_path: Path) -> No
     assert left[0] == 0 and left[2] == pytest.approx(middle[2] - middle[0])
 
 
-def test_a_folder_of_another_tab_is_read_only_once(picture_folder: Callable[..., Path]) -> None:
-    folder, sets = picture_folder(2), DataSets()
+def test_a_folder_of_another_tab_is_read_only_once(image_folder: Callable[..., Path]) -> None:
+    folder, sets = image_folder(2), DataSets()
     first = sets.look(folder, trigger=None, resolution=64)
     assert first["version"] == version_of(folder) == sets.look(folder, trigger=None, resolution=64)["version"]
     assert sets.progress(folder) is None
@@ -139,8 +139,8 @@ def test_a_folder_of_another_tab_is_read_only_once(picture_folder: Callable[...,
     assert version_of(folder) != first["version"]
 
 
-def test_typing_is_one_change_to_undo(places: Places, picture_folder: Callable[..., Path]) -> None:
-    folder, book = picture_folder(2), CaptionBook(places)
+def test_typing_is_one_change_to_undo(paths: AllowedPaths, image_folder: Callable[..., Path]) -> None:
+    folder, book = image_folder(2), CaptionBook(paths)
     before = (folder / "thing00.txt").read_text()
     for text in ("a", "a b", "a bee"):
         assert book.set(folder, {"thing00.png": text}, typing="one") == 1
@@ -152,9 +152,9 @@ def test_typing_is_one_change_to_undo(places: Places, picture_folder: Callable[.
 
 
 def test_captions_of_several_lines_keep_their_lines(
-    places: Places, picture_folder: Callable[..., Path]
+    paths: AllowedPaths, image_folder: Callable[..., Path]
 ) -> None:
-    folder, book = picture_folder(1), CaptionBook(places)
+    folder, book = image_folder(1), CaptionBook(paths)
     book.set(folder, {"thing00.png": "a cat\n\n  a small   cat "})
     assert (folder / "thing00.txt").read_text() == "a cat\na small cat\n"
     assert book.replace(folder, "cat", "dog") == 1
@@ -166,9 +166,9 @@ def test_captions_of_several_lines_keep_their_lines(
 
 
 def test_a_caption_in_a_metadata_file_is_not_doubled(
-    places: Places, picture_folder: Callable[..., Path]
+    paths: AllowedPaths, image_folder: Callable[..., Path]
 ) -> None:
-    folder, book = picture_folder(2), CaptionBook(places)
+    folder, book = image_folder(2), CaptionBook(paths)
     (folder / "thing00.txt").unlink()
     (folder / "metadata.jsonl").write_text('{"file_name": "thing00.png", "text": "from the table"}\n')
     with pytest.raises(DatasetError, match="metadata file of the folder; edit it there"):
@@ -177,8 +177,8 @@ def test_a_caption_in_a_metadata_file_is_not_doubled(
     assert not (folder / "thing00.txt").exists()
 
 
-def test_the_view_follows_the_files(picture_folder: Callable[..., Path]) -> None:
-    folder, sets = picture_folder(2), DataSets()
+def test_the_view_follows_the_files(image_folder: Callable[..., Path]) -> None:
+    folder, sets = image_folder(2), DataSets()
     assert sets.look(folder, trigger=None, resolution=64)["cards"][0]["caption"] == "an icon of a cat 0"
     (folder / "thing00.txt").write_text("something else entirely")
     assert sets.look(folder, trigger=None, resolution=64)["cards"][0]["caption"] == "something else entirely"

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from sdlora_ui.forms import SECTION_TITLES, control, from_config, settings, to_values
-from sdlora_ui.server.allowed_paths import PlaceRefused, Places
+from sdlora_ui.server.allowed_paths import AllowedPaths, PathRefused
 from sdlora_ui.server.png_import import from_parameters
 from sdlora_ui.settings import checked_base, checked_config
 
@@ -78,53 +78,53 @@ def test_what_cannot_be_read_is_named() -> None:
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Places:
-    (tmp_path / "pictures").mkdir()
-    return Places.of(tmp_path, runs=Path("runs"), pictures=Path("out"), data=Path("pictures"))
+def paths(tmp_path: Path) -> AllowedPaths:
+    (tmp_path / "images").mkdir()
+    return AllowedPaths.of(tmp_path, runs=Path("runs"), images=Path("out"), data=Path("images"))
 
 
-def test_a_checked_config_has_absolute_places(places: Places) -> None:
-    config = checked_config(places, {"data.folder": "pictures", "output.name": " my style "})
-    assert config.data.folder == places.data
-    assert config.output.folder == places.runs / "my style"
+def test_a_checked_config_has_absolute_places(paths: AllowedPaths) -> None:
+    config = checked_config(paths, {"data.folder": "images", "output.name": " my style "})
+    assert config.data.folder == paths.data
+    assert config.output.folder == paths.runs / "my style"
 
 
 @pytest.mark.parametrize(
     "raw",
     [
         {"data.folder": "/etc"},
-        {"data.folder": "pictures", "output.folder": "/tmp/elsewhere"},
-        {"data.folder": "pictures", "data.cache_folder": "../cache"},
-        {"data.folder": "pictures", "model.base": "/etc/passwd"},
-        {"data.folder": "pictures", "model.base": "../base.safetensors"},
-        {"data.folder": "pictures", "data.validation": "/etc"},
+        {"data.folder": "images", "output.folder": "/tmp/elsewhere"},
+        {"data.folder": "images", "data.cache_folder": "../cache"},
+        {"data.folder": "images", "model.base": "/etc/passwd"},
+        {"data.folder": "images", "model.base": "../base.safetensors"},
+        {"data.folder": "images", "data.validation": "/etc"},
     ],
 )
-def test_settings_with_a_path_outside_are_refused(places: Places, raw: dict[str, str]) -> None:
-    with pytest.raises(PlaceRefused):
-        checked_config(places, raw)
+def test_settings_with_a_path_outside_are_refused(paths: AllowedPaths, raw: dict[str, str]) -> None:
+    with pytest.raises(PathRefused):
+        checked_config(paths, raw)
 
 
-def test_contradictions_are_refused_before_the_start(places: Places) -> None:
+def test_contradictions_are_refused_before_the_start(paths: AllowedPaths) -> None:
     with pytest.raises(ConfigError, match="both fix the length"):
-        checked_config(places, {"data.folder": "pictures", "training.steps": 5, "training.epochs": 2})
+        checked_config(paths, {"data.folder": "images", "training.steps": 5, "training.epochs": 2})
 
 
-def test_a_hub_id_is_a_base_but_a_folder_of_that_name_must_be_allowed(places: Places) -> None:
-    assert checked_base(places, "someone/a-model") == "someone/a-model"
-    (places.home / "someone" / "a-model").mkdir(parents=True)
-    with pytest.raises(PlaceRefused):
-        checked_base(places, "someone/a-model")
+def test_a_hub_id_is_a_base_but_a_folder_of_that_name_must_be_allowed(paths: AllowedPaths) -> None:
+    assert checked_base(paths, "someone/a-model") == "someone/a-model"
+    (paths.home / "someone" / "a-model").mkdir(parents=True)
+    with pytest.raises(PathRefused):
+        checked_base(paths, "someone/a-model")
 
 
-def test_a_base_that_is_not_there_is_refused(places: Places) -> None:
+def test_a_base_that_is_not_there_is_refused(paths: AllowedPaths) -> None:
     with pytest.raises(ConfigError, match="there is no such file or folder"):
-        checked_base(places, "pictures/model.safetensors")
-    with pytest.raises(PlaceRefused):  # a file's name is no hub id
-        checked_base(places, "someone/model.safetensors")
+        checked_base(paths, "images/model.safetensors")
+    with pytest.raises(PathRefused):  # a file's name is no hub id
+        checked_base(paths, "someone/model.safetensors")
 
 
-def test_settings_come_back_from_a_pictures_text() -> None:
+def test_settings_come_back_from_an_images_text() -> None:
     sent = from_parameters(
         {
             "Prompt": "a cat <lora:style:0.8> <lora:other:0.3:0.7>",
@@ -144,7 +144,7 @@ def test_settings_come_back_from_a_pictures_text() -> None:
     assert sent.adapters == (("style", 0.8, 0.8), ("other", 0.7, 0.3))
 
 
-def test_a_strange_pictures_text_sets_only_what_it_says() -> None:
+def test_a_strange_images_text_sets_only_what_it_says() -> None:
     sent = from_parameters({"Prompt": "x <lora:broken:high>", "Sampler": "unheard of", "Size": "big"})
     assert (sent.prompt, sent.sampler, sent.width, sent.adapters) == ("x", None, None, ())
 

@@ -37,23 +37,23 @@ else:
 steps = config["training"]["steps"]
 if steps == 1:
     print("sdlora: it is broken", file=sys.stderr)
-    print(json.dumps({"error": "the pictures are gone", "kind": "DatasetError"}))
+    print(json.dumps({"error": "the images are gone", "kind": "DatasetError"}))
     sys.exit(2)
 run.mkdir(parents=True, exist_ok=True)
 if not resume:
     (run / "config.toml").write_text(Path(after("--config")).read_text())
 events = open(after("--events"), "a")
-def tell(kind, **values):
+def emit(kind, **values):
     events.write(json.dumps({"event": kind, **values}) + "\\n")
     events.flush()
 saved = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*")) if resume else []
 first = saved[-1] if saved else 0
-tell("RunStarted", steps=steps, first_step=first, expected_seconds=1.0, expected_bytes=5)
+emit("RunStarted", steps=steps, first_step=first, expected_seconds=1.0, expected_bytes=5)
 for step in range(first + 1, steps + 1):
     while step == steps // 2 and Path("hold").exists() and not (run / "STOP").exists():
         time.sleep(0.01)
     facts = dict(learning_rate=1e-4, seconds_left=0.1, images_per_second=2.0)
-    tell("StepDone", step=step, steps=steps, loss=1 / step, **facts)
+    emit("StepDone", step=step, steps=steps, loss=1 / step, **facts)
     stop = (run / "STOP").exists()
     if stop or step == steps:
         (run / "STOP").unlink(missing_ok=True)
@@ -63,7 +63,7 @@ for step in range(first + 1, steps + 1):
     if stop:
         print(json.dumps({"stopped": True, "step": step}))
         sys.exit(0)
-tell("RunFinished", adapter_file=str(run / "x.safetensors"), seconds=1.0, stopped=False, step=steps)
+emit("RunFinished", adapter_file=str(run / "x.safetensors"), seconds=1.0, stopped=False, step=steps)
 print(json.dumps({"stopped": False, "step": steps}))
 """
 Wait = Callable[[Callable[[], Any]], Any]
@@ -169,7 +169,7 @@ def test_a_job_that_fails_says_why(make: Callable[[], JobQueue], tmp_path: Path,
     job = queue.add(settings(tmp_path, "a", 1))
     queue.tick()
     failed = ended(queue, job, wait)
-    assert (failed.status, failed.error) == ("failed", "the pictures are gone")
+    assert (failed.status, failed.error) == ("failed", "the images are gone")
     assert "it is broken" in queue.log(job.id)
 
 

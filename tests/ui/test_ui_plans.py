@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from sdlora_ui.plans import Plans
-from sdlora_ui.server.allowed_paths import Places
+from sdlora_ui.server.allowed_paths import AllowedPaths
 from sdlora_ui.site import Site
-from sdlora_ui.worker_client import CallFailed, Worker
+from sdlora_ui.worker_client import CallFailed, WorkerClient
 
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
@@ -33,16 +33,16 @@ for line in sys.stdin:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    made = Site.open(Places.of(tmp_path, runs=Path("runs"), pictures=Path("out"), data=Path("data")))
-    made.desk = Worker(tmp_path, program=[sys.executable, "-c", PROGRAM])
+    made = Site.open(AllowedPaths.of(tmp_path, runs=Path("runs"), images=Path("out"), data=Path("data")))
+    made.desk = WorkerClient(tmp_path, program=[sys.executable, "-c", PROGRAM])
     made.plans = Plans(made.desk, made.queue)
     yield made
     made.end()
 
 
 @pytest.fixture
-def config(picture_folder: Callable[..., Path]) -> Callable[[int], Config]:
-    folder = picture_folder(2)
+def config(image_folder: Callable[..., Path]) -> Callable[[int], Config]:
+    folder = image_folder(2)
     return lambda steps: load_config(values={"data.folder": folder, "training.steps": steps})
 
 
@@ -55,7 +55,7 @@ def test_what_cannot_be_is_refused_with_the_commands_words(
     assert site.plans.device == "cpu"
 
 
-def test_a_known_plan_is_not_worked_out_again_until_a_picture_changes(
+def test_a_known_plan_is_not_worked_out_again_until_an_image_changes(
     site: Site, config: Callable[[int], Config]
 ) -> None:
     assert list(site.plans.refusals(config(3))) and list(site.plans.refusals(config(3))) == []

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from patience import PATIENCE
 from sdlora_ui import worker as worker_module
-from sdlora_ui.worker_client import CallCancelled, CallFailed, Worker
+from sdlora_ui.worker_client import CallCancelled, CallFailed, WorkerClient
 
 # The worker's protocol around tasks that need no torch.
 PROGRAM = """
@@ -21,20 +21,20 @@ import os, sys, time
 from sdlora_ui import worker
 from sdlora.errors import ConfigError
 
-def count(arguments, tell):
+def count(arguments, emit):
     for step in range(arguments["to"]):
-        tell.progress(step, arguments["to"], "counting")
+        emit.progress(step, arguments["to"], "counting")
         time.sleep(arguments.get("pause", 0))
-    tell.part({"half": True})
+    emit.part({"half": True})
     return {"pid": os.getpid(), "to": arguments["to"]}
 
-def refuse(arguments, tell):
+def refuse(arguments, emit):
     raise ConfigError("`x`: not so")
 
-def crash(arguments, tell):
+def crash(arguments, emit):
     os._exit(9)
 
-def stumble(arguments, tell):
+def stumble(arguments, emit):
     print("noise on stdout must not reach the protocol")
     return {}["missing"]
 
@@ -47,15 +47,15 @@ ENDLESS = {"to": 10**9, "pause": 0.02}
 
 
 @pytest.fixture
-def worker(tmp_path: Path, processes_end: None) -> Iterator[Worker]:
+def worker(tmp_path: Path, processes_end: None) -> Iterator[WorkerClient]:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    made = Worker(tmp_path, idle_seconds=0.05, program=(sys.executable, str(program)))
+    made = WorkerClient(tmp_path, idle_seconds=0.05, program=(sys.executable, str(program)))
     yield made
     made.close()
 
 
-def test_a_call_tells_progress_parts_and_its_result(worker: Worker) -> None:
+def test_a_call_tells_progress_parts_and_its_result(worker: WorkerClient) -> None:
     answers = list(worker.call("count", {"to": 3}))
     progress = [answer.progress for answer in answers if answer.progress]
     assert progress == [(0, 1, "starting"), (0, 3, "counting"), (1, 3, "counting"), (2, 3, "counting")]
@@ -63,11 +63,11 @@ def test_a_call_tells_progress_parts_and_its_result(worker: Worker) -> None:
     assert answers[-1].result is not None and answers[-1].result["to"] == 3
 
 
-def test_the_process_stays_between_calls(worker: Worker) -> None:
+def test_the_process_stays_between_calls(worker: WorkerClient) -> None:
     assert worker.ask("count", {"to": 1})["pid"] == worker.ask("count", {"to": 1})["pid"]
 
 
-def test_an_error_has_the_tasks_own_words(worker: Worker) -> None:
+def test_an_error_has_the_tasks_own_words(worker: WorkerClient) -> None:
     with pytest.raises(CallFailed, match="not so"):
         worker.ask("refuse", {})
     with pytest.raises(CallFailed, match="unforeseen: KeyError"):
@@ -75,14 +75,14 @@ def test_an_error_has_the_tasks_own_words(worker: Worker) -> None:
     assert worker.ask("count", {"to": 1})["to"] == 1
 
 
-def test_a_crash_fails_the_call_and_the_next_one_gets_a_new_process(worker: Worker) -> None:
+def test_a_crash_fails_the_call_and_the_next_one_gets_a_new_process(worker: WorkerClient) -> None:
     first = worker.ask("count", {"to": 1})["pid"]
     with pytest.raises(CallFailed, match="nothing was lost"):
         worker.ask("crash", {})
     assert worker.ask("count", {"to": 1})["pid"] != first
 
 
-def test_a_newer_call_replaces_an_older_one(worker: Worker) -> None:
+def test_a_newer_call_replaces_an_older_one(worker: WorkerClient) -> None:
     outcome: list[str] = []
     begun = threading.Event()
 
@@ -106,7 +106,7 @@ def test_a_newer_call_replaces_an_older_one(worker: Worker) -> None:
     assert sorted(outcome) == ["new done", "old cancelled"]
 
 
-def test_closing_cancels_what_is_under_way(worker: Worker) -> None:
+def test_closing_cancels_what_is_under_way(worker: WorkerClient) -> None:
     calls = worker.call("count", ENDLESS)
     next(calls)
     worker.close()
@@ -114,7 +114,7 @@ def test_closing_cancels_what_is_under_way(worker: Worker) -> None:
         list(calls)
 
 
-def test_an_idle_process_is_ended(worker: Worker, wait: Callable[..., Any]) -> None:
+def test_an_idle_process_is_ended(worker: WorkerClient, wait: Callable[..., Any]) -> None:
     worker.ask("count", {"to": 1})
     assert worker.running
 
@@ -147,24 +147,24 @@ class Silent:
 
 
 class Leaving(Silent):
-    """Does not wait until all pictures are encoded."""
+    """Does not wait until all images are encoded."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         super().progress(done, total, note)
-        if note == "encoding the pictures":
+        if note == "encoding the images":
             raise worker_module.Cancelled
 
 
-def test_a_plan_that_nobody_waits_for_ends_while_pictures_are_encoded(
-    tiny_base: Path, picture_folder: Callable[..., Path], tmp_path: Path
+def test_a_plan_that_nobody_waits_for_ends_while_images_are_encoded(
+    tiny_base: Path, image_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     from sdlora_ui.tasks.plan import plan
 
-    tell = Leaving()
-    values = {"model.base": str(tiny_base), "data.folder": str(picture_folder())}
+    emit = Leaving()
+    values = {"model.base": str(tiny_base), "data.folder": str(image_folder())}
     with pytest.raises(worker_module.Cancelled):
-        plan({"values": values | {"data.cache_folder": str(tmp_path / "cache")}}, tell)
-    assert tell.notes.count("encoding the pictures") == 1 and not tell.parts
+        plan({"values": values | {"data.cache_folder": str(tmp_path / "cache")}}, emit)
+    assert emit.notes.count("encoding the images") == 1 and not emit.parts
 
 
 def test_drawing_keeps_the_base_and_writes_settings_that_can_be_sent_back(tmp_path: Path) -> None:
@@ -173,16 +173,16 @@ def test_drawing_keeps_the_base_and_writes_settings_that_can_be_sent_back(tmp_pa
 
     from sdlora.generation.png_info import read_parameters
 
-    tell = Silent()
+    emit = Silent()
     arguments = {
         "base": "mini", "prompt": "an icon of a cat", "negative": "", "seed": 5, "width": None,
         "height": None, "steps": 2, "guidance": 3.0, "sampler": "DDIM", "folder": str(tmp_path / "out"),
         "rows": [[]],
     }  # fmt: skip
-    first = draw(arguments, tell)["pictures"]
-    again = draw(arguments | {"seed": 6}, tell)["pictures"]
-    assert sum("loading" in note for note in tell.notes) == 1
-    assert len(tell.parts) == 2 and Path(first[0]["file"]) != Path(again[0]["file"])
+    first = draw(arguments, emit)["images"]
+    again = draw(arguments | {"seed": 6}, emit)["images"]
+    assert sum("loading" in note for note in emit.notes) == 1
+    assert len(emit.parts) == 2 and Path(first[0]["file"]) != Path(again[0]["file"])
     sent = from_parameters(read_parameters(Path(first[0]["file"])))
     assert (sent.prompt, sent.seed, sent.steps, sent.guidance) == ("an icon of a cat", 5, 2, 3.0)
     assert (sent.width, sent.height, sent.sampler) == (64, 64, "DDIM")

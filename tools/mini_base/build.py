@@ -139,10 +139,10 @@ def run_vae(build: Build) -> None:
 
 def run_latents(build: Build) -> None:
     """Renders and encodes the icons, once for all workers."""
-    pictures = renders.base_pictures(build.cache)
-    images = renders.render_variants(pictures, build.cache)
+    icon_images = renders.base_images(build.cache)
+    images = renders.render_variants(icon_images, build.cache)
     encoder = build.load_vae().to(build.device).eval()
-    latents = denoiser.encode(encoder, torch.from_numpy(images), pictures, build.device)
+    latents = denoiser.encode(encoder, torch.from_numpy(images), icon_images, build.device)
     denoiser.save_latents(latents, build.work / "latents")
 
 
@@ -159,7 +159,7 @@ def run_denoiser(build: Build) -> None:
             samples=trainer.done,
             batch=build.denoiser.batch,
             seconds=round(trainer.elapsed),
-            pictures=len(latents.pictures),
+            images=len(latents.images),
             prediction=build.denoiser.prediction,
             trained_on=build.machine or evaluate.machine(build.device),
         )

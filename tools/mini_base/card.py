@@ -65,7 +65,7 @@ def _card(figures: dict[str, Any], continued: bool) -> str:
     return TEMPLATE.read_text(encoding="utf-8").format(
         nouns=len(nouns.phrases),
         samples=f"{figures.get('samples', 0):,}",
-        pictures=figures.get("pictures", 0),
+        images=figures.get("images", 0),
         batch=figures.get("batch", DenoiserSettings.batch),
         duration=clock(figures.get("seconds", 0)),
         machine=figures.get("trained_on", "an unknown machine"),
@@ -95,7 +95,7 @@ def _looks_line(figures: dict[str, Any]) -> str:
         return looks + "."
     share = _percent(figures["looks_followed"])
     return (
-        f"{looks}. Of {figures['looks_images']} pictures drawn with one of the four, {share} came nearest to "
+        f"{looks}. Of {figures['looks_images']} images drawn with one of the four, {share} came nearest to "
         "the true icon of the set it names (25 % would be chance)."
     )
 

@@ -1,4 +1,4 @@
-"""A small judge: names the noun that a picture shows."""
+"""A small judge: names the noun that an image shows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Judge(nn.Module):
-    """A plain convolutional classifier of 64-pixel pictures."""
+    """A plain convolutional classifier of 64-pixel images."""
 
     def __init__(self, classes: int) -> None:
         """Makes an untrained judge of ``classes`` nouns."""
@@ -50,7 +50,7 @@ class Judge(nn.Module):
 
 
 def _blur(images: Tensor, rng: random.Random) -> Tensor:
-    """Softens a picture as the VAE does, so that softness is no clue."""
+    """Softens an image as the VAE does, so that softness is no clue."""
     size = rng.choice((64, 48, 40, 32))
     small = F.interpolate(images, size=size, mode="bilinear", antialias=True)
     return F.interpolate(small, size=images.shape[-1], mode="bilinear")
@@ -65,7 +65,7 @@ def augment(images: Tensor, rng: random.Random) -> Tensor:
     mix = torch.eye(3) + 0.25 * torch.randn(3, 3, generator=_generator(rng))
     if rng.random() < 0.3:
         mix = torch.full((3, 3), 1 / 3)
-    # On inverted pictures, so that the white ground stays white.
+    # On inverted images, so that the white ground stays white.
     ink = torch.einsum("oc,nchw->nohw", mix, 1 - images)
     images = (1 - ink).clamp(-1, 1)
     images = _blur(images, rng)
@@ -78,10 +78,10 @@ def _generator(rng: random.Random) -> torch.Generator:
 
 def dataset(cache_dir: Path) -> tuple[np.ndarray, Tensor]:
     """Renders every noun of every set, ink included, with its class number."""
-    pictures = renders.base_pictures(cache_dir, ALL_SETS)
+    icon_images = renders.base_images(cache_dir, ALL_SETS)
     names = list(load_nouns().phrases)
-    images = renders.render_variants(pictures, cache_dir, count=4, seed=1)
-    classes = torch.tensor([names.index(picture.name) for picture in pictures])
+    images = renders.render_variants(icon_images, cache_dir, count=4, seed=1)
+    classes = torch.tensor([names.index(icon_image.name) for icon_image in icon_images])
     return images.reshape(-1, *images.shape[2:]), classes.repeat_interleave(images.shape[1])
 
 

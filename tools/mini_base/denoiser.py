@@ -26,7 +26,7 @@ from .files import read_json, write_bytes, write_json
 from .models import choose_numerics, new_scheduler
 from .muon import Muon
 from .progress import Progress
-from .renders import Picture, to_tensor
+from .renders import IconImage, to_tensor
 
 SET_WEIGHTS = {"noto": 0.6, "noto-v1": 0.4, "fluent": 1.0, "fluent-flat": 1.0}
 """How often each set is drawn.
@@ -77,15 +77,15 @@ class DenoiserSettings:
 
 @dataclass(frozen=True)
 class Latents:
-    """Posterior of every placing of every picture, and what each picture is."""
+    """Posterior of every placing of every image, and what each image is."""
 
     mean: Tensor
     std: Tensor
-    pictures: list[Picture]
+    images: list[IconImage]
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor, pictures: list[Picture], device: torch.device) -> Latents:
+def encode(vae: AutoencoderKL, images: Tensor, icon_images: list[IconImage], device: torch.device) -> Latents:
     """Encodes byte images (N, variants, H, W, 3) to scaled posteriors in memory."""
     count, variants = images.shape[:2]
     means, stds = [], []
@@ -95,22 +95,22 @@ def encode(vae: AutoencoderKL, images: Tensor, pictures: list[Picture], device: 
         means.append(posterior.mean * vae.config.scaling_factor)
         stds.append(posterior.std * vae.config.scaling_factor)
     mean = torch.cat(means).unflatten(0, (count, variants)).cpu()
-    return Latents(mean, torch.cat(stds).view_as(mean).cpu(), pictures)
+    return Latents(mean, torch.cat(stds).view_as(mean).cpu(), icon_images)
 
 
 def save_latents(latents: Latents, folder: Path) -> None:
     """Writes posteriors and what they are of."""
     tensors = {"mean": latents.mean.contiguous(), "std": latents.std.contiguous()}
     write_bytes(folder / "latents.safetensors", safetensors.torch.save(tensors))
-    write_json(folder / "latents.json", [[p.icon_set.key, p.name] for p in latents.pictures])
+    write_json(folder / "latents.json", [[p.icon_set.key, p.name] for p in latents.images])
 
 
 def load_latents(folder: Path) -> Latents:
     """Undoes ``save_latents``."""
     tensors = safetensors.torch.load_file(folder / "latents.safetensors")
     sets = {icon_set.key: icon_set for icon_set in BASE_SETS}
-    pictures = [Picture(sets[key], name) for key, name in read_json(folder / "latents.json")]
-    return Latents(tensors["mean"], tensors["std"], pictures)
+    images = [IconImage(sets[key], name) for key, name in read_json(folder / "latents.json")]
+    return Latents(tensors["mean"], tensors["std"], images)
 
 
 def split_parameters(
@@ -163,7 +163,7 @@ class Trainer:
         self.alphas = alphas.to(device)
         # NaN-free and fast: subnormal numbers take a CPU a hundred times longer.
         torch.set_flush_denormal(True)
-        self.weights = torch.tensor([SET_WEIGHTS[p.icon_set.key] for p in latents.pictures])
+        self.weights = torch.tensor([SET_WEIGHTS[p.icon_set.key] for p in latents.images])
         self.done = self.step_count = 0
         self.elapsed_before = 0.0
         self.started = time.time()
@@ -218,8 +218,8 @@ class Trainer:
         mean = self.latents.mean[chosen, which]
         noise = torch.randn(mean.shape, generator=self.generator)
         phrases = load_nouns().phrases
-        pictures = [self.latents.pictures[i] for i in chosen.tolist()]
-        texts = [caption(phrases[p.name], p.icon_set, rng) for p in pictures]
+        images = [self.latents.images[i] for i in chosen.tolist()]
+        texts = [caption(phrases[p.name], p.icon_set, rng) for p in images]
         ids = self.tokenizer(
             texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids
@@ -248,7 +248,7 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             hidden = self.text_encoder(ids)[0]
             predicted = self.forward(noisy, times, hidden, return_dict=False)[0]
-        # v of Salimans and Ho 2022: what is left of the noise when the picture is taken out, and more
+        # v of Salimans and Ho 2022: what is left of the noise when the image is taken out, and more
         wanted = signal * noise - spoil * latents if self.settings.prediction == "v_prediction" else noise
         return F.mse_loss(predicted.float(), wanted)
 

@@ -1,4 +1,4 @@
-"""Figures and pictures of a finished base."""
+"""Figures and images of a finished base."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def load_pipeline(folder: Path, device: torch.device) -> StableDiffusionPipeline
 def generate(
     pipeline: StableDiffusionPipeline, prompts: list[str], seed: int = 0, guidance: float = GUIDANCE
 ) -> np.ndarray:
-    """Draws one picture for each prompt: bytes (N, H, W, 3)."""
+    """Draws one image for each prompt: bytes (N, H, W, 3)."""
     images: list[np.ndarray] = []
     for start in range(0, len(prompts), BATCH):
         chunk = prompts[start : start + BATCH]
-        # One generator a picture: what a prompt gives does not depend on its neighbours.
+        # One generator an image: what a prompt gives does not depend on its neighbours.
         generators = [torch.Generator().manual_seed(seed * 1000 + start + i) for i in range(len(chunk))]
         drawn = pipeline(
             chunk,
@@ -124,20 +124,20 @@ def looks_followed(pipeline: StableDiffusionPipeline, cache_dir: Path, subjects:
 def measure(
     pipeline: StableDiffusionPipeline, drawn: np.ndarray, judge: Judge, cache_dir: Path
 ) -> dict[str, Any]:
-    """Measures agreement of text and picture, reconstruction and speed.
+    """Measures agreement of text and image, reconstruction and speed.
 
     Args:
         pipeline: The finished base.
         drawn: What ``draw_nouns`` returned for it.
-        judge: Names what pictures show.
+        judge: Names what images show.
         cache_dir: Folder of the fetched packages.
     """
     names = list(load_nouns().phrases)
     first, five = shares_named(judge, drawn, list(range(len(names))))
-    pictures = renders.base_pictures(cache_dir)
+    images = renders.base_images(cache_dir)
     # Placings that the judge was not trained on, and as soft as the VAE draws.
-    real = through_vae(pipeline, renders.render_variants(pictures, cache_dir, 2, seed=99)[:, 1])
-    truth = [names.index(picture.name) for picture in pictures]
+    real = through_vae(pipeline, renders.render_variants(images, cache_dir, 2, seed=99)[:, 1])
+    truth = [names.index(image.name) for image in images]
     real_first, real_five = shares_named(judge, real, truth)
     unseen = renders.render_unseen(cache_dir)
     return {
@@ -159,7 +159,7 @@ def _label(prompt: str) -> str:
 
 
 def write_sheet(images: np.ndarray, prompts: list[str], target: Path, columns: int = 10) -> None:
-    """Writes pictures with what they were asked to show below, as one PNG of twice their size."""
+    """Writes images with what they were asked to show below, as one PNG of twice their size."""
     side, text = 2 * IMAGE_SIZE, 16
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * side, rows * (side + text)), "white")

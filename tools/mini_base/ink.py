@@ -88,6 +88,6 @@ def write_datasets(root: Path, cache_dir: Path) -> None:
         cache_dir,
         "Ink icons, hold-out",
         "The true icons of subjects no LoRA trained on `ink-icons` has seen: "
-        "what to compare its pictures with. **Do not train on this folder.**",
+        "what to compare its images with. **Do not train on this folder.**",
         "../ink-icons",
     )

@@ -32,7 +32,7 @@ class Placing:
 
 
 @dataclass(frozen=True)
-class Picture:
+class IconImage:
     """One drawing: which icon of which set."""
 
     icon_set: IconSet
@@ -78,23 +78,23 @@ def to_tensor(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).movedim(-1, -3).float().div(127.5).sub(1.0)
 
 
-def base_pictures(cache_dir: Path, sets: Iterable[IconSet] = BASE_SETS) -> list[Picture]:
+def base_images(cache_dir: Path, sets: Iterable[IconSet] = BASE_SETS) -> list[IconImage]:
     """Lists every noun in every set that draws it."""
     found = []
     for icon_set in sets:
         names = icons.load(icon_set, cache_dir).names()
-        found += [Picture(icon_set, name) for name in load_nouns().phrases if name in names]
+        found += [IconImage(icon_set, name) for name in load_nouns().phrases if name in names]
     return found
 
 
 def render_variants(
-    pictures: list[Picture], cache_dir: Path, count: int = VARIANTS, seed: int = 0
+    icon_images: list[IconImage], cache_dir: Path, count: int = VARIANTS, seed: int = 0
 ) -> np.ndarray:
-    """Renders every picture in ``count`` placings: bytes (N, count, H, W, 3)."""
-    packages = {key: icons.load(key, cache_dir) for key in {p.icon_set for p in pictures}}
+    """Renders every image in ``count`` placings: bytes (N, count, H, W, 3)."""
+    packages = {key: icons.load(key, cache_dir) for key in {p.icon_set for p in icon_images}}
     rows = []
-    for index, picture in enumerate(pictures):
-        svg = packages[picture.icon_set].svg(picture.name)
+    for index, icon_image in enumerate(icon_images):
+        svg = packages[icon_image.icon_set].svg(icon_image.name)
         large = icons.render(svg, IMAGE_SIZE * _LARGE)
         rows.append([place(large, placing) for placing in placings(count, seed + index)])
     return np.array(rows)

@@ -36,7 +36,7 @@ PHASES = {
 """Function of sdlora -> the phase that everything it calls belongs to; the innermost one counts."""
 
 
-class Place(NamedTuple):
+class StoredKey(NamedTuple):
     """Where something was asked for: the phase of the run, and ``file:line function``."""
 
     phase: str
@@ -78,12 +78,12 @@ class Ledger:
     """All that was asked of the cards so far."""
 
     def __init__(self) -> None:
-        self.launches: Counter[Place] = Counter()
-        self.kernel_bytes: Counter[Place] = Counter()
-        self.waits: Counter[tuple[str, Place]] = Counter()
-        self.copies: dict[tuple[Copy, Place], Traffic] = {}
+        self.launches: Counter[StoredKey] = Counter()
+        self.kernel_bytes: Counter[StoredKey] = Counter()
+        self.waits: Counter[tuple[str, StoredKey]] = Counter()
+        self.copies: dict[tuple[Copy, StoredKey], Traffic] = {}
         self.calls: Counter[str] = Counter()
-        self.touched: dict[int, Place] = {}
+        self.touched: dict[int, StoredKey] = {}
         self.memory: dict[int, CardMemory] = {}
         self._alive: dict[int, tuple[int, int, str]] = {}
         self._codes: dict[CodeType, tuple[str | None, bool]] = {}
@@ -96,7 +96,7 @@ class Ledger:
         for memory in self.memory.values():
             memory.peak, memory.peaks, memory.holders = memory.alive, {}, {}
 
-    def here(self) -> Place:
+    def here(self) -> StoredKey:
         """Return the place the program is at."""
         frame: FrameType | None = sys._getframe(1)
         phase, site = None, None
@@ -108,9 +108,9 @@ class Ledger:
                 phase = seen[0]
             frame = frame.f_back
         if site is None:
-            return Place(self._phase, "backward")
+            return StoredKey(self._phase, "backward")
         self._phase = phase or "start"
-        return Place(self._phase, site)
+        return StoredKey(self._phase, site)
 
     def launch(self, kernels: int, traffic: int) -> None:
         """Note kernels, and the bytes they read and write."""

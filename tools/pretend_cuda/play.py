@@ -42,7 +42,7 @@ def play(name: str, libraries: Path, folder: Path) -> dict[str, Any]:
         "trace": trace,
         "seconds": round(time.process_time() - began, 1),
         "facts": stage.facts,
-        "notices": [getattr(event, "message", "") for event in stage.told("Noticed")],
+        "notices": [getattr(event, "message", "") for event in stage.told("Notice")],
     }
     return answer | dict(stage.cards.ledger.to_dict())
 

@@ -222,7 +222,7 @@ def strength_zero(stage: Stage) -> None:
     before = sum(stage.cards.ledger.launches.values())
     generator.generate([_request("Euler", {name: 0.0})])
     launches = sum(stage.cards.ledger.launches.values()) - before
-    # what loading moved to the card is no launch, so both are the picture alone
+    # what loading moved to the card is no launch, so both are the image alone
     assert launches == plain, f"{launches} launches at strength 0, {plain} without the adapter"
 
 
@@ -340,7 +340,7 @@ def ui_worker(stage: Stage) -> None:
         raise RuntimeError(errors[0])
     results = {line["id"]: line["result"] for line in lines if "result" in line}
     assert sorted(results) == [1, 2], f"answers to {sorted(results)}"
-    assert results[1]["device"].startswith("cuda") and len(results[2]["pictures"]) == 2
+    assert results[1]["device"].startswith("cuda") and len(results[2]["images"]) == 2
     stage.facts["planned"] = results[1]["bytes"]
 
 
@@ -392,7 +392,7 @@ def previews_out_of_memory(stage: Stage) -> None:
         *(stage, "training.precision=bf16", f"sample.prompts={PROMPTS}", "sample.steps=2"),
         *("data.validation=0.25", "data.resolution=64", "training.batch_size=1"),
     )
-    notices = [getattr(event, "message", "") for event in stage.told("Noticed")]
+    notices = [getattr(event, "message", "") for event in stage.told("Notice")]
     assert any("previews" in text and "memory" in text for text in notices), notices
     assert len(stage.told("StepDone")) == 2
 

@@ -1,4 +1,4 @@
-"""The pictures that were drawn, newest first."""
+"""The images that were drawn, newest first."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 
-def list_pictures(folder: Path, limit: int) -> dict[str, Any]:
-    """Return the newest PNGs below a folder as ``{"total": n, "pictures": [{file, name, changed}]}``."""
+def list_images(folder: Path, limit: int) -> dict[str, Any]:
+    """Return the newest PNGs below a folder as ``{"total": n, "images": [{file, name, changed}]}``."""
     found = []
     for file in folder.rglob("*.png") if folder.is_dir() else ():
         if not file.name.startswith(".") and (state := file.stat()).st_size:
             found.append((state.st_mtime_ns, file))
     found.sort(reverse=True)
-    pictures = [
+    images = [
         {"file": str(file), "name": str(file.relative_to(folder)), "changed": changed}
         for changed, file in found[:limit]
     ]
-    return {"total": len(found), "pictures": pictures}
+    return {"total": len(found), "images": images}

@@ -14,24 +14,24 @@ def file_url(path: str) -> str:
     return f"/sdlora/file?path={quote(path)}"
 
 
-def picture_html(picture: Mapping[str, Any], seconds: float | None = None) -> str:
-    """Return one picture with the settings it was drawn with."""
+def image_html(image: Mapping[str, Any], seconds: float | None = None) -> str:
+    """Return one image with the settings it was drawn with."""
     took = f'<span class="sd-dim">drawn in {seconds:.1f} s</span>' if seconds is not None else ""
     return (
-        f'<figure class="sd-main"><img src="{escape(file_url(picture["file"]), quote=True)}" '
-        f'alt="{escape(picture["text"].splitlines()[0], quote=True)}">'
+        f'<figure class="sd-main"><img src="{escape(file_url(image["file"]), quote=True)}" '
+        f'alt="{escape(image["text"].splitlines()[0], quote=True)}">'
         f"<figcaption>{took}<details><summary>Settings in the PNG</summary>"
-        f"<pre>{escape(picture['text'])}</pre></details></figcaption></figure>"
+        f"<pre>{escape(image['text'])}</pre></details></figcaption></figure>"
     )
 
 
 def strip_html(
-    pictures: Sequence[Mapping[str, Any]], strengths: Sequence[float], total: int, chosen: float = 1.0
+    images: Sequence[Mapping[str, Any]], strengths: Sequence[float], total: int, chosen: float = 1.0
 ) -> str:
     """Return a strip of strengths, to be scrubbed in the browser."""
     data = {
-        "pictures": [{"file": picture["file"]} for picture in pictures],
-        "strengths": list(strengths[: len(pictures)]),
+        "images": [{"file": image["file"]} for image in images],
+        "strengths": list(strengths[: len(images)]),
         "total": total,
         "chosen": chosen,
     }
@@ -39,19 +39,19 @@ def strip_html(
 
 
 def compare_html(before: str, after: str, labels: tuple[str, str]) -> str:
-    """Return two pictures on each other with a line to move between them."""
+    """Return two images on each other with a line to move between them."""
     return _element("sd-compare", {"before": before, "after": after, "labels": labels})
 
 
 def grid_html(
     rows: Sequence[Mapping[str, str]], columns: Sequence[float], cells: Mapping[tuple[int, int], str]
 ) -> str:
-    """Return a grid of checkpoints x strengths whose pictures can be chosen.
+    """Return a grid of checkpoints x strengths whose images can be chosen.
 
     Args:
         rows: ``label`` and ``file`` of each checkpoint.
         columns: strengths.
-        cells: (row, column) -> picture file.
+        cells: (row, column) -> image file.
     """
     named = {f"{row},{column}": file for (row, column), file in cells.items()}
     return _element("sd-grid", {"rows": list(rows), "columns": list(columns), "cells": named})

@@ -1,7 +1,7 @@
 """Which folders the server may read and write, whatever a request says.
 
-Everything a browser names goes through :meth:`Places.readable` or :meth:`Places.writable`. They follow
-links and ``..`` first and compare afterwards, so the answer is about the real place.
+Everything a browser names goes through :meth:`AllowedPaths.readable` or :meth:`AllowedPaths.writable`. They
+follow links and ``..`` first and compare afterwards, so the answer is about the real path.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ _USUAL_HOMES = (
 )
 
 
-class PlaceRefused(SdloraError):
+class PathRefused(SdloraError):
     """A path outside the folders that the user named when starting the server."""
 
 
 @dataclass(frozen=True)
-class Places:
+class AllowedPaths:
     """The folders of one server, all resolved.
 
     Attributes:
         home: where relative paths start.
         runs: training runs; the queue's state lies in it.
-        pictures: what is drawn.
-        data: where dropped pictures are put.
+        images: what is drawn.
+        data: where dropped images are put.
         allowed: further folders to read and write, as given with ``--allow``.
         models: folders with checkpoints and adapters, to read only.
     """
 
     home: Path
     runs: Path
-    pictures: Path
+    images: Path
     data: Path
     allowed: tuple[Path, ...] = ()
     models: tuple[Path, ...] = ()
@@ -62,22 +62,22 @@ class Places:
         home: Path,
         *,
         runs: Path,
-        pictures: Path,
+        images: Path,
         data: Path,
         allowed: Iterable[Path] = (),
         models: Iterable[Path] = (),
-    ) -> Places:
+    ) -> AllowedPaths:
         """Return the places with every path made absolute and its links followed.
 
         Raises:
-            PlaceRefused: when an allowed folder does not exist.
+            PathRefused: when an allowed folder does not exist.
         """
         home = home.resolve()
         named = [(home / folder.expanduser()).resolve() for folder in allowed]
         for folder in named:
             if not folder.is_dir():
-                raise PlaceRefused(f"--allow {folder}: no such folder; check the path")
-        first, second, third = ((home / one.expanduser()).resolve() for one in (runs, pictures, data))
+                raise PathRefused(f"--allow {folder}: no such folder; check the path")
+        first, second, third = ((home / one.expanduser()).resolve() for one in (runs, images, data))
         return cls(home, first, second, third, tuple(named), tuple(folder.resolve() for folder in models))
 
     @property
@@ -88,13 +88,13 @@ class Places:
     @property
     def roots(self) -> tuple[Path, ...]:
         """Folders that may be written."""
-        return (self.runs, self.pictures, self.data, *self.allowed)
+        return (self.runs, self.images, self.data, *self.allowed)
 
     def readable(self, text: str | Path) -> Path:
         """Return the real path of something that may be read.
 
         Raises:
-            PlaceRefused: when it lies elsewhere.
+            PathRefused: when it lies elsewhere.
         """
         return self._inside(text, (*self.roots, *self.models), "read")
 
@@ -102,11 +102,11 @@ class Places:
         """Return the real path of something that may be written.
 
         Raises:
-            PlaceRefused: when it lies elsewhere, or among the server's own records.
+            PathRefused: when it lies elsewhere, or among the server's own records.
         """
         path = self._inside(text, self.roots, "written")
         if path == self.state or path.is_relative_to(self.state):
-            raise PlaceRefused(f"{text}: holds the queue's records; choose another folder")
+            raise PathRefused(f"{text}: holds the queue's records; choose another folder")
         return path
 
     def shown(self, path: Path) -> str:
@@ -118,7 +118,7 @@ class Places:
         path = self._resolve(named)
         if path is None or not any(path == root or path.is_relative_to(root) for root in roots):
             shown = ", ".join(dict.fromkeys(self.shown(root) or "." for root in roots))
-            raise PlaceRefused(
+            raise PathRefused(
                 f"{named or 'an empty path'}: may not be {verb}, it is outside the folders this server was "
                 f"given ({shown}); start it with `sdlora ui --allow FOLDER` to add one"
             )
@@ -148,28 +148,26 @@ def usual_model_folders(user_home: Path | None = None) -> list[Path]:
     ]
 
 
-def model_files(places: Places, kind: str) -> list[Path]:
+def model_files(paths: AllowedPaths, kind: str) -> list[Path]:
     """Return the ``.safetensors`` files in WebUI's and ComfyUI's usual folders below the named ones.
 
     Args:
-        places: the server's folders.
+        paths: the server's folders.
         kind: ``base`` or ``adapter``.
     """
     wanted = _MODEL_FOLDERS[:2] if kind == "base" else _MODEL_FOLDERS[2:]
     endings = {Path(inside).name for inside in wanted}
-    folders = [folder for folder in places.models if folder.name in endings]
-    folders += [folder for folder in places.allowed if folder.name in endings]
-    folders += [root / inside for root in places.allowed for inside in wanted if (root / inside).is_dir()]
+    folders = [folder for folder in paths.models if folder.name in endings]
+    folders += [folder for folder in paths.allowed if folder.name in endings]
+    folders += [root / inside for root in paths.allowed for inside in wanted if (root / inside).is_dir()]
     found = [file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*.safetensors"))]
     return [file for file in dict.fromkeys(found) if file.is_file()]
 
 
-def program_folders(places: Places) -> tuple[list[Path], list[Path]]:
+def program_folders(paths: AllowedPaths) -> tuple[list[Path], list[Path]]:
     """Return the WebUI and ComfyUI folders that may be written, and those that were found but not named."""
-    named = [
-        root for root in places.allowed if any((root / inside).is_dir() for inside in _MODEL_FOLDERS[2:])
-    ]
-    named += [root for root in places.allowed if root.name.lower() in ("lora", "loras")]
-    found = dict.fromkeys(folder.parent.parent for folder in places.models)
-    others = [folder for folder in found if not any(folder.is_relative_to(root) for root in places.allowed)]
+    named = [root for root in paths.allowed if any((root / inside).is_dir() for inside in _MODEL_FOLDERS[2:])]
+    named += [root for root in paths.allowed if root.name.lower() in ("lora", "loras")]
+    found = dict.fromkeys(folder.parent.parent for folder in paths.models)
+    others = [folder for folder in found if not any(folder.is_relative_to(root) for root in paths.allowed)]
     return list(dict.fromkeys(named)), others

@@ -1,4 +1,4 @@
-"""The settings inside a picture, as the form takes them."""
+"""The settings inside an image, as the form takes them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _TAG = re.compile(r"\s*<lora:([^:>]+):([^:>]+)(?::([^>]+))?>")
 
 
 @dataclass(frozen=True)
-class Sent:
-    """What a picture says; None where it says nothing usable.
+class ImportedSettings:
+    """What an image says; None where it says nothing usable.
 
     Attributes:
         adapters: name, strength of the U-Net, strength of the text encoder.
@@ -33,8 +33,8 @@ class Sent:
     adapters: tuple[tuple[str, float, float], ...]
 
 
-def from_parameters(values: Mapping[str, str]) -> Sent:
-    """Return the settings that :func:`sdlora.generation.png_info.read_parameters` found in a picture."""
+def from_parameters(values: Mapping[str, str]) -> ImportedSettings:
+    """Return the settings that :func:`sdlora.generation.png_info.read_parameters` found in an image."""
     text = values.get("Prompt", "")
     adapters = []
     for name, first, second in _TAG.findall(text):
@@ -43,7 +43,7 @@ def from_parameters(values: Mapping[str, str]) -> Sent:
             unet, encoder = (float(second), float(first)) if second else (float(first), float(first))
             adapters.append((name, unet, encoder))
     width, _, height = values.get("Size", "").partition("x")
-    return Sent(
+    return ImportedSettings(
         prompt=_TAG.sub("", text).strip(),
         negative=values.get("Negative prompt", ""),
         seed=_whole(values.get("Seed")),

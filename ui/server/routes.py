@@ -1,6 +1,6 @@
 """What the page's own elements ask for: files, thumbnails, data sets, captions, jobs. Below ``/sdlora/``.
 
-Every path in a request goes through :class:`sdlora_ui.server.allowed_paths.Places`.
+Every path in a request goes through :class:`sdlora_ui.server.allowed_paths.AllowedPaths`.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from starlette.staticfiles import StaticFiles
 
 from sdlora.config.toml import load_config
 from sdlora.data.reading.folder import load_pixels
-from sdlora.data.reading.image_files import PICTURE_ENDINGS
+from sdlora.data.reading.image_files import IMAGE_ENDINGS
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.generation.png_info import read_parameters
 from sdlora.run_folder import SAMPLE, SAVE, RunFolder
 
 from ..captions import CaptionBook
 from ..dataset_view import DataSets, version_of
-from ..gallery import list_pictures
+from ..gallery import list_images
 from ..job_memory import MemoryWatch
 from ..jobs import Job, JobQueue, process_of
-from .allowed_paths import PlaceRefused, Places
+from .allowed_paths import AllowedPaths, PathRefused
 
-_SERVED = PICTURE_ENDINGS | {".safetensors", ".zip"}
+_SERVED = IMAGE_ENDINGS | {".safetensors", ".zip"}
 _MAX_THUMB = 1024
 Handler = Callable[[Request], dict[str, Any]]
 
 
-def routes(places: Places, queue: JobQueue) -> list[BaseRoute]:
+def routes(paths: AllowedPaths, queue: JobQueue) -> list[BaseRoute]:
     """Return the routes of one server."""
-    own = _Own(places, queue)
+    own = _Own(paths, queue)
     web = Path(__file__).parent.parent / "web"
     return [
         Mount("/sdlora/web", StaticFiles(directory=web)),
@@ -49,7 +49,7 @@ def routes(places: Places, queue: JobQueue) -> list[BaseRoute]:
         Route("/sdlora/dataset", _reading(own.dataset)),
         Route("/sdlora/dataset/progress", _reading(own.reading)),
         Route("/sdlora/settings", _reading(own.settings)),
-        Route("/sdlora/pictures", _reading(own.pictures)),
+        Route("/sdlora/images", _reading(own.images)),
         Route("/sdlora/captions/{what}", _writing(own.captions), methods=["POST"]),
         Route("/sdlora/jobs", _reading(own.jobs)),
         Route("/sdlora/jobs/{id}", _reading(own.job)),
@@ -90,7 +90,7 @@ def _writing(
 def _answered(handler: Handler, request: Request) -> Response:
     try:
         return JSONResponse(handler(request))
-    except PlaceRefused as error:
+    except PathRefused as error:
         return JSONResponse({"error": str(error)}, 403)
     except SdloraError as error:
         return JSONResponse({"error": str(error)}, 422)
@@ -101,27 +101,27 @@ def _answered(handler: Handler, request: Request) -> Response:
 class _Own:
     """The handlers, around what they share."""
 
-    def __init__(self, places: Places, queue: JobQueue) -> None:
-        self.places, self.queue = places, queue
-        self.book, self.sets, self.memory = CaptionBook(places), DataSets(), MemoryWatch()
+    def __init__(self, paths: AllowedPaths, queue: JobQueue) -> None:
+        self.paths, self.queue = paths, queue
+        self.book, self.sets, self.memory = CaptionBook(paths), DataSets(), MemoryWatch()
 
     async def file(self, request: Request) -> Response:
         try:
-            path = self.places.readable(request.query_params.get("path", ""))
-        except PlaceRefused as error:
+            path = self.paths.readable(request.query_params.get("path", ""))
+        except PathRefused as error:
             return JSONResponse({"error": str(error)}, 403)
         if path.suffix.lower() not in _SERVED:
-            return JSONResponse({"error": f"{path.name}: only pictures and adapters are served"}, 403)
+            return JSONResponse({"error": f"{path.name}: only images and adapters are served"}, 403)
         if not path.is_file():
             return JSONResponse({"error": f"{path.name}: there is no such file (any more)"}, 404)
         return FileResponse(path, headers={"cache-control": "private, max-age=5"})
 
     async def thumb(self, request: Request) -> Response:
         try:
-            path = self.places.readable(request.query_params.get("path", ""))
+            path = self.paths.readable(request.query_params.get("path", ""))
             side = min(_MAX_THUMB, max(16, int(request.query_params.get("side", "256"))))
             data = await run_in_threadpool(_thumbnail, path, path.stat().st_mtime_ns, side)
-        except PlaceRefused as error:
+        except PathRefused as error:
             return JSONResponse({"error": str(error)}, 403)
         except (SdloraError, OSError, ValueError) as error:
             return JSONResponse({"error": str(error)}, 404)
@@ -129,7 +129,7 @@ class _Own:
 
     def dataset(self, request: Request) -> dict[str, Any]:
         asked = request.query_params
-        folder = self.places.readable(asked.get("folder", ""))
+        folder = self.paths.readable(asked.get("folder", ""))
         seen = self.sets.look(
             folder,
             trigger=asked.get("trigger") or None,
@@ -141,19 +141,19 @@ class _Own:
 
     def reading(self, request: Request) -> dict[str, Any]:
         """Say how far looking at a folder is; when nobody looks, whether it changed."""
-        folder = self.places.readable(request.query_params.get("folder", ""))
+        folder = self.paths.readable(request.query_params.get("folder", ""))
         progress = self.sets.progress(folder)
         return {"progress": progress, "version": None if progress else version_of(folder)}
 
     def settings(self, request: Request) -> dict[str, Any]:
-        return dict(read_parameters(self.places.readable(request.query_params.get("path", ""))))
+        return dict(read_parameters(self.paths.readable(request.query_params.get("path", ""))))
 
-    def pictures(self, request: Request) -> dict[str, Any]:
+    def images(self, request: Request) -> dict[str, Any]:
         limit = min(1000, max(1, int(request.query_params.get("limit") or 48)))
-        return list_pictures(self.places.pictures, limit)
+        return list_images(self.paths.images, limit)
 
     def captions(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        folder, what = self.places.writable(str(body["folder"])), request.path_params["what"]
+        folder, what = self.paths.writable(str(body["folder"])), request.path_params["what"]
         if what == "set":
             texts = {str(k): str(v) for k, v in body["texts"].items()}
             changed = self.book.set(folder, texts, typing=str(body.get("typing") or ""))
@@ -178,8 +178,8 @@ class _Own:
             "memory": self.memory.of(process_of(job)),
             "prompts": self._prompts(job),
             "command": shlex.join(self.queue.command(job.id)),
-            "shown_run": self.places.shown(job.run),
-            "shown_adapter": self.places.shown(Path(adapter)) if adapter else "",
+            "shown_run": self.paths.shown(job.run),
+            "shown_adapter": self.paths.shown(Path(adapter)) if adapter else "",
         }
 
     def log(self, request: Request) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class _Own:
             self.queue.delete(job_id, with_run=body.get("with_run") is True)
             return {"deleted": job_id}
         if action in ("save", "sample"):
-            self.queue.wish(job_id, SAVE if action == "save" else SAMPLE)
+            self.queue.request(job_id, SAVE if action == "save" else SAMPLE)
             return self._brief(self.queue.get(job_id))
         known = {
             "start": self.queue.start,
@@ -219,9 +219,9 @@ class _Own:
 
 @functools.lru_cache(maxsize=2000)
 def _thumbnail(path: Path, changed: int, side: int) -> bytes:
-    """Return a small WebP of a picture; ``changed`` keeps an old one from being shown for a new file."""
-    picture = load_pixels(path)
-    picture.thumbnail((side, side))
+    """Return a small WebP of an image; ``changed`` keeps an old one from being shown for a new file."""
+    image = load_pixels(path)
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=82)
+    image.save(buffer, "WEBP", quality=82)
     return buffer.getvalue()

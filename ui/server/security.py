@@ -58,7 +58,7 @@ _HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
-# whole tags that name another site: Gradio's page has scripts, fonts and pictures of a CDN in it
+# whole tags that name another site: Gradio's page has scripts, fonts and images of a CDN in it
 _FOREIGN_TAG = re.compile(
     r"<(?:script|link|meta|img)\b[^>]*?(?:src|href|content)\s*=\s*[\"'](?:https?:)?//[^\"']*[\"'][^>]*?>"
     r"(?:\s*</script>)?",
@@ -74,7 +74,7 @@ class Refused(Exception):
         self.status, self.text = status, text
 
 
-class Gate:
+class SecurityMiddleware:
     """The ASGI application around another one."""
 
     def __init__(self, app: App, *, host: str, password: str | None = None) -> None:

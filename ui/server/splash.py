@@ -19,7 +19,7 @@ body{display:grid;place-items:center;min-height:90vh;margin:0}</style></head>
 <body><main role="status"><h1>sdlora</h1><p>Opening &hellip;</p></main></body></html>"""
 
 
-class Opening:
+class Splash:
     """An ASGI application that is replaced by the real one as soon as that is made."""
 
     def __init__(self, make: Callable[[], Starlette]) -> None:

@@ -1,4 +1,4 @@
-"""What a browser may hand in: pictures, captions, and zips of them; checked, bounded, never overwriting."""
+"""What a browser may hand in: images, captions, and zips of them; checked, bounded, never overwriting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO
 
 from sdlora.data.reading.captions import CAPTION_ENDINGS
 from sdlora.data.reading.folder import load_pixels
-from sdlora.data.reading.image_files import PICTURE_ENDINGS
+from sdlora.data.reading.image_files import IMAGE_ENDINGS
 from sdlora.errors import DatasetError, OutputError
 from sdlora.files import replacing
 
@@ -28,14 +28,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Imported:
-    """Where pictures were put, how many, and what was left out and why."""
+    """Where images were put, how many, and what was left out and why."""
 
     folder: Path
-    num_pictures: int
+    num_images: int
     left_out: tuple[str, ...]
 
 
-def folder_name(text: str, fallback: str = "pictures") -> str:
+def folder_name(text: str, fallback: str = "images") -> str:
     """Return a plain folder name made from what a user typed or dropped."""
     name = _NAME.sub("-", text).strip(" .-")[:80]
     return name or fallback
@@ -44,9 +44,9 @@ def folder_name(text: str, fallback: str = "pictures") -> str:
 def import_files(
     files: Sequence[Path], parent: Path, name: str, progress: Progress | None = None
 ) -> Imported:
-    """Put pictures, captions and the contents of zips into a new folder below ``parent``.
+    """Put images, captions and the contents of zips into a new folder below ``parent``.
 
-    Every picture is decoded in full; what is no picture is left out and named. The folder appears when
+    Every image is decoded in full; what is no image is left out and named. The folder appears when
     everything is in it.
 
     Raises:
@@ -66,17 +66,17 @@ def import_files(
                     _take(
                         stream, file.name, PurePosixPath(folder_name(file.name)), temporary, left_out, budget
                     )
-        pictures = _check_pictures(temporary, left_out, progress)
-        if not pictures:
+        images = _check_images(temporary, left_out, progress)
+        if not images:
             said = f" ({'; '.join(left_out[:5])})" if left_out else ""
             raise DatasetError(
-                f"no usable picture among {len(files)} file(s){said}; drop PNG, JPEG or WebP files"
+                f"no usable image among {len(files)} file(s){said}; drop PNG, JPEG or WebP files"
             )
-    return Imported(target, pictures, tuple(left_out))
+    return Imported(target, images, tuple(left_out))
 
 
 def unpack(archive: Path, folder: Path, left_out: list[str], budget: _Budget | None = None) -> None:
-    """Write a zip's pictures and captions below ``folder``, counting the bytes that really come out.
+    """Write a zip's images and captions below ``folder``, counting the bytes that really come out.
 
     Raises:
         DatasetError: for a zip that is broken, encrypted, too large, or names places outside the folder.
@@ -132,11 +132,11 @@ def _take(
 ) -> None:
     ending = inside.suffix.lower()
     if (
-        ending not in PICTURE_ENDINGS | CAPTION_ENDINGS
+        ending not in IMAGE_ENDINGS | CAPTION_ENDINGS
         or "__MACOSX" in inside.parts
         or inside.name.startswith("._")
     ):
-        left_out.append(f"{said}: neither a picture nor a caption")
+        left_out.append(f"{said}: neither an image nor a caption")
         return
     budget.add_file()
     target = folder / inside
@@ -154,8 +154,8 @@ def _take(
             out.write(block)
 
 
-def _check_pictures(folder: Path, left_out: list[str], progress: Progress | None) -> int:
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in PICTURE_ENDINGS]
+def _check_images(folder: Path, left_out: list[str], progress: Progress | None) -> int:
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_ENDINGS]
     good = 0
     for number, file in enumerate(files, 1):
         try:
@@ -178,7 +178,7 @@ def _free(parent: Path, name: str) -> Path:
 
 
 def copy_folder(
-    source: Path, parent: Path, endings: Iterable[str] = (*PICTURE_ENDINGS, *CAPTION_ENDINGS)
+    source: Path, parent: Path, endings: Iterable[str] = (*IMAGE_ENDINGS, *CAPTION_ENDINGS)
 ) -> Path:
     """Return a copy of a data set's own files below ``parent``; one that is there already is kept."""
     target, wanted = parent / source.name, set(endings) | {".md"}

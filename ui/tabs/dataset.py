@@ -1,4 +1,4 @@
-"""Page 1: a folder of pictures, or pictures dropped here; captions, findings, crops."""
+"""Page 1: a folder of images, or images dropped here; captions, findings, crops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESOLUTIONS = [
 ]
 _PROGRESS = gr.Progress()
 _WELCOME = """<div class="sd-hero"><h2>Teach Stable Diffusion a style or a subject</h2>
-<p>From a folder of pictures to a LoRA with a strength slider. Nothing leaves this machine.</p></div>"""
+<p>From a folder of images to a LoRA with a strength slider. Nothing leaves this machine.</p></div>"""
 _DEMO = """<h3>See it work first</h3><p class="sd-dim">48 ink icons on the built-in base: a LoRA in a few
 minutes, without a GPU or a download. It fills in everything; the next click starts it.</p>"""
 
@@ -38,22 +38,22 @@ def build(site: Site, shell: Shell) -> None:
             folder = gr.Dropdown(
                 choices(site.data_sets()),
                 value=None,
-                label="Folder of pictures",
+                label="Folder of images",
                 info="One that you dropped, or the path of one on this machine",
                 allow_custom_value=True,
                 elem_id="dataset-folder",
             )
             look = gr.Button("Open folder", elem_id="open-folder")
         with gr.Column(scale=3, min_width=280, elem_classes="sd-box"):
-            gr.HTML("<h3>Or drop pictures</h3>")
+            gr.HTML("<h3>Or drop images</h3>")
             dropped = gr.File(
-                label="Pictures, with .txt captions if you have them, or a zip",
+                label="Images, with .txt captions if you have them, or a zip",
                 file_count="multiple",
                 elem_id="drop",
                 height=128,
             )
             named = gr.Textbox(
-                label="Name of the new folder", placeholder="my-pictures", elem_id="drop-name", max_lines=1
+                label="Name of the new folder", placeholder="my-images", elem_id="drop-name", max_lines=1
             )
         with gr.Column(scale=2, min_width=240, elem_classes="sd-box"):
             gr.HTML(_DEMO)
@@ -110,7 +110,7 @@ def _show(site: Site, path: str | None, word: str, px: int) -> tuple[Any, ...]:
     if not (path or "").strip():
         return hint("Choose a folder first."), "", word, gr.Row(visible=False)
     try:
-        folder = site.places.readable(str(path))
+        folder = site.paths.readable(str(path))
     except SdloraError as error:
         return problem(str(error)), "", word, gr.Row(visible=False)
     attributes = {"folder": str(folder), "trigger": word.strip(), "resolution": str(px)}
@@ -123,19 +123,19 @@ def _take(
 ) -> tuple[Any, ...]:
     name, word, px = said
     paths = [Path(file) for file in files or []]
-    usual = paths[0].stem if len(paths) == 1 else "pictures"
+    usual = paths[0].stem if len(paths) == 1 else "images"
     try:
         taken = import_files(
             paths,
-            site.places.data,
+            site.paths.data,
             folder_name(name, usual),
-            lambda done, total: progress((done, total), desc="checking the pictures"),
+            lambda done, total: progress((done, total), desc="checking the images"),
         )
     except SdloraError as error:
         return (problem(str(error)), *([gr.skip()] * 4), None)
     if taken.left_out:
         gr.Warning(f"{len(taken.left_out)} left out: " + "; ".join(taken.left_out[:5]))
-    gr.Info(f"{taken.num_pictures} pictures are now in {site.places.shown(taken.folder)}")
+    gr.Info(f"{taken.num_images} images are now in {site.paths.shown(taken.folder)}")
     listed = gr.Dropdown(choices(site.data_sets()), value=str(taken.folder))
     return (*_show(site, str(taken.folder), word, px), listed, None)
 
@@ -143,8 +143,8 @@ def _take(
 def _demo(site: Site) -> tuple[Any, ...]:
     from sdlora.demonstration.data import STYLE, demo_config, find_data
 
-    folder = copy_folder(find_data() / STYLE, site.places.data)
-    word = demo_config(site.places.runs / STYLE, site.places.data).data.trigger_word or ""
+    folder = copy_folder(find_data() / STYLE, site.paths.data)
+    word = demo_config(site.paths.runs / STYLE, site.paths.data).data.trigger_word or ""
     return (
         *_show(site, str(folder), word, 64),
         gr.Dropdown(choices(site.data_sets()), value=str(folder)),

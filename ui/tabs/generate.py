@@ -16,8 +16,8 @@ from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.generation.png_info import read_parameters
 
-from ..gallery import compare_html, grid_html, picture_html, strip_html
-from ..server.png_import import Sent, from_parameters
+from ..gallery import compare_html, grid_html, image_html, strip_html
+from ..server.png_import import ImportedSettings, from_parameters
 from ..settings import checked_base
 from ..site import Site
 from ..worker_client import CallCancelled
@@ -122,10 +122,10 @@ def _controls(site: Site) -> tuple[_Page, dict[str, Any]]:
             run = gr.Dropdown(choices(site.runs()), value=None, label="Run", elem_id="grid-run")
             strengths = gr.Textbox(_GRID_STRENGTHS, label="Strengths", elem_id="grid-strengths", max_lines=1)
         grid = gr.Button("Draw checkpoints by strengths", elem_id="grid")
-    page, sent, dice = _more_controls(site, prompt, slots)
+    page, imported, dice = _more_controls(site, prompt, slots)
     more = {
         "draw": draw, "compare": compare, "strip": strip, "sweep": sweep, "run": run,
-        "strengths": strengths, "grid": grid, "another": another, "sent": sent, "dice": dice,
+        "strengths": strengths, "grid": grid, "another": another, "imported": imported, "dice": dice,
     }  # fmt: skip
     return page, more
 
@@ -162,11 +162,11 @@ def _more_controls(site: Site, prompt: gr.Textbox, slots: list[_Slot]) -> tuple[
         sampler = gr.Dropdown(
             list(get_args(SamplerName)), value=defaults.sampler, label="Sampler", elem_id="sampler"
         )
-        sent = gr.File(
-            label="Drop a PNG to use its settings", file_types=[".png"], elem_id="sent-file", height=110
+        imported = gr.File(
+            label="Drop a PNG to use its settings", file_types=[".png"], elem_id="import-file", height=110
         )
     page = _Page(base, prompt, negative, seed, width, height, steps, guidance, sampler, slots)
-    return page, sent, dice
+    return page, imported, dice
 
 
 def _slot(site: Site, number: int) -> _Slot:
@@ -187,7 +187,7 @@ def _slot(site: Site, number: int) -> _Slot:
 
 def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
     def one(request: gr.Request, *held: Any) -> Iterator[Any]:
-        yield from _drawn(site, request, held, None, lambda parts, _: picture_html(parts[0]))
+        yield from _drawn(site, request, held, None, lambda parts, _: image_html(parts[0]))
 
     def again(request: gr.Request, *held: Any) -> Iterator[Any]:
         if not str(_said(held)["prompt"] or "").strip():
@@ -210,7 +210,7 @@ def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
     def compare(request: gr.Request, *held: Any) -> Iterator[Any]:
         def shape(parts: Sequence[Mapping[str, Any]], total: int) -> str:
             if len(parts) < 2:
-                return picture_html(parts[0])
+                return image_html(parts[0])
             return compare_html(parts[0]["file"], parts[1]["file"], ("base alone", "with the adapter"))
 
         if not _rows(held)[0]:
@@ -293,13 +293,13 @@ def _connect_sending(site: Site, shell: Shell, page: _Page, more: Mapping[str, A
     outputs = [*page.plain, *boxes, *(one for slot in page.slots for one in slot.controls)]
 
     def from_gallery(said: str) -> list[Any]:
-        return _sent(site, site.places.readable(json.loads(said)["file"]), len(outputs))
+        return _imported(site, site.paths.readable(json.loads(said)["file"]), len(outputs))
 
     def from_file(file: str | None) -> list[Any]:
-        return _sent(site, Path(file), len(outputs)) if file else [gr.skip()] * len(outputs)
+        return _imported(site, Path(file), len(outputs)) if file else [gr.skip()] * len(outputs)
 
-    shell.sent_picture.change(from_gallery, shell.sent_picture, outputs, show_progress="hidden")
-    more["sent"].upload(from_file, more["sent"], outputs, show_progress="hidden")
+    shell.import_png.change(from_gallery, shell.import_png, outputs, show_progress="hidden")
+    more["imported"].upload(from_file, more["imported"], outputs, show_progress="hidden")
 
     def add(*files: str) -> list[Any]:
         seen = max([number for number, file in enumerate(files) if file], default=0)
@@ -308,7 +308,7 @@ def _connect_sending(site: Site, shell: Shell, page: _Page, more: Mapping[str, A
     more["another"].click(add, [slot.file for slot in page.slots], boxes, show_progress="hidden")
 
 
-def _sent(site: Site, file: Path, count: int) -> list[Any]:
+def _imported(site: Site, file: Path, count: int) -> list[Any]:
     try:
         return _filled(site, from_parameters(read_parameters(file)))
     except SdloraError as error:
@@ -343,14 +343,14 @@ def adapter_label(file: str) -> str:
     return path.stem
 
 
-def _filled(site: Site, sent: Sent) -> list[Any]:
-    """Return every control as a picture's settings say."""
+def _filled(site: Site, imported: ImportedSettings) -> list[Any]:
+    """Return every control as an image's settings say."""
     by_label = {label: path for label, path in choices(site.adapters())}
     by_label |= {Path(path).stem: path for path in by_label.values()}
-    missing = [name for name, _, _ in sent.adapters if name not in by_label]
+    missing = [name for name, _, _ in imported.adapters if name not in by_label]
     if missing:
         gr.Warning(f"not found here: {', '.join(missing)}; the rest of the settings is set")
-    given = [(by_label[name], unet, text) for name, unet, text in sent.adapters if name in by_label][
+    given = [(by_label[name], unet, text) for name, unet, text in imported.adapters if name in by_label][
         :NUM_SLOTS
     ]
     slots: list[Any] = []
@@ -359,18 +359,18 @@ def _filled(site: Site, sent: Sent) -> list[Any]:
         slots += [file, unet, unet != text, text]
     boxes = [gr.Group(visible=number < max(1, len(given))) for number in range(NUM_SLOTS)]
     bases = {Path(one.path).stem: one.path for one in site.bases()}
-    if sent.model and sent.model not in bases:
-        gr.Warning(f"the base `{sent.model}` is not found here; the one chosen stays")
+    if imported.model and imported.model not in bases:
+        gr.Warning(f"the base `{imported.model}` is not found here; the one chosen stays")
     plain = [
-        bases.get(sent.model or ""),
-        sent.prompt,
-        sent.negative,
-        sent.seed,
-        f"{sent.width or ''}",
-        f"{sent.height or ''}",
-        sent.steps,
-        "" if sent.guidance is None else f"{sent.guidance:g}",
-        sent.sampler,
+        bases.get(imported.model or ""),
+        imported.prompt,
+        imported.negative,
+        imported.seed,
+        f"{imported.width or ''}",
+        f"{imported.height or ''}",
+        imported.steps,
+        "" if imported.guidance is None else f"{imported.guidance:g}",
+        imported.sampler,
     ]
     return [gr.skip() if one is None else one for one in plain] + boxes + slots
 
@@ -406,9 +406,9 @@ def _arguments(
             raise ConfigError(f"{name}: give a number")
     for name in ("width", "height", "guidance"):
         said[name] = checked_number(name, str(said[name] or ""), whole=name != "guidance")
-    checked = [[{**one, "file": str(site.places.readable(one["file"]))} for one in row] for row in rows]
-    base = checked_base(site.places, str(said["base"] or ""))
-    return said | {"base": base, "rows": checked, "folder": str(site.places.pictures)}
+    checked = [[{**one, "file": str(site.paths.readable(one["file"]))} for one in row] for row in rows]
+    base = checked_base(site.paths, str(said["base"] or ""))
+    return said | {"base": base, "rows": checked, "folder": str(site.paths.images)}
 
 
 def _drawn(
@@ -421,7 +421,7 @@ def _drawn(
 ) -> Iterator[Any]:
     """Draw, and yield (what goes on, what to show): progress, parts that are ready, the whole.
 
-    What this browser tab asked for before is given up: its sliders may move faster than pictures are drawn.
+    What this browser tab asked for before is given up: its sliders may move faster than images are drawn.
     """
     parts: list[Mapping[str, Any]] = []
     try:
@@ -439,7 +439,7 @@ def _drawn(
             elif answer.result is not None:
                 whole = shape(parts, total)
                 if total == 1:
-                    whole = picture_html(parts[0], answer.result["seconds"])
+                    whole = image_html(parts[0], answer.result["seconds"])
                 yield "", whole
     except CallCancelled:
         yield gr.skip(), gr.skip()
@@ -458,7 +458,7 @@ def _grid(site: Site, request: gr.Request, run: str, text: str, held: Sequence[A
             raise ConfigError(
                 f"strengths `{text}`: give numbers with commas between them, e.g. 0.5, 1"
             ) from None
-        found = site.checkpoints(site.places.readable(run))
+        found = site.checkpoints(site.paths.readable(run))
         rows = [[{"file": one.path, "unet": 1.0, "text": None}] for one in found]
         labels = [{"label": one.label, "file": one.path} for one in found]
     except SdloraError as error:

@@ -22,12 +22,12 @@ class Shell:
         tabs: to switch between pages.
         folder: the data set chosen, for the training page.
         trigger: its trigger word.
-        demo: set when the demo's pictures were chosen.
+        demo: set when the demo's images were chosen.
         try_run: job whose adapter is to be drawn with.
         export_run: job whose adapter is to be exported.
         clone_run: job whose settings are to be copied into the form.
         chosen_cell: checkpoint and strength pressed in a grid.
-        sent_picture: picture of the gallery whose settings are to be used.
+        sent_image: image of the gallery whose settings are to be used.
     """
 
     tabs: gr.Tabs
@@ -38,7 +38,7 @@ class Shell:
     export_run: gr.Textbox
     clone_run: gr.Textbox
     chosen_cell: gr.Textbox
-    sent_picture: gr.Textbox
+    import_png: gr.Textbox
 
 
 def choices(found: Iterable[Choice]) -> list[tuple[str, str]]:

@@ -69,7 +69,7 @@ def _merge_arguments(
     site: Site, files: Sequence[str | None], weights: Sequence[float], said: Mapping[str, Any]
 ) -> dict[str, Any]:
     sources = [
-        {"file": str(site.places.readable(file)), "weight": weight}
+        {"file": str(site.paths.readable(file)), "weight": weight}
         for file, weight in zip(files, weights, strict=True)
         if file
     ]
@@ -105,7 +105,7 @@ def _resize(site: Site) -> gr.Dropdown:
 def _resize_arguments(site: Site, said: Mapping[str, Any]) -> dict[str, Any]:
     if not said["source"]:
         raise ConfigError("adapter: choose one")
-    source = str(site.places.readable(said["source"]))
+    source = str(site.paths.readable(said["source"]))
     return {**said, **_numbers(said), "source": source, "output": _target(site, said["name"])}
 
 
@@ -136,12 +136,12 @@ def _bake(site: Site) -> gr.Dropdown:
 def _bake_arguments(site: Site, said: Mapping[str, Any]) -> dict[str, Any]:
     if not said["source"]:
         raise ConfigError("adapter: choose one")
-    base = MINI if said["base"] == "mini" else site.places.readable(str(said["base"] or ""))
+    base = MINI if said["base"] == "mini" else site.paths.readable(str(said["base"] or ""))
     ending = "" if base.is_dir() else ".safetensors"
     return {
         **said,
         "checkpoint": str(base),
-        "source": str(site.places.readable(said["source"])),
+        "source": str(site.paths.readable(said["source"])),
         "output": _target(site, said["name"], ending),
     }
 
@@ -149,7 +149,7 @@ def _bake_arguments(site: Site, said: Mapping[str, Any]) -> dict[str, Any]:
 def _target(site: Site, name: str, ending: str = ".safetensors") -> str:
     if not (name or "").strip():
         raise ConfigError("name of the new file: give it one")
-    return str(site.places.writable(site.places.runs / EXPORTED / f"{folder_name(name)}{ending}"))
+    return str(site.paths.writable(site.paths.runs / EXPORTED / f"{folder_name(name)}{ending}"))
 
 
 def _done(site: Site, task: str, arguments: Any) -> Iterator[str]:
@@ -159,7 +159,7 @@ def _done(site: Site, task: str, arguments: Any) -> Iterator[str]:
             if answer.progress is not None:
                 yield working(*answer.progress)
             elif answer.result is not None:
-                files = ", ".join(site.places.shown(Path(file)) for file in answer.result["files"])
+                files = ", ".join(site.paths.shown(Path(file)) for file in answer.result["files"])
                 text = escape(str(answer.result["text"]))
                 yield (
                     f'<p class="sd-done" role="status">Written: {escape(files)}</p>'

@@ -65,7 +65,7 @@ def _export(site: Site) -> gr.Dropdown:
         elem_id="export-source",
     )
     form = gr.Radio(_FORMATS, value="webui", label="For", elem_id="export-format")
-    named, found = program_folders(site.places)
+    named, found = program_folders(site.paths)
     webui = gr.Dropdown(
         [("none", ""), *((str(folder), str(folder)) for folder in named)],
         value="",
@@ -77,7 +77,7 @@ def _export(site: Site) -> gr.Dropdown:
     title = "More settings: folder, file name, number format, preview"
     with gr.Accordion(title, open=False, elem_id="export-more"):
         place = gr.Textbox(
-            str(site.places.runs / EXPORTED), label="Into folder", elem_id="export-place", max_lines=1
+            str(site.paths.runs / EXPORTED), label="Into folder", elem_id="export-place", max_lines=1
         )
         with gr.Row():
             name = gr.Textbox(label="File name", placeholder="as the run", elem_id="export-name", max_lines=1)
@@ -88,7 +88,7 @@ def _export(site: Site) -> gr.Dropdown:
                 elem_id="export-dtype",
             )
         preview = gr.Textbox(
-            label="Preview picture",
+            label="Preview image",
             info="What WebUI shows on the adapter's card",
             placeholder="the run's newest preview",
             elem_id="export-preview",
@@ -96,7 +96,7 @@ def _export(site: Site) -> gr.Dropdown:
         )
         private = gr.Checkbox(
             False,
-            label="Leave out what tells of the training pictures",
+            label="Leave out what tells of the training images",
             info="Folder names, captions, tags and file names in the header",
             elem_id="export-private",
         )
@@ -134,10 +134,10 @@ def _exported(site: Site, said: Mapping[str, Any]) -> Iterator[str]:
         # text fields that are folded away say None
         text = {key: str(said[key] or "").strip() for key in ("output", "webui", "name", "preview")}
         arguments = dict(said) | {
-            "source": str(site.places.readable(said["source"])),
-            "output": str(site.places.writable(text["output"])) if text["output"] else None,
-            "webui": str(site.places.writable(text["webui"])) if text["webui"] else None,
-            "preview": str(site.places.readable(text["preview"])) if text["preview"] else None,
+            "source": str(site.paths.readable(said["source"])),
+            "output": str(site.paths.writable(text["output"])) if text["output"] else None,
+            "webui": str(site.paths.writable(text["webui"])) if text["webui"] else None,
+            "preview": str(site.paths.readable(text["preview"])) if text["preview"] else None,
             "name": text["name"] or None,
             "dtype": said["dtype"] or None,
         }
@@ -162,7 +162,7 @@ def _report_html(site: Site, report: Mapping[str, Any]) -> str:
 
 def _file_html(site: Site, file: Path) -> str:
     link = escape(file_url(str(file)), quote=True)
-    return f'<li><a href="{link}" download>{escape(site.places.shown(file))}</a></li>'
+    return f'<li><a href="{link}" download>{escape(site.paths.shown(file))}</a></li>'
 
 
 def _client_html(name: str, said: Any) -> str:
@@ -188,7 +188,7 @@ def _inspect(site: Site) -> gr.Dropdown:
         try:
             if not path:
                 raise ConfigError("adapter file: choose one")
-            for answer in site.desk.call("inspect", {"file": str(site.places.readable(path))}):
+            for answer in site.desk.call("inspect", {"file": str(site.paths.readable(path))}):
                 if answer.progress is not None:
                     yield working(*answer.progress)
                 elif answer.result is not None:

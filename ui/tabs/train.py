@@ -25,7 +25,7 @@ from .shared import Shell, choices, hint, problem, working
 
 _DRAFT = "train"
 _PAUSE = 0.4  # seconds without a key until the plan follows
-_NO_FOLDER = "Choose a folder of pictures on the first page; time, memory and settings then appear here."
+_NO_FOLDER = "Choose a folder of images on the first page; time, memory and settings then appear here."
 _LATER = "Time and memory are worked out when a setting changes."
 _FIRST = ("model.base", "data.folder", "output.name", "data.trigger_word")
 
@@ -43,7 +43,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                 said = gr.HTML("", elem_id="start-said")
             plan = gr.HTML(hint(_NO_FOLDER), elem_id="plan")
             with gr.Accordion("More settings", open=False, elem_id="more"):
-                gr.HTML(hint("What you leave empty follows your pictures and the base, as listed above."))
+                gr.HTML(hint("What you leave empty follows your images and the base, as listed above."))
                 for section, title in SECTION_TITLES.items():
                     own = [
                         s for s in known.values() if s.key.startswith(f"{section}.") and s.key not in controls
@@ -67,7 +67,7 @@ def _first(site: Site, known: Mapping[str, Setting]) -> dict[str, Any]:
         elem_id="base",
     )
     folder = gr.Textbox(
-        label="Folder of pictures", info="Chosen on the first page", elem_id="train-folder", max_lines=1
+        label="Folder of images", info="Chosen on the first page", elem_id="train-folder", max_lines=1
     )
     with gr.Row():
         name = gr.Textbox(label="Name of the LoRA", placeholder="my-style", elem_id="train-name", max_lines=1)
@@ -115,7 +115,7 @@ def _connect(
     def fill_demo(said_text: str) -> list[Any]:
         from sdlora.demonstration.data import STYLE, demo_config
 
-        config = demo_config(site.places.runs / STYLE, Path(json.loads(said_text)["folder"]).parent)
+        config = demo_config(site.paths.runs / STYLE, Path(json.loads(said_text)["folder"]).parent)
         return fill(config.with_values({"output.name": _free_name(site, STYLE), "output.folder": None}))
 
     edits = [one.input for one in shown]
@@ -187,7 +187,7 @@ def _begin(site: Site, raw: Mapping[str, Any]) -> Iterator[Any]:
     """Queue the run, or say why it cannot be."""
     try:
         config = _config(site, raw)
-        _refuse_bad_pictures(config)
+        _refuse_bad_images(config)
         for answer in site.plans.refusals(config):
             assert answer.progress is not None
             done, total, note = answer.progress
@@ -206,17 +206,17 @@ def _config(site: Site, raw: Mapping[str, Any]) -> Config:
     if not str(raw["output.name"] or "").strip():
         raise ConfigError("name of the LoRA: give it one")
     if not str(raw["data.folder"] or "").strip():
-        raise ConfigError("folder of pictures: choose one on the first page")
-    return checked_config(site.places, raw)
+        raise ConfigError("folder of images: choose one on the first page")
+    return checked_config(site.paths, raw)
 
 
-def _refuse_bad_pictures(config: Config) -> None:
+def _refuse_bad_images(config: Config) -> None:
     assert config.data.folder is not None
     problems = survey(config.data.folder, recursive=config.data.recursive).problems
     if problems:
         listed = "; ".join(str(one) for one in problems[:3])
         more = f"; and {len(problems) - 3} more, see the first page" if len(problems) > 3 else ""
-        raise DatasetError(f"{len(problems)} pictures or captions cannot be used: {listed}{more}")
+        raise DatasetError(f"{len(problems)} images or captions cannot be used: {listed}{more}")
 
 
 def _free_name(site: Site, wanted: str) -> str:
@@ -224,4 +224,4 @@ def _free_name(site: Site, wanted: str) -> str:
     stem, _, number = wanted.rpartition("-")
     base = stem if stem and number.isdigit() else wanted
     names = [wanted, *(f"{base}-{count}" for count in range(2, 1000))]
-    return next(n for n in names if n not in taken and not (site.places.runs / n).exists())
+    return next(n for n in names if n not in taken and not (site.paths.runs / n).exists())

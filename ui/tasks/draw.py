@@ -1,4 +1,4 @@
-"""Drawing with a base that stays loaded: one picture, a strip of strengths, or a grid of checkpoints."""
+"""Drawing with a base that stays loaded: one image, a strip of strengths, or a grid of checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdlora.generation.generate import (
 from sdlora.generation.png_info import parameters_text
 from sdlora.run_folder import checkpoint_of
 
-from ..worker import Tell
+from ..worker import Emit
 
 
 @dataclass
@@ -72,18 +72,18 @@ def adapter_name(file: Path) -> str:
     return file.name if file.is_dir() else file.stem
 
 
-def draw(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-    """Draw ``rows`` x ``strengths`` pictures and write each with its settings.
+def draw(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+    """Draw ``rows`` x ``strengths`` images and write each with its settings.
 
     Args:
         arguments: ``base``, ``prompt``, ``negative``, ``seed``, ``width``, ``height``, ``steps``,
             ``guidance``, ``sampler``, ``folder``; ``rows``: lists of adapters ``{file, unet, text}``;
             ``strengths``: of the columns, see :func:`sdlora.generation.generate.swept`, or None for the
             adapters' own.
-        tell: hears the progress, and each picture as a part.
+        emit: hears the progress, and each image as a part.
     """
     begun = time.perf_counter()
-    studio = _loaded(str(arguments["base"]), tell)
+    studio = _loaded(str(arguments["base"]), emit)
     make_folder(Path(arguments["folder"]))
     cells = list(_cells(studio, arguments))
     steps_total = sum(request.steps for _, _, request in cells)
@@ -92,20 +92,20 @@ def draw(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         before = done
 
         def progress(step: int, _: int, before: int = before) -> None:
-            tell.progress(before + step, steps_total, "drawing")
+            emit.progress(before + step, steps_total, "drawing")
 
         made = studio.generator.generate([request], progress=progress)[0]
         done += request.steps
         used |= set(request.strengths)
         files.append(_write(studio, made, Path(arguments["folder"])))
-        tell.part({"row": row, "column": column, **files[-1]})
+        emit.part({"row": row, "column": column, **files[-1]})
     studio.keep_only(tuple(used))
-    return {"pictures": files, "seconds": time.perf_counter() - begun}
+    return {"images": files, "seconds": time.perf_counter() - begun}
 
 
-def _loaded(base: str, tell: Tell) -> _Studio:
+def _loaded(base: str, emit: Emit) -> _Studio:
     if not _studio or _studio[0].base != base:
-        tell.progress(0, 1, f"loading {Path(base).name}")
+        emit.progress(0, 1, f"loading {Path(base).name}")
         _studio.clear()  # first, so that two bases are never in memory together
         _studio.append(_Studio(base, ImageGenerator.load(base), {}, {}))
     return _studio[0]

@@ -19,11 +19,11 @@ import torch
 
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
-from sdlora.events import Announcer, Caching, Decided, Event
+from sdlora.events import Caching, Decided, Emitter, Event
 from sdlora.training.cost import Cost, measure_cost
 from sdlora.training.run import Run, prepare_run
 
-from ..worker import Tell
+from ..worker import Emit
 
 _costs: dict[str, Cost] = {}
 _FREE = (
@@ -43,33 +43,33 @@ _FREE = (
 """Settings that change neither the time of a step nor the memory."""
 
 
-def plan(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
-    """Return ``decisions`` [[key, value, reason]], ``steps``, ``seconds``, ``bytes``, ``free_bytes``.
+def plan(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
+    """Return ``defaults`` [[key, value, reason]], ``steps``, ``seconds``, ``bytes``, ``free_bytes``.
 
     Args:
         arguments: ``values``: settings by dotted key, as the form has them.
-        tell: hears what is going on; the decisions come early, as a part.
+        emit: hears what is going on; the defaults come early, as a part.
     """
     config = load_config(values=dict(arguments["values"]))
-    decisions: list[list[Any]] = []
+    defaults: list[list[Any]] = []
 
     def hear(event: Event) -> None:
         if isinstance(event, Decided):
-            decisions.append([event.key, event.value, event.reason])
+            defaults.append([event.key, event.value, event.reason])
         elif isinstance(event, Caching):
-            tell.progress(event.done, event.total, "encoding the pictures")
+            emit.progress(event.done, event.total, "encoding the images")
 
-    tell.progress(0, 3, f"looking at the base {Path(config.model.base).name} and the pictures")
+    emit.progress(0, 3, f"looking at the base {Path(config.model.base).name} and the images")
     with tempfile.TemporaryDirectory(prefix="sdlora-plan-") as place:
         trial = config.with_values({"output.folder": Path(place) / "trial"})
-        run = prepare_run(trial, resume=False, tell=Announcer((hear,)))
+        run = prepare_run(trial, resume=False, emit=Emitter((hear,)))
         images = len(run.training.items)
-        tell.part({"decisions": decisions, "images": images})
-        tell.progress(2, 3, "trying one step")
+        emit.part({"defaults": defaults, "images": images})
+        emit.progress(2, 3, "trying one step")
         cost = _cost_of(run)
     free, device = _free_bytes(run.model.device.type), run.model.device.type
     answer = {
-        "decisions": decisions,
+        "defaults": defaults,
         "images": images,
         "steps": run.steps,
         "seconds": run.steps * cost.seconds_per_step,

@@ -10,12 +10,12 @@ from sdlora.exporting.export import export_adapter
 from sdlora.inspecting.inspection import inspect_adapter
 from sdlora.inspecting.view import render
 
-from ..worker import Tell
+from ..worker import Emit
 
 
-def export(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+def export(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     """Write an adapter in another format and return the report with its proof."""
-    tell.progress(0, 2, "writing and reading back")
+    emit.progress(0, 2, "writing and reading back")
     report = export_adapter(
         Path(arguments["source"]),
         str(arguments["format"]),
@@ -30,14 +30,14 @@ def export(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     return report.to_dict()
 
 
-def inspect(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+def inspect(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     """Return everything an adapter file holds, and the text the command line shows."""
-    tell.progress(0, 1, "reading")
+    emit.progress(0, 1, "reading")
     summary = inspect_adapter(Path(arguments["file"]))
     return {"text": render(summary, width=100), **summary.to_dict()}
 
 
-def merge(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+def merge(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     """Merge adapters into one and return the report with its text."""
     from sdlora.surgery.merge import merge_adapters
 
@@ -50,12 +50,12 @@ def merge(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         rank=arguments.get("rank"),
         overwrite=bool(arguments.get("overwrite")),
         report=True,
-        progress=lambda done, total: tell.progress(done, total, "merging"),
+        progress=lambda done, total: emit.progress(done, total, "merging"),
     )
     return {"text": report.render(), **report.to_dict()}
 
 
-def resize(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+def resize(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     """Write an adapter with fewer ranks and return the report with its text."""
     from sdlora.surgery.resize import resize_adapter
 
@@ -66,12 +66,12 @@ def resize(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         energy=arguments.get("energy"),
         overwrite=bool(arguments.get("overwrite")),
         report=True,
-        progress=lambda done, total: tell.progress(done, total, "resizing"),
+        progress=lambda done, total: emit.progress(done, total, "resizing"),
     )
     return {"text": report.render(), **report.to_dict()}
 
 
-def bake(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+def bake(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     """Write a checkpoint with an adapter in its weights and return the report with its text."""
     from sdlora.surgery.bake import bake_checkpoint
 
@@ -81,7 +81,7 @@ def bake(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         Path(arguments["output"]),
         overwrite=bool(arguments.get("overwrite")),
         report=True,
-        progress=lambda done, total: tell.progress(done, total, "baking"),
+        progress=lambda done, total: emit.progress(done, total, "baking"),
     )
     return {"text": report.render(), **report.to_dict()}
 

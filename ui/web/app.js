@@ -1,7 +1,7 @@
 // Everything the page adds to Gradio.
 import "./dataset.js";
 import "./jobs.js";
-import "./pictures.js";
+import "./images.js";
 import { button } from "./base.js";
 
 // Gradio's sliders hear only a pointer being let go; arrow keys must count as well.
@@ -11,7 +11,7 @@ document.addEventListener("keyup", (event) => {
   }
 });
 
-// A Gradio choice that has the focus keeps its old words when its value is set, as by a dropped picture.
+// A Gradio choice that has the focus keeps its old words when its value is set, as by a dropped image.
 document.addEventListener(
   "change",
   (event) => {

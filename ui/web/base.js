@@ -60,7 +60,7 @@ export async function attempt(work) {
 }
 
 // Python hears of something through a hidden text field: its value is set as if typed.
-export function tellPython(id, value) {
+export function sendToPython(id, value) {
   const field = document.querySelector(`#${id} textarea, #${id} input`);
   if (!field) return;
   field.value = value;

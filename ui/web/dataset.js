@@ -1,4 +1,4 @@
-// The data set: pictures with their captions edited in place, what the doctor finds, crops, buckets, tags.
+// The data set: images with their captions edited in place, what the doctor finds, crops, buckets, tags.
 
 import { ask, attempt, button, el, Live, say, thumbUrl } from "./base.js";
 
@@ -79,8 +79,8 @@ class DataSet extends Live {
   reading(progress) {
     const [done, total] = progress || [0, 0];
     return el("div", { class: "sd-working", role: "status" },
-      el("progress", { max: 1, value: total ? done / total : 0, "aria-label": "Reading the pictures" }),
-      el("span", {}, total ? `Reading the pictures: ${done} of ${total}` : "Reading the pictures …"));
+      el("progress", { max: 1, value: total ? done / total : 0, "aria-label": "Reading the images" }),
+      el("span", {}, total ? `Reading the images: ${done} of ${total}` : "Reading the images …"));
   }
   draw(state) {
     const put = (name, ...nodes) => this.parts[name].replaceChildren(...nodes.filter(Boolean));
@@ -95,7 +95,7 @@ class DataSet extends Live {
     const nodes = [...this.cards.values()].map((card) => card.node);
     const shown = [...this.parts.cards.children];
     if (nodes.length !== shown.length || nodes.some((node, i) => node !== shown[i])) this.parts.cards.replaceChildren(...nodes);
-    if (!nodes.length) put("cards", el("p", { class: "sd-dim sd-none" }, "No picture of this kind."));
+    if (!nodes.length) put("cards", el("p", { class: "sd-dim sd-none" }, "No image of this kind."));
     put("pages", this.pages(state));
   }
   summary(state) {
@@ -105,7 +105,7 @@ class DataSet extends Live {
     return el("div", { class: "sd-facts" },
       el("div", { class: `sd-fact sd-verdict ${verdict[0]}` }, el("strong", {}, verdict[1]),
         el("span", {}, [plural(error, "error"), plural(warning, "warning"), plural(note, "note")].join(", "))),
-      fact(state.num_images, state.num_unusable ? `pictures, ${state.num_unusable} more cannot be used` : "pictures"),
+      fact(state.num_images, state.num_unusable ? `images, ${state.num_unusable} more cannot be used` : "images"),
       fact(state.num_captions, "with a written caption"), fact(state.held_out, "held out to measure progress"),
       fact(state.buckets.length, state.buckets.length === 1 ? "shape after cropping" : "shapes after cropping"));
   }
@@ -119,7 +119,7 @@ class DataSet extends Live {
         const [severity, kind] = key.split("|");
         return el("div", { class: "sd-finding" }, el("b", { class: `sd-chip ${severity}` }, severity), ` ${kind}`, el("span", { class: "sd-dim" }, ` × ${members.length}`),
           members.slice(0, 3).map((one) => el("div", { class: "sd-indent" }, `${one.where}: ${one.what}`)),
-          members.length > 3 ? el("div", { class: "sd-indent sd-dim" }, `and ${members.length - 3} more, shown at the pictures`) : null,
+          members.length > 3 ? el("div", { class: "sd-indent sd-dim" }, `and ${members.length - 3} more, shown at the images`) : null,
           el("div", { class: "sd-indent sd-dim" }, `→ ${members[0].fix}`));
       }));
   }
@@ -148,7 +148,7 @@ class DataSet extends Live {
     });
     const captions = (count) => plural(count, "caption");
     const choose = el("select", { id: "sd-only", onchange: () => { this.only = choose.value; this.page = 0; this.load(); } },
-      [["", "all pictures"], ["findings", "with findings"], ["held", "held out"], ["uncaptioned", "without a written caption"]].map(([value, label]) => el("option", { value }, label)));
+      [["", "all images"], ["findings", "with findings"], ["held", "held out"], ["uncaptioned", "without a written caption"]].map(([value, label]) => el("option", { value }, label)));
     return el("div", { class: "sd-toolrow" },
       el("div", { class: "sd-tool" }, field("Find in captions", "sd-find"), field("Replace with", "sd-put"),
         button("Replace in all", () => post("replace", { find: read("sd-find"), put: read("sd-put") }, (n) => `${captions(n)} changed`), "", { id: "sd-replace" })),
@@ -167,29 +167,29 @@ class DataSet extends Live {
     if (state.matching <= PAGE) return null;
     const last = Math.ceil(state.matching / PAGE) - 1;
     const go = (to) => () => { this.page = to; this.load().then(() => this.parts.tools.scrollIntoView()); };
-    return el("nav", { class: "sd-row", "aria-label": "Pages of pictures" }, button("Previous", go(this.page - 1), "", { disabled: this.page === 0 }),
+    return el("nav", { class: "sd-row", "aria-label": "Pages of images" }, button("Previous", go(this.page - 1), "", { disabled: this.page === 0 }),
       el("span", {}, `${this.page + 1} of ${last + 1}`), button("Next", go(this.page + 1), "", { disabled: this.page >= last }));
   }
 }
 
-// One picture. Its caption is saved while one types; what could not be saved is tried again.
+// One image. Its caption is saved while one types; what could not be saved is tried again.
 class Card {
   constructor(owner) {
     this.owner = owner;
-    this.parts = { picture: el("div", { class: "sd-picture" }), meta: el("div", { class: "sd-meta" }), hints: el("div", { class: "sd-hints" }) };
+    this.parts = { image: el("div", { class: "sd-image" }), meta: el("div", { class: "sd-meta" }), hints: el("div", { class: "sd-hints" }) };
     this.text = el("textarea", { rows: 2, spellcheck: false });
     this.mark = el("span", { class: "sd-saved", role: "status" });
     this.text.addEventListener("focus", () => { this.typing = `${Date.now()}-${Math.random()}`; });
     this.text.addEventListener("input", () => { clearTimeout(this.timer); this.mark.textContent = "…"; this.timer = setTimeout(() => this.save(), SAVE_AFTER); });
     this.text.addEventListener("blur", () => this.save());
-    this.node = el("article", { class: "sd-card" }, this.parts.picture, this.parts.meta, this.text, this.parts.hints);
+    this.node = el("article", { class: "sd-card" }, this.parts.image, this.parts.meta, this.text, this.parts.hints);
   }
   get dirty() { return this.data && this.data.path && this.text.value !== this.data.caption; }
   update(data) {
     const keep = this.dirty || tidy(this.text.value) === (data.caption ?? "");
     if (!this.dirty && keep) data = { ...data, caption: this.text.value }; // spaces of someone who types
-    const picture = `${data.path}|${data.changed}|${JSON.stringify(data.crop)}`;
-    if (picture !== this.picture) { this.picture = picture; this.parts.picture.replaceChildren(this.frame(data)); }
+    const image = `${data.path}|${data.changed}|${JSON.stringify(data.crop)}`;
+    if (image !== this.image) { this.image = image; this.parts.image.replaceChildren(this.frame(data)); }
     if (!keep) this.text.value = data.caption ?? "";
     this.data = this.dirty ? { ...data, caption: this.data.caption } : data;
     this.text.hidden = !data.path;

@@ -1,6 +1,6 @@
 // The queue and the run that is looked at: progress, curves, previews, log.
 
-import { ask, attempt, button, bytes, duration, el, fileUrl, Live, svg, tellPython } from "./base.js";
+import { ask, attempt, button, bytes, duration, el, fileUrl, Live, svg, sendToPython } from "./base.js";
 
 const WORDS = { waiting: "waiting", running: "training", stopping: "stopping after this step", stopped: "stopped", finished: "finished", failed: "failed" };
 const LIVE = ["running", "stopping"];
@@ -82,9 +82,9 @@ class Jobs extends Live {
       run.status === "running" ? [can("Stop and save", "stop", "primary"), run.started ? can("Preview now", "sample") : null, run.started ? can("Save now", "save") : null] : null,
       run.status === "stopping" ? can("Stop without saving", "kill", "danger") : null,
       ["stopped", "failed"].includes(run.status) ? can("Resume", "resume", "primary") : null,
-      run.status === "finished" ? button("Try it out", () => tellPython("try-run", JSON.stringify({ id: run.id, at: Date.now() })), "primary", { "data-what": "try" }) : null,
-      run.status === "finished" ? button("Export", () => tellPython("export-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "export" }) : null,
-      button("Clone", () => tellPython("clone-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "clone" }),
+      run.status === "finished" ? button("Try it out", () => sendToPython("try-run", JSON.stringify({ id: run.id, at: Date.now() })), "primary", { "data-what": "try" }) : null,
+      run.status === "finished" ? button("Export", () => sendToPython("export-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "export" }) : null,
+      button("Clone", () => sendToPython("clone-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "clone" }),
       button("Log", () => this.showLog(run), "", { "data-what": "log" }),
       ended || run.status === "waiting" ? button("Delete", () => this.confirmDelete(run), "danger", { "data-what": "delete" }) : null)];
   }
@@ -130,17 +130,17 @@ class Jobs extends Live {
     const held = run.validation.length ? run.validation[run.validation.length - 1][1] : null;
     const tiles = [live && run.started ? tile(duration(run.seconds_left), "left") : tile(run.seconds ? duration(run.seconds) : "", "took"),
       tile(run.steps ? `${run.step} / ${run.steps}` : "", "steps"), tile(run.loss?.toFixed(4), "loss, last 20 steps"),
-      tile(held === null ? "" : held.toFixed(4), "loss on held-out pictures"),
+      tile(held === null ? "" : held.toFixed(4), "loss on held-out images"),
       live ? tile(bytes(run.memory?.process), "memory") : null, live ? tile(bytes(run.memory?.gpu), "GPU memory") : null].filter(Boolean);
     return tiles.length ? [el("div", { class: "sd-facts" }, tiles)] : [];
   }
   facts(run) {
     const pair = (name, value) => value ? [el("dt", {}, name), el("dd", {}, value)] : [];
-    const reasons = run.decisions.map(([key, value, reason]) => el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, String(value)), el("td", {}, reason)));
+    const reasons = run.defaults.map(([key, value, reason]) => el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, String(value)), el("td", {}, reason)));
     const open = this.parts.facts.querySelector("details")?.open ?? false;
     return [el("details", { class: "sd-panel", open }, el("summary", {}, "Settings, speed and the same in a shell"),
       el("dl", {}, pair("the same in a shell", el("code", {}, run.command)), pair("run folder", el("code", {}, run.shown_run)),
-        pair("learning rate", run.rate?.toPrecision(3)), pair("speed", LIVE.includes(run.status) && run.images_per_second ? `${run.images_per_second.toFixed(1)} pictures/s` : ""),
+        pair("learning rate", run.rate?.toPrecision(3)), pair("speed", LIVE.includes(run.status) && run.images_per_second ? `${run.images_per_second.toFixed(1)} images/s` : ""),
         pair("memory expected", bytes(run.expected_bytes))),
       reasons.length ? el("div", { class: "sd-scroll" }, el("table", { class: "sd-reasons" }, el("tbody", {}, reasons))) : null)];
   }
@@ -166,7 +166,7 @@ function curve(run) {
     svg("path", { d: path(run.losses), class: "raw" }), svg("path", { d: path(smooth), class: "smooth" }),
     run.validation.length ? svg("path", { d: path(run.validation), class: "held" }) : [],
     run.validation.map(([step, value]) => svg("circle", { cx: x(step), cy: y(value), r: 3, class: "held" }))),
-    el("figcaption", {}, el("i", { class: "key smooth" }), "training loss ", run.validation.length ? [el("i", { class: "key held" }), "held-out pictures"] : null));
+    el("figcaption", {}, el("i", { class: "key smooth" }), "training loss ", run.validation.length ? [el("i", { class: "key held" }), "held-out images"] : null));
 }
 
 customElements.define("sd-jobs", Jobs);

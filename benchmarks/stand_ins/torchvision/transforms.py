@@ -1,6 +1,6 @@
-"""Pillow pictures -> tensors: the seven transforms and the enum that diffusers' LoRA script asks for.
+"""Pillow images -> tensors: the seven transforms and the enum that diffusers' LoRA script asks for.
 
-Each does what torchvision 0.2x does for a Pillow picture, by the same calls (``Image.resize``, one copy
+Each does what torchvision 0.2x does for a Pillow image, by the same calls (``Image.resize``, one copy
 through numpy, in-place arithmetic on the result), so it takes the same time. Random choices are drawn
 from torch's global generator, as there.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class InterpolationMode(Enum):
-    """How a picture is resampled; the values are torchvision's."""
+    """How an image is resampled; the values are torchvision's."""
 
     NEAREST = "nearest"
     NEAREST_EXACT = "nearest-exact"
@@ -46,10 +46,10 @@ class Compose:
     def __init__(self, transforms: Sequence[Callable[[Any], Any]]) -> None:
         self.transforms = transforms
 
-    def __call__(self, picture: Any) -> Any:
+    def __call__(self, image: Any) -> Any:
         for transform in self.transforms:
-            picture = transform(picture)
-        return picture
+            image = transform(image)
+        return image
 
 
 class Lambda:
@@ -58,8 +58,8 @@ class Lambda:
     def __init__(self, lambd: Callable[[Any], Any]) -> None:
         self.lambd = lambd
 
-    def __call__(self, picture: Any) -> Any:
-        return self.lambd(picture)
+    def __call__(self, image: Any) -> Any:
+        return self.lambd(image)
 
 
 class Resize:
@@ -68,11 +68,11 @@ class Resize:
     def __init__(self, size: int, interpolation: InterpolationMode = InterpolationMode.BILINEAR) -> None:
         self.size, self.resample = size, _PILLOW[interpolation]
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        width, height = picture.size
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
         longer = int(self.size * max(width, height) / min(width, height))
         wanted = (self.size, longer) if width <= height else (longer, self.size)
-        return picture if wanted == picture.size else picture.resize(wanted, self.resample)
+        return image if wanted == image.size else image.resize(wanted, self.resample)
 
 
 class CenterCrop:
@@ -81,10 +81,10 @@ class CenterCrop:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        left = round((picture.width - self.size) / 2)
-        top = round((picture.height - self.size) / 2)
-        return picture.crop((left, top, left + self.size, top + self.size))
+    def __call__(self, image: Image.Image) -> Image.Image:
+        left = round((image.width - self.size) / 2)
+        top = round((image.height - self.size) / 2)
+        return image.crop((left, top, left + self.size, top + self.size))
 
 
 class RandomCrop:
@@ -93,29 +93,29 @@ class RandomCrop:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        if picture.size == (self.size, self.size):
-            return picture
-        top = int(torch.randint(0, picture.height - self.size + 1, (1,)))
-        left = int(torch.randint(0, picture.width - self.size + 1, (1,)))
-        return picture.crop((left, top, left + self.size, top + self.size))
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if image.size == (self.size, self.size):
+            return image
+        top = int(torch.randint(0, image.height - self.size + 1, (1,)))
+        left = int(torch.randint(0, image.width - self.size + 1, (1,)))
+        return image.crop((left, top, left + self.size, top + self.size))
 
 
 class RandomHorizontalFlip:
-    """Mirror every second picture, by chance ``p``."""
+    """Mirror every second image, by chance ``p``."""
 
     def __init__(self, p: float = 0.5) -> None:
         self.p = p
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        return ImageOps.mirror(picture) if float(torch.rand(1)) < self.p else picture
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return ImageOps.mirror(image) if float(torch.rand(1)) < self.p else image
 
 
 class ToTensor:
-    """Turn an RGB picture into (3, H, W) float32 in [0, 1]."""
+    """Turn an RGB image into (3, H, W) float32 in [0, 1]."""
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(picture, np.uint8, copy=True))
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image, np.uint8, copy=True))
         return pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
 
 

@@ -1,4 +1,4 @@
-const cards=[...document.querySelectorAll('.pictures figure')],buttons=[...document.querySelectorAll('.tools button')],
+const cards=[...document.querySelectorAll('.images figure')],buttons=[...document.querySelectorAll('.tools button')],
 field=document.querySelector('.tools input'),count=document.querySelector('.tools output');
 let wanted='';
 function show(){const words=field.value.toLowerCase();let seen=0;

@@ -1,6 +1,6 @@
 """(seed, step, micro-batch, rank) -> :class:`Batch`: everything random about it follows from these four.
 
-Nothing has to be saved to resume: asking again gives the same pictures, mirrors, dropped captions,
+Nothing has to be saved to resume: asking again gives the same images, mirrors, dropped captions,
 latents, noise and timesteps.
 """
 
@@ -21,17 +21,17 @@ from .views import draw_for
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one bucket, ready to be noised.
+    """Images of one bucket, ready to be noised.
 
     Attributes:
         latents: (B, C, h, w) float32, scaled.
         captions: the B captions after dropout, as the text encoder takes them.
         text: their conditioning, or None when the text encoder is trained and must run in the loop.
-        sizes: pixel sizes of the B pictures.
+        sizes: pixel sizes of the B images.
         names: file names, for messages.
-        weights: (B,) float32, how much each picture counts in the loss.
+        weights: (B,) float32, how much each image counts in the loss.
         mask: (B, 1, h, w) float32, how much each place counts; None where all count alike.
-        regularisation: which of the B are regularisation pictures.
+        regularisation: which of the B are regularisation images.
         blank: conditioning of the empty caption, without batch axis; None as for ``text``.
     """
 
@@ -68,7 +68,7 @@ def make_batch(
     """
     latents, captions, sizes, names, masks = [], [], [], [], []
     for visit in visits:
-        encoded = data.image(visit.index, data.looks.at(visit, seed))
+        encoded = data.image(visit.index, data.views.at(visit, seed))
         latents.append(model.scale_latents(encoded.posterior.sample(generator)))
         captions.append(caption_at(data, visit, seed, caption_dropout))
         sizes.append(encoded.size)

@@ -1,6 +1,6 @@
-"""Picture sizes -> bucket and crop geometry; pure arithmetic.
+"""Image sizes -> bucket and crop geometry; pure arithmetic.
 
-A bucket is a training size (height, width). A picture goes to the bucket whose aspect ratio is nearest in
+A bucket is a training size (height, width). An image goes to the bucket whose aspect ratio is nearest in
 log space, so portrait and landscape are mirror images of each other; it is resized until it just covers
 the bucket, and the middle is kept.
 """
@@ -18,33 +18,33 @@ Size = tuple[int, int]
 """(height, width) in px."""
 
 MAX_ASPECT = 4.0
-"""Longest side over shortest of a bucket; pictures beyond it are cropped to it."""
+"""Longest side over shortest of a bucket; images beyond it are cropped to it."""
 
 
 NEGLIGIBLE_UPSCALE = 1.05
-"""Pictures may be enlarged so much where enlarging is switched off: nobody sees a twentieth."""
+"""Images may be enlarged so much where enlarging is switched off: nobody sees a twentieth."""
 MAX_UPSCALE = 1.5
-"""Pictures enlarged more than this are warned of."""
+"""Images enlarged more than this are warned of."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture ends up: all in px, (height, width) order; ``crop`` is (top, left)."""
+    """Where an image ends up: all in px, (height, width) order; ``crop`` is (top, left)."""
 
     bucket: Size
     resized: Size
     crop: tuple[int, int]
-    """Corner of the bucket inside the RESIZED picture, which is what SDXL is told."""
+    """Corner of the bucket inside the RESIZED image, which is what SDXL is told."""
 
     @property
     def cropped_share(self) -> float:
-        """Share of the picture's area that is cut away, 0 to below 1."""
+        """Share of the image's area that is cut away, 0 to below 1."""
         return 1 - math.prod(self.bucket) / math.prod(self.resized)
 
 
 @dataclass(frozen=True)
 class BucketCount:
-    """How many pictures, and how many visits of an epoch, a bucket gets."""
+    """How many images, and how many visits of an epoch, a bucket gets."""
 
     bucket: Size
     num_images: int
@@ -89,8 +89,8 @@ def place(
 ) -> Placement:
     """Return the bucket of nearest aspect ratio, the covering size and the crop.
 
-    The crop is centred on ``focus`` (x, y as shares from the top left) as far as the picture reaches, or
-    else on the middle. A tie goes to the larger bucket, then to the one nearer to a square: a picture and
+    The crop is centred on ``focus`` (x, y as shares from the top left) as far as the image reaches, or
+    else on the middle. A tie goes to the larger bucket, then to the one nearer to a square: an image and
     its transpose get transposed buckets.
     """
     aspect = math.log(width) - math.log(height)  # a difference, so that the transpose is exactly -aspect
@@ -112,19 +112,19 @@ def place_without_upscaling(
     focus: tuple[float, float] | None = None,
     max_aspect: float = MAX_ASPECT,
 ) -> Placement:
-    """Return a placement that does not enlarge the picture by more than :data:`NEGLIGIBLE_UPSCALE`.
+    """Return a placement that does not enlarge the image by more than :data:`NEGLIGIBLE_UPSCALE`.
 
-    A picture that is large enough goes where :func:`place` puts it. A smaller one gets a bucket of its
+    An image that is large enough goes where :func:`place` puts it. A smaller one gets a bucket of its
     own: of all sizes with sides in multiples of ``multiple`` that it covers, the one that keeps most of
     its pixels (those cropped away and those lost to reduction count alike). So 1023 px become 1024,
-    not 960. Only a picture smaller than one multiple must still be enlarged.
+    not 960. Only an image smaller than one multiple must still be enlarged.
 
     Args:
-        height: of the picture, px.
-        width: of the picture, px.
+        height: of the image, px.
+        width: of the image, px.
         resolution: largest area is its square.
         multiple: of all sides, px.
-        buckets: of larger pictures.
+        buckets: of larger images.
         focus: see :func:`place`.
         max_aspect: longest side over shortest.
     """
@@ -163,7 +163,7 @@ def _placement(height: int, width: int, bucket: Size, focus: tuple[float, float]
 
 
 def _cover(height: int, width: int, bucket: Size) -> Size:
-    """Return the smallest size of the picture's aspect ratio that is nowhere smaller than the bucket."""
+    """Return the smallest size of the image's aspect ratio that is nowhere smaller than the bucket."""
     bucket_height, bucket_width = bucket
     if bucket_height * width >= bucket_width * height:
         return bucket_height, max(bucket_width, (2 * width * bucket_height + height) // (2 * height))
@@ -171,16 +171,16 @@ def _cover(height: int, width: int, bucket: Size) -> Size:
 
 
 def flipped(placement: Placement) -> Placement:
-    """Return the placement of the mirrored picture whose crop shows the same part."""
+    """Return the placement of the mirrored image whose crop shows the same part."""
     left = placement.resized[1] - placement.bucket[1] - placement.crop[1]
     return replace(placement, crop=(placement.crop[0], left))
 
 
 def source_box(height: int, width: int, placement: Placement) -> tuple[float, float, float, float]:
-    """Return the kept part as (left, top, right, bottom) in px of the picture before resizing.
+    """Return the kept part as (left, top, right, bottom) in px of the image before resizing.
 
     Fits Pillow: ``image.resize((w, h), box=source_box(...))`` resizes and crops at once, and so never
-    makes a giant of a picture that is extremely long.
+    makes a giant of an image that is extremely long.
     """
     down, across = height / placement.resized[0], width / placement.resized[1]
     top, left = placement.crop
@@ -189,7 +189,7 @@ def source_box(height: int, width: int, placement: Placement) -> tuple[float, fl
 
 
 def upscale(height: int, width: int, placement: Placement) -> float:
-    """Return how many times larger the picture gets; below 1 it is made smaller."""
+    """Return how many times larger the image gets; below 1 it is made smaller."""
     return max(placement.resized[0] / height, placement.resized[1] / width)
 
 

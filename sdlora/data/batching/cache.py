@@ -1,6 +1,6 @@
-"""Encode each picture and caption once, keep the result on disk, and find it again by content.
+"""Encode each image and caption once, keep the result on disk, and find it again by content.
 
-What is kept of a picture is the VAE's posterior (mean and log-variance, unscaled), so that training
+What is kept of an image is the VAE's posterior (mean and log-variance, unscaled), so that training
 draws fresh latents at every visit. The key covers everything the result depends on: the file's bytes,
 the geometry, the background, mirroring and the encoder's own weights. A stale entry cannot be hit;
 files are written under a temporary name, so a killed run leaves no half entry.
@@ -32,7 +32,7 @@ from ..reading.masks import load_mask, refuse_empty
 from .buckets import Placement
 from .caption_plan import CaptionRun
 from .entries import read_entry, write_entry
-from .views import Colours, Look, Looks, shown, shown_mask
+from .views import AugmentationView, AugmentationViews, Colours, shown, shown_mask
 
 _FORMAT = "2"  # part of every key: raise it when what is stored changes meaning
 _PROMPTS = "2"  # raise it when a prompt comes to mean something else
@@ -41,7 +41,7 @@ _MEMORY_BUDGET = 1 << 30  # bytes of encoded data kept in RAM; the rest is read 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One picture as training sees it: posterior (1, C, h, w), pixel sizes, and mask (1, 1, h, w) in 0..1."""
+    """One image as training sees it: posterior (1, C, h, w), pixel sizes, and mask (1, 1, h, w) in 0..1."""
 
     posterior: Posterior
     size: SizeHint
@@ -51,30 +51,30 @@ class EncodedImage:
 def to_pixels(
     image: Image.Image, placement: Placement, *, mirror: bool = False, colours: Colours | None = None
 ) -> Tensor:
-    """Bring a picture to its bucket; return (1, 3, H, W) float32 in [-1, 1]."""
-    seen = shown(image, Look(placement, mirror, colours))
+    """Bring an image to its bucket; return (1, 3, H, W) float32 in [-1, 1]."""
+    seen = shown(image, AugmentationView(placement, mirror, colours))
     pixels = np.asarray(seen, dtype=np.float32) / 127.5 - 1.0
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
 
 class EncodedDataset:
-    """Pictures and captions as the denoiser needs them, encoded on first use.
+    """Images and captions as the denoiser needs them, encoded on first use.
 
     Args:
-        items: the pictures.
+        items: the images.
         looks: how each is shown.
         model: encodes; needs its encoders on the device until :meth:`encode_all` has run.
         folder: where encodings are kept, shared between runs.
-        background: colour behind transparent pictures.
+        background: colour behind transparent images.
         encode_captions: off when the text encoder is trained, whose outputs change.
         captions: how they vary from visit to visit, and where they are encoded.
-        alpha_mask: what is transparent is masked; else pictures may have masks of their own.
+        alpha_mask: what is transparent is masked; else images may have masks of their own.
     """
 
     def __init__(
         self,
         items: Sequence[ImageItem],
-        looks: Looks,
+        views: AugmentationViews,
         model: DiffusionModel,
         folder: Path,
         *,
@@ -83,8 +83,8 @@ class EncodedDataset:
         captions: CaptionRun | None = None,
         alpha_mask: bool = False,
     ) -> None:
-        assert len(items) == len(looks.placements)
-        self.items, self.looks = tuple(items), looks
+        assert len(items) == len(views.placements)
+        self.items, self.views = tuple(items), views
         self.encode_captions, self.captions = encode_captions, captions or CaptionRun()
         self._model, self._folder = model, folder
         self._background, self._alpha_mask = background, alpha_mask
@@ -96,62 +96,62 @@ class EncodedDataset:
 
     @property
     def placements(self) -> tuple[Placement, ...]:
-        """The geometry of each picture, without chance."""
-        return self.looks.placements
+        """The geometry of each image, without chance."""
+        return self.views.placements
 
     @property
     def has_masks(self) -> bool:
-        """Whether any picture has a mask."""
+        """Whether any image has a mask."""
         return any(self._masked(item) for item in self.items)
 
-    def encode_all(self, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Encode what is not kept yet; ``tell`` gets (done, total).
+    def encode_all(self, emit: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Encode what is not kept yet; ``emit`` gets (done, total).
 
-        Pictures are decoded ahead on all cores, so that the encoder does not wait for them.
+        Images are decoded ahead on all cores, so that the encoder does not wait for them.
 
         Raises:
             DatasetError: if latents are not finite, or a mask lets nothing through, naming the file.
         """
-        looks = [(index, look) for index in range(len(self.items)) for look in self.looks.to_encode(index)]
+        views = [(index, view) for index in range(len(self.items)) for view in self.views.to_encode(index)]
         captions = sorted(self._kept_texts) if self.encode_captions else []
-        total = len(looks) + len(captions)
+        total = len(views) + len(captions)
         workers = max(1, min(16, os.cpu_count() or 1))
         done = 0
         with ThreadPoolExecutor(workers) as pool:
-            for index, look, pixels in ahead(self._started(pool, looks), 2 * workers):
+            for index, view, pixels in ahead(self._started(pool, views), 2 * workers):
                 if pixels is not None:
-                    self._keep(index, look, pixels)
-                tell(done := done + 1, total)
+                    self._keep(index, view, pixels)
+                emit(done := done + 1, total)
         for caption in captions:
             if not self._is_kept("captions", self._caption_key(caption)):
                 self.caption(caption)
-            tell(done := done + 1, total)
-        self._refuse_empty_masks(looks)
+            emit(done := done + 1, total)
+        self._refuse_empty_masks(views)
 
-    def _refuse_empty_masks(self, looks: Sequence[tuple[int, Look]]) -> None:
+    def _refuse_empty_masks(self, views: Sequence[tuple[int, AugmentationView]]) -> None:
         seen: dict[int, float] = {}
-        for index, look in looks:
+        for index, view in views:
             if self._masked(self.items[index]):
-                mask = self._mask(index, look)
+                mask = self._mask(index, view)
                 seen[index] = seen.get(index, 0.0) + float(mask.sum())
         for index, share in seen.items():
             refuse_empty(self.items[index], share)
 
     def _started(
-        self, pool: ThreadPoolExecutor, looks: Sequence[tuple[int, Look]]
-    ) -> Iterator[tuple[int, Look, Future[Tensor] | None]]:
+        self, pool: ThreadPoolExecutor, views: Sequence[tuple[int, AugmentationView]]
+    ) -> Iterator[tuple[int, AugmentationView, Future[Tensor] | None]]:
         """Yield each look, with its pixels on their way where it must be encoded."""
-        for index, look in looks:
-            kept = self._is_kept("images", self._image_key(index, look))
-            yield index, look, None if kept else pool.submit(self._pixels, index, look)
+        for index, view in views:
+            kept = self._is_kept("images", self._image_key(index, view))
+            yield index, view, None if kept else pool.submit(self._pixels, index, view)
 
-    def image(self, index: int, look: Look | None = None) -> EncodedImage:
-        """Return one encoded picture, by default in its look without chance.
+    def image(self, index: int, view: AugmentationView | None = None) -> EncodedImage:
+        """Return one encoded image, by default in its look without chance.
 
         Raises:
             DatasetError: if its latents are not finite, naming the file.
         """
-        return self._keep(index, look or self.looks.plain(index), None)
+        return self._keep(index, view or self.views.plain(index), None)
 
     def prompt(self, text: str) -> str:
         """Return what the text encoder is given for a caption."""
@@ -173,53 +173,53 @@ class EncodedDataset:
         keep = not self.captions.in_loop or text in self._kept_texts
         return self._tensors("captions", self._caption_key(text), encode, what, keep=keep)
 
-    def _keep(self, index: int, look: Look, pixels: Future[Tensor] | None) -> EncodedImage:
-        """Return one encoded picture, from pixels that are decoded already if there are any."""
-        item, used = self.items[index], look.placement
+    def _keep(self, index: int, view: AugmentationView, pixels: Future[Tensor] | None) -> EncodedImage:
+        """Return one encoded image, from pixels that are decoded already if there are any."""
+        item, used = self.items[index], view.placement
 
         def encode() -> dict[str, Tensor]:
-            ready = self._pixels(index, look) if pixels is None else pixels.result()
+            ready = self._pixels(index, view) if pixels is None else pixels.result()
             posterior = self._model.encode_images(ready)
             return {"mean": posterior.mean, "logvar": posterior.logvar}
 
         what = f"{item.path}: its latents are"
         tensors = self._tensors(
-            "images", self._image_key(index, look), encode, what, keep=not self._is_fleeting(index, look)
+            "images", self._image_key(index, view), encode, what, keep=not self._is_fleeting(index, view)
         )
         size = SizeHint((item.height, item.width), used.crop, used.bucket)
-        mask = self._mask(index, look) if self._masked(item) else None
+        mask = self._mask(index, view) if self._masked(item) else None
         return EncodedImage(Posterior(tensors["mean"], tensors["logvar"]), size, mask)
 
     def _masked(self, item: ImageItem) -> bool:
         return "transparent" in item.traits if self._alpha_mask else item.mask is not None
 
-    def _mask(self, index: int, look: Look) -> Tensor:
+    def _mask(self, index: int, view: AugmentationView) -> Tensor:
         """Return a mask (1, 1, h, w) at the size of the latents, each value the mean of its area."""
         item = self.items[index]
-        _, height, width = self._model.latent_shape(*look.placement.bucket)
+        _, height, width = self._model.latent_shape(*view.placement.bucket)
 
         def make() -> dict[str, Tensor]:
             mask = load_mask(item, alpha=self._alpha_mask)
             if mask is None:
                 return {"mask": torch.ones((1, 1, height, width))}
-            small = np.asarray(shown_mask(mask, look, height, width), dtype=np.float32) / 255
+            small = np.asarray(shown_mask(mask, view, height, width), dtype=np.float32) / 255
             return {"mask": torch.from_numpy(small)[None, None].contiguous()}
 
         source = "alpha" if self._alpha_mask else item.mask_digest
-        key = f"mask {source} {item.digest} {_way(look)} {height} {width} {PIXELS_VERSION}"
-        keep = not self._is_fleeting(index, look)
+        key = f"mask {source} {item.digest} {_way(view)} {height} {width} {PIXELS_VERSION}"
+        keep = not self._is_fleeting(index, view)
         return self._tensors("images", key, make, f"{item.path}: its mask is", keep=keep)["mask"]
 
-    def _is_fleeting(self, index: int, look: Look) -> bool:
+    def _is_fleeting(self, index: int, view: AugmentationView) -> bool:
         """Tell whether a look is made for one visit only, so that keeping it would fill the disk."""
-        return self.looks.in_loop and look != self.looks.plain(index)
+        return self.views.in_loop and view != self.views.plain(index)
 
-    def _pixels(self, index: int, look: Look) -> Tensor:
+    def _pixels(self, index: int, view: AugmentationView) -> Tensor:
         image = load_pixels(self.items[index], self._background)
-        return to_pixels(image, look.placement, mirror=look.mirror, colours=look.colours)
+        return to_pixels(image, view.placement, mirror=view.mirror, colours=view.colours)
 
-    def _image_key(self, index: int, look: Look) -> str:
-        geometry = f"{_way(look)} {self._background} {PIXELS_VERSION}"
+    def _image_key(self, index: int, view: AugmentationView) -> str:
+        geometry = f"{_way(view)} {self._background} {PIXELS_VERSION}"
         return f"{self._image_print} {self.items[index].digest} {geometry}"
 
     def _caption_key(self, text: str) -> str:
@@ -257,11 +257,11 @@ class EncodedDataset:
         return tensors
 
 
-def _way(look: Look) -> str:
+def _way(view: AugmentationView) -> str:
     """Return all that a look changes, as part of a key."""
-    used = look.placement
-    way = f"{used.resized} {used.crop} {used.bucket} {look.mirror}"
-    return f"{way} {look.colours}" if look.colours else way
+    used = view.placement
+    way = f"{used.resized} {used.crop} {used.bucket} {view.mirror}"
+    return f"{way} {view.colours}" if view.colours else way
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:

@@ -64,9 +64,9 @@ def plan_captions(
     encoder; it is chosen while they fit into a gigabyte.
 
     Args:
-        items: the pictures trained on.
+        items: the images trained on.
         wording: what varies.
-        order: which picture is visited when.
+        order: which image is visited when.
         steps: optimizer steps of the run.
         seed: of the run.
         bytes_each: room that one encoded caption takes.

@@ -1,7 +1,7 @@
 """Makes the next micro-batches while the current one is trained on, and says how long was waited for them.
 
 What a batch holds follows from (step, micro-batch) alone, so making it early changes nothing. One thread
-makes them one after the other; it is far from busy, unless pictures must be read from a slow disk.
+makes them one after the other; it is far from busy, unless images must be read from a slow disk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BatchLoader:
     """Gives the micro-batches of one process, step by step.
 
     Args:
-        order: says which pictures make a micro-batch.
+        order: says which images make a micro-batch.
         rank: number of the process.
         steps: where the run ends.
         make: (step, micro-batch, visits) -> what is loaded; called in the loader's own thread.
@@ -71,7 +71,7 @@ class BatchLoader:
         """Yield the micro-batches of an optimizer step that are not empty.
 
         Raises:
-            SdloraError: when a picture cannot be loaded.
+            SdloraError: when an image cannot be loaded.
         """
         self._pending = {key: future for key, future in self._pending.items() if key[0] >= step}
         for micro, visits in self._micro_batches(step):

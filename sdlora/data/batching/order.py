@@ -1,9 +1,9 @@
-"""Which picture when: a pure function of (seed, step), hence resumable without saved state.
+"""Which image when: a pure function of (seed, step), hence resumable without saved state.
 
-In an epoch every picture is visited exactly ``repeats`` times, none dropped and none twice in its place.
-A micro-batch holds pictures of one bucket. It is full except for at most one per bucket and epoch; these
+In an epoch every image is visited exactly ``repeats`` times, none dropped and none twice in its place.
+A micro-batch holds images of one bucket. It is full except for at most one per bucket and epoch; these
 short ones are spread over the epoch, and micro-batches over its steps, as evenly as they go. On request
-they are topped up: then some pictures, others each epoch, are visited once more.
+they are topped up: then some images, others each epoch, are visited once more.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Order:
     """The order of visits of a whole training; the answers do not depend on what was asked before.
 
     Args:
-        bucket_of: the bucket of each picture (anything hashable).
-        repeats: visits per epoch of each picture, 1 or more.
+        bucket_of: the bucket of each image (anything hashable).
+        repeats: visits per epoch of each image, 1 or more.
         batch_size: visits per full micro-batch.
         accumulation: micro-batches per rank and optimizer step.
         world_size: number of processes.
@@ -29,7 +29,7 @@ class Order:
         top_up: fill short micro-batches with further visits of their bucket.
 
     Raises:
-        ValueError: when there are no pictures, or a number is below 1.
+        ValueError: when there are no images, or a number is below 1.
     """
 
     steps_per_epoch: int
@@ -101,7 +101,7 @@ class Order:
         full: list[tuple[float, MicroBatch]] = []
         short: list[tuple[float, MicroBatch]] = []
         for members in self._members.values():
-            # Looks at one picture are spread over the epoch, so they rarely meet in one micro-batch.
+            # Looks at one image are spread over the epoch, so they rarely meet in one micro-batch.
             keyed = [
                 ((repeat + draw()) / self._repeats[index], Visit(index, epoch, repeat))
                 for index in members
@@ -119,7 +119,7 @@ class Order:
     def _extra(
         self, members: Sequence[int], visits: Sequence[Visit], epoch: int, draw: Callable[[], float]
     ) -> list[Visit]:
-        """Return the visits that fill a bucket's last micro-batch, of pictures not in it if there are any."""
+        """Return the visits that fill a bucket's last micro-batch, of images not in it if there are any."""
         remainder = len(visits) % self._batch_size
         if not remainder:
             return []

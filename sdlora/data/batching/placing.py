@@ -1,4 +1,4 @@
-"""Where every picture of a run ends up: the one rule that training follows and the doctor shows."""
+"""Where every image of a run ends up: the one rule that training follows and the doctor shows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Placer = Callable[[ImageItem], Placement]
 
 
 def placer(resolution: int, multiple: int, *, grouped: bool = True, enlarge: bool = True) -> Placer:
-    """Return what places pictures at one resolution.
+    """Return what places images at one resolution.
 
     Args:
         resolution: side of a square of the area trained at, px.
         multiple: of all sides, px.
         grouped: keep aspect ratios by buckets; off, crop to squares.
-        enlarge: enlarge pictures that are smaller than the resolution.
+        enlarge: enlarge images that are smaller than the resolution.
 
     Raises:
         ConfigError: when the resolution is smaller than the size multiple.
@@ -45,12 +45,12 @@ def placer(resolution: int, multiple: int, *, grouped: bool = True, enlarge: boo
 
 
 def further(item: ImageItem, usual: Placement, others: Iterable[Placer]) -> Iterator[Placement]:
-    """Yield the placements a picture gets at further resolutions: those it is large enough for.
+    """Yield the placements an image gets at further resolutions: those it is large enough for.
 
     Args:
-        item: the picture.
+        item: the image.
         usual: its placement at the resolution of the run.
-        others: what places pictures at the further resolutions.
+        others: what places images at the further resolutions.
     """
     most = max(MAX_UPSCALE, upscale(item.height, item.width, usual))
     for placed in others:

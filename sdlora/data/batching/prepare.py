@@ -1,4 +1,4 @@
-"""From pictures to what the loop is fed: placed, ordered, encoded; what it costs is told beforehand."""
+"""From images to what the loop is fed: placed, ordered, encoded; what it costs is told beforehand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ...config.defaults import BaseFacts, DataFacts
 from ...config.schema import Config
 from ...errors import ConfigError
-from ...events import Announcer, Caching, Decided, Noticed
+from ...events import Caching, Decided, Emitter, Notice
 from ...families.base import DiffusionModel
 from ...families.emphasis import escape
 from ..reading.cache_folder import default_cache_folder
@@ -21,18 +21,18 @@ from .cache import EncodedDataset
 from .caption_plan import CaptionRun, plan_captions
 from .order import Order
 from .placing import Placer, further, placer
-from .views import Looks
+from .views import AugmentationViews
 
 
 @dataclass(frozen=True)
-class Feed:
+class PreparedData:
     """Everything the loop is fed from, encoded as far as it can be beforehand.
 
     Attributes:
         config: with what was decided here.
-        training: the pictures trained on, once for each resolution.
-        validation: the pictures held out.
-        order: which picture when.
+        training: the images trained on, once for each resolution.
+        validation: the images held out.
+        order: which image when.
         steps: optimizer steps of the run.
     """
 
@@ -50,7 +50,7 @@ def base_facts(model: DiffusionModel, device: str) -> BaseFacts:
 
 
 def data_facts(config: Config, training: Dataset, validation: Dataset) -> DataFacts:
-    """Return what the defaults look at of the pictures.
+    """Return what the defaults look at of the images.
 
     Captions become prompts for previews, held-out ones first: brackets that are ordinary characters in
     captions are escaped.
@@ -60,22 +60,22 @@ def data_facts(config: Config, training: Dataset, validation: Dataset) -> DataFa
     return DataFacts(len(training.learned), training.num_visits, len(validation.items), tuple(prompts))
 
 
-def make_feed(
+def prepare_data(
     config: Config,
     training: Dataset,
     validation: Dataset,
     model: DiffusionModel,
     num_processes: int,
-    tell: Announcer,
-) -> Feed:
-    """Place, order and encode the pictures of a run.
+    emit: Emitter,
+) -> PreparedData:
+    """Place, order and encode the images of a run.
 
     Raises:
         ConfigError: for a resolution the base cannot work at.
-        DatasetError: for a picture that cannot be encoded.
+        DatasetError: for an image that cannot be encoded.
     """
     placements, items = _placed(config, training.items, model)
-    _tell_upscaled(items, placements, tell)
+    _notice_enlarged(items, placements, emit)
     settings = config.training
     assert settings.batch_size is not None
     order = Order(
@@ -88,25 +88,25 @@ def make_feed(
         top_up=config.data.top_up,
     )
     steps = config.total_steps(order.steps_per_epoch)
-    config, captions = _captions(config, items, model, order, steps, tell)
-    looks = _looks(config, items, placements)
-    _tell_looks(looks, model, tell)
+    config, captions = _captions(config, items, model, order, steps, emit)
+    views = _views(config, items, placements)
+    _notice_views(views, model, emit)
     if config.data.prior_preservation > 0 and not config.data.has_regularisation:
         text = "data.prior_preservation: each step also predicts for the empty caption, once with the adapter"
-        tell(Noticed(f"{text} and once without; batches take twice the memory"))
-    encoded = _encoded(config, looks, model, captions)
-    plain = Looks(*_of_main_resolution(config, validation.items, model))
+        emit(Notice(f"{text} and once without; batches take twice the memory"))
+    encoded = _encoded(config, views, model, captions)
+    plain = AugmentationViews(*_of_main_resolution(config, validation.items, model))
     held_out = _encoded(config, plain, model, CaptionRun(emphasis=config.data.emphasis))
     for part in (encoded, held_out):
         if part.items:
-            part.encode_all(lambda done, total: tell(Caching(done, total)))
-    return Feed(config, encoded, held_out, order, steps)
+            part.encode_all(lambda done, total: emit(Caching(done, total)))
+    return PreparedData(config, encoded, held_out, order, steps)
 
 
 def _placed(
     config: Config, items: Sequence[ImageItem], model: DiffusionModel
 ) -> tuple[tuple[Placement, ...], tuple[ImageItem, ...]]:
-    """Return each picture with its placement, once for each resolution it is large enough for."""
+    """Return each image with its placement, once for each resolution it is large enough for."""
     found = list(zip(*_of_main_resolution(config, items, model), strict=True))
     main = [placement for placement, _ in found]
     for resolution in config.data.more_resolutions:
@@ -124,7 +124,7 @@ def _of_main_resolution(
 
 
 def _placer(config: Config, resolution: int, model: DiffusionModel) -> Placer:
-    """Return what places pictures at one resolution.
+    """Return what places images at one resolution.
 
     Raises:
         ConfigError: for a resolution the base cannot work at.
@@ -134,9 +134,11 @@ def _placer(config: Config, resolution: int, model: DiffusionModel) -> Placer:
     return placer(resolution, model.size_multiple, grouped=config.data.buckets, enlarge=config.data.upscale)
 
 
-def _looks(config: Config, items: tuple[ImageItem, ...], placements: tuple[Placement, ...]) -> Looks:
+def _views(
+    config: Config, items: tuple[ImageItem, ...], placements: tuple[Placement, ...]
+) -> AugmentationViews:
     data = config.data
-    return Looks(
+    return AugmentationViews(
         placements,
         items,
         random_crop=data.crop == "random",
@@ -147,10 +149,12 @@ def _looks(config: Config, items: tuple[ImageItem, ...], placements: tuple[Place
     )
 
 
-def _encoded(config: Config, looks: Looks, model: DiffusionModel, captions: CaptionRun) -> EncodedDataset:
+def _encoded(
+    config: Config, views: AugmentationViews, model: DiffusionModel, captions: CaptionRun
+) -> EncodedDataset:
     return EncodedDataset(
-        looks.items,
-        looks,
+        views.items,
+        views,
         model,
         config.data.cache_folder or default_cache_folder(),
         background=config.data.background,
@@ -166,7 +170,7 @@ def _captions(
     model: DiffusionModel,
     order: Order,
     steps: int,
-    tell: Announcer,
+    emit: Emitter,
 ) -> tuple[Config, CaptionRun]:
     data = config.data
     wording = Wording.of(data)
@@ -179,38 +183,38 @@ def _captions(
     room = sum(tensor[0].numel() * torch.float32.itemsize for tensor in one.values())
     plan = plan_captions(items, wording, order, steps, config.training.seed, room, data.encode_captions)
     if data.encode_captions is None:
-        tell(Decided("data.encode_captions", plan.when, plan.reason))
+        emit(Decided("data.encode_captions", plan.when, plan.reason))
         config = config.with_values({"data.encode_captions": plan.when})
     return config, CaptionRun(wording, data.emphasis, plan.when == "in loop", plan.texts)
 
 
-def _tell_upscaled(items: Sequence[ImageItem], placements: Sequence[Placement], tell: Announcer) -> None:
+def _notice_enlarged(items: Sequence[ImageItem], placements: Sequence[Placement], emit: Emitter) -> None:
     factors = [upscale(i.height, i.width, p) for i, p in zip(items, placements, strict=True)]
     count = sum(factor > MAX_UPSCALE for factor in factors)
     if count:
         worst = max(range(len(factors)), key=lambda index: factors[index])
-        tell(
-            Noticed(
-                f"{count} of {len(items)} pictures are enlarged more than {MAX_UPSCALE:g} times, which "
+        emit(
+            Notice(
+                f"{count} of {len(items)} images are enlarged more than {MAX_UPSCALE:g} times, which "
                 f"trains blur (most: {items[worst].name}, {factors[worst]:.1f} times); use larger originals, "
                 "a lower data.resolution, or data.upscale=false"
             )
         )
 
 
-def _tell_looks(looks: Looks, model: DiffusionModel, tell: Announcer) -> None:
+def _notice_views(views: AugmentationViews, model: DiffusionModel, emit: Emitter) -> None:
     """Say what random crops and colours cost."""
-    if not looks.varies or not looks.items:
+    if not views.varies or not views.items:
         return
-    if looks.in_loop:
-        tell(Noticed("data.variants=0: each picture is encoded anew at each visit; nothing is kept"))
+    if views.in_loop:
+        emit(Notice("data.variants=0: each image is encoded anew at each visit; nothing is kept"))
         return
-    counts = [len(looks.to_encode(index)) for index in range(len(looks.items))]
-    latent = [model.latent_shape(*placement.bucket) for placement in looks.placements]
+    counts = [len(views.to_encode(index)) for index in range(len(views.items))]
+    latent = [model.latent_shape(*placement.bucket) for placement in views.placements]
     room = sum(n * 2 * 4 * c * h * w for n, (c, h, w) in zip(counts, latent, strict=True))
-    tell(
-        Noticed(
-            f"crops and colours: {sum(counts)} looks at {len(looks.items)} pictures are encoded and kept, "
-            f"{room / 2**20:.1f} MiB; data.variants says how many a picture gets"
+    emit(
+        Notice(
+            f"crops and colours: {sum(counts)} views of {len(views.items)} images are encoded and kept, "
+            f"{room / 2**20:.1f} MiB; data.variants says how many an image gets"
         )
     )

@@ -1,7 +1,7 @@
-"""How a picture looks at one visit: which part of it, mirrored or not, in which colours.
+"""How an image looks at one visit: which part of it, mirrored or not, in which colours.
 
-Everything is a function of (seed, epoch, picture, repeat). Random crops and colours come either from a
-few variants a picture, encoded beforehand and taken in turn, or anew at each visit.
+Everything is a function of (seed, epoch, image, repeat). Random crops and colours come either from a
+few variants an image, encoded beforehand and taken in turn, or anew at each visit.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Colours = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Look:
-    """One way to show a picture.
+class AugmentationView:
+    """One way to show an image.
 
     Attributes:
-        placement: in the picture as it is shown, mirrored or not.
+        placement: in the image as it is shown, mirrored or not.
         mirror: left and right are exchanged.
-        colours: None for the picture's own.
+        colours: None for the image's own.
     """
 
     placement: Placement
@@ -35,14 +35,14 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Looks:
-    """The looks of a dataset's pictures, by settings; see those of the same names.
+class AugmentationViews:
+    """The looks of a dataset's images, by settings; see those of the same names.
 
     Attributes:
-        placements: of each picture, without chance.
+        placements: of each image, without chance.
         random_crop: the crop moves.
         colour_jitter: largest relative change of brightness, contrast and saturation.
-        variants: random looks of each picture; 0 for a new one at each visit.
+        variants: random looks of each image; 0 for a new one at each visit.
         flip: half of the visits are mirrored.
         seed: fixes all of it.
     """
@@ -62,15 +62,15 @@ class Looks:
 
     @property
     def in_loop(self) -> bool:
-        """Whether pictures must be encoded at each visit."""
+        """Whether images must be encoded at each visit."""
         return self.varies and self.variants == 0
 
-    def plain(self, index: int, *, mirror: bool = False) -> Look:
+    def plain(self, index: int, *, mirror: bool = False) -> AugmentationView:
         """Return the look without chance."""
         placement = self.placements[index]
-        return Look(flipped(placement) if mirror else placement, mirror)
+        return AugmentationView(flipped(placement) if mirror else placement, mirror)
 
-    def at(self, visit: Visit, seed: int) -> Look:
+    def at(self, visit: Visit, seed: int) -> AugmentationView:
         """Return the look at one visit."""
         mirror = self.flip and draw_for(seed, "flip", visit) < 0.5
         if not self.varies:
@@ -80,11 +80,11 @@ class Looks:
             draw = random.Random(f"{seed}/look/{visit.epoch}/{visit.index}/{visit.repeat}").random
             return _mirrored(self._drawn(visit.index, draw), mirror)
         start = int(random.Random(f"{seed}/first look/{visit.index}").random() * self.variants)
-        looks = visit.epoch * item.repeats + visit.repeat
-        return _mirrored(self._variant(visit.index, (start + looks) % self.variants), mirror)
+        visits = visit.epoch * item.repeats + visit.repeat
+        return _mirrored(self._variant(visit.index, (start + visits) % self.variants), mirror)
 
-    def to_encode(self, index: int) -> list[Look]:
-        """Return the different looks of a picture that can be encoded before training."""
+    def to_encode(self, index: int) -> list[AugmentationView]:
+        """Return the different looks of an image that can be encoded before training."""
         if self.in_loop:
             return []
         ways = (
@@ -93,15 +93,15 @@ class Looks:
             else [self.plain(index)]
         )
         mirrors = (False, True) if self.flip else (False,)
-        return list(dict.fromkeys(_mirrored(look, mirror) for look in ways for mirror in mirrors))
+        return list(dict.fromkeys(_mirrored(view, mirror) for view in ways for mirror in mirrors))
 
-    def _variant(self, index: int, number: int) -> Look:
-        # by content, so that a picture's variants are found again in other datasets
+    def _variant(self, index: int, number: int) -> AugmentationView:
+        # by content, so that an image's variants are found again in other datasets
         return self._drawn(
             index, random.Random(f"{self.seed}/look/{self.items[index].digest}/{number}").random
         )
 
-    def _drawn(self, index: int, draw: Callable[[], float]) -> Look:
+    def _drawn(self, index: int, draw: Callable[[], float]) -> AugmentationView:
         placement = self.placements[index]
         if self.random_crop:
             placement = random_crop(placement, self.items[index].focus, draw)
@@ -111,7 +111,7 @@ class Looks:
                 round(1 + self.colour_jitter * (2 * draw() - 1), 4) for _ in range(3)
             )
             colours = brightness, contrast, saturation
-        return Look(placement, False, colours)
+        return AugmentationView(placement, False, colours)
 
 
 def draw_for(seed: int, what: str, visit: Visit) -> float:
@@ -120,7 +120,7 @@ def draw_for(seed: int, what: str, visit: Visit) -> float:
 
 
 def random_crop(placement: Placement, focus: Point | None, draw: Callable[[], float]) -> Placement:
-    """Return the placement with its crop anywhere in the picture, such that it holds the focus."""
+    """Return the placement with its crop anywhere in the image, such that it holds the focus."""
     corner = []
     for axis, share in ((0, focus[1] if focus else None), (1, focus[0] if focus else None)):
         kept, whole = placement.bucket[axis], placement.resized[axis]
@@ -132,37 +132,37 @@ def random_crop(placement: Placement, focus: Point | None, draw: Callable[[], fl
     return replace(placement, crop=(corner[0], corner[1]))
 
 
-def shown(image: Image.Image, look: Look) -> Image.Image:
-    """Return a picture mirrored, cut, resized and coloured as the look says, in the size of its bucket."""
-    image = _cut(ImageOps.mirror(image) if look.mirror else image, look.placement, Image.Resampling.LANCZOS)
-    if look.colours is None:
+def shown(image: Image.Image, view: AugmentationView) -> Image.Image:
+    """Return an image mirrored, cut, resized and coloured as the look says, in the size of its bucket."""
+    image = _cut(ImageOps.mirror(image) if view.mirror else image, view.placement, Image.Resampling.LANCZOS)
+    if view.colours is None:
         return image
     enhancers: Sequence[Callable[[Image.Image], ImageEnhance._Enhance]] = (
         ImageEnhance.Brightness,
         ImageEnhance.Contrast,
         ImageEnhance.Color,
     )
-    for enhancer, factor in zip(enhancers, look.colours, strict=True):
+    for enhancer, factor in zip(enhancers, view.colours, strict=True):
         image = enhancer(image).enhance(factor)
     return image
 
 
-def shown_mask(mask: Image.Image, look: Look, height: int, width: int) -> Image.Image:
-    """Return a mask cut as its picture, reduced to (height, width): each value is the mean of its area."""
-    mask = ImageOps.mirror(mask) if look.mirror else mask
-    box = source_box(mask.height, mask.width, look.placement)
+def shown_mask(mask: Image.Image, view: AugmentationView, height: int, width: int) -> Image.Image:
+    """Return a mask cut as its image, reduced to (height, width): each value is the mean of its area."""
+    mask = ImageOps.mirror(mask) if view.mirror else mask
+    box = source_box(mask.height, mask.width, view.placement)
     return mask.resize((width, height), Image.Resampling.BOX, box=box)
 
 
 def _cut(image: Image.Image, placement: Placement, method: Image.Resampling) -> Image.Image:
     height, width = placement.bucket
     if placement.resized != (image.height, image.width):
-        # only the part that is kept: resizing all of a 20000 x 1 px picture first would take gigabytes
+        # only the part that is kept: resizing all of a 20000 x 1 px image first would take gigabytes
         box = source_box(image.height, image.width, placement)
         return image.resize((width, height), method, box=box)
     top, left = placement.crop
     return image.crop((left, top, left + width, top + height))
 
 
-def _mirrored(look: Look, mirror: bool) -> Look:
-    return replace(look, placement=flipped(look.placement), mirror=True) if mirror else look
+def _mirrored(view: AugmentationView, mirror: bool) -> AugmentationView:
+    return replace(view, placement=flipped(view.placement), mirror=True) if mirror else view

@@ -1,4 +1,4 @@
-"""The doctor: everything known about a folder of pictures before any time is spent on training it.
+"""The doctor: everything known about a folder of images before any time is spent on training it.
 
 Reads a folder once and changes nothing. :mod:`sdlora.data.check.findings` holds what it looks for,
 :mod:`sdlora.data.check.report_text` and :mod:`sdlora.data.check.report_page` how it is shown, and
@@ -41,7 +41,7 @@ class CaptionStats:
     from_files: int
     """Caption and metadata files."""
     from_names: int
-    """Names of the pictures' files."""
+    """Names of the images' files."""
     trigger_added: int
     mean_tokens: float
     max_tokens: int
@@ -50,23 +50,23 @@ class CaptionStats:
 
 
 Role = Literal["trained", "regularisation", "held out", "not used"]
-"""What a picture is for; ``not used`` are those too like a training picture to measure progress."""
+"""What an image is for; ``not used`` are those too like a training image to measure progress."""
 TRAINED: tuple[Role, ...] = ("trained", "regularisation")
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done with the pictures.
+    """What is done with the images.
 
     Attributes:
         placed: where each ends up.
         resolution: side of a square of the area trained at, px.
-        further: what places pictures at further resolutions, with these.
+        further: what places images at further resolutions, with these.
         words: what its caption says at a visit without chance.
-        roles: by name, of pictures that are not simply trained on.
+        roles: by name, of images that are not simply trained on.
         base: title of the base that is trained; empty where none was given.
         alpha_mask: only what is not transparent is trained on.
-        crops_move: each visit shows another part of a picture.
+        crops_move: each visit shows another part of an image.
     """
 
     placed: Placer
@@ -79,13 +79,13 @@ class Treatment:
     crops_move: bool = False
 
     def role(self, item: ImageItem) -> Role:
-        """Return what a picture is for."""
+        """Return what an image is for."""
         return self.roles.get(item.name, "regularisation" if item.regularisation else "trained")
 
 
 @dataclass(frozen=True)
-class ExaminedPicture:
-    """One usable picture: what it is, which part of it is trained on, what is said of it."""
+class ExaminedImage:
+    """One usable image: what it is, which part of it is trained on, what is said of it."""
 
     item: ImageItem
     placement: Placement
@@ -99,11 +99,11 @@ class ExaminedPicture:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """The part that is kept, as (left, top, right, bottom) in px of the upright picture."""
+        """The part that is kept, as (left, top, right, bottom) in px of the upright image."""
         return source_box(self.item.height, self.item.width, self.placement)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return its geometry as plain values; boxes in px of the upright picture."""
+        """Return its geometry as plain values; boxes in px of the upright image."""
         item, placement = self.item, self.placement
         return {
             "name": item.name,
@@ -135,7 +135,7 @@ class Report:
     resolution: int
     num_images: int
     num_unusable: int
-    """Pictures left out because of an error in them or in their caption."""
+    """Images left out because of an error in them or in their caption."""
     buckets: tuple[BucketCount, ...]
     num_batches: int | None
     """Micro-batches per epoch for the given batch size."""
@@ -149,18 +149,18 @@ class Report:
     more_resolutions: tuple[int, ...] = ()
     num_held_out: int = 0
     crops_move: bool = False
-    """Each visit shows another part of a picture than the one in the middle."""
-    pictures: tuple[ExaminedPicture, ...] = field(default=(), repr=False)
+    """Each visit shows another part of an image than the one in the middle."""
+    images: tuple[ExaminedImage, ...] = field(default=(), repr=False)
 
     @property
     def num_visits(self) -> int:
-        """Looks at pictures in an epoch, at all resolutions."""
+        """Looks at images in an epoch, at all resolutions."""
         return sum(bucket.num_visits for bucket in self.buckets)
 
     @property
     def num_trained(self) -> int:
-        """Pictures that are trained on."""
-        return sum(picture.role in TRAINED for picture in self.pictures)
+        """Images that are trained on."""
+        return sum(image.role in TRAINED for image in self.images)
 
     @property
     def harmful(self) -> bool:
@@ -196,10 +196,10 @@ def examine(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Return everything found in a folder, worst first; every picture is decoded.
+    """Return everything found in a folder, worst first; every image is decoded.
 
     Raises:
-        DatasetError: when the folder is missing, is a file, or holds no pictures.
+        DatasetError: when the folder is missing, is a file, or holds no images.
         ConfigError: when the resolution is smaller than the size multiple.
     """
     placed = placer(resolution, multiple)  # refuses before anything is read
@@ -210,22 +210,22 @@ def examine(
 def diagnose(
     found: Survey, treatment: Treatment, *, recursive: bool = True, batch_size: int | None = None
 ) -> Report:
-    """Return the report about pictures that were read, treated as training would treat them."""
+    """Return the report about images that were read, treated as training would treat them."""
     dataset = found.dataset
     captions = [treatment.words(item) for item in dataset.items]
     tokens = count_tokens(captions)
-    pictures = tuple(
+    images = tuple(
         _examined(item, treatment, caption, count)
         for item, caption, count in zip(dataset.items, captions, tokens, strict=True)
     )
     findings = chain(
         about_problems(found.problems),
-        about_sizes(dataset.items, [picture.placement for picture in pictures], treatment.resolution),
+        about_sizes(dataset.items, [image.placement for image in images], treatment.resolution),
         about_copies(dataset.items),
         about_captions(dataset, tokens),
         about_files(dataset),
     )
-    buckets = _trained_buckets(pictures)
+    buckets = _trained_buckets(images)
     batches, short = _batches(buckets, batch_size)
     return Report(
         folder=dataset.folder,
@@ -233,17 +233,17 @@ def diagnose(
         trigger_word=dataset.trigger_word,
         resolution=treatment.resolution,
         num_images=len(dataset.items),
-        num_unusable=found.num_pictures - len(dataset.items),
+        num_unusable=found.num_images - len(dataset.items),
         buckets=tuple(buckets),
         num_batches=batches,
         num_short_batches=short,
         captions=_caption_stats(dataset.items, tokens),
         findings=tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))),
         tags=tuple(count_tags(dataset)[:_MOST_TAGS]),
-        pictures=pictures,
+        images=images,
         base=treatment.base,
         more_resolutions=tuple(resolution for resolution, _ in treatment.further),
-        num_held_out=sum(picture.role == "held out" for picture in pictures),
+        num_held_out=sum(image.role == "held out" for image in images),
         crops_move=treatment.crops_move,
     )
 
@@ -268,24 +268,24 @@ def report_to_dict(report: Report) -> dict[str, Any]:
         "captions": asdict(report.captions),
         "findings": [asdict(finding) for finding in report.findings],
         "tags": report.tags,
-        "pictures": [picture.to_dict() for picture in report.pictures],
+        "images": [image.to_dict() for image in report.images],
         "harmful": report.harmful,
         "verdict": report.verdict(),
         "counts": {severity: report.count(severity) for severity in SEVERITIES},
     }
 
 
-def _examined(item: ImageItem, treatment: Treatment, caption: str, tokens: int) -> ExaminedPicture:
+def _examined(item: ImageItem, treatment: Treatment, caption: str, tokens: int) -> ExaminedImage:
     placement, role = treatment.placed(item), treatment.role(item)
     others = [placed for _, placed in treatment.further]
     more = tuple(further(item, placement, others)) if role in TRAINED else ()
     masked = item.mask is not None or (treatment.alpha_mask and "transparent" in item.traits)
-    return ExaminedPicture(item, placement, tokens, caption, role, more, masked)
+    return ExaminedImage(item, placement, tokens, caption, role, more, masked)
 
 
-def _trained_buckets(pictures: Sequence[ExaminedPicture]) -> list[BucketCount]:
+def _trained_buckets(images: Sequence[ExaminedImage]) -> list[BucketCount]:
     """Return what each bucket gets in an epoch, at all resolutions."""
-    trained = [one for one in pictures if one.role in TRAINED]
+    trained = [one for one in images if one.role in TRAINED]
     placed = [(place, one.item.repeats) for one in trained for place in (one.placement, *one.further)]
     return count_buckets([place for place, _ in placed], [repeats for _, repeats in placed])
 

@@ -1,4 +1,4 @@
-"""What can be wrong or odd with a folder of pictures: the rules, each a small function.
+"""What can be wrong or odd with a folder of images: the rules, each a small function.
 
 An error is what training refuses; a warning is what makes the result worse; a note is good to know.
 """
@@ -23,7 +23,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _MAX_UPSCALE = 1.5
 _MAX_CROPPED = 0.25
 _STUCK_SHARE = 0.9
-_FEW = 5  # pictures up to which a tag must be in every caption to count as stuck
+_FEW = 5  # images up to which a tag must be in every caption to count as stuck
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def about_problems(problems: Sequence[Problem]) -> Iterator[Finding]:
 def about_sizes(
     items: Sequence[ImageItem], placements: Sequence[Placement], resolution: int
 ) -> Iterator[Finding]:
-    """Yield pictures that are too small, blurred, too long, or lose much to cropping."""
+    """Yield images that are too small, blurred, too long, or lose much to cropping."""
     larger = "use a larger original, or lower data.resolution"
     for item, placement in zip(items, placements, strict=True):
         size, factor = f"{item.width}x{item.height} px", upscale(item.height, item.width, placement)
@@ -72,7 +72,7 @@ def _about_shape(item: ImageItem, placement: Placement, size: str) -> Iterator[F
     cut = f"{placement.cropped_share:.0%} of it is cropped away"
     if aspect > MAX_ASPECT:
         what = f"{size} has an extreme aspect ratio of {aspect:.1f}:1: {cut}"
-        fix = f"cut it into pictures of {MAX_ASPECT:.0f}:1 or less"
+        fix = f"cut it into images of {MAX_ASPECT:.0f}:1 or less"
         yield Finding("warning", "aspect", what, item.name, fix)
     elif placement.cropped_share > _MAX_CROPPED:
         height, width = placement.bucket
@@ -81,12 +81,12 @@ def _about_shape(item: ImageItem, placement: Placement, size: str) -> Iterator[F
 
 
 def about_copies(items: Sequence[ImageItem]) -> Iterator[Finding]:
-    """Yield pictures that are there more than once, exactly or nearly."""
+    """Yield images that are there more than once, exactly or nearly."""
     first_of: dict[str, ImageItem] = {}
     for item in items:
         first = first_of.setdefault(item.digest, item)
         if first is not item:
-            fix = "delete one of them, or raise data.repeats if all pictures should count more"
+            fix = "delete one of them, or raise data.repeats if all images should count more"
             what = f"is the same file as {first.name}, so it counts twice"
             if item.caption != first.caption:
                 what += "; and their captions differ"
@@ -126,16 +126,16 @@ def _about_shared_words(dataset: Dataset) -> Iterator[Finding]:
     captions = [item.caption for item in dataset.items]
     if len(captions) < 2:
         return
-    where = f"all {len(captions)} pictures"
+    where = f"all {len(captions)} images"
     if len(set(captions)) == 1:
         what = f"have one caption, `{captions[0]}`, so everything in them becomes part of it"
-        yield Finding("warning", "one caption", what, where, "say in each caption what that picture shows")
+        yield Finding("warning", "one caption", what, where, "say in each caption what that image shows")
         return
     least = len(captions) if len(captions) <= _FEW else _STUCK_SHARE * len(captions)
     for tag, count in count_tags(dataset):
         if count >= least:
             what = f"have the tag `{tag}` in the caption, so it acts as a trigger word"
-            some = where if count == len(captions) else f"{count} of {len(captions)} pictures"
+            some = where if count == len(captions) else f"{count} of {len(captions)} images"
             yield Finding("note", "stuck tag", what, some, "delete it, or make it data.trigger_word")
 
 
@@ -154,8 +154,8 @@ def count_tags(dataset: Dataset) -> list[tuple[str, int]]:
 def about_files(dataset: Dataset) -> Iterator[Finding]:
     """Yield files that are not used, or used otherwise than one might think."""
     for name in dataset.orphans:
-        fix = "name it after its picture (cup.txt for cup.png), or delete it"
-        yield Finding("warning", "orphan caption", "belongs to no picture and is not used", name, fix)
+        fix = "name it after its image (cup.txt for cup.png), or delete it"
+        yield Finding("warning", "orphan caption", "belongs to no image and is not used", name, fix)
     for item in dataset.items:
         if "transparent" in item.traits:
             fix = "set data.background, or give it a background of its own"

@@ -1,4 +1,4 @@
-"""Metadata files of a mended copy: they name its pictures as they are called there, and only those."""
+"""Metadata files of a mended copy: they name its images as they are called there, and only those."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ..reading.metadata_files import picture_key, read_row, rows_of
+from ..reading.metadata_files import image_key, read_row, rows_of
 from ..reading.problems import Problem
 
 
@@ -24,8 +24,8 @@ def mended_metadata(
     Args:
         text: of the metadata file.
         name: its name from the folder, with forward slashes; the same in the copy.
-        written: a picture's key (see :func:`picture_key`) -> its name in the copy, None if left out.
-        captioned: keys of pictures that have a caption file, which the copy keeps.
+        written: an image's key (see :func:`image_key`) -> its name in the copy, None if left out.
+        captioned: keys of images that have a caption file, which the copy keeps.
     """
     done: Counter[str] = Counter()
     kept = list(_kept(text, name, written, captioned, done))
@@ -49,22 +49,22 @@ def _kept(
         if isinstance(values, str) or (isinstance(row, Problem) and "file_name" not in values):
             done["left out: not readable"] += 1
             continue
-        key = picture_key(name, str(values.get("file_name", "")).strip().replace("\\", "/"))
+        key = image_key(name, str(values.get("file_name", "")).strip().replace("\\", "/"))
         target = written.get(key)
         if target is None:
-            done["left out: its picture is not in the copy"] += 1
+            done["left out: its image is not in the copy"] += 1
         elif isinstance(row, Problem):
             done[f"left out: {row.what}"] += 1
         elif key in seen:
-            done["left out: its picture was named before"] += 1
+            done["left out: its image was named before"] += 1
         elif key in captioned and row[1]:
-            done["left out: its picture has a caption file"] += 1
+            done["left out: its image has a caption file"] += 1
         else:
             seen.add(key)
-            if picture_key(name, row[0]) != picture_key("", target):
+            if image_key(name, row[0]) != image_key("", target):
                 own = posixpath.relpath(target, posixpath.dirname(name) or ".")
                 values = {**values, "file_name": own}
-                done["named after the picture in the copy"] += 1
+                done["named after the image in the copy"] += 1
             yield values
 
 

@@ -1,4 +1,4 @@
-"""What settings make of their pictures: placed for the base, worded and held out as training would.
+"""What settings make of their images: placed for the base, worded and held out as training would.
 
 Reads no weight: the base is looked at as a blueprint.
 """
@@ -32,16 +32,16 @@ def examine_settings(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Return everything found in the folders that settings train on, and what each picture is for.
+    """Return everything found in the folders that settings train on, and what each image is for.
 
     Args:
         config: the settings; what they leave open is decided as for training.
-        multiple: picture sides are multiples of this many px; the base's own when None.
+        multiple: image sides are multiples of this many px; the base's own when None.
         batch_size: also count the batches of an epoch; that of the settings when None.
         progress: told after each file.
 
     Raises:
-        DatasetError: when a folder is missing, is a file, or holds no pictures.
+        DatasetError: when a folder is missing, is a file, or holds no images.
         ModelError: for a base that cannot be used.
         ConfigError: when the resolution is smaller than the size multiple.
     """
@@ -75,7 +75,7 @@ def examine_settings(
 
 
 def _with_roles(config: Config, found: Survey, own: Survey | None) -> tuple[Survey, Mapping[str, Role]]:
-    """Return the pictures of all folders, and by their names what those not trained on are for."""
+    """Return the images of all folders, and by their names what those not trained on are for."""
     learned, priors = by_role(found.dataset)
     if not learned.items:  # all are broken, which the problems say
         return found, {}
@@ -86,7 +86,7 @@ def _with_roles(config: Config, found: Survey, own: Survey | None) -> tuple[Surv
     except DatasetError:
         if not found.problems:
             raise
-        return found, {}  # too few pictures are left to hold out any; what broke the others comes first
+        return found, {}  # too few images are left to hold out any; what broke the others comes first
     if own is None:
         dataset = replace(found.dataset, notes=training.notes)
         return replace(found, dataset=dataset), {item.name: "held out" for item in held.items}
@@ -106,7 +106,7 @@ def _with_roles(config: Config, found: Survey, own: Survey | None) -> tuple[Surv
     )
     problems = tuple(replace(problem, where=prefix + problem.where) for problem in own.problems)
     distinct = tuple(dict.fromkeys(found.problems + problems))  # the one folder may lie in the other
-    broken = found.num_pictures - len(found.dataset.items) + own.num_pictures - len(own.dataset.items)
+    broken = found.num_images - len(found.dataset.items) + own.num_images - len(own.dataset.items)
     broken -= len(found.problems) + len(problems) - len(distinct)
     return Survey(dataset, distinct, len(items) + broken), roles
 

@@ -1,6 +1,6 @@
-"""A mended copy of a folder of pictures: what can be put right is, what cannot is left out, all of it told.
+"""A mended copy of a folder of images: what can be put right is, what cannot is left out, all of it told.
 
-The folder itself is never changed. Files that need nothing are copied byte for byte. Only pictures and
+The folder itself is never changed. Files that need nothing are copied byte for byte. Only images and
 what describes them are copied: captions, metadata and sidecars.
 """
 
@@ -65,33 +65,31 @@ class _Copy:
         self._changes: list[Change] = []
         self._first_of: dict[str, str] = {}
         self._taken: set[tuple[str, str]] = set()
-        self._written: dict[str, str | None] = {name_key(file.name): None for file in listing.pictures}
+        self._written: dict[str, str | None] = {name_key(file.name): None for file in listing.images}
 
     def make(self, progress: Progress | None) -> list[Change]:
         for problem in self._listing.problems:
             self._changes.append(Change(problem.where, f"left out: {problem.what}", None))
         for note in self._listing.notes:
             self._changes.append(Change(note.partition(": ")[0], f"left out: {note}", None))
-        for done, picture in enumerate(self._listing.pictures, start=1):
-            self._picture(picture)
+        for done, image in enumerate(self._listing.images, start=1):
+            self._image(image)
             if progress is not None:
-                progress(done, len(self._listing.pictures))
+                progress(done, len(self._listing.images))
         for name in self._listing.orphans():
-            self._changes.append(Change(name, "left out: belongs to no picture", None))
+            self._changes.append(Change(name, "left out: belongs to no image", None))
         for path, name in self._listing.metadata_files():
             self._metadata(path, name)
         return self._changes
 
     def _metadata(self, path: Path, name: str) -> None:
-        """Copy a metadata file, with the names that its pictures have in the copy."""
+        """Copy a metadata file, with the names that its images have in the copy."""
         try:
             data, done = to_utf8(read_file(path, name), name)
         except Unusable as error:
             self._changes.append(Change(name, f"left out: {error.problem.what}", None))
             return
-        captioned = {
-            name_key(file.name) for file in self._listing.pictures if self._listing.captions_of(file)
-        }
+        captioned = {name_key(file.name) for file in self._listing.images if self._listing.captions_of(file)}
         text, notes = mended_metadata(data.decode("utf-8-sig"), name, self._written, captioned)
         if not text:
             self._changes.append(Change(name, f"left out: {'; '.join(notes) or 'is empty'}", None))
@@ -100,7 +98,7 @@ class _Copy:
             self._changes.append(Change(name, "; ".join([done, *notes] if done else notes), name))
         self._write(name, text.encode("utf-8") if notes else data)
 
-    def _picture(self, file: FoundFile) -> None:
+    def _image(self, file: FoundFile) -> None:
         try:
             data = read_file(file.path, file.name)
         except Unusable as error:
@@ -123,12 +121,12 @@ class _Copy:
         self._write(written, mended.data)
         self._beside(file, PurePosixPath(written))
 
-    def _leave_out(self, picture: FoundFile, why: str) -> None:
-        beside = " with its caption" if self._listing.captions_of(picture) else ""
-        self._changes.append(Change(picture.name, f"left out{beside}: {why}", None))
+    def _leave_out(self, image: FoundFile, why: str) -> None:
+        beside = " with its caption" if self._listing.captions_of(image) else ""
+        self._changes.append(Change(image.name, f"left out{beside}: {why}", None))
 
     def _free_name(self, file: FoundFile, mended: Mended) -> str:
-        """Return a name whose stem no other picture of the copy has, so that each has its own caption."""
+        """Return a name whose stem no other image of the copy has, so that each has its own caption."""
         path = PurePosixPath(file.name)
         if mended.suffix is not None:
             path = path.with_suffix(mended.suffix)
@@ -139,25 +137,25 @@ class _Copy:
         self._taken.add(key)
         return str(wanted)
 
-    def _beside(self, picture: FoundFile, written: PurePosixPath) -> None:
-        """Copy what describes a picture under the picture's new name."""
-        sidecar = self._listing.sidecars.get(picture.key)
+    def _beside(self, image: FoundFile, written: PurePosixPath) -> None:
+        """Copy what describes an image under the image's new name."""
+        sidecar = self._listing.sidecars.get(image.key)
         wrong = read_focus(sidecar.path, sidecar.name) if sidecar else None
         if isinstance(wrong, Problem):
             self._changes.append(Change(wrong.where, f"left out: {wrong.what}", None))
         elif sidecar:
             self._write(str(written.with_suffix(sidecar.path.suffix)), sidecar.path.read_bytes())
-        texts = list(self._captions(picture))
+        texts = list(self._captions(image))
         if texts:
             name, data = texts[0]
             self._write(str(written.with_suffix(PurePosixPath(name).suffix.lower())), data)
         for name, data in texts[1:]:
             same = "says the same" if data == texts[0][1] else f"{texts[0][0]} is taken"
-            self._changes.append(Change(name, f"left out: a second caption of one picture, {same}", None))
+            self._changes.append(Change(name, f"left out: a second caption of one image, {same}", None))
 
-    def _captions(self, picture: FoundFile) -> Iterator[tuple[str, bytes]]:
-        """Yield the caption files of a picture that can be read, as UTF-8."""
-        for path, name in self._listing.captions_of(picture):
+    def _captions(self, image: FoundFile) -> Iterator[tuple[str, bytes]]:
+        """Yield the caption files of an image that can be read, as UTF-8."""
+        for path, name in self._listing.captions_of(image):
             try:
                 data, done = to_utf8(read_file(path, name, MAX_CAPTION_BYTES), name)
             except Unusable as error:

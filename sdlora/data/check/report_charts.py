@@ -17,7 +17,7 @@ _LABEL = 26  # characters of a tag that are shown
 
 
 def bucket_chart(buckets: Sequence[BucketCount]) -> str:
-    """Return one row a bucket: its shape, its size, how many pictures it has."""
+    """Return one row a bucket: its shape, its size, how many images it has."""
     chosen = sorted(buckets, key=lambda bucket: -bucket.num_images)[:_MOST_BUCKETS]
     rows = [bucket for bucket in buckets if bucket in chosen]
     most = max((bucket.num_images for bucket in rows), default=1)
@@ -31,11 +31,11 @@ def bucket_chart(buckets: Sequence[BucketCount]) -> str:
             f'width="{width * scale:.1f}" height="{height * scale:.1f}" rx="1.5"/>'
         )
         visits = f", {bucket.num_visits} visits an epoch" if bucket.num_visits != bucket.num_images else ""
-        title = f"{width} x {height} px: {bucket.num_images} pictures{visits}"
+        title = f"{width} x {height} px: {bucket.num_images} images{visits}"
         parts.append(
             shape + _bar_row(f"{width} {_TIMES} {height}", 36, 128, middle, bucket.num_images, most, title)
         )
-    return _chart(len(rows) * _ROW, parts, "pictures in each bucket")
+    return _chart(len(rows) * _ROW, parts, "images in each bucket")
 
 
 def tag_chart(tags: Sequence[tuple[str, int]], num_images: int) -> str:

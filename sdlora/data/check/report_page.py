@@ -1,7 +1,7 @@
 """The doctor's report as one HTML file that works offline, light and dark, on paper and on a phone.
 
-Every picture is shown with the exact part that training keeps. Without JavaScript everything is there but
-the filter of the pictures.
+Every image is shown with the exact part that training keeps. Without JavaScript everything is there but
+the filter of the images.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from string import Template
 
 from ...files import write_text
 from ..reading.measure import Progress
-from .doctor import TRAINED, ExaminedPicture, Report
+from .doctor import TRAINED, ExaminedImage, Report
 from .findings import SEVERITIES, Finding, Severity
 from .report_charts import bucket_chart, length_chart, tag_chart
 from .thumbnails import thumbnails
 
 _ASSETS = Path(__file__).parents[2] / "assets" / "report"
 _SIDE = 300  # px of the longer side of a thumbnail
-_MOST_PICTURES, _MOST_ROWS, _MOST_BUTTONS = 600, 300, 10
+_MOST_IMAGES, _MOST_ROWS, _MOST_BUTTONS = 600, 300, 10
 _TONES: dict[Severity, str] = {"error": "error", "warning": "warning", "note": "note"}
 
 
 def write_report_page(report: Report, file: Path, progress: Progress | None = None) -> None:
-    """Write the page; pictures with findings come first where there are too many to show all.
+    """Write the page; images with findings come first where there are too many to show all.
 
     Raises:
         OutputError: when the file cannot be written.
     """
-    shown = _chosen_pictures(report)
-    anchors = {picture.item.name: f"p{number}" for number, picture in enumerate(shown)}
-    found = _by_picture(report.findings)
-    images = thumbnails([(picture.item, picture.masked) for picture in shown], _SIDE, progress)
+    shown = _chosen_images(report)
+    anchors = {examined.item.name: f"p{number}" for number, examined in enumerate(shown)}
+    found = _by_image(report.findings)
+    images = thumbnails([(examined.item, examined.masked) for examined in shown], _SIDE, progress)
     cards = [
-        _card(picture, image, found.get(picture.item.name, []), anchors[picture.item.name])
-        for picture, image in zip(shown, images, strict=True)
+        _card(examined, image, found.get(examined.item.name, []), anchors[examined.item.name])
+        for examined, image in zip(shown, images, strict=True)
     ]
-    hidden = len(report.pictures) - len(shown)
+    hidden = len(report.images) - len(shown)
     page = Template((_ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
         style=(_ASSETS / "page.css").read_text(encoding="utf-8"),
         script=(_ASSETS / "page.js").read_text(encoding="utf-8"),
@@ -51,12 +51,12 @@ def write_report_page(report: Report, file: Path, progress: Progress | None = No
         findings=_findings(report, anchors),
         sizes=escape(_sizes(report)),
         buckets=bucket_chart(report.buckets) if report.buckets else '<p class="sub">None.</p>',
-        lengths=length_chart([picture.tokens for picture in report.pictures]),
+        lengths=length_chart([examined.tokens for examined in report.images]),
         captions=escape(_caption_line(report)),
         tags=tag_chart(report.tags, report.num_images) if report.tags else '<p class="sub">None.</p>',
         buttons="".join(_buttons(shown, found)),
         cards="".join(cards),
-        shown=f"{len(shown)} of {len(report.pictures)}; those with findings first. "
+        shown=f"{len(shown)} of {len(report.images)}; those with findings first. "
         if hidden
         else f"All {len(shown)}. ",
         legend=" ".join(_legend(report)),
@@ -65,7 +65,7 @@ def write_report_page(report: Report, file: Path, progress: Progress | None = No
 
 
 def _about(report: Report) -> str:
-    """Return what the pictures are prepared for."""
+    """Return what the images are prepared for."""
     base = report.base or "no base was named, so the sizes are those usual for Stable Diffusion 1"
     return f"{base}, {report.resolution} px"
 
@@ -79,21 +79,21 @@ def _legend(report: Report) -> Iterator[str]:
     yield "What lies inside the line is trained on; what is dark is cut away."
     if report.crops_move:
         yield "The line shows the middle: data.crop=random moves it at each visit."
-    if any(picture.masked for picture in report.pictures):
+    if any(examined.masked for examined in report.images):
         yield "What is tinted is masked out."
-    if any(picture.item.focus for picture in report.pictures):
+    if any(examined.item.focus for examined in report.images):
         yield "The dot is the point that the crop keeps."
 
 
-def _chosen_pictures(report: Report) -> list[ExaminedPicture]:
-    """Return the pictures to show in their own order, those with findings preferred."""
-    found = _by_picture(report.findings)
-    ranked = sorted(report.pictures, key=lambda picture: picture.item.name not in found)
-    names = {picture.item.name for picture in ranked[:_MOST_PICTURES]}
-    return [picture for picture in report.pictures if picture.item.name in names]
+def _chosen_images(report: Report) -> list[ExaminedImage]:
+    """Return the images to show in their own order, those with findings preferred."""
+    found = _by_image(report.findings)
+    ranked = sorted(report.images, key=lambda examined: examined.item.name not in found)
+    names = {examined.item.name for examined in ranked[:_MOST_IMAGES]}
+    return [examined for examined in report.images if examined.item.name in names]
 
 
-def _by_picture(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
+def _by_image(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
     found: dict[str, list[Finding]] = {}
     for finding in findings:
         found.setdefault(finding.where, []).append(finding)
@@ -101,11 +101,11 @@ def _by_picture(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
 
 
 def _facts(report: Report) -> Iterator[str]:
-    values: list[tuple[str, str, str]] = [("", f"{report.num_trained:,}", "pictures to train on")]
+    values: list[tuple[str, str, str]] = [("", f"{report.num_trained:,}", "images to train on")]
     if report.num_held_out:
         values.append(("", f"{report.num_held_out:,}", "held out"))
     if report.num_unusable:
-        values.append(("error", f"{report.num_unusable:,}", "pictures not usable"))
+        values.append(("error", f"{report.num_unusable:,}", "images not usable"))
     for severity in SEVERITIES:
         count = report.count(severity)
         tone = _TONES[severity] if count else ""
@@ -160,16 +160,16 @@ def _caption_line(report: Report) -> str:
     return text + f"The longest has {captions.max_tokens} tokens."
 
 
-def _kinds(picture: ExaminedPicture, found: Sequence[Finding]) -> list[str]:
-    """Return what a picture can be filtered by: what it is for, if not simply trained on, and findings."""
-    role = [picture.role] if picture.role != "trained" else []
+def _kinds(examined: ExaminedImage, found: Sequence[Finding]) -> list[str]:
+    """Return what an image can be filtered by: what it is for, if not simply trained on, and findings."""
+    role = [examined.role] if examined.role != "trained" else []
     return [*role, *dict.fromkeys(finding.kind for finding in found)]
 
 
-def _buttons(shown: Sequence[ExaminedPicture], found: dict[str, list[Finding]]) -> Iterator[str]:
+def _buttons(shown: Sequence[ExaminedImage], found: dict[str, list[Finding]]) -> Iterator[str]:
     counts: dict[str, int] = {}
-    for picture in shown:
-        for kind in _kinds(picture, found.get(picture.item.name, [])):
+    for examined in shown:
+        for kind in _kinds(examined, found.get(examined.item.name, [])):
             counts[kind] = counts.get(kind, 0) + 1
     yield '<button type="button" data-kind="">all</button>'
     for kind, count in sorted(counts.items(), key=lambda pair: -pair[1])[:_MOST_BUTTONS]:
@@ -177,56 +177,56 @@ def _buttons(shown: Sequence[ExaminedPicture], found: dict[str, list[Finding]]) 
         yield f'<button type="button" data-kind="{name}">{name} {count}</button>'
 
 
-def _card(picture: ExaminedPicture, image: str | None, found: Sequence[Finding], anchor: str) -> str:
-    item = picture.item
-    role = "" if picture.role == "trained" else f'<span class="pill">{picture.role}</span>'
+def _card(examined: ExaminedImage, image: str | None, found: Sequence[Finding], anchor: str) -> str:
+    item = examined.item
+    role = "" if examined.role == "trained" else f'<span class="pill">{examined.role}</span>'
     pills = role + "".join(
         f'<span class="pill {_TONES[finding.severity]}" title="{escape(finding.what)}">'
         f"{escape(finding.kind)}</span>"
         for finding in found
     )
-    words = escape(picture.caption)
+    words = escape(examined.caption)
     caption = f'<p title="{words}">{words}</p>' if words else '<p class="empty">no words</p>'
-    text = escape(f"{item.name} {picture.caption}".lower())
+    text = escape(f"{item.name} {examined.caption}".lower())
     return (
-        f'<figure id="{anchor}" data-kinds="{escape("|".join(_kinds(picture, found)))}" data-text="{text}">'
-        f'<div class="frame">{_frame(picture, image)}</div><figcaption>'
+        f'<figure id="{anchor}" data-kinds="{escape("|".join(_kinds(examined, found)))}" data-text="{text}">'
+        f'<div class="frame">{_frame(examined, image)}</div><figcaption>'
         f'<span class="name" title="{escape(item.name)}">{escape(item.name)}</span>'
-        f'<span class="size">{_size_line(picture)}</span>'
+        f'<span class="size">{_size_line(examined)}</span>'
         f'{caption}<span class="pills">{pills}</span></figcaption></figure>'
     )
 
 
-def _size_line(picture: ExaminedPicture) -> str:
-    """Return the picture's size, those it is trained at, what is cut away and how often it counts."""
-    item, placement = picture.item, picture.placement
-    buckets = dict.fromkeys([placement.bucket, *(one.bucket for one in picture.further)])
+def _size_line(examined: ExaminedImage) -> str:
+    """Return the image's size, those it is trained at, what is cut away and how often it counts."""
+    item, placement = examined.item, examined.placement
+    buckets = dict.fromkeys([placement.bucket, *(one.bucket for one in examined.further)])
     line = f"{item.width} &times; {item.height} &rarr; "
     line += " and ".join(f"{width} &times; {height}" for height, width in buckets)
     if placement.cropped_share >= 0.005:
         line += f", {placement.cropped_share:.0%} cut away"
-    often = item.repeats > 1 and picture.role in TRAINED
+    often = item.repeats > 1 and examined.role in TRAINED
     return line + (f", {item.repeats} visits an epoch" if often else "")
 
 
-def _frame(picture: ExaminedPicture, image: str | None) -> str:
-    """Return the picture with what is cut away darkened, and a line around what is kept."""
+def _frame(examined: ExaminedImage, image: str | None) -> str:
+    """Return the image with what is cut away darkened, and a line around what is kept."""
     if image is None:
         return '<span class="gone">changed since the check</span>'
-    item = picture.item
-    left, top, right, bottom = (f"{side:.2f}" for side in picture.box)
+    item = examined.item
+    left, top, right, bottom = (f"{side:.2f}" for side in examined.box)
     whole = f"M0 0H{item.width}V{item.height}H0Z"
     kept = f"M{left} {top}H{right}V{bottom}H{left}Z"
     return (
         f'<svg viewBox="0 0 {item.width} {item.height}" role="img" aria-label="{escape(item.name)}">'
         f'<image href="{image}" width="{item.width}" height="{item.height}" preserveAspectRatio="none"/>'
-        f'<path class="dim" d="{whole}{kept}"/><path class="kept" d="{kept}"/>{_dot(picture)}</svg>'
+        f'<path class="dim" d="{whole}{kept}"/><path class="kept" d="{kept}"/>{_dot(examined)}</svg>'
     )
 
 
-def _dot(picture: ExaminedPicture) -> str:
+def _dot(examined: ExaminedImage) -> str:
     """Return a mark at the point of interest: a line of no length, as round and thick at any size."""
-    item = picture.item
+    item = examined.item
     if item.focus is None:
         return ""
     x, y = item.focus[0] * item.width, item.focus[1] * item.height

@@ -77,12 +77,12 @@ def _summary(report: Report) -> Table:
     unusable = f", {report.num_unusable} unusable" if report.num_unusable else ""
     table = Table.grid(padding=(0, 2, 0, 0))
     visits = f", {report.num_visits} visits an epoch" if report.num_visits != report.num_images else ""
-    table.add_row("  pictures", f"{report.num_images}{unusable}{visits}")
+    table.add_row("  images", f"{report.num_images}{unusable}{visits}")
     if report.base:
         table.add_row("  base", report.base)
     if report.num_held_out:
         table.add_row("  held out", _some_names(report, "held out"))
-    if any(picture.role == "regularisation" for picture in report.pictures):
+    if any(image.role == "regularisation" for image in report.images):
         table.add_row("  regularisation", _some_names(report, "regularisation"))
     table.add_row("  captions", report.caption_sources())
     if report.trigger_word:
@@ -96,7 +96,7 @@ def _summary(report: Report) -> Table:
 
 
 def _some_names(report: Report, role: Role) -> Text:
-    names = [picture.item.name for picture in report.pictures if picture.role == role]
+    names = [image.item.name for image in report.images if image.role == role]
     more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
     return Text(f"{len(names)}: {', '.join(names[:_NAMES])}{more}")
 

@@ -1,4 +1,4 @@
-"""One picture file mended, if it needs it: rotated upright, without a lost end, without further frames."""
+"""One image file mended, if it needs it: rotated upright, without a lost end, without further frames."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCK = 16
 
 @dataclass(frozen=True)
 class Mended:
-    """A picture file as it should be: its bytes, the ending they need if it is another, what was done."""
+    """An image file as it should be: its bytes, the ending they need if it is another, what was done."""
 
     data: bytes
     suffix: str | None = None
@@ -28,7 +28,7 @@ class Mended:
 
 
 def mend(data: bytes, name: str) -> Mended:
-    """Return a picture that training takes as it is.
+    """Return an image that training takes as it is.
 
     Raises:
         Unusable: when it cannot be mended.
@@ -50,7 +50,7 @@ def mend(data: bytes, name: str) -> Mended:
 
 
 def _without_lost_end(data: bytes, error: Unusable) -> Mended:
-    """Return the rows of a truncated picture that are there, if they are nearly all."""
+    """Return the rows of a truncated image that are there, if they are nearly all."""
     if not is_cut_short(error.problem):
         raise error  # damaged somewhere else, and who knows where
     with _lenient():

@@ -1,4 +1,4 @@
-"""Small JPEGs of pictures as data URLs, made on all cores."""
+"""Small JPEGs of images as data URLs, made on all cores."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _BLOCKED, _TINT = "#d6336c", 0.6
 def thumbnails(
     items: Sequence[tuple[ImageItem, bool]], side: int, progress: Progress | None = None
 ) -> Iterator[str | None]:
-    """Yield each picture, reduced to ``side`` px, as a data URL; None where it cannot be read any more.
+    """Yield each image, reduced to ``side`` px, as a data URL; None where it cannot be read any more.
 
     Args:
-        items: the pictures, and whether a mask covers them: what it blocks is tinted.
+        items: the images, and whether a mask covers them: what it blocks is tinted.
         side: px of the longer side.
-        progress: told after each picture.
+        progress: told after each image.
     """
     workers = max(1, min(32, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:

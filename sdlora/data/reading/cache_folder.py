@@ -1,4 +1,4 @@
-"""Where encodings and the index of pictures are kept, what lies there, and how it is thinned out.
+"""Where encodings and the index of images are kept, what lies there, and how it is thinned out.
 
 Needs no torch. An entry's time of modification is the time of its last use, so that what no run has
 needed for long goes first. Removing is always safe: a run that misses an entry encodes again.
@@ -39,7 +39,7 @@ def default_cache_folder() -> Path:
 
 
 def index_file(folder: Path | None = None) -> Path:
-    """Return the index of pictures of a cache folder."""
+    """Return the index of images of a cache folder."""
     return (folder or default_cache_folder()) / "pictures.sqlite"
 
 

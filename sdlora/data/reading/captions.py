@@ -17,7 +17,7 @@ MAX_CAPTION_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Caption:
-    """The lines of a picture's caption, without trigger word, and where they come from."""
+    """The lines of an image's caption, without trigger word, and where they come from."""
 
     lines: tuple[str, ...]
     source: CaptionSource
@@ -25,11 +25,11 @@ class Caption:
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """What gives a picture its caption where several things could.
+    """What gives an image its caption where several things could.
 
     Attributes:
         from_files: text and metadata files count; off, only names do.
-        fallback: caption of pictures without one of their own, instead of the words of their name.
+        fallback: caption of images without one of their own, instead of the words of their name.
         wordless: an empty caption is good enough (there is a trigger word).
     """
 
@@ -54,7 +54,7 @@ def words_of(stem: str) -> str:
     """Return the words of a file's stem: ``teapot_small-02`` gives ``teapot small``.
 
     Counters at the end are dropped, and so are names that cameras and downloads give (``IMG_0123``,
-    ``3f2a90bc11d2``): they say nothing about the picture.
+    ``3f2a90bc11d2``): they say nothing about the image.
     """
     words = re.sub(r"[_\-\s]+", " ", stem).strip()
     words = re.sub(r"(\s*\(\d+\)|(^|\s+)\d+)+$", "", words).strip()
@@ -74,10 +74,10 @@ def caption_of(
     folder_words: str | None,
     rules: CaptionRules,
 ) -> Caption | Problem:
-    """Return a picture's caption: from its file, the metadata, the setting, its folder's or its own name.
+    """Return an image's caption: from its file, the metadata, the setting, its folder's or its own name.
 
     Args:
-        name: the picture's name from the folder, with forward slashes.
+        name: the image's name from the folder, with forward slashes.
         files: path and name of the caption files beside it.
         metadata: what a metadata file says of it, and where.
         folder_words: what its folder's name says.

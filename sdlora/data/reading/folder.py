@@ -1,6 +1,6 @@
-"""Image folder -> :class:`Dataset`: which files count, what each picture shows and says, what is wrong.
+"""Image folder -> :class:`Dataset`: which files count, what each image shows and says, what is wrong.
 
-Every picture is read and decoded once in full, because a truncated file has a perfect header. The order
+Every image is read and decoded once in full, because a truncated file has a perfect header. The order
 of the items depends on names only, never on the file system. Nothing is left out silently: what is not
 taken is a problem or a note. No torch: ``sdlora check`` must answer at once.
 """
@@ -16,7 +16,7 @@ from .cache_folder import index_file
 from .captions import Caption, CaptionRules, caption_of, has_word, with_trigger, words_of
 from .image_files import load_pixels
 from .items import CaptionSource, Dataset, ImageItem, Point, Survey
-from .listing import FoundFile, Listing, clashes, list_files, no_pictures, sort_key
+from .listing import FoundFile, Listing, clashes, list_files, no_images, sort_key
 from .masks import with_masks
 from .measure import Measured, Progress, measure_all
 from .metadata_files import name_key, read_metadata
@@ -48,8 +48,8 @@ class Reading:
         kohya_folders: whether folders inside are named ``N_words``; when None, if all are.
         metadata_caption: column of a metadata file with the caption; the first known one when None.
         captions_from_files: off, captions come from file names only.
-        fallback_caption: caption of pictures without one of their own.
-        weight: of these pictures in the loss.
+        fallback_caption: caption of images without one of their own.
+        weight: of these images in the loss.
         regularisation: they show the class in general.
         mask_folder: masks of the same names.
     """
@@ -72,10 +72,10 @@ def scan(
     reading: Reading | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
-    """Return the pictures of a folder with their captions, every one of them decoded in full.
+    """Return the images of a folder with their captions, every one of them decoded in full.
 
     Raises:
-        DatasetError: when the folder is missing, is a file or holds no pictures, or when any picture or
+        DatasetError: when the folder is missing, is a file or holds no images, or when any image or
             caption cannot be used; lists all of them (up to 20 lines).
     """
     found = survey(
@@ -100,24 +100,24 @@ def survey(
     reading: Reading | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Return the usable pictures and the problems of the rest, as :func:`scan` without stopping at them.
+    """Return the usable images and the problems of the rest, as :func:`scan` without stopping at them.
 
     Raises:
-        DatasetError: when the folder is missing, is a file, or holds no pictures.
+        DatasetError: when the folder is missing, is a file, or holds no images.
     """
     folder, reading = Path(folder), reading or Reading()
     if repeats < 1:
-        raise DatasetError(f"{folder}: repeats={repeats} would never show a picture; give 1 or more")
+        raise DatasetError(f"{folder}: repeats={repeats} would never show an image; give 1 or more")
     trigger_word = (trigger_word or "").strip() or None
     apart = [reading.mask_folder] if reading.mask_folder else []
     listing = list_files(folder, recursive, apart)
-    if not listing.pictures and not listing.problems:
-        raise DatasetError(no_pictures(folder, listing, recursive))
+    if not listing.images and not listing.problems:
+        raise DatasetError(no_images(folder, listing, recursive))
     words = _Words(folder, listing, trigger_word, reading)
     problems = listing.problems + clashes(listing) + words.problems
-    found = measure_all(listing.pictures, progress, index_file())
+    found = measure_all(listing.images, progress, index_file())
     items: list[ImageItem] = []
-    for file, measured in zip(listing.pictures, found, strict=True):
+    for file, measured in zip(listing.images, found, strict=True):
         caption, focus = words.caption(file), words.focus(file)
         problems += [part for part in (measured, caption, focus) if isinstance(part, Problem)]
         if isinstance(measured, Problem) or isinstance(caption, Problem) or isinstance(focus, Problem):
@@ -134,14 +134,14 @@ def survey(
         problems, notes = problems + more, notes + unmasked
     dataset = Dataset(folder, tuple(items), trigger_word, tuple(notes), tuple(listing.orphans()))
     problems.sort(key=lambda problem: sort_key(problem.where))
-    return Survey(dataset, tuple(problems), len(listing.pictures))
+    return Survey(dataset, tuple(problems), len(listing.images))
 
 
 class _Words:
-    """What files and names beside the pictures of a folder say about them."""
+    """What files and names beside the images of a folder say about them."""
 
     def __init__(self, root: Path, listing: Listing, trigger_word: str | None, reading: Reading) -> None:
-        names = [file.name for file in listing.pictures]
+        names = [file.name for file in listing.images]
         self._listing = listing
         self._folders = kohya.kohya_folders(names, reading.kohya_folders)
         files = listing.metadata_files() if reading.captions_from_files else []
@@ -158,19 +158,19 @@ class _Words:
         return self._folders.get(file.name.partition("/")[0])
 
     def repeats(self, file: FoundFile) -> int:
-        """Return how often the picture counts."""
+        """Return how often the image counts."""
         folder = self._folder(file)
         return folder.repeats if folder else 1
 
     def caption(self, file: FoundFile) -> Caption | Problem:
-        """Return what the picture shows."""
+        """Return what the image shows."""
         folder = self._folder(file)
         metadata = self._metadata.captions.get(name_key(file.name))
         files = self._listing.captions_of(file)
         return caption_of(file.name, files, metadata, folder.words if folder else None, self._rules)
 
     def focus(self, file: FoundFile) -> Point | Problem | None:
-        """Return where in the picture its subject is."""
+        """Return where in the image its subject is."""
         sidecar = self._listing.sidecars.get(file.key)
         return read_focus(sidecar.path, sidecar.name) if sidecar else None
 

@@ -1,7 +1,7 @@
-"""Pictures kept out of training to measure progress: chosen by content, near duplicates on one side.
+"""Images kept out of training to measure progress: chosen by content, near duplicates on one side.
 
 The choice is made once and gives both sides, so that nothing can be in both; it depends on the seed and
-on the pictures' content only, not on their names, their order or the machine.
+on the images' content only, not on their names, their order or the machine.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def divide(
     """Return (training, held out) as ``data.validation`` says: a share, a number, or a folder.
 
     Args:
-        dataset: pictures to be learned.
+        dataset: images to be learned.
         validation: the setting; None holds out none.
-        own: the pictures of ``data.validation`` where it is a folder.
+        own: the images of ``data.validation`` where it is a folder.
         seed: of the run.
         always_trained: see :func:`split`.
 
     Raises:
-        DatasetError: when no picture is left on one of the sides, or as many are to be held out as there are.
+        DatasetError: when no image is left on one of the sides, or as many are to be held out as there are.
     """
     if own is not None:
         return keep_apart(dataset, own, always_trained)
@@ -44,7 +44,7 @@ def divide(
     total = len(dataset.items)
     if validation and validation >= max(1, total):
         raise DatasetError(
-            f"data.validation={validation:g}: there are only {total} pictures, and some must be left to "
+            f"data.validation={validation:g}: there are only {total} images, and some must be left to "
             "train on; hold out fewer, or a share such as data.validation=0.1"
         )
     return split(dataset, validation or 0.0, seed, always_trained)
@@ -53,23 +53,21 @@ def divide(
 def split(
     dataset: Dataset, validation: float, seed: int, always_trained: Sequence[ImageItem] = ()
 ) -> tuple[Dataset, Dataset]:
-    """Return (training, held out): a share of the pictures below 1, or a number of them; 0 holds out none.
+    """Return (training, held out): a share of the images below 1, or a number of them; 0 holds out none.
 
     Near duplicates stay on one side, so the hold-out does not leak. The choice depends on the seed and on
-    the pictures' content, so adding a picture changes little. What nearly equals a picture of
-    ``always_trained`` (regularisation pictures) is not held out. At least one picture is left to train on;
+    the images' content, so adding an image changes little. What nearly equals an image of
+    ``always_trained`` (regularisation images) is not held out. At least one image is left to train on;
     if another number is held out than asked for, a note of the training side says so.
     """
     if validation < 0:
-        raise DatasetError(
-            f"data.validation={validation}: a share or a number of pictures cannot be negative"
-        )
+        raise DatasetError(f"data.validation={validation}: a share or a number of images cannot be negative")
     total = len(dataset.items)
     asked = max(1, int(validation * total + 0.5)) if 0 < validation < 1 else int(validation)
     held = _choose(dataset.items, always_trained, min(asked, total - 1), seed)
     notes = dataset.notes
     if len(held) != asked:
-        notes += (f"{len(held)} of {asked} wanted pictures are held out; near duplicates stay together",)
+        notes += (f"{len(held)} of {asked} wanted images are held out; near duplicates stay together",)
     training, kept_out = _parted(dataset, held)
     return replace(training, notes=notes), kept_out
 
@@ -77,14 +75,14 @@ def split(
 def keep_apart(
     dataset: Dataset, validation: Dataset, always_trained: Sequence[ImageItem] = ()
 ) -> tuple[Dataset, Dataset]:
-    """Return (training, held out) when the pictures to hold out have a folder of their own.
+    """Return (training, held out) when the images to hold out have a folder of their own.
 
-    Where that folder lies inside the training folder, its pictures are not trained on. A held-out picture
-    that nearly equals a training picture would measure memory, not learning: it is left out of the
+    Where that folder lies inside the training folder, its images are not trained on. A held-out image
+    that nearly equals a training image would measure memory, not learning: it is left out of the
     measurement, and a note of the training side says so.
 
     Raises:
-        DatasetError: when no picture is left on one of the sides.
+        DatasetError: when no image is left on one of the sides.
     """
     own = {os.path.realpath(item.path) for item in validation.items}
     inside = {index for index, item in enumerate(dataset.items) if os.path.realpath(item.path) in own}
@@ -94,25 +92,25 @@ def keep_apart(
         notes.append(f"{_named(taken.items)} not trained on: data.validation={validation.folder} holds them")
     if not training.items:
         raise DatasetError(
-            f"data.validation={validation.folder}: holds every picture of {dataset.folder}, so none is left "
-            "to train on; give a folder of other pictures"
+            f"data.validation={validation.folder}: holds every image of {dataset.folder}, so none is left "
+            "to train on; give a folder of other images"
         )
     leaks = _like_any([*training.items, *always_trained], validation.items)
     kept, leaked = _parted(validation, leaks)
     if not kept.items:
         raise DatasetError(
-            f"data.validation={validation.folder}: each of its pictures is nearly the same as one that is "
-            "trained on; give other pictures, or a number such as data.validation=0.1"
+            f"data.validation={validation.folder}: each of its images is nearly the same as one that is "
+            "trained on; give other images, or a number such as data.validation=0.1"
         )
     if leaked.items:
-        notes.append(f"{_named(leaked.items)} not measured: nearly the same as pictures trained on")
+        notes.append(f"{_named(leaked.items)} not measured: nearly the same as images trained on")
     return replace(training, notes=tuple(notes)), kept
 
 
 def _choose(
     items: Sequence[ImageItem], always_trained: Sequence[ImageItem], wanted: int, seed: int
 ) -> set[int]:
-    """Return indices of about ``wanted`` pictures, whole groups of near duplicates only."""
+    """Return indices of about ``wanted`` images, whole groups of near duplicates only."""
     if wanted < 1:
         return set()
     total = len(items)
@@ -136,18 +134,18 @@ def _choose(
 
 
 def _parted(dataset: Dataset, away: set[int]) -> tuple[Dataset, Dataset]:
-    """Return the dataset without the pictures of those indices, and the dataset of these alone."""
+    """Return the dataset without the images of those indices, and the dataset of these alone."""
     kept = tuple(item for index, item in enumerate(dataset.items) if index not in away)
     taken = tuple(item for index, item in enumerate(dataset.items) if index in away)
     return replace(dataset, items=kept), replace(dataset, items=taken, notes=(), orphans=())
 
 
 def _like_any(training: Sequence[ImageItem], others: Sequence[ImageItem]) -> set[int]:
-    """Return the indices of ``others`` that share a group of near duplicates with a training picture."""
+    """Return the indices of ``others`` that share a group of near duplicates with a training image."""
     first = len(training)
     found: set[int] = set()
     for group in near_duplicates([*training, *others]):
-        if group[0] < first:  # ascending, so the training pictures come first
+        if group[0] < first:  # ascending, so the training images come first
             found.update(index - first for index in group if index >= first)
     return found
 

@@ -1,4 +1,4 @@
-"""Reading pictures: every kind of file becomes upright sRGB, or an error that names it."""
+"""Reading images: every kind of file becomes upright sRGB, or an error that names it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .items import ImageItem, Trait
 from .problems import Problem, Unusable
 
 PIXELS_VERSION = "2"
-"""Part of what identifies encoded pictures: raise it when the same file gives other pixels."""
+"""Part of what identifies encoded images: raise it when the same file gives other pixels."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ _PLUGINS = (
         ((0, b"\xff\x0a"), (4, b"JXL \r\n\x87\n")),
     ),
 )
-PICTURE_ENDINGS = frozenset(
+IMAGE_ENDINGS = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif"}
 ).union(*(plugin.endings for plugin in _PLUGINS))
 # Told to Image.open, so that a file is never handed to a decoder that starts other programs (EPS).
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")
-UNREAD_PICTURE_ENDINGS = frozenset(
+UNREAD_IMAGE_ENDINGS = frozenset(
     {
         ".svg",
         ".psd",
@@ -84,16 +84,16 @@ _PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 _open_lock = threading.Lock()
 
 
-def load_pixels(picture: ImageItem | Path, background: str = "#ffffff") -> Image.Image:
-    """Return a picture as upright sRGB: EXIF rotation applied, transparency laid on ``background``.
+def load_pixels(image: ImageItem | Path, background: str = "#ffffff") -> Image.Image:
+    """Return an image as upright sRGB: EXIF rotation applied, transparency laid on ``background``.
 
-    Palette, greyscale, 16-bit and CMYK pictures are converted, colour profiles are followed; of an
+    Palette, greyscale, 16-bit and CMYK images are converted, colour profiles are followed; of an
     animation the first frame is taken.
 
     Raises:
         DatasetError: when the file cannot be read or decoded.
     """
-    path = picture.path if isinstance(picture, ImageItem) else picture
+    path = image.path if isinstance(image, ImageItem) else image
     try:
         return decode(read_file(path, str(path)), str(path), background)[0]
     except Unusable as error:
@@ -101,7 +101,7 @@ def load_pixels(picture: ImageItem | Path, background: str = "#ffffff") -> Image
 
 
 def load_alpha(path: Path) -> Image.Image | None:
-    """Return how opaque a picture is (mode L, upright), or None where it is opaque everywhere.
+    """Return how opaque an image is (mode L, upright), or None where it is opaque everywhere.
 
     Raises:
         DatasetError: when the file cannot be read or decoded.
@@ -137,7 +137,7 @@ def decode(data: bytes, name: str, background: str) -> tuple[Image.Image, tuple[
     """Return upright sRGB pixels and what was odd about the file.
 
     Raises:
-        Unusable: when it is no picture, is damaged or too large, or needs a package that is not installed.
+        Unusable: when it is no image, is damaged or too large, or needs a package that is not installed.
     """
     image, animated = _opened(data, name)
     try:
@@ -153,7 +153,7 @@ def _unusable(name: str, what: str, fix: str = "replace or delete it") -> Unusab
 
 
 def _opened(data: bytes, name: str) -> tuple[Image.Image, bool]:
-    """Return a picture decoded in its own mode, upright, and whether it is animated."""
+    """Return an image decoded in its own mode, upright, and whether it is animated."""
     if not data:
         raise _unusable(name, "is empty (0 bytes)")
     formats = _formats_for(data, name)
@@ -193,7 +193,7 @@ def _formats_for(data: bytes, name: str) -> tuple[str, ...]:
     for plugin in _PLUGINS:
         if any(data[at : at + len(start)] == start for at, start in plugin.starts):
             if importlib.util.find_spec(plugin.module) is None:
-                what = f"is a {plugin.title} picture, which needs the package {plugin.package}"
+                what = f"is a {plugin.title} image, which needs the package {plugin.package}"
                 raise _unusable(name, what, f"run `pip install {plugin.package}`, or convert it to PNG")
             with _open_lock:
                 module = importlib.import_module(plugin.module)
@@ -206,10 +206,10 @@ def _formats_for(data: bytes, name: str) -> tuple[str, ...]:
 def _unidentified(data: bytes, name: str) -> Unusable:
     if data[4:12] in (b"ftypavif", b"ftypavis"):
         if "AVIF" in Image.OPEN:
-            return _unusable(name, "cannot be decoded (is a damaged or incomplete AVIF picture)")
-        what = "is an AVIF picture that this Pillow cannot read"
+            return _unusable(name, "cannot be decoded (is a damaged or incomplete AVIF image)")
+        what = "is an AVIF image that this Pillow cannot read"
         return _unusable(name, what, "run `pip install 'pillow>=11.3'`, or convert it to PNG")
-    return _unusable(name, "is not a picture of a known format, whatever its ending says")
+    return _unusable(name, "is not an image of a known format, whatever its ending says")
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
@@ -225,7 +225,7 @@ def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
     if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255, which turns a 16-bit picture white.
+        # Pillow's own conversion clips at 255, which turns a 16-bit image white.
         image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
     profile = image.info.get("icc_profile")
     if not image.has_transparency_data:
@@ -243,9 +243,9 @@ def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return an opaque picture as RGB, its colours brought from its own profile to sRGB.
+    """Return an opaque image as RGB, its colours brought from its own profile to sRGB.
 
-    A profile that is damaged or meant for another kind of picture is disregarded, as viewers do.
+    A profile that is damaged or meant for another kind of image is disregarded, as viewers do.
     """
     plain = image if image.mode == "RGB" else image.convert("RGB")
     if not profile or image.mode not in _PROFILE_SPACES:

@@ -1,4 +1,4 @@
-"""What earlier runs learned about picture files, so that a second run need not read them again.
+"""What earlier runs learned about image files, so that a second run need not read them again.
 
 A file is recognised by its path, size, times of modification and change, and inode. An entry is kept
 only when the file had been at rest for a while before it was read: a file system may give two versions
@@ -33,11 +33,11 @@ def state_of(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 
 
-class PictureIndex:
+class ImageIndex:
     """Facts about files on disk, as JSON texts; safe to share between processes.
 
     Every trouble with the index file itself (damage, locks, no permission, full disk) only makes it
-    forget: one warning is given, and the caller reads the pictures as if there were no index.
+    forget: one warning is given, and the caller reads the images as if there were no index.
 
     Args:
         file: the index, made when missing; None for an index that remembers nothing.
@@ -91,7 +91,7 @@ class PictureIndex:
         self._pending.clear()
 
     def _give_up(self, error: sqlite3.Error) -> None:
-        warnings.warn(f"{self._file}: the index of pictures is not used ({error})", stacklevel=3)
+        warnings.warn(f"{self._file}: the index of images is not used ({error})", stacklevel=3)
         if self._connection:
             self._connection.close()
         self._connection = None
@@ -133,7 +133,7 @@ def _connect(file: Path) -> sqlite3.Connection | None:
                 with suppress(OSError):
                     file.unlink()
                 continue
-            warnings.warn(f"{file}: the index of pictures is not used ({error})", stacklevel=3)
+            warnings.warn(f"{file}: the index of images is not used ({error})", stacklevel=3)
             return None
     return None
 

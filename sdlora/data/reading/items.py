@@ -1,4 +1,4 @@
-"""What a folder yields: pictures with their captions, in an order that depends on names only."""
+"""What a folder yields: images with their captions, in an order that depends on names only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class ImageItem:
-    """One picture of a dataset. Height and width in px, after EXIF rotation."""
+    """One image of a dataset. Height and width in px, after EXIF rotation."""
 
     path: Path
     caption: str
@@ -41,50 +41,50 @@ class ImageItem:
     focus: Point | None = None
     """What a crop should keep."""
     weight: float = 1.0
-    """How much the picture counts in the loss."""
+    """How much the image counts in the loss."""
     regularisation: bool = False
     """Shows the class in general; never held out, without trigger word."""
     mask: Path | None = None
-    """Where it is white, the picture is trained on."""
+    """Where it is white, the image is trained on."""
     mask_digest: str = ""
     """SHA-256 of the mask's bytes."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The pictures of a folder in the order of their names, with remarks about what was not taken."""
+    """The images of a folder in the order of their names, with remarks about what was not taken."""
 
     folder: Path
     items: tuple[ImageItem, ...]
     trigger_word: str | None = None
     notes: tuple[str, ...] = ()
     orphans: tuple[str, ...] = ()
-    """Caption files that belong to no picture."""
+    """Caption files that belong to no image."""
 
     @property
     def learned(self) -> tuple[ImageItem, ...]:
-        """The pictures that are to be learned: all but the regularisation pictures."""
+        """The images that are to be learned: all but the regularisation images."""
         return tuple(item for item in self.items if not item.regularisation)
 
     @property
     def num_visits(self) -> int:
-        """Pictures seen in one epoch: the sum of the repeats."""
+        """Images seen in one epoch: the sum of the repeats."""
         return sum(item.repeats for item in self.items)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A folder as it is: the pictures that can be used, and the problems of the others."""
+    """A folder as it is: the images that can be used, and the problems of the others."""
 
     dataset: Dataset
     problems: tuple[Problem, ...]
-    num_pictures: int
-    """Picture files found, usable or not."""
+    num_images: int
+    """Image files found, usable or not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One look at a picture: its index, the epoch, and the how-manieth look of that epoch, all from 0."""
+    """One look at an image: its index, the epoch, and the how-manieth look of that epoch, all from 0."""
 
     index: int
     epoch: int

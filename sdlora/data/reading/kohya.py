@@ -29,27 +29,27 @@ def parse_name(name: str) -> KohyaFolder | None:
     return KohyaFolder(int(match[1]), " ".join(match[2].replace("_", " ").split()))
 
 
-def kohya_folders(pictures: Iterable[str], asked: bool | None) -> Mapping[str, KohyaFolder]:
-    """Return the ``N_words`` folders that pictures lie in, by their names.
+def kohya_folders(images: Iterable[str], asked: bool | None) -> Mapping[str, KohyaFolder]:
+    """Return the ``N_words`` folders that images lie in, by their names.
 
     Args:
-        pictures: names with forward slashes from the folder.
-        asked: whether folders are to be read so; when None, if all pictures lie in such folders.
+        images: names with forward slashes from the folder.
+        asked: whether folders are to be read so; when None, if all images lie in such folders.
     """
     if asked is False:
         return {}
-    tops = {name.partition("/")[0] if "/" in name else "" for name in pictures}
+    tops = {name.partition("/")[0] if "/" in name else "" for name in images}
     found = {top: parse_name(top) for top in sorted(tops)}
     known = {top: folder for top, folder in found.items() if folder is not None}
     return known if asked or len(known) == len(tops) else {}
 
 
-def outside(pictures: Iterable[str], folders: Mapping[str, KohyaFolder]) -> list[Problem]:
-    """Return the pictures that lie in none of the ``N_words`` folders, where these were asked for."""
+def outside(images: Iterable[str], folders: Mapping[str, KohyaFolder]) -> list[Problem]:
+    """Return the images that lie in none of the ``N_words`` folders, where these were asked for."""
     fix = "move it into one (`10_words`), or leave out data.kohya_folders"
     return [
         Problem("name clash", name, "lies in no folder named `N_words`", fix)
-        for name in pictures
+        for name in images
         if name.partition("/")[0] not in folders or "/" not in name
     ]
 
@@ -63,7 +63,7 @@ def notes(root: Path, folders: Mapping[str, KohyaFolder], asked: bool | None) ->
             f"above it, or set data.repeats={own.repeats}"
         ]
     return [
-        f"{name}/: its pictures count {folder.repeats} times, `{folder.words}` is their caption where they "
+        f"{name}/: its images count {folder.repeats} times, `{folder.words}` is their caption where they "
         "have none"
         for name, folder in folders.items()
     ]

@@ -1,4 +1,4 @@
-"""Pictures that show nearly the same: a perceptual hash finds candidates, small thumbnails confirm them.
+"""Images that show nearly the same: a perceptual hash finds candidates, small thumbnails confirm them.
 
 The hash alone joins unrelated drawings on a plain ground; the thumbnails of such pairs hardly correlate,
 while resizing, JPEG and brightening leave the correlation above 0.99. Mirror images count as nearly the
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 NEAR_BITS = 12
 _NEAR_CORRELATION = 0.97
-_NEAR_COLOURS = 4.0  # mean difference of 0..255 between plain pictures that count as one
+_NEAR_COLOURS = 4.0  # mean difference of 0..255 between plain images that count as one
 _PLAIN_SPREAD = 4.0  # variance of a thumbnail's values below which it has no shape to correlate
 _THUMBNAIL_SIDE = 16
-_FIELDS = (36, 32)  # what imagehash reduces to 9x8; from a larger picture that takes longer than decoding
-_ROWS = 256  # pictures compared with all others at once
+_FIELDS = (36, 32)  # what imagehash reduces to 9x8; from a larger image that takes longer than decoding
+_ROWS = 256  # images compared with all others at once
 _PAIRS = 4096  # thumbnails confirmed at once
-_FEW = 128  # pictures, and
+_FEW = 128  # images, and
 _FEW_PAIRS = 64  # pairs of like hashes, up to which numpy's import takes longer than doing without
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """What a picture looks like from afar.
+    """What an image looks like from afar.
 
     ``bits`` is the 64-bit difference hash (whether the lightness rises from each of 9x8 fields to the
     next), ``mirrored`` that of the mirror image, ``thumbnail`` the RGB bytes of a 16x16 reduction.
@@ -47,7 +47,7 @@ class Likeness:
     thumbnail: bytes
 
 
-class Pictured(Protocol):
+class Imaged(Protocol):
     """Anything with a content digest and a likeness, such as an ``ImageItem``."""
 
     @property
@@ -57,8 +57,8 @@ class Pictured(Protocol):
 
 
 def likeness_of(image: Image.Image) -> Likeness:
-    """Return the perceptual hashes and the thumbnail of an RGB picture."""
-    import imagehash  # imports numpy, which a check without pictures does not need
+    """Return the perceptual hashes and the thumbnail of an RGB image."""
+    import imagehash  # imports numpy, which a check without images does not need
     import numpy as np
 
     # Averaging whole blocks first is several times faster than one large resize, and reads every pixel.
@@ -70,8 +70,8 @@ def likeness_of(image: Image.Image) -> Likeness:
     return Likeness(bits, mirrored, thumbnail.tobytes())
 
 
-def near_duplicates(items: Sequence[Pictured]) -> list[tuple[int, ...]]:
-    """Return groups (two or more indices, ascending) of pictures that are equal or nearly so.
+def near_duplicates(items: Sequence[Imaged]) -> list[tuple[int, ...]]:
+    """Return groups (two or more indices, ascending) of images that are equal or nearly so.
 
     Recognises copies that were resized, recompressed, brightened, mirrored or slightly cropped; likeness
     is carried on: if A is like B and B like C, they are one group.
@@ -113,7 +113,7 @@ class _Groups:
 
 
 def _pairs_of_few(likenesses: Sequence[Likeness]) -> list[tuple[int, int]] | None:
-    """Return what :func:`_like_pairs` yields, without numpy; None where too many pictures look alike."""
+    """Return what :func:`_like_pairs` yields, without numpy; None where too many images look alike."""
     thumbnails = [_Thumbnail(one.thumbnail) for one in likenesses]
     found: list[tuple[int, int]] = []
     candidates = 0

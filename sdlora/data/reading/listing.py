@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures and captions, in an order that depends on names only."""
+"""Which files of a folder are images and captions, in an order that depends on names only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ...errors import DatasetError
 from ...run_folder import RunFolder, was_run
 from .captions import CAPTION_ENDINGS
-from .image_files import PICTURE_ENDINGS, UNREAD_PICTURE_ENDINGS
+from .image_files import IMAGE_ENDINGS, UNREAD_IMAGE_ENDINGS
 from .metadata_files import METADATA_NAMES
 from .problems import Problem
 from .sidecars import SIDECAR_ENDING
@@ -32,7 +32,7 @@ class FoundFile:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Folder and stem without case: what a picture and its caption file share on every system."""
+        """Folder and stem without case: what an image and its caption file share on every system."""
         folder, _, base = self.name.rpartition("/")
         return folder, unicodedata.normalize("NFC", base.rpartition(".")[0]).casefold()
 
@@ -41,7 +41,7 @@ class FoundFile:
 class Listing:
     """The files of a folder by their use, and what was not taken."""
 
-    pictures: list[FoundFile]
+    images: list[FoundFile]
     captions: dict[tuple[str, str], list[FoundFile]]
     problems: list[Problem]
     notes: list[str]
@@ -50,18 +50,18 @@ class Listing:
     metadata: list[FoundFile]
     sidecars: dict[tuple[str, str], FoundFile]
 
-    def captions_of(self, picture: FoundFile) -> list[tuple[Path, str]]:
-        """Return path and name of the caption files that share a picture's stem."""
-        return [(file.path, file.name) for file in self.captions.get(picture.key, [])]
+    def captions_of(self, image: FoundFile) -> list[tuple[Path, str]]:
+        """Return path and name of the caption files that share an image's stem."""
+        return [(file.path, file.name) for file in self.captions.get(image.key, [])]
 
     def metadata_files(self) -> list[tuple[Path, str]]:
         """Return path and name of the metadata files."""
         return [(file.path, file.name) for file in self.metadata]
 
     def orphans(self) -> Iterator[str]:
-        """Yield the caption files without a picture; texts about the folder itself do not count."""
-        pictured = {picture.key for picture in self.pictures}
-        for key in sorted(set(self.captions) - pictured):
+        """Yield the caption files without an image; texts about the folder itself do not count."""
+        imaged = {image.key for image in self.images}
+        for key in sorted(set(self.captions) - imaged):
             if key[1] not in _NOT_CAPTIONS:
                 yield from (file.name for file in self.captions[key])
 
@@ -75,9 +75,7 @@ def list_files(root: Path, recursive: bool, left_out: Sequence[Path] = ()) -> Li
     if not root.exists():
         raise DatasetError(f"{root}: no such folder; check the path")
     if not root.is_dir():
-        raise DatasetError(
-            f"{root}: is a file where a folder of pictures is needed; give the folder it is in"
-        )
+        raise DatasetError(f"{root}: is a file where a folder of images is needed; give the folder it is in")
     listing = Listing([], {}, [], [], Counter(), [], [], {})
     unread: Counter[str] = Counter()
     seen: set[str] = set()
@@ -102,7 +100,7 @@ def list_files(root: Path, recursive: bool, left_out: Sequence[Path] = ()) -> Li
         wanted = _folders_to_enter(here, root, folders, listing)
         listing.folders.extend(_relative(here / name, root) for name in wanted)
         folders[:] = wanted if recursive else []
-    listing.pictures.sort(key=lambda file: sort_key(file.name))
+    listing.images.sort(key=lambda file: sort_key(file.name))
     for ending, count in sorted(unread.items()):
         listing.notes.append(f"{count} {ending} file(s) are not read; convert them to PNG to use them")
     return listing
@@ -113,17 +111,17 @@ def _sort_files(listing: Listing, files: Iterable[FoundFile], unread: Counter[st
         ending = file.path.suffix.lower()
         if file.path.name.startswith(".") or _unprintable(file.path, file.name, listing):
             continue
-        if ending in PICTURE_ENDINGS:
-            listing.pictures.append(file)
+        if ending in IMAGE_ENDINGS:
+            listing.images.append(file)
         elif ending in CAPTION_ENDINGS:
             listing.captions.setdefault(file.key, []).append(file)
         elif file.path.name in METADATA_NAMES:
             listing.metadata.append(file)
         elif ending == SIDECAR_ENDING:
             listing.sidecars[file.key] = file
-        if ending not in PICTURE_ENDINGS:
+        if ending not in IMAGE_ENDINGS:
             listing.others[ending or "files without ending"] += 1
-        if ending in UNREAD_PICTURE_ENDINGS:
+        if ending in UNREAD_IMAGE_ENDINGS:
             unread[ending] += 1
 
 
@@ -160,26 +158,26 @@ def _unprintable(path: Path, name: str, listing: Listing) -> bool:
     return False
 
 
-def no_pictures(folder: Path, listing: Listing, recursive: bool) -> str:
+def no_images(folder: Path, listing: Listing, recursive: bool) -> str:
     """Return why a folder yields nothing, and what to do."""
     for name in () if recursive else listing.folders:
-        if any(path.suffix.lower() in PICTURE_ENDINGS for path in (folder / name).rglob("*")):
+        if any(path.suffix.lower() in IMAGE_ENDINGS for path in (folder / name).rglob("*")):
             return (
-                f"{folder}: holds no pictures itself, but the folder `{name}` in it does; "
+                f"{folder}: holds no images itself, but the folder `{name}` in it does; "
                 "set data.recursive=true or give that folder"
             )
     held = [f"{count} {ending}" for ending, count in sorted(listing.others.items())]
     held += [f"{len(listing.folders)} folder(s)"] if listing.folders else []
-    endings = ", ".join(sorted(ending.lstrip(".") for ending in PICTURE_ENDINGS))
-    what = f"holds no pictures, only {', '.join(held)}" if held else "is empty"
-    return "; ".join([f"{folder}: {what}", *listing.notes, f"put pictures there ({endings})"])
+    endings = ", ".join(sorted(ending.lstrip(".") for ending in IMAGE_ENDINGS))
+    what = f"holds no images, only {', '.join(held)}" if held else "is empty"
+    return "; ".join([f"{folder}: {what}", *listing.notes, f"put images there ({endings})"])
 
 
 def clashes(listing: Listing) -> list[Problem]:
-    """Return pictures that differ in their ending only: they would share a caption."""
+    """Return images that differ in their ending only: they would share a caption."""
     by_key: dict[tuple[str, str], list[str]] = {}
-    for picture in listing.pictures:
-        by_key.setdefault(picture.key, []).append(picture.name)
+    for image in listing.images:
+        by_key.setdefault(image.key, []).append(image.name)
     what, fix = "have one stem and would share a caption", "rename one of them"
     return [
         Problem("name clash", " and ".join(names), what, fix) for names in by_key.values() if len(names) > 1

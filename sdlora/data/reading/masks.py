@@ -1,4 +1,4 @@
-"""Which part of a picture is trained on: a mask of the same name in another folder, or transparency.
+"""Which part of an image is trained on: a mask of the same name in another folder, or transparency.
 
 White (or opaque) is trained, black is not, grey counts in between.
 """
@@ -24,9 +24,9 @@ _MAX_ASPECT_DIFFERENCE = 0.02
 
 
 def with_masks(items: Sequence[ImageItem], folder: Path) -> tuple[list[ImageItem], list[Problem], list[str]]:
-    """Return the pictures with their masks, what is wrong with masks, and notes.
+    """Return the images with their masks, what is wrong with masks, and notes.
 
-    A mask has its picture's name in its picture's place inside ``folder``, with any ending. Pictures
+    A mask has its image's name in its image's place inside ``folder``, with any ending. Images
     without one are trained as a whole; a note says how many.
 
     Raises:
@@ -34,9 +34,9 @@ def with_masks(items: Sequence[ImageItem], folder: Path) -> tuple[list[ImageItem
     """
     found: dict[tuple[str, str], FoundFile] = {}
     problems: list[Problem] = []
-    for file in list_files(folder, recursive=True).pictures:
+    for file in list_files(folder, recursive=True).images:
         if file.key in found:
-            what = f"{found[file.key].name} and {file.name} are masks of one picture"
+            what = f"{found[file.key].name} and {file.name} are masks of one image"
             problems.append(Problem("bad mask", str(folder), what, "delete one of them"))
         found[file.key] = file
     own = [found.pop(FoundFile(item.path, item.name).key, None) for item in items]
@@ -45,13 +45,13 @@ def with_masks(items: Sequence[ImageItem], folder: Path) -> tuple[list[ImageItem
     problems += [result for result in checked if isinstance(result, Problem)]
     masked = [result for result in checked if not isinstance(result, Problem)]
     bare = sum(mask is None for mask in own)
-    notes = [f"{folder}: {bare} of {len(items)} pictures have no mask and are trained whole"] if bare else []
+    notes = [f"{folder}: {bare} of {len(items)} images have no mask and are trained whole"] if bare else []
     if found:
         first = min(file.name for file in found.values())
-        notes.append(f"{folder}: {len(found)} masks belong to no picture (first: {first})")
+        notes.append(f"{folder}: {len(found)} masks belong to no image (first: {first})")
     if bare == len(items) and items:
-        fix = "name each mask as its picture"
-        problems.append(Problem("bad mask", str(folder), "holds no mask of any of the pictures", fix))
+        fix = "name each mask as its image"
+        problems.append(Problem("bad mask", str(folder), "holds no mask of any of the images", fix))
     return masked, problems, notes
 
 
@@ -64,18 +64,18 @@ def _check(item: ImageItem, mask: FoundFile | None) -> ImageItem | Problem:
     except Unusable as error:
         return replace(error.problem, kind="bad mask")
     if abs(image.width * item.height / (image.height * item.width) - 1) > _MAX_ASPECT_DIFFERENCE:
-        what = f"has {image.width}x{image.height} px, but its picture {item.width}x{item.height}"
-        return Problem("bad mask", str(mask.path), what, "make it as large as its picture")
+        what = f"has {image.width}x{image.height} px, but its image {item.width}x{item.height}"
+        return Problem("bad mask", str(mask.path), what, "make it as large as its image")
     if image.convert("L").getextrema() == (0, 0):
         return Problem("bad mask", str(mask.path), "is all black: nothing would be trained", "paint it white")
     return replace(item, mask=mask.path, mask_digest=hashlib.sha256(data).hexdigest())
 
 
 def load_mask(item: ImageItem, *, alpha: bool) -> Image.Image | None:
-    """Return a picture's mask (mode L, as large as the picture), or None where all of it is trained.
+    """Return an image's mask (mode L, as large as the image), or None where all of it is trained.
 
     Args:
-        item: the picture.
+        item: the image.
         alpha: take its transparency; else the file in :attr:`ImageItem.mask`.
 
     Raises:
@@ -92,7 +92,7 @@ def load_mask(item: ImageItem, *, alpha: bool) -> Image.Image | None:
 
 
 def refuse_empty(item: ImageItem, share: float) -> None:
-    """Check that something of a picture is trained.
+    """Check that something of an image is trained.
 
     Raises:
         DatasetError: if the share of it that the mask lets through is 0.
@@ -100,6 +100,6 @@ def refuse_empty(item: ImageItem, share: float) -> None:
     if share <= 0:
         what = "its mask" if item.mask is not None else "it is transparent where it is kept: its mask"
         raise DatasetError(
-            f"{item.path}: {what} lets nothing through in the part of the picture that is kept; "
+            f"{item.path}: {what} lets nothing through in the part of the image that is kept; "
             "mend the mask, or say with a `focus` which part to keep"
         )

@@ -1,8 +1,8 @@
-"""What each picture file holds, found out by decoding it in full, on all cores, once for each content.
+"""What each image file holds, found out by decoding it in full, on all cores, once for each content.
 
 A truncated file has a perfect header, so only decoding tells. Pillow, hashing and numpy work without
 Python's lock, so threads use all cores. What was found is remembered in the index; memory holds one
-decoded picture a thread, however many files there are.
+decoded image a thread, however many files there are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import PIL
 
 from .image_files import PIXELS_VERSION, decode, read_file
-from .index import PictureIndex
+from .index import ImageIndex
 from .items import Trait
 from .likeness import Likeness, likeness_of
 from .listing import FoundFile
@@ -29,7 +29,7 @@ from .problems import Problem, Unusable
 from .sharpness import Detail, detail_of
 
 Progress = Callable[[int, int], None]
-"""Called with (pictures done, pictures in all) while a folder is read."""
+"""Called with (images done, images in all) while a folder is read."""
 
 # Raise it when what is measured, or what decoding accepts, changes; another Pillow may decode otherwise.
 _FACTS = "2"
@@ -38,7 +38,7 @@ _AHEAD = 4  # files a thread has waiting for it
 
 @dataclass(frozen=True)
 class Measured:
-    """A picture's facts: size in px after EXIF rotation, digest of the bytes, looks."""
+    """An image's facts: size in px after EXIF rotation, digest of the bytes, looks."""
 
     height: int
     width: int
@@ -54,7 +54,7 @@ def measure_all(
     """Return what each file holds, or why it cannot be used, in the order of ``files``.
 
     Args:
-        files: pictures to read.
+        files: images to read.
         progress: told after each file.
         index_file: remembers facts between runs; None to read everything.
     """
@@ -63,7 +63,7 @@ def measure_all(
     version = f"{_FACTS} {PIXELS_VERSION} Pillow {PIL.__version__}"
     with (
         warnings.catch_warnings(),
-        PictureIndex(index_file, version) as index,
+        ImageIndex(index_file, version) as index,
         ThreadPoolExecutor(workers) as pool,
     ):
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd EXIF and TIFF tags
@@ -80,7 +80,7 @@ def measure_all(
 
 
 def _started(
-    files: Sequence[FoundFile], index: PictureIndex, pool: ThreadPoolExecutor
+    files: Sequence[FoundFile], index: ImageIndex, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[FoundFile, os.stat_result | None, Future[Measured | Problem] | Measured]]:
     """Yield each file with its state before it is read, and its facts or their being found out."""
     for file in files:

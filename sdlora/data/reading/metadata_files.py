@@ -1,6 +1,6 @@
 """Captions from ``metadata.jsonl`` and ``metadata.csv``, as Hugging Face image folders have them.
 
-Each line names a picture relative to the metadata file (column ``file_name``) and says what it shows.
+Each line names an image relative to the metadata file (column ``file_name``) and says what it shows.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ _FIX = "mend that line"
 
 @dataclass(frozen=True)
 class MetadataCaptions:
-    """What metadata files say: picture -> the lines of its caption, with problems and notes."""
+    """What metadata files say: image -> the lines of its caption, with problems and notes."""
 
     captions: Mapping[str, tuple[tuple[str, ...], str]]
-    """Picture's name (see :func:`name_key`) -> (lines of its caption, where that stands)."""
+    """Image's name (see :func:`name_key`) -> (lines of its caption, where that stands)."""
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
 
 
 def name_key(name: str) -> str:
-    """Return a picture's name in the one spelling that file systems may give it."""
+    """Return an image's name in the one spelling that file systems may give it."""
     return unicodedata.normalize("NFC", name)
 
 
 def read_metadata(
-    files: Sequence[tuple[Path, str]], pictures: Sequence[str], column: str | None
+    files: Sequence[tuple[Path, str]], images: Sequence[str], column: str | None
 ) -> MetadataCaptions:
     """Read the metadata files of a folder.
 
     Args:
         files: their paths, and their names from the folder with forward slashes.
-        pictures: names of the pictures of the folder.
+        images: names of the images of the folder.
         column: which column holds the caption; the first known one when None.
     """
-    known = {name_key(name) for name in pictures}
+    known = {name_key(name) for name in images}
     captions: dict[str, tuple[tuple[str, ...], str]] = {}
     problems: list[Problem] = []
     notes: list[str] = []
@@ -60,21 +60,21 @@ def read_metadata(
             if isinstance(row, Problem):
                 problems.append(row)
                 continue
-            picture, lines, where = row
-            key = picture_key(name, picture)
+            image, lines, where = row
+            key = image_key(name, image)
             if key not in known:
-                lost.append(picture)
+                lost.append(image)
             elif key in captions and captions[key] != (lines, where):
-                what = f"names {picture} again, after {captions[key][1]}"
+                what = f"names {image} again, after {captions[key][1]}"
                 problems.append(Problem("bad caption", where, what, "delete one of the lines"))
             else:
                 found += 1
                 captions[key] = lines, where
         if lost and not found and not any(problem.where.startswith(name) for problem in problems):
-            what = f"names no picture of this folder (first: {lost[0]})"
-            problems.append(Problem("bad caption", name, what, "put it beside its pictures, or delete it"))
+            what = f"names no image of this folder (first: {lost[0]})"
+            problems.append(Problem("bad caption", name, what, "put it beside its images, or delete it"))
         elif lost:
-            notes.append(f"{name}: names {len(lost)} pictures that are not there (first: {lost[0]})")
+            notes.append(f"{name}: names {len(lost)} images that are not there (first: {lost[0]})")
     return MetadataCaptions(captions, tuple(problems), tuple(notes))
 
 
@@ -107,8 +107,8 @@ def read_row(
     """Return the file name and the lines of the caption of one line, or what is wrong with it."""
     if isinstance(values, str):
         return Problem("bad caption", where, values, _FIX)
-    picture = values.get("file_name")
-    if not isinstance(picture, str) or not picture.strip():
+    image = values.get("file_name")
+    if not isinstance(image, str) or not image.strip():
         return Problem("bad caption", where, "has no `file_name`", "add the column `file_name`")
     wanted = column or next((one for one in _CAPTION_COLUMNS if one in values), None)
     if wanted is None or wanted not in values:
@@ -118,17 +118,17 @@ def read_row(
     lines = _lines(values[wanted])
     if lines is None:
         return Problem("bad caption", where, f"has no text in `{wanted}`", "write the caption as a string")
-    return picture.strip().replace("\\", "/"), lines
+    return image.strip().replace("\\", "/"), lines
 
 
-def picture_key(metadata: str, picture: str) -> str:
-    """Return the :func:`name_key` of a picture as a metadata file names it.
+def image_key(metadata: str, image: str) -> str:
+    """Return the :func:`name_key` of an image as a metadata file names it.
 
     Args:
         metadata: name of the metadata file from the folder, with forward slashes.
-        picture: as it stands in the file, relative to it.
+        image: as it stands in the file, relative to it.
     """
-    return name_key(posixpath.normpath(posixpath.join(posixpath.dirname(metadata), picture)))
+    return name_key(posixpath.normpath(posixpath.join(posixpath.dirname(metadata), image)))
 
 
 def _lines(value: Any) -> tuple[str, ...] | None:

@@ -29,7 +29,7 @@ class Problem:
 
 
 def is_cut_short(problem: Problem) -> bool:
-    """Return whether a picture was being decoded well until its file ended."""
+    """Return whether an image was being decoded well until its file ended."""
     return problem.kind == "undecodable" and _CUT_SHORT.search(problem.what) is not None
 
 

@@ -1,4 +1,4 @@
-"""How much fine detail a picture has at each size, for telling blurred pictures from sharp ones.
+"""How much fine detail an image has at each size, for telling blurred images from sharp ones.
 
 The variance of the Laplacian by itself says more about the motif than about the focus: a plain sky is
 sharp and has none. Its ratio between a size and half that size does not depend on how many edges there
@@ -26,7 +26,7 @@ Detail = tuple[tuple[int, float], ...]
 
 BLURRED = 0.14
 _LARGEST, _SMALLEST = 1024, 16
-_FAINT = 6.0  # variance below which there is nothing in the picture that could be sharp
+_FAINT = 6.0  # variance below which there is nothing in the image that could be sharp
 # Variance that rounding to whole values adds: 20/12 in grey, up to 2.4 where three colours were rounded too.
 # Unless it is taken off, a blur so strong that little else is left looks sharp.
 _ROUNDING = 2.0
@@ -34,7 +34,7 @@ _STRIP = 64  # rows worked on at once
 
 
 def detail_of(image: Image.Image) -> Detail:
-    """Return the detail of a picture at its own size (at most about 1024 px) and at halves of it."""
+    """Return the detail of an image at its own size (at most about 1024 px) and at halves of it."""
     import numpy as np
 
     factor = math.ceil(min(image.size) / _LARGEST)
@@ -47,11 +47,11 @@ def detail_of(image: Image.Image) -> Detail:
 
 
 def focus(detail: Detail, shorter_side: int) -> float | None:
-    """Return how sharp a picture is when its shorter side is resized to so many px.
+    """Return how sharp an image is when its shorter side is resized to so many px.
 
     Below :data:`BLURRED` it is blurred by more than a pixel. Where half the size shows hardly any detail
     either, the first smaller size that does is compared with, step by step. None where it cannot be
-    told: the picture is tiny, or has hardly any detail at any size.
+    told: the image is tiny, or has hardly any detail at any size.
     """
     if len(detail) < 2:
         return None

@@ -1,6 +1,6 @@
-"""The JSON file beside a picture that says where its subject is: ``{"focus": [x, y]}``.
+"""The JSON file beside an image that says where its subject is: ``{"focus": [x, y]}``.
 
-x goes from 0 (left) to 1 (right), y from 0 (top) to 1 (bottom), in the upright picture. JSON files of
+x goes from 0 (left) to 1 (right), y from 0 (top) to 1 (bottom), in the upright image. JSON files of
 other programs, which have no ``focus``, are left alone.
 """
 

@@ -15,13 +15,13 @@ from .problems import listed
 
 
 def gather(data: DataConfig, progress: Progress | None = None) -> Dataset:
-    """Return the pictures of ``data.folder`` and ``data.sources``, in this order.
+    """Return the images of ``data.folder`` and ``data.sources``, in this order.
 
-    With several folders, a picture's name begins with its folder's. Regularisation pictures without
-    repeats of their own are repeated until they are about as many as the pictures to be learned.
+    With several folders, an image's name begins with its folder's. Regularisation images without
+    repeats of their own are repeated until they are about as many as the images to be learned.
 
     Raises:
-        DatasetError: when no folder is given, one is missing or empty, or any picture or caption cannot
+        DatasetError: when no folder is given, one is missing or empty, or any image or caption cannot
             be used.
     """
     read = _read_all(data, progress)
@@ -32,7 +32,7 @@ def gather(data: DataConfig, progress: Progress | None = None) -> Dataset:
 
 
 def survey_all(data: DataConfig, progress: Progress | None = None) -> Survey:
-    """Return the usable pictures of all folders and the problems of the rest, as :func:`gather` reads them.
+    """Return the usable images of all folders and the problems of the rest, as :func:`gather` reads them.
 
     Raises:
         DatasetError: when no folder is given, or one is missing or empty.
@@ -43,13 +43,13 @@ def survey_all(data: DataConfig, progress: Progress | None = None) -> Survey:
         for source, found in read
         for problem in found.problems
     ]
-    return Survey(_together(data, read), tuple(problems), sum(found.num_pictures for _, found in read))
+    return Survey(_together(data, read), tuple(problems), sum(found.num_images for _, found in read))
 
 
 def _read_all(data: DataConfig, progress: Progress | None) -> list[tuple[SourceConfig, Survey]]:
     sources = _all_sources(data)
     if not sources:
-        raise DatasetError("no folder of pictures given: sdlora train FOLDER, or data.folder in the settings")
+        raise DatasetError("no folder of images given: sdlora train FOLDER, or data.folder in the settings")
     return [
         (
             source,
@@ -72,7 +72,7 @@ def _together(data: DataConfig, read: Sequence[tuple[SourceConfig, Survey]]) -> 
     parts, notes = _balanced(sources, parts)
     items = tuple(item for part in parts for item in part.items)
     if all(source.regularisation for source in sources):
-        raise DatasetError("data.sources: there are only regularisation pictures; add pictures to be learned")
+        raise DatasetError("data.sources: there are only regularisation images; add images to be learned")
     notes += _shared(items)
     return Dataset(
         Path(found[0].folder),
@@ -84,10 +84,10 @@ def _together(data: DataConfig, read: Sequence[tuple[SourceConfig, Survey]]) -> 
 
 
 def gather_held_out(data: DataConfig) -> Dataset | None:
-    """Return the pictures of ``data.validation`` where it is a folder, read as ``data.folder`` is.
+    """Return the images of ``data.validation`` where it is a folder, read as ``data.folder`` is.
 
     Raises:
-        DatasetError: when the folder is missing or empty, or any picture or caption cannot be used.
+        DatasetError: when the folder is missing or empty, or any image or caption cannot be used.
     """
     found = survey_held_out(data)
     if found is None:
@@ -98,7 +98,7 @@ def gather_held_out(data: DataConfig) -> Dataset | None:
 
 
 def survey_held_out(data: DataConfig, progress: Progress | None = None) -> Survey | None:
-    """Return the usable pictures of ``data.validation`` and the problems of the rest, where it is a folder.
+    """Return the usable images of ``data.validation`` and the problems of the rest, where it is a folder.
 
     Raises:
         DatasetError: when the folder is missing or empty.
@@ -115,13 +115,13 @@ def survey_held_out(data: DataConfig, progress: Progress | None = None) -> Surve
 
 
 def by_role(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """Return (pictures to be learned, regularisation pictures); remarks stay with the first."""
+    """Return (images to be learned, regularisation images); remarks stay with the first."""
     priors = tuple(item for item in dataset.items if item.regularisation)
     return replace(dataset, items=dataset.learned), replace(dataset, items=priors, notes=(), orphans=())
 
 
 def joined(learned: Dataset, priors: Dataset) -> Dataset:
-    """Return both again, regularisation pictures last."""
+    """Return both again, regularisation images last."""
     return replace(learned, items=learned.items + priors.items)
 
 
@@ -165,7 +165,7 @@ def _named(parts: Sequence[Dataset]) -> list[Dataset]:
 
 
 def _balanced(sources: Sequence[SourceConfig], parts: Sequence[Dataset]) -> tuple[list[Dataset], list[str]]:
-    """Return the parts with the repeats that regularisation pictures were left open with."""
+    """Return the parts with the repeats that regularisation images were left open with."""
     wanted = sum(
         part.num_visits for source, part in zip(sources, parts, strict=True) if not source.regularisation
     )
@@ -177,8 +177,8 @@ def _balanced(sources: Sequence[SourceConfig], parts: Sequence[Dataset]) -> tupl
             items = tuple(replace(item, repeats=item.repeats * times) for item in part.items)
             balanced.append(replace(part, items=items))
             notes.append(
-                f"{source.folder}: each regularisation picture counts {times} times, to be about as many as "
-                f"the {wanted} looks at pictures to be learned"
+                f"{source.folder}: each regularisation image counts {times} times, to be about as many as "
+                f"the {wanted} looks at images to be learned"
             )
         else:
             balanced.append(part)

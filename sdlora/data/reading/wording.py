@@ -1,6 +1,6 @@
 """What a caption says at one visit: lines, wildcards, shuffled and left-out tags, prefix, trigger word.
 
-Everything is a function of (seed, epoch, picture, repeat); only ``Random.random`` is used, whose numbers
+Everything is a function of (seed, epoch, image, repeat); only ``Random.random`` is used, whose numbers
 are the same in every Python version. The order of the rules: one line of several; wildcards; the head
 and tail marked by ``|||``; shuffling and leaving out of the tags between; ``;;;`` becomes a separator;
 prefix and suffix; the trigger word, in front wherever it is missing.
@@ -65,8 +65,8 @@ class Wording:
         if self.one_line and item.lines:
             # in turn, so that each line is seen as often as the others
             start = int(random.Random(f"{seed}/line/{visit.index}").random() * len(item.lines))
-            looks = visit.epoch * item.repeats + visit.repeat
-            text = item.lines[(start + looks) % len(item.lines)]
+            visits = visit.epoch * item.repeats + visit.repeat
+            text = item.lines[(start + visits) % len(item.lines)]
         else:
             text = " ".join(item.lines)
         text = _choose(text, draw) if self.wildcards else text

@@ -135,7 +135,7 @@ def test_resizing_the_source_box_gives_what_resizing_and_cropping_gives() -> Non
 
 @given(layouts, sides, sides)
 @settings(max_examples=100, deadline=None)
-def test_the_source_box_lies_inside_the_picture(layout: tuple[int, int], height: int, width: int) -> None:
+def test_the_source_box_lies_inside_the_image(layout: tuple[int, int], height: int, width: int) -> None:
     left, top, right, bottom = source_box(height, width, place(height, width, make_buckets(*layout)))
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
@@ -160,7 +160,7 @@ def alone(height: int, width: int, resolution: int = 1024, multiple: int = 64) -
 
 
 @pytest.mark.parametrize(
-    ("picture", "bucket"),
+    ("image", "bucket"),
     [
         ((1023, 1023), (1024, 1024)),
         ((980, 980), (1024, 1024)),
@@ -175,15 +175,15 @@ def alone(height: int, width: int, resolution: int = 1024, multiple: int = 64) -
         ((20, 30), (64, 64)),
     ],
 )
-def test_small_pictures_keep_their_own_size_to_the_nearest_multiple(
-    picture: tuple[int, int], bucket: tuple[int, int]
+def test_small_images_keep_their_own_size_to_the_nearest_multiple(
+    image: tuple[int, int], bucket: tuple[int, int]
 ) -> None:
-    assert alone(*picture).bucket == bucket
+    assert alone(*image).bucket == bucket
 
 
 @given(layouts, sides, sides)
 @settings(max_examples=150, deadline=None)
-def test_nothing_is_enlarged_noticeably_and_large_pictures_go_where_they_would(
+def test_nothing_is_enlarged_noticeably_and_large_images_go_where_they_would(
     layout: tuple[int, int], height: int, width: int
 ) -> None:
     resolution, multiple = layout
@@ -209,7 +209,7 @@ def test_nothing_is_enlarged_noticeably_and_large_pictures_go_where_they_would(
 # --- the point of interest
 
 
-def test_a_crop_is_centred_on_the_focus_as_far_as_the_picture_reaches() -> None:
+def test_a_crop_is_centred_on_the_focus_as_far_as_the_image_reaches() -> None:
     square = [(512, 512)]
     assert place(1000, 2000, square).crop == (0, 256)
     assert place(1000, 2000, square, (0.5, 0.5)).crop == (0, 256)

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from sdlora.data.batching.buckets import Placement, make_buckets, place
 from sdlora.data.batching.cache import EncodedDataset, to_pixels
-from sdlora.data.batching.views import Looks
+from sdlora.data.batching.views import AugmentationViews
 from sdlora.data.reading.folder import Dataset, scan
 from sdlora.errors import DatasetError
 from sdlora.families.loading import load_model
@@ -30,12 +30,12 @@ def model(tiny_base: Path) -> StableDiffusion1:
 def encoded(dataset: Dataset, model: StableDiffusion1, folder: Path, **options: object) -> EncodedDataset:
     buckets = make_buckets(32, model.size_multiple)
     placements = [place(item.height, item.width, buckets) for item in dataset.items]
-    looks = Looks(tuple(placements), dataset.items, flip=bool(options.pop("flip", False)))
-    return EncodedDataset(dataset.items, looks, model, folder, **options)  # type: ignore[arg-type]
+    views = AugmentationViews(tuple(placements), dataset.items, flip=bool(options.pop("flip", False)))
+    return EncodedDataset(dataset.items, views, model, folder, **options)  # type: ignore[arg-type]
 
 
 def replaced(data: EncodedDataset, *placements: Placement) -> None:
-    data.looks = replace(data.looks, placements=placements)
+    data.views = replace(data.views, placements=placements)
 
 
 def entries(folder: Path, kind: str) -> dict[Path, int]:
@@ -44,12 +44,12 @@ def entries(folder: Path, kind: str) -> dict[Path, int]:
 
 
 def test_everything_is_encoded_once_and_found_again(
-    model: StableDiffusion1, picture_folder: Make, tmp_path: Path
+    model: StableDiffusion1, image_folder: Make, tmp_path: Path
 ) -> None:
-    dataset, cache, told = scan(picture_folder()), tmp_path / "cache", []
+    dataset, cache, told = scan(image_folder()), tmp_path / "cache", []
     data = encoded(dataset, model, cache)
     data.encode_all(lambda done, total: told.append((done, total)))
-    assert told == [(n, 13) for n in range(1, 14)]  # six pictures, six captions, the empty caption
+    assert told == [(n, 13) for n in range(1, 14)]  # six images, six captions, the empty caption
     first = entries(cache, "images") | entries(cache, "captions")
     assert len(first) == 13
     again = encoded(dataset, model, cache)
@@ -60,9 +60,9 @@ def test_everything_is_encoded_once_and_found_again(
 
 
 def test_what_is_kept_is_the_posterior_and_each_draw_is_fresh(
-    model: StableDiffusion1, picture_folder: Make, tmp_path: Path
+    model: StableDiffusion1, image_folder: Make, tmp_path: Path
 ) -> None:
-    dataset = scan(picture_folder(1))
+    dataset = scan(image_folder(1))
     data = encoded(dataset, model, tmp_path)
     posterior = data.image(0).posterior
     pixels = to_pixels(Image.open(dataset.items[0].path).convert("RGB"), data.placements[0], mirror=False)
@@ -74,19 +74,17 @@ def test_what_is_kept_is_the_posterior_and_each_draw_is_fresh(
     assert not torch.equal(draws[0], draws[2])
 
 
-@pytest.mark.parametrize(
-    "change", ["picture", "caption", "geometry", "background", "encoder", "quantisation"]
-)
+@pytest.mark.parametrize("change", ["image", "caption", "geometry", "background", "encoder", "quantisation"])
 def test_any_change_is_noticed(
-    model: StableDiffusion1, tiny_base: Path, picture_folder: Make, tmp_path: Path, change: str
+    model: StableDiffusion1, tiny_base: Path, image_folder: Make, tmp_path: Path, change: str
 ) -> None:
-    folder, cache = picture_folder(1), tmp_path / "cache"
+    folder, cache = image_folder(1), tmp_path / "cache"
     dataset = scan(folder)
     encoded(dataset, model, cache).encode_all()
     before = entries(cache, "images") | entries(cache, "captions")
     options: dict[str, object] = {}
     used = model
-    if change == "picture":
+    if change == "image":
         image = Image.open(folder / "thing00.png")
         ImageOps.invert(image).save(folder / "thing00.png")
         dataset = scan(folder)
@@ -111,22 +109,22 @@ def test_any_change_is_noticed(
     assert set(before) < set(after)
 
 
-def test_mirrored_pictures_are_encoded_as_mirrored(
-    model: StableDiffusion1, picture_folder: Make, tmp_path: Path
+def test_mirrored_images_are_encoded_as_mirrored(
+    model: StableDiffusion1, image_folder: Make, tmp_path: Path
 ) -> None:
-    dataset = scan(picture_folder(2))
+    dataset = scan(image_folder(2))
     data = encoded(dataset, model, tmp_path, flip=True)
     image = Image.open(dataset.items[1].path).convert("RGB")
-    mirrored = data.image(1, data.looks.plain(1, mirror=True))
+    mirrored = data.image(1, data.views.plain(1, mirror=True))
     pixels = to_pixels(ImageOps.mirror(image), data.placements[1], mirror=False)
     assert torch.equal(mirrored.posterior.mean, model.vae.encode(pixels).latent_dist.mean)
     assert not torch.equal(mirrored.posterior.mean, data.image(1).posterior.mean)
 
 
 def test_a_damaged_entry_is_encoded_again(
-    model: StableDiffusion1, picture_folder: Make, tmp_path: Path
+    model: StableDiffusion1, image_folder: Make, tmp_path: Path
 ) -> None:
-    dataset = scan(picture_folder(1))
+    dataset = scan(image_folder(1))
     wanted = encoded(dataset, model, tmp_path).image(0).posterior.mean
     entry = next(iter(entries(tmp_path, "images")))
     entry.write_bytes(entry.read_bytes()[:50])
@@ -134,10 +132,10 @@ def test_a_damaged_entry_is_encoded_again(
 
 
 def test_an_entry_full_of_zeros_is_encoded_again(
-    model: StableDiffusion1, picture_folder: Make, tmp_path: Path
+    model: StableDiffusion1, image_folder: Make, tmp_path: Path
 ) -> None:
     """What a lost power supply can leave: the right length, the right header, no data."""
-    dataset = scan(picture_folder(1))
+    dataset = scan(image_folder(1))
     wanted = encoded(dataset, model, tmp_path).image(0).posterior.mean
     entry = next(iter(entries(tmp_path, "images")))
     data = entry.read_bytes()
@@ -148,14 +146,14 @@ def test_an_entry_full_of_zeros_is_encoded_again(
 
 @pytest.mark.parametrize("part", ["vae.quant_conv", "text_encoder"])
 def test_encodings_that_are_not_finite_are_named_and_not_kept(
-    tiny_base: Path, picture_folder: Make, tmp_path: Path, part: str
+    tiny_base: Path, image_folder: Make, tmp_path: Path, part: str
 ) -> None:
     broken = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
         module = broken.vae.quant_conv if part == "vae.quant_conv" else broken.components()["text_encoder"]
         for values in module.parameters():
             values.fill_(float("nan"))
-    dataset = scan(picture_folder(1))
+    dataset = scan(image_folder(1))
     data = encoded(dataset, broken, tmp_path / "cache")
     words = {"vae.quant_conv": r"thing00\.png: its latents", "text_encoder": "caption `.*`: its encoding"}
     with pytest.raises(DatasetError, match=rf"{words[part]} (is|are) not finite"):
@@ -173,7 +171,7 @@ def test_crop_and_resize_are_cut_where_the_placement_says() -> None:
     assert values.tolist() == list(range(30, 70))
 
 
-def test_an_extremely_long_picture_needs_little_memory() -> None:
+def test_an_extremely_long_image_needs_little_memory() -> None:
     long = Image.new("RGB", (30000, 2), (200, 10, 10))
     placement = place(2, 30000, [(64, 64)])
     assert placement.resized[1] > 500_000
@@ -182,9 +180,9 @@ def test_an_extremely_long_picture_needs_little_memory() -> None:
 
 
 def test_size_hints_hold_the_original_size_and_the_true_crop(
-    model: StableDiffusion1, picture_folder: Make, tmp_path: Path
+    model: StableDiffusion1, image_folder: Make, tmp_path: Path
 ) -> None:
-    dataset = scan(picture_folder(2))
+    dataset = scan(image_folder(2))
     data = encoded(dataset, model, tmp_path, flip=True)
     item, placement = dataset.items[1], data.placements[1]
     size = data.image(1).size
@@ -196,4 +194,4 @@ def test_size_hints_hold_the_original_size_and_the_true_crop(
     wider = placement.bucket[1] + 6
     moved = replace(placement, resized=(placement.resized[0], wider), crop=(0, 2))
     replaced(data, data.placements[0], moved)
-    assert data.image(1, data.looks.plain(1, mirror=True)).size.crop == (0, 4)
+    assert data.image(1, data.views.plain(1, mirror=True)).size.crop == (0, 4)

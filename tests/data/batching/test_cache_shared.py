@@ -18,7 +18,7 @@ from sdlora.data.batching import entries
 from sdlora.data.batching.buckets import make_buckets, place
 from sdlora.data.batching.cache import EncodedDataset
 from sdlora.data.batching.entries import read_entry
-from sdlora.data.batching.views import Looks
+from sdlora.data.batching.views import AugmentationViews
 from sdlora.data.reading.cache_folder import CacheEntry, choose_entries, list_entries, remove_entries
 from sdlora.data.reading.folder import Dataset, scan
 from sdlora.errors import OutputError
@@ -38,7 +38,9 @@ def model(tiny_base: Path) -> StableDiffusion1:
 def encoded(dataset: Dataset, model: StableDiffusion1, folder: Path) -> EncodedDataset:
     buckets = make_buckets(32, model.size_multiple)
     placements = [place(item.height, item.width, buckets) for item in dataset.items]
-    return EncodedDataset(dataset.items, Looks(tuple(placements), dataset.items, flip=True), model, folder)
+    return EncodedDataset(
+        dataset.items, AugmentationViews(tuple(placements), dataset.items, flip=True), model, folder
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -70,11 +72,11 @@ def in_process(work: Callable[[], None]) -> multiprocessing.process.BaseProcess:
 def reference(
     model: StableDiffusion1, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Dataset, dict[str, bytes]]:
-    """Twelve pictures, and what a cache of them holds when nothing goes wrong."""
+    """Twelve images, and what a cache of them holds when nothing goes wrong."""
     from drawings import folder_of
 
     root = tmp_path_factory.mktemp("shared")
-    dataset = scan(folder_of(root / "pictures", 12))
+    dataset = scan(folder_of(root / "images", 12))
     with one_thread():
         encoded(dataset, model, root / "cache").encode_all()
     whole = contents(root / "cache")
@@ -187,12 +189,12 @@ def test_a_folder_that_cannot_be_kept_is_an_error(tmp_path: Path, monkeypatch: p
 
 
 def test_an_entry_removed_after_encoding_is_encoded_again_on_use(
-    model: StableDiffusion1, picture_folder: Make, tmp_path: Path
+    model: StableDiffusion1, image_folder: Make, tmp_path: Path
 ) -> None:
-    data = encoded(scan(picture_folder(2)), model, tmp_path / "cache")
+    data = encoded(scan(image_folder(2)), model, tmp_path / "cache")
     data.encode_all()
     remove_entries(list_entries(tmp_path / "cache"))
-    again = encoded(scan(tmp_path / "pictures"), model, tmp_path / "cache")
+    again = encoded(scan(tmp_path / "images"), model, tmp_path / "cache")
     assert torch.equal(again.image(1).posterior.mean, data.image(1).posterior.mean)
 
 
@@ -225,9 +227,9 @@ def test_the_longest_unused_entries_are_chosen_first(limits: dict[str, float], n
 
 
 def test_use_moves_an_entry_to_the_end_of_the_line(
-    model: StableDiffusion1, picture_folder: Make, tmp_path: Path
+    model: StableDiffusion1, image_folder: Make, tmp_path: Path
 ) -> None:
-    dataset, cache = scan(picture_folder(3)), tmp_path / "cache"
+    dataset, cache = scan(image_folder(3)), tmp_path / "cache"
     encoded(dataset, model, cache).encode_all()
     for one in list_entries(cache):
         os.utime(one.path, (1, 1))

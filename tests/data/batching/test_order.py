@@ -1,4 +1,4 @@
-"""Coverage: every picture exactly ``repeats`` times per epoch, for any buckets, batches and ranks."""
+"""Coverage: every image exactly ``repeats`` times per epoch, for any buckets, batches and ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdlora.data.reading.items import Visit
 
 plans = st.fixed_dictionaries(
     {
-        "pictures": st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=40),
+        "images": st.lists(st.tuples(st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=40),
         "batch_size": st.integers(1, 9),
         "accumulation": st.integers(1, 5),
         "world_size": st.integers(1, 8),
@@ -24,10 +24,10 @@ plans = st.fixed_dictionaries(
 
 
 def order_of(plan: dict[str, object]) -> Order:
-    pictures = plan["pictures"]
-    assert isinstance(pictures, list)
+    images = plan["images"]
+    assert isinstance(images, list)
     numbers = {key: plan[key] for key in ("batch_size", "accumulation", "world_size", "seed")}
-    return Order([bucket for bucket, _ in pictures], [times for _, times in pictures], **numbers)  # type: ignore[arg-type]
+    return Order([bucket for bucket, _ in images], [times for _, times in images], **numbers)  # type: ignore[arg-type]
 
 
 def epoch_of(order: Order, epoch: int) -> list[list[list[tuple[Visit, ...]]]]:
@@ -41,14 +41,12 @@ def micro_batches(steps: list[list[list[tuple[Visit, ...]]]]) -> list[tuple[Visi
 
 @given(plans, st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
-def test_every_picture_is_visited_exactly_as_often_as_its_repeats(
-    plan: dict[str, object], epoch: int
-) -> None:
-    pictures = plan["pictures"]
-    assert isinstance(pictures, list)
+def test_every_image_is_visited_exactly_as_often_as_its_repeats(plan: dict[str, object], epoch: int) -> None:
+    images = plan["images"]
+    assert isinstance(images, list)
     order = order_of(plan)
     visits = [visit for batch in micro_batches(epoch_of(order, epoch)) for visit in batch]
-    wanted = [Visit(i, epoch, repeat) for i, (_, times) in enumerate(pictures) for repeat in range(times)]
+    wanted = [Visit(i, epoch, repeat) for i, (_, times) in enumerate(images) for repeat in range(times)]
     assert Counter(visits) == Counter(wanted)
     assert order.images_per_epoch == len(wanted) > 0
 
@@ -56,16 +54,16 @@ def test_every_picture_is_visited_exactly_as_often_as_its_repeats(
 @given(plans)
 @settings(max_examples=100, deadline=None)
 def test_micro_batches_are_of_one_bucket_and_full_but_for_one_per_bucket(plan: dict[str, object]) -> None:
-    pictures, size = plan["pictures"], plan["batch_size"]
-    assert isinstance(pictures, list) and isinstance(size, int)
+    images, size = plan["images"], plan["batch_size"]
+    assert isinstance(images, list) and isinstance(size, int)
     batches = micro_batches(epoch_of(order_of(plan), 0))
     per_bucket: dict[int, list[int]] = {}
     for batch in batches:
-        buckets = {pictures[visit.index][0] for visit in batch}
+        buckets = {images[visit.index][0] for visit in batch}
         assert len(buckets) == 1
         per_bucket.setdefault(buckets.pop(), []).append(len(batch))
     for bucket, sizes in per_bucket.items():
-        visits = sum(times for own, times in pictures if own == bucket)
+        visits = sum(times for own, times in images if own == bucket)
         short = [visits % size] if visits % size else []
         assert sorted(sizes) == sorted([size] * (visits // size) + short)
 
@@ -120,7 +118,7 @@ def test_the_order_is_the_same_on_every_system_and_python() -> None:
     ]
 
 
-def test_looks_at_one_picture_are_spread_so_that_they_do_not_meet_in_a_batch() -> None:
+def test_looks_at_one_image_are_spread_so_that_they_do_not_meet_in_a_batch() -> None:
     order = Order([0] * 40, [8] + [1] * 39, batch_size=4, seed=0)
     batches = micro_batches(epoch_of(order, 0))
     assert len(batches) == 12
@@ -128,7 +126,7 @@ def test_looks_at_one_picture_are_spread_so_that_they_do_not_meet_in_a_batch() -
 
 
 def test_short_micro_batches_are_spread_over_the_epoch() -> None:
-    # 8 buckets of 13 pictures: 24 full micro-batches of 4 and 8 of one picture
+    # 8 buckets of 13 images: 24 full micro-batches of 4 and 8 of one image
     order = Order([n % 8 for n in range(104)], [1] * 104, batch_size=4, seed=3)
     sizes = [len(batch) for batch in micro_batches(epoch_of(order, 0))]
     assert (sizes.count(4), sizes.count(1)) == (24, 8)
@@ -136,7 +134,7 @@ def test_short_micro_batches_are_spread_over_the_epoch() -> None:
     assert all(3 <= after - before <= 5 for before, after in pairwise(places))
 
 
-def test_twenty_pictures_and_eight_workers_leave_none_out() -> None:
+def test_twenty_images_and_eight_workers_leave_none_out() -> None:
     order = Order([0] * 20, [1] * 20, batch_size=1, world_size=8, seed=0)
     assert order.steps_per_epoch == 3
     for epoch in range(5):
@@ -154,15 +152,15 @@ def test_orders_that_cannot_be_are_refused(buckets: list[int], repeats: list[int
 
 @given(plans, st.integers(0, 3))
 @settings(max_examples=100, deadline=None)
-def test_topped_up_micro_batches_are_full_and_every_picture_still_gets_its_visits(
+def test_topped_up_micro_batches_are_full_and_every_image_still_gets_its_visits(
     plan: dict[str, object], epoch: int
 ) -> None:
-    pictures, size = plan["pictures"], plan["batch_size"]
-    assert isinstance(pictures, list) and isinstance(size, int)
+    images, size = plan["images"], plan["batch_size"]
+    assert isinstance(images, list) and isinstance(size, int)
     numbers = {key: plan[key] for key in ("accumulation", "world_size", "seed")}
     order = Order(
-        [bucket for bucket, _ in pictures],
-        [times for _, times in pictures],
+        [bucket for bucket, _ in images],
+        [times for _, times in images],
         batch_size=size,
         top_up=True,
         **numbers,  # type: ignore[arg-type]
@@ -173,14 +171,14 @@ def test_topped_up_micro_batches_are_full_and_every_picture_still_gets_its_visit
     assert len(set(visits)) == len(visits) == order.images_per_epoch
     counts = Counter(visit.index for visit in visits)
     extra: Counter[int] = Counter()
-    for index, (bucket, times) in enumerate(pictures):
+    for index, (bucket, times) in enumerate(images):
         assert {visit.repeat for visit in visits if visit.index == index} == set(range(counts[index]))
         assert counts[index] >= times
         extra[bucket] += counts[index] - times
     assert all(count < size for count in extra.values())
 
 
-def test_topping_up_takes_other_pictures_each_epoch() -> None:
+def test_topping_up_takes_other_images_each_epoch() -> None:
     order = Order([0] * 9, [1] * 9, batch_size=5, top_up=True)
     twice = []
     for epoch in range(6):
@@ -189,7 +187,7 @@ def test_topping_up_takes_other_pictures_each_epoch() -> None:
     assert len(set(twice)) > 2
 
 
-def test_a_batch_is_topped_up_with_pictures_it_does_not_hold() -> None:
+def test_a_batch_is_topped_up_with_images_it_does_not_hold() -> None:
     order = Order([0] * 6, [1] * 6, batch_size=4, top_up=True)
     for epoch in range(10):
         for batch in micro_batches(epoch_of(order, epoch)):

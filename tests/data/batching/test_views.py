@@ -1,4 +1,4 @@
-"""Which part of a picture is seen at each visit, in which colours, and where masks come to lie."""
+"""Which part of an image is seen at each visit, in which colours, and where masks come to lie."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from sdlora.config.toml import load_config
 from sdlora.data.batching.buckets import Placement, flipped, place
-from sdlora.data.batching.views import Look, Looks, random_crop, shown, shown_mask
+from sdlora.data.batching.views import AugmentationView, AugmentationViews, random_crop, shown, shown_mask
 from sdlora.data.reading.folder import Reading, scan, survey
 from sdlora.data.reading.items import ImageItem, Point, Visit
 from sdlora.data.reading.masks import load_mask
@@ -25,26 +25,26 @@ def item(number: int = 0, repeats: int = 1, focus: Point | None = None) -> Image
     return ImageItem(Path("x"), "", 64, 128, repeats, f"digest {number}", "x", focus=focus)
 
 
-def looks_of(*items: ImageItem, **options: object) -> Looks:
+def views_of(*items: ImageItem, **options: object) -> AugmentationViews:
     placements = tuple(place(one.height, one.width, [(64, 64)], one.focus) for one in items)
-    return Looks(placements, items, **options)  # type: ignore[arg-type]
+    return AugmentationViews(placements, items, **options)  # type: ignore[arg-type]
 
 
 # --- without chance
 
 
-def test_without_options_a_picture_looks_the_same_at_each_visit() -> None:
-    looks = looks_of(item())
-    assert {looks.at(Visit(0, epoch, 0), 7) for epoch in range(5)} == {looks.plain(0)}
-    assert looks.to_encode(0) == [looks.plain(0)]
+def test_without_options_an_image_looks_the_same_at_each_visit() -> None:
+    views = views_of(item())
+    assert {views.at(Visit(0, epoch, 0), 7) for epoch in range(5)} == {views.plain(0)}
+    assert views.to_encode(0) == [views.plain(0)]
 
 
 def test_half_of_the_visits_are_mirrored_with_their_crop() -> None:
-    looks = looks_of(item(focus=(0.2, 0.5)), flip=True)
-    seen = Counter(looks.at(Visit(0, epoch, 0), 7) for epoch in range(200))
-    plain = looks.plain(0)
+    views = views_of(item(focus=(0.2, 0.5)), flip=True)
+    seen = Counter(views.at(Visit(0, epoch, 0), 7) for epoch in range(200))
+    plain = views.plain(0)
     assert plain.placement.crop == (0, 0) and flipped(plain.placement).crop == (0, 64)
-    assert set(seen) == {plain, Look(flipped(plain.placement), True)} == set(looks.to_encode(0))
+    assert set(seen) == {plain, AugmentationView(flipped(plain.placement), True)} == set(views.to_encode(0))
     assert 75 < seen[plain] < 125
 
 
@@ -68,70 +68,70 @@ def test_a_random_crop_stays_inside_and_holds_the_focus(
 
 
 def test_random_crops_reach_every_place() -> None:
-    looks = looks_of(item(), random_crop=True, variants=0)
-    lefts = Counter(looks.at(Visit(0, epoch, 0), 0).placement.crop[1] for epoch in range(2000))
+    views = views_of(item(), random_crop=True, variants=0)
+    lefts = Counter(views.at(Visit(0, epoch, 0), 0).placement.crop[1] for epoch in range(2000))
     assert set(lefts) == set(range(65))
 
 
 def test_variants_are_taken_in_turn_each_as_often_and_are_all_encoded() -> None:
-    looks = looks_of(item(repeats=2), random_crop=True, colour_jitter=0.1, variants=4, seed=5)
-    seen = Counter(looks.at(Visit(0, epoch, repeat), 5) for epoch in range(6) for repeat in range(2))
+    views = views_of(item(repeats=2), random_crop=True, colour_jitter=0.1, variants=4, seed=5)
+    seen = Counter(views.at(Visit(0, epoch, repeat), 5) for epoch in range(6) for repeat in range(2))
     assert len(seen) == 4 and set(seen.values()) == {3}
-    assert set(looks.to_encode(0)) == set(seen)
-    mirrored = looks_of(item(repeats=2), random_crop=True, variants=4, seed=5, flip=True)
+    assert set(views.to_encode(0)) == set(seen)
+    mirrored = views_of(item(repeats=2), random_crop=True, variants=4, seed=5, flip=True)
     visits = [Visit(0, epoch, repeat) for epoch in range(60) for repeat in range(2)]
     assert {mirrored.at(visit, 5) for visit in visits} == set(mirrored.to_encode(0))
     assert len(mirrored.to_encode(0)) == 8
 
 
-def test_looks_follow_from_seed_epoch_and_picture() -> None:
+def test_looks_follow_from_seed_epoch_and_image() -> None:
     for variants in (0, 3):
-        one = looks_of(item(1), item(2), random_crop=True, colour_jitter=0.2, variants=variants, seed=1)
-        two = looks_of(item(1), item(2), random_crop=True, colour_jitter=0.2, variants=variants, seed=1)
+        one = views_of(item(1), item(2), random_crop=True, colour_jitter=0.2, variants=variants, seed=1)
+        two = views_of(item(1), item(2), random_crop=True, colour_jitter=0.2, variants=variants, seed=1)
         visits = [Visit(index, epoch, 0) for index in range(2) for epoch in range(5)]
         assert [one.at(visit, 1) for visit in visits] == [two.at(visit, 1) for visit in reversed(visits)][
             ::-1
         ]
         assert len({one.at(visit, 1) for visit in visits}) == (10 if variants == 0 else 6)
-    assert looks_of(item(), random_crop=True, variants=0).to_encode(0) == []
+    assert views_of(item(), random_crop=True, variants=0).to_encode(0) == []
 
 
-def test_a_picture_that_fits_its_bucket_needs_one_look_however_many_variants() -> None:
+def test_an_image_that_fits_its_bucket_needs_one_look_however_many_variants() -> None:
     square = ImageItem(Path("x"), "", 64, 64, 1, "d", "x")
-    assert len(looks_of(square, random_crop=True, variants=4).to_encode(0)) == 1
+    assert len(views_of(square, random_crop=True, variants=4).to_encode(0)) == 1
 
 
 def test_colours_change_by_at_most_the_given_share_and_only_then() -> None:
-    looks = looks_of(item(), colour_jitter=0.2, variants=0)
-    factors = [looks.at(Visit(0, epoch, 0), 0).colours for epoch in range(300)]
+    views = views_of(item(), colour_jitter=0.2, variants=0)
+    factors = [views.at(Visit(0, epoch, 0), 0).colours for epoch in range(300)]
     values = [value for colours in factors if colours for value in colours]
     assert len(values) == 900
     assert 0.8 <= min(values) < 0.82 and 1.18 < max(values) <= 1.2
     grey = Image.new("RGB", (64, 64), (100, 100, 100))
     whole = Placement((64, 64), (64, 64), (0, 0))
-    assert shown(grey, Look(whole, colours=(1.5, 1.0, 1.0))).getpixel((0, 0)) == (150, 150, 150)
-    assert shown(grey, Look(whole)).tobytes() == grey.tobytes()
+    assert shown(grey, AugmentationView(whole, colours=(1.5, 1.0, 1.0))).getpixel((0, 0)) == (150, 150, 150)
+    assert shown(grey, AugmentationView(whole)).tobytes() == grey.tobytes()
     coloured = Image.new("RGB", (64, 64), (200, 100, 0))
-    red, green, blue = shown(coloured, Look(whole, colours=(1.0, 1.0, 0.0))).getpixel((0, 0))  # type: ignore[misc]
+    red, green, blue = shown(coloured, AugmentationView(whole, colours=(1.0, 1.0, 0.0))).getpixel((0, 0))  # type: ignore[misc]
     assert red == green == blue
 
 
-def test_mirrored_cut_and_coloured_equals_cutting_the_mirrored_picture() -> None:
-    picture = drawing(3, 128, 64)
-    look = Look(Placement((64, 64), (64, 128), (0, 10)), mirror=True)
-    assert shown(picture, look).tobytes() == ImageOps.mirror(picture).crop((10, 0, 74, 64)).tobytes()
+def test_mirrored_cut_and_coloured_equals_cutting_the_mirrored_image() -> None:
+    image = drawing(3, 128, 64)
+    view = AugmentationView(Placement((64, 64), (64, 128), (0, 10)), mirror=True)
+    assert shown(image, view).tobytes() == ImageOps.mirror(image).crop((10, 0, 74, 64)).tobytes()
 
 
 # --- masks
 
 
-def masked(tmp_path: Path, mask: Image.Image, picture: Image.Image | None = None) -> ImageItem:
-    put(tmp_path / "p" / "a.png", picture or drawing(1, 128, 64))
+def masked(tmp_path: Path, mask: Image.Image, image: Image.Image | None = None) -> ImageItem:
+    put(tmp_path / "p" / "a.png", image or drawing(1, 128, 64))
     put(tmp_path / "m" / "a.png", mask)
     return scan(tmp_path / "p", reading=Reading(mask_folder=tmp_path / "m")).items[0]
 
 
-def test_a_mask_is_cut_and_mirrored_with_its_picture_and_averaged(tmp_path: Path) -> None:
+def test_a_mask_is_cut_and_mirrored_with_its_image_and_averaged(tmp_path: Path) -> None:
     mask = Image.new("L", (128, 64), 0)
     mask.paste(255, (0, 0, 40, 64))
     one = masked(tmp_path, mask)
@@ -139,15 +139,15 @@ def test_a_mask_is_cut_and_mirrored_with_its_picture_and_averaged(tmp_path: Path
     loaded = load_mask(one, alpha=False)
     assert loaded is not None
     placement = Placement((64, 64), (64, 128), (0, 0))
-    small = np.asarray(shown_mask(loaded, Look(placement), 8, 8))
+    small = np.asarray(shown_mask(loaded, AugmentationView(placement), 8, 8))
     assert small.tolist() == [[255] * 5 + [0] * 3] * 8
-    mirrored = np.asarray(shown_mask(loaded, Look(flipped(placement), mirror=True), 8, 8))
+    mirrored = np.asarray(shown_mask(loaded, AugmentationView(flipped(placement), mirror=True), 8, 8))
     assert mirrored.tolist() == small[:, ::-1].tolist()
-    moved = np.asarray(shown_mask(loaded, Look(Placement((64, 64), (64, 128), (0, 36))), 8, 8))
+    moved = np.asarray(shown_mask(loaded, AugmentationView(Placement((64, 64), (64, 128), (0, 36))), 8, 8))
     assert moved[0, :2].tolist() == [128, 0]
 
 
-def test_masks_of_another_size_but_the_same_shape_are_brought_to_the_picture(tmp_path: Path) -> None:
+def test_masks_of_another_size_but_the_same_shape_are_brought_to_the_image(tmp_path: Path) -> None:
     mask = Image.new("L", (64, 32), 255)
     loaded = load_mask(masked(tmp_path, mask), alpha=False)
     assert loaded is not None and loaded.size == (128, 64)
@@ -156,7 +156,7 @@ def test_masks_of_another_size_but_the_same_shape_are_brought_to_the_picture(tmp
 @pytest.mark.parametrize(
     ("mask", "complaint"),
     [
-        (Image.new("L", (64, 64), 255), "has 64x64 px, but its picture 128x64; make it as large"),
+        (Image.new("L", (64, 64), 255), "has 64x64 px, but its image 128x64; make it as large"),
         (Image.new("L", (128, 64), 0), "is all black: nothing would be trained"),
     ],
 )
@@ -173,21 +173,21 @@ def test_missing_masks_and_masks_of_nothing_are_noted(tmp_path: Path) -> None:
     dataset = scan(tmp_path / "p", reading=Reading(mask_folder=masks))
     assert [one.mask is not None for one in dataset.items] == [True, True, False]
     assert dataset.notes == (
-        f"{masks}: 1 of 3 pictures have no mask and are trained whole",
-        f"{masks}: 1 masks belong to no picture (first: lost.png)",
+        f"{masks}: 1 of 3 images have no mask and are trained whole",
+        f"{masks}: 1 masks belong to no image (first: lost.png)",
     )
     (tmp_path / "other").mkdir()
     put(tmp_path / "other" / "x.png", drawing(1))
     found = survey(tmp_path / "p", reading=Reading(mask_folder=tmp_path / "other"), recursive=False)
     assert [str(problem) for problem in found.problems] == [
-        f"{tmp_path / 'other'}: holds no mask of any of the pictures; name each mask as its picture"
+        f"{tmp_path / 'other'}: holds no mask of any of the images; name each mask as its image"
     ]
 
 
 def test_transparency_serves_as_a_mask(tmp_path: Path) -> None:
-    picture = Image.new("RGBA", (128, 64), (9, 9, 9, 0))
-    picture.paste((1, 2, 3, 255), (64, 0, 128, 64))
-    one = scan(put(tmp_path / "a.png", picture).parent, trigger_word="t").items[0]
+    image = Image.new("RGBA", (128, 64), (9, 9, 9, 0))
+    image.paste((1, 2, 3, 255), (64, 0, 128, 64))
+    one = scan(put(tmp_path / "a.png", image).parent, trigger_word="t").items[0]
     mask = load_mask(one, alpha=True)
     assert mask is not None
     assert (mask.getpixel((0, 0)), mask.getpixel((127, 63))) == (0, 255)
@@ -205,7 +205,7 @@ def test_transparency_serves_as_a_mask(tmp_path: Path) -> None:
         (["data.more_resolutions=[640, 640]"], "names a resolution twice"),
     ],
 )
-def test_settings_of_pictures_without_effect_are_refused(overrides: list[str], complaint: str) -> None:
+def test_settings_of_images_without_effect_are_refused(overrides: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, overrides)
     assert complaint in str(caught.value)

@@ -26,11 +26,11 @@ def test_a_good_folder_gets_counts_and_no_findings(tmp_path: Path) -> None:
     put(tmp_path / "tall.png", drawing(50, 40, 80))
     put(tmp_path / "tall.txt", "something tall")
     report = examine(tmp_path, resolution=48, multiple=8, batch_size=4)
-    assert [(picture.item.name, picture.tokens) for picture in report.pictures][-2:] == [
+    assert [(image.item.name, image.tokens) for image in report.images][-2:] == [
         ("p09.png", 2),
         ("tall.png", 2),
     ]
-    assert replace(report, pictures=(), tags=()) == Report(
+    assert replace(report, images=(), tags=()) == Report(
         folder=tmp_path,
         recursive=True,
         trigger_word=None,
@@ -136,7 +136,7 @@ def test_one_caption_for_all_and_a_stuck_tag_are_found(tmp_path: Path) -> None:
     for number in range(3):
         put(tmp_path / f"{number}.png", drawing(number))
         put(tmp_path / f"{number}.txt", "a cat")
-    assert found(examine(tmp_path, resolution=32, multiple=8)) == [("one caption", "all 3 pictures")]
+    assert found(examine(tmp_path, resolution=32, multiple=8)) == [("one caption", "all 3 images")]
     for number in range(3):
         put(tmp_path / f"{number}.txt", f"ink, thing {number}, White Ground")
     report = examine(tmp_path, resolution=32, multiple=8, trigger_word="ink")
@@ -145,7 +145,7 @@ def test_one_caption_for_all_and_a_stuck_tag_are_found(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_of_broken_pictures_only_is_a_report_not_a_crash(tmp_path: Path) -> None:
+def test_a_folder_of_broken_images_only_is_a_report_not_a_crash(tmp_path: Path) -> None:
     put(tmp_path / "a.png", b"")
     put(tmp_path / "b.png", b"x")
     report = examine(tmp_path, resolution=64, batch_size=2)
@@ -154,7 +154,7 @@ def test_a_folder_of_broken_pictures_only_is_a_report_not_a_crash(tmp_path: Path
     assert "Not ready: mend the errors first." in render_report(report)
 
 
-def test_extremely_long_and_single_pixel_pictures_are_placed_and_reported(tmp_path: Path) -> None:
+def test_extremely_long_and_single_pixel_images_are_placed_and_reported(tmp_path: Path) -> None:
     put(tmp_path / "line.png", Image.new("RGB", (20_000, 1), (9, 9, 9)))
     put(tmp_path / "dot.png", Image.new("RGB", (1, 1), (200, 9, 9)))
     report = examine(tmp_path, resolution=64, multiple=32)
@@ -223,20 +223,20 @@ def test_the_report_is_plain_json_with_its_verdict(tmp_path: Path) -> None:
             {
                 "severity": "warning",
                 "kind": "orphan caption",
-                "what": "belongs to no picture and is not used",
+                "what": "belongs to no image and is not used",
                 "where": "lost.txt",
-                "fix": "name it after its picture (cup.txt for cup.png), or delete it",
+                "fix": "name it after its image (cup.txt for cup.png), or delete it",
             },
             {
                 "severity": "note",
                 "kind": "stuck tag",
                 "what": "have the tag `picture 0` in the caption, so it acts as a trigger word",
-                "where": "all 2 pictures",
+                "where": "all 2 images",
                 "fix": "delete it, or make it data.trigger_word",
             },
         ],
         "tags": [["picture 0", 2], ["wide", 1]],
-        "pictures": [
+        "images": [
             {
                 "name": "p00.png",
                 "width": 48,
@@ -288,11 +288,11 @@ def test_a_tag_in_nearly_all_of_many_captions_is_stuck(tmp_path: Path) -> None:
             f"thing {number}" + ", dark" * (number > 0) + ", big" * (number > 2),
         )
     report = examine(tmp_path, resolution=48, multiple=8)
-    assert [(f.kind, f.where) for f in report.findings] == [("stuck tag", "19 of 20 pictures")]
+    assert [(f.kind, f.where) for f in report.findings] == [("stuck tag", "19 of 20 images")]
     assert report.tags[:3] == (("dark", 19), ("big", 17), ("thing 0", 1))
 
 
-def test_a_blurred_picture_is_found_at_the_size_it_is_trained_at(tmp_path: Path) -> None:
+def test_a_blurred_image_is_found_at_the_size_it_is_trained_at(tmp_path: Path) -> None:
     folder_of(tmp_path, 3)
     soft = drawing(30, 800, 600).filter(ImageFilter.GaussianBlur(2))
     put(tmp_path / "soft.png", soft)
@@ -332,7 +332,7 @@ def test_what_kohya_folders_say_is_told_as_such(tmp_path: Path) -> None:
     put(tmp_path / "2_plate" / "a.caption", "a plate")
     report = examine(tmp_path, resolution=48, multiple=8)
     text = render_report(report)
-    assert "pictures  4, 32 visits an epoch" in text
+    assert "images    4, 32 visits an epoch" in text
     assert "captions  1 from files, 3 from folders, 0 from file names" in text
     assert [(f.kind, f.where) for f in report.findings] == [("remark", "10_red cup/"), ("remark", "2_plate/")]
 
@@ -344,7 +344,7 @@ def test_a_folder_without_troubles_is_ready(tmp_path: Path) -> None:
 
 TEXT = """\
 {folder}
-  pictures  5, 1 unusable
+  images    5, 1 unusable
   captions  5 from files, 0 from file names
   trigger   ink (put in front of 5)
   tokens    4.0 on average, 4 at most
@@ -365,18 +365,17 @@ ERRORS (1)
 WARNINGS (10)
 
   what                  where       details
- ──────────────────────────────────────────────────────────────────────────────────────────────────
-  orphan caption (10)   lost0.txt   belongs to no picture and is not used
-                        lost1.txt   belongs to no picture and is not used
-                        lost2.txt   belongs to no picture and is not used
-                        lost3.txt   belongs to no picture and is not used
-                        lost4.txt   belongs to no picture and is not used
-                        lost5.txt   belongs to no picture and is not used
-                        lost6.txt   belongs to no picture and is not used
-                        lost7.txt   belongs to no picture and is not used
+ ─────────────────────────────────────────────────────────────────────────────────────────────────
+  orphan caption (10)   lost0.txt   belongs to no image and is not used
+                        lost1.txt   belongs to no image and is not used
+                        lost2.txt   belongs to no image and is not used
+                        lost3.txt   belongs to no image and is not used
+                        lost4.txt   belongs to no image and is not used
+                        lost5.txt   belongs to no image and is not used
+                        lost6.txt   belongs to no image and is not used
+                        lost7.txt   belongs to no image and is not used
                                     and 2 more (all with --json or --html FILE)
-                                    → name it after its picture (cup.txt for cup.png), or delete
-                                    it
+                                    → name it after its image (cup.txt for cup.png), or delete it
 
 
 NOTES (5)

@@ -1,4 +1,4 @@
-"""What the check shows of a run's pictures is what the run is then fed with."""
+"""What the check shows of a run's images is what the run is then fed with."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sdlora.data.check.doctor import Report
 from sdlora.data.check.outlook import examine_settings
 from sdlora.data.check.report_text import render_report
 from sdlora.errors import DatasetError
-from sdlora.events import Announcer
+from sdlora.events import Emitter
 from sdlora.training.run import Run, prepare_run
 
 Settings = Callable[..., Config]
 
 
-def pictures(folder: Path, count: int, first: int = 0) -> Path:
-    """Make pictures of several shapes and sizes that all look different."""
+def images(folder: Path, count: int, first: int = 0) -> Path:
+    """Make images of several shapes and sizes that all look different."""
     sizes = [(96, 72), (72, 96), (64, 64), (200, 60), (30, 33)]
     for number in range(first, first + count):
         put(folder / f"p{number:02}.png", drawing(number, *sizes[number % len(sizes)]))
@@ -36,7 +36,7 @@ def pictures(folder: Path, count: int, first: int = 0) -> Path:
 
 @pytest.fixture
 def settings(tiny_base: Path, tmp_path: Path) -> Settings:
-    main_folder = pictures(tmp_path / "pictures", 10)
+    main_folder = images(tmp_path / "images", 10)
 
     def make(*overrides: str, **values: object) -> Config:
         fast = ["adapter.rank=2", "training.steps=2", "sample.prompts=[]", "training.batch_size=2"]
@@ -49,14 +49,14 @@ def settings(tiny_base: Path, tmp_path: Path) -> Settings:
 def trained_on(report: Report) -> Counter[tuple[Path, Placement, str, int]]:
     return Counter(
         (one.item.path, placement, one.caption, one.item.repeats)
-        for one in report.pictures
+        for one in report.images
         if one.role in ("trained", "regularisation")
         for placement in (one.placement, *one.further)
     )
 
 
 def fed_with(run: Run) -> Counter[tuple[Path, Placement, str, int]]:
-    pairs = zip(run.training.items, run.training.looks.placements, strict=True)
+    pairs = zip(run.training.items, run.training.views.placements, strict=True)
     return Counter((item.path, placement, item.caption, item.repeats) for item, placement in pairs)
 
 
@@ -70,15 +70,15 @@ def fed_with(run: Run) -> Counter[tuple[Path, Placement, str, int]]:
         ("data.caption_from='file name'", "data.crop='random'", "training.seed=5", "data.validation=2"),
     ],
 )
-def test_the_check_shows_every_picture_as_training_takes_it(
+def test_the_check_shows_every_image_as_training_takes_it(
     settings: Settings, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
-    priors = pictures(tmp_path / "class", 3, first=40)
+    priors = images(tmp_path / "class", 3, first=40)
     config = settings(*overrides, **{"data.sources": [{"folder": priors, "regularisation": True}]})
     report = examine_settings(config)
-    run = prepare_run(config, resume=False, tell=Announcer(()))
+    run = prepare_run(config, resume=False, emit=Emitter(()))
     assert trained_on(report) == fed_with(run)
-    held = {one.item.path for one in report.pictures if one.role == "held out"}
+    held = {one.item.path for one in report.images if one.role == "held out"}
     assert held == {item.path for item in run.validation.items}
     assert report.num_held_out == len(held)
     assert report.num_batches == run.order.batches_per_epoch
@@ -86,20 +86,20 @@ def test_the_check_shows_every_picture_as_training_takes_it(
         run.config.data.resolution,
         config.data.more_resolutions,
     )
-    assert len(report.pictures) == 13
+    assert len(report.images) == 13
 
 
-def test_a_validation_folder_is_examined_too_and_its_pictures_are_not_trained_on(
+def test_a_validation_folder_is_examined_too_and_its_images_are_not_trained_on(
     settings: Settings, tmp_path: Path
 ) -> None:
-    own = pictures(tmp_path / "pictures" / "own", 2, first=60)
-    put(own / "leak.png", (tmp_path / "pictures" / "p00.png").read_bytes())
+    own = images(tmp_path / "images" / "own", 2, first=60)
+    put(own / "leak.png", (tmp_path / "images" / "p00.png").read_bytes())
     config = settings(**{"data.validation": own})
     report = examine_settings(config)
-    run = prepare_run(config, resume=False, tell=Announcer(()))
+    run = prepare_run(config, resume=False, emit=Emitter(()))
     assert trained_on(report) == fed_with(run)
-    assert Counter(one.role for one in report.pictures) == {"trained": 10, "held out": 2, "not used": 1}
-    assert [one.item.name for one in report.pictures if one.role == "not used"] == ["own/leak.png"]
+    assert Counter(one.role for one in report.images) == {"trained": 10, "held out": 2, "not used": 1}
+    assert [one.item.name for one in report.images if one.role == "not used"] == ["own/leak.png"]
     assert re.search(r"held out +2: own/p60\.png, own/p61\.png", render_report(report))
     put(own / "broken.png", b"x")
     broken = examine_settings(config)
@@ -107,13 +107,13 @@ def test_a_validation_folder_is_examined_too_and_its_pictures_are_not_trained_on
     assert broken.num_unusable == 1
     elsewhere = settings(**{"data.validation": own, "output.folder": tmp_path / "other run"})
     with pytest.raises(DatasetError, match=r"broken\.png"):
-        prepare_run(elsewhere, resume=False, tell=Announcer(()))
+        prepare_run(elsewhere, resume=False, emit=Emitter(()))
 
 
 def test_the_command_takes_the_sizes_of_the_base(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = pictures(tmp_path / "pictures", 12)
+    folder = images(tmp_path / "images", 12)
     buckets = []
     for arguments in ([], ["--base", str(tiny_base)], ["--base", str(tiny_base), "--resolution", "64"]):
         assert main(["check", str(folder), *arguments, "--json"]) == 0
@@ -125,7 +125,7 @@ def test_the_command_takes_the_sizes_of_the_base(
 def test_a_mended_copy_is_judged_by_the_base_too(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = pictures(tmp_path / "pictures", 3)
+    folder = images(tmp_path / "images", 3)
     put(folder / "broken.png", b"x")
     arguments = ["--base", str(tiny_base), "--fix", "--output", str(tmp_path / "mended"), "--json"]
     assert main(["check", str(folder), *arguments]) == 0

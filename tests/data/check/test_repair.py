@@ -33,7 +33,7 @@ def test_a_good_folder_is_copied_byte_for_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
-def test_metadata_files_name_the_pictures_of_the_copy(tmp_path: Path, ending: str) -> None:
+def test_metadata_files_name_the_images_of_the_copy(tmp_path: Path, ending: str) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy"
     put(source / "in" / "a.png", drawing(1))
     put(source / "in" / "b.gif", animation())
@@ -65,10 +65,10 @@ def test_metadata_files_name_the_pictures_of_the_copy(tmp_path: Path, ending: st
     assert told.written == f"in/metadata.{ending}"
     for words in (
         "converted to UTF-8 from UTF-16",
-        "1 line named after the picture in the copy",
-        "2 lines left out: its picture is not in the copy",
-        "1 line left out: its picture has a caption file",
-        "1 line left out: its picture was named before",
+        "1 line named after the image in the copy",
+        "2 lines left out: its image is not in the copy",
+        "1 line left out: its image has a caption file",
+        "1 line left out: its image was named before",
         *(["1 line left out: not readable"] if ending == "jsonl" else []),
     ):
         assert words in told.what
@@ -90,7 +90,7 @@ def test_sidecars_that_say_nothing_right_are_left_out(tmp_path: Path) -> None:
     assert len(scan(tmp_path / "copy").items) == 1
 
 
-def test_rotated_pictures_are_written_upright(tmp_path: Path) -> None:
+def test_rotated_images_are_written_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     put(tmp_path / "source" / "p.jpg", encoded(drawing(1, 90, 60), "JPEG", quality=95, exif=exif.tobytes()))
@@ -173,13 +173,13 @@ def test_what_is_no_text_is_refused() -> None:
         to_utf8(b"\xff\xfe\x00\xd8", "x.txt")
 
 
-def test_two_captions_of_one_picture_leave_one(tmp_path: Path) -> None:
+def test_two_captions_of_one_image_leave_one(tmp_path: Path) -> None:
     put(tmp_path / "source" / "p.png", drawing(1))
     put(tmp_path / "source" / "p.caption", "one")
     put(tmp_path / "source" / "p.txt", "another")
     changes = repair(tmp_path / "source", tmp_path / "copy")
     assert [(change.name, change.written) for change in changes] == [("p.txt", None)]
-    assert changes[0].what == "left out: a second caption of one picture, p.caption is taken"
+    assert changes[0].what == "left out: a second caption of one image, p.caption is taken"
     assert set(files(tmp_path / "copy")) == {"p.png", "p.caption"}
 
 
@@ -210,6 +210,6 @@ def test_the_command_tells_the_changes_and_judges_the_copy(
     fixed = json.loads(lines[-1])["fix"]
     assert [change["name"] for change in fixed["changes"]] == ["broken.png", "p00.txt"]
     assert (fixed["num_images"], fixed["harmful"]) == (4, False)
-    assert any("4 pictures; 0 error(s)" in line for line in lines)
+    assert any("4 images; 0 error(s)" in line for line in lines)
     for wrong in (["--fix"], ["--output", str(tmp_path / "other")]):
         assert main([*arguments, *wrong]) == 2

@@ -60,7 +60,7 @@ def page_of(folder: Path, file: Path, **options: int) -> tuple[str, Balanced]:
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_its_links_lead_somewhere(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "pictures", 4)
+    folder = folder_of(tmp_path / "images", 4)
     put(folder / "tiny.png", drawing(9, 12, 12))
     put(folder / "broken.png", b"x")
     text, parser = page_of(folder, tmp_path / "page.html", batch_size=4)
@@ -74,17 +74,17 @@ def test_the_page_needs_nothing_from_elsewhere_and_its_links_lead_somewhere(tmp_
 
 @pytest.mark.parametrize(("width", "height"), [(100, 40), (40, 100), (48, 48), (300, 20)])
 def test_the_part_that_is_kept_is_drawn_where_training_cuts(tmp_path: Path, width: int, height: int) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     put(folder / "a cup.png", drawing(1, width, height))
     report = examine(folder, resolution=48, multiple=8)
     text, _ = page_of(folder, tmp_path / "page.html")
-    left, top, right, bottom = report.pictures[0].box
+    left, top, right, bottom = report.images[0].box
     assert f'viewBox="0 0 {width} {height}"' in text
     assert f"M{left:.2f} {top:.2f}H{right:.2f}V{bottom:.2f}H{left:.2f}Z" in text
 
 
-def test_what_each_picture_is_for_its_point_of_interest_and_its_mask_are_shown(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "pictures", 2)
+def test_what_each_image_is_for_its_point_of_interest_and_its_mask_are_shown(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "images", 2)
     put(folder / "white.png", Image.new("RGB", (200, 100), "white"))
     put(folder / "white.txt", "a wall")
     put(folder / "white.json", '{"focus": [0.25, 0.5]}')
@@ -106,7 +106,7 @@ def test_what_each_picture_is_for_its_point_of_interest_and_its_mask_are_shown(t
     assert '<span class="pill">held out</span>' in card
     assert 'data-kinds="held out"' in card
     assert "<div><b>1</b><span>held out</span></div>" in text
-    assert "<div><b>2</b><span>pictures to train on</span></div>" in text
+    assert "<div><b>2</b><span>images to train on</span></div>" in text
     assert '<p class="about">A base, 48 px</p>' in text
     sizes = "200 &times; 100 &rarr; 72 &times; 32 and 128 &times; 72, 11% cut away, 3 visits an epoch"
     assert sizes in text
@@ -122,7 +122,7 @@ def test_what_each_picture_is_for_its_point_of_interest_and_its_mask_are_shown(t
 
 
 def test_names_and_captions_cannot_break_out_of_the_page(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     put(folder / "a&'b.png", drawing(1))
     put(folder / "a&'b.txt", '</p><script>alert("x")</script> $title ${shown}')
     text, _ = page_of(folder, tmp_path / "page.html")
@@ -132,11 +132,11 @@ def test_names_and_captions_cannot_break_out_of_the_page(tmp_path: Path) -> None
     assert "a&amp;&#x27;b.png" in text
 
 
-def test_of_too_many_pictures_those_with_findings_are_shown(
+def test_of_too_many_images_those_with_findings_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdlora.data.check.report_page._MOST_PICTURES", 2)
-    folder = folder_of(tmp_path / "pictures", 5)
+    monkeypatch.setattr("sdlora.data.check.report_page._MOST_IMAGES", 2)
+    folder = folder_of(tmp_path / "images", 5)
     put(folder / "p03.png", drawing(9, 12, 12))
     text, parser = page_of(folder, tmp_path / "page.html")
     assert parser.ids == ["p0", "p1"]
@@ -144,10 +144,10 @@ def test_of_too_many_pictures_those_with_findings_are_shown(
     assert text.index(">p00.png<") < text.rindex(">p03.png<")
 
 
-def test_a_folder_without_usable_pictures_and_vanished_pictures_get_a_page(tmp_path: Path) -> None:
+def test_a_folder_without_usable_images_and_vanished_images_get_a_page(tmp_path: Path) -> None:
     put(tmp_path / "bad" / "a.png", b"")
     assert "Nothing" not in page_of(tmp_path / "bad", tmp_path / "page.html")[0]
-    folder = folder_of(tmp_path / "pictures", 2)
+    folder = folder_of(tmp_path / "images", 2)
     report = examine(folder, resolution=48, multiple=8)
     (folder / "p01.png").write_bytes(encoded(drawing(1))[:80])
     write_report_page(report, tmp_path / "page.html")
@@ -159,7 +159,7 @@ def test_charts_hold_every_bucket_tag_and_caption() -> None:
     chart = bucket_chart(buckets)
     assert chart.count('class="bar"') == 2
     assert "64 x 32" not in chart.split("<title>")[1]
-    assert "32 x 64 px: 3 pictures, 6 visits an epoch" in chart
+    assert "32 x 64 px: 3 images, 6 visits an epoch" in chart
     tags = tag_chart([(f"tag {n}", 30 - n) for n in range(30)], 30)
     assert (tags.count('class="bar"'), tags.count("<svg")) == (20, 2)
     lengths = length_chart([3, 4, 80, 200])

@@ -17,7 +17,7 @@ from sdlora.errors import DatasetError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_torture_folder(tmp_path_factory.mktemp("torture") / "pictures")
+    return make_torture_folder(tmp_path_factory.mktemp("torture") / "images")
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ class Bad:
     found: tuple[tuple[str, str], ...]
     mended: tuple[str, ...] = ()
     caption: str | None = "own"
-    """Text of the caption file beside a picture: `own` says something of its own, None makes none."""
+    """Text of the caption file beside an image: `own` says something of its own, None makes none."""
 
 
 def _half(data: bytes) -> bytes:
@@ -81,9 +81,9 @@ UNREADABLE = (("error", "unreadable"),)
 BAD_CAPTION = (("error", "bad caption"),)
 NO_FILE = ("note", "no caption file")
 
-BROKEN_PICTURES = [
+BROKEN_IMAGES = [
     Bad("empty.png", b"", UNDECODABLE),
-    Bad("text.png", b"this is no picture\n" * 9, UNDECODABLE),
+    Bad("text.png", b"this is no image\n" * 9, UNDECODABLE),
     Bad("page.jpg", b"<!doctype html><title>404</title>", UNDECODABLE),
     Bad("vector.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", UNDECODABLE),
     Bad("document.jpg", b"%PDF-1.7\n1 0 obj", UNDECODABLE),
@@ -124,7 +124,7 @@ BAD_CAPTIONS = [
     Bad("no json.json", b'{"focus": [0.5', (("error", "bad sidecar"),)),
     Bad("orphan.caption", b"belongs to nobody", (("warning", "orphan caption"),)),
 ]
-POOR_PICTURES = [
+POOR_IMAGES = [
     Bad("0001.png", encoded(drawing(30)), (("error", "no caption"),), ("0001.png",), caption=None),
     Bad("named cup.png", encoded(drawing(31)), (NO_FILE,), ("named cup.png",), caption=None),
     Bad(
@@ -180,15 +180,15 @@ ONLY_LINUX = [
     Bad("caf\\udce9.png", _misnamed, UNREADABLE, caption=None),
 ]
 CASES = [
-    *BROKEN_PICTURES,
+    *BROKEN_IMAGES,
     *BAD_CAPTIONS,
-    *POOR_PICTURES,
+    *POOR_IMAGES,
     *(ONLY_LINUX if sys.platform == "linux" else []),
 ]
 
 
 def make_torture_folder(root: Path) -> Path:
-    """Write all cases, a good picture, and a pair that clashes."""
+    """Write all cases, a good image, and a pair that clashes."""
     put(root / "a good one.png", drawing(0))
     put(root / "a good one.txt", "good")
     put(root / "twin.png", drawing(50))
@@ -216,7 +216,7 @@ def main() -> None:
     from sdlora.data.check.repair import repair
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder, copy = make_torture_folder(Path(scratch) / "pictures"), Path(scratch) / "mended"
+        folder, copy = make_torture_folder(Path(scratch) / "images"), Path(scratch) / "mended"
         findings = examine(folder, resolution=48, multiple=16).findings
         changes = {change.name: change for change in repair(folder, copy)}
     print(f"{len(CASES)} files\n\n| file | the check says | in a mended copy |\n|---|---|---|")

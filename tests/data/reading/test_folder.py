@@ -1,4 +1,4 @@
-"""Which pictures a folder yields, with which captions, and what every kind of bad file gets."""
+"""Which images a folder yields, with which captions, and what every kind of bad file gets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def error_of(action: Callable[[], object]) -> str:
 # --- what a folder yields
 
 
-def test_an_item_holds_everything_about_its_picture(tmp_path: Path) -> None:
+def test_an_item_holds_everything_about_its_image(tmp_path: Path) -> None:
     file = put(tmp_path / "sub" / "Tea.PNG", drawing(1, width=50, height=30))
     put(tmp_path / "sub" / "Tea.txt", "\ufeff a teapot,\r\n\r\n  blue  \n")
 
@@ -108,7 +108,7 @@ def test_a_scanned_run_folder_does_not_yield_its_own_samples(tmp_path: Path) -> 
     assert found.notes == ("samples/: left out, it was written by a training run",)
 
 
-def test_files_that_look_like_pictures_but_are_not_read_are_noted(tmp_path: Path) -> None:
+def test_files_that_look_like_images_but_are_not_read_are_noted(tmp_path: Path) -> None:
     folder_of(tmp_path, 1)
     for name in ("a.psd", "b.PSD", "c.svg", "notes.md"):
         put(tmp_path / name, "x")
@@ -127,7 +127,7 @@ def test_links_in_a_circle_are_followed_once(tmp_path: Path) -> None:
     assert found.notes == ("a/loop/: leads to a folder already read; taken once",)
 
 
-def test_progress_is_told_for_every_picture(tmp_path: Path) -> None:
+def test_progress_is_told_for_every_image(tmp_path: Path) -> None:
     folder_of(tmp_path, 3)
     told: list[tuple[int, int]] = []
     scan(tmp_path, progress=lambda done, total: told.append((done, total)))
@@ -207,7 +207,7 @@ def test_an_empty_caption_file_is_an_empty_caption_without_a_trigger_word(tmp_pa
     ]
 
 
-def test_caption_files_without_a_picture_are_orphans_but_a_readme_is_not(tmp_path: Path) -> None:
+def test_caption_files_without_an_image_are_orphans_but_a_readme_is_not(tmp_path: Path) -> None:
     folder_of(tmp_path, 1)
     for name in ("p00.png.txt", "lost.caption", "README.txt", "LICENSE.txt"):
         put(tmp_path / name, "x")
@@ -328,29 +328,29 @@ def test_a_missing_folder_a_file_and_an_empty_folder_say_what_to_do(tmp_path: Pa
     empty.mkdir()
     assert error_of(lambda: scan(tmp_path / "no")) == f"{tmp_path / 'no'}: no such folder; check the path"
     assert error_of(lambda: scan(file)) == (
-        f"{file}: is a file where a folder of pictures is needed; give the folder it is in"
+        f"{file}: is a file where a folder of images is needed; give the folder it is in"
     )
-    assert error_of(lambda: scan(empty)).startswith(f"{empty}: is empty; put pictures there (avif, bmp, ")
+    assert error_of(lambda: scan(empty)).startswith(f"{empty}: is empty; put images there (avif, bmp, ")
     assert error_of(lambda: scan(tmp_path, repeats=0)).startswith(f"{tmp_path}: repeats=0 would never show")
 
 
-def test_a_folder_without_pictures_says_what_it_holds(tmp_path: Path) -> None:
+def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     put(tmp_path / "a.txt", "x")
     put(tmp_path / "b.txt", "x")
     put(tmp_path / "c.psd", "x")
     put(tmp_path / "sub" / "d.md", "x")
     message = error_of(lambda: scan(tmp_path, recursive=True))
     assert message.startswith(
-        f"{tmp_path}: holds no pictures, only 1 .md, 1 .psd, 2 .txt, 1 folder(s); "
-        "1 .psd file(s) are not read; convert them to PNG to use them; put pictures there ("
+        f"{tmp_path}: holds no images, only 1 .md, 1 .psd, 2 .txt, 1 folder(s); "
+        "1 .psd file(s) are not read; convert them to PNG to use them; put images there ("
     )
     assert "\n" not in message
 
 
-def test_pictures_only_in_subfolders_without_recursive_are_pointed_at(tmp_path: Path) -> None:
+def test_images_only_in_subfolders_without_recursive_are_pointed_at(tmp_path: Path) -> None:
     folder_of(tmp_path / "in here", 2)
     assert error_of(lambda: scan(tmp_path, recursive=False)) == (
-        f"{tmp_path}: holds no pictures itself, but the folder `in here` in it does; "
+        f"{tmp_path}: holds no images itself, but the folder `in here` in it does; "
         "set data.recursive=true or give that folder"
     )
 
@@ -369,7 +369,7 @@ def caption(content: bytes | str) -> Callable[[Path], str]:
     return make
 
 
-def picture(content: bytes | Image.Image, name: str = "x.png") -> Callable[[Path], str]:
+def image(content: bytes | Image.Image, name: str = "x.png") -> Callable[[Path], str]:
     def make(root: Path) -> str:
         put(root / name, content)
         return name
@@ -390,7 +390,7 @@ def caption_is_a_folder(root: Path) -> str:
     return "x.txt"
 
 
-def two_pictures_of_one_stem(root: Path) -> str:
+def two_images_of_one_stem(root: Path) -> str:
     put(root / "x.png", drawing(1))
     put(root / "X.jpg", encoded(drawing(2), "JPEG"))
     return "X.jpg and x.png"
@@ -417,37 +417,37 @@ def name_that_is_not_utf8(root: Path) -> str:
     return "\\udcff\\udcfe.png"
 
 
-NO_PICTURE = "is not a picture of a known format, whatever its ending says; replace or delete it"
+NO_IMAGE = "is not an image of a known format, whatever its ending says; replace or delete it"
 TORTURE: dict[str, tuple[Callable[[Path], str], str]] = {
-    "empty file": (picture(b""), "is empty (0 bytes); replace or delete it"),
-    "text as picture": (picture(b"hello, this is text"), NO_PICTURE),
-    "html as picture": (picture(b"<!DOCTYPE html><html>404</html>", "x.jpg"), NO_PICTURE),
-    "svg as picture": (picture(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), NO_PICTURE),
-    "postscript as picture": (picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), NO_PICTURE),
-    "zeros as picture": (picture(bytes(5000), "x.jpeg"), NO_PICTURE),
-    "truncated png": (picture(truncated("PNG")), "cannot be decoded ("),
-    "truncated jpeg": (picture(truncated("JPEG"), "x.jpg"), "cannot be decoded ("),
-    "truncated webp": (picture(truncated("WEBP"), "x.webp"), "cannot be decoded ("),
-    "truncated gif": (picture(truncated("GIF"), "x.gif"), "cannot be decoded ("),
-    "truncated tiff": (picture(truncated("TIFF"), "x.tif"), "cannot be decoded ("),
-    "truncated bmp": (picture(truncated("BMP"), "x.bmp"), "cannot be decoded ("),
-    "truncated avif": (picture(truncated("AVIF"), "x.avif"), ""),
-    "header only": (picture(truncated("PNG", 0.02)), ""),
-    "garbled png": (picture(encoded(drawing(1))[:60] + bytes(40) + encoded(drawing(1))[100:]), ""),
+    "empty file": (image(b""), "is empty (0 bytes); replace or delete it"),
+    "text as image": (image(b"hello, this is text"), NO_IMAGE),
+    "html as image": (image(b"<!DOCTYPE html><html>404</html>", "x.jpg"), NO_IMAGE),
+    "svg as image": (image(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), NO_IMAGE),
+    "postscript as image": (image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), NO_IMAGE),
+    "zeros as image": (image(bytes(5000), "x.jpeg"), NO_IMAGE),
+    "truncated png": (image(truncated("PNG")), "cannot be decoded ("),
+    "truncated jpeg": (image(truncated("JPEG"), "x.jpg"), "cannot be decoded ("),
+    "truncated webp": (image(truncated("WEBP"), "x.webp"), "cannot be decoded ("),
+    "truncated gif": (image(truncated("GIF"), "x.gif"), "cannot be decoded ("),
+    "truncated tiff": (image(truncated("TIFF"), "x.tif"), "cannot be decoded ("),
+    "truncated bmp": (image(truncated("BMP"), "x.bmp"), "cannot be decoded ("),
+    "truncated avif": (image(truncated("AVIF"), "x.avif"), ""),
+    "header only": (image(truncated("PNG", 0.02)), ""),
+    "garbled png": (image(encoded(drawing(1))[:60] + bytes(40) + encoded(drawing(1))[100:]), ""),
     "bomb that warns": (
-        picture(png_that_claims(10_000, 10_000)),
+        image(png_that_claims(10_000, 10_000)),
         "has more than 89 million pixels; save it smaller",
     ),
     "bomb that fails": (
-        picture(png_that_claims(60_000, 60_000)),
+        image(png_that_claims(60_000, 60_000)),
         "has more than 89 million pixels; save it smaller",
     ),
     "float tiff": (
-        picture(encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "x.tif"),
+        image(encoded(Image.new("F", (8, 8), 0.5), "TIFF"), "x.tif"),
         "has 32 bits per value (mode F); save it with 8 or 16 bits",
     ),
     "int32 tiff": (
-        picture(encoded(Image.new("I", (8, 8), 70_000), "TIFF"), "x.tif"),
+        image(encoded(Image.new("I", (8, 8), 70_000), "TIFF"), "x.tif"),
         "has 32 bits per value (mode I); save it with 8 or 16 bits",
     ),
     "latin-1 caption": (caption(b"caf\xe9"), "is not UTF-8 text (byte 3 is not); save it as UTF-8 text"),
@@ -456,7 +456,7 @@ TORTURE: dict[str, tuple[Callable[[Path], str], str]] = {
         caption("tea".encode("utf-16-le")),
         "holds zero bytes, so it is not UTF-8 text; save it as UTF-8 text",
     ),
-    "picture as caption": (
+    "image as caption": (
         caption(encoded(drawing(1))),
         "is not UTF-8 text (byte 0 is not); save it as UTF-8 text",
     ),
@@ -472,8 +472,8 @@ TORTURE: dict[str, tuple[Callable[[Path], str], str]] = {
         caption_is_a_folder,
         "is a folder where a caption file is expected; rename the folder, or put a text file in its place",
     ),
-    "two pictures of one stem": (
-        two_pictures_of_one_stem,
+    "two images of one stem": (
+        two_images_of_one_stem,
         "have one stem and would share a caption; rename one of them",
     ),
     "no caption": (
@@ -501,7 +501,7 @@ def test_each_kind_of_bad_file_is_one_line_with_what_where_and_how(tmp_path: Pat
 
 
 @linux_only
-def test_a_torture_folder_is_reported_as_a_whole_and_its_good_pictures_survive(tmp_path: Path) -> None:
+def test_a_torture_folder_is_reported_as_a_whole_and_its_good_images_survive(tmp_path: Path) -> None:
     assert len(TORTURE) >= 20
     folder_of(tmp_path / "good", 3)
     for number, (make, _) in enumerate(TORTURE.values()):
@@ -512,7 +512,7 @@ def test_a_torture_folder_is_reported_as_a_whole_and_its_good_pictures_survive(t
     found = survey(tmp_path, recursive=True)
     assert len(found.problems) == len(TORTURE)
     names = {item.name for item in found.dataset.items}
-    # a picture whose name clashes is itself fine, and so is one beside a folder named as a caption
+    # an image whose name clashes is itself fine, and so is one beside a folder named as a caption
     assert names >= {"good/p00.png", "good/p01.png", "good/p02.png"}
 
     lines = error_of(lambda: scan(tmp_path, recursive=True)).splitlines()
@@ -531,7 +531,7 @@ def test_a_pillow_without_avif_reads_the_rest_and_names_what_it_cannot(
     found = survey(tmp_path, trigger_word="t")
     assert [item.name for item in found.dataset.items] == ["b.webp"]
     assert [str(problem) for problem in found.problems] == [
-        "a.avif: is an AVIF picture that this Pillow cannot read; "
+        "a.avif: is an AVIF image that this Pillow cannot read; "
         "run `pip install 'pillow>=11.3'`, or convert it to PNG"
     ]
 

@@ -40,10 +40,10 @@ def looks(motif: int, variant: int) -> Likeness:
     order=st.randoms(use_true_random=False),
 )
 @settings(max_examples=150, deadline=None)
-def test_a_split_never_leaks_loses_or_takes_the_last_picture(
+def test_a_split_never_leaks_loses_or_takes_the_last_image(
     contents: list[int], motifs: bool, validation: float, seed: int, order: object
 ) -> None:
-    """Contents of one number are copies of one file, or different pictures of one motif."""
+    """Contents of one number are copies of one file, or different images of one motif."""
     items = tuple(
         item(n, likeness=looks(content, n)) if motifs else item(n, digest=f"digest {content}")
         for n, content in enumerate(contents)
@@ -61,7 +61,7 @@ def test_a_split_never_leaks_loses_or_takes_the_last_picture(
     assert training.notes == (
         ()
         if len(held.items) == asked
-        else (f"{len(held.items)} of {asked} wanted pictures are held out; near duplicates stay together",)
+        else (f"{len(held.items)} of {asked} wanted images are held out; near duplicates stay together",)
     )
     assert [i for i in items if i in training.items] == list(training.items)
 
@@ -76,13 +76,13 @@ def test_a_split_never_leaks_loses_or_takes_the_last_picture(
 @pytest.mark.parametrize(
     ("validation", "count"), [(0, 0), (0.01, 1), (0.1, 1), (0.25, 3), (1, 1), (4, 4), (99, 11)]
 )
-def test_twelve_pictures_are_split_as_asked(validation: float, count: int) -> None:
+def test_twelve_images_are_split_as_asked(validation: float, count: int) -> None:
     dataset = Dataset(Path("x"), tuple(item(number) for number in range(12)))
     training, held = split(dataset, validation, seed=7)
     assert (len(training.items), len(held.items)) == (12 - count, count)
 
 
-def test_the_hold_out_depends_on_the_seed_and_hardly_on_added_pictures() -> None:
+def test_the_hold_out_depends_on_the_seed_and_hardly_on_added_images() -> None:
     items = tuple(item(number) for number in range(40))
     chosen = [{i.name for i in split(Dataset(Path("x"), items), 8, seed)[1].items} for seed in range(3)]
     assert len({frozenset(names) for names in chosen}) == 3
@@ -90,27 +90,27 @@ def test_the_hold_out_depends_on_the_seed_and_hardly_on_added_pictures() -> None
     assert len(chosen[0] & {i.name for i in split(more, 8, 0)[1].items}) >= 7
 
 
-def test_where_all_groups_are_too_large_the_smallest_is_held_out_if_half_the_pictures_remain() -> None:
+def test_where_all_groups_are_too_large_the_smallest_is_held_out_if_half_the_images_remain() -> None:
     pairs = Dataset(Path("x"), tuple(item(n, digest=f"digest {n // 2}") for n in range(12)))
     training, held = split(pairs, 1, seed=0)
     assert (len(training.items), len(held.items)) == (10, 2)
     one_motif = Dataset(Path("x"), tuple(item(n, digest="same") for n in range(12)))
     training, held = split(one_motif, 0.1, seed=0)
     assert (len(training.items), len(held.items)) == (12, 0)
-    assert training.notes == ("0 of 1 wanted pictures are held out; near duplicates stay together",)
+    assert training.notes == ("0 of 1 wanted images are held out; near duplicates stay together",)
 
 
 def test_a_negative_share_is_refused() -> None:
-    with pytest.raises(DatasetError, match=r"data\.validation=-1: a share or a number of pictures cannot"):
+    with pytest.raises(DatasetError, match=r"data\.validation=-1: a share or a number of images cannot"):
         split(Dataset(Path("x"), (item(0),)), -1, 0)
 
 
-def test_real_copies_of_twelve_pictures_never_straddle_the_split(tmp_path: Path) -> None:
+def test_real_copies_of_twelve_images_never_straddle_the_split(tmp_path: Path) -> None:
     for number in range(12):
-        picture = drawing(number, 160, 120)
-        put(tmp_path / f"p{number:02}.png", picture)
-        put(tmp_path / f"q{number:02}.jpg", encoded(picture.resize((120, 90)), "JPEG", quality=80))
-        put(tmp_path / f"r{number:02}.png", ImageOps.mirror(picture))
+        image = drawing(number, 160, 120)
+        put(tmp_path / f"p{number:02}.png", image)
+        put(tmp_path / f"q{number:02}.jpg", encoded(image.resize((120, 90)), "JPEG", quality=80))
+        put(tmp_path / f"r{number:02}.png", ImageOps.mirror(image))
     dataset = scan(tmp_path, trigger_word="t")
     assert len(near_duplicates(dataset.items)) == 12
     for seed in range(5):
@@ -139,7 +139,7 @@ def test_a_folder_inside_the_training_folder_is_not_trained_on(tmp_path: Path) -
     assert kept.notes == (f"val/v.png is not trained on: data.validation={tmp_path / 'val'} holds them",)
 
 
-def test_held_out_pictures_like_trained_ones_are_not_measured(tmp_path: Path) -> None:
+def test_held_out_images_like_trained_ones_are_not_measured(tmp_path: Path) -> None:
     folder_of(tmp_path / "train", 4)
     put(tmp_path / "val" / "new.png", drawing(10))
     put(tmp_path / "val" / "old.jpg", encoded(drawing(2), "JPEG", quality=90))
@@ -147,13 +147,13 @@ def test_held_out_pictures_like_trained_ones_are_not_measured(tmp_path: Path) ->
     kept, held = keep_apart(training, own)
     assert [i.name for i in held.items] == ["new.png"]
     assert kept.items == training.items
-    assert kept.notes == ("old.jpg is not measured: nearly the same as pictures trained on",)
+    assert kept.notes == ("old.jpg is not measured: nearly the same as images trained on",)
 
 
 def test_a_hold_out_folder_that_leaves_one_side_empty_is_refused(tmp_path: Path) -> None:
     training = scan(folder_of(tmp_path / "train", 2))
     shutil.copytree(tmp_path / "train", tmp_path / "copy")
-    with pytest.raises(DatasetError, match="each of its pictures is nearly the same as one that is trained"):
+    with pytest.raises(DatasetError, match="each of its images is nearly the same as one that is trained"):
         keep_apart(training, scan(tmp_path / "copy"))
     with pytest.raises(DatasetError, match="so none is left to train on"):
         keep_apart(training, training)
@@ -165,7 +165,7 @@ def test_a_hold_out_folder_that_leaves_one_side_empty_is_refused(tmp_path: Path)
     validation=st.integers(0, 20).map(float),
 )
 @settings(max_examples=80, deadline=None)
-def test_nothing_like_a_regularisation_picture_is_held_out(
+def test_nothing_like_a_regularisation_image_is_held_out(
     contents: list[int], priors: set[int], validation: float
 ) -> None:
     items = tuple(item(n, likeness=looks(content, n)) for n, content in enumerate(contents))
@@ -178,7 +178,7 @@ def test_nothing_like_a_regularisation_picture_is_held_out(
         assert held.items == ()
 
 
-def test_a_hold_out_folder_does_not_measure_regularisation_pictures(tmp_path: Path) -> None:
+def test_a_hold_out_folder_does_not_measure_regularisation_images(tmp_path: Path) -> None:
     training = scan(folder_of(tmp_path / "train", 2))
     priors = scan(put(tmp_path / "class" / "dog.png", drawing(20)).parent).items
     put(tmp_path / "val" / "same dog.jpg", encoded(drawing(20), "JPEG"))
@@ -187,10 +187,10 @@ def test_a_hold_out_folder_does_not_measure_regularisation_pictures(tmp_path: Pa
     assert [i.name for i in held.items] == ["another dog.png"]
 
 
-def test_holding_out_as_many_pictures_as_there_are_is_refused() -> None:
+def test_holding_out_as_many_images_as_there_are_is_refused() -> None:
     dataset = Dataset(Path("x"), tuple(item(n, likeness=looks(n, n)) for n in range(12)))
     for wanted in (12.0, 20.0):
-        with pytest.raises(DatasetError, match=rf"data\.validation={wanted:g}: there are only 12 pictures"):
+        with pytest.raises(DatasetError, match=rf"data\.validation={wanted:g}: there are only 12 images"):
             divide(dataset, wanted, None, 0)
     for wanted, count in ((11.0, 11), (0.1, 1), (0.0, 0), (None, 0)):
         training, held = divide(dataset, wanted, None, 0)

@@ -29,7 +29,7 @@ def test_a_format_without_its_package_names_it(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     put(tmp_path / name, data)
     assert [str(problem) for problem in survey(tmp_path, trigger_word="t").problems] == [
-        f"{name}: is a {title} picture, which needs the package {package}; "
+        f"{name}: is a {title} image, which needs the package {package}; "
         f"run `pip install {package}`, or convert it to PNG"
     ]
 
@@ -90,7 +90,7 @@ def test_colours_follow_the_profile_of_the_file(tmp_path: Path, mode: str) -> No
     assert len(scan(tmp_path, trigger_word="t").items) == 4
 
 
-def test_alpha_is_read_upright_and_absent_where_a_picture_is_opaque(tmp_path: Path) -> None:
+def test_alpha_is_read_upright_and_absent_where_an_image_is_opaque(tmp_path: Path) -> None:
     image = Image.new("RGBA", (40, 20), (9, 9, 9, 255))
     image.paste((0, 0, 0, 0), (0, 0, 10, 10))
     exif = Image.Exif()

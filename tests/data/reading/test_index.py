@@ -13,7 +13,7 @@ import pytest
 from drawings import drawing, folder_of, put
 
 from sdlora.data.reading import measure
-from sdlora.data.reading.index import REST_SECONDS, PictureIndex, forget_missing
+from sdlora.data.reading.index import REST_SECONDS, ImageIndex, forget_missing
 from sdlora.data.reading.listing import FoundFile
 from sdlora.data.reading.measure import Measured, measure_all
 from sdlora.data.reading.problems import Problem
@@ -46,7 +46,7 @@ def test_a_second_run_reads_nothing_and_finds_the_same(
     tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_rest(monkeypatch)
-    files = files_in(folder_of(tmp_path / "pictures", 5, captions=False))
+    files = files_in(folder_of(tmp_path / "images", 5, captions=False))
     first = measure_all(files, index_file=tmp_path / "index")
     assert len(read) == 5
     again = measure_all(files, index_file=tmp_path / "index")
@@ -61,7 +61,7 @@ def test_files_written_a_moment_ago_are_not_remembered(
     monkeypatch.setattr(
         "sdlora.data.reading.index.REST_SECONDS", 86_400.0
     )  # a moment, however slow this test is
-    files = files_in(folder_of(tmp_path / "pictures", 2, captions=False))
+    files = files_in(folder_of(tmp_path / "images", 2, captions=False))
     for _ in range(2):
         measure_all(files, index_file=tmp_path / "index")
     assert len(read) == 4
@@ -74,9 +74,9 @@ def test_a_file_must_have_rested_as_long_as_file_systems_may_be_imprecise(
 ) -> None:
     file = put(tmp_path / "p.png", drawing(1))
     status = _touched(file.stat(), **{"modified": 1000, "changed": 1000, last_touch: 2000})
-    with PictureIndex(tmp_path / "index", "1", clock=lambda: 2000 + rested) as index:
+    with ImageIndex(tmp_path / "index", "1", clock=lambda: 2000 + rested) as index:
         index.put(file, status, "facts")
-    with PictureIndex(tmp_path / "index", "1") as index:
+    with ImageIndex(tmp_path / "index", "1") as index:
         assert index.get(file, status) == remembered
 
 
@@ -97,7 +97,7 @@ def test_another_content_of_the_same_size_and_time_is_noticed(
     assert after == measure_all(files_in(tmp_path))
 
 
-def test_a_picture_that_breaks_is_noticed_and_what_is_broken_is_not_remembered(
+def test_an_image_that_breaks_is_noticed_and_what_is_broken_is_not_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_rest(monkeypatch)
@@ -116,10 +116,10 @@ def test_facts_of_another_version_are_not_used(tmp_path: Path) -> None:
     file = put(tmp_path / "p.png", drawing(1))
     os.utime(file, (1, 1))
     status = file.stat()
-    with PictureIndex(tmp_path / "index", "1") as index:
+    with ImageIndex(tmp_path / "index", "1") as index:
         index.put(file, _touched(status, 1000, 1000), "facts")
     for version, facts in (("1", "facts"), ("2", None)):
-        with PictureIndex(tmp_path / "index", version) as index:
+        with ImageIndex(tmp_path / "index", version) as index:
             assert index.get(file, _touched(status, 1000, 1000)) == facts
 
 
@@ -127,7 +127,7 @@ def test_a_damaged_index_is_made_anew(
     tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_rest(monkeypatch)
-    files = files_in(folder_of(tmp_path / "pictures", 2, captions=False))
+    files = files_in(folder_of(tmp_path / "images", 2, captions=False))
     index = put(tmp_path / "index", b"this is no database, whatever it was before" * 40)
     wanted = measure_all(files)
     with warnings.catch_warnings():
@@ -139,9 +139,9 @@ def test_a_damaged_index_is_made_anew(
 
 
 def test_an_index_that_cannot_be_written_costs_a_warning_only(tmp_path: Path) -> None:
-    files = files_in(folder_of(tmp_path / "pictures", 2, captions=False))
+    files = files_in(folder_of(tmp_path / "images", 2, captions=False))
     blocked = put(tmp_path / "file", b"") / "index"
-    with pytest.warns(UserWarning, match="index of pictures is not used"):
+    with pytest.warns(UserWarning, match="index of images is not used"):
         assert measure_all(files, index_file=blocked) == measure_all(files)
 
 
@@ -150,12 +150,12 @@ def test_an_index_that_another_process_holds_is_waited_for_or_done_without(
 ) -> None:
     let_rest(monkeypatch)
     monkeypatch.setattr("sdlora.data.reading.index._WAIT_SECONDS", 0.05)
-    files = files_in(folder_of(tmp_path / "pictures", 2, captions=False))
+    files = files_in(folder_of(tmp_path / "images", 2, captions=False))
     index = tmp_path / "index"
     measure_all(files[:1], index_file=index)
     holder = sqlite3.connect(index, isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
-    with pytest.warns(UserWarning, match="index of pictures is not used"):
+    with pytest.warns(UserWarning, match="index of images is not used"):
         assert measure_all(files, index_file=index) == measure_all(files)
     holder.execute("ROLLBACK")
     holder.close()
@@ -164,7 +164,7 @@ def test_an_index_that_another_process_holds_is_waited_for_or_done_without(
 
 def test_entries_of_missing_files_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     let_rest(monkeypatch)
-    folder, index = folder_of(tmp_path / "pictures", 3, captions=False), tmp_path / "index"
+    folder, index = folder_of(tmp_path / "images", 3, captions=False), tmp_path / "index"
     measure_all(files_in(folder), index_file=index)
     (folder / "p01.png").unlink()
     assert forget_missing(index) == 1

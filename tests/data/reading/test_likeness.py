@@ -1,4 +1,4 @@
-"""Which pictures count as nearly the same, and that the search misses none of them."""
+"""Which images count as nearly the same, and that the search misses none of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_resized_recompressed_and_brightened_copies_are_near_duplicates(tmp_path
 
 
 def test_every_usual_way_of_changing_a_copy_is_seen_through() -> None:
-    pictures = [drawing(seed, 320, 240) for seed in range(24)]
+    images = [drawing(seed, 320, 240) for seed in range(24)]
     changes = {
         "half size": lambda image: image.resize((160, 120)),
         "twice the size": lambda image: image.resize((640, 480), Image.Resampling.NEAREST),
@@ -54,17 +54,17 @@ def test_every_usual_way_of_changing_a_copy_is_seen_through() -> None:
     }
     assert len(changes) == 6
     for name, change in changes.items():
-        both = [shown(image) for image in (*pictures, *(change(image) for image in pictures))]
+        both = [shown(image) for image in (*images, *(change(image) for image in images))]
         assert near_duplicates(both) == [(seed, seed + 24) for seed in range(24)], name
 
 
 def test_drawings_on_a_plain_ground_and_plain_colours_are_not_taken_for_each_other() -> None:
-    pictures = []
+    images = []
     for number in range(6):
         image = Image.new("RGB", (64, 64), (255, 255, 255))
         image.paste((0, 0, 0), (4, 8 * number, 60, 8 * number + 6))
-        pictures += [image, Image.new("RGB", (64, 64), (40 * number, 200, 90))]
-    assert near_duplicates([shown(image) for image in pictures]) == []
+        images += [image, Image.new("RGB", (64, 64), (40 * number, 200, 90))]
+    assert near_duplicates([shown(image) for image in images]) == []
 
 
 def test_plain_areas_of_nearly_one_colour_are_near_duplicates() -> None:
@@ -90,9 +90,9 @@ def test_the_search_joins_exactly_what_a_comparison_of_all_pairs_joins(
     hashes = list(bases)
     for base, changed in flips:
         hashes.append(bases[base % len(bases)] ^ sum(1 << bit for bit in changed))
-    picture = bytes(range(256)) * 3  # one thumbnail for all, so that the hashes decide
+    image = bytes(range(256)) * 3  # one thumbnail for all, so that the hashes decide
     far = (1 << 64) - 1
-    shows = [Shown(str(n), Likeness(bits, bits ^ far, picture)) for n, bits in enumerate(hashes)]
+    shows = [Shown(str(n), Likeness(bits, bits ^ far, image)) for n, bits in enumerate(hashes)]
     groups: list[set[int]] = []
     for index, bits in enumerate(hashes):
         near = {index} | {
@@ -110,12 +110,12 @@ def test_equal_files_are_one_group_whatever_they_look_like(likeness: Likeness | 
     assert near_duplicates(shows) == [(0, 2)]
 
 
-def test_few_pictures_are_compared_without_numpy_and_to_the_same_result() -> None:
+def test_few_images_are_compared_without_numpy_and_to_the_same_result() -> None:
     changes = (ImageOps.mirror, lambda image: image.crop((3, 3, 157, 117)), lambda image: image)
-    pictures = [drawing(seed, 160, 120) for seed in range(30)]
-    pictures += [change(picture) for picture in pictures[:8] for change in changes]
-    pictures += [Image.new("RGB", (64, 64), (200, 30, level)) for level in (0, 3, 30, 200)]
-    likenesses = [likeness_of(picture) for picture in pictures]
+    images = [drawing(seed, 160, 120) for seed in range(30)]
+    images += [change(image) for image in images[:8] for change in changes]
+    images += [Image.new("RGB", (64, 64), (200, 30, level)) for level in (0, 3, 30, 200)]
+    likenesses = [likeness_of(image) for image in images]
     few = likeness._pairs_of_few(likenesses)
     assert few is not None and len(few) > 15
     assert set(few) == set(likeness._like_pairs(likenesses))

@@ -1,4 +1,4 @@
-"""Blur is told from the picture at the size it is trained at, whatever it shows."""
+"""Blur is told from the image at the size it is trained at, whatever it shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdlora.data.reading.sharpness import BLURRED, detail_of, focus
 
 
 def discs(seed: int, side: int = 512) -> Image.Image:
-    """Return a picture of overlapping discs of all sizes, whose edges are spread as in photographs."""
+    """Return an image of overlapping discs of all sizes, whose edges are spread as in photographs."""
     draw = random.Random(seed).random
     image = Image.new("L", (side, side))
     pen = ImageDraw.Draw(image)
@@ -50,13 +50,13 @@ def test_sharp_drawings_of_few_edges_are_not_suspected(seed: int) -> None:
         assert sharpness(drawing(seed, 640, 512), side) > 2 * BLURRED
 
 
-def test_a_blur_that_disappears_when_the_picture_is_made_smaller_does_no_harm() -> None:
+def test_a_blur_that_disappears_when_the_image_is_made_smaller_does_no_harm() -> None:
     large = discs(0, 1024).filter(ImageFilter.GaussianBlur(2))
     assert sharpness(large, 1024) < BLURRED
     assert sharpness(large, 256) > 1.4 * BLURRED
 
 
-def test_a_small_picture_blown_up_counts_as_blurred() -> None:
+def test_a_small_image_blown_up_counts_as_blurred() -> None:
     blown = discs(1, 128).resize((512, 512), Image.Resampling.BICUBIC)
     assert sharpness(blown, 512) < BLURRED
 

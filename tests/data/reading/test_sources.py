@@ -63,8 +63,8 @@ def test_kohya_folders_give_repeats_and_class_words(tmp_path: Path) -> None:
     ]
     assert dataset.num_visits == 46
     assert dataset.notes == (
-        "10_sks cat/: its pictures count 10 times, `sks cat` is their caption where they have none",
-        "3_dog/: its pictures count 3 times, `dog` is their caption where they have none",
+        "10_sks cat/: its images count 10 times, `sks cat` is their caption where they have none",
+        "3_dog/: its images count 3 times, `dog` is their caption where they have none",
     )
 
 
@@ -121,7 +121,7 @@ def test_metadata_jsonl_gives_captions_as_hugging_face_has_them(tmp_path: Path) 
     assert items[2].caption == "a third another"
 
 
-def test_metadata_csv_in_a_folder_inside_names_pictures_from_there(tmp_path: Path) -> None:
+def test_metadata_csv_in_a_folder_inside_names_images_from_there(tmp_path: Path) -> None:
     hugging_face(tmp_path)
     put(tmp_path / "train" / "metadata.csv", 'caption,file_name\n"said ""so"", twice","three.png"\n')
     by_name = {item.name: item.caption for item in scan(tmp_path).items}
@@ -135,13 +135,13 @@ def test_the_caption_column_can_be_named(tmp_path: Path) -> None:
     assert scan(tmp_path, reading=Reading(metadata_caption="tags")).items[0].caption == "yes"
 
 
-def test_lines_about_pictures_that_are_gone_are_noted(tmp_path: Path) -> None:
+def test_lines_about_images_that_are_gone_are_noted(tmp_path: Path) -> None:
     put(tmp_path / "a.png", drawing(1))
     put(
         tmp_path / "metadata.jsonl",
         '{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": "y"}',
     )
-    assert scan(tmp_path).notes == ("metadata.jsonl: names 1 pictures that are not there (first: b.png)",)
+    assert scan(tmp_path).notes == ("metadata.jsonl: names 1 images that are not there (first: b.png)",)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_lines_about_pictures_that_are_gone_are_noted(tmp_path: Path) -> None:
         (
             "metadata.csv",
             "file_name,text\nb.png,x\n",
-            "metadata.csv: names no picture of this folder (first: b.png); put it beside its pictures",
+            "metadata.csv: names no image of this folder (first: b.png); put it beside its images",
         ),
         ("metadata.csv", "file_name,text\na.png,x,y\n", "metadata.csv line 2: has more or fewer values"),
         ("metadata.csv", 'file_name,text\na.png,"x', "metadata.csv line 2: is not valid CSV ("),
@@ -251,7 +251,7 @@ def test_sources_have_their_own_repeats_captions_triggers_and_weights(tmp_path: 
     assert [item.caption_source for item in dataset.items] == ["txt", "txt", "setting"]
 
 
-def test_regularisation_pictures_get_no_trigger_and_are_as_many_as_the_others(tmp_path: Path) -> None:
+def test_regularisation_images_get_no_trigger_and_are_as_many_as_the_others(tmp_path: Path) -> None:
     folder_of(tmp_path / "me", 6)
     folder_of(tmp_path / "class", 2)
     source = {"folder": tmp_path / "class", "regularisation": True, "weight": 0.25}
@@ -261,8 +261,8 @@ def test_regularisation_pictures_get_no_trigger_and_are_as_many_as_the_others(tm
     assert facts(priors) == [("class/p00.png", "picture 0", 3), ("class/p01.png", "picture 1", 3)]
     assert {item.weight for item in priors.items} == {0.25}
     assert dataset.notes == (
-        f"{tmp_path / 'class'}: each regularisation picture counts 3 times, to be about as many as "
-        "the 6 looks at pictures to be learned",
+        f"{tmp_path / 'class'}: each regularisation image counts 3 times, to be about as many as "
+        "the 6 looks at images to be learned",
     )
     assert joined(learned, priors) == dataset
     assert dataset.learned == learned.items
@@ -270,14 +270,14 @@ def test_regularisation_pictures_get_no_trigger_and_are_as_many_as_the_others(tm
     assert by_role(given)[1].num_visits == 2
 
 
-def test_folders_of_one_name_are_numbered_and_shared_pictures_are_noted(tmp_path: Path) -> None:
+def test_folders_of_one_name_are_numbered_and_shared_images_are_noted(tmp_path: Path) -> None:
     folder_of(tmp_path / "x" / "data", 1)
     folder_of(tmp_path / "y" / "data", 1)
     both = [{"folder": tmp_path / "x" / "data"}, {"folder": tmp_path / "y" / "data"}]
     assert [item.name for item in gathered(sources=both).items] == ["data#1/p00.png", "data#2/p00.png"]
     twice = gathered(folder=tmp_path / "x" / "data", sources=[both[0]])
-    picture = (tmp_path / "x" / "data" / "p00.png").resolve()
-    assert twice.notes == (f"{picture}: is in 2 sources and counts in each",)
+    image = (tmp_path / "x" / "data" / "p00.png").resolve()
+    assert twice.notes == (f"{image}: is in 2 sources and counts in each",)
 
 
 def test_the_problems_of_all_folders_are_told_at_once(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_settings_of_sources_that_cannot_be_are_all_told(tmp_path: Path) -> None
     message = str(caught.value)
     assert "`data.sources[0].wieght` is not a setting; did you mean `weight`?" in message
     assert "`data.sources[1].repeats=0`" in message
-    with pytest.raises(ConfigError, match="only regularisation pictures"):
+    with pytest.raises(ConfigError, match="only regularisation images"):
         load_config(None, ['data.sources=[{folder = "z", regularisation = true}]'])
     with pytest.raises(ConfigError, match=r"sources\[0\] \(z\)\.trigger_word. has no effect"):
         load_config(

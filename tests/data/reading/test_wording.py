@@ -1,4 +1,4 @@
-"""What captions say at each visit: the rules, and that all of it follows from seed, epoch and picture."""
+"""What captions say at each visit: the rules, and that all of it follows from seed, epoch and image."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ captions = st.lists(st.text(alphabet="ab, |{};", min_size=1, max_size=25), max_s
 
 @given(wordings, captions, st.integers(0, 5), st.integers(0, 5), st.sampled_from([None, "zork"]))
 @settings(max_examples=200, deadline=None)
-def test_a_caption_follows_from_seed_epoch_and_picture_and_makes_no_words_up(
+def test_a_caption_follows_from_seed_epoch_and_image_and_makes_no_words_up(
     wording: Wording, lines: list[str], seed: int, epoch: int, trigger: str | None
 ) -> None:
     one = item(*lines, trigger=trigger)
@@ -190,7 +190,7 @@ def test_a_caption_follows_from_seed_epoch_and_picture_and_makes_no_words_up(
         assert found == letters
 
 
-def test_seeds_epochs_pictures_and_repeats_give_different_captions() -> None:
+def test_seeds_epochs_images_and_repeats_give_different_captions() -> None:
     one, wording = item("a, b, c, d, e, f, g"), Wording(shuffle=True)
     visits = [Visit(index, epoch, repeat) for index in range(2) for epoch in range(2) for repeat in range(2)]
     assert len({wording.at(one, visit, seed) for visit in visits for seed in range(2)}) > 14

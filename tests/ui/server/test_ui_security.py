@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sdlora_ui.app import refuse_open_door
 from sdlora_ui.server import security as gate
-from sdlora_ui.server.security import Gate, without_other_sites
+from sdlora_ui.server.security import SecurityMiddleware, without_other_sites
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
@@ -39,7 +39,7 @@ def client(password: str | None = None, host: str = "127.0.0.1") -> TestClient:
             Route("/{everything:path}", _size, methods=["POST", "GET"]),
         ]
     )
-    return TestClient(Gate(app, host=host, password=password), base_url="http://127.0.0.1:7860")
+    return TestClient(SecurityMiddleware(app, host=host, password=password), base_url="http://127.0.0.1:7860")
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:7860", "", "[::1"])
@@ -198,5 +198,5 @@ def test_streams_are_passed_on_unbuffered() -> None:
     async def nothing() -> Any:
         return {"type": "http.request", "body": b""}
 
-    asyncio.run(Gate(app, host="127.0.0.1")(scope, nothing, collect))
+    asyncio.run(SecurityMiddleware(app, host="127.0.0.1")(scope, nothing, collect))
     assert parts[1] == ("http.response.body", [])

@@ -1,4 +1,4 @@
-"""What is dropped is checked as pictures, bounded, and never lands outside its new folder."""
+"""What is dropped is checked as images, bounded, and never lands outside its new folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_zip(file: Path, entries: dict[str, bytes]) -> Path:
     return file
 
 
-def test_pictures_captions_and_zips_become_a_folder(tmp_path: Path) -> None:
+def test_images_captions_and_zips_become_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     (tmp_path / "a.txt").write_text("a red square")
     archive = make_zip(
@@ -37,8 +37,8 @@ def test_pictures_captions_and_zips_become_a_folder(tmp_path: Path) -> None:
     taken = import_files([tmp_path / "a.png", tmp_path / "a.txt", archive], tmp_path / "data", "my set")
     found = sorted(str(file.relative_to(taken.folder)) for file in taken.folder.rglob("*") if file.is_file())
     assert found == ["10_cat/b.png", "10_cat/b.txt", "a.png", "a.txt"]
-    assert taken.num_pictures == 2 and taken.folder.name == "my set"
-    assert taken.left_out == ("notes.pdf: neither a picture nor a caption",)
+    assert taken.num_images == 2 and taken.folder.name == "my set"
+    assert taken.left_out == ("notes.pdf: neither an image nor a caption",)
 
 
 def test_a_second_upload_does_not_touch_the_first(tmp_path: Path) -> None:
@@ -48,17 +48,17 @@ def test_a_second_upload_does_not_touch_the_first(tmp_path: Path) -> None:
     assert [first.folder.name, second.folder.name] == ["set", "set-2"]
 
 
-def test_what_is_no_picture_is_left_out_by_name(tmp_path: Path) -> None:
+def test_what_is_no_image_is_left_out_by_name(tmp_path: Path) -> None:
     (tmp_path / "good.png").write_bytes(png())
     (tmp_path / "bad.png").write_bytes(b"<script>alert(1)</script>")
     taken = import_files([tmp_path / "good.png", tmp_path / "bad.png"], tmp_path / "data", "set")
-    assert taken.num_pictures == 1 and "bad.png" in taken.left_out[0]
+    assert taken.num_images == 1 and "bad.png" in taken.left_out[0]
     assert not (taken.folder / "bad.png").exists()
 
 
 def test_nothing_usable_leaves_no_folder(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"nothing")
-    with pytest.raises(DatasetError, match="no usable picture"):
+    with pytest.raises(DatasetError, match="no usable image"):
         import_files([tmp_path / "bad.png"], tmp_path / "data", "set")
     assert list((tmp_path / "data").iterdir()) == []
 
@@ -110,7 +110,7 @@ def test_a_broken_zip_is_an_error_with_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "name"), [("a/b\\c", "a-b-c"), ("../..", "pictures"), ("  x. ", "x"), ("", "pictures")]
+    ("text", "name"), [("a/b\\c", "a-b-c"), ("../..", "images"), ("  x. ", "x"), ("", "images")]
 )
 def test_folder_names_are_plain(text: str, name: str) -> None:
     assert folder_name(text) == name

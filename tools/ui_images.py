@@ -1,6 +1,6 @@
-"""The pictures of the web UI in ``docs/images``: drives a headless Chromium through the demo and takes them.
+"""The images of the web UI in ``docs/images``: drives a headless Chromium through the demo and takes them.
 
-    python -m tools.ui_pictures --output docs/images [--home FOLDER]
+    python -m tools.ui_images --output docs/images [--home FOLDER]
 
 Needs chromium and chromedriver on the path and the ``test`` extra. Trains the demo, which takes some minutes
 without a GPU; a ``--home`` that holds it already is used again.
@@ -87,7 +87,7 @@ class Browser:
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(text, Keys.TAB)
 
-    def picture(self, file: Path, height: int = HEIGHT) -> None:
+    def image(self, file: Path, height: int = HEIGHT) -> None:
         """Write what the page shows from its top, as a PNG of few colours."""
         self.driver.execute_script("scrollTo(0, 0); document.activeElement?.blur()")
         self.wait(lambda: self.driver.execute_script(_LOADED))
@@ -138,7 +138,7 @@ def jobs(url: str) -> list[dict[str, Any]]:
 
 
 def take(browser: Browser, output: Path) -> None:
-    """Take every picture."""
+    """Take every image."""
     browser.open("?__theme=light", 0)
     if not jobs(browser.url):
         browser.click("#demo")
@@ -146,23 +146,23 @@ def take(browser: Browser, output: Path) -> None:
         browser.wait(lambda: len(browser.shown("#plan .sd-fact")) == 4)
         browser.click("#start-training")
         browser.wait(lambda: any(job["step"] > 90 for job in jobs(browser.url)))
-        browser.picture(output / "ui-training.png")
+        browser.image(output / "ui-training.png")
     browser.wait(lambda: jobs(browser.url)[0]["status"] == "finished")
 
     browser.open("?__theme=light", 0)
-    browser.type("#dataset-folder input", "training-pictures/ink-icons")
+    browser.type("#dataset-folder input", "training-images/ink-icons")
     browser.click("#open-folder")
     browser.wait(lambda: len(browser.shown(".sd-card")) > 20)
-    browser.picture(output / "ui-dataset.png", 1240)
+    browser.image(output / "ui-dataset.png", 1240)
     browser.open("?__theme=dark", 1)
     browser.wait(lambda: browser.shown(".sd-previews img"))
-    browser.picture(output / "ui-train-dark.png", 1100)
+    browser.image(output / "ui-train-dark.png", 1100)
     draw(browser, output)
     browser.open("?__theme=light", 3)
     browser.wait(lambda: browser.shown("#export-source input")[0].get_attribute("value"))
     browser.click("button#export, #export button")
     browser.wait(lambda: browser.shown("#export-report .sd-proof, #export-report .sd-problem"))
-    browser.picture(output / "ui-export.png")
+    browser.image(output / "ui-export.png")
 
 
 def draw(browser: Browser, output: Path) -> None:
@@ -174,20 +174,20 @@ def draw(browser: Browser, output: Path) -> None:
     browser.type("#prompt textarea", PROMPT)
     browser.click("#sweep")
     browser.wait(lambda: len(browser.shown("#extra .sd-tick")) == 7)
-    browser.picture(output / "ui-generate.png", 1100)
+    browser.image(output / "ui-generate.png", 1100)
     browser.phone()
-    browser.picture(output / "ui-phone.png", 1500)
+    browser.image(output / "ui-phone.png", 1500)
     browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.click("#compare")
     browser.wait(lambda: browser.shown("#extra sd-compare img"))
     browser.driver.execute_script("document.body.classList.add('dark')")
-    browser.picture(output / "ui-compare-dark.png", 900)
+    browser.image(output / "ui-compare-dark.png", 900)
 
 
 def main() -> None:
-    """Take the pictures into a folder."""
+    """Take the images into a folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the images")
     parser.add_argument("--home", type=Path, help="working folder of the server; a new one when left out")
     options = parser.parse_args()
     home = options.home or Path(tempfile.mkdtemp(prefix="sdlora-ui-"))

@@ -1,28 +1,28 @@
-// Pictures: a strip of strengths to scrub, before and after, a grid to choose from, the gallery.
+// Images: a strip of strengths to scrub, before and after, a grid to choose from, the gallery.
 
-import { ask, attempt, button, Drawn, el, fileUrl, Live, say, tellPython, thumbUrl } from "./base.js";
+import { ask, attempt, button, Drawn, el, fileUrl, Live, say, sendToPython, thumbUrl } from "./base.js";
 
 const given = (element) => JSON.parse(element.getAttribute("data") || "{}");
 
-// All pictures of the strip lie on each other; scrubbing only changes which one is seen.
+// All images of the strip lie on each other; scrubbing only changes which one is seen.
 class Strip extends Drawn {
   static observedAttributes = ["data"];
   render() {
-    const { pictures, strengths, chosen, total } = given(this);
-    if (!pictures || !pictures.length) return;
+    const { images, strengths, chosen, total } = given(this);
+    if (!images || !images.length) return;
     const old = this.images || new Map();
-    this.images = new Map(pictures.map((picture, i) => [picture.file, old.get(picture.file) ||
-      el("img", { src: fileUrl(picture.file), alt: `strength ${strengths[i]}`, decoding: "sync", draggable: false })]));
-    const images = [...this.images.values()];
+    this.images = new Map(images.map((image, i) => [image.file, old.get(image.file) ||
+      el("img", { src: fileUrl(image.file), alt: `strength ${strengths[i]}`, decoding: "sync", draggable: false })]));
+    const elements = [...this.images.values()];
     const value = el("output", { class: "sd-value" });
     const range = el("input", {
-      type: "range", min: "0", max: String(pictures.length - 1), step: "1",
+      type: "range", min: "0", max: String(images.length - 1), step: "1",
       "aria-label": "Scrub through the strengths", class: "sd-range",
     });
-    const ticks = pictures.map((_, i) => button(String(strengths[i]), () => this.show(i), "sd-tick",
+    const ticks = images.map((_, i) => button(String(strengths[i]), () => this.show(i), "sd-tick",
       { "aria-label": `Show strength ${strengths[i]}` }));
     this.show = (index) => {
-      images.forEach((image, i) => image.classList.toggle("on", i === index));
+      elements.forEach((element, i) => element.classList.toggle("on", i === index));
       ticks.forEach((tick, i) => tick.classList.toggle("on", i === index));
       range.value = String(index);
       range.setAttribute("aria-valuetext", `strength ${strengths[index]}`);
@@ -30,10 +30,10 @@ class Strip extends Drawn {
       this.dataset.shown = String(strengths[index]);
     };
     range.addEventListener("input", () => this.show(Number(range.value)));
-    const more = total > pictures.length ? el("p", { class: "sd-dim" }, `${pictures.length} of ${total} drawn`) : "";
-    this.replaceChildren(el("div", { class: "sd-stack" }, images),
+    const more = total > images.length ? el("p", { class: "sd-dim" }, `${images.length} of ${total} drawn`) : "";
+    this.replaceChildren(el("div", { class: "sd-stack" }, elements),
       el("div", { class: "sd-scrub" }, value, range), el("div", { class: "sd-ticks" }, ticks), more);
-    const nearest = strengths.slice(0, pictures.length).reduce((best, strength, i) =>
+    const nearest = strengths.slice(0, images.length).reduce((best, strength, i) =>
       Math.abs(strength - (chosen ?? 1)) < Math.abs(strengths[best] - (chosen ?? 1)) ? i : best, 0);
     this.show(nearest);
   }
@@ -67,14 +67,14 @@ class Grid extends Drawn {
       const cell = cells[`${r},${c}`];
       if (!cell) return el("td", {}, el("div", { class: "sd-empty" }));
       const choose = () => {
-        tellPython("chosen-cell", JSON.stringify({ file: row.file, strength, at: Date.now() }));
+        sendToPython("chosen-cell", JSON.stringify({ file: row.file, strength, at: Date.now() }));
         say(`${row.label} at strength ${strength} is set`);
       };
       return el("td", {}, el("button", { type: "button", class: "sd-cell", onclick: choose,
         "aria-label": `Use ${row.label} at strength ${strength}` }, el("img", { src: fileUrl(cell), alt: "" })));
     })));
     this.replaceChildren(el("div", { class: "sd-scroll" }, el("table", { class: "sd-grid" }, el("thead", {}, head), el("tbody", {}, lines))),
-      el("p", { class: "sd-dim" }, "Press a picture to use its checkpoint and strength."));
+      el("p", { class: "sd-dim" }, "Press an image to use its checkpoint and strength."));
   }
 }
 
@@ -89,27 +89,27 @@ class Gallery extends Live {
     this.replaceChildren(this.list, this.more, this.dialog);
   }
   async refresh() {
-    const answer = await ask(`pictures?limit=${this.limit}`).catch(() => null);
+    const answer = await ask(`images?limit=${this.limit}`).catch(() => null);
     if (!answer) return;
     const key = JSON.stringify(answer);
     if (key === this.shown) return;
     this.shown = key;
-    this.more.hidden = answer.total <= answer.pictures.length;
-    this.list.replaceChildren(...(answer.pictures.length ? answer.pictures.map((picture) => this.card(picture))
+    this.more.hidden = answer.total <= answer.images.length;
+    this.list.replaceChildren(...(answer.images.length ? answer.images.map((image) => this.card(image))
       : [el("p", { class: "sd-dim" }, "Nothing drawn yet. What you draw is kept here, with its settings in each PNG.")]));
   }
-  card(picture) {
-    return el("button", { type: "button", class: "sd-thumb", onclick: () => this.open(picture), title: picture.name,
-      "aria-label": `Open ${picture.name}` }, el("img", { src: thumbUrl(picture.file, 192, picture.changed), loading: "lazy", alt: "" }));
+  card(image) {
+    return el("button", { type: "button", class: "sd-thumb", onclick: () => this.open(image), title: image.name,
+      "aria-label": `Open ${image.name}` }, el("img", { src: thumbUrl(image.file, 192, image.changed), loading: "lazy", alt: "" }));
   }
-  async open(picture) {
-    const settings = await attempt(() => ask(`settings?path=${encodeURIComponent(picture.file)}`));
-    const send = () => { tellPython("sent-picture", JSON.stringify({ file: picture.file, at: Date.now() })); this.dialog.close(); };
-    this.dialog.replaceChildren(el("img", { src: fileUrl(picture.file), alt: picture.name, class: "sd-large" }),
+  async open(image) {
+    const settings = await attempt(() => ask(`settings?path=${encodeURIComponent(image.file)}`));
+    const send = () => { sendToPython("import-png", JSON.stringify({ file: image.file, at: Date.now() })); this.dialog.close(); };
+    this.dialog.replaceChildren(el("img", { src: fileUrl(image.file), alt: image.name, class: "sd-large" }),
       el("dl", {}, Object.entries(settings || {}).map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])),
-      el("p", { class: "sd-dim" }, picture.name),
+      el("p", { class: "sd-dim" }, image.name),
       el("div", { class: "sd-row" }, settings ? button("Use these settings", send, "primary") : null,
-        el("a", { class: "sd-button", href: fileUrl(picture.file), download: picture.name.split("/").pop() }, "Save"),
+        el("a", { class: "sd-button", href: fileUrl(image.file), download: image.name.split("/").pop() }, "Save"),
         button("Close", () => this.dialog.close())));
     this.dialog.showModal();
   }
