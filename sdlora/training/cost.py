@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..data.batching.batches import generator_for, make_batch
+from ..data.batching.batches import make_batch
 from ..data.reading.items import Visit
 from ..errors import TrainingError
 from .objective import loss_of
@@ -53,11 +53,10 @@ def measure_cost(run: Run) -> Cost:
 
 
 def _pass(run: Run, visits: tuple[Visit, ...]) -> None:
-    generator = generator_for("cost")
-    batch = make_batch(run.training, run.model, visits, generator, seed=0)
+    batch = make_batch(run.training, run.model, visits, seed=0)
     splitter = run.splitter
     predict = splitter.predict_with_gradients if splitter else None
-    loss, _ = loss_of(run.model, batch, run.config, generator, predict)
+    loss, _ = loss_of(run.model, batch, run.config, predict)
     loss.sum().backward()
     if splitter:
         splitter.backward(run.parameters())

@@ -44,7 +44,6 @@ def loss_of(
     model: DiffusionModel,
     batch: Batch,
     config: Config,
-    generator: torch.Generator,
     predict: Predict | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the objective of each image and its plain error, both (B,) float32.
@@ -52,17 +51,17 @@ def loss_of(
     The objective is the mean squared error of the prediction (over the mask) times the min-SNR weight and
     the image's own. With prior preservation, what the base itself predicts is the target of
     regularisation images; without such images, it is that of a second prediction of every image, for
-    the empty caption. Noise and timesteps are drawn with ``generator``, in this order. ``predict`` stands
-    in for the model's own call.
+    the empty caption. Noise and timestep of an image follow from its visit, whatever else is in the batch;
+    only dropout, which torch draws for whole batches, follows from the first visit. ``predict`` stands in
+    for the model's own call.
     """
     settings, prior = config.training, config.data.prior_preservation
     count = len(batch.names)
-    noise = draw_noise(batch.latents.shape, generator, noise_offset=settings.noise_offset)
-    timesteps = model.process.sample_timesteps(count, generator)
+    noise, timesteps = _drawn(model, batch, settings.noise_offset)
     corrupted = model.process.corrupt(batch.latents, noise, timesteps)
     with torch.random.fork_rng(enabled=config.adapter.dropout > 0):
         if config.adapter.dropout > 0:  # torch's dropout draws from the global generator
-            torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=generator)))
+            torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=batch.generators("dropout")[0])))
         text = batch.text if batch.text is not None else model.encode_text(batch.captions)
         inputs = _Inputs(corrupted.noisy, timesteps, text, batch.sizes)
         blank = prior > 0 and not config.data.has_regularisation
@@ -83,6 +82,16 @@ def loss_of(
         base = _of_base(model, batch, inputs, range(count, 2 * count))
         weighted = weighted + prior * weights * per_image_loss(prediction[count:], base)
     return weighted, plain.detach()
+
+
+def _drawn(model: DiffusionModel, batch: Batch, noise_offset: float) -> tuple[Tensor, Tensor]:
+    """Return each image's noise (B, C, h, w) float32 and timestep (B,) int64."""
+    shape = (1, *batch.latents.shape[1:])
+    noises, timesteps = [], []
+    for generator in batch.generators("noise"):
+        noises.append(draw_noise(shape, generator, noise_offset=noise_offset))
+        timesteps.append(model.process.sample_timesteps(1, generator))
+    return torch.cat(noises), torch.cat(timesteps)
 
 
 def _blank(model: DiffusionModel, batch: Batch) -> Conditioning:

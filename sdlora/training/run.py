@@ -22,9 +22,9 @@ from ..adapters.canonical import AdapterWeights
 from ..config.defaults import Default, check_components, resolve_data, resolve_training
 from ..config.schema import Config
 from ..config.toml import load_config, save_config
-from ..data.batching.batches import generator_for, make_batch
+from ..data.batching.batches import Batch, make_batch
 from ..data.batching.cache import EncodedDataset
-from ..data.batching.loader import BatchLoader, Loaded
+from ..data.batching.loader import BatchLoader
 from ..data.batching.order import MicroBatch, Order
 from ..data.batching.prepare import PreparedData, base_facts, data_facts, prepare_data
 from ..data.reading.holdout import divide
@@ -286,18 +286,15 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
 def _loader(data: PreparedData, model: DiffusionModel, rank: int) -> BatchLoader:
     config, seed = data.config, data.config.training.seed
 
-    def make(step: int, micro: int, visits: MicroBatch) -> Loaded:
-        generator = generator_for(seed, step, micro, rank)
-        batch = make_batch(
+    def make(step: int, micro: int, visits: MicroBatch) -> Batch:
+        return make_batch(
             data.training,
             model,
             visits,
-            generator,
             seed=seed,
             caption_dropout=config.data.caption_dropout,
             unmasked_weight=config.data.unmasked_weight,
         )
-        return Loaded(batch, generator)
 
     return BatchLoader(data.order, rank, data.steps, make, single_threaded=model.device.type == "cpu")
 

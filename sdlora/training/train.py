@@ -2,8 +2,8 @@
 
 A step: for each micro-batch compute the loss, refuse it if it is not finite, and gather its gradients
 in fp32; then clip, step, tell; then validate, preview and checkpoint when they are due; then stop if
-asked to. Everything random follows from (seed, step, micro-batch, rank), so a resumed run repeats the
-uninterrupted one exactly.
+asked to. Everything random follows from the seed and the visits, so a resumed run repeats the
+uninterrupted one exactly, and the number of processes does not matter.
 """
 
 from __future__ import annotations
@@ -186,10 +186,10 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
         options["lr"] = own.learning_rate * factor
     total, count = 0.0, 0
     names: list[str] = []
-    for batch, generator in run.loader.step(run.step):
+    for batch in run.loader.step(run.step):
         split = run.splitter
         predict = split.predict_with_gradients if split else None
-        weighted, plain = loss_of(run.model, batch, config, generator, predict)
+        weighted, plain = loss_of(run.model, batch, config, predict)
         _refuse_non_finite(weighted, batch, run.step)
         # A full step's number of images, also in a short step: each image weighs the same in an epoch.
         run.scaler.scale(weighted.sum() / run.images_per_step).backward()

@@ -254,24 +254,12 @@ def test_every_image_is_visited_exactly_repeats_times_an_epoch(settings: Callabl
 def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With noise fixed by image, 2 x 3 images and 6 x 1 images must agree."""
-
-    def by_name(
-        model: Any, batch: Any, config: Config, generator: torch.Generator, predict: Any
-    ) -> tuple[Any, Any]:
-        parts = [torch.Generator().manual_seed(int(name[5:7])) for name in batch.names]
-        shape = batch.latents.shape[1:]
-        noise = torch.stack([torch.randn(shape, generator=part) for part in parts])
-        timesteps = torch.cat([model.process.sample_timesteps(1, part) for part in parts])
-        corrupted = model.process.corrupt(torch.ones_like(batch.latents), noise, timesteps)
-        prediction = (predict or model.predict)(corrupted.noisy, timesteps, batch.text, batch.sizes)
-        plain = (prediction - corrupted.target).square().flatten(1).mean(1)
-        return plain, plain.detach()
-
-    monkeypatch.setattr(sys.modules["sdlora.training.train"], "loss_of", by_name)
-    monkeypatch.setattr("sdlora.training.cost.loss_of", by_name)
+    """What an image gets follows from its visit, so 2 x 3 images and 6 x 1 images agree."""
     gradients = []
-    square = ("data.buckets=false", "data.caption_dropout=0", "optimizer.max_grad_norm=0")
+    square = (
+        *("data.buckets=false", "optimizer.max_grad_norm=0", "training.noise_offset=0.1"),
+        *("data.flip=true", "data.caption_dropout=0.5", "data.crop=random", "data.variants=0"),
+    )
     for name, size, micros in (("large", 6, 1), ("middle", 3, 2), ("small", 1, 6)):
         run = prepared(
             settings(name, f"training.batch_size={size}", f"training.gradient_accumulation={micros}", *square)
@@ -314,10 +302,8 @@ def test_non_finite_loss_stops_before_the_weights_and_names_the_images(
     run = prepared(settings("run", "training.steps=4"))
     before = run.masters()
 
-    def poisoned(
-        model: Any, batch: Any, config: Config, generator: torch.Generator, predict: Any
-    ) -> tuple[Any, Any]:
-        weighted, plain = loss_of(model, batch, config, generator, predict)
+    def poisoned(model: Any, batch: Any, config: Config, predict: Any) -> tuple[Any, Any]:
+        weighted, plain = loss_of(model, batch, config, predict)
         bad = torch.tensor([float("nan"), *[1.0] * (len(plain) - 1)])
         poisoned.name = batch.names[0]  # type: ignore[attr-defined]
         return weighted * bad, plain

@@ -159,7 +159,7 @@ def test_text_is_that_of_the_captions_whenever_it_is_encoded(
     texts = set()
     for step in range(9):
         visits = run.order.step(step)[0][0]
-        batch = make_batch(run.training, run.model, visits, generator_for(step), seed=0)
+        batch = make_batch(run.training, run.model, visits, seed=0)
         assert batch.text is not None
         for place, caption in enumerate(batch.captions):
             expected = run.model.encode_text([caption])["states"][0]
@@ -176,7 +176,7 @@ def test_in_the_loop_nothing_but_plain_captions_is_kept(
     kept = set((tmp_path / "cache" / "captions").rglob("*.safetensors"))
     for step in range(3):
         visits = run.order.step(step)[0][0]
-        make_batch(run.training, run.model, visits, generator_for(step), seed=0)
+        make_batch(run.training, run.model, visits, seed=0)
     assert set((tmp_path / "cache" / "captions").rglob("*.safetensors")) == kept
     assert len(kept) == 7
 
@@ -198,7 +198,7 @@ def test_random_looks_give_the_sizes_and_crops_that_were_cut(settings: Callable[
         crops = set()
         for step in range(6):
             visits = run.order.step(step)[0][0]
-            batch = make_batch(run.training, run.model, visits, generator_for(step), seed=0)
+            batch = make_batch(run.training, run.model, visits, seed=0)
             for visit, size in zip(visits, batch.sizes, strict=True):
                 view, item = run.training.views.at(visit, 0), run.training.items[visit.index]
                 assert (size.crop, size.target) == (view.placement.crop, view.placement.bucket)
@@ -241,7 +241,6 @@ def test_masks_reach_the_loss_at_the_size_of_the_latents(
         run.training,
         run.model,
         (Visit(0, 0, 0), Visit(1, 0, 0)),
-        generator_for(0),
         seed=0,
         unmasked_weight=0.25,
     )
@@ -356,9 +355,9 @@ def test_regularisation_images_hold_the_adapter_to_the_base_where_asked_for(
         )
         run = prepared(config)
         visits = (Visit(0, 0, 0), Visit(1, 0, 0))
-        batch = make_batch(run.training, run.model, visits, generator_for(0), seed=0)
+        batch = make_batch(run.training, run.model, visits, seed=0)
         assert batch.regularisation == (False, True)
-        losses[prior] = loss_of(run.model, batch, config, generator_for(1))[0].tolist()
+        losses[prior] = loss_of(run.model, batch, config)[0].tolist()
     assert losses[0.5][0] == losses[0.0][0] > 0
     assert losses[0.5][1] < 1e-10 < 1e-3 < losses[0.0][1]  # rounding: the base sees that image alone
 

@@ -1,7 +1,7 @@
-"""(seed, step, micro-batch, rank) -> :class:`Batch`: everything random about it follows from these four.
+"""(seed, visits) -> :class:`Batch`: everything random about an image follows from the seed and its visit.
 
-Nothing has to be saved to resume: asking again gives the same images, mirrors, dropped captions,
-latents, noise and timesteps.
+Nothing has to be saved to resume: asking again gives the same images, mirrors, dropped captions, latents,
+noise and timesteps. Nor does it matter which other images share the micro-batch, or which process makes it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Batch:
         mask: (B, 1, h, w) float32, how much each place counts; None where all count alike.
         regularisation: which of the B are regularisation images.
         blank: conditioning of the empty caption, without batch axis; None as for ``text``.
+        visits: which B visits these are; what is drawn for an image follows from its visit.
+        seed: of the run.
     """
 
     latents: Tensor
@@ -44,6 +46,12 @@ class Batch:
     mask: Tensor | None = None
     regularisation: tuple[bool, ...] = ()
     blank: Conditioning | None = None
+    visits: tuple[Visit, ...] = ()
+    seed: int = 0
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """Return a fresh generator for each of the B images, the same ones at every call."""
+        return [visit_generator(self.seed, purpose, visit) for visit in self.visits]
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
@@ -52,24 +60,28 @@ def generator_for(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def visit_generator(seed: int, purpose: str, visit: Visit) -> torch.Generator:
+    """Return the CPU generator that draws one thing for one visit."""
+    return generator_for(seed, purpose, visit.epoch, visit.index, visit.repeat)
+
+
 def make_batch(
     data: EncodedDataset,
     model: DiffusionModel,
     visits: Sequence[Visit],
-    generator: torch.Generator,
     *,
     seed: int,
     caption_dropout: float = 0.0,
     unmasked_weight: float = 0.0,
 ) -> Batch:
-    """Gather one micro-batch; the posterior is sampled with ``generator``.
+    """Gather one micro-batch; each posterior is sampled with its visit's generator.
 
     Where a mask is black, the loss counts ``unmasked_weight``.
     """
     latents, captions, sizes, names, masks = [], [], [], [], []
     for visit in visits:
         encoded = data.image(visit.index, data.views.at(visit, seed))
-        latents.append(model.scale_latents(encoded.posterior.sample(generator)))
+        latents.append(model.scale_latents(encoded.posterior.sample(visit_generator(seed, "latents", visit))))
         captions.append(caption_at(data, visit, seed, caption_dropout))
         sizes.append(encoded.size)
         names.append(data.items[visit.index].name)
@@ -88,6 +100,8 @@ def make_batch(
         mask=torch.cat(masks) * (1 - unmasked_weight) + unmasked_weight if data.has_masks else None,
         regularisation=tuple(item.regularisation for item in items),
         blank=data.caption("") if data.encode_captions else None,
+        visits=tuple(visits),
+        seed=seed,
     )
 
 

@@ -1,6 +1,6 @@
 """Makes the next micro-batches while the current one is trained on, and says how long was waited for them.
 
-What a batch holds follows from (step, micro-batch) alone, so making it early changes nothing. One thread
+What a batch holds follows from its visits alone, so making it early changes nothing. One thread
 makes them one after the other; it is far from busy, unless images must be read from a slow disk.
 """
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 
@@ -18,13 +18,6 @@ from .batches import Batch
 from .order import MicroBatch, Order
 
 _AHEAD = 2
-
-
-class Loaded(NamedTuple):
-    """A micro-batch, and the generator that goes on with its noise and times."""
-
-    batch: Batch
-    generator: torch.Generator
 
 
 class BatchLoader:
@@ -47,7 +40,7 @@ class BatchLoader:
         order: Order,
         rank: int,
         steps: int,
-        make: Callable[[int, int, MicroBatch], Loaded],
+        make: Callable[[int, int, MicroBatch], Batch],
         *,
         single_threaded: bool,
         clock: Callable[[], float] = time.perf_counter,
@@ -56,7 +49,7 @@ class BatchLoader:
         self._clock = clock
         threads = (torch.set_num_threads, (1,)) if single_threaded else (None, ())
         self._pool = ThreadPoolExecutor(1, "batches", *threads)
-        self._pending: dict[tuple[int, int], Future[Loaded]] = {}
+        self._pending: dict[tuple[int, int], Future[Batch]] = {}
         self.waited = 0.0
 
     def __enter__(self) -> Self:
@@ -67,7 +60,7 @@ class BatchLoader:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def step(self, step: int) -> Iterator[Loaded]:
+    def step(self, step: int) -> Iterator[Batch]:
         """Yield the micro-batches of an optimizer step that are not empty.
 
         Raises:
@@ -97,5 +90,5 @@ class BatchLoader:
     def _micro_batches(self, step: int) -> list[tuple[int, MicroBatch]]:
         return [one for one in enumerate(self._order.step(step)[self._rank]) if one[1]]
 
-    def _submit(self, step: int, micro: int, visits: MicroBatch) -> Future[Loaded]:
+    def _submit(self, step: int, micro: int, visits: MicroBatch) -> Future[Batch]:
         return self._pool.submit(self._make, step, micro, visits)

@@ -9,7 +9,7 @@ import torch
 from patience import PATIENCE
 
 from sdlora.data.batching.batches import Batch
-from sdlora.data.batching.loader import BatchLoader, Loaded
+from sdlora.data.batching.loader import BatchLoader
 from sdlora.data.batching.order import MicroBatch, Order
 from sdlora.errors import DatasetError
 
@@ -18,12 +18,12 @@ def order_of(count: int = 7, accumulation: int = 2) -> Order:
     return Order([0] * count, [1] * count, batch_size=2, accumulation=accumulation, world_size=1, seed=3)
 
 
-def loaded(step: int, micro: int, visits: MicroBatch) -> Loaded:
+def loaded(step: int, micro: int, visits: MicroBatch) -> Batch:
     """A batch that says what it was made from."""
     names = tuple(f"{step} {micro} {visit.index} {visit.epoch}" for visit in visits)
     count = len(visits)
     weights = torch.ones(count)
-    return Loaded(Batch(torch.zeros(count), ("",) * count, None, (), names, weights), torch.Generator())
+    return Batch(torch.zeros(count), ("",) * count, None, (), names, weights)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
@@ -33,18 +33,18 @@ def test_every_step_gets_its_own_micro_batches(accumulation: int, first: int) ->
     with BatchLoader(order, 0, 9, loaded, single_threaded=True) as loader:
         for step in range(first, 9):
             wanted = [
-                loaded(step, micro, visits).batch.names
+                loaded(step, micro, visits).names
                 for micro, visits in enumerate(order.step(step)[0])
                 if visits
             ]
             assert wanted
-            assert [batch.names for batch, _ in loader.step(step)] == wanted
+            assert [batch.names for batch in loader.step(step)] == wanted
 
 
 def test_a_step_asked_for_again_or_skipped_to_is_right_too() -> None:
     with BatchLoader(order_of(), 0, 50, loaded, single_threaded=True) as loader:
         for step in (0, 0, 7, 2, 2, 40):
-            assert all(name.startswith(f"{step} ") for b, _ in loader.step(step) for name in b.names)
+            assert all(name.startswith(f"{step} ") for b in loader.step(step) for name in b.names)
 
 
 class Clock:
@@ -65,7 +65,7 @@ def test_batches_are_made_while_training_goes_on_and_not_past_the_end() -> None:
     made: list[tuple[int, int]] = []
     ahead, go_on = threading.Event(), threading.Event()
 
-    def make(step: int, micro: int, visits: MicroBatch) -> Loaded:
+    def make(step: int, micro: int, visits: MicroBatch) -> Batch:
         if step == 3:
             assert go_on.wait(PATIENCE)
         made.append((step, micro))
@@ -90,7 +90,7 @@ def test_batches_are_made_while_training_goes_on_and_not_past_the_end() -> None:
 def test_waiting_is_measured_when_data_is_the_slower_part() -> None:
     clock = Clock()
 
-    def slow(step: int, micro: int, visits: MicroBatch) -> Loaded:
+    def slow(step: int, micro: int, visits: MicroBatch) -> Batch:
         assert clock.asked.acquire(timeout=PATIENCE)  # the training waits already
         clock.now += 0.25 * (step + 1)
         return loaded(step, micro, visits)
@@ -107,7 +107,7 @@ def test_waiting_is_measured_when_data_is_the_slower_part() -> None:
 def test_making_that_nobody_waited_for_is_not_counted() -> None:
     clock, go_on = Clock(), threading.Event()
 
-    def make(step: int, micro: int, visits: MicroBatch) -> Loaded:
+    def make(step: int, micro: int, visits: MicroBatch) -> Batch:
         if step:
             assert go_on.wait(PATIENCE)
             clock.now += 7.0
@@ -124,7 +124,7 @@ def test_making_that_nobody_waited_for_is_not_counted() -> None:
 
 
 def test_an_error_in_the_making_is_raised_by_the_step_that_needs_it() -> None:
-    def failing(step: int, micro: int, visits: MicroBatch) -> Loaded:
+    def failing(step: int, micro: int, visits: MicroBatch) -> Batch:
         if step == 1:
             raise DatasetError("cup.png: gone")
         return loaded(step, micro, visits)
@@ -139,7 +139,7 @@ def test_settling_waits_for_what_is_being_made_and_nothing_is_made_after_it() ->
     made: list[tuple[int, int]] = []
     go_on = threading.Event()
 
-    def held(step: int, micro: int, visits: MicroBatch) -> Loaded:
+    def held(step: int, micro: int, visits: MicroBatch) -> Batch:
         if step:
             assert go_on.wait(PATIENCE)
         made.append((step, micro))
