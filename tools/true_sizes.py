@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdlora.diffusion.process import NoiseProcess
+from sdlora.diffusion.ddpm import DDPM
 from sdlora.families.base import BaseModelInfo
 from sdlora.families.ldm import StoredKey, text_key_map, unet_key_map, vae_key_map
 from sdlora.families.loading import ASSETS, load_parts
@@ -107,7 +107,7 @@ def blueprint(family: str) -> UNetModel:
     nothing = (Evidence("nothing", "epsilon"),)
     found = Recognised(Path("none.safetensors"), "file", family, (), "", nothing)
     meta = torch.device("meta")
-    process = NoiseProcess.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon")
+    process = DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon")
     base = BaseModelInfo("none", "none", found.path)
     return FAMILIES[family](base, load_parts(found, dtype=torch.float32, device=meta), process, device=meta)
 

@@ -1,19 +1,18 @@
 """Noise processes: how latents are corrupted, what the denoiser must predict, how errors are weighted.
 
-Only mathematics, no models. Notation of Ho et al. 2020: ``alpha_bar_t`` is the kept share of signal
-variance, ``a = sqrt(alpha_bar)``, ``s = sqrt(1 - alpha_bar)``, noisy = a * clean + s * noise.
+Only mathematics, no models. A process is a :class:`NoiseProcess`, e.g. :class:`sdlora.diffusion.ddpm.DDPM`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction"]
+from .prediction import Prediction
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Corrupted:
     Attributes:
         noisy: (B, C, h, w) float32 input of the denoiser.
         target: (B, C, h, w) float32 desired output.
-        timesteps: (B,) int64.
+        timesteps: (B,) as they were given.
     """
 
     noisy: Tensor
@@ -31,101 +30,58 @@ class Corrupted:
     timesteps: Tensor
 
 
-@dataclass(frozen=True)
-class NoiseProcess:
-    """A discrete diffusion with a fixed schedule.
+class Scheduler(Protocol):
+    """What takes noise away step by step, as diffusers' schedulers do; one serves one batch.
 
     Attributes:
-        alphas_cumprod: (T,) float64 alpha_bar of each training timestep, decreasing.
-        prediction_type: ``epsilon`` (the noise) or ``v_prediction`` (a * noise - s * clean, Salimans
-            and Ho 2022, appendix D).
+        timesteps: (steps,) what the denoiser is told at each step, from noise to image.
+        init_noise_sigma: what unit noise is multiplied with at the start.
     """
 
-    alphas_cumprod: Tensor
-    prediction_type: PredictionType
+    timesteps: Tensor
+    init_noise_sigma: float | Tensor
 
-    @classmethod
-    def from_betas(
-        cls,
-        beta_start: float,
-        beta_end: float,
-        schedule: str,
-        num_steps: int,
-        prediction_type: PredictionType,
-        *,
-        zero_terminal_snr: bool = False,
-    ) -> NoiseProcess:
-        """Build from a scheduler's settings.
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Return the sample (B, C, h, w) as the denoiser takes it."""
 
-        ``zero_terminal_snr`` rescales the schedule so that the last timestep is pure noise (Lin et al.
-        2024, algorithm 1).
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **more: Any) -> Any:
+        """Return the sample after this step, first of a tuple where ``return_dict=False`` is given."""
 
-        Raises:
-            ValueError: for a beta schedule other than ``linear`` or ``scaled_linear``.
-        """
-        if schedule == "scaled_linear":  # Stable Diffusion: linear in the square root of beta
-            betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2
-        elif schedule == "linear":
-            betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
-        else:
-            raise ValueError(f"unknown beta schedule {schedule!r}")
-        alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-        if zero_terminal_snr:
-            roots = alphas_cumprod.sqrt()
-            roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-            alphas_cumprod = roots**2
-        return cls(alphas_cumprod, prediction_type)
+
+MakeScheduler = Callable[[int], Scheduler]
+"""Makes a scheduler whose timesteps are set for so many steps, on the CPU."""
+
+
+class NoiseProcess(Protocol):
+    """How a base's images become noise. Timesteps (B,) are in the numbers that its denoiser is told."""
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the denoiser puts out."""
 
     @property
     def ends_in_noise(self) -> bool:
         """Whether the last timestep keeps nothing of the image."""
-        return float(self.alphas_cumprod[-1]) == 0.0
 
     @property
-    def num_timesteps(self) -> int:
-        """T, the number of training timesteps."""
-        return self.alphas_cumprod.shape[0]
+    def max_steps(self) -> int:
+        """Denoising steps beyond which a sampler would repeat timesteps."""
 
-    def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a and s at ``timesteps`` (B,), each (B, 1, 1, 1) float32 on the timesteps' device."""
-        alpha_bar = self.alphas_cumprod[timesteps.cpu()]
-        a = alpha_bar.sqrt().float().view(-1, 1, 1, 1)
-        s = (1.0 - alpha_bar).sqrt().float().view(-1, 1, 1, 1)
-        return a.to(timesteps.device), s.to(timesteps.device)
+    @property
+    def schedulers(self) -> Mapping[str, MakeScheduler]:
+        """The samplers that can undo it, by their name in :data:`sdlora.diffusion.samplers.SAMPLERS`."""
 
-    def corrupt(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Corrupted:
-        """Mix clean latents and noise (both (B, C, h, w)) at ``timesteps`` (B,)."""
-        clean, noise = clean.float(), noise.float()
-        a, s = self.signal_and_noise(timesteps)
-        noisy = a * clean + s * noise
-        target = noise if self.prediction_type == "epsilon" else a * noise - s * clean
-        return Corrupted(noisy, target, timesteps)
-
-    def snr(self, timesteps: Tensor) -> Tensor:
-        """Return alpha_bar / (1 - alpha_bar) at ``timesteps``, (B,) float32."""
-        alpha_bar = self.alphas_cumprod[timesteps.cpu()]
-        return (alpha_bar / (1.0 - alpha_bar)).float().to(timesteps.device)
-
-    def loss_weights(self, timesteps: Tensor, min_snr_gamma: float) -> Tensor:
-        """Return the weight (B,) of each image's loss; all ones for gamma 0.
-
-        Min-SNR (Hang et al. 2023, section 3.4): min(snr, gamma) / snr for epsilon,
-        min(snr, gamma) / (snr + 1) for v.
-        """
-        if min_snr_gamma <= 0:
-            return torch.ones(timesteps.shape, dtype=torch.float32, device=timesteps.device)
-        snr = self.snr(timesteps)
-        limited = snr.clamp(max=min_snr_gamma)
-        return limited / (snr if self.prediction_type == "epsilon" else snr + 1.0)
-
-    def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw ``count`` uniform timesteps from a CPU generator, (count,) int64."""
-        return torch.randint(0, self.num_timesteps, (count,), generator=generator)
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the timesteps of ``count`` images to train on from a CPU generator, (count,)."""
 
     def spread_timesteps(self, count: int) -> Tensor:
-        """Return ``count`` timesteps at the middles of equal parts of the range, ascending."""
-        middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        return (middles * self.num_timesteps).long()
+        """Return ``count`` timesteps at the middles of equal parts of the range, ascending (validation)."""
+
+    def corrupt(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Corrupted:
+        """Mix clean scaled latents and noise (both (B, C, h, w)) at ``timesteps`` (B,)."""
+
+    def loss_weights(self, timesteps: Tensor, min_snr_gamma: float) -> Tensor:
+        """Return the weight (B,) float32 of each image's loss; all ones for gamma 0."""
 
 
 def draw_noise(shape: Sequence[int], generator: torch.Generator, *, noise_offset: float = 0.0) -> Tensor:

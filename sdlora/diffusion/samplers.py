@@ -1,4 +1,6 @@
-"""The samplers users know by name, built from the base's own noise process.
+"""The samplers users know by name, and which scheduler each is on a discrete diffusion's own schedule.
+
+Which samplers a base can be drawn with, and on what schedule, its noise process says.
 
 The update rules are diffusers'; what is decided here is where on the noise schedule they step, and that
 follows A1111's WebUI, so that a preview shows what its users will get:
@@ -23,11 +25,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from ..config.schema import SamplerName
 from ..errors import ConfigError
-from .process import NoiseProcess
+from .process import NoiseProcess, Scheduler
 
 Build = Callable[[dict[str, Any], int], Any]
 
@@ -40,7 +41,8 @@ class Sampler:
         webui_name: WebUI's word for it in the ``Sampler:`` field of an image's settings.
         webui_schedule: WebUI's ``Schedule type:``, or None where it states none.
         ancestral: new noise enters at every step.
-        build: makes the diffusers scheduler from shared settings and the number of steps.
+        build: makes the diffusers scheduler of a discrete diffusion from the settings of its schedule
+            (:meth:`sdlora.diffusion.ddpm.DDPM.schedule`) and the number of steps.
     """
 
     webui_name: str
@@ -55,54 +57,50 @@ def find_sampler(name: str) -> Sampler:
     Raises:
         ConfigError: for an unknown name, with the nearest known one.
     """
-    known = {_plain(one): one for one in SAMPLERS}
-    found = known.get(_plain(name))
-    if found is not None:
-        return SAMPLERS[found]
-    close = difflib.get_close_matches(_plain(name), list(known), 1, cutoff=0.5)
-    hint = f"did you mean `{known[close[0]]}`? " if close else ""
-    raise ConfigError(f"sampler `{name}`: unknown; {hint}There are {', '.join(SAMPLERS)}")
+    return SAMPLERS[_known(name)]
 
 
-def make_scheduler(name: str, process: NoiseProcess, steps: int) -> Any:
-    """Return a fresh diffusers scheduler of that sampler, its timesteps set, on the CPU.
+def make_scheduler(name: str, process: NoiseProcess, steps: int) -> Scheduler:
+    """Return a fresh scheduler of that sampler for a process, its timesteps set, on the CPU.
 
     Args:
         name: one of :data:`SAMPLERS`.
         process: the noise the base was trained with.
-        steps: number of denoising steps, 1 to T - 1.
+        steps: number of denoising steps, 1 to ``process.max_steps``.
 
     Raises:
-        ConfigError: for an unknown name or an impossible number of steps.
+        ConfigError: for an unknown name, one that cannot undo this process, or an impossible number of steps.
     """
-    sampler = find_sampler(name)
-    check_steps(process, steps)
-    shared = {
-        "num_train_timesteps": process.num_timesteps,
-        "trained_betas": _betas(process.alphas_cumprod),
-        "prediction_type": process.prediction_type,
-        # our betas are rescaled already, which this repeats without effect; it also makes sigmas finite
-        "rescale_betas_zero_snr": process.ends_in_noise,
-    }
-    scheduler = sampler.build(shared, steps)
+    check_sampling(name, process, steps)
+    scheduler = process.schedulers[_known(name)](steps)
     if hasattr(scheduler, "set_begin_index"):
         # without it the first step is looked up by its timestep, wrongly where rounding repeats one
         scheduler.set_begin_index(0)
     return scheduler
 
 
-def check_steps(process: NoiseProcess, steps: int) -> None:
-    """Raise ConfigError unless an image can be made in so many denoising steps."""
-    most = process.num_timesteps - 1
-    if not 1 <= steps <= most:
-        raise ConfigError(f"`steps={steps}`: an image takes 1 to {most} denoising steps; 20 to 30 are usual")
+def check_sampling(name: str, process: NoiseProcess, steps: int) -> None:
+    """Raise ConfigError unless that sampler can make an image of the process's noise in so many steps."""
+    if _known(name) not in process.schedulers:
+        raise ConfigError(
+            f"sampler `{name}`: cannot take away the noise of a base that predicts "
+            f"{process.prediction.name}; use {' or '.join(process.schedulers)}"
+        )
+    if not 1 <= steps <= process.max_steps:
+        raise ConfigError(
+            f"`steps={steps}`: an image takes 1 to {process.max_steps} denoising steps; 20 to 30 are usual"
+        )
 
 
-def _betas(alphas_cumprod: Tensor) -> list[float]:
-    """Return beta_t = 1 - alpha_bar_t / alpha_bar_(t-1), with alpha_bar before the first step 1."""
-    before = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
-    betas: list[float] = (1.0 - alphas_cumprod / before).tolist()
-    return betas
+def _known(name: str) -> SamplerName:
+    """Return the name as the table has it."""
+    known = {_plain(one): one for one in SAMPLERS}
+    found = known.get(_plain(name))
+    if found is not None:
+        return found
+    close = difflib.get_close_matches(_plain(name), list(known), 1, cutoff=0.5)
+    hint = f"did you mean `{known[close[0]]}`? " if close else ""
+    raise ConfigError(f"sampler `{name}`: unknown; {hint}There are {', '.join(SAMPLERS)}")
 
 
 def _plain(name: str) -> str:

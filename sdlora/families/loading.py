@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from ..config.schema import AttentionName, FamilyName
-from ..diffusion.process import NoiseProcess, PredictionType
+from ..config.schema import AttentionName, FamilyName, PredictionType
+from ..diffusion.ddpm import DDPM
+from ..diffusion.prediction import PREDICTIONS
 from ..errors import ConfigError, ModelError
 from ..tensor_file import CONVERT
 from .base import BaseModelInfo, TextEncoderInfo
@@ -115,8 +116,8 @@ def load_model(
             f"{path}: cannot be loaded as a {kind.info.title} base ({reason}); "
             "check that the download is complete"
         ) from error
-    if found.layout == "file" and process.prediction_type in kind.info.resolutions:
-        side = kind.info.resolutions[process.prediction_type]  # the shipped config can name only one
+    if found.layout == "file" and process.prediction.name in kind.info.resolutions:
+        side = kind.info.resolutions[process.prediction.name]  # the shipped config can name only one
         parts.unet.register_to_config(sample_size=side // vae_factor(parts.vae))
     # Measured on 2 AVX-512 cores: channels-last takes 5-10 % off a training step on the CPU. CUDA's
     # group norm forces the other layout, so there it would cost.
@@ -248,17 +249,17 @@ def _process(
     found: Recognised,
     prediction_type: PredictionType | None,
     zero_terminal_snr: bool | None,
-) -> NoiseProcess:
+) -> DDPM:
     prediction = found.prediction_type(prediction_type)
     rescaled = found.zero_terminal_snr(zero_terminal_snr)
-    if rescaled and prediction != "v_prediction":
+    if rescaled and not PREDICTIONS[prediction].speaks_of_pure_noise:
         raise ModelError(
             f"{found.path}: a schedule that ends in pure noise (zero terminal SNR) needs v-prediction, but "
             "this base predicts epsilon; set model.zero_terminal_snr=false, or "
             "model.prediction_type=v_prediction if that is what it does"
         )
     config = scheduler_config(found)
-    return NoiseProcess.from_betas(
+    return DDPM.from_betas(
         config["beta_start"],
         config["beta_end"],
         config["beta_schedule"],

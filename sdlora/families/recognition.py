@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..diffusion.process import PredictionType
+from ..config.schema import PredictionType
 from ..errors import ModelError
 from ..tensor_file import Header, shown
 from .base import FamilyInfo

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.canonical import AdapterFile, AdapterWeights
+from ..diffusion.prediction import PREDICTIONS
 from ..tensor_file import entry_json
 from . import folding
 from .dataset_entries import dataset_entries, folder_name
@@ -385,7 +386,8 @@ def _architecture(info: FamilyInfo, predicts_v: bool) -> str:
 
 def _prediction(facts: TrainingFacts) -> str | None:
     kind = facts.prediction_type or (facts.config.model.prediction_type if facts.config else None)
-    return {"epsilon": "epsilon", "v_prediction": "v"}.get(kind or "")
+    known = PREDICTIONS.get(kind or "")
+    return (known.header_word or None) if known else None
 
 
 def _resolution(facts: TrainingFacts) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.strength import Strength
-from ..diffusion.samplers import check_steps, find_sampler, make_scheduler
+from ..diffusion.samplers import check_sampling, find_sampler, make_scheduler
 from ..errors import ConfigError, ModelError
 from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
 from ..families.parallel import SplitPredictor
@@ -103,8 +103,7 @@ def render(
 
 def check_request(model: DiffusionModel, request: GenerateRequest) -> None:
     """Raise ConfigError if the model cannot make such an image, naming what it could make."""
-    find_sampler(request.sampler)
-    check_steps(model.process, request.steps)
+    check_sampling(request.sampler, model.process, request.steps)
     multiple = model.size_multiple
     for name, value in (("height", request.height), ("width", request.width)):
         if value < multiple or value % multiple:

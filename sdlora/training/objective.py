@@ -90,7 +90,7 @@ def _drawn(model: DiffusionModel, batch: Batch, noise_offset: float) -> tuple[Te
     noises, timesteps = [], []
     for generator in batch.generators("noise"):
         noises.append(draw_noise(shape, generator, noise_offset=noise_offset))
-        timesteps.append(model.process.sample_timesteps(1, generator))
+        timesteps.append(model.process.draw_timesteps(1, generator))
     return torch.cat(noises), torch.cat(timesteps)
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdlora.diffusion.process import NoiseProcess, draw_noise, per_image_loss
+from sdlora.config.schema import PredictionType
+from sdlora.diffusion.ddpm import DDPM
+from sdlora.diffusion.prediction import PREDICTIONS
+from sdlora.diffusion.process import draw_noise, per_image_loss
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 
 
-def process(prediction_type: str = "epsilon") -> NoiseProcess:
-    return NoiseProcess.from_betas(0.00085, 0.012, "scaled_linear", 1000, prediction_type)  # type: ignore[arg-type]
+def process(prediction_type: str = "epsilon") -> DDPM:
+    return DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, prediction_type)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -42,6 +47,32 @@ def test_min_snr_weights_follow_the_paper() -> None:
     assert torch.equal(process().loss_weights(TIMESTEPS, 0.0), torch.ones(6))
 
 
+IMPLIED = {  # the clean latents that an output stands for, solved from its meaning
+    "epsilon": lambda output, noisy, a, s: (noisy - s * output) / a,
+    "v_prediction": lambda output, noisy, a, s: a * noisy - s * output,
+}
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_the_error_ratio_follows_from_the_meaning_of_the_output(name: str) -> None:
+    times = torch.tensor([1, 250, 500, 998])
+    ours = process(name)
+    a, s = ours.signal_and_noise(times)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise, error = (torch.randn((4, 4, 8, 8), generator=generator) for _ in range(3))
+    corrupted = ours.corrupt(clean, noise, times)
+    torch.testing.assert_close(
+        IMPLIED[name](corrupted.target, corrupted.noisy, a, s), clean, rtol=1e-3, atol=1e-3
+    )
+    moved = IMPLIED[name](corrupted.target + 0.1 * error, corrupted.noisy, a, s)
+    ratio = (0.1 * error).square().mean((1, 2, 3)) / (moved - clean).square().mean((1, 2, 3))
+    torch.testing.assert_close(PREDICTIONS[name].error_ratio(ours.snr(times)), ratio, rtol=0.02, atol=1e-4)
+
+
+def test_settings_offer_exactly_the_prediction_types_of_the_table() -> None:
+    assert tuple(PREDICTIONS) == get_args(PredictionType)
+
+
 def test_noise_offset_is_part_of_the_noise_and_constant_per_channel() -> None:
     plain = draw_noise((2, 4, 8, 8), torch.Generator().manual_seed(1))
     offset = draw_noise((2, 4, 8, 8), torch.Generator().manual_seed(1), noise_offset=0.5) - plain
@@ -60,7 +91,7 @@ def test_per_image_loss_keeps_images_apart() -> None:
 
 def test_unknown_beta_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="cosine"):
-        NoiseProcess.from_betas(0.1, 0.2, "cosine", 10, "epsilon")
+        DDPM.from_betas(0.1, 0.2, "cosine", 10, "epsilon")
 
 
 def test_zero_terminal_snr_rescales_as_diffusers_does() -> None:
@@ -68,10 +99,8 @@ def test_zero_terminal_snr_rescales_as_diffusers_does() -> None:
 
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     wanted = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
-    process = NoiseProcess.from_betas(
-        0.00085, 0.012, "scaled_linear", 1000, "v_prediction", zero_terminal_snr=True
-    )
+    process = DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, "v_prediction", zero_terminal_snr=True)
     torch.testing.assert_close(process.alphas_cumprod, wanted, rtol=1e-9, atol=1e-12)
     assert process.ends_in_noise
-    assert not NoiseProcess.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon").ends_in_noise
+    assert not DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon").ends_in_noise
     assert bool(torch.isfinite(process.loss_weights(torch.arange(1000), 5.0)).all())

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdlora.diffusion.process import NoiseProcess, PredictionType
+from sdlora.config.schema import PredictionType
+from sdlora.diffusion.ddpm import DDPM
 from sdlora.diffusion.samplers import SAMPLERS, find_sampler, make_scheduler
 from sdlora.errors import ConfigError
 from sdlora.families.base import DiffusionModel
@@ -24,8 +25,8 @@ STEPS, GUIDANCE = 4, 5.0
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-def process(prediction_type: PredictionType = "epsilon") -> NoiseProcess:
-    return NoiseProcess.from_betas(0.00085, 0.012, "scaled_linear", 1000, prediction_type)
+def process(prediction_type: PredictionType = "epsilon") -> DDPM:
+    return DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, prediction_type)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def test_ddim_takes_the_timesteps_of_webui(steps: int) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_schedulers_noise_is_the_bases(name: str) -> None:
-    odd = NoiseProcess.from_betas(0.001, 0.02, "linear", 500, "v_prediction")
+    odd = DDPM.from_betas(0.001, 0.02, "linear", 500, "v_prediction")
     scheduler = make_scheduler(name, odd, 7)
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), odd.alphas_cumprod, rtol=1e-4, atol=1e-7)
     assert scheduler.config.prediction_type == "v_prediction"
@@ -215,9 +216,7 @@ def test_the_tiny_base_runs_with_v_prediction(tiny_base: Path) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_schedule_that_ends_in_noise_is_sampled_from_its_very_end(name: str) -> None:
-    rescaled = NoiseProcess.from_betas(
-        0.00085, 0.012, "scaled_linear", 1000, "v_prediction", zero_terminal_snr=True
-    )
+    rescaled = DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, "v_prediction", zero_terminal_snr=True)
     scheduler = make_scheduler(name, rescaled, 10)
     assert int(scheduler.timesteps[0]) == 999
     clean = torch.full((1, 4, 2, 2), 0.5)

@@ -120,7 +120,7 @@ def test_shipped_tokenizer_gives_clips_own_ids() -> None:
 def test_folder_loads_frozen_with_its_own_sizes(tiny_base: Path) -> None:
     model = load_model(str(tiny_base), dtype=torch.float32, device=CPU)
     assert (model.native_resolution, model.size_multiple, model.latent_shape(32, 64)) == (32, 8, (4, 8, 16))
-    assert model.process.prediction_type == "epsilon"
+    assert model.process.prediction.name == "epsilon"
     parameters = [p for module in model.components().values() for p in module.parameters()]
     assert len(parameters) > 50
     assert not any(parameter.requires_grad for parameter in parameters)

@@ -204,7 +204,7 @@ def test_zero_terminal_snr_with_epsilon_is_refused(tmp_path: Path) -> None:
 def test_the_folders_scheduler_says_what_is_predicted(tmp_path: Path) -> None:
     make_base(tmp_path / "base", "sd2", prediction_type="v_prediction")
     model = load_model(str(tmp_path / "base"), dtype=torch.float32, device=torch.device("cpu"))
-    assert model.process.prediction_type == "v_prediction"
+    assert model.process.prediction.name == "v_prediction"
 
 
 def test_the_short_hash_is_the_old_webuis(tmp_path: Path) -> None:

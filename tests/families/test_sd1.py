@@ -139,4 +139,4 @@ def test_fingerprints_change_with_weights_and_settings(tiny_base: Path) -> None:
 
 
 def test_prediction_type_can_be_overridden(tiny_base: Path) -> None:
-    assert loaded(tiny_base, prediction_type="v_prediction").process.prediction_type == "v_prediction"
+    assert loaded(tiny_base, prediction_type="v_prediction").process.prediction.name == "v_prediction"
