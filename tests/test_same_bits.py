@@ -58,6 +58,7 @@ def test_a_missing_case_fails_and_a_new_one_does_not(
 ) -> None:
     assert compare(tmp_path, {"lora": ONE, "dora": ONE}, {"lora": ONE}) == 1
     assert "not the same: dora\n" in capsys.readouterr().out
+    assert compare(tmp_path, {"lora": ONE, "dora": ONE}, {"lora": ONE}, "--only", "lora") == 0
     assert compare(tmp_path, {"lora": ONE}, {"lora": ONE, "dora": ONE}) == 0
     assert re.search(r"dora +new", capsys.readouterr().out)
 
@@ -79,10 +80,16 @@ def test_names_that_were_changed_on_purpose_can_be_told(tmp_path: Path) -> None:
 def write_run(folder: Path, at: str, value: float, shade: int) -> dict[str, Any]:
     """Write what a run writes, at a time and place of its own; return what is kept of it."""
     folder.mkdir()
-    header = {"modelspec.date": at, "sdlora.config": json.dumps({"folder": str(folder), "rank": 2})}
+    header = {
+        "modelspec.date": at,
+        "sshs_legacy_hash": at,
+        "sdlora.config": json.dumps({"folder": str(folder), "rank": 2}),
+    }
     save_file({"up": torch.full((2, 3), value)}, folder / "lora.safetensors", header)
     event = {"event": "Sampled", "time": float(at), "images_per_second": float(at), "grid": f"{folder}/a.png"}
     (folder / "events.jsonl").write_text(f"{json.dumps(event)}\n", encoding="utf-8")
+    state = {"step": 2, "started_at": float(at), "digests": {"adapter": at}, "from_file": at * 64}
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
     words = PngInfo()
     words.add_text("parameters", "a bee")
     Image.new("L", (4, 4), shade).save(folder / "a.png", pnginfo=words)
@@ -91,9 +98,10 @@ def write_run(folder: Path, at: str, value: float, shade: int) -> dict[str, Any]
 
 def test_times_and_places_do_not_count_and_values_do(tmp_path: Path) -> None:
     first = write_run(tmp_path / "one", "1", 0.5, 7)
-    assert set(first) == {"lora.safetensors", "events.jsonl", "a.png"}
+    assert set(first) == {"lora.safetensors", "events.jsonl", "state.json", "a.png"}
     assert first["lora.safetensors"]["header"] == {"sdlora.config": {"folder": "<work>", "rank": 2}}
     assert first["events.jsonl"] == [{"event": "Sampled", "grid": "<work>/a.png"}]
+    assert first["state.json"] == {"step": 2}
     assert first["a.png"]["text"] == {"parameters": "a bee"}
     assert write_run(tmp_path / "other", "2", 0.5, 7) == first
     other = write_run(tmp_path / "third", "2", 0.50001, 8)

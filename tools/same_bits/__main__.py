@@ -1,7 +1,7 @@
 """Record the bits of seeded runs of a checkout, and compare two records.
 
 Usage: python -m tools.same_bits record --checkout DIR --output FILE.json [--only NAME ...]
-       python -m tools.same_bits compare BEFORE.json AFTER.json [--renamed OLD=NEW ...]
+       python -m tools.same_bits compare BEFORE.json AFTER.json [--renamed OLD=NEW] [--only NAME ...]
        python -m tools.same_bits list
 """
 
@@ -117,6 +117,13 @@ def compared(options: argparse.Namespace) -> int:
         old, new = before["about"].get(key), after["about"].get(key)
         if old != new:
             print(f"{key}: {old} -> {new}")
+    if options.only:
+        for record_of in (before, after):
+            cases = record_of["cases"]
+            record_of["cases"] = {name: cases[name] for name in options.only if name in cases}
+        absent = [name for name in options.only if name not in before["cases"]]
+        if absent:
+            raise SystemExit(f"{options.before}: has no case named {', '.join(absent)}")
     rows = compare(before["cases"], after["cases"], _pairs(options.renamed), options.without)
     print(table(rows))
     bad = [row.case for row in rows if row.verdict in ("differs", "missing")]
@@ -176,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--renamed", action="append", default=[], metavar="OLD=NEW", help="word of keys and texts BEFORE"
     )
     two.add_argument("--without", action="append", default=[], metavar="KEY", help="leave these keys out")
+    two.add_argument("--only", nargs="+", metavar="NAME", help="these cases")
     actions.add_parser("list", help="show the cases")
     options = parser.parse_args(arguments)
     if options.action == "list":

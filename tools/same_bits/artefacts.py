@@ -19,9 +19,10 @@ from PIL import Image
 
 # keys of times, speeds, and of digests over bytes that hold times (the bytes themselves are looked at)
 _FLEETING = re.compile(
-    r"time|date|digests|used|modified|modelspec\.date|ss_session_id|"
+    r"time|date|digests|used|modified|modelspec\.date|ss_session_id|sshs_legacy_hash|"
     r".*(seconds|per_second|wait_share|_at|_age)(_.*)?"
 )
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FREE_MEMORY = re.compile(r"[\d.,]+ [KMG]iB free|about [\d.,]+ s\b")
 _LONG = 2000  # characters of one text from which on it is hashed
 
@@ -37,7 +38,7 @@ def settled(value: Any, places: Mapping[str, str]) -> Any:
         return {
             _text(key, places): settled(item, places)
             for key, item in value.items()
-            if not _FLEETING.fullmatch(key)
+            if not _is_fleeting(key, item)
         }
     if isinstance(value, list):
         return [settled(item, places) for item in value]
@@ -50,6 +51,12 @@ def settled(value: Any, places: Mapping[str, str]) -> Any:
             pass
     text = _text(value, places)
     return text if len(text) < _LONG else digest(text.encode())
+
+
+def _is_fleeting(key: str, value: Any) -> bool:
+    if key == "from_file":  # a path in settings, but in a checkpoint's state the digest of a file with times
+        return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+    return _FLEETING.fullmatch(key) is not None
 
 
 def artefact(file: Path, places: Mapping[str, str]) -> Any:
