@@ -81,6 +81,6 @@ def _case(
     clean: Tensor = model.scale_latents(posterior.mean).repeat(_TIMESTEPS, 1, 1, 1)
     noise = draw_noise(clean.shape, generator_for("benchmark", file.name))
     corrupted = model.process.corrupt(clean, noise, model.process.spread_timesteps(_TIMESTEPS))
-    text = {name: one.repeat(_TIMESTEPS, 1, 1) for name, one in model.encode_text([caption]).items()}
+    text = {name: tensor.repeat(_TIMESTEPS, 1, 1) for name, tensor in model.encode_text([caption]).items()}
     size = SizeHint((image.height, image.width), placement.crop, placement.bucket)
     return corrupted, text, size

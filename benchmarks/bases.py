@@ -155,8 +155,8 @@ def resume(row: Row) -> None:
 
     def check(facts: dict[str, Any]) -> bool:
         last = Path("checkpoints") / "step-000002" / "optimizer.safetensors"
-        one, other = load_file(run / last), load_file(again / last)
-        return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        first, other = load_file(run / last), load_file(again / last)
+        return first.keys() == other.keys() and all(torch.equal(first[key], other[key]) for key in first)
 
     config = (again / "config.toml").read_text(encoding="utf-8")
     (again / "config.toml").write_text(config.replace(str(run), str(again)), encoding="utf-8")
@@ -170,9 +170,9 @@ def draw(row: Row, stage: str, adapter: Path) -> Cell:
     arguments += ["--strengths", STRENGTHS, "--precision", row.options.precision]
 
     def check(facts: dict[str, Any]) -> bool:
-        one, other = (pixels(Path(file)) for file in facts["files"])
-        facts["digest"] = f"{one} {other}"
-        return one != other
+        first, other = (pixels(Path(file)) for file in facts["files"])
+        facts["digest"] = f"{first} {other}"
+        return first != other
 
     row.run(stage, [*arguments, "--output", str(row.folder / stage)], check)
     return row.cells[stage]
@@ -261,11 +261,13 @@ def equal_across_forms(rows: Sequence[Row]) -> bool:
     """Tell whether all forms of a family gave the same weights, the same adapter and the same images."""
     equal = True
     for family in dict.fromkeys(row.family for row in rows):
-        own = [row for row in rows if row.family == family]
+        family_rows = [row for row in rows if row.family == family]
         for what, stage in (("weights", "load"), ("adapter", "train"), ("images", "generate")):
-            digests = {row.cells[stage].facts.get("digest") for row in own}
+            digests = {row.cells[stage].facts.get("digest") for row in family_rows}
             same = len(digests) == 1 and None not in digests
-            print(f"{family}: {what} {'equal' if same else 'DIFFER'} in {len(own)} forms, bit for bit")
+            print(
+                f"{family}: {what} {'equal' if same else 'DIFFER'} in {len(family_rows)} forms, bit for bit"
+            )
             equal = equal and same
     return equal
 
@@ -295,7 +297,7 @@ def rendered(rows: Sequence[Row]) -> str:
 
 def load_once(options: argparse.Namespace) -> int:
     """Load a base in this process; print time, memory and a digest of the weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401  (libraries are no weights)
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401  (libraries are not weights)
     from transformers import CLIPTextModel, CLIPTextModelWithProjection  # noqa: F401
 
     from sdlora.devices import choose_dtype
@@ -313,7 +315,7 @@ def load_once(options: argparse.Namespace) -> int:
     weights = sum(t.numel() * t.element_size() for t in tensors)
     finite = all(bool(torch.isfinite(t).all()) for t in tensors)
     digest = hashlib.sha256("".join(map(module_fingerprint, modules)).encode()).hexdigest()[:16]
-    found = {
+    figures = {
         "family": model.info.name,
         "seconds": round(seconds, 2),
         "processor_seconds": round(used, 2),
@@ -322,7 +324,7 @@ def load_once(options: argparse.Namespace) -> int:
         "peak_bytes": peak,
         "digest": digest,
     }
-    print(json.dumps(found))
+    print(json.dumps(figures))
     return 0 if finite else 1
 
 
@@ -347,7 +349,7 @@ def memory(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as work:
         measured_step = measure_memory(_short_run(options, Path(work)))
     plan = measured_step.plan
-    found = {
+    figures = {
         "planned": plan.peak,
         "weights": plan.weights,
         "adapter": plan.adapter,
@@ -355,7 +357,7 @@ def memory(options: argparse.Namespace) -> int:
         "measured": measured_step.bytes,
         "ratio": round(measured_step.ratio, 3),
     }
-    print(json.dumps(found))
+    print(json.dumps(figures))
     return 0 if abs(measured_step.ratio - 1) <= 0.15 else 1
 
 
@@ -380,13 +382,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("table")
-    one.add_argument("--folder", type=Path, required=True, help="where everything is made")
-    one.add_argument("--families", default=",".join(FAMILIES))
-    one.add_argument("--forms", default=",".join(FORMS))
-    one.add_argument("--size", type=int, default=64, help="px")
-    one.add_argument("--keep", action="store_true", help="leave the bases there")
-    one.add_argument("--json", type=Path)
+    table_parser = commands.add_parser("table")
+    table_parser.add_argument("--folder", type=Path, required=True, help="where everything is made")
+    table_parser.add_argument("--families", default=",".join(FAMILIES))
+    table_parser.add_argument("--forms", default=",".join(FORMS))
+    table_parser.add_argument("--size", type=int, default=64, help="px")
+    table_parser.add_argument("--keep", action="store_true", help="leave the bases there")
+    table_parser.add_argument("--json", type=Path)
     others = {"load": load_once, "memory": memory, "speed": speed}
     for name in others:
         other = commands.add_parser(name)
@@ -396,8 +398,8 @@ def main() -> int:
         other.add_argument("--steps", type=int, default=50)
         other.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
         other.add_argument("--device", help="the fastest one here when left out")
-    for own in commands.choices.values():
-        own.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "fp16"])
+    for subparser in commands.choices.values():
+        subparser.add_argument("--precision", default="bf16", choices=["fp32", "bf16", "fp16"])
     options = parser.parse_args()
     return {"table": table, **others}[options.command](options)
 

@@ -79,8 +79,8 @@ def index(folder: Path) -> dict[str, Any]:
     from sdlora.data.reading.folder import survey
 
     began = time.perf_counter()
-    found = survey(folder)
-    return {"images": len(found.dataset.items), "survey_seconds": time.perf_counter() - began}
+    survey_result = survey(folder)
+    return {"images": len(survey_result.dataset.items), "survey_seconds": time.perf_counter() - began}
 
 
 def check(folder: Path) -> dict[str, Any]:

@@ -39,8 +39,8 @@ def component_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     def config(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((ASSETS / name / "config.json").read_text(encoding="utf-8"))
-        return found
+        tree: dict[str, Any] = json.loads((ASSETS / name / "config.json").read_text(encoding="utf-8"))
+        return tree
 
     with torch.device("meta"):
         parts: dict[str, Any] = {
@@ -60,12 +60,12 @@ def checkpoint_layout(shapes: dict[str, dict[str, tuple[int, ...]]]) -> dict[str
     key_maps = {"unet": unet_key_map(shapes["unet"]), "vae": vae_key_map(shapes["vae"])}
     for encoder in family_info("sdxl").text_encoders:
         key_maps[encoder.component] = text_key_map(shapes[encoder.component], encoder)
-    found: dict[str, tuple[int, ...]] = {}
-    for component, own in key_maps.items():
-        for key, names in by_key(own).items():
+    layout: dict[str, tuple[int, ...]] = {}
+    for component, key_map in key_maps.items():
+        for key, names in by_key(key_map).items():
             rows, *rest = shapes[component][names[0]]
-            found[key] = (rows * len(names), *rest)
-    return found
+            layout[key] = (rows * len(names), *rest)
+    return layout
 
 
 def write_checkpoint(path: Path, layout: dict[str, tuple[int, ...]]) -> None:
@@ -202,9 +202,9 @@ def main() -> None:
             continue
         if "--output" in known[name]:
             Path(known[name][known[name].index("--output") + 1]).unlink(missing_ok=True)
-        found = measured(known[name], options.threads)
+        figures = measured(known[name], options.threads)
         keys = ("seconds", "cpu_seconds", "peak_mib", "num_modules")
-        print(f"{name}: " + ", ".join(f"{key} {found[key]}" for key in keys if key in found), flush=True)
+        print(f"{name}: " + ", ".join(f"{key} {figures[key]}" for key in keys if key in figures), flush=True)
     if not options.keep:
         for file in files.values():
             file.unlink(missing_ok=True)

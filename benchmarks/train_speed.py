@@ -90,19 +90,24 @@ def measure_round(
 
 def problems(rounds: Sequence[Round], base_loss: float, layouts: Mapping[Trainer, object]) -> list[str]:
     """Return why the times are not worth comparing; empty if they are."""
-    found = []
+    faults = []
     if layouts["sdlora"] != layouts["diffusers"]:
-        found.append("the two LoRA files differ in layers, ranks or scales")
-    gains = {name: base_loss - _median([one[name].loss for one in rounds]) for name in TRAINERS}
-    found += [
+        faults.append("the two LoRA files differ in layers, ranks or scales")
+    gains = {
+        name: base_loss - _median([round_measured[name].loss for round_measured in rounds])
+        for name in TRAINERS
+    }
+    faults += [
         f"{name} did not learn: its objective is not below the base's"
         for name in TRAINERS
         if gains[name] <= 0
     ]
-    if not found and gains["sdlora"] < LEARNS_ENOUGH * gains["diffusers"]:
+    if not faults and gains["sdlora"] < LEARNS_ENOUGH * gains["diffusers"]:
         share = gains["sdlora"] / gains["diffusers"]
-        found.append(f"sdlora learned {share:.0%} of what diffusers did; at least {LEARNS_ENOUGH:.0%} is due")
-    return found
+        faults.append(
+            f"sdlora learned {share:.0%} of what diffusers did; at least {LEARNS_ENOUGH:.0%} is due"
+        )
+    return faults
 
 
 def table(rounds: Sequence[Round], base_loss: float) -> str:
@@ -117,7 +122,10 @@ def table(rounds: Sequence[Round], base_loss: float) -> str:
     ]
     lines = ["| | sdlora | diffusers | times better |", "|---|---|---|---|"]
     for title, attribute, factor, digits, more_is_better in rows:
-        ours, peers = ([getattr(one[name], attribute) * factor for one in rounds] for name in TRAINERS)
+        ours, peers = (
+            [getattr(round_measured[name], attribute) * factor for round_measured in rounds]
+            for name in TRAINERS
+        )
         cells = [_spread(values, digits) for values in (ours, peers)]
         ratio = ""
         if attribute != "loss":
@@ -185,20 +193,25 @@ def compare(
     measured = [
         {
             name: side(short, long, settings.batch_size, meter.measure(long.adapter))
-            for name, (short, long) in one.items()
+            for name, (short, long) in round_run.items()
         }
-        for one in runs
+        for round_run in runs
     ]
     base_loss = meter.measure(None)
-    found = problems(measured, base_loss, {name: layout(runs[-1][name][1].adapter) for name in TRAINERS})
-    ratios = [one["sdlora"].images_per_second / one["diffusers"].images_per_second for one in measured]
+    faults = problems(measured, base_loss, {name: layout(runs[-1][name][1].adapter) for name in TRAINERS})
+    ratios = [
+        round_measured["sdlora"].images_per_second / round_measured["diffusers"].images_per_second
+        for round_measured in measured
+    ]
     return {
         **result,
         "steps": steps,
-        "rounds": [{name: asdict(part) for name, part in one.items()} for one in measured],
+        "rounds": [
+            {name: asdict(part) for name, part in round_measured.items()} for round_measured in measured
+        ],
         "base_loss": base_loss,
         "ratio": {"median": _median(ratios), "min": min(ratios), "max": max(ratios)},
-        "problems": found,
+        "problems": faults,
         "table": table(measured, base_loss),
     }
 

@@ -61,19 +61,19 @@ def measure(home: Path) -> dict[str, Any]:
     browser = Browser("")
     begun = time.perf_counter()
     server, browser.url = serve(home)
-    found: dict[str, Any] = {"server_ready_s": round(time.perf_counter() - begun, 2)}
+    times: dict[str, Any] = {"server_ready_s": round(time.perf_counter() - begun, 2)}
     try:
         browser.open("", 0)
-        found["page_usable_s"] = round(time.perf_counter() - begun, 2)
+        times["page_usable_s"] = round(time.perf_counter() - begun, 2)
         begun = time.perf_counter()
         browser.open("?__theme=light", 0)
-        found["page_again_s"] = round(time.perf_counter() - begun, 2)
-        found |= _drawing(browser)
+        times["page_again_s"] = round(time.perf_counter() - begun, 2)
+        times |= _drawing(browser)
     finally:
         browser.driver.quit()
         server.terminate()
         server.wait()
-    return found
+    return times
 
 
 def _drawing(browser: Browser) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _drawing(browser: Browser) -> dict[str, Any]:
     browser.wait(lambda: browser.shown("#adapter-0 input")[0].get_attribute("value"))
     browser.type("#prompt textarea", PROMPT)
     browser.click("#draw-more > button")
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for steps in (20, 10):
         browser.type("#steps input", str(steps))
         browser.click("#draw")
@@ -95,16 +95,16 @@ def _drawing(browser: Browser) -> dict[str, Any]:
             strength = str(round(0.3 + 0.05 * number, 2))
             times.append(browser.driver.execute_async_script(RELEASE, strength) / 1000)
             browser.wait(lambda: not browser.shown("#drawing .sd-working"))
-        found[f"release_to_image_{steps}_steps_s"] = [round(one, 2) for one in sorted(times)]
-        found[f"release_to_image_{steps}_steps_median_s"] = round(statistics.median(times), 2)
+        figures[f"release_to_image_{steps}_steps_s"] = [round(seconds, 2) for seconds in sorted(times)]
+        figures[f"release_to_image_{steps}_steps_median_s"] = round(statistics.median(times), 2)
     begun = time.perf_counter()
     browser.click("#sweep")
     browser.wait(lambda: len(browser.shown("#extra .sd-tick")) == 7)
-    found["sweep_of_7_s"] = round(time.perf_counter() - begun, 2)
+    figures["sweep_of_7_s"] = round(time.perf_counter() - begun, 2)
     scrub = browser.driver.execute_async_script(SCRUB)
-    found["scrub_ms"] = [round(one, 1) for one in sorted(scrub["times"])]
-    found["scrub_requests"] = scrub["requests"]
-    return found
+    figures["scrub_ms"] = [round(milliseconds, 1) for milliseconds in sorted(scrub["times"])]
+    figures["scrub_requests"] = scrub["requests"]
+    return figures
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and the three things one may ask of it.
+"""The events that a run emits while it goes on, and the three requests it takes.
 
 Events are frozen facts; a listener cannot change training with them. One that raises is dropped after
 one warning. :class:`Control` is read once a step.
@@ -24,7 +24,7 @@ from .run_folder import REQUESTS, SAMPLE, SAVE, STOP, RunFolder
 
 @dataclass(frozen=True)
 class Event:
-    """A fact with the time it was told (seconds since 1970)."""
+    """A fact with the time it was emitted (seconds since 1970)."""
 
     time: float = field(default_factory=time.time, kw_only=True)
 
@@ -130,7 +130,7 @@ def to_json(event: Event) -> str:
 
 
 class Emitter:
-    """Tells every listener; drops one that raises, with a single warning."""
+    """Hands each event to every listener; drops one that raises, with a single warning."""
 
     def __init__(self, listeners: tuple[Listener, ...]) -> None:
         self._listeners = list(listeners)
@@ -215,7 +215,7 @@ class Control:
         def ask(number: int, frame: FrameType | None) -> None:
             self.stop()
             signal.signal(number, signal.default_int_handler)
-            with suppress(OSError):  # not through sys.stderr, in whose midst this may happen
+            with suppress(OSError):  # not through sys.stderr: a write to it may be under way
                 os.write(2, b"\nfinishing this step, then saving; once more ends at once\n")
 
         try:

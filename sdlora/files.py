@@ -44,7 +44,7 @@ def replacing(target: Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            with suppress(OSError):  # the place itself may be no folder
+            with suppress(OSError):  # the place itself may not be a folder
                 temporary.unlink()
 
 
@@ -93,7 +93,7 @@ def refuse_used_folder(folder: Path, what: str) -> None:
         raise OutputError(
             f"{folder}: exists and is not empty; nothing was overwritten. Choose another --output"
         )
-    place = next((one for one in (folder, *folder.absolute().parents) if one.exists()), None)
+    place = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), None)
     if place is not None and not place.is_dir():
         raise OutputError(
             f"{folder}: {place} is a file, so no folder can be below it; choose another --output"

@@ -306,10 +306,10 @@ def entry_json(text: str) -> object:
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        tree = dict(pairs)
+        if len(tree) != len(pairs):
             raise ValueError("the same key twice")
-        return found
+        return tree
 
     try:
         tree = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
@@ -318,7 +318,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise _broken(path, f"has a header that is a JSON {type(tree).__name__}, not an object")
     if _SURROGATE.search(raw) and _has_surrogate(tree):
-        raise _broken(path, "has a header with half characters (lone surrogates), which is no Unicode text")
+        raise _broken(path, "has a header with half characters (lone surrogates), which is not Unicode text")
     return tree
 
 

@@ -53,8 +53,8 @@ def test_nothing_is_left_of_a_run_that_is_ended(
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))
     } | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    with (tmp_path / "said").open("wb") as said:
-        run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=said, stderr=said)
+    with (tmp_path / "said").open("wb") as output:
+        run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
     wait_for(lambda: (tmp_path / "pids").exists() or run.poll() is not None, "the test inside")
     assert run.returncode is None, (tmp_path / "said").read_text()
     worker, child, detached = map(int, (tmp_path / "pids").read_text().split())

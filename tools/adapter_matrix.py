@@ -41,7 +41,7 @@ STEPS = (("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("fp32", "fp16"),
 _SHRINK, _SMALLEST = 8, 8
 _RANKS, _SCALES = (4, 2, 8), (0.5, 1.0, 0.25)
 _UNEVEN = (1.0, 1.5, 12.7 / 4)
-"""Scales that are no powers of two, so that folding them into a factor must round."""
+"""Scales that are not powers of two, so that folding them into a factor must round."""
 
 
 def true_shapes(family: str) -> dict[ModuleKey, tuple[int, ...]]:
@@ -53,22 +53,22 @@ def true_shapes(family: str) -> dict[ModuleKey, tuple[int, ...]]:
 
     def config(component: str) -> dict[str, Any]:
         path = ASSETS / info.assets / component / "config.json"
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return tree
 
     with torch.device("meta"):
         models: dict[str, Any] = {"unet": UNet2DConditionModel.from_config(config("unet"))}
         for encoder in info.text_encoders:
             kind = CLIPTextModelWithProjection if encoder.projected else CLIPTextModel
             models[encoder.component] = kind(CLIPTextConfig(**config(encoder.component)))
-    found = {}
+    shapes = {}
     for component, model in models.items():
         for key, tensor in model.state_dict().items():
             path = key.removesuffix(".weight")
             if key.endswith(".weight") and tensor.ndim in (2, 4) and "embedding." not in path:
                 canonical = path if component == "unet" else names.with_text_prefix(path)
-                found[ModuleKey(component, canonical)] = tuple(tensor.shape)
-    return found
+                shapes[ModuleKey(component, canonical)] = tuple(tensor.shape)
+    return shapes
 
 
 def shrunk(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -120,11 +120,11 @@ class Table:
         """Print a label and what a check found; a refusal is a failure."""
         self.num_rows += 1
         try:
-            found = check()
+            result = check()
         except AdapterFileError as error:
             self.num_failures += 1
-            found = f"FAILED: {error}"
-        print(f"  {label:<58} {found}", flush=True)
+            result = f"FAILED: {error}"
+        print(f"  {label:<58} {result}", flush=True)
 
 
 def written_and_read(weights: AdapterWeights, family: str, format: str, dtype: torch.dtype) -> str:
@@ -134,7 +134,7 @@ def written_and_read(weights: AdapterWeights, family: str, format: str, dtype: t
         path = place(Path(folder), format)
         write_adapter(file_of(weights, family), format, path, dtype, info)
         proof, clients = prove(weights, path, format, dtype, info)
-    told = next(one for one in clients if one.client == "diffusers")
+    told = next(support for support in clients if support.client == "diffusers")
     others = "+".join(proof.read_by)
     if format == "webui" and not told.full:
         others += f" (diffusers {told.reasons[0]})"
@@ -180,7 +180,7 @@ def chains_part(table: Table, families: Sequence[str]) -> None:
                 write_adapter(adapter, format, path, torch.float16, family)
                 adapter = read_adapter(path)
         largest, _ = compare(weights, adapter.weights, torch.float16, " -> ".join(steps))
-        alphas = all(adapter.weights.updates[m].alpha == one.alpha for m, one in weights.all_items())
+        alphas = all(adapter.weights.updates[m].alpha == update.alpha for m, update in weights.all_items())
         return f"{largest:g}" + ("" if alphas else "; alphas are others, updates the same")
 
     for family in families:
@@ -197,11 +197,11 @@ def respelled(tensors: Mapping[str, Tensor], family: FamilyInfo) -> Iterator[tup
     """Yield (whose spelling, tensors) of a file in our diffusers format, as others write it."""
 
     def renamed(name_of: Callable[[str, str], str]) -> dict[str, Tensor]:
-        found = {}
+        respelled_tensors = {}
         for key, tensor in tensors.items():
             path, _, part = key.removesuffix(".weight").rpartition(".lora_")
-            found[name_of(path, "down" if part == "A" else "up")] = tensor
-        return found
+            respelled_tensors[name_of(path, "down" if part == "A" else "up")] = tensor
+        return respelled_tensors
 
     def processor(path: str, part: str) -> str:
         parent, _, last = path.removesuffix(".0").rpartition(".")
@@ -238,9 +238,9 @@ def spellings_part(table: Table, families: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "other.safetensors"
             save_file(tensors, path)
-            found = read_adapter(path).weights
-        largest, _ = compare(weights, found, torch.float16, "read")
-        return f"{largest:g}; {len(found)} modules"
+            again = read_adapter(path).weights
+        largest, _ = compare(weights, again, torch.float16, "read")
+        return f"{largest:g}; {len(again)} modules"
 
     for family in families:
         weights = random_lora(layers_of(family, "all"), torch.float16, (1.0,))
@@ -267,7 +267,7 @@ def kinds_of(shape: tuple[int, ...], alpha: float = 1.5, rank: int = 2) -> dict[
     size = (kernel[0], kernel[1]) if kernel else None
     (rows, own_rows), (columns, own_columns) = factorization(out, -1), factorization(width, -1)
     pair = LowRankPair(draw(rank, *shape[1:]), draw(out, rank, *[1] * len(kernel)), alpha)
-    found: dict[str, Update] = {
+    kinds: dict[str, Update] = {
         "LoHa": LoHa(
             draw(out, rank), draw(rank, flat), draw(out, rank), draw(rank, flat), alpha, kernel=size
         ),
@@ -276,10 +276,10 @@ def kinds_of(shape: tuple[int, ...], alpha: float = 1.5, rank: int = 2) -> dict[
         "DoRA by input": DoRA(pair, draw(1, width, *[1] * len(kernel)).float().abs() + 0.5),
     }
     if kernel and kernel != [1, 1]:
-        found["LoCon, Tucker"] = TuckerPair(
+        kinds["LoCon, Tucker"] = TuckerPair(
             draw(rank, width, 1, 1), draw(rank, rank, *kernel), draw(out, rank, 1, 1), alpha
         )
-    return found
+    return kinds
 
 
 def kinds_part(table: Table, families: Sequence[str]) -> None:

@@ -36,17 +36,17 @@ from tools.fuzzing import (
 
 
 def corpus() -> dict[str, bytes]:
-    """Return valid files of every format, spelling and kind, and of things that are no adapter."""
+    """Return valid files of every format, spelling and kind, and of things that are not adapters."""
     generator = torch.Generator().manual_seed(0)
 
     def low_rank(*names: str, down: str, up: str, alpha: bool = True) -> dict[str, torch.Tensor]:
-        found = {}
+        tensors = {}
         for name in names:
-            found[name + down] = torch.randn(2, 3, generator=generator)
-            found[name + up] = torch.randn(4, 2, generator=generator)
+            tensors[name + down] = torch.randn(2, 3, generator=generator)
+            tensors[name + up] = torch.randn(4, 2, generator=generator)
             if alpha:
-                found[f"{name}.alpha"] = torch.tensor(1.5)
-        return found
+                tensors[f"{name}.alpha"] = torch.tensor(1.5)
+        return tensors
 
     def several(name: str, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
         return {f"{name}.{part}": torch.randn(shape, generator=generator) for part, shape in shapes.items()}

@@ -98,9 +98,9 @@ def alive_bytes() -> int:
     storages = {}
     with warnings.catch_warnings():  # looking at every object wakes old names of libraries
         warnings.simplefilter("ignore")
-        for one in gc.get_objects():
-            if issubclass(type(one), torch.Tensor) and not one.is_meta:
-                storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        for candidate in gc.get_objects():
+            if issubclass(type(candidate), torch.Tensor) and not candidate.is_meta:
+                storages[candidate.untyped_storage().data_ptr()] = candidate.untyped_storage().nbytes()
     return sum(storages.values())
 
 

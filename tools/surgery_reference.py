@@ -44,14 +44,14 @@ RANK = 3
 
 def dense(weights: AdapterWeights) -> Dense:
     """Return every dW as a float64 matrix (out, in * kh * kw)."""
-    found = {}
+    products = {}
     for module, update in weights.all_items():
         if isinstance(update, LowRankPair):
             product = update.up.flatten(1).double() @ update.down.flatten(1).double()
-            found[module] = product * (update.alpha / update.rank)
+            products[module] = product * (update.alpha / update.rank)
         else:
-            found[module] = update.to(torch.float64).delta().flatten(1)
-    return found
+            products[module] = update.to(torch.float64).delta().flatten(1)
+    return products
 
 
 def scaled(terms: Dense, factor: Callable[[ModuleKey], float]) -> Dense:
@@ -61,11 +61,11 @@ def scaled(terms: Dense, factor: Callable[[ModuleKey], float]) -> Dense:
 
 def added(*sums: Dense) -> Dense:
     """Return the sum of updates; a missing one counts as zero."""
-    found: Dense = {}
+    total: Dense = {}
     for terms in sums:
         for module, matrix in terms.items():
-            found[module] = found[module] + matrix if module in found else matrix
-    return found
+            total[module] = total[module] + matrix if module in total else matrix
+    return total
 
 
 def truncated(matrix: Tensor, rank: int) -> Tensor:
@@ -97,25 +97,25 @@ class Checks:
 
     def adapter(self, label: str, path: Path, wanted: Dense, dtype: str) -> None:
         """Compare an adapter file with dense updates."""
-        found = dense(read_adapter(path).weights)
-        assert set(found) == set(wanted), f"{label}: other modules"
-        worst = max(float((found[m] - wanted[m]).norm() / wanted[m].norm()) for m in wanted)
+        actual = dense(read_adapter(path).weights)
+        assert set(actual) == set(wanted), f"{label}: other modules"
+        worst = max(float((actual[m] - wanted[m]).norm() / wanted[m].norm()) for m in wanted)
         # a row of k products of two rounded numbers, no cancellation within a factor
-        self.row(label, worst, rounding(dtype), f"; {len(found)} modules")
+        self.row(label, worst, rounding(dtype), f"; {len(actual)} modules")
 
     def cut(self, label: str, path: Path, whole: Dense, dtype: str) -> None:
         """Compare a cut adapter with the best there is at each module's rank."""
         weights = read_adapter(path).weights
-        found = dense(weights)
-        assert set(found) == set(whole), f"{label}: other modules"
+        actual = dense(weights)
+        assert set(actual) == set(whole), f"{label}: other modules"
         excess = 0.0
         for module, matrix in whole.items():
             values = torch.linalg.svdvals(matrix)
             best = float(values[weights.updates[module].rank :].norm() / values.norm())
-            reached = float((found[module] - matrix).norm() / values.norm())
+            reached = float((actual[module] - matrix).norm() / values.norm())
             excess = max(excess, (max(reached**2 - best**2, 0.0)) ** 0.5)
-        ranks = sorted({one.rank for one in weights.updates.values()})
-        more = f"; rank {ranks[0]} to {ranks[-1]}, {len(found)} modules"
+        ranks = sorted({pair.rank for pair in weights.updates.values()})
+        more = f"; rank {ranks[0]} to {ranks[-1]}, {len(actual)} modules"
         self.row(f"{label}: beyond the best of its rank", excess, rounding(dtype), more)
 
 
@@ -135,13 +135,13 @@ def saved(folder: Path, name: str, weights: AdapterWeights, dtype: str) -> Path:
 def merging(checks: Checks, folder: Path, dtype: str) -> None:
     """Exact sums, cut sums, TIES and DARE."""
     shapes = checks.layers()
-    one = random_lora(shapes, DTYPES[dtype])
+    first = random_lora(shapes, DTYPES[dtype])
     other = AdapterWeights(
-        {m: LowRankPair(p.down.flip(0) * 0.7, p.up * -1.3, 1.7) for m, p in one.items() if hash_of(m) % 3}
+        {m: LowRankPair(p.down.flip(0) * 0.7, p.up * -1.3, 1.7) for m, p in first.items() if hash_of(m) % 3}
     ).to(DTYPES[dtype])
-    files = [saved(folder, "one", one, dtype), saved(folder, "other", other, dtype)]
+    files = [saved(folder, "one", first, dtype), saved(folder, "other", other, dtype)]
     sources = [(files[0], 0.8), (files[1], {"unet": -0.3, "text_encoder": 0.1, "text_encoder_2": 0.25})]
-    a = scaled(dense(one), lambda m: 0.8 * (0.5 if m.path.startswith("up_blocks.1") else 1.0))
+    a = scaled(dense(first), lambda m: 0.8 * (0.5 if m.path.startswith("up_blocks.1") else 1.0))
     b = scaled(dense(other), lambda m: {"unet": -0.3, "text_encoder": 0.1}.get(m.component, 0.25))
     blocks = [{"up_blocks.1": 0.5}, {}]
     total, out = added(a, b), folder / "merged.safetensors"
@@ -155,12 +155,12 @@ def merging(checks: Checks, folder: Path, dtype: str) -> None:
         merge_adapters(
             sources, out, blocks=blocks, method=method, density=0.3, rank=10**4, dtype="fp32", overwrite=True
         )
-        found, worst, num_close = dense(read_adapter(out).weights), 0.0, 0
+        actual, worst, num_close = dense(read_adapter(out).weights), 0.0, 0
         for module in total:
             terms = {place: t[module] for place, t in enumerate((a, b)) if module in t}
             wanted, close = by_method(method, terms, module)
             num_close += int(close.sum())
-            difference = (found[module] - wanted).masked_fill(close, 0.0)
+            difference = (actual[module] - wanted).masked_fill(close, 0.0)
             worst = max(worst, float(difference.norm() / wanted.norm()))
         label = f"merge --method {method} --density 0.3, {dtype} -> fp32"
         # whole updates are float32 there
@@ -221,16 +221,18 @@ def checkpoint(folder: Path, dtype: str) -> tuple[Path, dict[ModuleKey, StoredKe
     info, generator = family_info(FAMILY), torch.Generator().manual_seed(7)
     key_map: dict[ModuleKey, StoredKey] = {}
     tensors: dict[str, Tensor] = {}
-    for component in ("unet", *(one.component for one in info.text_encoders)):
-        own = {
+    for component in ("unet", *(encoder_info.component for encoder_info in info.text_encoders)):
+        own_names = {
             m.path.removeprefix(names.TEXT_PREFIX) + ".weight": m for m in shapes if m.component == component
         }
-        encoder = next((one for one in info.text_encoders if one.component == component), None)
-        found = unet_key_map(own) if encoder is None else text_key_map(own, encoder)
-        key_map |= {own[name]: place for name, place in found.items()}
-        for key, inside in by_key(found).items():
-            first = shapes[own[inside[0]]]
-            shape = tuple(reversed(first)) if found[inside[0]].transposed else first
+        encoder = next(
+            (encoder_info for encoder_info in info.text_encoders if encoder_info.component == component), None
+        )
+        stored_keys = unet_key_map(own_names) if encoder is None else text_key_map(own_names, encoder)
+        key_map |= {own_names[name]: place for name, place in stored_keys.items()}
+        for key, inside in by_key(stored_keys).items():
+            first = shapes[own_names[inside[0]]]
+            shape = tuple(reversed(first)) if stored_keys[inside[0]].transposed else first
             tensors[key] = torch.randn(shape[0] * len(inside), *shape[1:], generator=generator) * 0.05
     path = folder / f"model-{dtype}.safetensors"
     save_file({key: tensor.to(DTYPES[dtype]) for key, tensor in tensors.items()}, path)
@@ -245,7 +247,7 @@ def matrices(
     return {m: key_map[m].take(stored[key_map[m].key], shapes[m]).double().flatten(1) for m in shapes}
 
 
-def beyond_rounding(found: Tensor, exact: Tensor, sizes: Tensor, dtype: torch.dtype) -> float:
+def beyond_rounding(actual: Tensor, exact: Tensor, sizes: Tensor, dtype: torch.dtype) -> float:
     """Return by how much a value is further from the exact one than rounding to nearest brings it.
 
     Relative to ``sizes``, what was added up without signs: the sum itself is of float32.
@@ -253,7 +255,7 @@ def beyond_rounding(found: Tensor, exact: Tensor, sizes: Tensor, dtype: torch.dt
     numbers = torch.finfo(dtype)
     exponent = exact.abs().clamp(min=numbers.smallest_normal).log2().floor()
     half_unit = torch.exp2(exponent) * (numbers.eps / 2)
-    return float((((found - exact).abs() - half_unit) / sizes).max().clamp(min=0.0))
+    return float((((actual - exact).abs() - half_unit) / sizes).max().clamp(min=0.0))
 
 
 def baking(checks: Checks, folder: Path, dtype: str) -> None:
@@ -301,15 +303,15 @@ def extracting(
     """The difference of two checkpoints, cut; the reference is the full SVD of the stored difference."""
     again = folder / "extracted.safetensors"
     extract_adapter(*files, again, rank=8, targets="all", dtype="fp32", overwrite=True)
-    found, excess, ratio = dense(read_adapter(again).weights), 0.0, 1.0
-    for module, matrix in found.items():
+    actual, excess, ratio = dense(read_adapter(again).weights), 0.0, 1.0
+    for module, matrix in actual.items():
         difference = after[module] - before[module]
         values = torch.linalg.svdvals(difference)
         best = float(values[8:].norm() / values.norm())
         reached = float((matrix - difference).norm() / values.norm())
         excess = max(excess, reached - best)
         ratio = max(ratio, reached / best if best > 1e-5 else 1.0)
-    more = f"; error up to {ratio:.4f} times the best possible, {len(found)} modules"
+    more = f"; error up to {ratio:.4f} times the best possible, {len(actual)} modules"
     # randomised: within a hundredth of the norm of the best there is
     checks.row(f"extract --rank 8, {dtype}: beyond the best of its rank", excess, 1e-2, more)
 
@@ -329,29 +331,29 @@ def converting(checks: Checks, folder: Path) -> None:
         for kind, update in kinds_of(shape).items():
             by_kind.setdefault(kind, {})[module] = update
     for kind, updates in by_kind.items():
-        own = AdapterWeights(updates)
-        if any(isinstance(one, DoRA) for one in updates.values()):
+        adapter = AdapterWeights(updates)
+        if any(isinstance(kind_update, DoRA) for kind_update in updates.values()):
             continue
-        path, out = saved(folder, "kind", own, "fp16"), folder / "plain.safetensors"
+        path, out = saved(folder, "kind", adapter, "fp16"), folder / "plain.safetensors"
         convert_adapter(path, out, to_lora=True, dtype="fp32", overwrite=True)
-        checks.adapter(f"convert --to-lora {kind}, fp16 -> fp32", out, dense(own), "fp32")
+        checks.adapter(f"convert --to-lora {kind}, fp16 -> fp32", out, dense(adapter), "fp32")
 
 
 def comparing(checks: Checks, folder: Path) -> None:
     """Cosines, norms and distances."""
     shapes = checks.layers()
-    one = random_lora(shapes, torch.float32)
-    other = AdapterWeights({m: LowRankPair(p.down + p.down.flip(0), p.up, 3.1) for m, p in one.items()})
-    found = diff_adapters(saved(folder, "a", one, "fp32"), saved(folder, "b", other, "fp32"))
-    a, b, worst = dense(one), dense(other), 0.0
-    for module, likeness in found.modules.items():
+    first = random_lora(shapes, torch.float32)
+    other = AdapterWeights({m: LowRankPair(p.down + p.down.flip(0), p.up, 3.1) for m, p in first.items()})
+    difference = diff_adapters(saved(folder, "a", first, "fp32"), saved(folder, "b", other, "fp32"))
+    a, b, worst = dense(first), dense(other), 0.0
+    for module, likeness in difference.modules.items():
         x, y = a[module], b[module]
         cosine = float((x * y).sum() / (x.norm() * y.norm()))
         assert likeness.cosine is not None
         worst = max(worst, abs(likeness.cosine - cosine), abs(likeness.norm / float(x.norm()) - 1))
         worst = max(worst, abs(likeness.other_norm / float(y.norm()) - 1))
         worst = max(worst, abs(likeness.distance / float((x - y).norm()) - 1))
-    checks.row("diff: cosine, norms, distance", worst, 1e-6, f"; {len(found.modules)} modules")
+    checks.row("diff: cosine, norms, distance", worst, 1e-6, f"; {len(difference.modules)} modules")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,11 +35,11 @@ def write_checkpoint(file: Path, family: str, dtype: torch.dtype) -> int:
     """Write a single-file checkpoint with random weights of the usual size; return its bytes."""
     shapes = checkpoint_shapes(family)
     pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0)).repeat(2)
-    made = (
+    tensors = (
         _weights(key, shape, pool[number * 7919 % _POOL :][:_POOL]).to(dtype)
         for number, (key, shape) in enumerate(shapes.items())
     )
-    _write(file, shapes, dtype, made)
+    _write(file, shapes, dtype, tensors)
     return file.stat().st_size
 
 
@@ -55,8 +55,8 @@ def write_folder(folder: Path, file: Path, family: str, dtype: torch.dtype) -> i
         # published folders have the name of transformers before 5.6
         old = [f"text_model.{key}" if name == "text_encoder" else key for key in shapes]
         renamed = dict(zip(old, shapes.values(), strict=True))
-        made = (_taken(source, key_map[key], shape).to(dtype) for key, shape in shapes.items())
-        _write(folder / name / f"{stem}.safetensors", renamed, dtype, made)
+        tensors = (_taken(source, key_map[key], shape).to(dtype) for key, shape in shapes.items())
+        _write(folder / name / f"{stem}.safetensors", renamed, dtype, tensors)
         index[name] = [type(module).__module__.partition(".")[0], type(module).__name__]
     for encoder in model.info.text_encoders:
         model.tokenizers[encoder.component].save_pretrained(folder / encoder.tokenizer)
@@ -64,17 +64,17 @@ def write_folder(folder: Path, file: Path, family: str, dtype: torch.dtype) -> i
     shutil.copytree(assets / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    return sum(one.stat().st_size for one in folder.rglob("*.safetensors"))
+    return sum(written.stat().st_size for written in folder.rglob("*.safetensors"))
 
 
 def fill_hub_cache(cache: Path, folder: Path, hub_id: str) -> None:
     """Lay a folder's files out as the hub's cache does: snapshots of links to blobs (here: to the files)."""
     commit = "0" * 40
-    own = cache / f"models--{hub_id.replace('/', '--')}"
-    (own / "refs").mkdir(parents=True, exist_ok=True)
-    (own / "refs" / "main").write_text(commit, encoding="utf-8")
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
     for file in folder.rglob("*"):
-        link = own / "snapshots" / commit / file.relative_to(folder)
+        link = repository / "snapshots" / commit / file.relative_to(folder)
         if file.is_file() and not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file.resolve())
@@ -95,21 +95,23 @@ def checkpoint_shapes(family: str) -> dict[str, tuple[int, ...]]:
 def component_key_maps(model: UNetModel) -> dict[str, tuple[Any, Mapping[str, StoredKey]]]:
     """Return component -> (module, where a checkpoint keeps each of its tensors)."""
     unet, vae = model.unet, model.vae
-    found = {"unet": (unet, unet_key_map(unet.state_dict())), "vae": (vae, vae_key_map(vae.state_dict()))}
+    key_maps = {"unet": (unet, unet_key_map(unet.state_dict())), "vae": (vae, vae_key_map(vae.state_dict()))}
     for encoder in model.info.text_encoders:
         module = model.text_encoders[encoder.component]
-        found[encoder.component] = module, text_key_map(module.state_dict(), encoder)
-    return found
+        key_maps[encoder.component] = module, text_key_map(module.state_dict(), encoder)
+    return key_maps
 
 
 def blueprint(family: str) -> UNetModel:
     """Return a model of the true sizes on the meta device, from the configs that ship for single files."""
     nothing = (Evidence("nothing", "epsilon"),)
-    found = Recognised(Path("none.safetensors"), "file", family, (), "", nothing)
+    recognised = Recognised(Path("none.safetensors"), "file", family, (), "", nothing)
     meta = torch.device("meta")
     process = DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon")
-    base = BaseModelInfo("none", "none", found.path)
-    return FAMILIES[family](base, load_parts(found, dtype=torch.float32, device=meta), process, device=meta)
+    base = BaseModelInfo("none", "none", recognised.path)
+    return FAMILIES[family](
+        base, load_parts(recognised, dtype=torch.float32, device=meta), process, device=meta
+    )
 
 
 def _weights(key: str, shape: tuple[int, ...], pool: Tensor) -> Tensor:

@@ -60,7 +60,11 @@ class Browser:
     def shown(self, css: str) -> list[Any]:
         """Return what can be seen of something."""
         with suppress(Exception):
-            return [one for one in self.driver.find_elements("css selector", css) if one.is_displayed()]
+            return [
+                element
+                for element in self.driver.find_elements("css selector", css)
+                if element.is_displayed()
+            ]
         return []
 
     def wait(self, ready: Callable[[], Any], seconds: float = 600) -> Any:
@@ -74,9 +78,9 @@ class Browser:
 
     def click(self, css: str) -> None:
         """Press something."""
-        found = self.wait(lambda: self.shown(css))[0]
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
-        found.click()
+        element = self.wait(lambda: self.shown(css))[0]
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
 
     def type(self, css: str, text: str) -> None:
         """Replace the text of a field."""
@@ -133,8 +137,8 @@ def serve(home: Path) -> tuple[subprocess.Popen[bytes], str]:
 def jobs(url: str) -> list[dict[str, Any]]:
     """Return the queue."""
     with urllib.request.urlopen(f"{url}/sdlora/jobs", timeout=30) as answer:
-        found: list[dict[str, Any]] = json.loads(answer.read())["jobs"]
-        return found
+        listed: list[dict[str, Any]] = json.loads(answer.read())["jobs"]
+        return listed
 
 
 def take(browser: Browser, output: Path) -> None:

@@ -33,8 +33,8 @@ def _in_metadata(listing: Listing) -> set[str]:
     if not listing.metadata:
         return set()
     names = [file.name for file in listing.images]
-    found = read_metadata(listing.metadata_files(), names, None).captions
-    return {name for name, (lines, _) in found.items() if lines}
+    captions = read_metadata(listing.metadata_files(), names, None).captions
+    return {name for name, (lines, _) in captions.items() if lines}
 
 
 class CaptionBook:
@@ -144,7 +144,7 @@ class CaptionBook:
         """Return the caption file of an image, there or not yet."""
         image = self._paths.writable(folder / name)
         if not image.is_relative_to(folder) or image.suffix.lower() not in IMAGE_ENDINGS:
-            raise DatasetError(f"{name}: is no image of this folder")
+            raise DatasetError(f"{name}: is not an image of this folder")
         if not image.is_file():
             raise DatasetError(f"{name}: there is no such image (any more); open the folder again")
         if name_key(name) in elsewhere:

@@ -66,12 +66,14 @@ class DataSets:
         """
         seen = self._look(folder, trigger, resolution)
         by_name: dict[str, list[dict[str, str]]] = {}
-        for one in seen.report.findings:
-            by_name.setdefault(one.where, []).append(
-                {"severity": one.severity, "kind": one.kind, "what": one.what, "fix": one.fix}
+        for finding in seen.report.findings:
+            by_name.setdefault(finding.where, []).append(
+                {"severity": finding.severity, "kind": finding.kind, "what": finding.what, "fix": finding.fix}
             )
         cards = [
-            _unusable(name, found) for name, found in _left_out(seen, by_name) if only in ("", "findings")
+            _unusable(name, findings)
+            for name, findings in _left_out(seen, by_name)
+            if only in ("", "findings")
         ]
         cards += [
             _card(image, by_name.get(image.item.name, []), image.item.name in seen.held)
@@ -140,8 +142,8 @@ def _left_out(
     """Return the images that cannot be used, with what is wrong with them."""
     usable = {image.item.name for image in seen.report.images}
     return [
-        (name, found)
-        for name, found in by_name.items()
+        (name, findings)
+        for name, findings in by_name.items()
         if name not in usable and Path(name).suffix.lower() in IMAGE_ENDINGS
     ]
 
@@ -175,7 +177,7 @@ def _summary(seen: _Seen, resolution: int) -> dict[str, Any]:
         "version": seen.version,
         "num_images": report.num_images,
         "num_unusable": seen.report.num_unusable,
-        "num_captions": sum(one.item.caption_source in _FILES for one in report.images),
+        "num_captions": sum(image.item.caption_source in _FILES for image in report.images),
         "held_out": len(seen.held),
         "resolution": resolution,
         "counts": {name: report.count(name) for name in ("error", "warning", "note")},
@@ -194,10 +196,10 @@ def _summary(seen: _Seen, resolution: int) -> dict[str, Any]:
 
 def version_of(folder: Path) -> str:
     """Return a word that changes when a file of the folder does."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
         with suppress(OSError):  # removed while looking
             if file.is_file():
                 state = file.stat()
-                found.update(f"{file}|{state.st_mtime_ns}|{state.st_size}\n".encode("utf-8", "replace"))
-    return found.hexdigest()[:20]
+                digest.update(f"{file}|{state.st_mtime_ns}|{state.st_size}\n".encode("utf-8", "replace"))
+    return digest.hexdigest()[:20]

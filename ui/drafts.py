@@ -20,7 +20,7 @@ class Drafts:
         self._folder = folder
 
     def keep(self, form: str, values: Mapping[str, Any]) -> None:
-        """Write what a form holds; a full disk must not stop who types, so it is no error."""
+        """Write what a form holds; a full disk must not stop who types, so it is not an error."""
         with suppress(OSError, OutputError):
             write_json(self._folder / f"{form}.json", dict(values))
 

@@ -43,7 +43,7 @@ class Setting:
         optional: whether it may be left open.
         default: what holds when it is not touched.
         choices: of a choice.
-        words: whether a value that is no TOML is meant as plain text, such as a path.
+        words: whether a value that is not TOML is meant as plain text, such as a path.
     """
 
     key: str
@@ -89,7 +89,7 @@ def _kind(annotation: Any, optional: bool) -> tuple[Kind, tuple[str, ...]]:
     plain = _plain(annotation)
     if plain is bool:
         return ("choice", ("true", "false")) if optional else ("switch", ())
-    if get_origin(plain) is Literal and all(isinstance(one, str) for one in get_args(plain)):
+    if get_origin(plain) is Literal and all(isinstance(value, str) for value in get_args(plain)):
         return "choice", tuple(get_args(plain))
     if plain is int:
         return "whole", ()
@@ -111,33 +111,33 @@ def _plain(annotation: Any) -> Any:
 
 def _limits(metadata: Sequence[Any], annotation: Any) -> str:
     every = [*metadata, *_metadata(annotation)]
-    found: dict[str, Any] = {}
-    for one in every:
+    limits: dict[str, Any] = {}
+    for constraint in every:
         for name in ("ge", "gt", "le", "lt"):
-            value = getattr(one, name, None)
+            value = getattr(constraint, name, None)
             if value is not None:
-                found[name] = value
+                limits[name] = value
     low = (
-        f"from {_shown(found['ge'])}"
-        if "ge" in found
-        else f"above {_shown(found['gt'])}"
-        if "gt" in found
+        f"from {_shown(limits['ge'])}"
+        if "ge" in limits
+        else f"above {_shown(limits['gt'])}"
+        if "gt" in limits
         else ""
     )
     high = (
-        f"to {_shown(found['le'])}"
-        if "le" in found
-        else f"below {_shown(found['lt'])}"
-        if "lt" in found
+        f"to {_shown(limits['le'])}"
+        if "le" in limits
+        else f"below {_shown(limits['lt'])}"
+        if "lt" in limits
         else ""
     )
     return " ".join(part for part in (low, high) if part)
 
 
 def _metadata(annotation: Any) -> Iterator[Any]:
-    for one in getattr(annotation, "__metadata__", ()):
-        yield one
-        yield from getattr(one, "metadata", ())
+    for constraint in getattr(annotation, "__metadata__", ()):
+        yield constraint
+        yield from getattr(constraint, "metadata", ())
 
 
 def _shown(value: Any) -> str:
@@ -161,7 +161,7 @@ def control(setting: Setting) -> gr.components.FormComponent:
         return gr.Checkbox(value=bool(start), **common)
     if setting.kind == "choice":
         choices = [(OPEN, "")] if setting.optional else []
-        choices += [(one, one) for one in setting.choices]
+        choices += [(choice, choice) for choice in setting.choices]
         return gr.Dropdown(choices=choices, value=start, **common)
     if setting.kind in ("whole", "number") and not setting.optional:
         return gr.Number(value=start, precision=0 if setting.kind == "whole" else None, **common)

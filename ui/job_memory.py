@@ -28,9 +28,9 @@ class MemoryWatch:
             return None
         held, ids = 0, set()
         with suppress(psutil.Error):
-            for one in (process, *process.children(recursive=True)):
-                held += one.memory_info().rss
-                ids.add(one.pid)
+            for member in (process, *process.children(recursive=True)):
+                held += member.memory_info().rss
+                ids.add(member.pid)
         if not held:
             return None
         on_gpu = sum(count for pid, count in self._on_gpus().items() if pid in ids)
@@ -52,8 +52,8 @@ def _ask(program: str) -> dict[int, int]:
     query = [program, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     held: dict[int, int] = {}
     with suppress(OSError, subprocess.SubprocessError):
-        said = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
-        for line in said.splitlines():
+        output = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
+        for line in output.splitlines():
             pid, _, mebibytes = line.partition(",")
             with suppress(ValueError):  # "[N/A]" where the driver does not tell
                 held[int(pid)] = held.get(int(pid), 0) + int(mebibytes) * 2**20

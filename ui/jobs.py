@@ -112,7 +112,7 @@ class JobQueue:
         return job
 
     def view(self, job_id: str) -> RunView:
-        """Return what a job's events tell so far."""
+        """Return what a job's events say so far."""
         with self._lock:
             view = self._views.setdefault(job_id, RunView(self._folder / job_id / "events.jsonl"))
             view.refresh()
@@ -202,9 +202,9 @@ class JobQueue:
             if process is None:
                 raise ConfigError(f"{job.name}: does not run; reload the page")
             self._write(replace(job, forced=True))
-            for one in [*process.children(recursive=True), process]:
+            for member in [*process.children(recursive=True), process]:
                 with suppress(psutil.NoSuchProcess):
-                    one.kill()
+                    member.kill()
             return job
 
     def request(self, job_id: str, what: str) -> None:
@@ -328,9 +328,9 @@ class JobQueue:
             claim.unlink(missing_ok=True)
 
     def _lives(self, job: Job) -> bool:
-        own = self._processes.get(job.id)
-        if own is not None and own.pid == job.pid:
-            return own.poll() is None
+        started = self._processes.get(job.id)
+        if started is not None and started.pid == job.pid:
+            return started.poll() is None
         return process_of(job) is not None
 
     def _outcome(self, job: Job) -> Job:

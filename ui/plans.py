@@ -37,7 +37,7 @@ class Plans:
     device: str | None = None
 
     def ask(self, config: Config, *, replace: str | None) -> Iterator[Answer]:
-        """Yield what the worker tells of a run; the last answer has the plan.
+        """Yield what the worker emits about a run; the last answer has the plan.
 
         Raises:
             CallCancelled: when a newer call took its place.

@@ -1,4 +1,4 @@
-"""What a job's events tell, read as they are appended, in the form the page shows."""
+"""What a job's events say, read as they are appended, in the form the page shows."""
 
 from __future__ import annotations
 

@@ -59,10 +59,12 @@ def checked_base(paths: AllowedPaths, base: str) -> str:
     is_file = base.lower().endswith(".safetensors")
     if base == "mini" or (_HUB_ID.fullmatch(base) and not is_file and not (paths.home / base).exists()):
         return base
-    found = paths.readable(base)
-    if not found.exists():
-        raise ConfigError(f"base `{base}`: there is no such file or folder, and it is no hub id (owner/name)")
-    return str(found)
+    path = paths.readable(base)
+    if not path.exists():
+        raise ConfigError(
+            f"base `{base}`: there is no such file or folder, and it is not a hub id (owner/name)"
+        )
+    return str(path)
 
 
 def _paths(config: Config) -> Iterator[tuple[str, Path]]:
@@ -81,8 +83,8 @@ def _inside(value: Any) -> Iterator[Path]:
         for name in type(value).model_fields:
             yield from _inside(getattr(value, name))
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _inside(one)
+        for item in value.values():
+            yield from _inside(item)
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _inside(one)
+        for item in value:
+            yield from _inside(item)

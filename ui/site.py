@@ -82,13 +82,13 @@ class Site:
 
     def bases(self) -> list[Choice]:
         """Return the bases that can be chosen: the built-in one and the checkpoints found."""
-        found = [Choice(file.stem, str(file)) for file in model_files(self.paths, "base")]
-        return [Choice("mini (built in: 64 px, needs no GPU)", "mini"), *found]
+        files = [Choice(file.stem, str(file)) for file in model_files(self.paths, "base")]
+        return [Choice("mini (built in: 64 px, needs no GPU)", "mini"), *files]
 
     def runs(self) -> list[Choice]:
         """Return the run folders, the newest first."""
-        found = [folder for folder in self._run_folders() if _checkpoints(folder) or _finished(folder)]
-        return [Choice(folder.name, str(folder)) for folder in found]
+        folders = [folder for folder in self._run_folders() if _checkpoints(folder) or _finished(folder)]
+        return [Choice(folder.name, str(folder)) for folder in folders]
 
     def adapters(self) -> list[Choice]:
         """Return the adapters that can be drawn with: of the runs, then of the model folders."""
@@ -100,21 +100,21 @@ class Site:
             elif saved := _checkpoints(folder):
                 newest = saved[-1]
                 choices.append(Choice(f"{folder.name} (step {newest.step})", str(newest.adapter_file)))
-        made = sorted((self.paths.runs / EXPORTED).glob("*.safetensors"))
-        choices += [Choice(f"{EXPORTED}/{file.stem}", str(file)) for file in made if file.name[0] != "."]
+        exported = sorted((self.paths.runs / EXPORTED).glob("*.safetensors"))
+        choices += [Choice(f"{EXPORTED}/{file.stem}", str(file)) for file in exported if file.name[0] != "."]
         choices += [Choice(file.stem, str(file)) for file in model_files(self.paths, "adapter")]
         return choices
 
     def checkpoints(self, run: Path) -> list[Choice]:
         """Return a run's checkpoints and its finished adapter, by step."""
-        found = [Choice(f"step {saved.step}", str(saved.adapter_file)) for saved in _checkpoints(run)]
+        checkpoints = [Choice(f"step {saved.step}", str(saved.adapter_file)) for saved in _checkpoints(run)]
         finished = _finished(run)
-        return [*found, Choice("finished", str(finished))] if finished else found
+        return [*checkpoints, Choice("finished", str(finished))] if finished else checkpoints
 
     def data_sets(self) -> list[Choice]:
         """Return the folders below the data folder."""
-        found = sorted(folder for folder in self.paths.data.iterdir() if folder.is_dir())
-        return [Choice(folder.name, str(folder)) for folder in found if not folder.name.startswith(".")]
+        folders = sorted(folder for folder in self.paths.data.iterdir() if folder.is_dir())
+        return [Choice(folder.name, str(folder)) for folder in folders if not folder.name.startswith(".")]
 
     def base_of(self, run: Path) -> str:
         """Return the base a run was trained on; the built-in one when it does not say."""

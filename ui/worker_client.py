@@ -83,7 +83,7 @@ class WorkerClient:
     def call(
         self, task: str, arguments: Mapping[str, Any], *, replace: str | None = None
     ) -> Iterator[Answer]:
-        """Yield what a task tells; the last answer has its result.
+        """Yield what a task emits; the last answer has its result.
 
         Args:
             task: key of :data:`sdlora_ui.worker.TASKS`.
@@ -189,7 +189,7 @@ class WorkerClient:
                 inbox.put(None)
 
     def _send(self, child: _Child, message: Mapping[str, Any]) -> None:
-        with suppress(OSError, ValueError):  # a dead child: its listener tells everybody who waits
+        with suppress(OSError, ValueError):  # a dead child: its listener informs everybody who waits
             assert child.process.stdin is not None
             child.process.stdin.write(json.dumps(message, default=str) + "\n")
             child.process.stdin.flush()

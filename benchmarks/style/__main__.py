@@ -99,15 +99,15 @@ def _given(options: argparse.Namespace) -> list[Entry]:
     """Return the entries that were made elsewhere."""
     from .entries import Entry, named
 
-    found = []
+    entries = []
     for name, value in named(options.adapter, "--adapter").items():
         adapter = Path(value).expanduser()
         if not adapter.exists():
             raise ConfigError(f"--adapter {name}={value}: no such file or folder; check the path")
-        found.append(Entry(name, adapter=adapter))
+        entries.append(Entry(name, adapter=adapter))
     for name, value in named(options.images, "--images").items():
-        found.append(Entry(name, images=Path(value).expanduser()))
-    return found
+        entries.append(Entry(name, images=Path(value).expanduser()))
+    return entries
 
 
 def _trained(options: argparse.Namespace, style: Style, kept: Path, say: Say) -> list[Entry]:
@@ -119,28 +119,31 @@ def _trained(options: argparse.Namespace, style: Style, kept: Path, say: Say) ->
     if len(wanted) < len(parts) or not all(wanted):
         raise ConfigError("--train: give each run a name of its own, e.g. --train 'small=adapter.rank=4'")
     if not wanted and not options.adapter and not options.images:
-        wanted = {OURS[0]: [], OURS[1]: [one for one in SETTINGS if not one.startswith("sample.")]}
+        wanted = {
+            OURS[0]: [],
+            OURS[1]: [setting for setting in SETTINGS if not setting.startswith("sample.")],
+        }
     workshop = Workshop(options.base, style, kept / "runs" / style.name, options.seed, say)
-    made = [workshop.ours(name, [*settings, *options.set]) for name, settings in wanted.items()]
-    found = [entry for entry, _ in made]
+    trained = [workshop.ours(name, [*settings, *options.set]) for name, settings in wanted.items()]
+    entries = [entry for entry, _ in trained]
     if options.peer_script is not None:
-        if not made:
+        if not trained:
             raise ConfigError(
                 "--peer-script compares with a run of ours; leave --adapter out or give --train"
             )
-        found += peers(workshop, options.peer_script, *made[0], rates=options.peer_rates)
-    return found
+        entries += peers(workshop, options.peer_script, *trained[0], rates=options.peer_rates)
+    return entries
 
 
 def _check(comparison: Comparison, folder: Path) -> int:
     """Print and write how the yardstick did; return the number of expectations that do not hold."""
     from .check import findings
 
-    found = list(findings(comparison))
-    for one in found:
-        print(f"{'ok  ' if one.holds else 'FAIL'} {one.expected}: {one.found}")
-    write_json(folder / "check.json", [asdict(one) for one in found])
-    return sum(not one.holds for one in found)
+    findings_now = list(findings(comparison))
+    for finding in findings_now:
+        print(f"{'ok  ' if finding.holds else 'FAIL'} {finding.expected}: {finding.result}")
+    write_json(folder / "check.json", [asdict(finding) for finding in findings_now])
+    return sum(not finding.holds for finding in findings_now)
 
 
 def _strengths(text: str) -> tuple[float, ...]:

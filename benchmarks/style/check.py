@@ -28,7 +28,7 @@ class Finding:
     """One expectation: what should be, what was found, and whether it holds."""
 
     expected: str
-    found: str
+    result: str
     holds: bool
 
 
@@ -70,23 +70,23 @@ def _mixtures(comparison: Comparison) -> Iterator[Finding]:
         measured = comparison.yardstick.measure(mixed)
         values.append(measured.style.value)
         near.append(_value(measured, "likeness"))
-    text = ", ".join(f"{one:.2f}" for one in values)
+    text = ", ".join(f"{value:.2f}" for value in values)
     rising = 0 < values[0] < values[1] < values[2] < 1.1
     yield Finding("style rises with 1/4, 1/2, 3/4 true images", text, rising)
     expected = [1 - (1 - share) ** 2 for share in SHARES]
-    off = max(abs(one - wanted) for one, wanted in zip(values, expected, strict=True))
+    off = max(abs(value - wanted) for value, wanted in zip(values, expected, strict=True))
     yield Finding("... as 1 - (share of the base) squared, to 0.1", f"off by {off:.2f}", off < 0.1)
-    text = ", ".join(f"{one:.2f}" for one in near)
+    text = ", ".join(f"{value:.2f}" for value in near)
     yield Finding("likeness to the true images rises with them", text, near[0] < near[1] < near[2])
 
 
 def _copies(copies: Measured) -> Iterator[Finding]:
-    found = copies.figure("copied")
-    assert found is not None
+    copied = copies.figure("copied")
+    assert copied is not None
     yield Finding(
         "copies of training images are flagged, all of them",
-        f"{found.value:.0%}",
-        copies.flagged and found.value == 1,
+        f"{copied.value:.0%}",
+        copies.flagged and copied.value == 1,
     )
     closer = copies.figure("closer")
     assert closer is not None
@@ -120,6 +120,6 @@ def _subjects(comparison: Comparison) -> Iterator[Finding]:
 
 
 def _value(measured: Measured, name: str) -> float:
-    found = measured.figure(name)
-    assert found is not None
-    return found.value
+    figure = measured.figure(name)
+    assert figure is not None
+    return figure.value

@@ -100,7 +100,7 @@ def compare(
         strengths: at which adapters are drawn.
         judge: names subjects; without one that is not measured.
         icons: folder of icon packages, for other hands; without it there are none.
-        say: told what goes on.
+        say: called with what goes on.
     """
     subjects = [icon_sets.subject_of(item.path.stem) for item in items]
     say(f"{style.name}: drawing {len(items)} subjects with the base alone")
@@ -148,15 +148,17 @@ def _row(
 ) -> Row:
     images: Mapping[float, Sequence[Image]]
     if entry.images is not None:
-        images = {1.0: [studio.fitted(one) for one in read_folder(entry.images, yardstick.subjects)]}
+        images = {1.0: [studio.fitted(image) for image in read_folder(entry.images, yardstick.subjects)]}
     else:
         assert entry.adapter is not None
         images = studio.draw(f"{style.name} {entry.name}", entry.adapter, strengths, items)
     say(f"{style.name}: measuring {entry.name}")
-    measured = {strength: yardstick.measure(made) for strength, made in images.items()}
+    measured = {strength: yardstick.measure(drawn) for strength, drawn in images.items()}
     recommended = None
     if entry.adapter is not None and any(strength > 0 for strength in measured):
-        recommended = recommended_strength({strength: one.style for strength, one in measured.items()})
+        recommended = recommended_strength(
+            {strength: measures.style for strength, measures in measured.items()}
+        )
     return Row(entry, measured, images, recommended)
 
 
@@ -181,13 +183,13 @@ def _references(base: Sequence[Image], training: Sequence[Image], count: int) ->
 
 def _other_hands(subjects: Sequence[str], studio: Studio, icons: Path, say: Say) -> dict[str, list[Image]]:
     """Return the same subjects as other sets draw them; a set without one of the subjects is left out."""
-    found = {}
+    hands = {}
     for name in icon_sets.hands():
         draw = icon_sets.drawer(name, icons, 4 * studio.model.native_resolution)
         drawn = [draw(subject) for subject in subjects]
         known = [image for image in drawn if image is not None]
         if len(known) == len(subjects):
-            found[f"icons of {name}"] = through_autoencoder(studio.model, known)
+            hands[f"icons of {name}"] = through_autoencoder(studio.model, known)
         else:
             say(f"icons of {name}: left out, as {len(subjects) - len(known)} subjects are not drawn there")
-    return found
+    return hands

@@ -59,7 +59,7 @@ class Workshop:
         style: what is learned.
         folder: runs are kept here.
         seed: of the trainings.
-        say: told what goes on.
+        say: called with what goes on.
     """
 
     base: str
@@ -101,7 +101,7 @@ class Workshop:
         )
         if known is None:
             self.say(f"{name}: {steps} steps of diffusers' script")
-            made = run(
+            run_measured = run(
                 "diffusers",
                 settings,
                 prepare_images(self.style.training, place / "images", settings.batch_size),
@@ -109,7 +109,7 @@ class Workshop:
                 steps=steps,
                 seed=self.seed,
             )
-            known = _kept(place, made)
+            known = _kept(place, run_measured)
         words = (
             f"attention, rank {settings.rank}, rate {settings.learning_rate:g}, batch {settings.batch_size}"
         )
@@ -143,9 +143,13 @@ class Workshop:
         return _kept(place, Measured(0, wall, cpu, peak, adapter))
 
 
-def _kept(place: Path, made: Measured) -> dict[str, Any]:
+def _kept(place: Path, run_measured: Measured) -> dict[str, Any]:
     """Write down that a run is finished, and what it took."""
-    known = {"seconds": made.wall_s, "cpu_seconds": made.cpu_s, "peak_bytes": made.peak_bytes}
+    known = {
+        "seconds": run_measured.wall_s,
+        "cpu_seconds": run_measured.cpu_s,
+        "peak_bytes": run_measured.peak_bytes,
+    }
     write_json(place / "training.json", known)
     return known
 
@@ -236,14 +240,14 @@ def _in_words(config: Config) -> str:
 def _weights(base: Path) -> str:
     """Return a digest of a base and what it recommends, so that runs on another are never taken for these."""
     names = sorted(base.rglob("*")) if base.is_dir() else [base]
-    files = [one for one in names if one.suffix in (".safetensors", ".json") and one.is_file()]
-    return " ".join(file_digest(one) for one in files)
+    files = [file for file in names if file.suffix in (".safetensors", ".json") and file.is_file()]
+    return " ".join(file_digest(file) for file in files)
 
 
 def _code() -> str:
-    """Return a digest of sdlora's code: what an older one trained is no result of this one."""
+    """Return a digest of sdlora's code: what an older one trained is not a result of this one."""
     files = sorted((ROOT / "sdlora").rglob("*.py"))
-    return hashlib.sha256("".join(file_digest(one) for one in files).encode()).hexdigest()
+    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
 
 
 def named(texts: Sequence[str], option: str) -> Mapping[str, str]:
@@ -252,12 +256,12 @@ def named(texts: Sequence[str], option: str) -> Mapping[str, str]:
     Raises:
         ConfigError: for a text without a name, or a name given twice.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or not name.strip() or not value.strip():
             raise ConfigError(f"{option} {text}: give NAME=VALUE, e.g. {option} theirs=path/to/it")
-        if name.strip() in found:
+        if name.strip() in values:
             raise ConfigError(f"{option}: `{name.strip()}` is given twice; entries need names of their own")
-        found[name.strip()] = value.strip()
-    return found
+        values[name.strip()] = value.strip()
+    return values

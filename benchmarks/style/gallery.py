@@ -92,11 +92,11 @@ class Studio:
             for start in range(0, len(wanted), _CHUNK):
                 chunk = wanted[start : start + _CHUNK]
                 requests = [self._request(item, loaded, strength) for strength, item, _ in chunk]
-                for (_, _, file), made in zip(
+                for (_, _, file), generated in zip(
                     chunk, self.generator.generate(requests, merge=True), strict=True
                 ):
                     with replacing(file) as temporary:
-                        made.image.save(temporary, format="PNG")
+                        generated.image.save(temporary, format="PNG")
                 self._say(f"{name}: drew {min(start + _CHUNK, len(wanted))} of {len(wanted)} images")
         finally:
             if loaded is not None:
@@ -127,12 +127,12 @@ def read_folder(folder: Path, subjects: Sequence[str]) -> list[Image]:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder of images; check the path")
-    found: dict[str, list[Path]] = {}
+    by_subject: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in SUFFIXES:
-            found.setdefault(subject_of(file.stem), []).append(file)
-    missing = [one for one in subjects if one not in found]
-    double = [one for one in subjects if len(found.get(one, [])) > 1]
+            by_subject.setdefault(subject_of(file.stem), []).append(file)
+    missing = [subject for subject in subjects if subject not in by_subject]
+    double = [subject for subject in subjects if len(by_subject.get(subject, [])) > 1]
     if missing:
         raise ConfigError(
             f"{folder}: no image of {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''} "
@@ -140,16 +140,15 @@ def read_folder(folder: Path, subjects: Sequence[str]) -> list[Image]:
             f"{missing[0]}.png, or measure fewer with --subjects"
         )
     if double:
-        raise ConfigError(
-            f"{folder}: {' and '.join(file.name for file in found[double[0]])} show one subject; keep one"
-        )
-    return [_opened(found[one][0]) for one in subjects]
+        names = " and ".join(file.name for file in by_subject[double[0]])
+        raise ConfigError(f"{folder}: {names} show one subject; keep one")
+    return [_opened(by_subject[subject][0]) for subject in subjects]
 
 
 def adapter_digest(adapter: Path) -> str:
     """Return a digest of an adapter file, or of the files of a PEFT folder."""
-    files = sorted(one for one in adapter.iterdir() if one.is_file()) if adapter.is_dir() else [adapter]
-    return _short([file_digest(one) for one in files])
+    files = sorted(file for file in adapter.iterdir() if file.is_file()) if adapter.is_dir() else [adapter]
+    return _short([file_digest(file) for file in files])
 
 
 def slug(name: str) -> str:
@@ -168,4 +167,4 @@ def _opened(file: Path) -> Image:
         with Pil.open(file) as image:
             return image.convert("RGB")
     except OSError as error:
-        raise ConfigError(f"{file}: is no image that can be read ({error}); remove it") from error
+        raise ConfigError(f"{file}: is not an image that can be read ({error}); remove it") from error

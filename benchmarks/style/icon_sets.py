@@ -46,7 +46,7 @@ def all_sets() -> tuple[Any, ...]:
 
 def hands() -> list[str]:
     """Return the names of the sets that show a style against others: all but ink, the sample style."""
-    return [one.key for one in all_sets() if one != _tools().config.INK]
+    return [icon_set.key for icon_set in all_sets() if icon_set != _tools().config.INK]
 
 
 def drawer(which: str, icons: Path, side: int) -> Callable[[str], Image | None]:
@@ -58,7 +58,7 @@ def drawer(which: str, icons: Path, side: int) -> Callable[[str], Image | None]:
         side: px.
     """
     tools = _tools()
-    package = _package(next(one for one in all_sets() if one.key == which), icons)
+    package = _package(next(icon_set for icon_set in all_sets() if icon_set.key == which), icons)
     names = dict(known_subjects())
 
     def draw(subject: str) -> Image | None:

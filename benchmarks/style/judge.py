@@ -73,16 +73,16 @@ class SubjectJudge:
         from PIL import Image as Pil
 
         side = (self._side, self._side)
-        small = [np.asarray(one.convert("RGB").resize(side, Pil.Resampling.BOX)) for one in images]
+        small = [np.asarray(image.convert("RGB").resize(side, Pil.Resampling.BOX)) for image in images]
         pixels = torch.from_numpy(np.stack(small)).movedim(-1, 1).float().div(127.5).sub(1.0)
         with torch.no_grad():
             scores = torch.cat([self._judge(part) for part in pixels.split(64)]).numpy()
-        found = np.full(len(images), np.nan)
+        ranks = np.full(len(images), np.nan)
         for i, subject in enumerate(subjects):
             if self.knows(subject):
-                own = scores[i, self._classes.index(subject)]
-                found[i] = 1 + int((scores[i] > own).sum())
-        return found
+                score = scores[i, self._classes.index(subject)]
+                ranks[i] = 1 + int((scores[i] > score).sum())
+        return ranks
 
 
 def _trained(icons: Path, steps: int) -> Any:
@@ -101,7 +101,7 @@ def _trained(icons: Path, steps: int) -> Any:
         chosen = torch.randint(len(flat), (BATCH,), generator=torch.Generator().manual_seed(step))
         # parts of the batch are changed alike: cheap, and varied enough over the steps
         parts = renders.to_tensor(flat[chosen.numpy()]).chunk(PARTS)
-        batch = torch.cat([recoloured(classifier.augment(redrawn(one, rng), rng), rng) for one in parts])
+        batch = torch.cat([recoloured(classifier.augment(redrawn(part, rng), rng), rng) for part in parts])
         loss = F.cross_entropy(judge(batch), classes[chosen], label_smoothing=0.05)
         for group in optimizer.param_groups:
             group["lr"] = _RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -144,7 +144,7 @@ def recoloured(images: Tensor, rng: random.Random) -> Tensor:
 def _made_of(steps: int) -> str:
     """Return a digest of what the judge is made from, so that another one is never taken for it."""
     classifier, config, _ = _parts()
-    sets = [[one.package, one.version] for one in all_sets()]
+    sets = [[icon_set.package, icon_set.version] for icon_set in all_sets()]
     code = [inspect.getsource(part) for part in (classifier, _trained, redrawn, recoloured)]
     text = json.dumps([sets, known_subjects(), config.IMAGE_SIZE, steps, BATCH, PARTS, code])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

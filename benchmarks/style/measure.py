@@ -163,10 +163,10 @@ class Yardstick:
 
     def _closeness(self, table: Array) -> dict[str, Array]:
         """Return the measures that follow from the likeness of each image to each true one."""
-        own = table.diagonal()
-        below = (table < own[:, None]).sum(1)
-        ties = (table == own[:, None]).sum(1) - 1
-        return {"likeness": own.copy(), "closer": (below + ties / 2) / (len(own) - 1)}
+        diagonal = table.diagonal()
+        below = (table < diagonal[:, None]).sum(1)
+        ties = (table == diagonal[:, None]).sum(1) - 1
+        return {"likeness": diagonal.copy(), "closer": (below + ties / 2) / (len(diagonal) - 1)}
 
     def _means(self, values: Array) -> Array:
         known = ~np.isnan(values)
@@ -185,10 +185,10 @@ class Yardstick:
         count as a closeness that is not there with each subject once.
         """
         table = distances(features, self._true_features)
-        own = table.diagonal()
+        diagonal = table.diagonal()
         squares = self._weights**2
-        total = self._pairs(table) - squares @ own + self._weights @ own
-        count = len(own)
+        total = self._pairs(table) - squares @ diagonal + self._weights @ diagonal
+        count = len(diagonal)
         mean: Array = total / (count**2 - squares.sum(1) + count)
         return mean
 

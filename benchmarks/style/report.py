@@ -70,7 +70,7 @@ def main_table(comparison: Comparison) -> str:
     heads = ["", "steps", "wall s", *(MEASURES[name] for name in _TABLE)]
     lines = [_line(heads), _line(["---"] * len(heads))]
     ceiling = comparison.yardstick.ceiling()
-    lines.append(_line(["true images", "", "", *_cells(comparison.true, ceiling, own=True)]))
+    lines.append(_line(["true images", "", "", *_cells(comparison.true, ceiling, reference=True)]))
     for row in comparison.rows:
         entry = row.entry
         seconds = "" if entry.seconds is None else f"{entry.seconds:.0f}"
@@ -89,8 +89,10 @@ def differences(comparison: Comparison) -> str:
     heads = [f"{first.entry.name} above", *(MEASURES[name] for name in _COMPARED)]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for row in comparison.rows[1:]:
-        found = [first.measured.difference(row.measured, name) for name in _COMPARED]
-        shown = [_shown(one, name, signed=True) for one, name in zip(found, _COMPARED, strict=True)]
+        intervals = [first.measured.difference(row.measured, name) for name in _COMPARED]
+        shown = [
+            _shown(interval, name, signed=True) for interval, name in zip(intervals, _COMPARED, strict=True)
+        ]
         lines.append(_line([row.entry.name, *shown]))
     return "\n".join(["Differences, same subjects and seeds:", "", *lines])
 
@@ -138,23 +140,25 @@ def _entry(row: Row) -> dict[str, Any]:
         "settings": entry.settings,
         "recommended_strength": row.recommended,
         "flagged_as_copying": row.measured.flagged,
-        "strengths": {f"{strength:g}": _measures(one) for strength, one in row.strengths.items()},
+        "strengths": {f"{strength:g}": _measures(measured) for strength, measured in row.strengths.items()},
     }
 
 
 def _measures(measured: Measured) -> dict[str, Any]:
     figures = {name: measured.figure(name) for name in MEASURES}
-    found: dict[str, Any] = {name: one.to_dict() for name, one in figures.items() if one is not None}
-    found["style_groups"] = {name: round(value, 4) for name, value in measured.style.groups.items()}
-    return found
+    values: dict[str, Any] = {
+        name: figure.to_dict() for name, figure in figures.items() if figure is not None
+    }
+    values["style_groups"] = {name: round(value, 4) for name, value in measured.style.groups.items()}
+    return values
 
 
-def _cells(measured: Measured, style: Interval | None = None, own: bool = False) -> list[str]:
-    """Return the cells of a row; ``own``: the true images, whose nearness to themselves says nothing."""
+def _cells(measured: Measured, style: Interval | None = None, reference: bool = False) -> list[str]:
+    """Return the cells of a row; ``reference``: of the true images, which are near to themselves anyway."""
     cells = []
     for name in _TABLE:
         figure = style if name == "style" and style is not None else measured.figure(name)
-        cells.append("" if own and name in ("closer", "likeness") else _shown(figure, name))
+        cells.append("" if reference and name in ("closer", "likeness") else _shown(figure, name))
     return cells
 
 
@@ -163,7 +167,9 @@ def _shown(figure: Interval | None, name: str, signed: bool = False) -> str:
         return "not measured"
     sign = "+" if signed else ""
     if name in _PERCENT:
-        value, low, high = (f"{100 * one:{sign}.0f}" for one in (figure.value, figure.low, figure.high))
+        value, low, high = (
+            f"{100 * value_of:{sign}.0f}" for value_of in (figure.value, figure.low, figure.high)
+        )
         return f"{value} % ({low}..{high})"
     return f"{figure.value:{sign}.2f} ({figure.low:{sign}.2f}..{figure.high:{sign}.2f})"
 
@@ -225,13 +231,13 @@ def chart(comparison: Comparison, file: Path) -> None:
     panels = figure.subplots(1, 4, sharey=True)
     for panel, name in zip(panels, ("style", "named", "closer", "copied"), strict=True):
         for place, (_, measured, colour) in enumerate(sets):
-            found = measured.figure(name)
+            interval = measured.figure(name)
             if place == 0 and name == "style":
-                found = comparison.yardstick.ceiling()
-            if found is None or (place == 0 and name == "closer"):
+                interval = comparison.yardstick.ceiling()
+            if interval is None or (place == 0 and name == "closer"):
                 continue
-            spread = [[max(found.value - found.low, 0)], [max(found.high - found.value, 0)]]
-            panel.errorbar(found.value, place, xerr=spread, fmt="o", color=colour, capsize=3)
+            spread = [[max(interval.value - interval.low, 0)], [max(interval.high - interval.value, 0)]]
+            panel.errorbar(interval.value, place, xerr=spread, fmt="o", color=colour, capsize=3)
         panel.set_title(MEASURES[name], fontsize=10)
         panel.set_yticks(range(len(sets)), [label for label, _, _ in sets], fontsize=9)
         panel.grid(True, axis="x", color="#eeeeee")
@@ -254,13 +260,16 @@ def sweep(comparison: Comparison, file: Path) -> None:
         colour = _COLOURS[i % len(_COLOURS)]
         for panel, name in ((left, "style"), (right, "named")):
             base = comparison.references[BASE][1].figure(name)
-            points = {s: one.figure(name) for s, one in sorted(row.strengths.items())}
-            known = {s: one for s, one in {0.0: base, **points}.items() if one is not None}
+            points = {s: measured.figure(name) for s, measured in sorted(row.strengths.items())}
+            known = {s: interval for s, interval in {0.0: base, **points}.items() if interval is not None}
             if not known:
                 continue
-            values = [one.value for one in known.values()]
+            values = [interval.value for interval in known.values()]
             panel.plot(list(known), values, color=colour, marker="o", markersize=4, label=row.entry.name)
-            low, high = [one.low for one in known.values()], [one.high for one in known.values()]
+            low, high = (
+                [interval.low for interval in known.values()],
+                [interval.high for interval in known.values()],
+            )
             panel.fill_between(list(known), low, high, color=colour, alpha=0.12, linewidth=0)
             if row.recommended in known:
                 ring = known[row.recommended].value

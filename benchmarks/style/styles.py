@@ -97,7 +97,7 @@ def find_style(name: str, holdout: Path | None, work: Path, icons: Path) -> Styl
         )
     beside = folder.with_name(f"{folder.name}-holdout") if holdout is None else holdout
     if not beside.is_dir():
-        raise ConfigError(f"style `{name}`: its hold-out {beside} is no folder; give one with --holdout")
+        raise ConfigError(f"style `{name}`: its hold-out {beside} is not a folder; give one with --holdout")
     return Style(re.sub(r"[^\w.-]", "-", folder.resolve().name), folder, beside)
 
 

@@ -1,6 +1,6 @@
 """Adapters inside a model: put in, set strengths, read out, merge, take off again.
 
-Plain low-rank pairs become layers of peft; other kinds hang beside the base's layers
+Plain low-rank pairs become layers of peft; other kinds are hooks on the base's layers
 (:mod:`sdlora.adapters.hooks`). Each attached adapter has a name; a model can carry any number of them.
 The adapter layers hold the number format of the frozen weights they sit beside; fp32 masters for training
 live in the optimizer (:class:`sdlora.training.optim.MasterWeights`), which spares every cast in the
@@ -59,7 +59,7 @@ def target_modules(model: DiffusionModel, config: AdapterConfig) -> list[ModuleK
         ConfigError: if the preset matches nothing in the base.
     """
     wanted = [component for component in model.components() if config.adapts(component)]
-    found: list[ModuleKey] = []
+    modules: list[ModuleKey] = []
     for component in wanted:
         endings = model.info.targets[component][config.targets]
         module = model.components()[component]
@@ -73,8 +73,8 @@ def target_modules(model: DiffusionModel, config: AdapterConfig) -> list[ModuleK
                 f"`adapter.targets={config.targets}` matches no layer of the base's {component}; "
                 "choose attention, linear or all"
             )
-        found += matching
-    return sorted(found)
+        modules += matching
+    return sorted(modules)
 
 
 def create_adapter(model: DiffusionModel, config: AdapterConfig, seed: int) -> AdapterWeights:
@@ -96,11 +96,13 @@ def create_adapter(model: DiffusionModel, config: AdapterConfig, seed: int) -> A
         rank: int | None = getattr(config, f"{prefix}rank") or config.rank
         alpha: float | None = getattr(config, f"{prefix}alpha") or config.alpha
         assert rank is not None and alpha is not None, "settings must be resolved first"
-        own = value_for(config.block_ranks, key, rank)
-        if own > 0:
+        module_rank = value_for(config.block_ranks, key, rank)
+        if module_rank > 0:
             generator = torch.Generator().manual_seed(_layer_seed(seed, key))
             weight = base_weight(module_at(model, key))
-            updates[key] = fresh(config, weight, own, file_alpha(config, rank, alpha, own), generator)
+            updates[key] = fresh(
+                config, weight, module_rank, file_alpha(config, rank, alpha, module_rank), generator
+            )
     if not updates:
         raise ConfigError("`adapter.block_ranks` leaves no layer to adapt; give some block a rank above 0")
     return AdapterWeights(updates)
@@ -135,12 +137,12 @@ def attach(
 
 def attached_layers(model: DiffusionModel, name: str) -> Iterator[AttachedLayer]:
     """Yield the plain layers of one adapter, sorted by module."""
-    found: list[AttachedLayer] = []
+    layers: list[AttachedLayer] = []
     inner = inner_name(name)
     for component, module in model.components().items():
         for path, layer in module.named_modules():
             if isinstance(layer, LoraLayer) and inner in layer.lora_A:
-                found.append(
+                layers.append(
                     AttachedLayer(
                         ModuleKey(component, canonical_path(component, path)),
                         layer,
@@ -149,30 +151,31 @@ def attached_layers(model: DiffusionModel, name: str) -> Iterator[AttachedLayer]
                         float(layer.lora_alpha[inner]),
                     )
                 )
-    yield from sorted(found, key=lambda one: one.key)
+    yield from sorted(layers, key=lambda attached: attached.key)
 
 
 def updates_in(model: DiffusionModel, name: str) -> list[tuple[ModuleKey, Update]]:
     """Return (module, update) of one adapter of any kind, sorted, on the model's device."""
-    found: list[tuple[ModuleKey, Update]] = [
-        (one.key, LowRankPair(one.down, one.up, one.alpha)) for one in attached_layers(model, name)
+    pairs_found: list[tuple[ModuleKey, Update]] = [
+        (attached.key, LowRankPair(attached.down, attached.up, attached.alpha))
+        for attached in attached_layers(model, name)
     ]
     inner = inner_name(name)
     for component, module in model.components().items():
         for path, layer, updates in all_hooks(module):
             if inner in updates.updates:
                 key = ModuleKey(component, canonical_path(component, path.removesuffix(".base_layer")))
-                found.append((key, updates.on(inner, base_weight(layer).device)))
-    return sorted(found, key=lambda one: one[0])
+                pairs_found.append((key, updates.on(inner, base_weight(layer).device)))
+    return sorted(pairs_found, key=lambda pair: pair[0])
 
 
 def write_weights(layers: Sequence[AttachedLayer], weights: AdapterWeights) -> None:
     """Copy an adapter's numbers into its layers, in the layers' number format."""
     with torch.no_grad():
-        for one in layers:
-            pair = weights.pairs[one.key]
-            one.down.copy_(pair.down)
-            one.up.copy_(pair.up)
+        for layer in layers:
+            pair = weights.pairs[layer.key]
+            layer.down.copy_(pair.down)
+            layer.up.copy_(pair.up)
 
 
 def read_weights(layers: Sequence[AttachedLayer], tensors: Sequence[Tensor] | None = None) -> AdapterWeights:
@@ -182,12 +185,12 @@ def read_weights(layers: Sequence[AttachedLayer], tensors: Sequence[Tensor] | No
         tensors: take these instead of the layers' own: down and up of each layer in turn (fp32 masters).
     """
     if tensors is None:
-        tensors = [tensor for one in layers for tensor in (one.down, one.up)]
+        tensors = [tensor for layer in layers for tensor in (layer.down, layer.up)]
     pairs = {
-        one.key: LowRankPair(
-            tensors[2 * i].detach().cpu().clone(), tensors[2 * i + 1].detach().cpu().clone(), one.alpha
+        layer.key: LowRankPair(
+            tensors[2 * i].detach().cpu().clone(), tensors[2 * i + 1].detach().cpu().clone(), layer.alpha
         )
-        for i, one in enumerate(layers)
+        for i, layer in enumerate(layers)
     }
     return AdapterWeights(pairs)
 
@@ -202,10 +205,10 @@ def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> N
         active = [name for name, value in values.items() if value != 0.0]
         for layer in module.modules():
             if isinstance(layer, BaseTunerLayer):
-                own = [name for name in active if holds(layer, name)]
-                for name in own:
+                held = [name for name in active if holds(layer, name)]
+                for name in held:
                     layer.set_scale(name, values[name])
-                layer.set_adapter(own, inference_mode=True)
+                layer.set_adapter(held, inference_mode=True)
         for _, _, updates in all_hooks(module):
             updates.set_strengths(values)
 

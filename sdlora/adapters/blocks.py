@@ -19,12 +19,12 @@ _TEXT_ROOT = "text_model."
 
 def value_for(table: Mapping[str, Value], key: ModuleKey, default: Value) -> Value:
     """Return the value that a table gives a module."""
-    found, best = default, (-1, 0)
+    chosen, best = default, (-1, 0)
     for pattern, value in table.items():
         specific = _specificity(pattern, key)
         if specific is not None and specific >= best:
-            found, best = value, specific
-    return found
+            chosen, best = value, specific
+    return chosen
 
 
 def check_patterns(setting: str, table: Mapping[str, object], keys: Iterable[ModuleKey]) -> None:

@@ -162,14 +162,14 @@ class AdapterWeights:
         Raises:
             AdapterFileError: if some are of another kind.
         """
-        found = {key: one for key, one in self.updates.items() if isinstance(one, LowRankPair)}
-        if len(found) != len(self.updates):
+        pairs = {key: update for key, update in self.updates.items() if isinstance(update, LowRankPair)}
+        if len(pairs) != len(self.updates):
             key, other = next((k, u) for k, u in self.all_items() if not isinstance(u, LowRankPair))
             raise AdapterFileError(
                 f"`{key.component}.{key.path}` holds a {other.kind} update, but this works on plain LoRA "
                 "only; convert the adapter to a plain LoRA first"
             )
-        return found
+        return pairs
 
     def items(self) -> Iterator[tuple[ModuleKey, LowRankPair]]:
         """Yield (module, pair) of a plain LoRA, sorted, so that files do not depend on build order."""
@@ -182,7 +182,9 @@ class AdapterWeights:
 
     def only_plain(self) -> AdapterWeights:
         """Return the modules with plain low-rank pairs."""
-        return AdapterWeights({k: one for k, one in self.updates.items() if isinstance(one, LowRankPair)})
+        return AdapterWeights(
+            {k: update for k, update in self.updates.items() if isinstance(update, LowRankPair)}
+        )
 
     def all_items(self) -> Iterator[tuple[ModuleKey, Update]]:
         """Yield (module, update) of any kind in sorted order."""

@@ -1,6 +1,6 @@
-"""Updates of any kind beside a layer: added to what it gives, by a hook on the base's own layer.
+"""Updates of any kind, added to a layer's output by a forward hook on the base's own layer.
 
-PEFT cannot put two sorts of adapters over one layer, so what is no plain low-rank pair acts here instead.
+PEFT cannot put two sorts of adapters over one layer, so what is not a plain low-rank pair acts here instead.
 The hook works beside PEFT's layers, in whichever order they come; while nothing acts the layer's output is
 passed on untouched, and taking the hook off leaves the layer as it was. The update is worked out from its
 factors at every call, which costs little beside the layer itself and spares a second copy of the weights;
@@ -23,7 +23,7 @@ _ATTRIBUTE = "_sdlora_hook"
 
 
 class UpdateHook:
-    """The updates that one layer has beside it, by adapter; a forward hook."""
+    """A forward hook: the updates of one layer, by adapter."""
 
     def __init__(self) -> None:
         self.updates: dict[str, Update] = {}
@@ -58,12 +58,12 @@ class UpdateHook:
         return update
 
     def attach_to(self, layer: nn.Module) -> None:
-        """Start to be called by a layer."""
+        """Register with a layer, to be called after its own forward pass."""
         self._handle = layer.register_forward_hook(self)
         setattr(layer, _ATTRIBUTE, self)
 
     def detach_from(self, layer: nn.Module) -> None:
-        """Stop to be called; the layer is as it was before."""
+        """Remove the hook; the layer is as it was before."""
         if self._handle is not None:
             self._handle.remove()
         delattr(layer, _ATTRIBUTE)
@@ -71,34 +71,34 @@ class UpdateHook:
 
 def hook_update(layer: nn.Module, name: str, update: Update) -> None:
     """Give a layer (a linear layer or 2-D convolution) an update that does not act yet."""
-    found = hook_of(layer)
-    if found is None:
-        found = UpdateHook()
-        found.attach_to(layer)
+    hook = hook_of(layer)
+    if hook is None:
+        hook = UpdateHook()
+        hook.attach_to(layer)
     weight: Any = layer.weight
-    found.updates[name] = moved(update, weight.device)
+    hook.updates[name] = moved(update, weight.device)
 
 
 def unhook_update(layer: nn.Module, name: str) -> None:
     """Remove an adapter's update from a layer, if it has one there."""
-    found = hook_of(layer)
-    if found is not None and found.updates.pop(name, None) is not None:
-        found.set_strengths({})
-        if not found.updates:
-            found.detach_from(layer)
+    hook = hook_of(layer)
+    if hook is not None and hook.updates.pop(name, None) is not None:
+        hook.set_strengths({})
+        if not hook.updates:
+            hook.detach_from(layer)
 
 
 def hook_of(layer: nn.Module) -> UpdateHook | None:
-    """Return what hangs on a layer."""
-    found = getattr(layer, _ATTRIBUTE, None)
-    return found if isinstance(found, UpdateHook) else None
+    """Return the hook on a layer, if it has one."""
+    hook = getattr(layer, _ATTRIBUTE, None)
+    return hook if isinstance(hook, UpdateHook) else None
 
 
 def all_hooks(module: nn.Module) -> Iterator[tuple[str, nn.Module, UpdateHook]]:
     """Yield (path, layer, updates) of every layer inside a module that has some."""
     for path, layer in module.named_modules():
-        if (found := hook_of(layer)) is not None:
-            yield path, layer, found
+        if (hook := hook_of(layer)) is not None:
+            yield path, layer, hook
 
 
 def moved(update: Update, device: torch.device) -> Update:

@@ -19,13 +19,13 @@ _OVERSAMPLING, _ITERATIONS = 10, 16
 """Extra directions and power iterations of the randomised SVD; PEFT recommends 16 (``pissa_niter_16``)."""
 
 
-def file_alpha(config: AdapterConfig, rank: int, alpha: float, own: int) -> float:
-    """Return the alpha a file holds for a layer of rank ``own``, where ``rank`` is the usual one.
+def file_alpha(config: AdapterConfig, rank: int, alpha: float, module_rank: int) -> float:
+    """Return the alpha a file holds for a layer of rank ``module_rank``, where ``rank`` is the usual one.
 
     With standard scaling all layers have the usual alpha / rank. rsLoRA scales by alpha / sqrt(own)
     (Kalajdzievski 2023, section 3), which in a file is alpha * sqrt(own) over own.
     """
-    return alpha * math.sqrt(own) if config.scaling == "rslora" else alpha * own / rank
+    return alpha * math.sqrt(module_rank) if config.scaling == "rslora" else alpha * module_rank / rank
 
 
 def fresh(

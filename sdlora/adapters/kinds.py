@@ -179,7 +179,7 @@ def with_tensors(update: Update, tensors: Mapping[str, Tensor]) -> Update:
         down, mid, up = (tensors[f"lora_{name}.weight"] for name in ("down", "mid", "up"))
         return TuckerPair(down, mid, up, update.alpha)
     assert isinstance(update, LoHa | LoKr)
-    own: dict[str, Any] = {
+    factors: dict[str, Any] = {
         name.partition("_")[2]: tensor for name, tensor in tensors.items() if name in update.tensors()
     }
-    return replace(update, **own)
+    return replace(update, **factors)

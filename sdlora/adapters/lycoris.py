@@ -86,7 +86,7 @@ class LoHa(Update):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the four factors, and the cores if there are any."""
-        found = {
+        factors = {
             "hada_w1_a": self.w1_a,
             "hada_w1_b": self.w1_b,
             "hada_w2_a": self.w2_a,
@@ -94,7 +94,7 @@ class LoHa(Update):
             "hada_t1": self.t1,
             "hada_t2": self.t2,
         }
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: tensor for name, tensor in factors.items() if tensor is not None}
 
     def to(self, dtype: torch.dtype) -> LoHa:
         """Return it in another number format."""
@@ -215,7 +215,7 @@ class LoKr(Update):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the factors that are there."""
-        found = {
+        factors = {
             "lokr_w1": self.w1,
             "lokr_w1_a": self.w1_a,
             "lokr_w1_b": self.w1_b,
@@ -224,7 +224,7 @@ class LoKr(Update):
             "lokr_w2_b": self.w2_b,
             "lokr_t2": self.t2,
         }
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: tensor for name, tensor in factors.items() if tensor is not None}
 
     def to(self, dtype: torch.dtype) -> LoKr:
         """Return it in another number format."""

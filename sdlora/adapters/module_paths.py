@@ -57,7 +57,7 @@ def holds(layer: BaseTunerLayer, inner: str) -> bool:
 
 
 def check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> None:
-    """Refuse an adapter with modules that a model has not, or has in another shape.
+    """Refuse an adapter with modules that a model does not have, or has in another shape.
 
     Raises:
         AdapterFileError: naming the first such module.
@@ -67,7 +67,7 @@ def check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> None
         if key.component not in components:
             raise AdapterFileError(
                 f"{name}: made for a base with a {key.component}, which {model.base.title} "
-                f"({model.info.title}) has not; use the base it was trained on"
+                f"({model.info.title}) does not have; use the base it was trained on"
             )
         try:
             weight = base_weight(module_at(model, key))
@@ -76,10 +76,10 @@ def check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> None
                 f"{name}: its module {key.path} is not in the {key.component} of {model.base.title}; "
                 "use a base of the family it was trained on"
             ) from None
-        wanted, found = tuple(weight.shape), update.shape
-        if wanted != found and not _is_flat(update, wanted):
+        wanted, shape = tuple(weight.shape), update.shape
+        if wanted != shape and not _is_flat(update, wanted):
             raise AdapterFileError(
-                f"{name}: {key.path} is {found} in the adapter but {wanted} in {model.base.title}; "
+                f"{name}: {key.path} is {shape} in the adapter but {wanted} in {model.base.title}; "
                 "use the base it was trained on"
             )
 

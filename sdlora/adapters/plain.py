@@ -68,8 +68,10 @@ def as_plain(update: Update, weight: Tensor | None = None, rank: int | None = No
         return PlainUpdate(update, 0.0)
     shape = update.shape if weight is None else tuple(weight.shape)
     ones = (1,) * (len(shape) - 2)
-    found = down.shape[0]
-    pair = LowRankPair(down.reshape(found, *shape[1:]), up.reshape(shape[0], found, *ones), scale * found)
+    rank_kept = down.shape[0]
+    pair = LowRankPair(
+        down.reshape(rank_kept, *shape[1:]), up.reshape(shape[0], rank_kept, *ones), scale * rank_kept
+    )
     return PlainUpdate(pair, error)
 
 
@@ -97,8 +99,8 @@ def to_plain(
                 f"`{key.component}.{key.path}` is {TITLES[update.kind]}, whose update depends on the base's "
                 "weights; give the base model too, or keep the kind"
             )
-        found = as_plain(update, base(key) if base is not None else None, rank)
-        pairs[key], errors[key] = found.pair, found.error
+        plain = as_plain(update, base(key) if base is not None else None, rank)
+        pairs[key], errors[key] = plain.pair, plain.error
     return AdapterWeights(pairs), errors
 
 
@@ -123,9 +125,9 @@ def _factors(update: Update, weight: Tensor | None) -> tuple[Tensor, Tensor, flo
     return (delta, identity, 1.0) if delta.shape[0] > delta.shape[1] else (identity, delta, 1.0)
 
 
-def _by_row(one: Tensor, other: Tensor) -> Tensor:
-    """Return (rows, r1 * r2): for each row all products of the one's and the other's values."""
-    return (one[:, :, None] * other[:, None, :]).flatten(1)
+def _by_row(first: Tensor, other: Tensor) -> Tensor:
+    """Return (rows, r1 * r2): for each row all products of a value of the first and one of the second."""
+    return (first[:, :, None] * other[:, None, :]).flatten(1)
 
 
 def _two(factors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def parse_adapter(text: str) -> tuple[Path, Strength]:
     is 1. ``C:\\`` at the start of a Windows path is a part of the file.
 
     Raises:
-        ConfigError: for an empty file name, or something after a colon that is no number.
+        ConfigError: for an empty file name, or something after a colon that is not a number.
     """
     matched = _SPEC.fullmatch(text.strip())
     if matched is None:

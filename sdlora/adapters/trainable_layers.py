@@ -65,14 +65,19 @@ def attach_for_training(
     if weights.is_plain:
         return [
             TrainedLayer(
-                one.key, weights.pairs[one.key], {"lora_down.weight": one.down, "lora_up.weight": one.up}
+                layer.key,
+                weights.pairs[layer.key],
+                {"lora_down.weight": layer.down, "lora_up.weight": layer.up},
             )
-            for one in attach(model, weights, name, dropout=dropout)
+            for layer in attach(model, weights, name, dropout=dropout)
         ]
     check_fit(model, weights, name)
     for component in weights.components():
         module = model.components()[component]
-        updates = {installed_path(module, path): one for path, one in weights.updates_of(component).items()}
+        updates = {
+            installed_path(module, path): weights_update
+            for path, weights_update in weights.updates_of(component).items()
+        }
         config = _config(name, kinds[0], updates, dropout)
         inject_adapter_in_model(config, module, adapter_name=inner_name(name))
         module.requires_grad_(False)
@@ -89,9 +94,9 @@ def _config(name: str, kind: str, updates: Mapping[str, Update], dropout: float)
         return LoHaConfig(r=1, alpha=1, target_modules=targets, init_weights=False)
     if kind == LoKr.kind:
         return LoKrConfig(r=1, alpha=1, target_modules=targets, init_weights=False)
-    directions = {path: one.direction for path, one in updates.items() if isinstance(one, DoRA)}
-    pairs = {path: one for path, one in directions.items() if isinstance(one, LowRankPair)}
-    by_row = all(isinstance(one, DoRA) and one.by_output for one in updates.values())
+    directions = {path: update.direction for path, update in updates.items() if isinstance(update, DoRA)}
+    pairs = {path: direction for path, direction in directions.items() if isinstance(direction, LowRankPair)}
+    by_row = all(isinstance(update, DoRA) and update.by_output for update in updates.values())
     if len(pairs) != len(updates) or not by_row:
         raise AdapterFileError(
             f"{name}: this {TITLES[kind]} cannot be trained on: PEFT knows only that of low-rank factors "
@@ -110,15 +115,15 @@ def _take_over(layer: Any, inner: str, update: Update) -> dict[str, nn.Parameter
     for name in layer.adapter_layer_names:
         if inner in getattr(layer, name):
             del getattr(layer, name)[inner]
-    found: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
     for name, factor in update.tensors().items():
-        found[name] = nn.Parameter(factor.to(weight.device, weight.dtype), requires_grad=False)
-        getattr(layer, name)[inner] = found[name]
+        parameters[name] = nn.Parameter(factor.to(weight.device, weight.dtype), requires_grad=False)
+        getattr(layer, name)[inner] = parameters[name]
     layer.scaling[inner] = layer.alpha[inner] = update.scale
     layer.r[inner] = 1
     # PEFT skips a layer when a random number is not above this; 0 itself would skip one now and then
     layer.module_dropout[inner] = -1.0
-    return found
+    return parameters
 
 
 def _take_over_dora(layer: Any, inner: str, update: DoRA) -> dict[str, nn.Parameter]:
@@ -128,12 +133,12 @@ def _take_over_dora(layer: Any, inner: str, update: DoRA) -> dict[str, nn.Parame
     with torch.no_grad():
         down.copy_(pair.down)
         up.copy_(pair.up)
-    made = layer.lora_magnitude_vector[inner]
-    own = ExactDoraConv2d() if isinstance(made, DoraConv2dLayer) else ExactDoraLinear()
-    magnitude = update.magnitude.to(down.device, torch.float32).reshape(made.weight.shape)
-    own.weight = nn.Parameter(magnitude.contiguous(), requires_grad=False)
-    layer.lora_magnitude_vector[inner] = own
-    return {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": own.weight}
+    magnitude_layer = layer.lora_magnitude_vector[inner]
+    exact_layer = ExactDoraConv2d() if isinstance(magnitude_layer, DoraConv2dLayer) else ExactDoraLinear()
+    magnitude = update.magnitude.to(down.device, torch.float32).reshape(magnitude_layer.weight.shape)
+    exact_layer.weight = nn.Parameter(magnitude.contiguous(), requires_grad=False)
+    layer.lora_magnitude_vector[inner] = exact_layer
+    return {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": exact_layer.weight}
 
 
 class ExactDoraLinear(DoraLinearLayer):

@@ -52,7 +52,7 @@ Result = tuple[dict[str, Any], int]
 
 
 class Command(NamedTuple):
-    """One subcommand: help, its arguments, what it does, and what only its own help tells."""
+    """One subcommand: help, its arguments, what it does, and what only its own help shows."""
 
     help: str
     declare: Callable[[argparse.ArgumentParser], None]
@@ -140,16 +140,16 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        own = commands.add_parser(
+        subparser = commands.add_parser(
             name,
             help=command.help,
             description=command.help,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        own.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-        own.more_help = command.more_help
-        command.declare(own)
+        subparser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        subparser.more_help = command.more_help
+        command.declare(subparser)
     return parser, dict(commands.choices)
 
 
@@ -170,8 +170,8 @@ def _take_overrides(options: argparse.Namespace, extra: list[str], parser: _Pars
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 COMMANDS: dict[str, Command] = {

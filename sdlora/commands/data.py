@@ -216,10 +216,10 @@ def _refuse_odd_limits(options: argparse.Namespace) -> None:
         raise ConfigError("--yes has no effect without --prune")
 
 
-def _line(kind: str, own: list[Any], chosen: list[Any], prune: bool) -> str:
-    text = f"  {kind:<10} {len(own):>7}  {_megabytes(sum(entry.bytes for entry in own)):>12}"
-    if own:
-        days = (time.time() - own[0].used) / _DAY
+def _line(kind: str, entries: list[Any], chosen: list[Any], prune: bool) -> str:
+    text = f"  {kind:<10} {len(entries):>7}  {_megabytes(sum(entry.bytes for entry in entries)):>12}"
+    if entries:
+        days = (time.time() - entries[0].used) / _DAY
         text += f"  unused for up to {days:.0f} days"
     going = [entry for entry in chosen if entry.kind == kind]
     if prune:

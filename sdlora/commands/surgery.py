@@ -77,7 +77,7 @@ def run_resize(options: argparse.Namespace) -> Result:
 
 def declare_diff(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora diff``."""
-    parser.add_argument("one", type=Path, help="adapter file or PEFT folder")
+    parser.add_argument("first", type=Path, help="adapter file or PEFT folder")
     parser.add_argument("other", type=Path, help="another one of the same model family")
     parser.add_argument("--image", type=Path, metavar="PNG", help="draw a heat map, block by kind of layer")
     # the option's earlier name
@@ -94,16 +94,16 @@ def run_diff(options: argparse.Namespace) -> Result:
     from .display import progress_bar
 
     with progress_bar("comparing") as progress:
-        found = diff_adapters(
-            options.one,
+        difference = diff_adapters(
+            options.first,
             options.other,
             image=options.image,
             overwrite=options.overwrite,
             report=options.report,
             progress=progress,
         )
-    print(found.render())
-    return found.to_dict(), 0
+    print(difference.render())
+    return difference.to_dict(), 0
 
 
 def declare_convert(parser: argparse.ArgumentParser) -> None:

@@ -11,35 +11,35 @@ from .schema import Config, component_keys
 
 def contradictions(config: Config) -> list[str]:
     """Return what cannot be meant together, or would silently have no effect."""
-    found: list[str] = []
+    problems: list[str] = []
     if config.training.steps is not None and config.training.epochs is not None:
-        found.append("`training.steps` and `training.epochs` both fix the length: give one of them")
+        problems.append("`training.steps` and `training.epochs` both fix the length: give one of them")
     for component in ("text_encoder", "text_encoder_2"):
         if not config.adapter.adapts(component):
-            found += [
+            problems += [
                 f"`{key}` has no effect without `adapter.{component}=true`"
                 for key in component_keys(component)
                 if config.get(key) is not None
             ]
     if config.model.zero_terminal_snr and config.model.prediction_type == "epsilon":
-        found.append("`model.zero_terminal_snr=true` needs `model.prediction_type=v_prediction`")
-    found += _about_adapter(config)
+        problems.append("`model.zero_terminal_snr=true` needs `model.prediction_type=v_prediction`")
+    problems += _about_adapter(config)
     if config.sample.prompts == ():
         for name in ("every", "guidance"):
             if getattr(config.sample, name) is not None:
-                found.append(f"`sample.{name}` has no effect with `sample.prompts=[]`")
+                problems.append(f"`sample.{name}` has no effect with `sample.prompts=[]`")
     if config.data.validation == 0 and config.training.validate_every is not None:
-        found.append("`training.validate_every` has no effect with `data.validation=0`")
-    found += _about_data(config.data)
+        problems.append("`training.validate_every` has no effect with `data.validation=0`")
+    problems += _about_data(config.data)
     if config.adapter.adapts_text and config.data.encode_captions is not None:
-        found.append("`data.encode_captions` has no effect with `adapter.text_encoder=true`")
+        problems.append("`data.encode_captions` has no effect with `adapter.text_encoder=true`")
     steps, warmup = config.training.steps, config.optimizer.warmup_steps
     if steps is not None and warmup is not None and warmup >= steps:
-        found.append(
+        problems.append(
             f"`optimizer.warmup_steps={warmup}` must be below `training.steps={steps}`, "
             "or the full learning rate is never reached"
         )
-    return found
+    return problems
 
 
 def _about_adapter(config: Config) -> list[str]:
@@ -51,11 +51,11 @@ def _by_kind(config: Config) -> Iterator[str]:
     adapter = config.adapter
     if adapter.kind in ("loha", "lokr"):
         if adapter.dropout > 0:
-            yield f"`adapter.dropout` works on the input of low-rank factors, which {adapter.kind} has not"
+            yield f"`adapter.dropout` works on low-rank factors' input, which {adapter.kind} does not have"
         if config.optimizer.lora_plus_ratio != 1.0:
-            yield f"`optimizer.lora_plus_ratio` needs up and down factors, which {adapter.kind} has not"
+            yield f"`optimizer.lora_plus_ratio` needs up and down factors, which {adapter.kind} does not have"
         if adapter.init != "default":
-            yield f"`adapter.init={adapter.init}` starts low-rank factors, which {adapter.kind} has not"
+            yield f"`adapter.init={adapter.init}` starts low-rank factors, which {adapter.kind} does not have"
     if adapter.kind == "dora" and adapter.init in ("pissa", "olora"):
         yield f"`adapter.init={adapter.init}` cannot be undone in a DoRA file; use adapter.kind=lora"
     if adapter.kind != "lokr" and adapter.lokr_factor is not None:

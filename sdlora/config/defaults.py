@@ -82,7 +82,7 @@ class _Resolver:
 
 
 def check_components(config: Config, facts: BaseFacts) -> None:
-    """Refuse settings for a text encoder that the base has not.
+    """Refuse settings for a text encoder that the base does not have.
 
     Raises:
         ConfigError: naming all such settings.

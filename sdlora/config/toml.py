@@ -65,7 +65,9 @@ def save_config(config: Config, file: Path) -> None:
                 help_text = f"# {' '.join((field.description or '').split())}"
                 if _is_tables(values[name]):  # tables end the section they stand in, so they come last
                     tables.append(help_text)
-                    tables += [f"[[{section}.{name}]]\n{tomli_w.dumps(one).strip()}" for one in values[name]]
+                    tables += [
+                        f"[[{section}.{name}]]\n{tomli_w.dumps(table).strip()}" for table in values[name]
+                    ]
                 else:
                     lines += [help_text, toml_line(name, values[name])]
         lines += [*tables, ""]
@@ -76,12 +78,12 @@ def toml_line(name: str, value: Any) -> str:
     """Return one setting as TOML; a table on one line, as a header would start another section."""
     if not isinstance(value, dict):
         return tomli_w.dumps({name: value}).strip()
-    inner = ", ".join(tomli_w.dumps({key: one}).strip() for key, one in value.items())
+    inner = ", ".join(tomli_w.dumps({key: item}).strip() for key, item in value.items())
     return f"{name} = {{ {inner} }}" if inner else f"{name} = {{}}"
 
 
 def _is_tables(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -152,8 +154,8 @@ def _explain(item: dict[str, Any]) -> str:
 
 def _choices(key: str) -> list[str]:
     annotation = dict(fields())[key].annotation
-    found = [value for part in (annotation, *get_args(annotation)) for value in get_args(part)]
-    return [value for value in found if isinstance(value, str)]
+    values = [value for part in (annotation, *get_args(annotation)) for value in get_args(part)]
+    return [value for value in values if isinstance(value, str)]
 
 
 def _nearest(key: str) -> str:

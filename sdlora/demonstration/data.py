@@ -55,7 +55,7 @@ def demo_config(
 
 
 def _trigger_word(folder: Path) -> str:
-    found = re.search(r"Trigger word\W+(\w+)", (folder / "README.md").read_text(encoding="utf-8"))
-    if found is None:
+    match = re.search(r"Trigger word\W+(\w+)", (folder / "README.md").read_text(encoding="utf-8"))
+    if match is None:
         raise DatasetError(f"{folder / 'README.md'}: names no trigger word; install sdlora again")
-    return found.group(1)
+    return match.group(1)

@@ -64,7 +64,7 @@ def demo(
         num_subjects: draw and score this many of the held-out subjects (4 or more); all when None.
         draw_steps: denoising steps of each image.
         settings: further ``key=value`` texts for the training.
-        listeners: hear every event, those of the training among them.
+        listeners: receive every event, those of the training among them.
         resume: go on with a demo that was stopped: with its training where it was, and with the rest anew.
             The settings are those in its folder, so ``base``, ``steps`` and ``settings`` mean nothing.
 
@@ -91,7 +91,7 @@ def demo(
 
 
 def _seconds_so_far(output: Path) -> float:
-    """Return the wall time of the trainings that were stopped; one that was killed told none."""
+    """Return the wall time of the trainings that were stopped; one that was killed emitted none."""
     finished = [event for event in read_events(output) if event.get("event") == RunFinished.__name__]
     return sum(float(event["seconds"]) for event in finished)
 
@@ -147,9 +147,9 @@ def recommended_strength(scores: Mapping[float, StyleScore]) -> float:
 
     The weakest, because strength also costs something that the style score does not see: the subject.
     """
-    above = {strength: one for strength, one in scores.items() if strength > 0}
-    best = max(above.values(), key=lambda one: one.value)
-    return min(strength for strength, one in above.items() if one.value >= best.low)
+    above = {strength: score for strength, score in scores.items() if strength > 0}
+    best = max(above.values(), key=lambda score: score.value)
+    return min(strength for strength, score in above.items() if score.value >= best.low)
 
 
 def _train(config: Config, listeners: Sequence[Listener], *, resume: bool) -> tuple[TrainResult, int]:
@@ -196,8 +196,8 @@ def _draw(
         for i in indices
     ]
     progress = _progress_notices(emit, len(requests), draw_steps)
-    made = iter(generator.generate(requests, merge=True, progress=progress))
-    images = {s: {i: next(made).image for i in indices} for s, indices in wanted.items()}
+    generated = iter(generator.generate(requests, merge=True, progress=progress))
+    images = {s: {i: next(generated).image for i in indices} for s, indices in wanted.items()}
     true = through_autoencoder(generator.model, [load_pixels(item) for item in items])
     known = through_autoencoder(generator.model, [load_pixels(item) for item in scan(data / STYLE).items])
     return Drawn(

@@ -104,7 +104,7 @@ def write_page(page: Page, file: Path) -> None:
         groups=_groups(page, chosen_score),
         chart=_chart(page),
         sweep=_sweep(page),
-        compared="".join(_compared(one) for one in page.compared),
+        compared="".join(_compared(subject) for subject in page.compared),
         count=len(page.compared),
         loss=_data_url(page.loss_curve.read_bytes()),
         details="".join(f"<dt>{escape(n)}</dt><dd>{escape(v)}</dd>" for n, v in page.details),
@@ -127,11 +127,11 @@ def _stage(page: Page) -> str:
     """Return the large images the slider acts on; the script gives them those of the sweep."""
     start = list(page.strengths).index(page.chosen)
     figures = []
-    for number, one in enumerate(page.sweep):
-        image = _image(one.images[start], one.subject, f'class="live" data-subject="{number}"')
-        true = _image(one.true, f"true icon: {one.subject}", 'title="the true icon"')
+    for number, row in enumerate(page.sweep):
+        image = _image(row.images[start], row.subject, f'class="live" data-subject="{number}"')
+        true = _image(row.true, f"true icon: {row.subject}", 'title="the true icon"')
         figures.append(
-            f"<figure>{image}<figcaption><span>{escape(one.subject)}</span>{true}</figcaption></figure>"
+            f"<figure>{image}<figcaption><span>{escape(row.subject)}</span>{true}</figcaption></figure>"
         )
     return "".join(figures)
 
@@ -142,22 +142,26 @@ def _sweep(page: Page) -> str:
         for value in page.strengths
     )
     rows = []
-    for number, one in enumerate(page.sweep):
+    for number, row in enumerate(page.sweep):
         cells = ""
-        for index, (value, image) in enumerate(zip(page.strengths, one.images, strict=True)):
-            alt = f"{one.subject} at strength {value:g}"
+        for index, (value, image) in enumerate(zip(page.strengths, row.images, strict=True)):
+            alt = f"{row.subject} at strength {value:g}"
             cells += f"<td>{_image(image, alt, f'data-s={number}-{index}')}</td>"
-        true = _image(one.true, f"true icon: {one.subject}")
-        rows.append(f'<tr><th>{escape(one.subject)}</th>{cells}<td class="true">{true}</td></tr>')
+        true = _image(row.true, f"true icon: {row.subject}")
+        rows.append(f'<tr><th>{escape(row.subject)}</th>{cells}<td class="true">{true}</td></tr>')
     return f"<table><tr><th></th>{heads}<th>true icon</th></tr>{''.join(rows)}</table>"
 
 
-def _compared(one: Compared) -> str:
+def _compared(compared: Compared) -> str:
     images = "".join(
-        _image(image, f"{one.subject}: {what}", 'loading="lazy"')
-        for image, what in ((one.base, "base"), (one.adapter, "adapter"), (one.true, "true icon"))
+        _image(image, f"{compared.subject}: {what}", 'loading="lazy"')
+        for image, what in (
+            (compared.base, "base"),
+            (compared.adapter, "adapter"),
+            (compared.true, "true icon"),
+        )
     )
-    return f"<figure><div>{images}</div><figcaption>{escape(one.subject)}</figcaption></figure>"
+    return f"<figure><div>{images}</div><figcaption>{escape(compared.subject)}</figcaption></figure>"
 
 
 def _scale(score: StyleScore, ceiling: float) -> str:
@@ -212,10 +216,10 @@ def _chart(page: Page) -> str:
     ]
     points = " ".join(f"{x(strength):.1f},{y(score.value):.1f}" for strength, score in page.scores)
     dots = [
-        f'<line class="range" x1="{x(s):.1f}" x2="{x(s):.1f}" y1="{y(one.low):.1f}" y2="{y(one.high):.1f}"/>'
-        f'<circle class="{"best" if s == page.chosen else ""}" cx="{x(s):.1f}" cy="{y(one.value):.1f}" r="5">'
-        f"<title>strength {s:g}: {one.value:.2f}</title></circle>"
-        for s, one in page.scores
+        f'<line class="range" x1="{x(s):.1f}" x2="{x(s):.1f}" y1="{y(at.low):.1f}" y2="{y(at.high):.1f}"/>'
+        f'<circle class="{"best" if s == page.chosen else ""}" cx="{x(s):.1f}" cy="{y(at.value):.1f}" r="5">'
+        f"<title>strength {s:g}: {at.value:.2f}</title></circle>"
+        for s, at in page.scores
     ]
     return (
         f'<svg viewBox="0 0 {_WIDE:g} {_HIGH:g}" role="img" aria-label="score by strength">{"".join(lines)}'

@@ -72,7 +72,7 @@ class DemoResult:
             "page": str(self.page),
             "run": str(self.folder),
             "recommended_strength": self.recommended,
-            "scores": {f"{strength:g}": one.to_dict() for strength, one in self.scores.items()},
+            "scores": {f"{strength:g}": score.to_dict() for strength, score in self.scores.items()},
             "ceiling": round(self.ceiling, 4),
             "copying": self.copying.to_dict(),
             "num_images": self.num_images,
@@ -84,7 +84,7 @@ class DemoResult:
 
     def render(self) -> str:
         """Return the outcome in a few lines for people."""
-        by_strength = ", ".join(f"{s:g}: {one.value:.2f}" for s, one in self.scores.items())
+        by_strength = ", ".join(f"{s:g}: {score.value:.2f}" for s, score in self.scores.items())
         return "\n".join(
             (
                 f"score {self.score.render()} at strength {self.recommended:g}; 0 looks like the base, "

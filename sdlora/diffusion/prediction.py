@@ -72,4 +72,4 @@ class Velocity(Prediction):
         return snr + 1.0  # clean = a * noisy - s * output and a^2 + s^2 = 1, so the ratio is 1 / s^2
 
 
-PREDICTIONS: dict[str, Prediction] = {one.name: one for one in (Epsilon(), Velocity())}
+PREDICTIONS: dict[str, Prediction] = {prediction.name: prediction for prediction in (Epsilon(), Velocity())}

@@ -94,10 +94,10 @@ def check_sampling(name: str, process: NoiseProcess, steps: int) -> None:
 
 def _known(name: str) -> SamplerName:
     """Return the name as the table has it."""
-    known = {_plain(one): one for one in SAMPLERS}
-    found = known.get(_plain(name))
-    if found is not None:
-        return found
+    known = {_plain(sampler): sampler for sampler in SAMPLERS}
+    sampler = known.get(_plain(name))
+    if sampler is not None:
+        return sampler
     close = difflib.get_close_matches(_plain(name), list(known), 1, cutoff=0.5)
     hint = f"did you mean `{known[close[0]]}`? " if close else ""
     raise ConfigError(f"sampler `{name}`: unknown; {hint}There are {', '.join(SAMPLERS)}")

@@ -89,7 +89,7 @@ class ExportReport:
             **(self.proof.to_dict() if self.proof else {}),
             "proof": self.proof_line(),
             "model_hash": self.model_hash,
-            "clients": {one.client: list(one.reasons) or "full" for one in self.clients},
+            "clients": {support.client: list(support.reasons) or "full" for support in self.clients},
         }
 
 
@@ -139,7 +139,7 @@ def export_adapter(
         overwrite: replace files that exist.
         name: of the adapter; the run's or the source file's own when None.
         preferred_strength: strength that looks best, for the card; the source's own when None.
-        private: leave out what tells of the training images (folder names, captions, tags, file names).
+        private: leave out what describes the training images (folder names, captions, tags, file names).
         verify: load the file through our reader, diffusers and PEFT and compare every update.
 
     Raises:
@@ -157,15 +157,15 @@ def export_adapter(
     place = output or lora_folder
     if place is None:
         raise ConfigError("export needs a place: give --output DIR (or --webui DIR)")
-    found = open_source(source)
-    chosen = _check_name(name) if name is not None else found.name
-    adapter = _renamed(found.adapter, name or found.adapter.info.name or chosen, preferred_strength)
+    opened = open_source(source)
+    chosen = _check_name(name) if name is not None else opened.name
+    adapter = _renamed(opened.adapter, name or opened.adapter.info.name or chosen, preferred_strength)
     info = _family(adapter, source)
     if private:
         kept = without_private(adapter.info.metadata)
         adapter = replace(adapter, info=replace(adapter.info, metadata=kept))
     target = _target(format, place, chosen)
-    image = card_image(preview or found.preview, private=private) if format == "webui" else None
+    image = card_image(preview or opened.preview, private=private) if format == "webui" else None
     if image is not None and other_preview(target) is not None:
         image = None  # the one that is there stays the card's image
     planned = _planned(target, format, image is not None)
@@ -174,8 +174,8 @@ def export_adapter(
     taken = next((file for file in planned if file.exists()), None)
     if taken is not None and not overwrite:
         raise OutputError(f"{taken}: exists; nothing was overwritten. Give another --name, or --overwrite")
-    number_format = _dtype(dtype, found.dtype)
-    report = _write_proven(adapter, format, target, number_format, info, str(found.path), verify=verify)
+    number_format = _dtype(dtype, opened.dtype)
+    report = _write_proven(adapter, format, target, number_format, info, str(opened.path), verify=verify)
     if format == "webui":
         report = replace(report, files=(*report.files, *write_card(adapter, target, info, image)))
     if lora_folder is not None:
@@ -252,7 +252,7 @@ def find_lora_folder(folder: Path) -> Path:
         return folder
     if (folder / "models").is_dir() and any((folder / file).is_file() for file in ("webui.py", "launch.py")):
         return inside  # WebUI itself makes it at its first start
-    state = "is no WebUI folder" if folder.is_dir() else "is no folder"
+    state = "is not a WebUI folder" if folder.is_dir() else "is not a folder"
     raise OutputError(
         f"{folder}: {state}; give the folder that holds webui.py and models/, or its models/Lora folder"
     )
@@ -290,7 +290,7 @@ def _write_proven(
 
 def _run_adapter(run: RunFolder, config: Config) -> tuple[AdapterFile, Path]:
     finished = run.adapter_file(config.output.name)
-    checkpoints = [one for one in list_checkpoints(run.checkpoints) if one.adapter_file.is_file()]
+    checkpoints = [saved for saved in list_checkpoints(run.checkpoints) if saved.adapter_file.is_file()]
     if not finished.is_file():
         if checkpoints:
             path = checkpoints[-1].adapter_file

@@ -83,7 +83,7 @@ def compare_images(
         steps: denoising steps; as for previews when left open.
         device: see :func:`sdlora.devices.choose_device`.
         precision: of the drawing; with less than fp32, rounding of the model's own hides that of the file.
-        progress: told after every denoising step.
+        progress: called after each denoising step.
 
     Raises:
         ConfigError: when no base is known.
@@ -125,7 +125,7 @@ def _base_and_prompts(
         return base or config.model.base, config.sample.prompts or usual
     if base is None:
         raise ConfigError(
-            f"{source}: is no run folder, so it does not tell which base to draw on; give --base with "
+            f"{source}: is not a run folder, so it does not tell which base to draw on; give --base with "
             "--verify-images"
         )
     return base, usual
@@ -136,7 +136,7 @@ def _compared(
 ) -> ImageProof:
     import numpy as np
 
-    pixels = np.stack([np.asarray(one.image.convert("RGB"), dtype=np.int16) for one in images])
+    pixels = np.stack([np.asarray(generated.image.convert("RGB"), dtype=np.int16) for generated in images])
     # (prompts, strengths, trained or written, height, width, 3)
     pixels = pixels.reshape(-1, len(strengths), 2, *pixels.shape[1:])
     difference = np.abs(pixels[:, :, 0] - pixels[:, :, 1])

@@ -72,7 +72,7 @@ def card_image(file: Path | None, *, private: bool = False) -> bytes | None:
             small = image.convert("RGB")
             small.info = {}
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise OutputError(f"{file}: is no usable preview image ({error}); give a PNG or JPEG") from None
+        raise OutputError(f"{file}: is not a usable preview image ({error}); give a PNG or JPEG") from None
     small.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "PNG")

@@ -32,10 +32,10 @@ def chunk_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor
     commas = tokenize(",")
     comma = commas[0] if len(commas) == 1 else None
     chunks = [layout(prompt, tokenize, comma) for prompt in prompts]
-    most = max(len(own) for own in chunks)
-    padded = [own + [Chunk((), ())] * (most - len(own)) for own in chunks]
-    ids = torch.tensor([[_wrap(tokenizer, chunk.ids) for chunk in own] for own in padded])
-    weights = torch.tensor([[_wrap_weights(chunk) for chunk in own] for own in padded])
+    most = max(len(prompt_chunks) for prompt_chunks in chunks)
+    padded = [prompt_chunks + [Chunk((), ())] * (most - len(prompt_chunks)) for prompt_chunks in chunks]
+    ids = torch.tensor([[_wrap(tokenizer, chunk.ids) for chunk in prompt_chunks] for prompt_chunks in padded])
+    weights = torch.tensor([[_wrap_weights(chunk) for chunk in prompt_chunks] for prompt_chunks in padded])
     return ids, weights
 
 

@@ -102,7 +102,7 @@ def layout(prompt: str, tokenize: Callable[[str], Sequence[int]], comma: int | N
     """
     chunks: list[Chunk] = []
     for section in parse(prompt):
-        tokens = [(token, one.weight) for one in section for token in tokenize(one.text)]
+        tokens = [(token, part.weight) for part in section for token in tokenize(part.text)]
         while len(tokens) > CHUNK_TOKENS:
             cut = _cut([token for token, _ in tokens[: CHUNK_TOKENS + 1]], comma)
             chunks.append(_chunk(tokens[:cut]))

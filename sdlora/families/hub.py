@@ -59,9 +59,9 @@ def wanted_files(names: Sequence[str], *, vae: bool = False) -> list[str]:
     )
     chosen = [name for name in names if name in at_top]
     for part in parts:
-        own = [name for name in names if PurePosixPath(name).parent == PurePosixPath(part)]
-        chosen += [name for name in own if name.endswith((".json", ".txt")) and ".index." not in name]
-        weights = [n for n in own if n.endswith(".safetensors") or ".safetensors.index." in n]
+        part_files = [name for name in names if PurePosixPath(name).parent == PurePosixPath(part)]
+        chosen += [name for name in part_files if name.endswith((".json", ".txt")) and ".index." not in name]
+        weights = [n for n in part_files if n.endswith(".safetensors") or ".safetensors.index." in n]
         plain = [n for n in weights if not any(mark in n for mark in _VARIANTS)]
         chosen += plain or [n for n in weights if ".non_ema." not in n]
     return chosen

@@ -215,7 +215,7 @@ def _openclip_key(name: str, prefix: str) -> StoredKey:
 
 def by_key(key_map: Mapping[str, StoredKey]) -> dict[str, list[str]]:
     """Return checkpoint key -> the names of the tensors that lie under it."""
-    found: dict[str, list[str]] = {}
+    names_by_key: dict[str, list[str]] = {}
     for name, stored_key in key_map.items():
-        found.setdefault(stored_key.key, []).append(name)
-    return found
+        names_by_key.setdefault(stored_key.key, []).append(name)
+    return names_by_key

@@ -93,21 +93,21 @@ def load_model(
         ConfigError: for a setting that the family has no use for.
     """
     path = locate(source)
-    found = recognise(path)
-    found.check_family(family)
-    kind = FAMILIES[found.family]
+    recognised = recognise(path)
+    recognised.check_family(family)
+    kind = FAMILIES[recognised.family]
     if clip_skip != 1 and not kind.info.clip_skip:
         raise ConfigError(
             f"`model.clip_skip={clip_skip}`: {kind.info.title} is made for one layer of its text encoder; "
             "leave clip_skip out"
         )
-    process = _process(found, prediction_type, zero_terminal_snr)
+    process = _process(recognised, prediction_type, zero_terminal_snr)
     # An offloaded model waits in main memory.
     encoder_device = torch.device("cpu") if offload else device
     try:
         with _quiet():
             waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else encoder_device
-            parts = load_parts(found, dtype=dtype, device=encoder_device, unet_device=waiting, vae=vae)
+            parts = load_parts(recognised, dtype=dtype, device=encoder_device, unet_device=waiting, vae=vae)
     except ModelError:
         raise
     except Exception as error:  # whatever the libraries raise on damaged input
@@ -116,7 +116,7 @@ def load_model(
             f"{path}: cannot be loaded as a {kind.info.title} base ({reason}); "
             "check that the download is complete"
         ) from error
-    if found.layout == "file" and process.prediction.name in kind.info.resolutions:
+    if recognised.layout == "file" and process.prediction.name in kind.info.resolutions:
         side = kind.info.resolutions[process.prediction.name]  # the shipped config can name only one
         parts.unet.register_to_config(sample_size=side // vae_factor(parts.vae))
     # Measured on 2 AVX-512 cores: channels-last takes 5-10 % off a training step on the CPU. CUDA's
@@ -125,7 +125,7 @@ def load_model(
         parts.unet.to(memory_format=torch.channels_last)
     base = BaseModelInfo(
         source=source,
-        title=source if source == "mini" else found.title,
+        title=source if source == "mini" else recognised.title,
         weights=path if path.is_file() else weight_files(path / "unet")[0],
         recommended=_recommended(path),
     )
@@ -135,7 +135,7 @@ def load_model(
 
 
 def load_parts(
-    found: Recognised,
+    recognised: Recognised,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -148,7 +148,7 @@ def load_parts(
     Peak memory is the finished weights and the largest tensor.
 
     Args:
-        found: what it is.
+        recognised: what it is.
         dtype: of U-Net and text encoders.
         device: where the weights go.
         unet_device: where the U-Net's go, if elsewhere.
@@ -159,38 +159,40 @@ def load_parts(
     Raises:
         ModelError: for missing or unfit weights.
     """
-    info, blueprint = FAMILIES[found.family].info, device.type == "meta"
-    folder = found.path if found.layout == "folder" else configs or ASSETS / info.assets
-    missing = [part for part in found.missing if part != "vae" or vae is None]
+    info, blueprint = FAMILIES[recognised.family].info, device.type == "meta"
+    folder = recognised.path if recognised.layout == "folder" else configs or ASSETS / info.assets
+    missing = [part for part in recognised.missing if part != "vae" or vae is None]
     if missing:
         raise ModelError(
-            f"{found.path}: has no {' and no '.join(missing)}; use the full checkpoint, not a pruned one"
+            f"{recognised.path}: has no {' and no '.join(missing)}; use the full checkpoint, not a pruned one"
             + (", or name a VAE as model.vae" if missing == ["vae"] else "")
         )
-    source = None if found.layout == "folder" else TensorSource([] if blueprint else [found.path])
+    source = None if recognised.layout == "folder" else TensorSource([] if blueprint else [recognised.path])
     unet, default_vae = _new_unet(folder), _new_vae(folder)
     unet_device = unet_device or device
-    fill(unet, *_unet_source(found.path, source, unet), dtype=dtype, device=unet_device, what="U-Net")
+    fill(unet, *_unet_source(recognised.path, source, unet), dtype=dtype, device=unet_device, what="U-Net")
     if vae is None:
         fill(
             default_vae,
-            *_vae_source(found.path, source, default_vae),
+            *_vae_source(recognised.path, source, default_vae),
             dtype=torch.float32,
             device=device,
             what="VAE",
         )
     encoders, tokenizers = {}, {}
-    for one in info.text_encoders:
-        encoder = _new_text_encoder(folder / one.component, projected=one.projected)
+    for encoder_info in info.text_encoders:
+        encoder = _new_text_encoder(folder / encoder_info.component, projected=encoder_info.projected)
         names = encoder.state_dict()
         if source is None:
-            component = TensorSource(weight_files(found.path / one.component))
+            component = TensorSource(weight_files(recognised.path / encoder_info.component))
             key_map = _folder_key_map(names, component)
         else:
-            component, key_map = source, _known_spelling(text_key_map(names, one), source)
-        fill(encoder, key_map, component, dtype=dtype, device=device, what=one.component)
-        encoders[one.component] = encoder.eval()
-        tokenizers[one.component] = _tokenizer(folder / one.tokenizer, one, shared=source is not None)
+            component, key_map = source, _known_spelling(text_key_map(names, encoder_info), source)
+        fill(encoder, key_map, component, dtype=dtype, device=device, what=encoder_info.component)
+        encoders[encoder_info.component] = encoder.eval()
+        tokenizers[encoder_info.component] = _tokenizer(
+            folder / encoder_info.tokenizer, encoder_info, shared=source is not None
+        )
     other = default_vae if vae is None else _load_vae(vae, default_vae, device)
     return Parts(unet.eval(), other.eval(), encoders, tokenizers)
 
@@ -229,7 +231,7 @@ def locate(source: str, *, fetch: bool = True) -> Path:
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ModelError(
-                f"{source}: no model_index.json inside, so this is no diffusers model folder; "
+                f"{source}: no model_index.json inside, so this is not a diffusers model folder; "
                 "give the folder that holds model_index.json, or a .safetensors checkpoint"
             )
         return path
@@ -238,27 +240,29 @@ def locate(source: str, *, fetch: bool = True) -> Path:
     raise ModelError(f"{source}: no such base model; give `mini`, a folder, a .safetensors file or a hub id")
 
 
-def scheduler_config(found: Recognised) -> Mapping[str, Any]:
+def scheduler_config(recognised: Recognised) -> Mapping[str, Any]:
     """Return the noise schedule's settings: the folder's own, or the family's."""
-    folder = found.path if found.layout == "folder" else ASSETS / FAMILIES[found.family].info.assets
+    folder = (
+        recognised.path if recognised.layout == "folder" else ASSETS / FAMILIES[recognised.family].info.assets
+    )
     config: Mapping[str, Any] = read_json(folder / "scheduler" / "scheduler_config.json")
     return config
 
 
 def _process(
-    found: Recognised,
+    recognised: Recognised,
     prediction_type: PredictionType | None,
     zero_terminal_snr: bool | None,
 ) -> DDPM:
-    prediction = found.prediction_type(prediction_type)
-    rescaled = found.zero_terminal_snr(zero_terminal_snr)
+    prediction = recognised.prediction_type(prediction_type)
+    rescaled = recognised.zero_terminal_snr(zero_terminal_snr)
     if rescaled and not PREDICTIONS[prediction].speaks_of_pure_noise:
         raise ModelError(
-            f"{found.path}: a schedule that ends in pure noise (zero terminal SNR) needs v-prediction, but "
-            "this base predicts epsilon; set model.zero_terminal_snr=false, or "
+            f"{recognised.path}: a schedule that ends in pure noise (zero terminal SNR) needs v-prediction, "
+            "but this base predicts epsilon; set model.zero_terminal_snr=false, or "
             "model.prediction_type=v_prediction if that is what it does"
         )
-    config = scheduler_config(found)
+    config = scheduler_config(recognised)
     return DDPM.from_betas(
         config["beta_start"],
         config["beta_end"],
@@ -328,7 +332,7 @@ def _folder_key_map(names: Mapping[str, Any], source: TensorSource) -> dict[str,
     for name in names:
         spellings = [name, f"text_model.{name}"]
         spellings += [name.replace(new, old) for new, old in _OLD_NAMES.items() if new in name]
-        key_map[name] = StoredKey(next((one for one in spellings if one in keys), name))
+        key_map[name] = StoredKey(next((spelling for spelling in spellings if spelling in keys), name))
     return key_map
 
 
@@ -351,11 +355,11 @@ def _new_unet(folder: Path) -> Any:
         return UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
 
 
-def _new_vae(folder: Path, own: Path | None = None) -> Any:
+def _new_vae(folder: Path, vae_folder: Path | None = None) -> Any:
     from diffusers import AutoencoderKL
 
     with without_memory():
-        return AutoencoderKL.from_config(read_json((own or folder / "vae") / "config.json"))
+        return AutoencoderKL.from_config(read_json((vae_folder or folder / "vae") / "config.json"))
 
 
 def _new_text_encoder(folder: Path, *, projected: bool) -> Any:

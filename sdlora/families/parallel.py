@@ -82,10 +82,10 @@ class SplitPredictor:
         edges = [count * part // parts for part in range(parts + 1)]
 
         def part(index: int) -> Tensor:
-            one = slice(edges[index], edges[index + 1])
-            own = {name: tensor[one] for name, tensor in text.items()}
+            rows = slice(edges[index], edges[index + 1])
+            part_text = {name: tensor[rows] for name, tensor in text.items()}
             with torch.set_grad_enabled(gradients):  # a thread does not inherit the caller's mode
-                return self._model.predict(noisy[one], timesteps[one], own, list(sizes)[one])
+                return self._model.predict(noisy[rows], timesteps[rows], part_text, list(sizes)[rows])
 
         return self._map(part, range(parts))
 

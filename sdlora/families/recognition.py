@@ -131,11 +131,11 @@ class Recognised:
         return bool(self.terminal_snr) and bool(self._agreed(self.terminal_snr, "zero_terminal_snr"))
 
     def _agreed(self, evidence: Sequence[Evidence], setting: str) -> Any:
-        values = {one.value for one in evidence}
+        values = {statement.value for statement in evidence}
         if len(values) > 1:
-            said = "; ".join(f"{one.where} says {one.value}" for one in evidence)
+            statements = "; ".join(f"{statement.where} says {statement.value}" for statement in evidence)
             raise ModelError(
-                f"{self.path}: contradicts itself: {said}. Say which is right: model.{setting}=..."
+                f"{self.path}: contradicts itself: {statements}. Say which is right: model.{setting}=..."
             )
         return evidence[0].value
 
@@ -146,7 +146,7 @@ def recognise(path: Path) -> Recognised:
     Reads the header and at most two small tensors of a file, the configs of a folder.
 
     Raises:
-        ModelError: for anything that is no base model of a known family, named by what it is.
+        ModelError: for anything that is not a base model of a known family, named by what it is.
     """
     return _recognise_folder(path) if path.is_dir() else _recognise_file(path)
 
@@ -191,10 +191,10 @@ def _family_of_keys(path: Path, header: Header) -> tuple[FamilyInfo, tuple[str, 
     if kind:
         raise ModelError(f"{path}: {kind}; give a text-to-image checkpoint of {_TITLES}")
     family, text = None, False
-    for one in FAMILIES.values():
-        encoders = [_starts(header.tensors, e.checkpoint_prefix) for e in one.info.text_encoders]
+    for family_class in FAMILIES.values():
+        encoders = [_starts(header.tensors, e.checkpoint_prefix) for e in family_class.info.text_encoders]
         if any(encoders):
-            family, text = one.info, all(encoders)
+            family, text = family_class.info, all(encoders)
     family = family or _family_of_width(path, header)
     vae = _starts(header.tensors, VAE_PREFIX)
     return family, tuple(name for name, there in (("vae", vae), ("text_encoder", text)) if not there)
@@ -243,29 +243,29 @@ def _family_of_width(path: Path, header: Header) -> FamilyInfo:
 def _families(header: Header, family: FamilyInfo, *, whole: bool) -> tuple[Evidence, ...]:
     """Return what the weights and the header's architecture say, e.g. `stable-diffusion-v1`."""
     weights = "its text encoders' keys" if whole else "the width of its cross-attention"
-    found = [Evidence(weights, family.name)]
+    evidence = [Evidence(weights, family.name)]
     stated = header.metadata.get("modelspec.architecture", "")
-    for one in FAMILIES.values():
-        stem = "-".join(one.info.architecture.split("-")[:3]).partition("/")[0]
+    for family_class in FAMILIES.values():
+        stem = "-".join(family_class.info.architecture.split("-")[:3]).partition("/")[0]
         if stated.lower().startswith(stem):
-            found.append(Evidence("the header's modelspec.architecture", one.info.name))
-    return tuple(found)
+            evidence.append(Evidence("the header's modelspec.architecture", family_class.info.name))
+    return tuple(evidence)
 
 
 def _predictions(path: Path, header: Header, family: FamilyInfo) -> tuple[Evidence, ...]:
-    found: list[Evidence] = []
+    evidence: list[Evidence] = []
     stated = header.metadata.get("modelspec.prediction_type", "").lower()
     if stated in ("v", "v_prediction", "v-prediction"):
-        found.append(Evidence("the header's modelspec.prediction_type", "v_prediction"))
+        evidence.append(Evidence("the header's modelspec.prediction_type", "v_prediction"))
     elif stated in ("eps", "epsilon"):
-        found.append(Evidence("the header's modelspec.prediction_type", "epsilon"))
+        evidence.append(Evidence("the header's modelspec.prediction_type", "epsilon"))
     if "v_pred" in header.tensors:
-        found.append(Evidence("the marker key `v_pred`", "v_prediction"))
+        evidence.append(Evidence("the marker key `v_pred`", "v_prediction"))
     if "768-v" in header.metadata.get("modelspec.architecture", ""):
-        found.append(Evidence("the header's modelspec.architecture", "v_prediction"))
-    if not found and family.prediction_probe in header.tensors:
-        found.append(_probed(path, family.prediction_probe))
-    return tuple(found) or (Evidence(f"nothing ({family.title} usually has it)", "epsilon"),)
+        evidence.append(Evidence("the header's modelspec.architecture", "v_prediction"))
+    if not evidence and family.prediction_probe in header.tensors:
+        evidence.append(_probed(path, family.prediction_probe))
+    return tuple(evidence) or (Evidence(f"nothing ({family.title} usually has it)", "epsilon"),)
 
 
 def _probed(path: Path, key: str) -> Evidence:
@@ -277,13 +277,13 @@ def _probed(path: Path, key: str) -> Evidence:
 
 
 def _terminal_snr(header: Header) -> tuple[Evidence, ...]:
-    found = []
+    evidence = []
     if "ztsnr" in header.tensors:
-        found.append(Evidence("the marker key `ztsnr`", True))
+        evidence.append(Evidence("the marker key `ztsnr`", True))
     stated = header.metadata.get("ss_zero_terminal_snr", "")
     if stated in ("True", "False"):
-        found.append(Evidence("the header's ss_zero_terminal_snr", stated == "True"))
-    return tuple(found)
+        evidence.append(Evidence("the header's ss_zero_terminal_snr", stated == "True"))
+    return tuple(evidence)
 
 
 def short_hash(path: Path) -> str:

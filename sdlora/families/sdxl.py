@@ -52,14 +52,15 @@ class StableDiffusionXL(UNetModel):
         for name, encoder in self.text_encoders.items():
             ids, weights = chunk_tokens(self.tokenizers[name], captions)
             ids = ids.to(encoder.device)
-            one, last = encode_penultimate(encoder, ids, self.tokenizers[name].eos_token_id)
-            states.append(weigh_states(one, weights))  # each encoder's own; the pooled vector is not weighed
+            hidden, last = encode_penultimate(encoder, ids, self.tokenizers[name].eos_token_id)
+            # each encoder's own states are weighed; the pooled vector is not
+            states.append(weigh_states(hidden, weights))
             pooled = last if last is not None else pooled
         assert pooled is not None, "one of the text encoders has a projection"
         return {"states": torch.cat(states, dim=-1), "pooled": pooled}
 
     def _added(self, text: Conditioning, sizes: Sequence[SizeHint]) -> dict[str, Tensor]:
-        ids = [[*one.original, *one.crop, *one.target] for one in sizes]
+        ids = [[*size.original, *size.crop, *size.target] for size in sizes]
         return {
             "text_embeds": text["pooled"].to(self.device, self.dtype),
             "time_ids": torch.tensor(ids, dtype=torch.float32, device=self.device),

@@ -122,7 +122,7 @@ class UNetModel(DiffusionModel):
         with self._working(self.vae):
             unscaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
             # one at a time: decoding takes more memory than all else, and gains nothing from company
-            images = [self._decode(one[None]) for one in unscaled]
+            images = [self._decode(latent[None]) for latent in unscaled]
         return torch.cat(images).float().clamp(-1.0, 1.0)
 
     def _decode(self, unscaled: Tensor) -> Tensor:

@@ -165,8 +165,8 @@ def fill(
                 raise ModelError(
                     f"{where}: `{shown(key)}` {error}; it is a variant of the family that is not supported"
                 ) from None
-            own = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-            _assign(module, name, own)
+            placed = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+            _assign(module, name, placed)
     _compute_buffers(module, device)
 
 

@@ -93,13 +93,13 @@ def _collected(
     updates: dict[ModuleKey, Update] = {}
     for header in headers:
         with opening(header) as load:
-            found = dict(READERS[_sniff(header)].read(header, load))
-        twice = set(found) & set(updates)
+            decoded = dict(READERS[_sniff(header)].read(header, load))
+        twice = set(decoded) & set(updates)
         if twice:
             raise AdapterFileError(
                 f"{path}: {len(twice)} modules are in two of its folders; keep one of them"
             )
-        updates.update(found)
+        updates.update(decoded)
     return AdapterWeights(updates)
 
 
@@ -136,7 +136,7 @@ def write_adapter(
         raise AdapterFileError(f"{target}: the adapter has no modules, so there is nothing to write")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise AdapterFileError(f"{target}: adapters are written as fp32, fp16 or bf16, not {dtype}")
-    zero = next((module for module, one in adapter.weights.all_items() if one.alpha == 0.0), None)
+    zero = next((module for module, update in adapter.weights.all_items() if update.alpha == 0.0), None)
     if zero is not None:
         raise AdapterFileError(
             f"{target}: module `{zero.component}.{zero.path}` has alpha 0, which clients read differently "
@@ -194,8 +194,8 @@ def _sniff(header: Header) -> str:
         raise foreign.unsupported(header.path, kind, keys)
     if any(key.startswith(peft.PREFIX) for key in keys):
         return "peft"
-    if found := spellings(keys):
-        return found[0]
+    if formats := spellings(keys):
+        return formats[0]
     if is_lora:
         raise foreign.unknown_keys(header.path, keys)
     raise foreign.not_an_adapter(header.path, header.tensors)

@@ -14,15 +14,17 @@ def kind_reasons(client: str, weights: AdapterWeights) -> list[str]:
     for kind, count in weights.kinds().items():
         if kind not in ("lora", "dora"):
             reasons += _lycoris(client, kind, count)
-    doras = [one for one in weights.updates.values() if isinstance(one, DoRA)]
+    doras = [update for update in weights.updates.values() if isinstance(update, DoRA)]
     if doras:
-        for kind in sorted({one.direction.kind for one in doras} - {"lora"}):
-            reasons += _lycoris(client, kind, sum(one.direction.kind == kind for one in doras))
-        if any(one.by_output for one in doras):
+        for kind in sorted({dora.direction.kind for dora in doras} - {"lora"}):
+            reasons += _lycoris(client, kind, sum(dora.direction.kind == kind for dora in doras))
+        if any(dora.by_output for dora in doras):
             reasons += _dora(client, by_output=True)
-        if not all(one.by_output for one in doras):
+        if not all(dora.by_output for dora in doras):
             reasons += _dora(client, by_output=False)
-    ranks = {one.rank for one in weights.updates.values() if isinstance(one, LoKr) and not one.is_full}
+    ranks = {
+        update.rank for update in weights.updates.values() if isinstance(update, LoKr) and not update.is_full
+    }
     if client == "stable-diffusion.cpp" and 1 in ranks:
         reasons.append("ignores the alpha of LoKr layers of rank 1")
     return list(dict.fromkeys(reasons))
@@ -30,7 +32,7 @@ def kind_reasons(client: str, weights: AdapterWeights) -> list[str]:
 
 def magnitude_reasons(client: str, weights: AdapterWeights) -> list[str]:
     """Return what keeps a client that reads diffusers keys from computing a DoRA in these right."""
-    if client == "diffusers" or not any(isinstance(one, DoRA) for one in weights.updates.values()):
+    if client == "diffusers" or not any(isinstance(update, DoRA) for update in weights.updates.values()):
         return []
     return ["does not know `lora_magnitude_vector` and loads DoRA as a plain LoRA"]
 

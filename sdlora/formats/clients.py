@@ -93,7 +93,7 @@ def client_support(
         entries: the header's text entries; what follows from them is left out where they are not given.
     """
     facts = _Facts(format, family, weights, tuple(keys), entries)
-    found = []
+    supports = []
     for client in CLIENTS:
         reasons = _FORMATS[format](client, facts)
         mixed = spellings(facts.keys)
@@ -101,8 +101,8 @@ def client_support(
             reasons = [
                 f"reads part of it at most: its keys mix the {' and '.join(mixed)} spellings; export it again"
             ]
-        found.append(Support(client, not reasons, tuple(reasons), _hint(client, facts)))
-    return tuple(found)
+        supports.append(Support(client, not reasons, tuple(reasons), _hint(client, facts)))
+    return tuple(supports)
 
 
 def partial_attention(weights: AdapterWeights, component: str) -> list[str]:
@@ -217,7 +217,11 @@ def _is_misscaled(facts: _Facts, component: str) -> bool:
     """
     updates = facts.weights.updates_of(component)
     parsed = [parse_key(key) for key in facts.keys if key.endswith(".alpha")]
-    stored = {one.module.path for one in parsed if one is not None and one.module.component == component}
+    stored = {
+        parsed_key.module.path
+        for parsed_key in parsed
+        if parsed_key is not None and parsed_key.module.component == component
+    }
     counts = Counter(updates[path].alpha for path in stored).most_common(2)
     if not counts:
         return False
@@ -288,7 +292,7 @@ def _by_diffusers(facts: _Facts) -> list[str]:
 
 
 def _alphas_in_header(facts: _Facts) -> list[str]:
-    if facts.any_part(".alpha") or all(one.scale == 1.0 for one in facts.weights.updates.values()):
+    if facts.any_part(".alpha") or all(update.scale == 1.0 for update in facts.weights.updates.values()):
         return []
     return ["ignores the alphas, which are in the header only; export as webui"]
 

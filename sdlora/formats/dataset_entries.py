@@ -20,14 +20,14 @@ def folder_name(name: str) -> str:
 
 def by_folder_name(folders: Mapping[str, Value]) -> dict[str, Value]:
     """Return a mapping by last names; equal ones are told apart by a number, as kohya does."""
-    found: dict[str, Value] = {}
+    by_name: dict[str, Value] = {}
     for path, value in folders.items():
         name = folder_name(path)
         number = 2
-        while name in found:
+        while name in by_name:
             name, number = f"{folder_name(path)} ({number})", number + 1
-        found[name] = value
-    return found
+        by_name[name] = value
+    return by_name
 
 
 def dataset_entries(

@@ -57,7 +57,7 @@ def _settings(weights: AdapterWeights, dora: Collection[str]) -> str:
     """Return the PEFT settings of all components, as diffusers 0.34 and later write them.
 
     Text-encoder modules go without ``text_model.``: PEFT matches the end of a name, so that they are found
-    both by releases that have it and by those that have not.
+    both by releases that have it and by those that do not.
     """
     entries: dict[str, object] = {}
     for component in weights.components():

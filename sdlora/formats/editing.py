@@ -115,7 +115,7 @@ def edit_header(
 
 def _fixed(key: str) -> str | None:
     if not _KEY.match(key):
-        return f"`{shown(key)}` is no name for an entry; use letters, digits, dots, dashes and underscores"
+        return f"`{shown(key)}` is not a name for an entry; use letters, digits, dots, dashes and underscores"
     reason = next(
         (why for start, why in _FIXED if key == start or (start[-1] == "_" and key.startswith(start))), None
     )
@@ -215,8 +215,8 @@ def _contradiction(values: Mapping[str, str], entries: Mapping[str, str]) -> lis
     )
     if not touched or not differ:
         return []
-    said = ", ".join(f"`{key}={shown(entries[key], 40)}`" for key in _NEEDED if key in entries)
-    return [f"`{touched[0]}`: the header would contradict itself ({said}); set them together"]
+    entries_shown = ", ".join(f"`{key}={shown(entries[key], 40)}`" for key in _NEEDED if key in entries)
+    return [f"`{touched[0]}`: the header would contradict itself ({entries_shown}); set them together"]
 
 
 def _json(text: str) -> object:

@@ -118,13 +118,13 @@ def own_dtype(weights: AdapterWeights) -> torch.dtype:
     Of pairs ``down`` tells: ``up`` may be wider than it was stored, once a scale is taken out of it again.
     DoRA's magnitudes are float32 always and tell nothing.
     """
-    found: set[torch.dtype] = set()
+    dtypes: set[torch.dtype] = set()
     for update in weights.updates.values():
         inner = update.direction if isinstance(update, DoRA) else update
         tensors = [inner.down] if isinstance(inner, LowRankPair) else inner.tensors().values()
-        found |= {tensor.dtype for tensor in tensors}
+        dtypes |= {tensor.dtype for tensor in tensors}
     usual = (torch.float32, torch.float16, torch.bfloat16)
-    return found.pop() if len(found) == 1 and found <= set(usual) else torch.float32
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(usual) else torch.float32
 
 
 def is_power_of_two(value: float) -> bool:

@@ -75,8 +75,8 @@ def with_projections(weights: AdapterWeights, family: str | None) -> AdapterWeig
         return weights
     return AdapterWeights(
         {
-            key: _pointwise(one) if key.component == "unet" and _is_projection(key.path) else one
-            for key, one in weights.updates.items()
+            key: _pointwise(update) if key.component == "unet" and _is_projection(key.path) else update
+            for key, update in weights.updates.items()
         }
     )
 
@@ -172,12 +172,12 @@ def _direction(where: str, module: ModuleKey, parts: Mapping[str, Tensor], alpha
         )
     if not loha and not lokr and "mid" not in parts:
         return folding.pair_of(where, parts.get("down"), parts.get("up"), alpha)
-    found = {part: parts[part] for part in (*plain, *loha, *lokr)}
-    _check_floats(where, found.values())
+    factors = {part: parts[part] for part in (*plain, *loha, *lokr)}
+    _check_floats(where, factors.values())
     try:
         if loha:
-            return _loha(where, found, alpha, _kernel(module))
-        return _lokr(where, found, alpha, _kernel(module)) if lokr else _tucker(where, found, alpha)
+            return _loha(where, factors, alpha, _kernel(module))
+        return _lokr(where, factors, alpha, _kernel(module)) if lokr else _tucker(where, factors, alpha)
     except ValueError as error:
         raise _does_not_fit(where, error) from None
 

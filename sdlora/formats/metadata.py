@@ -163,10 +163,10 @@ def for_file(adapter: AdapterFile, info: FamilyInfo, more: Mapping[str, str]) ->
 
 def trigger_words(entries: Mapping[str, str]) -> tuple[str, ...]:
     """Return the words that call the style, from our own entry or from ``modelspec.trigger_phrase``."""
-    own = entries.get("sdlora.trigger_words")
-    if own is not None:
+    stored = entries.get("sdlora.trigger_words")
+    if stored is not None:
         try:
-            words = entry_json(own)
+            words = entry_json(stored)
         except ValueError:
             words = None
         if isinstance(words, list) and all(isinstance(word, str) for word in words):
@@ -189,7 +189,7 @@ def thumbnail(file: Path) -> str:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise OutputError(f"{file}: is no usable preview image ({error}); give a PNG or JPEG") from None
+        raise OutputError(f"{file}: is not a usable preview image ({error}); give a PNG or JPEG") from None
     for side, quality in ((512, 85), (512, 70), (384, 70), (256, 70), (256, 50), (128, 50), (64, 40)):
         image.thumbnail((side, side))
         buffer = io.BytesIO()

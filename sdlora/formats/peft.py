@@ -59,15 +59,17 @@ def encode(
     updates = weights.updates_of(component)
     spelled = {path: installed_name(component, path) for path in updates}
     tensors: dict[str, Tensor] = {}
-    if any(isinstance(one, LoHa | LoKr) for one in updates.values()):
+    if any(isinstance(update, LoHa | LoKr) for update in updates.values()):
         settings = peft_lycoris.settings_of(f"{where}: {component}", updates, spelled)
-        for path, one in updates.items():
+        for path, update in updates.items():
             at = f"{where}: module `{component}.{path}`"
-            for name, factor in one.tensors().items():
+            for name, factor in update.tensors().items():
                 tensors[f"{PREFIX}{spelled[path]}.{name}"] = folding.fitting(at, factor, dtype)
         return tensors, settings
-    own = AdapterWeights({ModuleKey(component, path): one for path, one in updates.items()})
-    weights, magnitudes = kinds.as_low_rank(where, "PEFT", own)
+    component_weights = AdapterWeights(
+        {ModuleKey(component, path): update for path, update in updates.items()}
+    )
+    weights, magnitudes = kinds.as_low_rank(where, "PEFT", component_weights)
     pairs = weights.component(component)
     for path, pair in pairs.items():
         at = f"{where}: module `{component}.{path}`"
@@ -151,7 +153,7 @@ def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update
         rank = tensors["down"].shape[0] if "down" in tensors else 1
         update = kinds.update_of(where, module, tensors, alphas.of(where, module, rank))
         if update.kind not in PEFT_TYPES[kind]:
-            raise AdapterFileError(f"{where}: is no {kind}, as its settings say; export the adapter again")
+            raise AdapterFileError(f"{where}: is not a {kind}, as its settings say; export the adapter again")
         if isinstance(update, LoKr) and update.w1 is not None and update.w2 is not None:
             # everyone else takes two whole factors as they are, PEFT scales them as well
             scale = update.alpha / ranks.of(where, module, 1)
@@ -161,26 +163,26 @@ def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update
 
 def _groups(header: Header) -> dict[ModuleKey, dict[str, str]]:
     """Return the key of every part of every module."""
-    found: dict[str, dict[str, str]] = {}
+    parts_by_path: dict[str, dict[str, str]] = {}
     unknown: list[str] = []
     for key in header.tensors:
         match = _FACTOR.match(key)
         part = _PARTS.get(match["part"] or match["factor"], "") if match is not None else ""
         if match is None or not part:
             unknown.append(key)
-        elif part in found.setdefault(match["path"], {}):
+        elif part in parts_by_path.setdefault(match["path"], {}):
             raise AdapterFileError(
                 f"{header.path}: `{shown(match['path'])}` has two adapters "
-                f"({foreign.listing([found[match['path']][part], key])}); save one of them alone"
+                f"({foreign.listing([parts_by_path[match['path']][part], key])}); save one of them alone"
             )
         else:
-            found[match["path"]][part] = key
+            parts_by_path[match["path"]][part] = key
     if unknown:
         raise foreign.unknown_keys(header.path, unknown)
     folder = header.path.parent.name
-    component = folder if folder in COMPONENTS else _component_of(header, found)
+    component = folder if folder in COMPONENTS else _component_of(header, parts_by_path)
     groups: dict[ModuleKey, dict[str, str]] = {}
-    for name, parts in found.items():
+    for name, parts in parts_by_path.items():
         module = ModuleKey(component, name if component == "unet" else names.with_text_prefix(name))
         if module in groups:
             raise AdapterFileError(
@@ -231,7 +233,7 @@ class Alphas:
         """Sort the patterns of settings.
 
         Raises:
-            AdapterFileError: for patterns that are no table of plain names.
+            AdapterFileError: for patterns that are not a table of plain names.
         """
         patterns = config.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
@@ -260,13 +262,13 @@ class Alphas:
         paths = {module.path}
         if module.component != "unet":
             paths.add(module.path.removeprefix(names.TEXT_PREFIX))
-        found = [self._whole[path] for path in paths if path in self._whole]
+        candidates = [self._whole[path] for path in paths if path in self._whole]
         for path in paths:
             parts = path.split(".")
             endings = (".".join(parts[start:]) for start in range(len(parts)))
-            found += [self._endings[ending] for ending in endings if ending in self._endings]
+            candidates += [self._endings[ending] for ending in endings if ending in self._endings]
         usual = self._config.get("lora_alpha", 8)  # 8 is PEFT's own default
-        alpha = min(found, key=lambda one: one[0])[1] if found else usual
+        alpha = min(candidates, key=lambda candidate: candidate[0])[1] if candidates else usual
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < abs(alpha) < 1e30:
             raise AdapterFileError(
                 f"{where}: lora_alpha is `{shown(alpha, 20)}`; set it to a number other than 0"
@@ -300,13 +302,13 @@ def _has_text_model(component: str) -> bool:
     return any(name.startswith(names.TEXT_PREFIX) for name, _ in encoder.named_modules())
 
 
-def _component_of(header: Header, found: Mapping[str, Mapping[str, str]]) -> str:
+def _component_of(header: Header, parts_by_path: Mapping[str, Mapping[str, str]]) -> str:
     """Return the component that modules belong to, by their names, and by their width for text encoders."""
-    if any(path.split(".", 1)[0] in names.UNET_ROOTS for path in found):
+    if any(path.split(".", 1)[0] in names.UNET_ROOTS for path in parts_by_path):
         return "unet"
     widths = {
         header.tensors[parts["down"]].shape[-1:]
-        for path, parts in found.items()
+        for path, parts in parts_by_path.items()
         if "down" in parts and path.endswith((".q_proj", ".k_proj", ".v_proj", ".fc1"))
     }
     return "text_encoder_2" if widths == {(_OPEN_CLIP_WIDTH,)} else "text_encoder"

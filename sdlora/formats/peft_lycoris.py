@@ -30,15 +30,15 @@ def settings_of(where: str, updates: Mapping[str, Update], spelled: Mapping[str,
     Raises:
         AdapterFileError: for factors that PEFT's settings cannot describe.
     """
-    lohas = {path: one for path, one in updates.items() if isinstance(one, LoHa)}
-    lokrs = {path: one for path, one in updates.items() if isinstance(one, LoKr)}
+    lohas = {path: update for path, update in updates.items() if isinstance(update, LoHa)}
+    lokrs = {path: update for path, update in updates.items() if isinstance(update, LoKr)}
     if len(lohas) not in (0, len(updates)) or len(lohas) + len(lokrs) != len(updates):
         raise AdapterFileError(
             f"{where}: mixes kinds of layers, but a PEFT folder holds one kind; export as webui"
         )
-    spatial = {path: one for path, one in updates.items() if one.shape[2:] not in ((), (1, 1))}
-    cores = {one.t1 is not None for path, one in lohas.items() if path in spatial}
-    cores |= {one.t2 is not None for path, one in lokrs.items() if path in spatial and one.w2 is None}
+    spatial = {path: update for path, update in updates.items() if update.shape[2:] not in ((), (1, 1))}
+    cores = {loha.t1 is not None for path, loha in lohas.items() if path in spatial}
+    cores |= {lokr.t2 is not None for path, lokr in lokrs.items() if path in spatial and lokr.w2 is None}
     if len(cores) > 1:
         raise AdapterFileError(
             f"{where}: only some convolutions have Tucker factors, PEFT makes all or none; export as webui"
@@ -46,10 +46,14 @@ def settings_of(where: str, updates: Mapping[str, Update], spelled: Mapping[str,
     more: dict[str, Any] = {}
     if lokrs:
         more = {"decompose_both": False, "decompose_factor": _decompose_factor(where, lokrs)}
-    ranks = {path: _peft_rank(one) for path, one in updates.items()}
+    ranks = {path: _peft_rank(update) for path, update in updates.items()}
     alphas = {
-        path: _whole(one.alpha if ranks[path] == one.rank and not _is_full(one) else ranks[path] * one.scale)
-        for path, one in updates.items()
+        path: _whole(
+            update.alpha
+            if ranks[path] == update.rank and not _is_full(update)
+            else ranks[path] * update.scale
+        )
+        for path, update in updates.items()
     }
     rank, alpha = int(common(ranks.values())), _whole(common(alphas.values()))
     return {
@@ -86,13 +90,13 @@ def _decompose_factor(where: str, updates: Mapping[str, LoKr]) -> int:
 
     split: Callable[[int, int], tuple[int, int]] = factorization
     sides: list[tuple[str, int, int]] = []
-    for path, one in updates.items():
-        if one.w1 is None:
+    for path, lokr in updates.items():
+        if lokr.w1 is None:
             raise AdapterFileError(
                 f"{where}: `{path}` has its first factor decomposed, which PEFT does for all layers or none; "
                 "export as webui"
             )
-        sides += [(path, one.shape[axis], one.w1.shape[axis]) for axis in (0, 1)]
+        sides += [(path, lokr.shape[axis], lokr.w1.shape[axis]) for axis in (0, 1)]
     candidates: Sequence[int] = [-1, *sorted({first for _, _, first in sides}, reverse=True)]
     for factor in candidates:
         if all(split(size, factor)[0] == first for _, size, first in sides):
@@ -102,13 +106,13 @@ def _decompose_factor(where: str, updates: Mapping[str, LoKr]) -> int:
 
 
 def _checked(where: str, updates: Mapping[str, LoKr], factor: int) -> int:
-    for path, one in updates.items():
-        if one.w1 is None or one.w2 is not None:
+    for path, lokr in updates.items():
+        if lokr.w1 is None or lokr.w2 is not None:
             continue
-        largest = max(one.shape[axis] // one.w1.shape[axis] for axis in (0, 1))
-        if one.rank >= largest / 2:
+        largest = max(lokr.shape[axis] // lokr.w1.shape[axis] for axis in (0, 1))
+        if lokr.rank >= largest / 2:
             raise AdapterFileError(
-                f"{where}: `{path}` is decomposed at rank {one.rank}, where PEFT keeps the whole factor; "
+                f"{where}: `{path}` is decomposed at rank {lokr.rank}, where PEFT keeps the whole factor; "
                 "export as webui"
             )
     return factor

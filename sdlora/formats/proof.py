@@ -79,13 +79,15 @@ def prove(
     readers: dict[str, Callable[[], AdapterWeights]] = {}
     if format == "peft":
         readers["peft"] = lambda: through_peft(path)
-    elif next(one for one in clients if one.client == "diffusers").full:
+    elif next(support for support in clients if support.client == "diffusers").full:
         readers["diffusers"] = lambda: through_diffusers(path, info)
     for program, read in readers.items():
         seen = read()
         # what it holds in the very same numbers has been compared already
         same = {
-            key for key, one in seen.all_items() if key in back.updates and _identical(one, back.updates[key])
+            key
+            for key, update in seen.all_items()
+            if key in back.updates and _identical(update, back.updates[key])
         }
         more = compare(_without(weights, same), _without(seen, same), dtype, f"{path} (read by {program})")
         largest, relative = max(largest, more[0]), max(relative, more[1])
@@ -178,7 +180,7 @@ def _largest_of(wanted: LowRankPair, written: LowRankPair, dtype: torch.dtype) -
 def largest_difference(wanted: Update, written: Update, dtype: torch.dtype) -> tuple[float, float, float]:
     """Return (difference, allowed, tolerable) of one module, as :func:`_largest_of` does.
 
-    What is no plain pair is compared factor by factor, as files hold them unscaled and without folding:
+    What is not a plain pair is compared factor by factor, as files hold them unscaled and without folding:
     each value may differ by one rounding, and where the scale is in the file it is the same.
     """
     if isinstance(wanted, LowRankPair) and isinstance(written, LowRankPair):
@@ -186,15 +188,21 @@ def largest_difference(wanted: Update, written: Update, dtype: torch.dtype) -> t
     if _identical(wanted, written):
         return 0.0, math.inf, 1.0
     if isinstance(wanted, DoRA) and isinstance(written, DoRA):
-        found = largest_difference(wanted.direction, written.direction, dtype)
-        if not found[0] <= found[1]:
-            return found
+        of_direction = largest_difference(wanted.direction, written.direction, dtype)
+        if not of_direction[0] <= of_direction[1]:
+            return of_direction
         other = _of_factors([(wanted.magnitude, written.magnitude)], dtype, 1)
-        return other if found[0] / found[2] <= other[0] / other[2] or not other[0] <= other[1] else found
+        return (
+            other
+            if of_direction[0] / of_direction[2] <= other[0] / other[2] or not other[0] <= other[1]
+            else of_direction
+        )
     theirs = written.tensors()
     if wanted.scale != written.scale:
         return abs(wanted.scale - written.scale), 0.0, 1.0
-    return _of_factors([(one, theirs[name]) for name, one in wanted.tensors().items()], dtype, wanted.rank)
+    return _of_factors(
+        [(factor, theirs[name]) for name, factor in wanted.tensors().items()], dtype, wanted.rank
+    )
 
 
 def _of_factors(
@@ -220,15 +228,15 @@ def _scaled_factors(pair: LowRankPair) -> tuple[Tensor, Tensor]:
     return pair.up.flatten(1).float() * pair.scale, pair.down.flatten(1).float()
 
 
-def _identical(one: Update, other: Update) -> bool:
+def _identical(update: Update, other: Update) -> bool:
     def same(ours: Tensor, theirs: Tensor) -> bool:
         wide = torch.promote_types(ours.dtype, theirs.dtype)
         return torch.equal(ours.to(wide), theirs.to(wide))
 
-    mine, theirs = one.tensors(), other.tensors()
+    mine, theirs = update.tensors(), other.tensors()
     return (
-        one.kind == other.kind
-        and one.scale == other.scale
+        update.kind == other.kind
+        and update.scale == other.scale
         and mine.keys() == theirs.keys()
         and all(same(mine[name], theirs[name]) for name in mine)
     )
@@ -239,7 +247,7 @@ def _shapes(update: Update) -> dict[str, tuple[int, ...]]:
 
 
 def _without(weights: AdapterWeights, modules: set[ModuleKey]) -> AdapterWeights:
-    return AdapterWeights({key: one for key, one in weights.all_items() if key not in modules})
+    return AdapterWeights({key: update for key, update in weights.all_items() if key not in modules})
 
 
 def relative_rounding(dtype: torch.dtype, rank: int) -> float:

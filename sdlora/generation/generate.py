@@ -90,7 +90,7 @@ def generate(
         device: see :func:`sdlora.devices.choose_device`.
         precision: see :func:`sdlora.devices.choose_dtype`.
         options: how the base is loaded.
-        progress: told after every denoising step.
+        progress: called after each denoising step.
 
     Raises:
         ConfigError: for settings that cannot be.
@@ -128,9 +128,12 @@ def generate(
     for request in requests:
         check_request(model, request)
     make_folder(folder)  # after everything that can be wrong, before the long work
-    made = generator.generate(requests, merge=merge, progress=progress)
-    files = [write_numbered(folder, one, parameters_text(one.request, model.base, hashes)) for one in made]
-    sheet = None if strengths is None else _write_sweep(folder, made, strengths, given)
+    generated = generator.generate(requests, merge=merge, progress=progress)
+    files = [
+        write_numbered(folder, image, parameters_text(image.request, model.base, hashes))
+        for image in generated
+    ]
+    sheet = None if strengths is None else _write_sweep(folder, generated, strengths, given)
     return GenerateResult(tuple(files), sheet, time.perf_counter() - started)
 
 
@@ -158,7 +161,9 @@ def _check_call(
     except ConfigError as error:
         problems.append(str(error))
     if len(problems) > 1:
-        raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"  - {one}" for one in problems))
+        raise ConfigError(
+            f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
     if problems:
         raise ConfigError(problems[0])
 
@@ -174,7 +179,7 @@ def swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
     return {
         name: value * strength
         if isinstance(strength, int | float)
-        else {component: value * one for component, one in strength.items()}
+        else {component: value * share for component, share in strength.items()}
         for name, strength in given.items()
     }
 
@@ -205,22 +210,27 @@ def make_folder(folder: Path) -> None:
         raise OutputError(f"{folder}: {write_problem(error)}") from error
 
 
-def write_numbered(folder: Path, made: GeneratedImage, text: str) -> Path:
+def write_numbered(folder: Path, generated: GeneratedImage, text: str) -> Path:
     """Write an image with its settings as ``00001-SEED.png``, counting on; return the file."""
-    file = _reserve(folder, r"(\d{5,})-\d+\.png", lambda number: f"{number:05d}-{made.request.seed}.png")
+    file = _reserve(folder, r"(\d{5,})-\d+\.png", lambda number: f"{number:05d}-{generated.request.seed}.png")
     with _giving_back(file):
-        save_png(made.image, file, text)
+        save_png(generated.image, file, text)
     return file
 
 
 def _write_sweep(
-    folder: Path, made: Sequence[GeneratedImage], strengths: Sequence[float], given: Mapping[str, Strength]
+    folder: Path,
+    generated: Sequence[GeneratedImage],
+    strengths: Sequence[float],
+    given: Mapping[str, Strength],
 ) -> Path:
-    rows = made[:: len(strengths)]
-    several = len({one.request.seed for one in rows}) > 1
-    labels = [one.request.prompt + (f" (seed {one.request.seed})" if several else "") for one in rows]
+    rows = generated[:: len(strengths)]
+    several = len({row.request.seed for row in rows}) > 1
+    labels = [row.request.prompt + (f" (seed {row.request.seed})" if several else "") for row in rows]
     heads = [f"{value:g}" for value in strengths]
-    sheet = grid([one.image for one in made], len(heads), labels, heads, f"strength of {' and '.join(given)}")
+    sheet = grid(
+        [image.image for image in generated], len(heads), labels, heads, f"strength of {' and '.join(given)}"
+    )
     file = _reserve(folder, r"grid-(\d{4,})\.png", lambda number: f"grid-{number:04d}.png")
     with _giving_back(file), replacing(file) as temporary:
         sheet.save(temporary, format="PNG")
@@ -230,7 +240,7 @@ def _write_sweep(
 def _reserve(folder: Path, pattern: str, name: Callable[[int], str]) -> Path:
     """Return a new empty file whose number follows the highest one there; another process gets another."""
     try:
-        numbers = [int(found[1]) for file in folder.iterdir() if (found := re.fullmatch(pattern, file.name))]
+        numbers = [int(match[1]) for file in folder.iterdir() if (match := re.fullmatch(pattern, file.name))]
         for number in itertools.count(max(numbers, default=0) + 1):
             file = folder / name(number)
             with contextlib.suppress(FileExistsError):

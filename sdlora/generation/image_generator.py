@@ -109,7 +109,7 @@ class ImageGenerator:
         Args:
             requests: what to make; those with equal strengths are made together.
             merge: fold the adapters into the base's weights for the time of each group.
-            progress: told after every denoising step.
+            progress: called after each denoising step.
 
         Raises:
             ConfigError: for an adapter that is not loaded, or anything :func:`render` refuses.
@@ -148,7 +148,7 @@ class ImageGenerator:
     def _check_loaded(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self._names:
-                loaded = ", ".join(f"`{one}`" for one in self._names) or "none"
+                loaded = ", ".join(f"`{loaded_name}`" for loaded_name in self._names) or "none"
                 raise ConfigError(f"adapter `{name}`: not loaded (loaded: {loaded}); call add_adapter first")
 
     @contextlib.contextmanager

@@ -89,7 +89,7 @@ def read_parameters(file: Path) -> dict[str, str]:
     """Return the settings inside a PNG: ``Prompt``, ``Negative prompt``, and the pairs by their names.
 
     Raises:
-        SdloraError: if it is no readable PNG, or holds no such text.
+        SdloraError: if it is not a readable PNG, or holds no such text.
     """
     from PIL import Image, UnidentifiedImageError
 

@@ -91,8 +91,8 @@ def render(
                 progress(done, total)
 
         latents = denoise(model, members, tick)
-        for request, one in zip(members, latents, strict=True):
-            if not bool(torch.isfinite(one).all()):
+        for request, latent in zip(members, latents, strict=True):
+            if not bool(torch.isfinite(latent).all()):
                 raise ModelError(
                     f"prompt `{request.prompt}`: the denoiser of {model.base.title} overflowed in "
                     f"{str(model.dtype).removeprefix('torch.')}; use fp32 or bf16, or weaker adapters"
@@ -120,8 +120,8 @@ def check_request(model: DiffusionModel, request: GenerateRequest) -> None:
 def _batches(model: DiffusionModel, requests: Sequence[GenerateRequest]) -> Iterator[list[int]]:
     """Yield indices of requests that can go through the denoiser together."""
     alike: dict[tuple[object, ...], list[int]] = {}
-    for i, one in enumerate(requests):
-        key = (one.height, one.width, one.steps, one.guidance, find_sampler(one.sampler))
+    for i, request in enumerate(requests):
+        key = (request.height, request.width, request.steps, request.guidance, find_sampler(request.sampler))
         alike.setdefault(key, []).append(i)
     for indices in alike.values():
         _, height, width = model.latent_shape(requests[indices[0]].height, requests[indices[0]].width)
@@ -145,7 +145,9 @@ def denoise(
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     extra = {"generator": generators} if find_sampler(first.sampler).ancestral else {}
     shape = model.latent_shape(first.height, first.width)
-    noise = torch.stack([torch.randn(shape, generator=one, dtype=torch.float32) for one in generators])
+    noise = torch.stack(
+        [torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators]
+    )
     latents = noise.to(model.device) * float(scheduler.init_noise_sigma)
     guided = first.guidance > 1.0
     text = _conditioning(model, requests, guided)
@@ -182,4 +184,4 @@ def _to_images(pixels: Tensor) -> list[Image]:
     from PIL import Image as Pil
 
     numbers = ((pixels.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Pil.fromarray(one.permute(1, 2, 0).contiguous().numpy()) for one in numbers]
+    return [Pil.fromarray(array.permute(1, 2, 0).contiguous().numpy()) for array in numbers]

@@ -17,60 +17,70 @@ from ..tensor_file import read_header
 class BaseSummary:
     """A recognised base and how to show it."""
 
-    found: Recognised
+    recognised: Recognised
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        found = self.found
+        recognised = self.recognised
         return {
             "kind": "base",
-            "path": str(found.path),
-            "layout": found.layout,
-            "family": found.family,
-            "families": {one.where: one.value for one in found.families},
-            "title": found.title,
-            "prediction_types": {one.where: one.value for one in found.predictions},
-            "zero_terminal_snr": {one.where: one.value for one in found.terminal_snr},
-            "missing": list(found.missing),
-            "formats": dict(found.formats or {}),
-            "has_ema": found.has_ema,
-            "num_bytes": found.num_bytes,
-            "short_hash": found.short_hash,
-            "stated_hash": found.stated_hash,
+            "path": str(recognised.path),
+            "layout": recognised.layout,
+            "family": recognised.family,
+            "families": {evidence.where: evidence.value for evidence in recognised.families},
+            "title": recognised.title,
+            "prediction_types": {evidence.where: evidence.value for evidence in recognised.predictions},
+            "zero_terminal_snr": {evidence.where: evidence.value for evidence in recognised.terminal_snr},
+            "missing": list(recognised.missing),
+            "formats": dict(recognised.formats or {}),
+            "has_ema": recognised.has_ema,
+            "num_bytes": recognised.num_bytes,
+            "short_hash": recognised.short_hash,
+            "stated_hash": recognised.stated_hash,
         }
 
     def render(self) -> str:
         """Return the facts as lines for people."""
-        found = self.found
-        predictions = "; ".join(f"{one.value} (says {one.where})" for one in found.predictions)
+        recognised = self.recognised
+        predictions = "; ".join(
+            f"{evidence.value} (says {evidence.where})" for evidence in recognised.predictions
+        )
+        family = family_info(recognised.family).title
         rows = [
-            ("base model", str(found.path)),
-            ("family", f"{family_info(found.family).title} ({found.family}), by {found.families[0].where}"),
-            ("title", found.title),
-            ("layout", "one LDM-layout file" if found.layout == "file" else "diffusers folder"),
+            ("base model", str(recognised.path)),
+            ("family", f"{family} ({recognised.family}), by {recognised.families[0].where}"),
+            ("title", recognised.title),
+            ("layout", "one LDM-layout file" if recognised.layout == "file" else "diffusers folder"),
             ("predicts", predictions),
         ]
         rows += [
-            ("but", f"{one.where} says {one.value}") for one in found.families if one.value != found.family
+            ("but", f"{evidence.where} says {evidence.value}")
+            for evidence in recognised.families
+            if evidence.value != recognised.family
         ]
-        if any(one.value for one in found.terminal_snr):
-            said = "; ".join(f"{one.value} (says {one.where})" for one in found.terminal_snr)
-            rows.append(("zero terminal SNR", said))
-        if found.formats:
+        if any(evidence.value for evidence in recognised.terminal_snr):
+            statements = "; ".join(
+                f"{evidence.value} (says {evidence.where})" for evidence in recognised.terminal_snr
+            )
+            rows.append(("zero terminal SNR", statements))
+        if recognised.formats:
             rows.append(
-                ("U-Net in", ", ".join(f"{name} {share:.0%}" for name, share in found.formats.items()))
+                ("U-Net in", ", ".join(f"{name} {share:.0%}" for name, share in recognised.formats.items()))
             )
         rows.append(
-            ("size", f"{found.num_bytes / 2**20:,.0f} MiB" + ("" if found.short_hash else " (U-Net)"))
+            (
+                "size",
+                f"{recognised.num_bytes / 2**20:,.0f} MiB" + ("" if recognised.short_hash else " (U-Net)"),
+            )
         )
-        if found.short_hash:
-            rows.append(("short hash", found.short_hash))
-        if found.stated_hash:
-            rows.append(("stated SHA-256", found.stated_hash))
-        if found.has_ema:
+        if recognised.short_hash:
+            rows.append(("short hash", recognised.short_hash))
+        if recognised.stated_hash:
+            rows.append(("stated SHA-256", recognised.stated_hash))
+        if recognised.has_ema:
             rows.append(("also holds", "averaged (EMA) weights, which are not used"))
-        if found.missing:
-            rows.append(("lacks", " and ".join(found.missing)))
+        if recognised.missing:
+            rows.append(("lacks", " and ".join(recognised.missing)))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

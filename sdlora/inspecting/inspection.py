@@ -138,7 +138,7 @@ def inspect_adapter(path: Path, *, values: bool = True) -> AdapterSummary:
             touched, so that it takes no longer for a large file than for a small one.
 
     Raises:
-        AdapterFileError: when it cannot be read, or is no adapter.
+        AdapterFileError: when it cannot be read, or is not an adapter.
     """
     headers = adapter_files.read_headers(path)
     format = adapter_files.sniff(path)
@@ -220,7 +220,7 @@ def edit_adapter(
         entry -> ``before`` and ``after``, shortened for people; None where there is none.
 
     Raises:
-        AdapterFileError: when it cannot be read, or is no adapter.
+        AdapterFileError: when it cannot be read, or is not an adapter.
         ConfigError: for what may not be changed so.
         OutputError: when it cannot be written.
     """

@@ -51,7 +51,7 @@ def render(summary: AdapterSummary, *, width: int = 140, colour: bool = False, p
         console.print("\nsize of the update by block (Frobenius norm)")
         console.print(_bars(summary, plain=plain))
     console.print("\nloads fully in")
-    console.print(_table([(one.client, _verdict(one)) for one in summary.clients], indent=2))
+    console.print(_table([(support.client, _verdict(support)) for support in summary.clients], indent=2))
     if not summary.has_values:
         console.print("\nheader entries")
         rows = [(shown(key, 60), shown(text, 300)) for key, text in sorted(summary.entries.items())]
@@ -75,10 +75,12 @@ def draw_norms(summary: AdapterSummary, image: Path) -> None:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for component, colour in _CHART_COLOURS.items():
-        rows = [i for i, one in enumerate(blocks) if one.component == component]
+        rows = [i for i, block in enumerate(blocks) if block.component == component]
         if rows:
             axis.barh(rows, [blocks[i].norm for i in rows], color=colour, label=component)
-    axis.set_yticks(range(len(blocks)), [f"{one.block} ({one.num_modules})" for one in blocks], fontsize=7)
+    axis.set_yticks(
+        range(len(blocks)), [f"{block.block} ({block.num_modules})" for block in blocks], fontsize=7
+    )
     axis.invert_yaxis()
     axis.margins(y=0.01)
     axis.set_xlabel("Frobenius norm of the updates (layers in brackets)", fontsize=8)
@@ -99,16 +101,16 @@ def _fields(summary: AdapterSummary) -> list[tuple[str, str]]:
     return [
         ("file", f"{summary.path} ({_size(summary.num_bytes)})"),
         ("format", f"{title}, {summary.num_keys} tensors, {_counts(summary.dtypes)}"),
-        ("family", summary.family or "not told by the file"),
+        ("family", summary.family or "not stated in the file"),
         ("name", summary.name),
-        ("base", summary.base or "not told by the file"),
+        ("base", summary.base or "not stated in the file"),
         ("kind", _counts({TITLES[kind]: count for kind, count in summary.kinds.items()})),
         ("layers", layers),
         ("rank", _counts(summary.ranks)),
         ("alpha", _counts({f"{alpha:g}": count for alpha, count in summary.alphas.items()})),
         ("trigger words", ", ".join(summary.trigger_words) or "none recorded"),
         ("tags", ", ".join(f"{tag} ({count})" for tag, count in summary.tags[:8]) or "none recorded"),
-        ("hash", f"{summary.model_hash[:12] or 'not told by the file'}{hash_note}"),
+        ("hash", f"{summary.model_hash[:12] or 'not stated in the file'}{hash_note}"),
     ]
 
 
@@ -120,13 +122,13 @@ def _bars(summary: AdapterSummary, *, plain: bool) -> Table:
     table.add_column(justify="right")
     table.add_column(width=_BAR)
     table.add_column(no_wrap=True)
-    for one in summary.blocks:
-        bar: Bar | Text = Bar(largest, 0, one.norm, width=_BAR, color=_COLOURS[one.component])
+    for block_norm in summary.blocks:
+        bar: Bar | Text = Bar(largest, 0, block_norm.norm, width=_BAR, color=_COLOURS[block_norm.component])
         if plain:
-            bar = Text("#" * max(1 if one.norm > 0 else 0, round(_BAR * one.norm / largest)))
-        label = Text(f"{one.component} {shown(one.block, 60)}")
-        layers = f"{one.num_modules} layer{'' if one.num_modules == 1 else 's'}"
-        table.add_row(Text(""), label, Text(f"{one.norm:.4g}"), bar, Text(layers))
+            bar = Text("#" * max(1 if block_norm.norm > 0 else 0, round(_BAR * block_norm.norm / largest)))
+        label = Text(f"{block_norm.component} {shown(block_norm.block, 60)}")
+        layers = f"{block_norm.num_modules} layer{'' if block_norm.num_modules == 1 else 's'}"
+        table.add_row(Text(""), label, Text(f"{block_norm.norm:.4g}"), bar, Text(layers))
     return table
 
 

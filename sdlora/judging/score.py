@@ -153,8 +153,10 @@ class StyleRuler:
         generator = np.random.default_rng(self._seed)
         sets = [generated, self._base, self._true]
         weights = [
-            generator.multinomial(len(one), np.full(len(one), 1 / len(one)), _DRAWS).astype(float)
-            for one in sets
+            generator.multinomial(len(features), np.full(len(features), 1 / len(features)), _DRAWS).astype(
+                float
+            )
+            for features in sets
         ]
         distances = _weighted_energy(generated, self._true, weights[0], weights[2])
         units = _weighted_energy(self._base, self._true, weights[1], weights[2])
@@ -214,11 +216,11 @@ def _scale(base: Array, true: Array) -> Array:
 
 
 def _columns() -> dict[str, slice]:
-    found, start = {}, 0
+    columns, start = {}, 0
     for group, names in FEATURES.items():
-        found[group] = slice(start, start + len(names))
+        columns[group] = slice(start, start + len(names))
         start += len(names)
-    return found
+    return columns
 
 
 def features_of_all(images: Sequence[Image], what: str = "") -> Array:

@@ -174,8 +174,8 @@ def _strokes(ink: Mask) -> list[float]:
         # of the ground, what no square of that width fits into: fine lines left white
         narrow.append(float((~ink & ~_opened(~ink, width)).sum()) / ink.size)
     least = _SPECK * ink.size
-    pieces = [one for one in _pieces(ink) if one >= least]
-    holes = [one for one in _pieces(~ink) if one >= least]
+    pieces = [size for size in _pieces(ink) if size >= least]
+    holes = [size for size in _pieces(~ink) if size >= least]
     return [
         float(ink.mean()),
         *wide,
@@ -227,9 +227,9 @@ def _pieces(mask: Mask) -> list[int]:
         areas.append(stop - start)
         for begin, end, other in above:
             if begin < stop and start < end:
-                one, two = root(label), root(other)
-                if one != two:
-                    parents[one] = two
-                    areas[two] += areas[one]
+                first, two = root(label), root(other)
+                if first != two:
+                    parents[first] = two
+                    areas[two] += areas[first]
         here.append((start, stop, label))
     return [areas[label] for label in range(len(parents)) if parents[label] == label]

@@ -110,7 +110,7 @@ def bake_checkpoint(
         inverse: subtract what baking at these strengths added.
         overwrite: replace an existing file; folders are never replaced.
         report: also measure how much of each update the rounding spoils.
-        progress: told the bytes done.
+        progress: called with the bytes done.
 
     Raises:
         ModelError: when the checkpoint cannot be read, lacks a module of an adapter, or values do not fit.
@@ -126,7 +126,7 @@ def bake_checkpoint(
     opened = [adapter_files.read_adapter(path) for path, _ in adapters]
     factors = blocks or [{}] * len(adapters)
     strengths = [ModuleStrength(s, b) for (_, s), b in zip(adapters, factors, strict=True)]
-    check_blocks([(one.weights, strength) for one, strength in zip(opened, strengths, strict=True)])
+    check_blocks([(source.weights, strength) for source, strength in zip(opened, strengths, strict=True)])
     baking = _Baking(report)
     sign = -1.0 if inverse else 1.0
     for (path, _), adapter, strength in zip(adapters, opened, strengths, strict=True):
@@ -134,8 +134,8 @@ def bake_checkpoint(
     if not baking.terms:
         raise ConfigError("every strength is 0, so the result would be the input; give another strength")
     records = [
-        {**found, "strength": component_strengths(strength), **({"blocks": dict(b)} if b else {})}
-        for found, (_, strength), b in zip(
+        {**fingerprint, "strength": component_strengths(strength), **({"blocks": dict(b)} if b else {})}
+        for fingerprint, (_, strength), b in zip(
             fingerprints([path for path, _ in adapters]), adapters, factors, strict=True
         )
     ]
@@ -346,7 +346,7 @@ def baked_adapters(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
         tree = json.loads(metadata.get(RECORD, "[]"))
     except (ValueError, RecursionError):
         return []
-    return [one for one in tree if isinstance(one, dict)] if isinstance(tree, list) else []
+    return [record for record in tree if isinstance(record, dict)] if isinstance(tree, list) else []
 
 
 def _notes(model: Checkpoint, records: Sequence[Mapping[str, Any]], inverse: bool) -> list[str]:

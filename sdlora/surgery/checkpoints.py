@@ -118,7 +118,11 @@ class Checkpoint:
             for module in self._sites
             if module.component == "unet" and f"{module.path}{_ENDING}".endswith(_CONTEXT)
         }
-        fitting = [one.info for one in FAMILIES.values() if len(one.info.text_encoders) == encoders]
+        fitting = [
+            family_class.info
+            for family_class in FAMILIES.values()
+            if len(family_class.info.text_encoders) == encoders
+        ]
         exact = [info for info in fitting if widths == {info.context_width}]
         if not (exact or fitting):
             raise ModelError(
@@ -131,7 +135,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Raises:
-        ModelError: when it is missing, damaged, holds pickles only, or is no Stable Diffusion model.
+        ModelError: when it is missing, damaged, holds pickles only, or is not a Stable Diffusion model.
     """
     if path.is_dir():
         return _open_folder(path)
@@ -145,8 +149,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     header = checked_header(path)
     if not any(key.startswith(UNET_PREFIX) for key in header.tensors):
         raise ModelError(
-            f"{path}: holds no `{UNET_PREFIX}...` tensors, so it is no Stable Diffusion checkpoint; give the "
-            "full .safetensors file or a diffusers folder"
+            f"{path}: holds no `{UNET_PREFIX}...` tensors, so it is not a Stable Diffusion checkpoint; give "
+            "the full .safetensors file or a diffusers folder"
         )
     if any(key.endswith((".scale_weight", "scaled_fp8", ".weight_scale")) for key in header.tensors):
         raise ModelError(
@@ -201,15 +205,15 @@ def component_files(folder: Path) -> list[Path]:
 
 def variant_of(file: Path) -> str:
     """Return which variant of a component's weights a file belongs to, e.g. ``fp16``; usually none."""
-    found = _VARIANT.match(file.name.removesuffix(".safetensors"))
-    return (found["variant"] or "") if found else ""
+    match = _VARIANT.match(file.name.removesuffix(".safetensors"))
+    return (match["variant"] or "") if match else ""
 
 
 def _open_folder(path: Path) -> Checkpoint:
     if not (path / "model_index.json").is_file():
         raise ModelError(
-            f"{path}: no model_index.json inside, so this is no diffusers model folder; give the folder that "
-            "holds model_index.json, or a .safetensors checkpoint"
+            f"{path}: no model_index.json inside, so this is not a diffusers model folder; give the folder "
+            "that holds model_index.json, or a .safetensors checkpoint"
         )
     headers: list[Header] = []
     sites: dict[ModuleKey, list[Site]] = {}
@@ -235,22 +239,24 @@ def _open_folder(path: Path) -> Checkpoint:
         raise ModelError(
             f"{path}: holds no U-Net weights in {path / 'unet'}; check that the download is complete"
         )
-    return Checkpoint(path, "folder", tuple(headers), {m: tuple(found) for m, found in sites.items()})
+    return Checkpoint(
+        path, "folder", tuple(headers), {m: tuple(module_sites) for m, module_sites in sites.items()}
+    )
 
 
 def _sites_of_file(header: Header) -> dict[ModuleKey, tuple[Site, ...]]:
-    found: dict[ModuleKey, tuple[Site, ...]] = {}
+    sites: dict[ModuleKey, tuple[Site, ...]] = {}
     for key, spec in header.tensors.items():
         if key.startswith(UNET_PREFIX) and key.endswith(_ENDING) and _is_matrix(spec):
             path = names.from_ldm(key.removeprefix(UNET_PREFIX).removesuffix(_ENDING))
             if path is not None:
-                found[ModuleKey("unet", path)] = (Site(header, StoredKey(key)),)
+                sites[ModuleKey("unet", path)] = (Site(header, StoredKey(key)),)
     family = _family_of_file(header)
     for encoder in family.text_encoders:
         for name, stored_key in _key_map(header, encoder, family.assets):
             module = ModuleKey(encoder.component, names.with_text_prefix(name.removesuffix(_ENDING)))
-            found[module] = (Site(header, stored_key),)
-    return found
+            sites[module] = (Site(header, stored_key),)
+    return sites
 
 
 def _key_map(header: Header, encoder: TextEncoderInfo, assets: str) -> Iterator[tuple[str, StoredKey]]:

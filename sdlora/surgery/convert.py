@@ -74,7 +74,7 @@ def convert_adapter(
         error: largest relative Frobenius error of each update; instead of ``energy``.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
-        progress: told after each module.
+        progress: called after each module.
 
     Raises:
         AdapterFileError: when the source cannot be read, or the result not be held by the format.
@@ -121,7 +121,7 @@ def plain_parts(
         AdapterFileError: for DoRA without the base's weights or without a size.
     """
 
-    def one(item: tuple[ModuleKey, Update]) -> Part:
+    def reduced(item: tuple[ModuleKey, Update]) -> Part:
         module, update = item
         if isinstance(update, DoRA):
             return _dora_part(module, update, cut, base)
@@ -129,7 +129,7 @@ def plain_parts(
             module, factors_of(as_plain(update).pair), None if isinstance(update, LowRankPair) else cut
         )
 
-    for done, part in enumerate(in_order(one, weights.all_items()), 1):
+    for done, part in enumerate(in_order(reduced, weights.all_items()), 1):
         yield part
         progress(done, len(weights))
 
@@ -194,13 +194,13 @@ def _rounding(
     return sorted_changes(changes)
 
 
-def _measured(change: ModuleChange, one: Update, other: Update) -> ModuleChange:
-    if isinstance(one, LowRankPair) and isinstance(other, LowRankPair):
-        first = factors_of(one)
+def _measured(change: ModuleChange, update: Update, other: Update) -> ModuleChange:
+    if isinstance(update, LowRankPair) and isinstance(other, LowRankPair):
+        first = factors_of(update)
         norm, error = first.norm(), distance(first, factors_of(other))
         return replace(change, rank_after=other.rank, norm=norm, error=relative(error, norm))
-    if isinstance(one, DoRA):
+    if isinstance(update, DoRA):
         return change  # its update is not defined without the base
-    first_delta, second_delta = one.delta().double().flatten(1), other.delta().double().flatten(1)
+    first_delta, second_delta = update.delta().double().flatten(1), other.delta().double().flatten(1)
     norm = float(first_delta.norm())
     return replace(change, norm=norm, error=relative(float((first_delta - second_delta).norm()), norm))

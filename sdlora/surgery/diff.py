@@ -59,7 +59,7 @@ class AdapterDiff:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; the modules only where they were asked for."""
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "operation": "diff",
             "sources": [str(source) for source in self.sources],
             "total": self.total.to_dict(),
@@ -74,11 +74,11 @@ class AdapterDiff:
             "notes": list(self.notes),
         }
         if self.with_modules:
-            found["modules"] = [
+            values["modules"] = [
                 {"component": module.component, "module": module.path, **likeness.to_dict()}
                 for module, likeness in self.modules.items()
             ]
-        return found
+        return values
 
     def render(self) -> str:
         """Return the comparison for a terminal."""
@@ -106,7 +106,7 @@ class AdapterDiff:
 
 
 def diff_adapters(
-    one: Path,
+    source: Path,
     other: Path,
     *,
     image: Path | None = None,
@@ -117,12 +117,12 @@ def diff_adapters(
     """Compare two adapters of one model family.
 
     Args:
-        one: adapter file or folder of any format.
+        source: adapter file or folder of any format.
         other: the same.
         image: PNG to draw a heat map into, block by kind of layer.
         overwrite: replace an existing image.
         report: list every module, not only the blocks.
-        progress: told after each module.
+        progress: called after each module.
 
     Raises:
         AdapterFileError: when one cannot be read, or they are not for the same layers.
@@ -130,15 +130,15 @@ def diff_adapters(
     """
     started = time.perf_counter()
     if image is not None:
-        _check_image(image, (one, other), overwrite)
-    adapters = open_adapters([one, other])
+        _check_image(image, (source, other), overwrite)
+    adapters = open_adapters([source, other])
     first, second = (adapter.weights for adapter in adapters)
     modules = dict(compared(first, second, progress))
     if image is not None:
-        draw_heatmap(modules, (one.name, other.name), image)
+        draw_heatmap(modules, (source.name, other.name), image)
     shared = len(set(first.pairs) & set(second.pairs))
     return AdapterDiff(
-        (one, other),
+        (source, other),
         modules,
         report,
         (len(first) - shared, len(second) - shared),
@@ -149,27 +149,27 @@ def diff_adapters(
 
 
 def compared(
-    one: AdapterWeights, other: AdapterWeights, progress: Progress = silent
+    first: AdapterWeights, other: AdapterWeights, progress: Progress = silent
 ) -> Iterator[tuple[ModuleKey, Likeness]]:
     """Yield each module of either adapter with its comparison, sorted by module.
 
     Raises:
         AdapterFileError: when a layer has different shapes in them.
     """
-    modules = sorted(set(one.pairs) | set(other.pairs))
-    work = in_order(lambda m: likeness_of(m, one.pairs.get(m), other.pairs.get(m)), modules)
+    modules = sorted(set(first.pairs) | set(other.pairs))
+    work = in_order(lambda m: likeness_of(m, first.pairs.get(m), other.pairs.get(m)), modules)
     for done, (module, likeness) in enumerate(zip(modules, work, strict=True), 1):
         yield module, likeness
         progress(done, len(modules))
 
 
-def likeness_of(module: ModuleKey, one: LowRankPair | None, other: LowRankPair | None) -> Likeness:
+def likeness_of(module: ModuleKey, first_pair: LowRankPair | None, other: LowRankPair | None) -> Likeness:
     """Return the comparison of one module's updates.
 
     Raises:
         AdapterFileError: when their shapes differ.
     """
-    first, second = (None if pair is None else factors_of(pair) for pair in (one, other))
+    first, second = (None if pair is None else factors_of(pair) for pair in (first_pair, other))
     if first is None or second is None:
         norm, other_norm = _norm(first), _norm(second)
         return Likeness(norm, other_norm, 0.0, norm + other_norm)

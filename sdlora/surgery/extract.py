@@ -76,7 +76,7 @@ def extract_adapter(
         dtype: number format; that of the tuned checkpoint when None.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
-        progress: told after each module.
+        progress: called after each module.
 
     Raises:
         ModelError: when a checkpoint cannot be read, or they do not go together.
@@ -123,7 +123,7 @@ def extract_adapter(
             "family": first.family.name,
             "unchanged_modules": len(unchanged),
             "covered_share": None if left_out is None else covered / (covered + left_out.squares),
-            "left_out": None if left_out is None else [list(one) for one in left_out.tensors],
+            "left_out": None if left_out is None else [list(site) for site in left_out.tensors],
         },
     )
 
@@ -143,7 +143,7 @@ def extracted_modules(
         )
     preset = targets or AdapterConfig().targets
     known = set(base.modules)
-    found = []
+    chosen = []
     for module in tuned.modules:
         endings = base.family.targets.get(module.component, {}).get(preset, ())
         wanted = module.component == "unet" or text_encoders
@@ -153,10 +153,10 @@ def extracted_modules(
                     f"{tuned.path}: {module.component}.{module.path} is {tuned.sites(module)[0].shape} there "
                     f"but {base.sites(module)[0].shape} in {base.path}; give two checkpoints of one model"
                 )
-            found.append(module)
-    if not found:
+            chosen.append(module)
+    if not chosen:
         raise ModelError(f"{tuned.path}: shares no layer of --targets {preset} with {base.path}")
-    return found
+    return chosen
 
 
 def extracted(
@@ -173,7 +173,7 @@ def extracted(
         ModelError: when a weight is not finite.
     """
 
-    def one(module: ModuleKey) -> Part | None:
+    def part_of(module: ModuleKey) -> Part | None:
         site = tuned.sites(module)[0]
         difference = _matrix(site) - _matrix(base.sites(module)[0])
         if not all_finite(difference):
@@ -186,7 +186,7 @@ def extracted(
         factors, norm, lost = cut_matrix(difference, site.shape, cut, layer_seed(0, module))
         return Part(module, factors, None, norm, lost)
 
-    for done, (module, part) in enumerate(zip(modules, in_order(one, modules), strict=True), 1):
+    for done, (module, part) in enumerate(zip(modules, in_order(part_of, modules), strict=True), 1):
         if part is None:
             unchanged.append(module)
         else:
@@ -198,17 +198,17 @@ def what_is_left(base: Checkpoint, tuned: Checkpoint, modules: Sequence[ModuleKe
     """Return what two checkpoints of one layout differ in beside these modules, VAE and averages aside."""
     taken = {(site.header.path, site.stored_key.key) for m in modules for site in tuned.sites(m)[:1]}
     differences: dict[str, float] = {}
-    for one, other in _matching(base, tuned):
+    for base_header, other in _matching(base, tuned):
         keys = [
             key
             for key, spec in other.tensors.items()
             if (other.path, key) not in taken
-            and key in one.tensors
-            and one.tensors[key].shape == spec.shape
+            and key in base_header.tensors
+            and base_header.tensors[key].shape == spec.shape
             and spec.dtype.is_floating_point
             and not key.startswith(("first_stage_model.", "model_ema."))
         ]
-        for key, norm in zip(keys, in_order(partial(_distance, one, other), keys), strict=True):
+        for key, norm in zip(keys, in_order(partial(_distance, base_header, other), keys), strict=True):
             if norm > 0.0:
                 differences[key] = norm
     ordered = sorted(differences.items(), key=lambda item: -item[1])
@@ -233,8 +233,8 @@ def _matching(base: Checkpoint, tuned: Checkpoint) -> list[tuple[Header, Header]
 
 
 def _distance(base: Header, tuned: Header, key: str) -> float:
-    one, other = read_tensor(base, key), read_tensor(tuned, key)
-    return float((other.double() - one.double()).norm())
+    base_tensor, other = read_tensor(base, key), read_tensor(tuned, key)
+    return float((other.double() - base_tensor.double()).norm())
 
 
 def _matrix(site: Site) -> Tensor:
@@ -246,8 +246,8 @@ def _number_format(asked: Precision | None, tuned: Checkpoint, modules: Sequence
         if asked not in DTYPES:
             raise ConfigError(f"--dtype {asked}: is not a number format; give one of {', '.join(DTYPES)}")
         return DTYPES[asked]
-    found = {tuned.sites(module)[0].spec.dtype for module in modules}
-    return found.pop() if len(found) == 1 and found <= set(DTYPES.values()) else torch.float32
+    dtypes = {tuned.sites(module)[0].spec.dtype for module in modules}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES.values()) else torch.float32
 
 
 def _notes(unchanged: Sequence[ModuleKey], covered: float, left_out: LeftOut | None) -> tuple[str, ...]:

@@ -154,23 +154,23 @@ def common_shape(shapes: Sequence[tuple[int, ...]], where: str) -> tuple[int, ..
     return widest
 
 
-def inner_product(one: Factors, other: Factors) -> float:
+def inner_product(first: Factors, other: Factors) -> float:
     """Return ``<dW1, dW2> = trace((U1^T U2) (D2 D1^T))`` in float64."""
-    return float(((one.up.T @ other.up) * (one.down @ other.down.T)).sum())
+    return float(((first.up.T @ other.up) * (first.down @ other.down.T)).sum())
 
 
-def distance(one: Factors, other: Factors) -> float:
+def distance(first: Factors, other: Factors) -> float:
     """Return the Frobenius norm of ``dW1 - dW2``, right to float64 rounding of the larger of the two.
 
     Of nearly equal updates ``|dW1|^2 - 2 <dW1, dW2> + |dW2|^2`` loses half the digits. There the triangular
     factors of ``[U1 -U2]`` and ``[D1; D2]``, the factors of the difference, carry its norm without loss.
     """
-    whole = inner_product(one, one) + inner_product(other, other)
-    square = whole - 2.0 * inner_product(one, other)
+    whole = inner_product(first, first) + inner_product(other, other)
+    square = whole - 2.0 * inner_product(first, other)
     if square > _CANCELLED * whole:
         return math.sqrt(square)
-    left = torch.linalg.qr(torch.cat([one.up, -other.up], 1), mode="r").R
-    right = torch.linalg.qr(torch.cat([one.down, other.down]).T, mode="r").R
+    left = torch.linalg.qr(torch.cat([first.up, -other.up], 1), mode="r").R
+    right = torch.linalg.qr(torch.cat([first.down, other.down]).T, mode="r").R
     return float(torch.linalg.matrix_norm(left @ right.T))
 
 

@@ -112,7 +112,7 @@ def merge_adapters(
         dtype: number format; the widest of the sources when None.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
-        progress: told after each module.
+        progress: called after each module.
 
     Raises:
         AdapterFileError: when a source cannot be read, or they do not go together.
@@ -131,7 +131,7 @@ def merge_adapters(
     family = family_of(adapters)
     factors = blocks or [{}] * len(sources)
     strengths = [ModuleStrength(s, b) for (_, s), b in zip(sources, factors, strict=True)]
-    given = [(adapter.weights, one) for adapter, one in zip(adapters, strengths, strict=True)]
+    given = [(adapter.weights, strength) for adapter, strength in zip(adapters, strengths, strict=True)]
     check_blocks(given)
     number = number_format(dtype, adapters)
     weights, changes = finish(
@@ -218,12 +218,12 @@ def _record(
         settings |= vars(how.cut)
     prints = fingerprints([path for path, _ in sources])
     listed = [
-        {**found, "strength": component_strengths(strength)}
-        for found, (_, strength) in zip(prints, sources, strict=True)
+        {**fingerprint, "strength": component_strengths(strength)}
+        for fingerprint, (_, strength) in zip(prints, sources, strict=True)
     ]
     return {
         "operation": "merge",
         "sources": listed,
-        **({"blocks": [dict(one) for one in blocks]} if any(blocks) else {}),
+        **({"blocks": [dict(block) for block in blocks]} if any(blocks) else {}),
         **{key: value for key, value in settings.items() if value is not None},
     }

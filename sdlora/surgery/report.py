@@ -83,7 +83,7 @@ class SurgeryReport:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; the modules only where their errors were asked for."""
         errors = [change.error for change in self.changes if change.error is not None]
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "operation": self.operation,
             "files": [str(file) for file in self.files],
             "num_modules": len(self.changes),
@@ -94,12 +94,12 @@ class SurgeryReport:
             **self.details,
         }
         if self.with_errors:
-            found |= {
+            values |= {
                 "relative_error": self.total_error,
                 "largest_relative_error": max(errors, default=None),
                 "modules": [change.to_dict() for change in self.changes],
             }
-        return found
+        return values
 
     def render(self) -> str:
         """Return the report for a terminal: files, a line on what was done, the table if asked for."""
@@ -145,10 +145,10 @@ def table_text(table: Table) -> str:
 
 def counts(values: Iterable[int]) -> dict[str, int]:
     """Return {value: how often}, ascending, with keys as JSON wants them."""
-    found: dict[int, int] = {}
+    counted: dict[int, int] = {}
     for value in values:
-        found[value] = found.get(value, 0) + 1
-    return {str(value): found[value] for value in sorted(found)}
+        counted[value] = counted.get(value, 0) + 1
+    return {str(value): counted[value] for value in sorted(counted)}
 
 
 def relative(error: float, norm: float) -> float:

@@ -57,7 +57,7 @@ def resize_adapter(
         dtype: number format; the source's own when None.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
-        progress: told after each module.
+        progress: called after each module.
 
     Raises:
         AdapterFileError: when the source cannot be read, or the result not be held by the format.

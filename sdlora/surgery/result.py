@@ -39,11 +39,11 @@ def cut_part(module: ModuleKey, update: Factors, cut: Cut | None) -> Part:
     kept = cut is None or (cut.allowed_loss is None and cut.rank is not None and update.rank <= cut.rank)
     if kept or cut is None:
         return Part(module, update, update.rank, update.norm())
-    found = spectrum(update)
-    count = cut.choose(found.values)
-    lost = float(torch.linalg.vector_norm(found.values[count:]))
-    norm = float(torch.linalg.vector_norm(found.values))
-    return Part(module, found.first(count), update.rank, norm, lost)
+    values = spectrum(update)
+    count = cut.choose(values.values)
+    lost = float(torch.linalg.vector_norm(values.values[count:]))
+    norm = float(torch.linalg.vector_norm(values.values))
+    return Part(module, values.first(count), update.rank, norm, lost)
 
 
 def finish(

@@ -62,7 +62,7 @@ def rewrite(
         metadata: its text entries.
         keys: what is changed; everything else is copied byte for byte.
         change: changes a tensor in place; called from several threads at once.
-        advance: told the bytes of each tensor written.
+        advance: called with the bytes of each tensor written.
 
     Raises:
         ModelError: when the file cannot be read, or a result does not fit its number format.

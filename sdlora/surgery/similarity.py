@@ -63,7 +63,7 @@ def grouped(
     modules: Mapping[ModuleKey, Likeness], group: Callable[[ModuleKey], Group]
 ) -> dict[Group, Likeness]:
     """Return {group: comparison of its modules}, in the order of their first modules."""
-    found: dict[Group, list[Likeness]] = {}
+    groups: dict[Group, list[Likeness]] = {}
     for module, likeness in modules.items():
-        found.setdefault(group(module), []).append(likeness)
-    return {name: together(parts) for name, parts in found.items()}
+        groups.setdefault(group(module), []).append(likeness)
+    return {name: together(parts) for name, parts in groups.items()}

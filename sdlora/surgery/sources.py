@@ -91,7 +91,7 @@ def open_adapters(paths: Sequence[Path]) -> list[Opened]:
             )
         plain, _ = to_plain(adapter.weights)
         opened.append(Opened(path, plain, adapter.info, own_dtype(adapter.weights), kinds))
-    known = [(one.path, one.info.family) for one in opened if one.info.family]
+    known = [(source.path, source.info.family) for source in opened if source.info.family]
     for path, family in known[1:]:
         if family != known[0][1]:
             raise AdapterFileError(
@@ -104,10 +104,10 @@ def open_adapters(paths: Sequence[Path]) -> list[Opened]:
 def kind_notes(adapters: Sequence[Opened]) -> tuple[str, ...]:
     """Return what was said of adapters that were of another kind than plain LoRA."""
     return tuple(
-        f"{one.path}: {count} {TITLES[kind]} modules were taken as plain LoRA of rank up to "
-        f"{max(one.weights.ranks())}, which loses nothing"
-        for one in adapters
-        for kind, count in one.converted.items()
+        f"{adapter.path}: {count} {TITLES[kind]} modules were taken as plain LoRA of rank up to "
+        f"{max(adapter.weights.ranks())}, which loses nothing"
+        for adapter in adapters
+        for kind, count in adapter.converted.items()
     )
 
 
@@ -142,8 +142,8 @@ def number_format(asked: Precision | None, adapters: Sequence[Opened]) -> torch.
         if asked not in DTYPES:
             raise ConfigError(f"--dtype {asked}: is not a number format; give one of {', '.join(DTYPES)}")
         return DTYPES[asked]
-    found = {adapter.dtype for adapter in adapters}
-    return found.pop() if len(found) == 1 else torch.float32
+    dtypes = {adapter.dtype for adapter in adapters}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -254,11 +254,11 @@ def result_info(
 
 def fingerprints(paths: Sequence[Path]) -> list[dict[str, str]]:
     """Return the name and the hash of the tensor data of each source, for the record."""
-    found = []
+    prints = []
     for path in paths:
         header = adapter_files.read_headers(path)[0]
-        found.append({"file": path.name, "sha256": data_sha256(header.path, header.data_offset)})
-    return found
+        prints.append({"file": path.name, "sha256": data_sha256(header.path, header.data_offset)})
+    return prints
 
 
 def _history(text: str | None) -> list[object]:

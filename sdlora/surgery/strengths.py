@@ -100,14 +100,14 @@ def parse_blocks(texts: Sequence[str], num_adapters: int) -> list[dict[str, floa
     Raises:
         ConfigError: for a text that is not of this form, an unknown adapter, or a block named twice.
     """
-    found: list[dict[str, float]] = [{} for _ in range(num_adapters)]
+    by_adapter: list[dict[str, float]] = [{} for _ in range(num_adapters)]
     for text in texts:
         head, colon, rest = text.partition(":")
         if colon and not (head.isdigit() and 1 <= int(head) <= num_adapters):
             raise ConfigError(
                 f"--block {text}: `{head}` is not an adapter; give its number, 1 to {num_adapters}, or none"
             )
-        chosen: Iterable[dict[str, float]] = [found[int(head) - 1]] if colon else found
+        chosen: Iterable[dict[str, float]] = [by_adapter[int(head) - 1]] if colon else by_adapter
         for part in (rest if colon else text).split(","):
             name, equals, value = (piece.strip() for piece in part.partition("="))
             if not name or not equals or not _NUMBER.fullmatch(value):
@@ -118,7 +118,7 @@ def parse_blocks(texts: Sequence[str], num_adapters: int) -> list[dict[str, floa
                 if name in blocks:
                     raise ConfigError(f"--block {text}: `{name}` has a weight already; name each block once")
                 blocks[name] = float(value)
-    return found
+    return by_adapter
 
 
 def component_strengths(strength: Strength) -> dict[str, float]:

@@ -69,7 +69,7 @@ def save_checkpoint(
 
 
 def load_newest(root: Path, notice: Callable[[str], None]) -> Checkpoint:
-    """Load the newest checkpoint whose files are whole; ``notice`` hears of damaged ones passed over.
+    """Load the newest checkpoint whose files are whole; ``notice`` is called for damaged ones passed over.
 
     Raises:
         TrainingError: if there is none.

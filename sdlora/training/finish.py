@@ -56,12 +56,15 @@ def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
         num_images=sum(map(len, learned.values())),
         num_batches_per_epoch=run.order.steps_per_epoch * config.training.gradient_accumulation,
         buckets=Counter(placement.bucket for placement in run.training.placements),
-        folder_images={folder: len(found) for folder, found in learned.items()},
-        reg_folder_images={folder: len(found) for folder, found in regularisation.items()},
+        folder_images={folder: len(items_there) for folder, items_there in learned.items()},
+        reg_folder_images={folder: len(items_there) for folder, items_there in regularisation.items()},
         folder_repeats={
-            folder: found[0].repeats for folder, found in (*learned.items(), *regularisation.items())
+            folder: items_there[0].repeats
+            for folder, items_there in (*learned.items(), *regularisation.items())
         },
-        tag_frequency={folder: _tags([item.caption for item in found]) for folder, found in learned.items()},
+        tag_frequency={
+            folder: _tags([item.caption for item in items_there]) for folder, items_there in learned.items()
+        },
         started_at=run.started_at,
         finished_at=time.time(),
         final_loss=final_loss,

@@ -152,8 +152,8 @@ def _count(question: _Question) -> tuple[int, int, int]:
     multiple = model.size_multiple
     activations = _step_bytes(model, max(multiple, _side(config) // multiple * multiple), config)
     # fp32 master, gradient and two moments; the model's own copy and gradient, which in fp32 is the master
-    own = 2 * model.dtype.itemsize if model.dtype != torch.float32 else 4
-    return weights, values * (16 + own), activations
+    layer_bytes = 2 * model.dtype.itemsize if model.dtype != torch.float32 else 4
+    return weights, values * (16 + layer_bytes), activations
 
 
 def refuse_what_cannot_fit(
@@ -187,13 +187,13 @@ def _remedy(config: Config, again: Callable[[Config], MemoryPlan]) -> str | None
     batch, resolution = config.training.batch_size, _side(config)
     assert batch is not None
     accumulate = config.training.gradient_accumulation * batch
-    one = {"training.batch_size": 1, "training.gradient_accumulation": accumulate}
+    single_images = {"training.batch_size": 1, "training.gradient_accumulation": accumulate}
     saving = {"training.gradient_checkpointing": True}
-    steps: list[dict[str, Any]] = [saving, one, {**one, **saving}]
+    steps: list[dict[str, Any]] = [saving, single_images, {**single_images, **saving}]
     # the smaller ones of several resolutions take no memory of their own
     only = {"data.more_resolutions": ()} if config.data.more_resolutions else {}
     smaller = [{**only, "data.resolution": resolution * share // 4 // 64 * 64} for share in (3, 2)]
-    steps += [{**one, **saving, **changes} for changes in smaller]
+    steps += [{**single_images, **saving, **changes} for changes in smaller]
     if config.training.precision == "fp32" and config.training.device != "cpu":
         steps = [{"training.precision": "bf16", **step} for step in ({}, *steps)]
     for changes in steps:
@@ -258,8 +258,8 @@ def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
             loss = per_image_loss(prediction, torch.empty_like(prediction)).sum()
             if preserving:  # what the base predicts, while the graph of the first prediction is alive
                 with torch.no_grad():
-                    own = {name: tensor[:count] for name, tensor in text.items()}
-                    model.predict(latents[:count], timesteps[:count], own, sizes[:count])
+                    part_text = {name: tensor[:count] for name, tensor in text.items()}
+                    model.predict(latents[:count], timesteps[:count], part_text, sizes[:count])
             loss.backward()
     # gradients of the adapter are counted with the adapter
     gradients = sum(

@@ -34,8 +34,8 @@ class _Inputs(NamedTuple):
     def and_blank(self, blank: Conditioning) -> _Inputs:
         """Return these, followed by the same with the empty caption (tensors without batch axis)."""
         count = len(self.sizes)
-        own = [{name: tensor[row] for name, tensor in self.text.items()} for row in range(count)]
-        text = stack_conditioning([*own, *[blank] * count])
+        captions = [{name: tensor[row] for name, tensor in self.text.items()} for row in range(count)]
+        text = stack_conditioning([*captions, *[blank] * count])
         twice = torch.cat([self.noisy, self.noisy]), torch.cat([self.timesteps, self.timesteps])
         return _Inputs(*twice, text, [*self.sizes, *self.sizes])
 

@@ -153,8 +153,8 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter) -> Run:
         config, start, followed = warm_start(config, blueprint)
         more += followed
     config, rest = resolve_training(config, facts, data_facts(config, training, validation))
-    for one in defaults + more + rest:
-        emit(Decided(one.key, one.value, one.reason))
+    for default in defaults + more + rest:
+        emit(Decided(default.key, default.value, default.reason))
     if resume:
         _check_same(config, folder)
     plan = _plan_memory(config, device, emit)
@@ -209,16 +209,16 @@ def _base(config: Config, device: torch.device) -> DiffusionModel:
 
 
 def _plan_memory(config: Config, device: torch.device, emit: Emitter) -> MemoryPlan:
-    """Return what a step will take; warn or refuse if the device has not so much."""
+    """Return what a step will take; warn or refuse if the device does not have that much."""
     free = free_memory(device)
 
     def plan(settings: Config) -> MemoryPlan:
         return plan_memory(settings, lambda: _base(settings, torch.device("meta")), free=free)
 
-    found = plan(config)
-    warning = refuse_what_cannot_fit(found, config, device, plan)
-    emit(Notice(warning or f"memory: about {found.render()}"))
-    return found
+    memory = plan(config)
+    warning = refuse_what_cannot_fit(memory, config, device, plan)
+    emit(Notice(warning or f"memory: about {memory.render()}"))
+    return memory
 
 
 def _assemble(
@@ -353,15 +353,19 @@ def _restore(run: Run) -> None:
     for full_name, tensor in saved.tensors.items():
         group_name, _, name = full_name.rpartition(".")
         by_group.setdefault(group_name, {})[name] = tensor
-    starts = {name: own.pop("start") for name, own in by_group.items() if "start" in own}
+    starts = {
+        name: group_tensors.pop("start")
+        for name, group_tensors in by_group.items()
+        if "start" in group_tensors
+    }
     run.trainable.restore_start(run.model, starts)
     for group in run.groups:
-        own = by_group[group.name]
-        group.master.load(own.pop("master"))
+        group_tensors = by_group[group.name]
+        group.master.load(group_tensors.pop("master"))
         device = group.master.flat.device
         run.optimizer.state[group.master.flat] = {
             name: tensor.clone() if name == "step" else tensor.to(device).clone()
-            for name, tensor in own.items()
+            for name, tensor in group_tensors.items()
         }
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(saved.state["scaler"])

@@ -1,7 +1,7 @@
 """The training loop, to be read from top to bottom.
 
 A step: for each micro-batch compute the loss, refuse it if it is not finite, and gather its gradients
-in fp32; then clip, step, tell; then validate, preview and checkpoint when they are due; then stop if
+in fp32; then clip, step, emit; then validate, preview and checkpoint when they are due; then stop if
 asked to. Everything random follows from the seed and the visits, so a resumed run repeats the
 uninterrupted one exactly, and the number of processes does not matter.
 """
@@ -82,7 +82,7 @@ def train(
     Args:
         config: settings; those left open follow the data.
         resume: go on from the newest checkpoint in the run folder.
-        listeners: hear every :class:`sdlora.events.Event`.
+        listeners: receive every :class:`sdlora.events.Event`.
         control: asks the run to stop, save or preview; by default files in the run folder do.
 
     Raises:
@@ -182,8 +182,8 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
     config = run.config
     assert config.optimizer.warmup_steps is not None
     factor = schedule_factor(config.optimizer.schedule, run.step, run.steps, config.optimizer.warmup_steps)
-    for options, own in zip(run.optimizer.param_groups, run.groups, strict=True):
-        options["lr"] = own.learning_rate * factor
+    for options, parameter_group in zip(run.optimizer.param_groups, run.groups, strict=True):
+        options["lr"] = parameter_group.learning_rate * factor
     total, count = 0.0, 0
     names: list[str] = []
     for batch in run.loader.step(run.step):

@@ -66,7 +66,7 @@ class TrainableAdapter:
             parts = group.master.shaped(flats[group.name])
             for (key, factor), part in zip(group.slots, parts, strict=True):
                 tensors.setdefault(key, {})[factor] = part.detach().cpu().clone()
-        return AdapterWeights({one.key: one.rebuilt(tensors[one.key]) for one in self.layers})
+        return AdapterWeights({layer.key: layer.rebuilt(tensors[layer.key]) for layer in self.layers})
 
 
 def make_trainable(model: DiffusionModel, config: Config, weights: AdapterWeights) -> TrainableAdapter:
@@ -89,7 +89,7 @@ def make_trainable(model: DiffusionModel, config: Config, weights: AdapterWeight
     if subtracted:
         attach(model, weights, START_NAME)
         set_strengths(model, {ADAPTER_NAME: 1.0, START_NAME: -1.0})
-    layers.sort(key=lambda one: (COMPONENTS.index(one.key.component), one.key))
+    layers.sort(key=lambda layer: (COMPONENTS.index(layer.key.component), layer.key))
     groups = _groups(config, layers)
     start = {group.name: group.master.flat.data.clone() for group in groups} if subtracted else None
     return TrainableAdapter(layers, groups, start)
@@ -97,24 +97,24 @@ def make_trainable(model: DiffusionModel, config: Config, weights: AdapterWeight
 
 def difference(now: AdapterWeights, start: AdapterWeights) -> AdapterWeights:
     """Return the plain LoRA of the sum of both ranks that holds the difference of two, exactly."""
-    found: dict[ModuleKey, Update] = {}
+    updates: dict[ModuleKey, Update] = {}
     for key, pair in now.items():
         other = start.pairs[key]
         down = torch.cat([pair.down, other.down])
         up = torch.cat([pair.up, -other.up], 1)
-        found[key] = LowRankPair(down, up, pair.scale * down.shape[0])
-    return AdapterWeights(found)
+        updates[key] = LowRankPair(down, up, pair.scale * down.shape[0])
+    return AdapterWeights(updates)
 
 
 def _groups(config: Config, layers: Sequence[TrainedLayer]) -> list[ParameterGroup]:
     """Return the groups, those of the plain rate of each component first."""
     members: dict[tuple[int, bool, float], list[tuple[TrainedLayer, str]]] = {}
-    for one in layers:
-        component = COMPONENTS.index(one.key.component)
-        for factor in one.parameters:
+    for layer in layers:
+        component = COMPONENTS.index(layer.key.component)
+        for factor in layer.parameters:
             plus = config.optimizer.lora_plus_ratio if factor == _UP else 1.0
-            times = value_for(config.optimizer.block_rates, one.key, 1.0) * plus
-            members.setdefault((component, factor == _MAGNITUDE, times), []).append((one, factor))
+            times = value_for(config.optimizer.block_rates, layer.key, 1.0) * plus
+            members.setdefault((component, factor == _MAGNITUDE, times), []).append((layer, factor))
     groups = []
     for component, magnitude, times in sorted(
         members, key=lambda group: (*group[:2], group[2] != 1, group[2])
@@ -122,12 +122,12 @@ def _groups(config: Config, layers: Sequence[TrainedLayer]) -> list[ParameterGro
         name = COMPONENTS[component]
         rate = config.get(component_keys(name)[2])
         assert rate is not None
-        own = members[component, magnitude, times]
+        slots_there = members[component, magnitude, times]
         master = MasterWeights(
-            [one.parameters[factor] for one, factor in own],
-            [one.update.tensors()[factor] for one, factor in own],
+            [layer.parameters[factor] for layer, factor in slots_there],
+            [layer.update.tensors()[factor] for layer, factor in slots_there],
         )
         full = name + (" magnitude" if magnitude else "") + (f" x{times!r}" if times != 1 else "")
-        slots = tuple((one.key, factor) for one, factor in own)
+        slots = tuple((layer.key, factor) for layer, factor in slots_there)
         groups.append(ParameterGroup(full, master, rate * times, slots, decays=not magnitude))
     return groups

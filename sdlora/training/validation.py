@@ -18,7 +18,7 @@ _NUM_TIMESTEPS = 4
 
 @torch.no_grad()
 def validate(run: Run) -> float | None:
-    """Measure the held-out images and tell the mean; None if there are none (or on other ranks)."""
+    """Measure the held-out images and emit the mean; None if there are none (or on other ranks)."""
     if not run.validation.items or not run.accelerator.is_main_process:
         return None
     for module in run.model.components().values():

@@ -31,7 +31,8 @@ def warm_start(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWe
     assert path is not None
     read = read_adapter(path)
     updates = {
-        key: one.merged() if isinstance(one, TuckerPair) else one for key, one in read.weights.all_items()
+        key: update.merged() if isinstance(update, TuckerPair) else update
+        for key, update in read.weights.all_items()
     }
     weights = AdapterWeights(updates).to(torch.float32)
     _check_kind(config, path, weights)
@@ -43,8 +44,10 @@ def warm_start(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWe
     _check_modules(config, path, weights, model)
     defaults: list[Default] = []
     for component in weights.components():
-        found = weights.updates_of(component).values()
-        (rank, alpha), _ = Counter((one.rank, one.alpha) for one in found).most_common(1)[0]
+        component_updates = weights.updates_of(component).values()
+        (rank, alpha), _ = Counter((update.rank, update.alpha) for update in component_updates).most_common(
+            1
+        )[0]
         rank_key, alpha_key, _ = component_keys(component)
         for key, value in ((rank_key, rank), (alpha_key, alpha)):
             given = config.get(key)

@@ -84,14 +84,14 @@ POINTWISE: Shape = (8, 12, 1, 1)
 
 def every_kind(shape: Shape, weight: Tensor | None = None) -> dict[str, Update]:
     """Return one update of each kind and form that a layer of this shape can have."""
-    found: dict[str, Update] = {"lora": pair(shape), "loha": loha(shape)}
+    collected: dict[str, Update] = {"lora": pair(shape), "loha": loha(shape)}
     for form in ("none", "first", "second", "both"):
-        found[f"lokr-{form}"] = lokr(shape, form=form)
+        collected[f"lokr-{form}"] = lokr(shape, form=form)
     if len(shape) == 4 and shape[2:] != (1, 1):
-        found |= {"tucker": tucker(shape), "loha-core": loha(shape, core=True)}
-        found["lokr-core"] = lokr(shape, form="core")
+        collected |= {"tucker": tucker(shape), "loha-core": loha(shape, core=True)}
+        collected["lokr-core"] = lokr(shape, form="core")
     if weight is not None:
-        found["dora"] = dora(pair(shape), weight)
-        found["dora-columns"] = dora(pair(shape), weight, by_output=False)
-        found["dora-loha"] = dora(loha(shape), weight)
-    return found
+        collected["dora"] = dora(pair(shape), weight)
+        collected["dora-columns"] = dora(pair(shape), weight, by_output=False)
+        collected["dora-loha"] = dora(loha(shape), weight)
+    return collected

@@ -227,7 +227,7 @@ def test_ranks_and_alphas_may_differ_from_layer_to_layer(model: DiffusionModel) 
     assert len(kinds) > 20 and {kind[2] for kind in kinds} == {2, 4}
     expected = with_deltas(model, [(weights, 0.9)])
     layers = attach(model, weights, "one")
-    assert {one.key: one.alpha for one in layers} == {key: pair.alpha for key, pair in weights.items()}
+    assert {layer.key: layer.alpha for layer in layers} == {key: pair.alpha for key, pair in weights.items()}
     set_strengths(model, {"one": 0.9})
     torch.testing.assert_close(output(model), expected, rtol=1e-4, atol=1e-5)
 
@@ -238,7 +238,7 @@ def test_a_path_that_ends_like_another_keeps_its_own_rank(model: DiffusionModel)
     odd = create_adapter(model, AdapterConfig(targets="attention", rank=2, alpha=1.0), 0)
     weights = AdapterWeights({**fresh.pairs, keys[0]: odd.pairs[keys[0]]})
     layers = attach(model, weights, "one")
-    assert {one.key for one in layers if one.down.shape[0] == 2} == {keys[0]}
+    assert {layer.key for layer in layers if layer.down.shape[0] == 2} == {keys[0]}
 
 
 def test_what_is_attached_can_be_read_back(model: DiffusionModel) -> None:
@@ -312,7 +312,7 @@ def test_a_bf16_base_rounds_a_merge_once_and_undoes_it(tiny_base: Path) -> None:
     before, base = state(model), output(model)
     weights = trained(model)
     layers = attach(model, weights, "one")
-    assert {one.down.dtype for one in layers} == {torch.bfloat16}
+    assert {layer.down.dtype for layer in layers} == {torch.bfloat16}
     beside = output(model)
     merged = Merged(model, {"one": 1.0})
     change = float((beside - base).abs().mean())

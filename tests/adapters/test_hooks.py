@@ -90,8 +90,8 @@ def mixture(model: DiffusionModel, seed: int, with_plain: bool = False) -> Adapt
     for key in target_modules(model, BOTH):
         weight = weight_of(model, key).detach()
         kinds = [
-            (name, one)
-            for name, one in every_kind(tuple(weight.shape), weight).items()
+            (name, update)
+            for name, update in every_kind(tuple(weight.shape), weight).items()
             if with_plain or name != "lora"
         ]
         updates[key] = shrunk(kinds[(seen[len(kinds)] + seed) % len(kinds)][1])
@@ -134,10 +134,10 @@ def test_every_kind_adds_its_update_at_any_strength(model: DiffusionModel) -> No
             wanted = with_deltas(model, [(weights, strength)])
             attach(model, weights, "one")
             set_strengths(model, {"one": strength})
-            found = output(model)
+            actual = output(model)
             detach(model, "one")
-            assert float((found - base).abs().max()) > 1e-2
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+            assert float((actual - base).abs().max()) > 1e-2
+            torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_several_adapters_of_all_kinds_and_a_plain_one_add_up_in_any_order(model: DiffusionModel) -> None:
@@ -147,13 +147,13 @@ def test_several_adapters_of_all_kinds_and_a_plain_one_add_up_in_any_order(model
     assert "lora" in first.kinds() and plain.is_plain
     strengths = {"one": 0.7, "two": -0.4, "plain": 1.2}
     wanted = with_deltas(model, [(first, 0.7), (second, -0.4), (plain, 1.2)])
-    found = {}
+    collected = {}
     for order in (("one", "two", "plain"), ("plain", "two", "one")):
         for name in order:
             attach(model, {"one": first, "two": second, "plain": plain}[name], name)
         set_strengths(model, strengths)
-        found[order] = output(model)
-        torch.testing.assert_close(found[order], wanted, rtol=1e-3, atol=1e-4)
+        collected[order] = output(model)
+        torch.testing.assert_close(collected[order], wanted, rtol=1e-3, atol=1e-4)
         for name in order:
             detach(model, name)
 
@@ -204,10 +204,10 @@ def test_dora_at_half_strength_is_half_way_to_its_weight(model: DiffusionModel) 
     update = dora(pair(tuple(weight.shape)), original)
     attach(model, AdapterWeights({key: update}), "one")
     set_strengths(model, {"one": 0.5})
-    found = output(model)
+    actual = output(model)
     detach(model, "one")
     weight.data.copy_((original + update.merged(original)) / 2)
-    torch.testing.assert_close(output(model), found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output(model), actual, rtol=1e-4, atol=1e-5)
     weight.data.copy_(original)
 
 
@@ -248,8 +248,8 @@ def test_images_are_made_with_any_mixture(shared: DiffusionModel) -> None:
     names = [generator.add_adapter(file) for file in files]
     request = GenerateRequest("cat", height=32, width=32, steps=2, guidance=3.0, sampler="DDIM", seed=1)
     settings: list[dict[str, Strength]] = [{}, {names[0]: 0.0}, {names[0]: 1.0, names[1]: 0.5}]
-    requests = [dataclasses.replace(request, strengths=one) for one in settings]
-    nothing, zero, both = (made.image.tobytes() for made in generator.generate(requests))
+    requests = [dataclasses.replace(request, strengths=strengths) for strengths in settings]
+    nothing, zero, both = (generated.image.tobytes() for generated in generator.generate(requests))
     assert nothing == zero != both
     for name in names:
         generator.remove_adapter(name)

@@ -46,8 +46,8 @@ def formula(update: Update, weight: Tensor) -> Tensor:
         return update.alpha / down.shape[0] * with_core(up, down, update.mid)
     if isinstance(update, LoHa):
         sides = ((update.w1_a, update.w1_b, update.t1), (update.w2_a, update.w2_b, update.t2))
-        one, other = (a.double() @ b.double() if t is None else with_core(a, b, t) for a, b, t in sides)
-        return (one * other * update.alpha / update.w1_b.shape[0]).reshape(shape)
+        first, other = (a.double() @ b.double() if t is None else with_core(a, b, t) for a, b, t in sides)
+        return (first * other * update.alpha / update.w1_b.shape[0]).reshape(shape)
     assert isinstance(update, LoKr)
     scale = 1.0
     w1, w2 = update.w1, update.w2
@@ -61,11 +61,11 @@ def formula(update: Update, weight: Tensor) -> Tensor:
         w2 = a.double() @ b.double() if update.t2 is None else with_core(a, b, update.t2)
     rows, columns = shape[0] // w1.shape[0], shape[1] // w1.shape[1]
     w2 = w2.double().reshape(rows, columns, *shape[2:])
-    found = torch.zeros(shape, dtype=torch.float64)
+    actual = torch.zeros(shape, dtype=torch.float64)
     for i in range(w1.shape[0]):
         for j in range(w1.shape[1]):
-            found[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] = w1[i, j].double() * w2
-    return scale * found
+            actual[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] = w1[i, j].double() * w2
+    return scale * actual
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -77,9 +77,9 @@ def test_every_kind_is_its_formula(shape: tuple[int, ...]) -> None:
     for name, update in updates.items():
         wanted = formula(update, weight)
         assert update.shape == shape, name
-        for found in (update.delta(weight), *([] if update.kind == "dora" else [update.delta()])):
-            assert found.dtype == torch.float32 and found.shape == shape, name
-            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5, msg=name)
+        for actual in (update.delta(weight), *([] if update.kind == "dora" else [update.delta()])):
+            assert actual.dtype == torch.float32 and actual.shape == shape, name
+            torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_half_precision_factors_are_computed_with_in_float32() -> None:
@@ -148,8 +148,8 @@ def test_loha_is_pefts(shape: tuple[int, ...], core: bool) -> None:
     layer = nn.Linear(12, 8) if shape == LINEAR else nn.Conv2d(12, 8, 3)
     update = loha(shape, core=core)
     config = LoHaConfig(r=3, alpha=1.5, target_modules=["0"], use_effective_conv2d=core)
-    _, found = peft_delta(config, layer, update)
-    torch.testing.assert_close(found, update.delta(), rtol=1e-6, atol=1e-7)
+    _, actual = peft_delta(config, layer, update)
+    torch.testing.assert_close(actual, update.delta(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_lokr_is_pefts(shape: tuple[int, ...], form: str) -> None:
         decompose_both=form == "both",
         use_effective_conv2d=form == "core",
     )
-    wrapped, found = peft_delta(config, layer, update)
+    wrapped, actual = peft_delta(config, layer, update)
     assert sum(len(getattr(wrapped, name)) for name in wrapped.adapter_layer_names) == len(update.tensors())
-    torch.testing.assert_close(found, update.delta(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(actual, update.delta(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [LINEAR, CONVOLUTION], ids=str)
@@ -195,11 +195,11 @@ def test_every_kind_becomes_a_plain_lora_exactly(shape: tuple[int, ...]) -> None
     weight = base_weight(shape)
     updates = every_kind(shape, weight)
     for name, update in updates.items():
-        found = as_plain(update, weight)
-        assert found.error == 0.0 and found.pair.rank == exact_rank(update), name
-        assert found.pair.shape == shape, name
+        plain = as_plain(update, weight)
+        assert plain.error == 0.0 and plain.pair.rank == exact_rank(update), name
+        assert plain.pair.shape == shape, name
         torch.testing.assert_close(
-            found.pair.delta().double(), formula(update, weight), rtol=1e-5, atol=1e-5, msg=name
+            plain.pair.delta().double(), formula(update, weight), rtol=1e-5, atol=1e-5, msg=name
         )
 
 
@@ -218,14 +218,14 @@ def test_exact_ranks_are_products_where_they_are_below_the_layers_side() -> None
 def test_a_cut_is_the_closest_of_that_rank_and_its_error_is_told(rank: int) -> None:
     for name, update in every_kind(LINEAR, base_weight(LINEAR)).items():
         weight = base_weight(LINEAR)
-        found = as_plain(update, weight, rank)
+        plain = as_plain(update, weight, rank)
         delta = formula(update, weight)
         u, sizes, v = torch.linalg.svd(delta, full_matrices=False)
         closest = (u[:, :rank] * sizes[:rank]) @ v[:rank]
-        assert found.pair.rank <= rank
-        torch.testing.assert_close(found.pair.delta().double(), closest, rtol=1e-4, atol=1e-5, msg=name)
+        assert plain.pair.rank <= rank
+        torch.testing.assert_close(plain.pair.delta().double(), closest, rtol=1e-4, atol=1e-5, msg=name)
         left_over = torch.linalg.norm(delta - closest) / torch.linalg.norm(delta)
-        assert found.error == pytest.approx(float(left_over), rel=1e-4, abs=1e-6), name
+        assert plain.error == pytest.approx(float(left_over), rel=1e-4, abs=1e-6), name
 
 
 def test_plain_code_refuses_other_kinds_instead_of_leaving_them_out() -> None:
@@ -235,7 +235,7 @@ def test_plain_code_refuses_other_kinds_instead_of_leaving_them_out() -> None:
     assert plain.is_plain and not mixed.is_plain
     assert plain.kinds() == {"lora": 1} and mixed.kinds() == {"lora": 1, "loha": 1}
     assert (len(mixed), mixed.components(), mixed.ranks()) == (2, ["unet"], [3])
-    assert [found for found, _ in mixed.all_items()] == [key, other]
+    assert [actual for actual, _ in mixed.all_items()] == [key, other]
     for read in (lambda: mixed.pairs, lambda: list(mixed.items()), lambda: mixed.component("unet")):
         with pytest.raises(AdapterFileError, match=r"mid_block\.two` holds a loha update"):
             read()

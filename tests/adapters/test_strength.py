@@ -29,13 +29,13 @@ from sdlora.errors import ConfigError
     ],
 )
 def test_adapter_specs(text: str, file: str, strength: float | tuple[float, float]) -> None:
-    path, found = parse_adapter(text)
+    path, actual = parse_adapter(text)
     assert path == Path(file)
     if isinstance(strength, tuple):
         unet, encoder = strength
-        assert found == {"unet": unet, "text_encoder": encoder, "text_encoder_2": encoder}
+        assert actual == {"unet": unet, "text_encoder": encoder, "text_encoder_2": encoder}
     else:
-        assert found == strength
+        assert actual == strength
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_every_choice_comes_with_a_reason() -> None:
     config, defaults = resolve_data(Config(), facts(), 20)
     _, more = resolve_training(config, facts(), data_facts(config, dataset(18), dataset(2)))
     assert len(defaults + more) >= 10
-    assert all(one.reason for one in defaults + more)
+    assert all(default.reason for default in defaults + more)
 
 
 def test_the_user_wins_over_the_base_and_the_base_over_the_rule() -> None:

@@ -168,8 +168,8 @@ def test_stopped_anywhere_it_says_how_to_go_on_and_ends_the_same(
         small_demo(folder, tiny_base, interrupt_drawing, resume=True)
     result = small_demo(folder, tiny_base, lambda event: None, resume=True)
     whole = small[0]
-    one, other = (load_file(each.adapter_file) for each in (result, whole))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    first, other = (load_file(each.adapter_file) for each in (result, whole))
+    assert first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
     assert (result.score, result.steps, result.num_images) == (whole.score, 2, 43)
     finished = [event["seconds"] for event in read_events(folder) if event["event"] == "RunFinished"]
     assert len(finished) == 3

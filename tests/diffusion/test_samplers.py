@@ -125,12 +125,12 @@ def test_deterministic_samplers_follow_the_known_flow(name: str, kind: Predictio
     generator = torch.Generator().manual_seed(0)
     start = torch.randn((1, 4, 16, 16), generator=generator)
     mean, spread = 0.5 * torch.randn((1, 4, 16, 16), generator=generator), 0.6
-    found = gaussian_flow(name, 200, start, mean, spread, kind)
+    actual = gaussian_flow(name, 200, start, mean, spread, kind)
     # dx/dsigma = (x - mean) sigma / (spread^2 + sigma^2), from the largest sigma down to 0
     largest = float((1.0 / process().alphas_cumprod[-1] - 1.0) ** 0.5)
     expected = mean + (start * largest - mean) * spread / (spread**2 + largest**2) ** 0.5
     # DDIM and Euler are of first order (0.018 and 0.030 off here), DPM++ of second (0.013, Karras 0.003)
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.04 if name in ("DDIM", "Euler") else 0.02)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.04 if name in ("DDIM", "Euler") else 0.02)
 
 
 @pytest.mark.parametrize("name", ["Euler", "Euler a", "DPM++ 2M"])

@@ -230,9 +230,9 @@ def test_comfyuis_folder_of_adapters_is_found(tmp_path: Path) -> None:
 
 
 def test_other_folders_are_no_webui(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"is no WebUI folder; give the folder that holds webui\.py"):
+    with pytest.raises(OutputError, match=r"is not a WebUI folder; give the folder that holds webui\.py"):
         find_lora_folder(tmp_path)
-    with pytest.raises(OutputError, match="is no folder"):
+    with pytest.raises(OutputError, match="is not a folder"):
         find_lora_folder(tmp_path / "missing")
     (tmp_path / "models").mkdir()
     (tmp_path / "webui.py").touch()
@@ -255,7 +255,7 @@ def test_bad_requests_are_refused_before_anything_is_written(source: Path, tmp_p
     with pytest.raises(OutputError, match="is a file, but export needs a folder"):
         export_adapter(source, "webui", image_file(tmp_path / "p.png"))
     (tmp_path / "broken.png").write_bytes(b"x")
-    with pytest.raises(OutputError, match="no usable preview"):
+    with pytest.raises(OutputError, match="not a usable preview"):
         export_adapter(source, "webui", out, preview=tmp_path / "broken.png")
     with pytest.raises(AdapterFileError, match="no such file"):
         export_adapter(tmp_path / "none.safetensors", "webui", out)
@@ -303,7 +303,7 @@ def test_limits_of_other_programs_are_reported(tmp_path: Path) -> None:
     uneven = random_adapter({"unet": tiny_unet()}, EVERYTHING, ranks=(3,), scales=(1.0, 1.1))
     report = write_finished(file_of(uneven), tmp_path / "a.safetensors", "fp32", INFO)
     assert report.proof is not None and report.proof.read_by == ("sdlora",)
-    assert [one.client for one in report.clients if not one.full] == ["diffusers"]
+    assert [support.client for support in report.clients if not support.full] == ["diffusers"]
 
 
 def test_without_verifying_nothing_is_read_back(source: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ Bases = dict[str, tuple[Path, States]]
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     """Return family -> (diffusers folder, weights by component)."""
     root = tmp_path_factory.mktemp("narrow-bases")
-    found: Bases = {}
+    made_bases: Bases = {}
     for name in FAMILY_NAMES:
         (root / name).mkdir()
-        found[name] = (root / name, make_base(root / name, name))
-    return found
+        made_bases[name] = (root / name, make_base(root / name, name))
+    return made_bases

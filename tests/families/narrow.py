@@ -169,13 +169,13 @@ def as_openclip(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
                 [plain[f"{old}self_attn.{x}_proj.{kind}"] for x in "qkv"]
             )
             out[f"{new}attn.out_proj.{kind}"] = plain[f"{old}self_attn.out_proj.{kind}"]
-            for one, other in (
+            for layer_name, other in (
                 ("layer_norm1", "ln_1"),
                 ("layer_norm2", "ln_2"),
                 ("mlp.fc1", "mlp.c_fc"),
                 ("mlp.fc2", "mlp.c_proj"),
             ):
-                out[f"{new}{other}.{kind}"] = plain[f"{old}{one}.{kind}"]
+                out[f"{new}{other}.{kind}"] = plain[f"{old}{layer_name}.{kind}"]
     return {prefix + name: tensor for name, tensor in out.items()}
 
 

@@ -50,12 +50,12 @@ def test_all_kinds_agree_within_rounding(family: str, bases: Mapping[str, tuple[
     noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     from sdlora.families.base import SizeHint
 
-    found = []
+    collected = []
     with torch.no_grad():
         text = model.encode_text(["a cat"])
         for name in ("sdpa", "classic"):
             Attention(name, "").apply(model.unet)  # type: ignore[arg-type]
-            found.append(
+            collected.append(
                 model.predict(noisy, torch.tensor([400]), text, [SizeHint((64, 64), (0, 0), (64, 64))])
             )
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(collected[0], collected[1], rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from sdlora.generation.render import GenerateRequest, _conditioning
 
 
 def fragments(prompt: str) -> list[list[tuple[str, float]]]:
-    return [[(one.text, round(one.weight, 6)) for one in section] for section in parse(prompt)]
+    return [[(part.text, round(part.weight, 6)) for part in section] for section in parse(prompt)]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_an_escaped_text_is_said_literally(text: str) -> None:
 @settings(max_examples=300, deadline=None)
 def test_any_text_can_be_read(text: str) -> None:
     for section in parse(text):
-        for one, other in pairwise(section):
-            assert one.text and one.weight != other.weight
+        for part, other in pairwise(section):
+            assert part.text and part.weight != other.weight
 
 
 def test_texts_without_brackets_need_no_escape() -> None:
@@ -180,10 +180,10 @@ def test_a_literal_text_is_encoded_as_if_there_were_no_grammar(model: DiffusionM
 
 def test_a_prompt_alone_and_in_company_of_others_is_the_same(model: DiffusionModel) -> None:
     prompts = ("a (cat:1.4)", "(a dog) on a mat", "a bird")
-    for one, alone in zip(
+    for together, alone in zip(
         states(model, *prompts), (states(model, prompt)[0] for prompt in prompts), strict=True
     ):
-        torch.testing.assert_close(one, alone)
+        torch.testing.assert_close(together, alone)
 
 
 def test_training_previews_and_generation_read_a_prompt_alike(model: DiffusionModel, tmp_path: Path) -> None:

@@ -74,12 +74,12 @@ def test_a_fresh_adapter_changes_nothing_and_strength_zero_is_the_base(
 def test_only_adapters_get_gradients_and_all_of_them_do(model: UNetModel) -> None:
     config = AdapterConfig(targets="all", rank=2, alpha=2.0, text_encoder=True)
     layers = attach(model, create_adapter(model, config, 1), "new")
-    adapted = {id(p) for one in layers for p in (one.down, one.up)}
-    for one in layers:
-        one.down.requires_grad_(True)
-        one.up.requires_grad_(True)
+    adapted = {id(p) for layer in layers for p in (layer.down, layer.up)}
+    for layer in layers:
+        layer.down.requires_grad_(True)
+        layer.up.requires_grad_(True)
         with torch.no_grad():
-            one.up.normal_(0, 0.1)
+            layer.up.normal_(0, 0.1)
     model.prepare(training=True)
     noisy, timesteps, _, sizes = inputs(model)
     text = model.encode_text(["a cat", "a dog"])
@@ -87,7 +87,7 @@ def test_only_adapters_get_gradients_and_all_of_them_do(model: UNetModel) -> Non
     everything = [p for module in model.components().values() for p in module.parameters()]
     assert len(everything) > len(adapted) > 100
     assert [p.shape for p in everything if p.grad is not None and id(p) not in adapted] == []
-    silent = [one.key for one in layers if one.down.grad is None or not bool(one.down.grad.any())]
+    silent = [layer.key for layer in layers if layer.down.grad is None or not bool(layer.down.grad.any())]
     # SDXL reads its first text encoder at the last layer but one: the last one has no say
     last = f".layers.{model.text_encoders['text_encoder'].config.num_hidden_layers - 1}."
     keys = target_modules(model, config)
@@ -118,19 +118,19 @@ def test_pure_bf16_stays_near_fp32(bases: Bases) -> None:
         assert half.vae.dtype == torch.float32
         given = inputs(full)
         with torch.no_grad():
-            wanted, found = full.predict(*given), half.predict(*given)
-        assert found.dtype == torch.float32
-        assert float((wanted - found).square().mean().sqrt() / wanted.square().mean().sqrt()) < 0.03
+            wanted, actual = full.predict(*given), half.predict(*given)
+        assert actual.dtype == torch.float32
+        assert float((wanted - actual).square().mean().sqrt() / wanted.square().mean().sqrt()) < 0.03
 
 
 def test_adapters_reach_text_encoders_whole(model: UNetModel) -> None:
     config = AdapterConfig(targets="attention", rank=2, alpha=2.0, text_encoder=True)
     keys = target_modules(model, config)
     for component in model.text_encoders:
-        own = [key.path for key in keys if key.component == component]
+        paths = [key.path for key in keys if key.component == component]
         layers = model.text_encoders[component].config.num_hidden_layers
-        assert len(own) == 4 * layers
-        assert all(path.startswith("text_model.encoder.layers.") for path in own)
+        assert len(paths) == 4 * layers
+        assert all(path.startswith("text_model.encoder.layers.") for path in paths)
 
 
 def test_long_captions_are_chunks_and_stack_with_short_ones(model: UNetModel) -> None:
@@ -144,9 +144,9 @@ def test_long_captions_are_chunks_and_stack_with_short_ones(model: UNetModel) ->
     torch.testing.assert_close(both["states"][:1, :77], first["states"], rtol=0, atol=2e-6)
     if "pooled" in both:  # of the first chunk alone
         torch.testing.assert_close(both["pooled"][:1], first["pooled"], rtol=0, atol=2e-6)
-    one = {k: t[0] for k, t in both.items()}
+    long_one = {k: t[0] for k, t in both.items()}
     other = {k: t[0] for k, t in alone.items()}
-    assert stack_conditioning([one, other])["states"].shape[:2] == (2, 154)
+    assert stack_conditioning([long_one, other])["states"].shape[:2] == (2, 154)
 
 
 def test_offloading_decodes_large_images_in_tiles(bases: Bases) -> None:
@@ -170,8 +170,8 @@ def test_decoding_goes_on_in_tiles_where_memory_ends(bases: Bases, monkeypatch: 
     def small(latents: Tensor, *rest: object) -> Tensor:
         if latents.shape[-1] > 64:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        found: Tensor = whole(latents, *rest)
-        return found
+        actual: Tensor = whole(latents, *rest)
+        return actual
 
     monkeypatch.setattr(model.vae.decoder, "forward", small)
     with pytest.warns(UserWarning, match="in tiles"):
@@ -232,12 +232,12 @@ def test_prompts_of_any_length_equal_an_independent_computation(model: UNetModel
     names = ("cat", "dog", "tree", "house", "river", "old", "blue", "bright", "stone", "paper")
     prompt = " ".join(names[(7 * n + n // 10) % 10] for n in range(words))
     with torch.no_grad():
-        found, (states, pooled) = model.encode_text([prompt]), by_hand(model, prompt)
-    assert found["states"].shape[1] == 77 * -(-words // 75)
-    torch.testing.assert_close(found["states"], states, rtol=0, atol=2e-6)
-    assert ("pooled" in found) == (pooled is not None)
+        actual, (states, pooled) = model.encode_text([prompt]), by_hand(model, prompt)
+    assert actual["states"].shape[1] == 77 * -(-words // 75)
+    torch.testing.assert_close(actual["states"], states, rtol=0, atol=2e-6)
+    assert ("pooled" in actual) == (pooled is not None)
     if pooled is not None:
-        torch.testing.assert_close(found["pooled"][0], pooled, rtol=0, atol=2e-6)
+        torch.testing.assert_close(actual["pooled"][0], pooled, rtol=0, atol=2e-6)
 
 
 def test_the_autoencoder_is_safe_where_half_precision_would_overflow(bases: Bases) -> None:
@@ -261,14 +261,14 @@ def test_norms_in_half_precision_keep_their_statistics_in_fp32(dtype: torch.dtyp
     group, layer = torch.nn.GroupNorm(8, 32), torch.nn.LayerNorm(16)
     for norm in (group, layer):
         wanted = norm(half.float())
-        found = copy.deepcopy(norm).to(dtype)(half).float()
-        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+        actual = copy.deepcopy(norm).to(dtype)(half).float()
+        torch.testing.assert_close(actual, wanted, rtol=0.02, atol=0.02)
 
 
 def test_offloading_changes_no_number(bases: Bases, model: UNetModel) -> None:
     other = load_model(str(bases[model.info.name][0]), dtype=torch.float32, device=CPU, offload=True)
-    for one in (model, other):
-        one.prepare(training=False)
+    for moved in (model, other):
+        moved.prepare(training=False)
     given = inputs(model)
     with torch.no_grad():
         assert torch.equal(other.predict(*given), model.predict(*given))
@@ -282,9 +282,9 @@ def test_a_single_file_predicts_as_its_folder(
 ) -> None:
     folder, _ = bases[family]
     file = in_form("file", family, bases[family], tmp_path, monkeypatch)
-    one, two = (load_model(str(p), dtype=torch.float32, device=CPU) for p in (file, folder))
+    first, two = (load_model(str(p), dtype=torch.float32, device=CPU) for p in (file, folder))
     given = inputs(two)
     with torch.no_grad():
-        assert torch.equal(one.predict(*given), two.predict(*given))
-        assert torch.equal(one.encode_text(["x"])["states"], two.encode_text(["x"])["states"])
-    assert one.base.digest != two.base.digest
+        assert torch.equal(first.predict(*given), two.predict(*given))
+        assert torch.equal(first.encode_text(["x"])["states"], two.encode_text(["x"])["states"])
+    assert first.base.digest != two.base.digest

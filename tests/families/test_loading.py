@@ -42,13 +42,13 @@ def states_of(model_parts: object) -> dict[str, dict[str, Tensor]]:
     return {name: dict(part.state_dict()) for name, part in parts.items()}
 
 
-def differing(found: States, wanted: States) -> list[str]:
-    assert found.keys() == wanted.keys()
+def differing(actual: States, wanted: States) -> list[str]:
+    assert actual.keys() == wanted.keys()
     assert sum(len(state) for state in wanted.values()) > 300
     different = []
     for part, state in wanted.items():
-        assert found[part].keys() == state.keys()
-        different += [f"{part}.{key}" for key in state if not torch.equal(found[part][key], state[key])]
+        assert actual[part].keys() == state.keys()
+        different += [f"{part}.{key}" for key in state if not torch.equal(actual[part][key], state[key])]
     return different
 
 
@@ -86,9 +86,9 @@ def test_files_of_few_bits_and_targets_round_once(
     whole = as_ldm(family, states)
     save_file({key: t.to(stored) if t.is_floating_point() else t for key, t in whole.items()}, file)
     configs = copy_configs(folder, tmp_path / "configs")
-    found = load_parts(recognise(file), dtype=torch.bfloat16, device=CPU, configs=configs)
+    parts = load_parts(recognise(file), dtype=torch.bfloat16, device=CPU, configs=configs)
     assert recognise(file).formats == {str(stored).removeprefix("torch."): 1.0}
-    for name, state in states_of(found).items():
+    for name, state in states_of(parts).items():
         for key, tensor in state.items():
             dtype = torch.float32 if name == "vae" else torch.bfloat16
             assert tensor.dtype == dtype
@@ -191,10 +191,10 @@ def test_another_vae_comes_from_a_file_a_folder_or_a_checkpoint(bases: Bases, tm
     shutil.copytree(folder / "vae", tmp_path / "vae")
     save_file(other, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     for place in (*places.values(), tmp_path / "vae"):
-        found = load_parts(
+        parts = load_parts(
             recognise(folder), dtype=torch.float32, device=CPU, vae=str(place)
         ).vae.state_dict()
-        assert [key for key in other if not torch.equal(found[key], other[key])] == [], place
+        assert [key for key in other if not torch.equal(parts[key], other[key])] == [], place
     with pytest.raises(ModelError, match="holds no VAE"):
         save_file({"x": torch.zeros(2)}, tmp_path / "not.safetensors")
         load_parts(recognise(folder), dtype=torch.float32, device=CPU, vae=str(tmp_path / "not.safetensors"))
@@ -262,9 +262,9 @@ def test_the_line_that_converts_a_pickled_checkpoint_works(bases: Bases, tmp_pat
     )
     (line,) = re.findall(r'python -c "(.*)"', CONVERT)
     subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
-    found = load_file(tmp_path / "OUT.safetensors")
-    assert set(found) == {*whole, "same again"}
-    assert [key for key, tensor in whole.items() if not torch.equal(found[key], tensor)] == []
+    tensors_read = load_file(tmp_path / "OUT.safetensors")
+    assert set(tensors_read) == {*whole, "same again"}
+    assert [key for key, tensor in whole.items() if not torch.equal(tensors_read[key], tensor)] == []
 
 
 def test_damaged_missing_and_wrong_places_are_named(tmp_path: Path, tiny_base: Path) -> None:
@@ -344,20 +344,20 @@ def test_diffusers_own_reader_of_single_files_finds_the_same_tensors(
     save_file(as_ldm(family, states), file)
     checkpoint = load_file(file)
     where = {"config": str(folder), "local_files_only": True}
-    found: dict[str, dict[str, Tensor]] = {
+    collected: dict[str, dict[str, Tensor]] = {
         "unet": UNet2DConditionModel.from_single_file(str(file), subfolder="unet", **where).state_dict(),
         "vae": AutoencoderKL.from_single_file(str(file), subfolder="vae", **where).state_dict(),
     }
     for name in [name for name in states if name.startswith("text_encoder")]:
         kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
-        found[name] = create_diffusers_clip_model_from_ldm(
+        collected[name] = create_diffusers_clip_model_from_ldm(
             kind,
             checkpoint=dict(checkpoint),
             config=str(folder),
             subfolder=name,
             local_files_only=True,
         ).state_dict()
-    assert differing(found, states) == []
+    assert differing(collected, states) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -367,9 +367,9 @@ def test_loading_allocates_the_finished_weights_and_one_buffer(
     folder, states = bases["sdxl"]
     file = tmp_path / "narrow.safetensors"
     save_file(as_ldm("sdxl", states), file)
-    configs, found = copy_configs(folder, tmp_path / "configs"), recognise(file)
+    configs, recognised = copy_configs(folder, tmp_path / "configs"), recognise(file)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        parts = load_parts(found, dtype=dtype, device=CPU, configs=configs)
+        parts = load_parts(recognised, dtype=dtype, device=CPU, configs=configs)
     modules = (parts.unet, parts.vae, *parts.text_encoders.values())
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     weights = sum(t.numel() * t.element_size() for t in tensors)

@@ -41,7 +41,7 @@ def test_gradients_equal_the_whole_batch_and_repeat_exactly(tiny_base: Path) -> 
     model = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"))
     settings = AdapterConfig(rank=2, alpha=2.0, targets="all")
     layers = attach(model, create_adapter(model, settings, 0), "a")
-    parameters = [parameter for one in layers for parameter in (one.down, one.up)]
+    parameters = [parameter for layer in layers for parameter in (layer.down, layer.up)]
     for parameter in parameters:
         parameter.requires_grad_(True)
     noisy, timesteps, text = inputs(model, 5)
@@ -60,6 +60,6 @@ def test_gradients_equal_the_whole_batch_and_repeat_exactly(tiny_base: Path) -> 
     with SplitPredictor(model) as split:
         first, second = gradients(split), gradients(split)
     assert len(first) == len(parameters)
-    for one, other, again in zip(whole, first, second, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()) + 1e-6)
+    for expected, other, again in zip(whole, first, second, strict=True):
+        torch.testing.assert_close(other, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-6)
         assert torch.equal(other, again)

@@ -41,10 +41,15 @@ def test_files_and_folders_of_each_family_are_told_apart(family: str, bases: Bas
     folder, states = bases[family]
     file = tmp_path / "some-name.safetensors"
     save_file(as_ldm(family, states), file)
-    found = recognise(file)
-    assert (found.family, found.layout, found.title, found.missing) == (family, "file", "some-name", ())
-    assert found.has_ema
-    assert found.formats == {"float32": 1.0}
+    recognised = recognise(file)
+    assert (recognised.family, recognised.layout, recognised.title, recognised.missing) == (
+        family,
+        "file",
+        "some-name",
+        (),
+    )
+    assert recognised.has_ema
+    assert recognised.formats == {"float32": 1.0}
     assert recognise(folder).family == family
     assert recognise(folder).layout == "folder"
 
@@ -93,8 +98,8 @@ def test_a_file_without_text_encoder_is_told_by_its_cross_attention(
     width: int, family: str, tmp_path: Path
 ) -> None:
     key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
-    found = recognise(checkpoint(tmp_path / "m.safetensors", {FIRST: (8, 4, 3, 3), key: (8, width)}))
-    assert (found.family, found.missing) == (family, ("vae", "text_encoder"))
+    recognised = recognise(checkpoint(tmp_path / "m.safetensors", {FIRST: (8, 4, 3, 3), key: (8, width)}))
+    assert (recognised.family, recognised.missing) == (family, ("vae", "text_encoder"))
 
 
 FOLDERS = {
@@ -131,8 +136,8 @@ def test_prediction_type_is_read_from_markers_header_or_the_trained_weights(tmp_
     assert recognise(checkpoint(file, sd1_keys())).prediction_type() == "epsilon"
     assert recognise(checkpoint(file, sd1_keys() | {"v_pred": (1,)})).prediction_type() == "v_prediction"
     stated = {"modelspec.prediction_type": "v", "modelspec.title": "A title"}
-    found = recognise(checkpoint(file, sd1_keys(), stated))
-    assert (found.prediction_type(), found.title) == ("v_prediction", "A title")
+    recognised = recognise(checkpoint(file, sd1_keys(), stated))
+    assert (recognised.prediction_type(), recognised.title) == ("v_prediction", "A title")
     for spread, expected in ((0.2, "v_prediction"), (0.01, "epsilon")):
         tensors = {name: torch.zeros(shape) for name, shape in sd2_keys().items()}
         tensors[PROBE] = torch.linspace(-1, 1, 320) * spread * 3**0.5
@@ -142,20 +147,20 @@ def test_prediction_type_is_read_from_markers_header_or_the_trained_weights(tmp_
 
 def test_marks_of_a_schedule_that_ends_in_noise_are_read(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
-    found = recognise(checkpoint(file, sd1_keys() | {"v_pred": (1,), "ztsnr": (1,)}))
-    assert (found.prediction_type(), found.zero_terminal_snr()) == ("v_prediction", True)
+    recognised = recognise(checkpoint(file, sd1_keys() | {"v_pred": (1,), "ztsnr": (1,)}))
+    assert (recognised.prediction_type(), recognised.zero_terminal_snr()) == ("v_prediction", True)
     assert not recognise(checkpoint(file, sd1_keys())).zero_terminal_snr()
-    assert not found.zero_terminal_snr(False)
+    assert not recognised.zero_terminal_snr(False)
 
 
 def test_a_contradiction_names_both_sides_and_the_user_may_decide(tmp_path: Path) -> None:
     file = checkpoint(
         tmp_path / "m.safetensors", sd1_keys() | {"v_pred": (1,)}, {"modelspec.prediction_type": "epsilon"}
     )
-    found = recognise(file)
+    recognised = recognise(file)
     with pytest.raises(ModelError, match=r"prediction_type says epsilon.*`v_pred` says v_prediction"):
-        found.prediction_type()
-    assert found.prediction_type("epsilon") == "epsilon"
+        recognised.prediction_type()
+    assert recognised.prediction_type("epsilon") == "epsilon"
 
 
 def test_a_header_that_names_another_family_than_the_weights_is_refused(tmp_path: Path) -> None:
@@ -165,15 +170,15 @@ def test_a_header_that_names_another_family_than_the_weights_is_refused(tmp_path
     file = checkpoint(
         tmp_path / "m.safetensors", sd1_keys(), {"modelspec.architecture": "stable-diffusion-xl-v1-base"}
     )
-    found = recognise(file)
-    assert found.family == "sd1"
+    recognised = recognise(file)
+    assert recognised.family == "sd1"
     with pytest.raises(ModelError, match=r"keys says sd1.*architecture says sdxl.*model\.family"):
-        found.check_family()
+        recognised.check_family()
     with pytest.raises(ModelError, match=r"architecture says sdxl"):
         load_model(str(file), dtype=torch.float32, device=torch.device("cpu"))
-    found.check_family("sd1")
+    recognised.check_family("sd1")
     with pytest.raises(ModelError, match=r"model\.family=sdxl, but .* keys says sd1"):
-        found.check_family("sdxl")
+        recognised.check_family("sdxl")
 
 
 @pytest.mark.parametrize(("prediction", "side"), [("epsilon", 512), ("v_prediction", 768)])
@@ -244,7 +249,7 @@ def test_a_file_of_the_true_size_is_recognised_from_a_megabyte(
         stream.truncate(8 + len(text) + position)  # a hole: takes no room on the disk
     monkeypatch.setattr(CountingFile, "num_read", 0)
     monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedReader(CountingFile(self, mode)))
-    found = recognise(file)
-    assert (found.family, found.missing) == (family, ())
-    assert found.num_bytes > {"sd2": 2, "sdxl": 6}[family] * 2**30
+    recognised = recognise(file)
+    assert (recognised.family, recognised.missing) == (family, ())
+    assert recognised.num_bytes > {"sd2": 2, "sdxl": 6}[family] * 2**30
     assert 2**16 < CountingFile.num_read < 2**20

@@ -41,9 +41,9 @@ def test_short_captions_are_encoded_as_diffusers_does(model: UNetModel) -> None:
     pipeline = pipeline_of(model)
     wanted, negative = pipeline.encode_prompt("an icon of a cat", CPU, 1, True, "a dog")
     with torch.no_grad():
-        found = model.encode_text(["an icon of a cat", "a dog"])["states"]
-    assert torch.equal(found[0], wanted[0])
-    assert torch.equal(found[1], negative[0])
+        actual = model.encode_text(["an icon of a cat", "a dog"])["states"]
+    assert torch.equal(actual[0], wanted[0])
+    assert torch.equal(actual[1], negative[0])
 
 
 def test_long_captions_are_chunks_of_75_encoded_by_themselves(model: UNetModel) -> None:
@@ -65,8 +65,8 @@ def test_company_in_a_batch_changes_no_caption(model: UNetModel) -> None:
         states = model.encode_text(captions)["states"]
         alone = [model.encode_text([caption])["states"] for caption in captions]
     assert states.shape[:2] == (4, 6 * 77)
-    for together, one in zip(states, alone, strict=True):
-        repeated = one[0].repeat(6 * 77 // one.shape[1], 1)
+    for together, alone_states in zip(states, alone, strict=True):
+        repeated = alone_states[0].repeat(6 * 77 // alone_states.shape[1], 1)
         torch.testing.assert_close(together, repeated, rtol=0, atol=2e-6)
 
 
@@ -107,10 +107,10 @@ def test_clip_skip_equals_diffusers_own(tiny_base: Path) -> None:
         "an icon of a cat", CPU, 1, True, "a dog", clip_skip=1
     )
     with torch.no_grad():
-        found = model.encode_text(["an icon of a cat", "a dog"])["states"]
-    assert torch.equal(found[:1], wanted)
+        actual = model.encode_text(["an icon of a cat", "a dog"])["states"]
+    assert torch.equal(actual[:1], wanted)
     # diffusers forgets to skip layers for the negative prompt; WebUI does it for both
-    assert not torch.equal(found[1:], negative)
+    assert not torch.equal(actual[1:], negative)
 
 
 def test_encoding_and_decoding_invert_each_other_on_the_mini_base(model: UNetModel) -> None:
@@ -130,12 +130,12 @@ def test_encoding_and_decoding_invert_each_other_on_the_mini_base(model: UNetMod
 
 
 def test_fingerprints_change_with_weights_and_settings(tiny_base: Path) -> None:
-    one, other = loaded(tiny_base), loaded(tiny_base, clip_skip=2)
-    assert one.encoder_fingerprint("images") == other.encoder_fingerprint("images")
-    assert one.encoder_fingerprint("captions") != other.encoder_fingerprint("captions")
+    first, other = loaded(tiny_base), loaded(tiny_base, clip_skip=2)
+    assert first.encoder_fingerprint("images") == other.encoder_fingerprint("images")
+    assert first.encoder_fingerprint("captions") != other.encoder_fingerprint("captions")
     with torch.no_grad():
         next(other.vae.encoder.parameters()).add_(1e-3)
-    assert one.encoder_fingerprint("images") != other.encoder_fingerprint("images")
+    assert first.encoder_fingerprint("images") != other.encoder_fingerprint("images")
 
 
 def test_prediction_type_can_be_overridden(tiny_base: Path) -> None:

@@ -61,12 +61,12 @@ def test_states_and_pooled_text_equal_diffusers(
         states, negative, pooled, negative_pooled = pipeline.encode_prompt(
             "a cat in ink", None, CPU, 1, True, negative_prompt=""
         )
-        found = model.encode_text(["a cat in ink", ""])
-    assert found["states"].shape == (2, 77, 40)
-    torch.testing.assert_close(found["states"][:1], states, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found["states"][1:], negative, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found["pooled"][:1], pooled, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found["pooled"][1:], negative_pooled, rtol=0, atol=1e-6)
+        actual = model.encode_text(["a cat in ink", ""])
+    assert actual["states"].shape == (2, 77, 40)
+    torch.testing.assert_close(actual["states"][:1], states, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual["states"][1:], negative, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual["pooled"][:1], pooled, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual["pooled"][1:], negative_pooled, rtol=0, atol=1e-6)
 
 
 def test_tokenizers_fill_up_with_their_own_tokens(model: UNetModel) -> None:
@@ -108,8 +108,8 @@ def test_the_prediction_equals_diffusers_unet_with_its_pipelines_time_ids(
             encoder_hidden_states=text["states"],
             added_cond_kwargs={"text_embeds": text["pooled"], "time_ids": ids},
         ).sample
-        found = model.predict(noisy, torch.tensor([500]), text, [hint])
-    assert torch.equal(found, wanted)
+        actual = model.predict(noisy, torch.tensor([500]), text, [hint])
+    assert torch.equal(actual, wanted)
 
 
 def test_a_batch_tells_the_unet_what_diffusers_pipeline_would_of_the_same_crop(

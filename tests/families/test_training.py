@@ -89,7 +89,7 @@ def make(base: str, image_folder: Callable[..., Path], tmp_path: Path) -> Callab
 def test_recognise_train_resume_export_and_draw(
     family: str, make: Callable[..., Config], base: str, tmp_path: Path
 ) -> None:
-    assert inspect_base(base).found.family == family
+    assert inspect_base(base).recognised.family == family
     whole = train(make("whole"))
     control = Control()
 
@@ -99,14 +99,14 @@ def test_recognise_train_resume_export_and_draw(
 
     assert train(make("parts"), listeners=[stop], control=control).stopped
     resumed = train(make("parts"), resume=True)
-    one, other = (
+    first, other = (
         load_file(list_checkpoints(result.folder / "checkpoints")[-1].optimizer_file)
         for result in (whole, resumed)
     )
-    components = [name for name in ("unet", "text_encoder", "text_encoder_2") if f"{name}.master" in one]
+    components = [name for name in ("unet", "text_encoder", "text_encoder_2") if f"{name}.master" in first]
     assert components == list(family_info(family).file_prefixes)
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert first.keys() == other.keys()
+    assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
     assert whole.adapter_file is not None
     trained = read_adapter(whole.adapter_file)
@@ -148,13 +148,13 @@ def test_each_text_encoder_has_its_own_rank_alpha_and_rate(
 ) -> None:
     second = ("adapter.text_encoder_2_rank=1", "adapter.text_encoder_2_alpha=2")
     rate = "optimizer.text_encoder_2_learning_rate=0.003"
-    own = ("adapter.text_encoder_rank=3", "adapter.text_encoder_alpha=1.5")
+    first = ("adapter.text_encoder_rank=3", "adapter.text_encoder_alpha=1.5")
     if family != "sdxl":
         with pytest.raises(ConfigError, match="has no such text encoder"):
-            train(make("refused", *own, *second, rate))
+            train(make("refused", *first, *second, rate))
         return
     seen: list[Event] = []
-    result = train(make("run", "training.steps=1", *own, *second, rate), listeners=[seen.append])
+    result = train(make("run", "training.steps=1", *first, *second, rate), listeners=[seen.append])
     assert result.adapter_file is not None
     weights = read_adapter(result.adapter_file).weights
     for component, expected in {

@@ -63,11 +63,11 @@ def test_loading_takes_its_weights_and_at_most_one_gib_more(
         precision,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(family, precision, found)
-    assert found["family"] == family
-    assert found["weights_bytes"] > 2**30
-    assert found["extra_bytes"] < 2**30
+    answer = json.loads(done.stdout.splitlines()[-1])
+    print(family, precision, answer)
+    assert answer["family"] == family
+    assert answer["weights_bytes"] > 2**30
+    assert answer["extra_bytes"] < 2**30
 
 
 @pytest.mark.slow

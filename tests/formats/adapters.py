@@ -135,12 +135,12 @@ def file_of(weights: AdapterWeights) -> AdapterFile:
     return AdapterFile(weights, AdapterInfo(name="test style", trigger_words=("inkstyle", "ink, thick")))
 
 
-def assert_same(found: AdapterWeights, wanted: AdapterWeights, *, exactly: bool = True) -> None:
+def assert_same(actual: AdapterWeights, wanted: AdapterWeights, *, exactly: bool = True) -> None:
     """Assert that every factor and alpha is the same, whole tensors."""
     assert len(wanted) > 0
-    assert sorted(found.pairs) == sorted(wanted.pairs)
+    assert sorted(actual.pairs) == sorted(wanted.pairs)
     for key, pair in wanted.items():
-        other = found.pairs[key]
+        other = actual.pairs[key]
         assert other.alpha == pair.alpha, key
         assert other.down.shape == pair.down.shape and other.up.shape == pair.up.shape, key
         if exactly:

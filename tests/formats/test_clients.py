@@ -89,18 +89,18 @@ def models_in(pipeline: diffusers.DiffusionPipeline) -> dict[str, nn.Module]:
 
 def deltas_in(model: nn.Module, component: str) -> dict[ModuleKey, torch.Tensor]:
     """Return what PEFT's layers in a loaded model add to their weights."""
-    found = {}
+    collected = {}
     for path, layer in model.named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             (name,) = layer.lora_A
             path = path.removeprefix("base_model.model.")
-            found[canonical(component, path)] = layer.get_delta_weight(name).detach().float()
-    return found
+            collected[canonical(component, path)] = layer.get_delta_weight(name).detach().float()
+    return collected
 
 
-def assert_deltas(found: dict[ModuleKey, torch.Tensor], weights: AdapterWeights) -> None:
-    assert sorted(found) == sorted(weights.pairs) and len(found) > 0
-    for key, delta in found.items():
+def assert_deltas(actual: dict[ModuleKey, torch.Tensor], weights: AdapterWeights) -> None:
+    assert sorted(actual) == sorted(weights.pairs) and len(actual) > 0
+    for key, delta in actual.items():
         wanted = weights.pairs[key].delta()
         assert delta.shape == wanted.shape, key
         assert torch.allclose(delta, wanted, rtol=1e-5, atol=1e-7), key
@@ -150,8 +150,10 @@ def test_peft_loads_each_components_folder(component: str, tmp_path: Path) -> No
         loaded = peft.PeftModel.from_pretrained(
             copy.deepcopy(models[component]), str(tmp_path / "style" / component)
         )
-    own = AdapterWeights({key: pair for key, pair in weights.items() if key.component == component})
-    assert_deltas(deltas_in(loaded, component), own)
+    component_weights = AdapterWeights(
+        {key: pair for key, pair in weights.items() if key.component == component}
+    )
+    assert_deltas(deltas_in(loaded, component), component_weights)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -167,10 +169,10 @@ def test_what_peft_saves_is_read_with_its_own_scale(rslora: bool, tmp_path: Path
     )
     trained = peft.get_peft_model(model, config)
     trained.save_pretrained(str(tmp_path))
-    found = read_adapter(tmp_path).weights
-    assert {key.component for key in found.pairs} == {"unet"}
-    assert_deltas(deltas_in(trained, "unet"), found)
-    assert_deltas({k: p.delta() for k, p in found.items()}, found)
+    weights_read = read_adapter(tmp_path).weights
+    assert {key.component for key in weights_read.pairs} == {"unet"}
+    assert_deltas(deltas_in(trained, "unet"), weights_read)
+    assert_deltas({k: p.delta() for k, p in weights_read.items()}, weights_read)
 
 
 def test_a_text_encoder_folder_is_normalised_whatever_transformers_wrote_it(tmp_path: Path) -> None:
@@ -185,9 +187,9 @@ def test_a_text_encoder_folder_is_normalised_whatever_transformers_wrote_it(tmp_
         (folder / "adapter_config.json").write_text(
             '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"encoder.layers.0.mlp.fc1": 8}}'
         )
-        found = read_adapter(folder).weights.pairs
-        assert list(found) == [ModuleKey("text_encoder", "text_model.encoder.layers.0.mlp.fc1")]
-        assert next(iter(found.values())).alpha == 8
+        pairs_read = read_adapter(folder).weights.pairs
+        assert list(pairs_read) == [ModuleKey("text_encoder", "text_model.encoder.layers.0.mlp.fc1")]
+        assert next(iter(pairs_read.values())).alpha == 8
 
 
 def old_spelling(key: str, style: str) -> str:
@@ -240,10 +242,10 @@ def test_files_that_diffusers_writes_with_its_settings_are_read(tmp_path: Path) 
         unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
         text_encoder_lora_adapter_metadata=pipeline.text_encoder.peft_config["default"].to_dict(),
     )
-    found = read_adapter(tmp_path / "pytorch_lora_weights.safetensors").weights
+    weights_read = read_adapter(tmp_path / "pytorch_lora_weights.safetensors").weights
     loaded = deltas_in(pipeline.unet, "unet") | deltas_in(pipeline.text_encoder, "text_encoder")
-    assert_deltas(loaded, found)
-    assert sorted({pair.scale for pair in found.pairs.values()}) == [0.5, 1.0, 3.0]
+    assert_deltas(loaded, weights_read)
+    assert sorted({pair.scale for pair in weights_read.pairs.values()}) == [0.5, 1.0, 3.0]
 
 
 def test_kohya_keys_with_peft_suffixes_no_alpha_and_original_sd1_names_are_read(tmp_path: Path) -> None:
@@ -258,10 +260,10 @@ def test_kohya_keys_with_peft_suffixes_no_alpha_and_original_sd1_names_are_read(
         },
         tmp_path / "a.safetensors",
     )
-    found = read_adapter(tmp_path / "a.safetensors").weights.pairs
-    first = found[ModuleKey("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")]
+    pairs_read = read_adapter(tmp_path / "a.safetensors").weights.pairs
+    first = pairs_read[ModuleKey("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")]
     assert torch.equal(first.down, down) and torch.equal(first.up, up) and first.alpha == 2.0
-    assert found[ModuleKey("unet", "up_blocks.0.upsamplers.0.conv")].scale == 0.25
+    assert pairs_read[ModuleKey("unet", "up_blocks.0.upsamplers.0.conv")].scale == 0.25
 
 
 @pytest.mark.parametrize("family", [SD1, SDXL], ids=lambda family: family.name)
@@ -298,8 +300,8 @@ def test_limits_of_clients_are_named(tmp_path: Path) -> None:
         target = tmp_path / f"{name}-{format}{'' if FORMATS[format].is_folder else '.safetensors'}"
         write_adapter(file_of(adapters[name]), format, target, torch.float32, SD1)
         _, support = prove(adapters[name], target, format, torch.float32, SD1)
-        assert {one.client for one in support if not one.full} == failing, (format, name)
-        assert all(one.reasons for one in support if not one.full)
+        assert {client.client for client in support if not client.full} == failing, (format, name)
+        assert all(client.reasons for client in support if not client.full)
 
 
 def test_webui_needs_whole_attention_blocks_in_open_clip() -> None:
@@ -307,7 +309,9 @@ def test_webui_needs_whole_attention_blocks_in_open_clip() -> None:
     weights = AdapterWeights(
         {ModuleKey("text_encoder_2", "text_model.encoder.layers.0.self_attn.q_proj"): pair}
     )
-    support = {one.client: one for one in client_support("webui", "sdxl", weights, ["lora_te2_x.alpha"])}
+    support = {
+        client.client: client for client in client_support("webui", "sdxl", weights, ["lora_te2_x.alpha"])
+    }
     assert not support["WebUI"].full and "q, k, v and out" in support["WebUI"].reasons[0]
 
 
@@ -408,8 +412,8 @@ def test_what_is_said_of_diffusers_is_what_diffusers_does(case: str, full: bool,
         works = True
     except (AssertionError, ValueError, KeyError, RuntimeError, TypeError):
         works = False
-    said = next(one for one in inspect_adapter(path).clients if one.client == "diffusers")
-    assert (works, said.full) == (full, full), said.reasons
+    support = next(client for client in inspect_adapter(path).clients if client.client == "diffusers")
+    assert (works, support.full) == (full, full), support.reasons
 
 
 def pairs_for(*modules: tuple[str, str], alpha: float = 2.0, rank: int = 2) -> AdapterWeights:
@@ -424,8 +428,8 @@ TO_K = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
 
 def test_open_clips_fused_attention_in_stable_diffusion_cpp() -> None:
     def reasons(family: str, weights: AdapterWeights) -> tuple[str, ...]:
-        found = client_support("webui", family, weights, ["lora_te_x.lora_down.weight"])
-        return next(one.reasons for one in found if one.client == "stable-diffusion.cpp")
+        supports = client_support("webui", family, weights, ["lora_te_x.lora_down.weight"])
+        return next(support.reasons for support in supports if support.client == "stable-diffusion.cpp")
 
     assert reasons("sd1", pairs_for(*WHOLE)) == ()
     assert "leaves out q, k and v" in reasons("sd2", pairs_for(*WHOLE))[0]
@@ -462,14 +466,14 @@ def test_what_else_clients_leave_out(
     entries: dict[str, str],
     expected: set[str],
 ) -> None:
-    found = client_support(format, family, pairs_for(*modules), keys, entries)
-    assert {one.client for one in found if not one.full} == expected
+    supports = client_support(format, family, pairs_for(*modules), keys, entries)
+    assert {support.client for support in supports if not support.full} == expected
 
 
 def test_alphas_in_the_header_and_flat_text_encoders_are_lost_on_clients_that_read_keys_alone() -> None:
     keys = ["unet.x.lora_A.weight", "text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight"]
     weights = pairs_for(("unet", "mid_block.attentions.0.proj_in"), alpha=1.0)
-    told = {one.client: one.reasons for one in client_support("diffusers", "sd1", weights, keys)}
+    told = {support.client: support.reasons for support in client_support("diffusers", "sd1", weights, keys)}
     assert any("header only" in reason for reason in told["stable-diffusion.cpp"])
     assert any("header only" in reason for reason in told["ComfyUI"])
     assert any("lack `text_model.`" in reason for reason in told["ComfyUI"])
@@ -477,9 +481,9 @@ def test_alphas_in_the_header_and_flat_text_encoders_are_lost_on_clients_that_re
 
 def test_a_header_by_which_webui_hides_the_file_is_told() -> None:
     def hint(family: str, entries: dict[str, str]) -> str:
-        found = client_support("webui", family, pairs_for(TO_K), ["lora_unet_x.lora_down.weight"], entries)
-        assert all(not one.hint for one in found if one.client != "WebUI")
-        return next(one.hint for one in found if one.client == "WebUI")
+        supports = client_support("webui", family, pairs_for(TO_K), ["lora_unet_x.lora_down.weight"], entries)
+        assert all(not support.hint for support in supports if support.client != "WebUI")
+        return next(support.hint for support in supports if support.client == "WebUI")
 
     assert hint("sdxl", {"ss_base_model_version": "sdxl_base_v1-0"}) == ""
     assert "takes it for SD1" in hint("sdxl", {"modelspec.title": "x"})

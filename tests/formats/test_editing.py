@@ -133,9 +133,9 @@ REFUSED = {
     "lora_adapter_metadata={}": "follows from the tensors",
     "format=pt": "how the tensors are stored",
     "sdlora.config={}": "settings of the training",
-    "__metadata__=1": "is no name for an entry",
-    "with space=1": "is no name for an entry",
-    "=1": "is no name for an entry",
+    "__metadata__=1": "is not a name for an entry",
+    "with space=1": "is not a name for an entry",
+    "=1": "is not a name for an entry",
     "plain": "give KEY=VALUE",
     "x=\x1b[2J": "control characters",
     "x=\udc80": "control characters",
@@ -185,13 +185,13 @@ def test_entries_that_tell_the_family_are_set_together_where_the_layers_do_not(t
     path = tmp_path / "narrow.safetensors"
     weights = AdapterWeights({CROSS: LowRankPair(torch.ones(1, 12), torch.ones(4, 1), 1.0)})
     write_adapter(AdapterFile(weights), "webui", path, torch.float32, SD1)
-    for one in (
+    for entry in (
         "ss_v2=True",
         "ss_base_model_version=sd_v2",
         "modelspec.architecture=stable-diffusion-v2-512/lora",
     ):
         with pytest.raises(ConfigError, match=r"contradict itself.*set them together"):
-            edit_adapter(path, [one], [])
+            edit_adapter(path, [entry], [])
     edit_adapter(
         path,
         ["ss_v2=True", "ss_base_model_version=sd_v2", "modelspec.architecture=stable-diffusion-v2-512/lora"],

@@ -162,11 +162,11 @@ def test_spellings_may_be_mixed_key_by_key(
     )
     tensors: dict[str, torch.Tensor] = {}
     for module, pair in weights.items():
-        one = AdapterWeights({module: pair})
+        module_weights = AdapterWeights({module: pair})
         _, name_of = NAMES[data.draw(st.sampled_from(sorted(NAMES)))]
         parts = DOWN_UP[data.draw(st.sampled_from(sorted(DOWN_UP)))]
         name = name_of(family, module)
-        tensors |= spelled(one, lambda module, name=name: name, parts)  # type: ignore[misc]
+        tensors |= spelled(module_weights, lambda module, name=name: name, parts)  # type: ignore[misc]
     path = tmp_path_factory.mktemp("mixed") / "a.safetensors"
     save_file(tensors, path)
     assert_same(read_adapter(path).weights, weights)
@@ -181,7 +181,7 @@ def test_sdxl_files_may_mix_both_block_namings(tmp_path: Path) -> None:
     assert_same(read_adapter(path).weights, weights)
     outline = read_outline(path)
     assert outline.info.family == "sdxl"
-    support = {one.client: one for one in client_support("webui", "sdxl", outline.weights, tensors)}
+    support = {client.client: client for client in client_support("webui", "sdxl", outline.weights, tensors)}
     assert not support["diffusers"].full and "both namings are mixed" in str(support["diffusers"].reasons)
 
 
@@ -249,11 +249,11 @@ def test_who_reads_which_spelling() -> None:
     }
     for (format, key), readers in cases.items():
         support = client_support(format, "sd1", weights, [key])
-        assert {one.client for one in support if one.full} == readers, format
-        assert all(one.reasons for one in support if not one.full)
+        assert {client.client for client in support if client.full} == readers, format
+        assert all(client.reasons for client in support if not client.full)
     keys = [key for _, key in cases]
     mixed = client_support("webui", "sd1", weights, keys)
-    assert {one.client for one in mixed if one.full} == {"ComfyUI", "Forge"}
+    assert {client.client for client in mixed if client.full} == {"ComfyUI", "Forge"}
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -263,8 +263,8 @@ def test_reading_by_module_and_reading_the_outline_agree_with_reading_all(
     weights = adapter_for(SD1)
     target = tmp_path / ("a" if FORMATS[format].is_folder else "a.safetensors")
     write_adapter(file_of(weights), format, target, torch.float32, SD1)
-    found = dict(read_modules(target))
-    assert_same(AdapterWeights(found), weights)
+    modules_read = dict(read_modules(target))
+    assert_same(AdapterWeights(modules_read), weights)
     outline = read_outline(target)
     assert outline.info == read_adapter(target).info
     assert sorted(outline.weights.pairs) == sorted(weights.pairs)
@@ -284,8 +284,8 @@ def test_alphas_that_would_be_rounded_go_where_diffusers_keeps_them(tmp_path: Pa
     assert {key.split(".", 1)[0] for key in settings} == {"unet", "text_encoder", "text_encoder_2"}
     assert_same(read_adapter(target).weights, weights)
     support = {
-        one.client: one
-        for one in client_support(
+        client.client: client
+        for client in client_support(
             "diffusers", "sdxl", read_outline(target).weights, read_header(target).tensors
         )
     }
@@ -356,7 +356,7 @@ def test_alpha_patterns_mean_what_they_mean_to_peft() -> None:
     ]
     alphas = Alphas("here", {"lora_alpha": 1, "alpha_pattern": patterns})
     for path in paths:
-        key = next((one for one in patterns if re.match(rf"(.*\.)?({one})$", path)), None)
+        key = next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", path)), None)
         wanted = 1 if key is None else patterns[key]
         assert alphas.of("here", ModuleKey("unet", path), 4) == wanted, path
 
@@ -382,10 +382,12 @@ def test_the_work_of_reading_patterns_grows_with_their_number_not_its_square(tmp
 
         sys.setprofile(counting)
         try:
-            found = read_adapter(path).weights
+            weights_read = read_adapter(path).weights
         finally:
             sys.setprofile(None)
-        assert {key: one.alpha for key, one in found.items()} == {k: one.alpha for k, one in weights.items()}
+        assert {key: update.alpha for key, update in weights_read.items()} == {
+            k: update.alpha for k, update in weights.items()
+        }
         return number
 
     assert calls(800) < 5 * calls(200), "trying each pattern for each module takes 16 times the calls"

@@ -51,8 +51,10 @@ def mixture(family: FamilyInfo, dtype: torch.dtype = torch.float32, kinds: str =
         for path, layer in model.named_modules():
             if path.endswith(chosen) and isinstance(layer, nn.Linear | nn.Conv2d):
                 weight = layer.weight.detach()
-                made = {n: u for n, u in every_kind(tuple(weight.shape), weight).items() if kinds in n}
-                updates[canonical(component, path)] = list(made.values())[seen % len(made)].to(dtype)
+                kinds_made = {n: u for n, u in every_kind(tuple(weight.shape), weight).items() if kinds in n}
+                updates[canonical(component, path)] = list(kinds_made.values())[seen % len(kinds_made)].to(
+                    dtype
+                )
                 seen += 1
     return AdapterWeights(updates)
 
@@ -62,10 +64,10 @@ def file_of(weights: AdapterWeights, family: FamilyInfo) -> AdapterFile:
     return AdapterFile(weights, AdapterInfo(name="mixture", metadata=entries))
 
 
-def assert_same(found: AdapterWeights, wanted: AdapterWeights) -> None:
-    assert sorted(found.updates) == sorted(wanted.updates) and len(found) > 0
+def assert_same(actual: AdapterWeights, wanted: AdapterWeights) -> None:
+    assert sorted(actual.updates) == sorted(wanted.updates) and len(actual) > 0
     for key, update in wanted.all_items():
-        other = found.updates[key]
+        other = actual.updates[key]
         assert (other.kind, other.alpha, other.shape) == (update.kind, update.alpha, update.shape), key
         mine, theirs = update.tensors(), other.tensors()
         assert mine.keys() == theirs.keys(), key
@@ -144,7 +146,7 @@ def test_wrapper_keys_are_read(family: FamilyInfo, tmp_path: Path) -> None:
     write_adapter(file_of(unet, family), "webui", target, torch.float32, family)
     respelled = lycoris_keys(target, tmp_path / "wrapper.safetensors")
     assert_same(read_adapter(respelled).weights, unet)
-    support = {one.client: one.full for one in inspect_adapter(respelled).clients}
+    support = {client.client: client.full for client in inspect_adapter(respelled).clients}
     assert not support["kohya sd-scripts"] and not support["diffusers"]
 
 
@@ -155,8 +157,8 @@ def test_missing_alphas_mean_the_rank_and_scale_takes_their_place(tmp_path: Path
     for more, scale in (({}, 1.0), ({"scale": 0.25}, 0.25), ({"alpha": 1.5}, 0.5)):
         extra = {f"{key}.{name}": torch.tensor(value) for name, value in more.items()}
         save_file(tensors | extra, tmp_path / "a.safetensors")
-        (found,) = read_adapter(tmp_path / "a.safetensors").weights.updates.values()
-        assert (found.kind, found.scale) == ("loha", scale)
+        (actual,) = read_adapter(tmp_path / "a.safetensors").weights.updates.values()
+        assert (actual.kind, actual.scale) == ("loha", scale)
 
 
 def test_dora_goes_to_diffusers_and_back(tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_dora_goes_to_diffusers_and_back(tmp_path: Path) -> None:
     assert_same(read_adapter(target).weights, weights)
     proof, clients = prove(weights, target, "diffusers", torch.float32, SD1)
     assert proof.read_by == ("sdlora", "diffusers")
-    assert {one.client for one in clients if one.full} == {"diffusers"}
+    assert {support.client for support in clients if support.full} == {"diffusers"}
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         pipeline.load_lora_weights(str(target))
@@ -185,8 +187,8 @@ def test_dora_goes_to_diffusers_and_back(tmp_path: Path) -> None:
         model, path = layers[key]
         layer = model.get_submodule(path)
         layer.merge()
-        found, wanted = layer.get_base_layer().weight.detach(), update.delta(originals[key]) + originals[key]
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=str(key))
+        actual, wanted = layer.get_base_layer().weight.detach(), update.delta(originals[key]) + originals[key]
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5, msg=str(key))
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
@@ -232,7 +234,7 @@ def test_what_is_trained_as_loha_or_lokr_goes_to_peft_and_back(kind: str, tmp_pa
             moved = {name: 0.1 + tensor for name, tensor in start.tensors().items()}
             updates[ModuleKey("unet", path)] = with_tensors(start, moved)
     weights = AdapterWeights(updates)
-    assert len(weights) > 100 and len({len(one.tensors()) for one in updates.values()}) == (
+    assert len(weights) > 100 and len({len(update.tensors()) for update in updates.values()}) == (
         2 if kind == "lokr" else 1
     )
     write_adapter(file_of(weights, SD2), "peft", tmp_path / "out", torch.float32, SD2)
@@ -308,7 +310,9 @@ def readers(updates: dict[ModuleKey, Update], tmp_path: Path) -> dict[str, tuple
     write_adapter(file_of(AdapterWeights(updates), SD1), "webui", target, torch.float32, SD1)
     outline = read_outline(target)
     keys = list(read_headers(target)[0].tensors)
-    return {one.client: one.reasons for one in client_support("webui", "sd1", outline.weights, keys)}
+    return {
+        support.client: support.reasons for support in client_support("webui", "sd1", outline.weights, keys)
+    }
 
 
 def test_each_client_is_told_which_kinds_it_computes(tmp_path: Path) -> None:
@@ -325,8 +329,8 @@ def test_each_client_is_told_which_kinds_it_computes(tmp_path: Path) -> None:
         "dora by row": ({KEY: dora(pair((8, 12)), WEIGHT)}, set()),
     }
     for name, (updates, full) in kinds.items():
-        found = readers(updates, tmp_path)
-        assert {client for client, reasons in found.items() if not reasons} == full, name
+        reasons_by_client = readers(updates, tmp_path)
+        assert {client for client, reasons in reasons_by_client.items() if not reasons} == full, name
     reasons = readers({KEY: dora(pair((8, 12)), WEIGHT)}, tmp_path)
     assert "wrongly" in reasons["WebUI"][0] and "differently" in reasons["ComfyUI"][0]
     assert "plain LoRA" in reasons["kohya sd-scripts"][0] and "export as diffusers" in reasons["diffusers"][0]
@@ -364,7 +368,7 @@ def test_inspect_and_export_name_the_kinds_and_who_computes_them(tmp_path: Path)
     assert sum(block.norm**2 for block in summary.blocks) == pytest.approx(squares, rel=1e-5)
     assert json.loads(json.dumps(summary.to_dict()))["kinds"] == weights.kinds()
     report = export_adapter(source, "webui", tmp_path / "out", dtype="fp16")
-    refusing = {one.client: one.reasons for one in report.clients}
+    refusing = {support.client: support.reasons for support in report.clients}
     assert any("LoHa" in reason for reason in refusing["kohya sd-scripts"])
     with pytest.raises(AdapterFileError, match="no place"):
         export_adapter(source, "diffusers", tmp_path / "other")

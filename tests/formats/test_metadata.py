@@ -268,7 +268,7 @@ def test_the_thumbnail_is_a_small_jpeg(preview: Path) -> None:
 
 def test_a_preview_that_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"not an image")
-    with pytest.raises(OutputError, match=r"x\.png: is no usable preview image"):
+    with pytest.raises(OutputError, match=r"x\.png: is not a usable preview image"):
         thumbnail(tmp_path / "x.png")
 
 

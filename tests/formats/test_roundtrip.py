@@ -67,12 +67,12 @@ def test_mixed_ranks_alphas_and_convolutions_come_back_bit_for_bit(
     target = target_in(tmp_path, format)
     files = write_adapter(file_of(weights), format, target, dtype, family)
     assert all(file.is_file() for file in files)
-    found = read_adapter(target)
-    assert_same(found.weights, weights)
+    adapter_read = read_adapter(target)
+    assert_same(adapter_read.weights, weights)
     assert sniff(target) == format
-    assert found.info.family == family.name
-    assert found.info.name == "test style"
-    assert found.info.trigger_words == ("inkstyle", "ink, thick")
+    assert adapter_read.info.family == family.name
+    assert adapter_read.info.name == "test style"
+    assert adapter_read.info.trigger_words == ("inkstyle", "ink, thick")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -80,17 +80,17 @@ def test_an_alpha_that_is_no_power_of_two_of_the_rank_comes_back(format: str, tm
     weights = random_adapter(models_of(SD1), LINEAR, ranks=(3,), scales=(12.7 / 3,))
     target = target_in(tmp_path, format)
     write_adapter(file_of(weights), format, target, torch.float32, SD1)
-    found = read_adapter(target).weights
-    assert_same(found, weights)
+    weights_read = read_adapter(target).weights
+    assert_same(weights_read, weights)
 
 
 def test_scaling_down_in_fp16_stays_within_rounding(tmp_path: Path) -> None:
     weights = random_adapter(models_of(SD1), LINEAR, ranks=(16,), scales=(1 / 16,))
     target = tmp_path / "a.safetensors"
     write_adapter(file_of(weights), "diffusers", target, torch.float16, SD1)
-    found = read_adapter(target).weights
-    assert {pair.alpha for pair in found.pairs.values()} == {1.0}
-    largest, relative = compare(weights, found, torch.float16, "here")
+    weights_read = read_adapter(target).weights
+    assert {pair.alpha for pair in weights_read.pairs.values()} == {1.0}
+    largest, relative = compare(weights, weights_read, torch.float16, "here")
     assert largest > 0 and 0 < relative < 2e-3
 
 
@@ -155,13 +155,14 @@ def test_ranks_by_block_load_right_in_every_client_where_values_are_rounded_anyw
     target = tmp_path / "a.safetensors"
     write_adapter(file_of(weights), "webui", target, torch.float16, SD1)
     proof, clients = prove(weights, target, "webui", torch.float16, SD1)
-    assert proof.read_by == ("sdlora", "diffusers") and all(one.full for one in clients)
-    found = read_adapter(target).weights
-    assert {one.alpha for one in found.pairs.values()} == {2.0, 12.0, 16.0}
-    assert own_dtype(found) == torch.float16
+    assert proof.read_by == ("sdlora", "diffusers") and all(support.full for support in clients)
+    weights_read = read_adapter(target).weights
+    assert {support.alpha for support in weights_read.pairs.values()} == {2.0, 12.0, 16.0}
+    assert own_dtype(weights_read) == torch.float16
     write_adapter(read_adapter(target), "webui", tmp_path / "again.safetensors", torch.float16, SD1)
     assert (
-        compare(found, read_adapter(tmp_path / "again.safetensors").weights, torch.float16, "again")[1] < 1e-6
+        compare(weights_read, read_adapter(tmp_path / "again.safetensors").weights, torch.float16, "again")[1]
+        < 1e-6
     )
 
 
@@ -244,8 +245,8 @@ def test_any_shape_comes_back(
     weights = AdapterWeights({ModuleKey("unet", "mid_block.resnets.0.conv1"): pair.to(dtype)})
     target = target_in(tmp_path_factory.mktemp("any"), format)
     write_adapter(file_of(weights), format, target, dtype, SD1)
-    found = read_adapter(target).weights
-    assert_same(found, weights)
+    weights_read = read_adapter(target).weights
+    assert_same(weights_read, weights)
 
 
 def layers_of(family: FamilyInfo) -> list[tuple[ModuleKey, nn.Module]]:

@@ -109,7 +109,7 @@ def test_an_image_does_not_depend_on_its_batch(generator: ImageGenerator, sample
         request("doughnut", 3, sampler=sampler, negative_prompt=LONG),
     ]
     together = denoise(generator.model, requests)
-    alone = torch.cat([denoise(generator.model, [one]) for one in requests])
+    alone = torch.cat([denoise(generator.model, [single]) for single in requests])
     assert together.shape == (3, 4, 8, 8)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
@@ -129,8 +129,8 @@ def test_mixed_requests_come_back_in_order(generator: ImageGenerator) -> None:
     assert images[2].size == (32, 64)
     for index in (1, 2, 3, 4, 22):
         assert same(images[index], render(generator.model, [requests[index]])[0], within=1)
-    total = sum(one.steps for one in requests)
-    assert told[-1] == (total, total) and {one for _, one in told} == {total}
+    total = sum(asked.steps for asked in requests)
+    assert told[-1] == (total, total) and {total_told for _, total_told in told} == {total}
     assert [done for done, _ in told] == sorted({done for done, _ in told})
 
 
@@ -231,7 +231,9 @@ def test_two_adapters_act_together_and_by_component(generator: ImageGenerator) -
         {"a": {"unet": 0.7, "text_encoder": 0.7}},
         {"b": {"unet": 0.7}},
     ]
-    images = [one.image for one in generator.generate([request(strengths=case) for case in cases])]
+    images = [
+        generated.image for generated in generator.generate([request(strengths=case) for case in cases])
+    ]
     assert same(images[0], images[4]) and same(images[1], images[5])
     different = [images[0], images[1], images[2], images[3]]
     assert not any(same(x, y, 1) for i, x in enumerate(different) for y in different[:i])
@@ -333,11 +335,18 @@ def test_images_are_numbered_on_and_carry_their_settings(
     with adapter_file.open("rb") as stream:
         stream.seek(int.from_bytes(stream.read(8), "little") + 8)
         digest = hashlib.sha256(stream.read()).hexdigest()
-    found = read_parameters(files[3])
-    assert found["Prompt"] == "doughnut <lora:my.style-v1:0.8>" and found["Negative prompt"] == "dog"
-    assert found["Lora hashes"] == f"my.style-v1: {digest[:12]}"
-    assert (found["Seed"], found["Size"], found["CFG scale"], found["Steps"]) == ("8", "40x32", "3", "2")
-    assert (found["Sampler"], found["Schedule type"]) == ("DPM++ 2M", "Karras")
+    parameters = read_parameters(files[3])
+    assert (
+        parameters["Prompt"] == "doughnut <lora:my.style-v1:0.8>" and parameters["Negative prompt"] == "dog"
+    )
+    assert parameters["Lora hashes"] == f"my.style-v1: {digest[:12]}"
+    assert (parameters["Seed"], parameters["Size"], parameters["CFG scale"], parameters["Steps"]) == (
+        "8",
+        "40x32",
+        "3",
+        "2",
+    )
+    assert (parameters["Sampler"], parameters["Schedule type"]) == ("DPM++ 2M", "Karras")
     before = {file: file.read_bytes() for file in files}
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     more = run()
@@ -365,9 +374,9 @@ def test_a_sweep_renders_each_strength_from_one_seed(
     with Image.open(result.grid) as sheet:
         assert sheet.width > 3 * 96 and sheet.height > 2 * 96
     plain = generate(str(tiny_base), [], ["cat", "dog"], tmp_path / "plain", **options)
-    for base, zero, one in zip(plain.files, result.files[0::3], result.files[2::3], strict=True):
+    for base, zero, full in zip(plain.files, result.files[0::3], result.files[2::3], strict=True):
         assert same(Image.open(base), Image.open(zero))
-        assert not same(Image.open(base), Image.open(one), within=3)
+        assert not same(Image.open(base), Image.open(full), within=3)
 
 
 def test_several_adapters_and_separate_strengths_are_swept_by_a_factor(
@@ -386,9 +395,9 @@ def test_several_adapters_and_separate_strengths_are_swept_by_a_factor(
 
 def test_what_is_left_open_follows_the_base(tiny_base: Path, tmp_path: Path) -> None:
     result = generate(str(tiny_base), [], ["cat"], tmp_path / "out", device="cpu")
-    found, defaults = read_parameters(result.files[0]), SampleConfig()
-    assert (found["Size"], found["CFG scale"]) == ("32x32", "7")
-    assert (found["Steps"], found["Seed"]) == (str(defaults.steps), str(defaults.seed))
+    parameters, defaults = read_parameters(result.files[0]), SampleConfig()
+    assert (parameters["Size"], parameters["CFG scale"]) == ("32x32", "7")
+    assert (parameters["Steps"], parameters["Seed"]) == (str(defaults.steps), str(defaults.seed))
 
 
 @pytest.mark.parametrize(

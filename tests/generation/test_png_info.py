@@ -85,8 +85,8 @@ def test_an_image_gives_its_settings_back(tmp_path: Path, prompt: str, negative:
     odd = BaseModelInfo(source="x", title='my "best", v1: final', weights=Path(__file__))
     file = tmp_path / "new" / "one.png"
     save_png(image, file, parameters_text(request, odd))
-    found = read_parameters(file)
-    assert found == {
+    parameters = read_parameters(file)
+    assert parameters == {
         "Prompt": prompt,
         "Negative prompt": negative,
         "Steps": "9",
@@ -113,15 +113,15 @@ def test_the_chunk_is_the_one_webui_writes(tmp_path: Path, prompt: str, chunk: b
 
 
 def test_a_text_that_webui_wrote_is_read() -> None:
-    found = parse_parameters(
+    parameters = parse_parameters(
         "masterpiece, (cat:1.2) <lora:ink:0.7>\nNegative prompt: EasyNegative,\nbad hands\n"
         "Steps: 28, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 42, Size: 512x768, "
         'Model hash: 6ce0161689, Lora hashes: "ink: 0123abcd4567", TI hashes: "a: 1, b: 2", Version: v1.10.1'
     )
-    assert found["Prompt"] == "masterpiece, (cat:1.2) <lora:ink:0.7>"
-    assert found["Negative prompt"] == "EasyNegative,\nbad hands"
-    assert found["Lora hashes"] == "ink: 0123abcd4567" and found["TI hashes"] == "a: 1, b: 2"
-    assert found["Size"] == "512x768" and found["Version"] == "v1.10.1"
+    assert parameters["Prompt"] == "masterpiece, (cat:1.2) <lora:ink:0.7>"
+    assert parameters["Negative prompt"] == "EasyNegative,\nbad hands"
+    assert parameters["Lora hashes"] == "ink: 0123abcd4567" and parameters["TI hashes"] == "a: 1, b: 2"
+    assert parameters["Size"] == "512x768" and parameters["Version"] == "v1.10.1"
 
 
 def test_a_text_without_settings_is_all_prompt() -> None:

@@ -64,34 +64,34 @@ def test_the_planned_memory_is_within_15_percent_of_the_peak(
 
 
 def test_drawing_and_training_devices_agree_within_rounding() -> None:
-    found = []
+    collected = []
     for device in (torch.device("cpu"), CUDA):
         model = load_model("mini", dtype=torch.float32, device=device)
         model.prepare(training=False)
         with torch.no_grad():
             text = model.encode_text(["an icon of a cat"])
             noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-            found.append(
+            collected.append(
                 model.predict(noisy, torch.tensor([300]), text, [SizeHint((64, 64), (0, 0), (64, 64))]).cpu()
             )
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(collected[0], collected[1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_xformers_and_torchs_own_attention_agree_within_rounding(dtype: torch.dtype) -> None:
     pytest.importorskip("xformers", reason="xformers is not installed here")
     noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = []
+    collected = []
     for name in ("sdpa", "xformers"):
         model = load_model("mini", dtype=dtype, device=CUDA, attention=name)  # type: ignore[arg-type]
         model.prepare(training=False)
         with torch.no_grad():
             text = model.encode_text(["an icon of a cat"])
-            found.append(
+            collected.append(
                 model.predict(noisy, torch.tensor([300]), text, [SizeHint((64, 64), (0, 0), (64, 64))])
             )
-    scale = float(found[0].square().mean().sqrt())
-    assert float((found[0] - found[1]).abs().max()) < 0.05 * scale
+    scale = float(collected[0].square().mean().sqrt())
+    assert float((collected[0] - collected[1]).abs().max()) < 0.05 * scale
 
 
 def test_the_scaler_of_fp16_goes_on_where_it_was(image_folder: Callable[..., Path], tmp_path: Path) -> None:

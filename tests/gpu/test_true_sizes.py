@@ -31,20 +31,20 @@ def test_the_plan_is_within_15_percent_of_the_peak(
 ) -> None:
     saving = f"training.gradient_checkpointing={str(checkpointing).lower()}"
     config = settings(str(true_checkpoint(family)), tmp_path, *USUAL, *RUNS[family], saving)
-    found = measure_memory(config)
+    memory = measure_memory(config)
     print(
-        family, saving, f"planned {found.plan.peak / 2**30:.2f} GiB, measured {found.bytes / 2**30:.2f} GiB"
+        family, saving, f"planned {memory.plan.peak / 2**30:.2f} GiB, measured {memory.bytes / 2**30:.2f} GiB"
     )
-    assert found.ratio == pytest.approx(1, abs=0.15)
+    assert memory.ratio == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", RUNS)
 def test_fifty_steps(family: str, true_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    found = measure_speed(settings(str(true_checkpoint(family)), tmp_path, *USUAL, *RUNS[family]))
-    print(torch.cuda.get_device_name(), family, found)
-    assert found["steps"] == 50
-    assert found["loss"] is not None and 0 < found["loss"] < 10
+    figures = measure_speed(settings(str(true_checkpoint(family)), tmp_path, *USUAL, *RUNS[family]))
+    print(torch.cuda.get_device_name(), family, figures)
+    assert figures["steps"] == 50
+    assert figures["loss"] is not None and 0 < figures["loss"] < 10
 
 
 @pytest.mark.parametrize("family", RUNS)

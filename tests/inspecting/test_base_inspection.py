@@ -33,10 +33,10 @@ def test_a_checkpoint_is_described_without_loading_it(
     file = checkpoint(tmp_path / "model.safetensors")
     assert main(["inspect", str(file), "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    found = json.loads(lines[-1])
-    assert (found["family"], found["title"], found["missing"]) == ("sd1", "T", ["vae"])
-    assert found["prediction_types"] == {"the marker key `v_pred`": "v_prediction"}
-    assert found["formats"] == {"float16": 1.0}
+    answer = json.loads(lines[-1])
+    assert (answer["family"], answer["title"], answer["missing"]) == ("sd1", "T", ["vae"])
+    assert answer["prediction_types"] == {"the marker key `v_pred`": "v_prediction"}
+    assert answer["formats"] == {"float16": 1.0}
     text = "\n".join(lines[:-1])
     for part in (
         "Stable Diffusion 1.x (sd1)",
@@ -52,7 +52,7 @@ def test_a_checkpoint_is_described_without_loading_it(
 def test_folders_and_the_mini_base_are_described(tiny_base: Path) -> None:
     for source in ("mini", str(tiny_base)):
         summary = inspect_base(source)
-        assert (summary.found.family, summary.found.layout) == ("sd1", "folder")
+        assert (summary.recognised.family, summary.recognised.layout) == ("sd1", "folder")
         assert "Stable Diffusion 1.x" in summary.render()
 
 

@@ -75,7 +75,7 @@ def test_a_summary_tells_what_is_in_the_file(format: str, weights: AdapterWeight
     assert summary.settings["steps"] == "300"
     assert (summary.settings["base predicts"], summary.settings["base SHA-256"]) == ("v", "ab" * 32)
     assert summary.hash_matches is (True if format == "webui" else None)
-    full = [one.client for one in summary.clients if one.full]
+    full = [support.client for support in summary.clients if support.full]
     assert len(full) == {"webui": 6, "diffusers": 1, "peft": 0}[format]
     told = json.loads(json.dumps(summary.to_dict()))
     assert told["num_modules"] == len(weights) and len(told["blocks"]) == len(summary.blocks)
@@ -196,7 +196,7 @@ def test_one_module_is_in_memory_at_a_time(tmp_path: Path) -> None:
     most = 0
     for _, update in read_modules(path):
         seen.append(weakref.ref(update.tensors()["lora_down.weight"]))
-        most = max(most, sum(one() is not None for one in seen))
+        most = max(most, sum(reference() is not None for reference in seen))
     assert len(seen) == 60 and most <= 2
     assert sum(block.num_modules for block in inspect_adapter(path).blocks) == 60
 

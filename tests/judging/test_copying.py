@@ -48,15 +48,15 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_copies_are_noticed_also_changed_ones(name: str) -> None:
-    found = copying([CHANGES[name](image) for image in TRAINING], TRAINING, TRUE)
-    assert found.generated > 0.95
-    assert found.share == 1
+    copies = copying([CHANGES[name](image) for image in TRAINING], TRAINING, TRUE)
+    assert copies.generated > 0.95
+    assert copies.share == 1
 
 
 def test_other_subjects_of_the_style_are_no_copies() -> None:
-    found = copying(TRUE, TRAINING, TRUE)
-    assert found.generated == found.true < 0.7
-    assert found.share == 0
+    copies = copying(TRUE, TRAINING, TRUE)
+    assert copies.generated == copies.true < 0.7
+    assert copies.share == 0
     # one half of them against the bar that the other half sets: about one in its number passes by chance
     assert copying(TRUE[::2], TRAINING, TRUE[1::2]).share <= 3 / 30
 

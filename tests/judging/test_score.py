@@ -166,13 +166,13 @@ def test_features_are_what_their_names_say() -> None:
     square = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(square).rectangle((8, 8, 39, 39), fill="black")
     ImageDraw.Draw(square).rectangle((16, 16, 31, 31), fill="white")
-    found = dict(zip(names, features_of(square).tolist(), strict=True))
-    assert found["mean chroma"] == pytest.approx(0, abs=1e-6)
-    assert found["ink share"] == pytest.approx((32**2 - 16**2) / 64**2)
-    assert found["outline length"] == pytest.approx(4 * (32 + 16) / (16 * 64))
-    assert (found["pieces of ink"], found["largest piece"]) == (0.25, 1.0)  # log2(1 + 1) / 4
-    assert found["holes in the ink"] == pytest.approx(np.log2(3) / 4)  # the ground and the window
-    assert (found["ink wider than 1/8"], found["ink wider than 1/32"]) == (1.0, 1.0)
+    actual = dict(zip(names, features_of(square).tolist(), strict=True))
+    assert actual["mean chroma"] == pytest.approx(0, abs=1e-6)
+    assert actual["ink share"] == pytest.approx((32**2 - 16**2) / 64**2)
+    assert actual["outline length"] == pytest.approx(4 * (32 + 16) / (16 * 64))
+    assert (actual["pieces of ink"], actual["largest piece"]) == (0.25, 1.0)  # log2(1 + 1) / 4
+    assert actual["holes in the ink"] == pytest.approx(np.log2(3) / 4)  # the ground and the window
+    assert (actual["ink wider than 1/8"], actual["ink wider than 1/32"]) == (1.0, 1.0)
 
 
 def test_strokes_are_measured_in_shares_of_the_image() -> None:

@@ -32,7 +32,7 @@ def test_both_trainers_get_the_same_images_and_captions(
     assert len(images.captions) == 6
     ours, peers = (images.folders[name] for name in TRAINERS)
     lines = (peers / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    assert {one["file_name"]: one["text"] for one in map(json.loads, lines)} == images.captions
+    assert {row["file_name"]: row["text"] for row in map(json.loads, lines)} == images.captions
     for name, caption in images.captions.items():
         assert (ours / name).read_bytes() == (peers / name).read_bytes()
         assert (ours / name).with_suffix(".txt").read_text(encoding="utf-8") == caption
@@ -61,13 +61,13 @@ def test_stand_in_transforms_give_the_pixels_that_we_train_on(image_folder: Call
 def test_a_fast_trainer_that_learns_nothing_fails() -> None:
     from train_speed import Side, problems, table
 
-    def made(loss: float, rate: float) -> Side:
+    def side(loss: float, rate: float) -> Side:
         return Side(rate, 0.1, 20.0, 5.0, 2**30, loss)
 
     layouts = {"sdlora": {"unet.a": (4, 1.0)}, "diffusers": {"unet.a": (4, 1.0)}}
-    good = [{"sdlora": made(0.50, 20.0), "diffusers": made(0.49, 10.0)}] * 2
-    idle = [{"sdlora": made(0.60, 99.0), "diffusers": made(0.49, 10.0)}] * 2
-    weak = [{"sdlora": made(0.58, 99.0), "diffusers": made(0.49, 10.0)}] * 2
+    good = [{"sdlora": side(0.50, 20.0), "diffusers": side(0.49, 10.0)}] * 2
+    idle = [{"sdlora": side(0.60, 99.0), "diffusers": side(0.49, 10.0)}] * 2
+    weak = [{"sdlora": side(0.58, 99.0), "diffusers": side(0.49, 10.0)}] * 2
 
     assert problems(good, 0.6, layouts) == []
     assert "2.00 (2.00..2.00)" in table(good, 0.6)

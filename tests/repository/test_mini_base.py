@@ -114,11 +114,11 @@ def test_a_resumed_denoiser_ends_with_the_same_weights(words: Path, tmp_path: Pa
     resumed.run(tmp_path / "part")
     assert whole.done == resumed.done == 4
     expected = dict(whole.ema_unet.state_dict()) | dict(whole.ema_text.state_dict())
-    found = dict(resumed.ema_unet.state_dict()) | dict(resumed.ema_text.state_dict())
-    assert found.keys() == expected.keys() and len(found) > 100
+    actual = dict(resumed.ema_unet.state_dict()) | dict(resumed.ema_text.state_dict())
+    assert actual.keys() == expected.keys() and len(actual) > 100
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+            actual[name], value, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -164,8 +164,8 @@ def test_a_resumed_autoencoder_ends_with_the_same_weights(tmp_path: Path) -> Non
     part.save(tmp_path / "part")
     new(4).run(tmp_path / "part")
     (expected,) = (tmp_path / "whole").glob("vae.*.safetensors")
-    found = max((tmp_path / "part").glob("vae.*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-    ours, theirs = load_file(found), load_file(expected)
+    newest = max((tmp_path / "part").glob("vae.*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+    ours, theirs = load_file(newest), load_file(expected)
     assert ours.keys() == theirs.keys() and len(ours) > 50
     for name, value in theirs.items():
         torch.testing.assert_close(

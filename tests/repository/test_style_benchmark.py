@@ -43,9 +43,9 @@ BASE = [
 def judge(images: Sequence[Image.Image], subjects: Sequence[str]) -> np.ndarray:
     """Rank subjects by likeness to their ink icons; it has never heard of one of them."""
     table = likeness(images, TRUE)
-    known = [SUBJECTS.index(one) for one in subjects]
-    own = table[np.arange(len(images)), known]
-    ranks = 1 + (table > own[:, None] + 1e-9).sum(1).astype(float)
+    known = [SUBJECTS.index(subject) for subject in subjects]
+    scores = table[np.arange(len(images)), known]
+    ranks = 1 + (table > scores[:, None] + 1e-9).sum(1).astype(float)
     return np.where(np.array(subjects) == "castle", np.nan, ranks)
 
 
@@ -66,15 +66,15 @@ def mixed(share: float) -> Images:
 
 
 def test_sets_whose_order_is_known_come_out_in_it(yardstick: Yardstick) -> None:
-    found = [yardstick.measure(mixed(share)) for share in (0, 0.25, 0.5, 0.75, 1)]
+    measures = [yardstick.measure(mixed(share)) for share in (0, 0.25, 0.5, 0.75, 1)]
     for name in ("style", "likeness"):
-        values = [value(one, name) for one in found]
+        values = [value(measured, name) for measured in measures]
         assert values == sorted(values), name
         assert values[-1] > values[0] + 0.1, name
-    assert value(found[0], "style") == 0
-    assert value(found[-1], "style") == pytest.approx(1, abs=0.05)
-    assert value(found[-1], "named") == value(found[-1], "closer") == 1
-    assert not any(one.flagged for one in found)
+    assert value(measures[0], "style") == 0
+    assert value(measures[-1], "style") == pytest.approx(1, abs=0.05)
+    assert value(measures[-1], "named") == value(measures[-1], "closer") == 1
+    assert not any(measured.flagged for measured in measures)
 
 
 def test_learning_by_heart_gives_the_style_and_nothing_else(yardstick: Yardstick) -> None:
@@ -107,7 +107,7 @@ def test_intervals_hold_their_figure_and_are_not_shifted(yardstick: Yardstick) -
 
 def test_what_two_entries_share_cancels_out_of_their_difference(yardstick: Yardstick) -> None:
     some = yardstick.measure(mixed(0.5))
-    paler = yardstick.measure([one.point(lambda level: 10 + level * 245 // 255) for one in mixed(0.5)])
+    paler = yardstick.measure([image.point(lambda level: 10 + level * 245 // 255) for image in mixed(0.5)])
     for name in ("style", "likeness"):
         difference, alone = some.difference(paler, name), some.figure(name)
         assert difference is not None and alone is not None
@@ -154,7 +154,7 @@ def test_other_peoples_images_are_found_by_subject(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"CAT\.png and cat\.webp"):
         read_folder(tmp_path, ["cat"])
     (tmp_path / "dog.png").write_bytes(b"not an image")
-    with pytest.raises(ConfigError, match=r"dog\.png: is no image"):
+    with pytest.raises(ConfigError, match=r"dog\.png: is not an image"):
         read_folder(tmp_path, ["dog"])
 
 
@@ -182,7 +182,7 @@ def test_no_image_is_drawn_twice_and_a_subject_alone_is_drawn_alike(
     before = {file: file.stat().st_mtime_ns for file in files}
     files[3].unlink()
     again = studio.draw("base", None, [0.0], items[2:5])[0.0]
-    assert [one.tobytes() for one in again] == [one.tobytes() for one in first[2:5]]
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in first[2:5]]
     assert told[1:] == ["base: drew 1 of 1 images"]
     changed = [file for file in files if file.stat().st_mtime_ns != before[file]]
     assert changed == [files[3]]
@@ -194,15 +194,17 @@ def test_no_image_is_drawn_twice_and_a_subject_alone_is_drawn_alike(
 
 
 def test_a_folder_of_ones_own_is_a_style(tmp_path: Path, style: Style) -> None:
-    found = find_style(str(style.training), style.holdout, tmp_path, tmp_path)
-    assert (found.training, found.holdout) == (style.training, style.holdout)
-    assert len(found.subjects()) == 6
-    assert [one.path.name for one in found.subjects(3)] == [one.path.name for one in found.subjects()[::2]]
+    style_read = find_style(str(style.training), style.holdout, tmp_path, tmp_path)
+    assert (style_read.training, style_read.holdout) == (style.training, style.holdout)
+    assert len(style_read.subjects()) == 6
+    assert [image_item.path.name for image_item in style_read.subjects(3)] == [
+        image_item.path.name for image_item in style_read.subjects()[::2]
+    ]
     with pytest.raises(ConfigError, match="subjects of the hold-out must not be in the training folder"):
         Style("same", style.training, style.training).subjects()
     with pytest.raises(ConfigError, match="neither a folder nor one of ink, blueprint"):
         find_style("inc", None, tmp_path, tmp_path)
-    with pytest.raises(ConfigError, match=r"its hold-out .* is no folder"):
+    with pytest.raises(ConfigError, match=r"its hold-out .* is not a folder"):
         find_style(str(style.holdout), None, tmp_path, tmp_path)
 
 
@@ -210,13 +212,13 @@ def test_the_blueprint_turns_ink_to_pale_lines_on_blue_and_is_made_once(tmp_path
     ramp = Image.new("RGB", (2, 1), "white")
     ramp.putpixel((0, 0), (0, 0, 0))
     assert [blueprint(ramp).getpixel((x, 0)) for x in (0, 1)] == [LINES, PAPER]
-    made = find_style("blueprint", None, tmp_path, tmp_path)
-    assert made.trigger_word == "blueprintstyle"
-    assert [one.path.stem for one in made.subjects()] == list(HOLDOUT)
-    times = {file: file.stat().st_mtime_ns for file in made.training.iterdir()}
+    pale_style = find_style("blueprint", None, tmp_path, tmp_path)
+    assert pale_style.trigger_word == "blueprintstyle"
+    assert [image_item.path.stem for image_item in pale_style.subjects()] == list(HOLDOUT)
+    times = {file: file.stat().st_mtime_ns for file in pale_style.training.iterdir()}
     assert len(times) == 2 * 48
-    assert find_style("blueprint", None, tmp_path, tmp_path) == made
-    assert {file: file.stat().st_mtime_ns for file in made.training.iterdir()} == times
+    assert find_style("blueprint", None, tmp_path, tmp_path) == pale_style
+    assert {file: file.stat().st_mtime_ns for file in pale_style.training.iterdir()} == times
 
 
 def test_the_trigger_word_is_what_all_captions_begin_with(style: Style) -> None:
@@ -274,13 +276,13 @@ def adapters(folder: Path, base: Path) -> list[str]:
     }
     weights = AdapterWeights(pairs)
     assert len(weights) == len(empty) > 4
-    found = []
+    arguments = []
     for name, file in (("webui", "kohya.safetensors"), ("diffusers", "lora.safetensors"), ("peft", "peft")):
         write_adapter(
             AdapterFile(weights, AdapterInfo("sd1")), name, folder / file, torch.float32, model.info
         )
-        found += ["--adapter", f"{name}={folder / file}"]
-    return found
+        arguments += ["--adapter", f"{name}={folder / file}"]
+    return arguments
 
 
 def test_files_of_all_formats_and_folders_of_images_are_measured_alike(

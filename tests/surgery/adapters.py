@@ -55,11 +55,11 @@ def exact(pair: LowRankPair) -> Tensor:
     return (pair.up.flatten(1).double() @ pair.down.flatten(1).double()) * (pair.alpha / pair.rank)
 
 
-def relative_errors(found: AdapterWeights, wanted: dict[ModuleKey, Tensor]) -> dict[ModuleKey, float]:
+def relative_errors(actual: AdapterWeights, wanted: dict[ModuleKey, Tensor]) -> dict[ModuleKey, float]:
     """Frobenius error of each update over the norm of the wanted one; all modules must be there."""
-    assert wanted and set(found.pairs) == set(wanted)
+    assert wanted and set(actual.pairs) == set(wanted)
     return {
-        module: float((exact(found.pairs[module]) - matrix).norm() / matrix.norm())
+        module: float((exact(actual.pairs[module]) - matrix).norm() / matrix.norm())
         for module, matrix in wanted.items()
     }
 

@@ -44,7 +44,7 @@ def diffusers_folder(source: Path, target: Path, states: States, dtype: torch.dt
 
 def layers(family: str, states: States, preset: str = "all") -> dict[ModuleKey, tuple[str, Tensor]]:
     """Module -> (its component's key, weight) of all layers that adapters change."""
-    found = {}
+    collected = {}
     for component, presets in family_info(family).targets.items():
         for key, tensor in states[component].items():
             path = key.removesuffix(".weight")
@@ -52,8 +52,8 @@ def layers(family: str, states: States, preset: str = "all") -> dict[ModuleKey, 
                 canonical = (
                     path if component == "unet" or path.startswith("text_model.") else f"text_model.{path}"
                 )
-                found[ModuleKey(component, canonical)] = (key, tensor)
-    return found
+                collected[ModuleKey(component, canonical)] = (key, tensor)
+    return collected
 
 
 def adapter_for(
@@ -84,11 +84,11 @@ def added(
     family: str, states: States, dtype: torch.dtype, terms: list[tuple[AdapterWeights, Mapping[str, float]]]
 ) -> States:
     """The weights in a number format plus the adapters' exact updates at strengths by component: float64."""
-    found = {name: dict(state) for name, state in cast(cast(states, dtype), torch.float64).items()}
+    collected = {name: dict(state) for name, state in cast(cast(states, dtype), torch.float64).items()}
     known = layers(family, states)
     for weights, strengths in terms:
         for module, pair in weights.items():
             key, weight = known[module]
             update = strengths[module.component] * exact(pair).reshape(weight.shape)
-            found[module.component][key] = found[module.component][key] + update
-    return found
+            collected[module.component][key] = collected[module.component][key] + update
+    return collected

@@ -37,16 +37,16 @@ def steps(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 
 def assert_rounded_once(
-    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: torch.dtype
+    actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
     """Every value within half a step of the exact sum, and what float32 cannot tell from half."""
     wanted = {key: tensor for key, tensor in wanted.items() if ".resblocks.3." not in key}
-    assert set(found) == set(wanted) and len(found) > 100
+    assert set(actual) == set(wanted) and len(actual) > 100
     for key, tensor in wanted.items():
         if any(part in key for part in _BESIDE):
             continue
-        assert found[key].dtype == dtype and found[key].shape == tensor.shape, key
-        off = (found[key].double() - tensor).abs()
+        assert actual[key].dtype == dtype and actual[key].shape == tensor.shape, key
+        off = (actual[key].double() - tensor).abs()
         slack = 1e-6 * tensor.abs().max() if dtype == torch.float32 else 1e-7
         assert bool((off <= 0.5 * steps(dtype, tensor) + slack).all()), key
 
@@ -70,13 +70,13 @@ def test_a_single_file_gets_the_sum_rounded_once_and_nothing_else_changes(
     source = ldm_file(tmp_path, family, states, number)
     adapter = saved_for(tmp_path, family, "ink", weights)
     report = bake_checkpoint(source, [(adapter, 0.7)], tmp_path / "baked.safetensors", report=True)
-    found, before = load_file(tmp_path / "baked.safetensors"), load_file(source)
+    tensors_read, before = load_file(tmp_path / "baked.safetensors"), load_file(source)
     strengths = {name: 0.7 for name in ONE}
     wanted = as_ldm(family, added(family, states, number, [(weights, strengths)]))
-    changed = {key for key in found if not torch.equal(found[key], before[key])}
-    assert_rounded_once(found, wanted, number)
+    changed = {key for key in tensors_read if not torch.equal(tensors_read[key], before[key])}
+    assert_rounded_once(tensors_read, wanted, number)
     exact_before = as_ldm(family, added(family, states, number, []))
-    expected = {key for key in found if not torch.equal(wanted[key], exact_before[key])}
+    expected = {key for key in tensors_read if not torch.equal(wanted[key], exact_before[key])}
     expected = {key for key in expected if not any(part in key for part in _BESIDE)}
     assert changed == expected and len(changed) > 50
     assert len(report.changes) == len(weights)
@@ -88,7 +88,7 @@ def test_a_folder_gets_the_sum_and_stays_a_folder(family: str, bases: Bases, tmp
     base, states = bases[family]
     folder = diffusers_folder(base, tmp_path / "model", states, torch.float16)
     first, second = adapter_for(family, states), adapter_for(family, states, seed=1, every=2)
-    files = [saved_for(tmp_path, family, f"a{n}", one) for n, one in enumerate((first, second))]
+    files = [saved_for(tmp_path, family, f"a{n}", weights) for n, weights in enumerate((first, second))]
     separate = {"unet": -0.5, "text_encoder": 0.25, "text_encoder_2": 0.25}
     bake_checkpoint(folder, [(files[0], 1.0), (files[1], separate)], tmp_path / "baked")
     wanted = added(family, states, torch.float16, [(first, ONE), (second, separate)])
@@ -115,12 +115,12 @@ def test_fp8_checkpoints_are_rounded_to_the_nearest_and_the_loss_is_told(
     source = ldm_file(tmp_path, "sd1", states, coarse)
     adapter = saved_for(tmp_path, "sd1", "ink", weights)
     report = bake_checkpoint(source, [(adapter, 1.0)], tmp_path / "baked.safetensors", report=True)
-    found = load_file(tmp_path / "baked.safetensors")
+    tensors_read = load_file(tmp_path / "baked.safetensors")
     wanted = as_ldm("sd1", added("sd1", states, coarse, [(weights, ONE)]))
     compared = 0
     for key, tensor in wanted.items():
-        if found[key].dtype == coarse:
-            off = (found[key].double() - tensor).abs()
+        if tensors_read[key].dtype == coarse:
+            off = (tensors_read[key].double() - tensor).abs()
             # below 2^-6 all numbers of the format are 2^-9 apart
             allowed = 0.5 * torch.maximum(steps(coarse, tensor), torch.tensor(2.0**-9)) + 1e-6
             assert bool((off <= allowed).all()), key
@@ -241,10 +241,10 @@ def test_every_kind_of_adapter_is_baked(bases: Bases, tmp_path: Path) -> None:
             family_info("sd1"),
         )
         bake_checkpoint(source, [(file, 0.5)], tmp_path / f"baked-{name}.safetensors")
-        found = load_file(tmp_path / f"baked-{name}.safetensors")
+        tensors_read = load_file(tmp_path / f"baked-{name}.safetensors")
         wanted = weight + 0.5 * update.delta(weight)
         [ldm_key] = [k for k, t in as_ldm("sd1", states).items() if t is weight or torch.equal(t, weight)]
-        torch.testing.assert_close(found[ldm_key], wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensors_read[ldm_key], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_strength_zero_leaves_a_component_alone(bases: Bases, tmp_path: Path) -> None:
@@ -256,9 +256,9 @@ def test_strength_zero_leaves_a_component_alone(bases: Bases, tmp_path: Path) ->
     with pytest.raises(ModelError, match=r"has no text_encoder_2.*STRENGTH:0"):
         bake_checkpoint(source, [(adapter, 1.0)], tmp_path / "baked.safetensors")
     bake_checkpoint(source, [(adapter, {"unet": 1.0, "text_encoder": 0.0})], tmp_path / "baked.safetensors")
-    found = load_file(tmp_path / "baked.safetensors")
+    tensors_read = load_file(tmp_path / "baked.safetensors")
     same = [key for key in tensors if key.startswith("conditioner.")]
-    assert same and all(torch.equal(found[key], tensors[key]) for key in same)
+    assert same and all(torch.equal(tensors_read[key], tensors[key]) for key in same)
 
 
 def test_the_input_is_never_written_over(bases: Bases, tmp_path: Path) -> None:
@@ -289,13 +289,13 @@ def test_adapters_for_other_models_are_refused(bases: Bases, tmp_path: Path) -> 
         adapter = saved_for(tmp_path, family, family, adapter_for(family, bases[family][1]))
         with pytest.raises((ModelError, AdapterFileError), match=r"the base it was trained on|has no"):
             bake_checkpoint(source, [(adapter, 1.0)], tmp_path / "baked.safetensors")
-    own = saved_for(tmp_path, "sd1", "own", adapter_for("sd1", bases["sd1"][1]))
+    fitting = saved_for(tmp_path, "sd1", "own", adapter_for("sd1", bases["sd1"][1]))
     with pytest.raises(ConfigError, match="every strength is 0"):
-        bake_checkpoint(source, [(own, 0.0)], tmp_path / "baked.safetensors")
+        bake_checkpoint(source, [(fitting, 0.0)], tmp_path / "baked.safetensors")
     with pytest.raises(ModelError, match="no such checkpoint"):
-        bake_checkpoint(tmp_path / "none.safetensors", [(own, 1.0)], tmp_path / "baked.safetensors")
-    with pytest.raises(ModelError, match="no Stable Diffusion checkpoint"):
-        bake_checkpoint(own, [(source, 1.0)], tmp_path / "baked.safetensors")
+        bake_checkpoint(tmp_path / "none.safetensors", [(fitting, 1.0)], tmp_path / "baked.safetensors")
+    with pytest.raises(ModelError, match="not a Stable Diffusion checkpoint"):
+        bake_checkpoint(fitting, [(source, 1.0)], tmp_path / "baked.safetensors")
     assert not (tmp_path / "baked.safetensors").exists()
 
 

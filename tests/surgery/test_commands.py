@@ -17,9 +17,9 @@ from surgery.conftest import Bases
 
 
 def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert isinstance(found, dict)
-    return found
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(answer, dict)
+    return answer
 
 
 def test_merge_takes_signed_weights_blocks_and_reports(
@@ -88,20 +88,20 @@ def test_bake_and_extract_undo_each_other(
         ldm_file(tmp_path, "sd1", states, torch.float32),
         saved_for(tmp_path, "sd1", "a", weights),
     )
-    baked, found = tmp_path / "baked.safetensors", tmp_path / "found.safetensors"
+    baked, extracted = tmp_path / "baked.safetensors", tmp_path / "found.safetensors"
     words = ["bake", str(source), "--adapter", f"{adapter}:0.5:-1", "--block", "BASE=2,mid_block=0"]
     assert main([*words, "--output", str(baked), "--report", "--json"]) == 0
     result = last_json(capsys)
     assert result["layout"] == "file" and isinstance(result["relative_error"], float)
     words = ["extract", str(source), str(baked), "--rank", "4", "--targets", "all"]
-    assert main([*words, "--output", str(found), "--json"]) == 0
+    assert main([*words, "--output", str(extracted), "--json"]) == 0
     assert last_json(capsys)["dtype"] == "fp32"
     wanted = {
         module: (-2.0 if module.component == "text_encoder" else 0.5) * exact(pair)
         for module, pair in weights.items()
         if not module.path.startswith("mid_block")
     }
-    assert max(relative_errors(read_adapter(found).weights, wanted).values()) < 1e-4
+    assert max(relative_errors(read_adapter(extracted).weights, wanted).values()) < 1e-4
 
 
 def test_mistakes_give_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

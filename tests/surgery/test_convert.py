@@ -35,8 +35,8 @@ def test_a_conversion_keeps_every_update(tmp_path: Path, format: str) -> None:
     target = tmp_path / ("new" if format == "peft" else "new.safetensors")
     report = convert_adapter(saved(tmp_path, "old", weights), target, format=format, report=True)
     assert sniff(target) == format
-    found = read_adapter(target).weights
-    assert max(relative_errors(found, {m: exact(p) for m, p in weights.items()}).values()) < 2e-7
+    weights_read = read_adapter(target).weights
+    assert max(relative_errors(weights_read, {m: exact(p) for m, p in weights.items()}).values()) < 2e-7
     assert report.total_error is not None and report.total_error < 2e-7
     assert len(report.changes) == len(weights)
 
@@ -91,11 +91,11 @@ def test_a_dora_needs_its_base_and_a_size() -> None:
         list(plain_parts(weights, Cut(rank=2), None))
     with pytest.raises(AdapterFileError, match="give --rank"):
         list(plain_parts(weights, None, lambda _: base))
-    found, _ = finish(
+    actual, _ = finish(
         plain_parts(weights, Cut(rank=4), lambda _: base), "webui", torch.float32, with_errors=False
     )
     delta = update.delta(base).double()
-    assert float((exact(found.pairs[LINEAR]) - truncated(delta, 4)).norm()) < 1e-5 * float(delta.norm())
+    assert float((exact(actual.pairs[LINEAR]) - truncated(delta, 4)).norm()) < 1e-5 * float(delta.norm())
 
 
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
@@ -124,11 +124,11 @@ def test_a_dora_file_becomes_a_plain_lora_with_its_base(bases: Bases, tmp_path: 
     )
     base = ldm_file(tmp_path, "sdxl", states, torch.float32)
     report = convert_adapter(source, target, to_lora=True, base=base, energy=0.9, report=True)
-    found = read_adapter(target).weights
-    assert sorted(found.pairs) == sorted(updates)
+    weights_read = read_adapter(target).weights
+    assert sorted(weights_read.pairs) == sorted(updates)
     for change in report.changes:
         delta = updates[change.module].delta(known[change.module][1]).double()
-        error = float((exact(found.pairs[change.module]) - delta).norm() / delta.norm())
+        error = float((exact(weights_read.pairs[change.module]) - delta).norm() / delta.norm())
         assert change.error == pytest.approx(error, rel=1e-3) and error**2 <= 0.1 + 1e-6
 
 
@@ -136,9 +136,9 @@ def test_other_kinds_keep_their_kind_in_another_number_format(tmp_path: Path) ->
     weights = AdapterWeights({LINEAR: kinds.loha((12, 20), rank=2), CONV: kinds.tucker((12, 10, 3, 3))})
     source, target = saved(tmp_path, "old", weights), tmp_path / "new.safetensors"
     report = convert_adapter(source, target, dtype="fp16", report=True)
-    found = read_adapter(target).weights
-    assert found.kinds() == weights.kinds()
+    weights_read = read_adapter(target).weights
+    assert weights_read.kinds() == weights.kinds()
     for change in report.changes:
         delta = weights.updates[change.module].delta().double()
-        error = float((found.updates[change.module].delta().double() - delta).norm() / delta.norm())
+        error = float((weights_read.updates[change.module].delta().double() - delta).norm() / delta.norm())
         assert change.error == pytest.approx(error, rel=1e-3) and 0 < error < 2e-3

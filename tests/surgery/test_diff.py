@@ -19,19 +19,19 @@ from surgery.adapters import exact, mixed_adapter, saved
 
 
 def test_modules_and_blocks_have_the_cosine_and_norm_of_their_full_updates(tmp_path: Path) -> None:
-    one, other = mixed_adapter(0), mixed_adapter(1, ranks=(5,), scales=(2.0, 0.2))
-    found = diff_adapters(saved(tmp_path, "a", one), saved(tmp_path, "b", other), report=True)
-    assert sorted(found.modules) == sorted(one.pairs)
+    first, other = mixed_adapter(0), mixed_adapter(1, ranks=(5,), scales=(2.0, 0.2))
+    difference = diff_adapters(saved(tmp_path, "a", first), saved(tmp_path, "b", other), report=True)
+    assert sorted(difference.modules) == sorted(first.pairs)
     vectors: dict[tuple[str, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for module, likeness in found.modules.items():
-        a, b = exact(one.pairs[module]).flatten(), exact(other.pairs[module]).flatten()
+    for module, likeness in difference.modules.items():
+        a, b = exact(first.pairs[module]).flatten(), exact(other.pairs[module]).flatten()
         assert likeness.cosine == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), abs=1e-9)
         assert likeness.norm == pytest.approx(float(a.norm()), rel=1e-9)
         assert likeness.other_norm == pytest.approx(float(b.norm()), rel=1e-9)
         assert likeness.distance == pytest.approx(float((a - b).norm()), rel=1e-9)
         vectors.setdefault((module.component, block_of(module)), []).append((a, b))
-    assert set(found.blocks()) == set(vectors) and len(vectors) > 10
-    for block, likeness in found.blocks().items():
+    assert set(difference.blocks()) == set(vectors) and len(vectors) > 10
+    for block, likeness in difference.blocks().items():
         a, b = (torch.cat(parts) for parts in zip(*vectors[block], strict=True))
         assert likeness.cosine == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), abs=1e-9)
         assert likeness.distance == pytest.approx(float((a - b).norm()), rel=1e-9)
@@ -40,9 +40,9 @@ def test_modules_and_blocks_have_the_cosine_and_norm_of_their_full_updates(tmp_p
 
 @pytest.mark.parametrize(("factor", "cosine"), [(0.25, 1.0), (-3.0, -1.0)])
 def test_a_scaled_adapter_points_the_same_way(tmp_path: Path, factor: float, cosine: float) -> None:
-    one = mixed_adapter()
-    other = AdapterWeights({m: LowRankPair(p.down, p.up, p.alpha * factor) for m, p in one.items()})
-    total = diff_adapters(saved(tmp_path, "a", one), saved(tmp_path, "b", other)).total
+    weights = mixed_adapter()
+    other = AdapterWeights({m: LowRankPair(p.down, p.up, p.alpha * factor) for m, p in weights.items()})
+    total = diff_adapters(saved(tmp_path, "a", weights), saved(tmp_path, "b", other)).total
     assert total.cosine == pytest.approx(cosine, abs=1e-7)
     assert total.other_norm == pytest.approx(abs(factor) * total.norm, rel=1e-6)
     assert total.distance == pytest.approx(abs(1 - factor) * total.norm, rel=1e-6)
@@ -51,17 +51,17 @@ def test_a_scaled_adapter_points_the_same_way(tmp_path: Path, factor: float, cos
 def test_modules_of_one_adapter_alone_count_as_zero_in_the_other(tmp_path: Path) -> None:
     whole = mixed_adapter()
     part = AdapterWeights({m: p for m, p in whole.items() if m.component == "unet"})
-    found = diff_adapters(saved(tmp_path, "a", whole), saved(tmp_path, "b", part), report=True)
-    assert found.only_in == (len(whole) - len(part), 0)
-    alone = [likeness for m, likeness in found.modules.items() if m.component != "unet"]
-    assert alone and all(one.cosine is None and one.distance == one.norm for one in alone)
-    assert found.total.distance == pytest.approx(math.hypot(*(one.norm for one in alone)))
-    assert "modules are only in A" in found.render()
+    difference = diff_adapters(saved(tmp_path, "a", whole), saved(tmp_path, "b", part), report=True)
+    assert difference.only_in == (len(whole) - len(part), 0)
+    alone = [likeness for m, likeness in difference.modules.items() if m.component != "unet"]
+    assert alone and all(lonely.cosine is None and lonely.distance == lonely.norm for lonely in alone)
+    assert difference.total.distance == pytest.approx(math.hypot(*(lonely.norm for lonely in alone)))
+    assert "modules are only in A" in difference.render()
 
 
 def test_the_heat_map_is_an_image_with_a_cell_for_each_block_and_kind(tmp_path: Path) -> None:
-    one, other = mixed_adapter(0, family=SDXL), mixed_adapter(1, family=SDXL)
-    draw_heatmap(dict(compared(one, other)), ("a$_b", "b"), tmp_path / "heat.png")
+    first, other = mixed_adapter(0, family=SDXL), mixed_adapter(1, family=SDXL)
+    draw_heatmap(dict(compared(first, other)), ("a$_b", "b"), tmp_path / "heat.png")
     with Image.open(tmp_path / "heat.png") as image:
         image.load()
         assert image.format == "PNG" and min(image.size) > 300

@@ -39,10 +39,10 @@ def test_extracting_after_baking_gives_the_adapter_back(family: str, bases: Base
         targets="all",
         report=True,
     )
-    found = read_adapter(tmp_path / "out.safetensors")
-    assert found.info.family == family
+    adapter_read = read_adapter(tmp_path / "out.safetensors")
+    assert adapter_read.info.family == family
     wanted = {module: 0.5 * exact(pair) for module, pair in weights.items()}
-    assert max(relative_errors(found.weights, wanted).values()) < 1e-4
+    assert max(relative_errors(adapter_read.weights, wanted).values()) < 1e-4
     assert report.total_error is not None and report.total_error < 1e-4
     details = report.to_dict()
     assert details["covered_share"] == pytest.approx(1.0)
@@ -57,14 +57,14 @@ def test_layouts_may_be_mixed(layouts: tuple[str, str], bases: Bases, tmp_path: 
     weights = adapter_for("sdxl", states)
     tuned = added("sdxl", states, torch.float32, [(weights, ONE)])
     paths = []
-    for name, layout, one in zip(("base", "tuned"), layouts, (states, tuned), strict=True):
+    for name, layout, checkpoint in zip(("base", "tuned"), layouts, (states, tuned), strict=True):
         if layout == "file":
-            paths.append(ldm_file(tmp_path, "sdxl", one, torch.float32, name))
+            paths.append(ldm_file(tmp_path, "sdxl", checkpoint, torch.float32, name))
         else:
-            paths.append(diffusers_folder(base, tmp_path / name, one, torch.float32))
+            paths.append(diffusers_folder(base, tmp_path / name, checkpoint, torch.float32))
     report = extract_adapter(*paths, tmp_path / "out.safetensors", rank=4, targets="all")
-    found = read_adapter(tmp_path / "out.safetensors").weights
-    assert max(relative_errors(found, {m: exact(p) for m, p in weights.items()}).values()) < 1e-4
+    weights_read = read_adapter(tmp_path / "out.safetensors").weights
+    assert max(relative_errors(weights_read, {m: exact(p) for m, p in weights.items()}).values()) < 1e-4
     assert (report.to_dict()["covered_share"] is None) == (layouts[0] != layouts[1])
 
 
@@ -73,18 +73,19 @@ def test_an_energy_share_takes_each_modules_own_rank(bases: Bases, tmp_path: Pat
     weights = adapter_for("sd1", states, rank=5, every=12)
     tuned = added("sd1", states, torch.float32, [(weights, ONE)])
     files = [
-        ldm_file(tmp_path, "sd1", one, torch.float32, name) for name, one in (("a", states), ("b", tuned))
+        ldm_file(tmp_path, "sd1", checkpoint, torch.float32, name)
+        for name, checkpoint in (("a", states), ("b", tuned))
     ]
     extract_adapter(*files, tmp_path / "out.safetensors", energy=0.7, targets="all")
-    found = read_adapter(tmp_path / "out.safetensors").weights
+    weights_read = read_adapter(tmp_path / "out.safetensors").weights
     known = layers("sd1", states)
-    for module, pair in found.items():
+    for module, pair in weights_read.items():
         key, weight = known[module]
         delta = (tuned[module.component][key].float() - weight).double().flatten(1)
         assert pair.rank == rank_for(delta, 0.7), module
         wanted = truncated(delta, pair.rank)
         assert float((exact(pair) - wanted).norm()) < 1e-4 * float(wanted.norm()), module
-    assert len(found.ranks()) > 1
+    assert len(weights_read.ranks()) > 1
 
 
 @pytest.mark.parametrize("preset", ["attention", "linear", "all"])
@@ -113,7 +114,8 @@ def test_changes_that_the_lora_does_not_hold_are_measured(bases: Bases, tmp_path
         squares.append(float((tuned["unet"][key] - states["unet"][key]).double().square().sum()))
     tuned["vae"] = {key: tensor + 1 for key, tensor in states["vae"].items()}
     files = [
-        ldm_file(tmp_path, "sd1", one, torch.float32, name) for name, one in (("a", states), ("b", tuned))
+        ldm_file(tmp_path, "sd1", checkpoint, torch.float32, name)
+        for name, checkpoint in (("a", states), ("b", tuned))
     ]
     report = extract_adapter(*files, tmp_path / "out.safetensors", rank=2, targets="attention")
     assert len(read_adapter(tmp_path / "out.safetensors").weights) == 1
@@ -132,12 +134,13 @@ def test_fused_projections_come_out_as_three_modules(bases: Bases, tmp_path: Pat
     )
     tuned = added("sd2", states, torch.float32, [(text, ONE)])
     files = [
-        ldm_file(tmp_path, "sd2", one, torch.float32, name) for name, one in (("a", states), ("b", tuned))
+        ldm_file(tmp_path, "sd2", checkpoint, torch.float32, name)
+        for name, checkpoint in (("a", states), ("b", tuned))
     ]
     extract_adapter(*files, tmp_path / "out.safetensors", rank=4)
-    found = read_adapter(tmp_path / "out.safetensors").weights
+    weights_read = read_adapter(tmp_path / "out.safetensors").weights
     assert len(text) == 6
-    assert max(relative_errors(found, {m: exact(p) for m, p in text.items()}).values()) < 1e-4
+    assert max(relative_errors(weights_read, {m: exact(p) for m, p in text.items()}).values()) < 1e-4
 
 
 def test_equal_checkpoints_give_nothing(bases: Bases, tmp_path: Path) -> None:
@@ -188,5 +191,5 @@ def test_large_matrices_are_cut_nearly_as_well_as_by_the_full_svd(shape: tuple[i
 
 def test_the_cut_of_a_matrix_repeats_bit_for_bit() -> None:
     matrix = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
-    one, other = (cut_matrix(matrix, (200, 300), Cut(rank=8), seed=3)[0] for _ in range(2))
-    assert torch.equal(one.up, other.up) and torch.equal(one.down, other.down)
+    first, other = (cut_matrix(matrix, (200, 300), Cut(rank=8), seed=3)[0] for _ in range(2))
+    assert torch.equal(first.up, other.up) and torch.equal(first.down, other.down)

@@ -40,12 +40,12 @@ def drawn(out: int, width: int, rank: int, seed: int) -> Factors:
 def test_products_norms_and_distances_equal_those_of_the_matrices(
     out: int, width: int, rank: int, other_rank: int, seed: int
 ) -> None:
-    one, other = drawn(out, width, rank, seed), drawn(out, width, other_rank, seed + 1)
-    a, b = one.dense(), other.dense()
-    assert inner_product(one, other) == pytest.approx(float((a * b).sum()), rel=1e-10, abs=1e-10)
-    assert one.norm() == pytest.approx(float(a.norm()), rel=1e-10)
-    assert distance(one, other) == pytest.approx(float((a - b).norm()), rel=1e-10)
-    torch.testing.assert_close(joined([one, other]).dense(), a + b, rtol=1e-12, atol=1e-12)
+    first, other = drawn(out, width, rank, seed), drawn(out, width, other_rank, seed + 1)
+    a, b = first.dense(), other.dense()
+    assert inner_product(first, other) == pytest.approx(float((a * b).sum()), rel=1e-10, abs=1e-10)
+    assert first.norm() == pytest.approx(float(a.norm()), rel=1e-10)
+    assert distance(first, other) == pytest.approx(float((a - b).norm()), rel=1e-10)
+    torch.testing.assert_close(joined([first, other]).dense(), a + b, rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,21 +54,21 @@ def test_the_spectrum_is_that_of_the_full_svd_also_when_the_rank_exceeds_the_lay
     out: int, width: int, rank: int, seed: int
 ) -> None:
     factors = drawn(out, width, rank, seed)
-    found, wanted = spectrum(factors), torch.linalg.svdvals(factors.dense())
-    assert len(found.values) == min(out, width, rank)
-    torch.testing.assert_close(found.values, wanted[: len(found.values)], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(singular_values(factors), found.values, rtol=1e-10, atol=1e-10)
+    actual, wanted = spectrum(factors), torch.linalg.svdvals(factors.dense())
+    assert len(actual.values) == min(out, width, rank)
+    torch.testing.assert_close(actual.values, wanted[: len(actual.values)], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(singular_values(factors), actual.values, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
-        found.first(len(found.values)).dense(), factors.dense(), rtol=1e-10, atol=1e-10
+        actual.first(len(actual.values)).dense(), factors.dense(), rtol=1e-10, atol=1e-10
     )
 
 
 def test_the_distance_of_nearly_equal_updates_keeps_its_digits() -> None:
-    one = drawn(30, 20, 5, 0)
-    other = Factors(one.up * (1 + 1e-12), one.down, one.shape)
-    wanted = 1e-12 * one.norm()
-    assert distance(one, other) == pytest.approx(wanted, rel=1e-3)
-    assert rounding_distance(one, other) == pytest.approx(wanted, rel=1e-3)
+    first = drawn(30, 20, 5, 0)
+    other = Factors(first.up * (1 + 1e-12), first.down, first.shape)
+    wanted = 1e-12 * first.norm()
+    assert distance(first, other) == pytest.approx(wanted, rel=1e-3)
+    assert rounding_distance(first, other) == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -99,9 +99,9 @@ def test_balancing_takes_factors_that_are_zero() -> None:
 
 def test_alpha_is_folded_into_up_alone() -> None:
     pair = LowRankPair(torch.full((2, 3), 2.0), torch.full((4, 2), 3.0), alpha=1.0)
-    found = factors_of(pair, weight=-0.5)
-    assert torch.equal(found.down, torch.full((2, 3), 2.0, dtype=torch.float64))
-    assert torch.equal(found.up, torch.full((4, 2), 3.0 * 0.5 * -0.5, dtype=torch.float64))
+    actual = factors_of(pair, weight=-0.5)
+    assert torch.equal(actual.down, torch.full((2, 3), 2.0, dtype=torch.float64))
+    assert torch.equal(actual.up, torch.full((4, 2), 3.0 * 0.5 * -0.5, dtype=torch.float64))
 
 
 def test_a_convolution_keeps_its_shape() -> None:

@@ -27,12 +27,12 @@ def total(
     adapters: list[tuple[AdapterWeights, ModuleStrength]],
 ) -> dict[ModuleKey, Tensor]:
     """The weighted sum of the dense updates in float64."""
-    found: dict[ModuleKey, Tensor] = {}
+    collected: dict[ModuleKey, Tensor] = {}
     for weights, strength in adapters:
         for module, pair in weights.items():
             term = strength.of(module) * exact(pair)
-            found[module] = found[module] + term if module in found else term
-    return found
+            collected[module] = collected[module] + term if module in collected else term
+    return collected
 
 
 def test_the_sum_of_three_adapters_of_mixed_ranks_is_exact(tmp_path: Path) -> None:
@@ -42,10 +42,10 @@ def test_the_sum_of_three_adapters_of_mixed_ranks_is_exact(tmp_path: Path) -> No
     report = merge_adapters(
         list(zip(files, strengths, strict=True)), tmp_path / "sum.safetensors", report=True
     )
-    found = read_adapter(tmp_path / "sum.safetensors").weights
+    weights_read = read_adapter(tmp_path / "sum.safetensors").weights
     wanted = total([(w, ModuleStrength(s)) for w, s in zip(adapters, strengths, strict=True)])  # type: ignore[arg-type]
-    assert max(relative_errors(found, wanted).values()) < 2e-7
-    for module, pair in found.items():
+    assert max(relative_errors(weights_read, wanted).values()) < 2e-7
+    for module, pair in weights_read.items():
         assert pair.rank == sum(weights.pairs[module].rank for weights in adapters)
     assert report.total_error is not None and report.total_error < 2e-7
 
@@ -87,11 +87,11 @@ def test_a_modules_weight_of_zero_takes_it_out(tmp_path: Path) -> None:
     weights = mixed_adapter()
     source = saved(tmp_path, "one", weights)
     report = merge_adapters([(source, {"unet": 0.5})], tmp_path / "half.safetensors")
-    found = read_adapter(tmp_path / "half.safetensors").weights
-    assert found.components() == ["unet"]
+    weights_read = read_adapter(tmp_path / "half.safetensors").weights
+    assert weights_read.components() == ["unet"]
     assert any("weight 0" in note for note in report.notes)
     wanted = {m: 0.5 * exact(pair) for m, pair in weights.items() if m.component == "unet"}
-    assert max(relative_errors(found, wanted).values()) < 2e-7
+    assert max(relative_errors(weights_read, wanted).values()) < 2e-7
 
 
 def test_adapters_with_different_modules_are_all_there(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def test_a_cut_sum_is_the_truncated_svd_of_the_sum(tmp_path: Path) -> None:
     files = [(saved(tmp_path, "a", adapters[0]), 1.0), (saved(tmp_path, "b", adapters[1]), -0.7)]
     report = merge_adapters(files, tmp_path / "out.safetensors", rank=3, report=True)
     dense = total([(adapters[0], ModuleStrength(1.0)), (adapters[1], ModuleStrength(-0.7))])
-    found = read_adapter(tmp_path / "out.safetensors").weights
+    weights_read = read_adapter(tmp_path / "out.safetensors").weights
     cut = {module: truncated(matrix, 3) for module, matrix in dense.items()}
-    assert max(relative_errors(found, cut).values()) < 3e-7
-    measured = relative_errors(found, dense)
+    assert max(relative_errors(weights_read, cut).values()) < 3e-7
+    measured = relative_errors(weights_read, dense)
     assert max(measured.values()) > 0.1
     for change in report.changes:
         assert change.error == pytest.approx(measured[change.module], rel=1e-4)
@@ -136,10 +136,10 @@ def test_half_precision_adapters_merge_within_their_rounding(tmp_path: Path) -> 
     adapters = [mixed_adapter(i, scales=(1 / 32,), dtype=torch.float16) for i in range(2)]
     files = [saved(tmp_path, f"a{i}", weights, torch.float16) for i, weights in enumerate(adapters)]
     merge_adapters([(files[0], 0.3), (files[1], -0.6)], tmp_path / "sum.safetensors")
-    found = read_adapter(tmp_path / "sum.safetensors").weights
-    assert {pair.up.dtype for pair in found.pairs.values()} == {torch.float16}
+    weights_read = read_adapter(tmp_path / "sum.safetensors").weights
+    assert {pair.up.dtype for pair in weights_read.pairs.values()} == {torch.float16}
     wanted = total([(adapters[0], ModuleStrength(0.3)), (adapters[1], ModuleStrength(-0.6))])
-    assert max(relative_errors(found, wanted).values()) < 6e-4
+    assert max(relative_errors(weights_read, wanted).values()) < 6e-4
 
 
 def test_trimming_keeps_the_largest_share() -> None:
@@ -174,7 +174,7 @@ def test_the_methods_work_on_the_updates_and_cut_the_result(tmp_path: Path, meth
     report = merge_adapters(
         files, tmp_path / "out.safetensors", method=method, density=0.4, seed=seed, rank=4, report=True
     )
-    found = read_adapter(tmp_path / "out.safetensors").weights
+    weights_read = read_adapter(tmp_path / "out.safetensors").weights
     wanted, cut = {}, {}
     for module in adapters[0].pairs:
         deltas = [
@@ -191,8 +191,8 @@ def test_the_methods_work_on_the_updates_and_cut_the_result(tmp_path: Path, meth
             matrix = elected(thin) if method == "dare-ties" else thin[0] + thin[1]
         wanted[module] = matrix.double()
         cut[module] = truncated(matrix.double(), 4)
-    assert max(relative_errors(found, cut).values()) < 1e-5
-    measured = relative_errors(found, wanted)
+    assert max(relative_errors(weights_read, cut).values()) < 1e-5
+    measured = relative_errors(weights_read, wanted)
     for change in report.changes:
         assert change.error == pytest.approx(measured[change.module], rel=1e-3, abs=1e-6)
 
@@ -208,8 +208,8 @@ def test_the_result_does_not_depend_on_how_an_adapter_is_written(tmp_path: Path)
     )
     torch.testing.assert_close(factors_of(other).dense(), factors_of(pair).dense(), rtol=1e-4, atol=1e-5)
     results = []
-    for number, one in enumerate((pair, other)):
-        file = saved(tmp_path, f"a{number}", AdapterWeights({module: one}))
+    for number, update in enumerate((pair, other)):
+        file = saved(tmp_path, f"a{number}", AdapterWeights({module: update}))
         target = tmp_path / f"out{number}.safetensors"
         merge_adapters([(file, 1.0)], target, method="ties", density=0.3, rank=3)
         results.append(exact(read_adapter(target).weights.pairs[module]))
@@ -221,7 +221,7 @@ def test_the_header_names_the_sources_without_folders(tmp_path: Path) -> None:
     merge_adapters([(files[0], 0.5), (files[1], {"unet": 0.2})], tmp_path / "mix.safetensors")
     info = read_adapter(tmp_path / "mix.safetensors").info
     [record] = json.loads(info.metadata["sdlora.surgery"])
-    assert [one["file"] for one in record["sources"]] == ["ink.safetensors", "oil.safetensors"]
+    assert [source["file"] for source in record["sources"]] == ["ink.safetensors", "oil.safetensors"]
     assert record["sources"][1]["strength"] == {"unet": 0.2, "text_encoder": 0.0, "text_encoder_2": 0.0}
     assert str(tmp_path) not in json.dumps(dict(info.metadata))
     assert info.trigger_words == ("inkstyle", "ink, thick")
@@ -270,10 +270,10 @@ def test_other_kinds_are_taken_as_the_plain_lora_they_are_equal_to(tmp_path: Pat
     loha, pair = kinds.loha((16, 16), rank=2), kinds.pair((16, 16), seed=4)
     files = [saved(tmp_path, n, AdapterWeights({module: u})) for n, u in (("loha", loha), ("lora", pair))]
     report = merge_adapters([(files[0], 0.5), (files[1], 2.0)], tmp_path / "out.safetensors", report=True)
-    found = read_adapter(tmp_path / "out.safetensors").weights
+    weights_read = read_adapter(tmp_path / "out.safetensors").weights
     wanted = {module: 0.5 * loha.delta().double() + 2.0 * exact(pair)}
-    assert max(relative_errors(found, wanted).values()) < 1e-6
-    assert found.pairs[module].rank == 4 + pair.rank
+    assert max(relative_errors(weights_read, wanted).values()) < 1e-6
+    assert weights_read.pairs[module].rank == 4 + pair.rank
     assert any("LoHa modules were taken as plain LoRA of rank up to 4" in note for note in report.notes)
 
 

@@ -21,11 +21,11 @@ def test_a_rank_gives_the_truncated_svd_of_every_update(tmp_path: Path) -> None:
     weights = mixed_adapter()
     report = resize_adapter(saved(tmp_path, "big", weights), tmp_path / "small.safetensors", rank=2)
     wanted = {module: truncated(exact(pair), 2) for module, pair in weights.items()}
-    found = read_adapter(tmp_path / "small.safetensors").weights
+    weights_read = read_adapter(tmp_path / "small.safetensors").weights
     assert len(wanted) > 40
-    assert {len(pair.down.shape) for pair in found.pairs.values()} == {2, 4}
-    assert max(relative_errors(found, wanted).values()) < 3e-7
-    assert {(pair.rank, pair.alpha) for pair in found.pairs.values()} == {(2, 2.0)}
+    assert {len(pair.down.shape) for pair in weights_read.pairs.values()} == {2, 4}
+    assert max(relative_errors(weights_read, wanted).values()) < 3e-7
+    assert {(pair.rank, pair.alpha) for pair in weights_read.pairs.values()} == {(2, 2.0)}
     assert report.to_dict()["ranks_after"] == {"2": len(wanted)}
 
 
@@ -34,17 +34,17 @@ def test_an_energy_share_gives_each_module_the_fewest_ranks_that_hold_it(tmp_pat
     report = resize_adapter(
         saved(tmp_path, "big", weights), tmp_path / "small.safetensors", energy=0.8, report=True
     )
-    found = read_adapter(tmp_path / "small.safetensors").weights
+    weights_read = read_adapter(tmp_path / "small.safetensors").weights
     for module, pair in weights.items():
         rank = rank_for(exact(pair), 0.8)
-        assert found.pairs[module].rank == rank, module
+        assert weights_read.pairs[module].rank == rank, module
         expected = truncated(exact(pair), rank)
-        assert float((exact(found.pairs[module]) - expected).norm()) < 3e-7 * float(expected.norm())
-    assert len(set(found.ranks())) > 1
+        assert float((exact(weights_read.pairs[module]) - expected).norm()) < 3e-7 * float(expected.norm())
+    assert len(set(weights_read.ranks())) > 1
     # diffusers takes one alpha a component, so files with mixed ranks have just one
-    for component in found.components():
-        alphas = {pair.alpha for pair in found.component(component).values()}
-        assert alphas == {max(pair.rank for pair in found.component(component).values())}
+    for component in weights_read.components():
+        alphas = {pair.alpha for pair in weights_read.component(component).values()}
+        assert alphas == {max(pair.rank for pair in weights_read.component(component).values())}
     assert report.total_error is not None and report.total_error**2 < 0.2
 
 
@@ -53,8 +53,8 @@ def test_the_reported_errors_are_those_of_the_written_file(tmp_path: Path) -> No
     report = resize_adapter(
         saved(tmp_path, "big", weights), tmp_path / "small.safetensors", rank=2, dtype="fp16", report=True
     )
-    found = read_adapter(tmp_path / "small.safetensors").weights
-    measured = relative_errors(found, {module: exact(pair) for module, pair in weights.items()})
+    weights_read = read_adapter(tmp_path / "small.safetensors").weights
+    measured = relative_errors(weights_read, {module: exact(pair) for module, pair in weights.items()})
     assert {change.module for change in report.changes} == set(measured)
     for change in report.changes:
         assert change.error == pytest.approx(measured[change.module], rel=1e-4)
@@ -67,10 +67,10 @@ def test_the_reported_errors_are_those_of_the_written_file(tmp_path: Path) -> No
 def test_an_error_bound_holds_in_every_module(tmp_path: Path, error: float) -> None:
     weights = mixed_adapter(3)
     resize_adapter(saved(tmp_path, "big", weights), tmp_path / "small.safetensors", error=error)
-    found = read_adapter(tmp_path / "small.safetensors").weights
-    errors = relative_errors(found, {module: exact(pair) for module, pair in weights.items()})
+    weights_read = read_adapter(tmp_path / "small.safetensors").weights
+    errors = relative_errors(weights_read, {module: exact(pair) for module, pair in weights.items()})
     assert max(errors.values()) <= error * (1 + 1e-6)
-    assert sum(p.rank for p in found.pairs.values()) < sum(p.rank for p in weights.pairs.values())
+    assert sum(p.rank for p in weights_read.pairs.values()) < sum(p.rank for p in weights.pairs.values())
 
 
 @pytest.mark.parametrize("format", ["webui", "diffusers", "peft"])
@@ -93,8 +93,8 @@ def test_a_module_without_any_update_keeps_rank_one(tmp_path: Path) -> None:
     pair = LowRankPair(torch.randn(4, 8), torch.zeros(8, 4), 4.0)
     source = saved(tmp_path, "empty", AdapterWeights({module: pair}))
     report = resize_adapter(source, tmp_path / "small.safetensors", energy=0.9, report=True)
-    found = read_adapter(tmp_path / "small.safetensors").weights.pairs[module]
-    assert found.rank == 1 and not bool(found.delta().any())
+    pair_read = read_adapter(tmp_path / "small.safetensors").weights.pairs[module]
+    assert pair_read.rank == 1 and not bool(pair_read.delta().any())
     assert report.total_error == 0.0
 
 
@@ -116,9 +116,9 @@ def test_a_loha_is_resized_as_the_plain_lora_it_is(tmp_path: Path) -> None:
     loha = kinds.loha((16, 16), rank=3)
     source = saved(tmp_path, "loha", AdapterWeights({module: loha}))
     report = resize_adapter(source, tmp_path / "small.safetensors", rank=4)
-    found = read_adapter(tmp_path / "small.safetensors").weights
+    weights_read = read_adapter(tmp_path / "small.safetensors").weights
     wanted = truncated(loha.delta().double(), 4)
-    assert relative_errors(found, {module: wanted})[module] < 1e-6
+    assert relative_errors(weights_read, {module: wanted})[module] < 1e-6
     assert any("LoHa" in note for note in report.notes)
 
 

@@ -54,7 +54,7 @@ def test_no_image_and_no_copy_of_it_is_on_both_sides(
 
 
 def test_a_folder_of_its_own_is_measured(prepared: Callable[..., Run], tmp_path: Path) -> None:
-    folder, own = photos(tmp_path / "images", 4), photos(tmp_path / "own", 3, first=20)
-    run = prepared(folder, f"data.validation='{own}'")
+    folder, validation_folder = photos(tmp_path / "images", 4), photos(tmp_path / "own", 3, first=20)
+    run = prepared(folder, f"data.validation='{validation_folder}'")
     assert [item.name for item in run.training.items] == ["p00.png", "p01.png", "p02.png", "p03.png"]
     assert [item.name for item in run.validation.items] == ["p20.png", "p21.png", "p22.png"]

@@ -53,8 +53,8 @@ def allocated(base: str, config: Config) -> int:
     model = load_model(base, dtype=DTYPES[config.training.precision or "fp32"], device=CPU)
     weights = create_adapter(model, config.adapter, 0)
     layers = attach(model, weights, "run")
-    pairs = [weights.pairs[one.key] for one in layers]
-    parameters = [parameter for one in layers for parameter in (one.down, one.up)]
+    pairs = [weights.pairs[layer.key] for layer in layers]
+    parameters = [parameter for layer in layers for parameter in (layer.down, layer.up)]
     master = MasterWeights(parameters, [t for pair in pairs for t in (pair.down, pair.up)])
     optimizer = torch.optim.AdamW([master.flat])
     text_trained = config.adapter.adapts_text
@@ -181,12 +181,12 @@ def test_the_plan_of_a_whole_run_is_within_15_percent_of_all_that_is_alive(run: 
     """Weights, adapter, optimizer and activations of the real loop, counted without the plan's help."""
     given = (*FIXED, "data.resolution=64", "training.precision=fp32", *RUNS[run])
     config = run_settings("mini", tmp_path, *given, count=8, side=128)
-    found = measure_memory(config)
-    assert found.bytes > 50 * 2**20
-    assert found.ratio == pytest.approx(1, abs=0.15)
+    memory = measure_memory(config)
+    assert memory.bytes > 50 * 2**20
+    assert memory.ratio == pytest.approx(1, abs=0.15)
 
 
 def test_free_memory_and_its_words() -> None:
-    found = free_memory(CPU)
-    assert found is not None and found > 2**20
+    num_bytes = free_memory(CPU)
+    assert num_bytes is not None and num_bytes > 2**20
     assert (gib(3 * GIB), gib(5 * 2**20)) == ("3.0 GiB", "5 MiB")

@@ -33,16 +33,16 @@ def test_steps_equal_plain_adamw_on_separate_fp32_tensors() -> None:
     group = ParameterGroup("unet", MasterWeights(params, values), 1e-2)
     ours = make_optimizer(config, [group])
     for step in range(4):
-        for own, other in zip(params, reference, strict=True):
+        for parameter, other in zip(params, reference, strict=True):
             gradient = torch.full_like(other, 0.1 * (step + 1)) * other.detach().sign()
-            (own * gradient).sum().backward()
+            (parameter * gradient).sum().backward()
             other.grad = gradient.clone()
         group.master.collect()
         ours.step()
         group.master.publish()
         plain.step()
-    for own, other in zip(params, reference, strict=True):
-        torch.testing.assert_close(own.data, other.data, rtol=1e-6, atol=1e-7)
+    for parameter, other in zip(params, reference, strict=True):
+        torch.testing.assert_close(parameter.data, other.data, rtol=1e-6, atol=1e-7)
 
 
 def test_small_updates_add_up_in_bf16() -> None:

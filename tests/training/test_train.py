@@ -84,10 +84,10 @@ def final_state(result: TrainResult) -> dict[str, torch.Tensor]:
     return load_file(list_checkpoints(result.folder / "checkpoints")[-1].optimizer_file)
 
 
-def assert_equal_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert len(one) >= 4
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+def assert_equal_tensors(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == other.keys()
+    assert len(first) >= 4
+    assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
 
 def prepared(config: Config) -> Run:
@@ -153,7 +153,7 @@ def test_interrupt_finishes_the_step_saves_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Ctrl-C comes in the midst of step 3: while its gradients are summed."""
+    """Ctrl-C comes in the middle of step 3: while its gradients are summed."""
     taken: list[int] = []
 
     def interrupted(run: Run, names: Any) -> float:
@@ -450,10 +450,10 @@ def test_events_are_frozen_facts() -> None:
         event.loss = 0.0  # type: ignore[misc]
 
 
-def same(one: AdapterWeights, other: AdapterWeights) -> bool:
-    return list(one.pairs) == list(other.pairs) and all(
+def same(first: AdapterWeights, other: AdapterWeights) -> bool:
+    return list(first.pairs) == list(other.pairs) and all(
         torch.equal(pair.down, other.pairs[key].down) and torch.equal(pair.up, other.pairs[key].up)
-        for key, pair in one.items()
+        for key, pair in first.items()
     )
 
 

@@ -429,9 +429,9 @@ def test_a_run_stopped_and_resumed_ends_bit_identical_with_everything_that_varie
     assert (first.stopped, first.step) == (True, 2)
     second = train(config, resume=True)
     assert whole.adapter_file is not None and second.adapter_file is not None
-    one, other = load_file(whole.adapter_file), load_file(second.adapter_file)
-    assert one.keys() == other.keys() and len(one) > 10
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    uninterrupted, other = load_file(whole.adapter_file), load_file(second.adapter_file)
+    assert uninterrupted.keys() == other.keys() and len(uninterrupted) > 10
+    assert [name for name in uninterrupted if not torch.equal(uninterrupted[name], other[name])] == []
     states = [
         load_file(list_checkpoints(result.folder / "checkpoints")[-1].optimizer_file)
         for result in (whole, second)

@@ -75,8 +75,8 @@ def last_checkpoint(result: TrainResult) -> Path:
     return list_checkpoints(result.folder / "checkpoints")[-1].path
 
 
-def assert_equal_files(one: Path, other: Path) -> None:
-    first, second = load_file(one), load_file(other)
+def assert_equal_files(file: Path, other: Path) -> None:
+    first, second = load_file(file), load_file(other)
     assert first.keys() == second.keys() and len(first) > 2
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
@@ -176,11 +176,11 @@ def test_dora_in_bf16_starts_at_the_base_and_keeps_its_magnitudes_in_fp32(settin
     base = base_of(config, torch.bfloat16)
     run = prepared(config)
     torch.testing.assert_close(output(run.model), output(base), rtol=1e-2, atol=2e-2)
-    magnitudes = [one.parameters["dora_scale"] for one in run.trainable.layers]
+    magnitudes = [layer.parameters["dora_scale"] for layer in run.trainable.layers]
     assert {tensor.dtype for tensor in magnitudes} == {torch.float32}
-    for one in run.trainable.layers:
-        update = one.rebuilt({name: p.detach() for name, p in one.parameters.items()})
-        weight = base.components()["unet"].get_submodule(one.key.path).weight.detach().float()
+    for layer in run.trainable.layers:
+        update = layer.rebuilt({name: p.detach() for name, p in layer.parameters.items()})
+        weight = base.components()["unet"].get_submodule(layer.key.path).weight.detach().float()
         assert isinstance(update, DoRA) and isinstance(weight, Tensor)
         torch.testing.assert_close(update.merged(weight), weight, rtol=1e-5, atol=1e-6)
     before = [tensor.detach().clone() for tensor in magnitudes]
@@ -225,13 +225,13 @@ def test_pissa_takes_the_largest_singular_values_and_leaves_the_base_alone(setti
             if "lora_" not in name
         }
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-    for one in run.trainable.layers:
-        weight = base.components()["unet"].get_submodule(one.key.path).weight.detach()
+    for layer in run.trainable.layers:
+        weight = base.components()["unet"].get_submodule(layer.key.path).weight.detach()
         assert isinstance(weight, Tensor)
         u, sizes, v = torch.linalg.svd(weight.double(), full_matrices=False)
         wanted = (u[:, :2] * sizes[:2]) @ v[:2]
         # singular values of random weights lie close together, so the iteration is not quite through
-        torch.testing.assert_close(one.update.delta().double(), wanted, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(layer.update.delta().double(), wanted, rtol=1e-2, atol=1e-3)
     masters = run.trainable.masters()
     assert max(float(pair.delta().abs().max()) for pair in masters.pairs.values()) < 1e-6
 
@@ -281,13 +281,13 @@ def test_contradictions_with_the_file_are_errors(settings: Settings, tmp_path: P
             warm_start(settings("wrong", given, override), model)
     config, weights, decisions = warm_start(settings("right", given, "adapter.rank=3"), model)
     assert (config.adapter.rank, config.adapter.alpha, len(weights)) == (3, 1.5, len(file.weights))
-    assert [one.key for one in decisions] == ["adapter.alpha"]
+    assert [default.key for default in decisions] == ["adapter.alpha"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("adapter.kind=loha", "adapter.dropout=0.1"), "adapter.dropout.*loha has not"),
+        (("adapter.kind=loha", "adapter.dropout=0.1"), "adapter.dropout.*loha does not have"),
         (("adapter.kind=lokr", "optimizer.lora_plus_ratio=2"), "lora_plus_ratio"),
         (("adapter.kind=loha", "adapter.init=pissa"), "adapter.init=pissa"),
         (("adapter.kind=dora", "adapter.init=olora"), "cannot be undone in a DoRA file"),
@@ -332,9 +332,9 @@ def test_a_tucker_locon_goes_on_as_the_plain_lora_it_is(settings: Settings, tmp_
     file = tmp_path / "locon.safetensors"
     write_adapter(AdapterFile(AdapterWeights({key: update}), info), "webui", file, torch.float32, family)
     run = prepared(settings("run", f"adapter.from_file={file.as_posix()}"))
-    (found,) = run.trainable.masters().updates.values()
-    assert isinstance(found, LowRankPair) and (found.rank, found.alpha) == (update.rank, update.alpha)
-    torch.testing.assert_close(found.delta(), update.delta(), rtol=1e-5, atol=1e-6)
+    (actual,) = run.trainable.masters().updates.values()
+    assert isinstance(actual, LowRankPair) and (actual.rank, actual.alpha) == (update.rank, update.alpha)
+    torch.testing.assert_close(actual.delta(), update.delta(), rtol=1e-5, atol=1e-6)
 
 
 def test_defaults_follow_the_kind(settings: Settings) -> None:
@@ -357,8 +357,10 @@ def test_lokr_factors_follow_the_sides_of_the_layer(settings: Settings) -> None:
     ]
     assert [split_side(size, 8) for size in (320, 12, 7)] == [(8, 40), (3, 4), (1, 7)]
     run = prepared(settings("run", "adapter.kind=lokr", "adapter.targets=all", "adapter.rank=4"))
-    forms = {len(one.update.tensors()) for one in run.trainable.layers}
+    forms = {len(layer.update.tensors()) for layer in run.trainable.layers}
     assert forms == {2, 3}  # both full, and the second decomposed
-    assert all(isinstance(one.update, LoKr) and one.update.w1 is not None for one in run.trainable.layers)
+    assert all(
+        isinstance(layer.update, LoKr) and layer.update.w1 is not None for layer in run.trainable.layers
+    )
     loha = prepared(settings("loha", "adapter.kind=loha"))
-    assert all(isinstance(one.update, LoHa) and one.update.rank == 2 for one in loha.trainable.layers)
+    assert all(isinstance(layer.update, LoHa) and layer.update.rank == 2 for layer in loha.trainable.layers)

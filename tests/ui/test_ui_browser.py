@@ -20,7 +20,11 @@ from PIL import Image
 from processes import end_marked, new_mark, with_mark
 
 CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    (
+        program
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (program := shutil.which(name))
+    ),
     None,
 )
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -49,8 +53,8 @@ class Page:
         from selenium.common.exceptions import StaleElementReferenceException
 
         try:
-            found = self.driver.find_elements("css selector", css)
-            return [one for one in found if one.is_displayed()]
+            elements = self.driver.find_elements("css selector", css)
+            return [element for element in elements if element.is_displayed()]
         except StaleElementReferenceException:  # redrawn while looking
             return []
 
@@ -110,18 +114,18 @@ def make_driver(mark: str) -> Any:
     options.add_argument("--window-size=1280,1000")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     service = Service(str(CHROMEDRIVER), env=with_mark(mark))
-    made = webdriver.Chrome(options=options, service=service)
-    made.set_script_timeout(PATIENCE)
-    return made
+    chrome = webdriver.Chrome(options=options, service=service)
+    chrome.set_script_timeout(PATIENCE)
+    return chrome
 
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Any]:
     mark = new_mark()
     try:
-        made = make_driver(mark)
-        yield made
-        made.quit()
+        browser = make_driver(mark)
+        yield browser
+        browser.quit()
     finally:
         end_marked(mark)
 
@@ -223,7 +227,7 @@ def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., An
 
 def tools_work(page: Page, wait: Callable[..., Any]) -> None:
     """Inspect, merge, resize and bake the adapter that was trained and the one that was exported."""
-    made = page.server.home / "runs" / "exported"
+    exported = page.server.home / "runs" / "exported"
     page.tab(2)
     page.tab(3)  # the lists are made anew
     choose(page, wait, "#inspect-file input", "exported/ink-icons")
@@ -243,8 +247,8 @@ def tools_work(page: Page, wait: Callable[..., Any]) -> None:
     choose(page, wait, "#bake-file input", "exported/ink-icons")
     page.click("button#bake, #bake button")
     page.one("#bake-report .sd-done")
-    assert (made / "merged.safetensors").is_file() and (made / "resized.safetensors").is_file()
-    assert (made / "baked" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (exported / "merged.safetensors").is_file() and (exported / "resized.safetensors").is_file()
+    assert (exported / "baked" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 def two_adapters_draw(page: Page, wait: Callable[..., Any]) -> None:
@@ -265,12 +269,12 @@ def the_text_encoder_has_its_own_strength(page: Page, wait: Callable[..., Any]) 
     wait(lambda: drawn_with(page, "<lora:ink-icons:0.25:1>", "<lora:merged:0.5>"))
 
 
-def drawn_with(page: Page, *said: str) -> bool:
+def drawn_with(page: Page, *phrases: str) -> bool:
     """Tell whether an image was drawn whose settings hold all of these."""
     texts = [
         Image.open(file).info.get("parameters", "") for file in (page.server.home / "images").glob("*.png")
     ]
-    return any(all(one in text for one in said) for text in texts)
+    return any(all(phrase in text for phrase in phrases) for text in texts)
 
 
 def choose(page: Page, wait: Callable[..., Any], css: str, label: str) -> None:
@@ -285,7 +289,7 @@ def choose(page: Page, wait: Callable[..., Any], css: str, label: str) -> None:
         field = page.one(css)
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(label[:-1])  # not the whole: only a choice makes the field say `label`
-        options = [one for one in page.all("ul[role=listbox] li") if one.text.strip("✓ \n") == label]
+        options = [option for option in page.all("ul[role=listbox] li") if option.text.strip("✓ \n") == label]
         if options:
             with suppress(ElementClickInterceptedException, ElementNotInteractableException):
                 options[0].click()
@@ -410,7 +414,7 @@ def test_two_tabs_agree_about_a_caption(page: Page, wait: Callable[..., Any]) ->
         driver.switch_to.window(first)
         wait(lambda: page.one(shown).get_attribute("value") == "inkicon, cheese of the second tab")
     finally:
-        driver.switch_to.window(next(one for one in driver.window_handles if one != first))
+        driver.switch_to.window(next(handle for handle in driver.window_handles if handle != first))
         driver.close()
         driver.switch_to.window(first)
 
@@ -493,7 +497,11 @@ def test_no_page_needs_another_site_or_lacks_a_label_or_loads_torch(
         assert page.js(UNLABELLED) == []
         assert page.js(NULLS) == 0
     asked = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
-    urls = [one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"]
+    urls = [
+        message["params"]["request"]["url"]
+        for message in asked
+        if message["method"] == "Network.requestWillBeSent"
+    ]
     hosts = {urlsplit(url).netloc for url in urls if not url.startswith(("data:", "blob:", "about:"))}
     assert hosts == {f"127.0.0.1:{page.server.port}"}, "everything the browser asked for in this module"
     maps = Path(f"/proc/{page.server.process.pid}/maps")
@@ -601,14 +609,14 @@ def test_paths_outside_are_not_served(page: Page, path: str) -> None:
 def test_an_image_that_was_not_uploaded_cannot_be_named_as_dropped(page: Page, tmp_path: Path) -> None:
     shutil.copy(ROOT / "datasets" / "ink-icons" / "bee.png", tmp_path / "bee.png")
     config = page.server.ask("/config")
-    ids = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
+    ids = {component["id"]: component["props"].get("elem_id") for component in config["components"]}
     events = config["dependencies"]
     upload = next(e["id"] for e in events if ("drop", "upload") in [(ids.get(a), b) for a, b in e["targets"]])
     file = {"path": str(tmp_path / "bee.png"), "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
     body = {"data": [[file], "stolen", "", 64], "fn_index": upload, "session_hash": "stranger"}
     page.server.ask("/gradio_api/queue/join", body)
-    said = page.server.ask("/gradio_api/queue/data?session_hash=stranger", raw=True).decode()
-    assert "it was not uploaded" in said
+    answer = page.server.ask("/gradio_api/queue/data?session_hash=stranger", raw=True).decode()
+    assert "it was not uploaded" in answer
     assert not (page.server.home / "training-images" / "stolen").exists()
 
 

@@ -1,4 +1,4 @@
-"""What forms hold outlives the browser; a damaged file is no obstacle."""
+"""What forms hold outlives the browser; a damaged file is not an obstacle."""
 
 from __future__ import annotations
 

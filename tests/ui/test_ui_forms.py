@@ -18,11 +18,11 @@ from sdlora.errors import ConfigError
 
 
 def test_every_setting_has_a_control_with_label_and_help() -> None:
-    made = settings()
-    assert [setting.key for setting in made] == [key for key, _ in fields()]
-    assert {setting.key.partition(".")[0] for setting in made} == set(SECTION_TITLES)
+    all_settings = settings()
+    assert [setting.key for setting in all_settings] == [key for key, _ in fields()]
+    assert {setting.key.partition(".")[0] for setting in all_settings} == set(SECTION_TITLES)
     with gr.Blocks(analytics_enabled=False):
-        for setting in made:
+        for setting in all_settings:
             shown = control(setting)
             assert shown.label and shown.info and shown.elem_id.startswith("set-")
 
@@ -120,7 +120,7 @@ def test_a_hub_id_is_a_base_but_a_folder_of_that_name_must_be_allowed(paths: All
 def test_a_base_that_is_not_there_is_refused(paths: AllowedPaths) -> None:
     with pytest.raises(ConfigError, match="there is no such file or folder"):
         checked_base(paths, "images/model.safetensors")
-    with pytest.raises(PathRefused):  # a file's name is no hub id
+    with pytest.raises(PathRefused):  # a file's name is not a hub id
         checked_base(paths, "someone/model.safetensors")
 
 

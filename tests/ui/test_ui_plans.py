@@ -33,11 +33,11 @@ for line in sys.stdin:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    made = Site.open(AllowedPaths.of(tmp_path, runs=Path("runs"), images=Path("out"), data=Path("data")))
-    made.desk = WorkerClient(tmp_path, program=[sys.executable, "-c", PROGRAM])
-    made.plans = Plans(made.desk, made.queue)
-    yield made
-    made.end()
+    started = Site.open(AllowedPaths.of(tmp_path, runs=Path("runs"), images=Path("out"), data=Path("data")))
+    started.desk = WorkerClient(tmp_path, program=[sys.executable, "-c", PROGRAM])
+    started.plans = Plans(started.desk, started.queue)
+    yield started
+    started.end()
 
 
 @pytest.fixture

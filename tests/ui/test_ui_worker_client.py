@@ -50,9 +50,9 @@ ENDLESS = {"to": 10**9, "pause": 0.02}
 def worker(tmp_path: Path, processes_end: None) -> Iterator[WorkerClient]:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    made = WorkerClient(tmp_path, idle_seconds=0.05, program=(sys.executable, str(program)))
-    yield made
-    made.close()
+    client = WorkerClient(tmp_path, idle_seconds=0.05, program=(sys.executable, str(program)))
+    yield client
+    client.close()
 
 
 def test_a_call_tells_progress_parts_and_its_result(worker: WorkerClient) -> None:

@@ -50,7 +50,7 @@ class Judge(nn.Module):
 
 
 def _blur(images: Tensor, rng: random.Random) -> Tensor:
-    """Softens an image as the VAE does, so that softness is no clue."""
+    """Softens an image as the VAE does, so that softness is not a clue."""
     size = rng.choice((64, 48, 40, 32))
     small = F.interpolate(images, size=size, mode="bilinear", antialias=True)
     return F.interpolate(small, size=images.shape[-1], mode="bilinear")

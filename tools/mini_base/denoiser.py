@@ -118,7 +118,7 @@ def split_parameters(
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Returns the weights for Muon and the rest, for AdamW.
 
-    Embeddings, and the layers that meet pixels or predictions, are no linear
+    Embeddings, and the layers that meet pixels or predictions, are not linear
     maps between feature spaces and keep AdamW.
     """
     edges = ("conv_in", "conv_out", "embedding", "time_emb")

@@ -55,10 +55,10 @@ class IconPackage:
 def check_integrity(path: Path, expected: str) -> None:
     """Raises ``ValueError`` unless ``path`` has the pinned sha512 digest."""
     digest = hashlib.sha512(path.read_bytes()).digest()
-    found = "sha512-" + base64.b64encode(digest).decode("ascii")
-    if found != expected:
+    actual = "sha512-" + base64.b64encode(digest).decode("ascii")
+    if actual != expected:
         raise ValueError(
-            f"{path.name} is not the pinned package: expected {expected}, found {found}. "
+            f"{path.name} is not the pinned package: expected {expected}, found {actual}. "
             "Delete the file and try again; if it stays so, the pin in config.py is out of date."
         )
 

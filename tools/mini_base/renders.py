@@ -80,11 +80,11 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 def base_images(cache_dir: Path, sets: Iterable[IconSet] = BASE_SETS) -> list[IconImage]:
     """Lists every noun in every set that draws it."""
-    found = []
+    icon_images = []
     for icon_set in sets:
         names = icons.load(icon_set, cache_dir).names()
-        found += [IconImage(icon_set, name) for name in load_nouns().phrases if name in names]
-    return found
+        icon_images += [IconImage(icon_set, name) for name in load_nouns().phrases if name in names]
+    return icon_images
 
 
 def render_variants(

@@ -88,9 +88,9 @@ def play(name: str, libraries: Path) -> dict[str, Any]:
             return _nothing(
                 f"the process died with {done.returncode}: {_last_line(done.stderr)}", done.stderr
             )
-        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        found["printed"] = (done.stdout + done.stderr)[-4000:]
-        return found
+        played: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        played["printed"] = (done.stdout + done.stderr)[-4000:]
+        return played
 
 
 def _nothing(outcome: str, trace: str = "") -> dict[str, Any]:

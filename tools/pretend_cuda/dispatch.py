@@ -77,7 +77,7 @@ class Pretending(TorchDispatchMode):
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
         asked = kwargs.get("device")
         to_card = asked is not None and torch.device(asked).type == "cuda"
-        if not to_card and not any(isinstance(one, FakeTensor) for one in tensors):
+        if not to_card and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return self._on_host(func, name, args, kwargs)
         with self._cards.lock:
             return self._on_card(func, name, args, kwargs, tensors, to_card)
@@ -103,7 +103,7 @@ class Pretending(TorchDispatchMode):
         tensors: Sequence[Tensor],
         to_card: bool,
     ) -> Any:
-        cuda = [one for one in tensors if is_on_card(one)]
+        cuda = [tensor for tensor in tensors if is_on_card(tensor)]
         self._refuse(name, args, kwargs, bool(cuda) or to_card)
         answer = self._answered(name, args, kwargs, bool(cuda), to_card)
         if answer is not None:
@@ -111,17 +111,20 @@ class Pretending(TorchDispatchMode):
         if name in _INDEXING and cuda:
             self._note_indices(args)
         with self._fake:
-            if not all(isinstance(one, FakeTensor) for one in tensors):
+            if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
                 args, kwargs = tree_map(_as_fake, args), tree_map(_as_fake, kwargs)
             out = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if is_on_card(leaf)]
         source = {"copy_": 1, "_to_copy": 0}.get(name)
-        crossing = source is not None and not is_on_card(tensors[source])  # a transfer is no kernel
+        crossing = source is not None and not is_on_card(tensors[source])  # a transfer is not a kernel
         if (results or cuda) and not crossing and not _is_view(func, name):
-            sizes = {id(one.untyped_storage()): one.numel() * one.element_size() for one in (*cuda, *results)}
+            sizes = {
+                id(tensor.untyped_storage()): tensor.numel() * tensor.element_size()
+                for tensor in (*cuda, *results)
+            }
             self._ledger.launch(_kernels(name, args, kwargs), sum(sizes.values()))
-        for one in results:
-            self._cards.allocate(one.fake_device.index or 0, one.untyped_storage())
+        for result in results:
+            self._cards.allocate(result.fake_device.index or 0, result.untyped_storage())
         return out
 
     def _answered(
@@ -179,7 +182,7 @@ class Pretending(TorchDispatchMode):
         generator = kwargs.get("generator")
         if on_card and generator is not None and generator.device.type != "cuda":
             raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' (in {name})")
-        if name in _INDEXING and not is_on_card(args[0]) and any(is_on_card(one) for one in args[1]):
+        if name in _INDEXING and not is_on_card(args[0]) and any(is_on_card(index) for index in args[1]):
             raise RuntimeError(
                 "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
             )
@@ -234,7 +237,11 @@ def _kernels(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     if not name.startswith(("_foreach", "_fused")):
         return _KERNELS.get(name, 1)
     values = (*args, *kwargs.values())
-    lists = [one for one in values if isinstance(one, list | tuple) and one and isinstance(one[0], Tensor)]
+    lists = [
+        group
+        for group in values
+        if isinstance(group, list | tuple) and group and isinstance(group[0], Tensor)
+    ]
     return -(-len(lists[0]) // _TENSORS_A_KERNEL.get(len(lists), 30)) if lists else 1
 
 
@@ -289,7 +296,7 @@ def _attention(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return original(query, key, value, attn_mask, dropout_p, is_causal, **options)
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
-            query, key, value = (one.to(dtype) for one in (query, key, value))
+            query, key, value = (projected.to(dtype) for projected in (query, key, value))
         if not query.dtype == key.dtype == value.dtype:
             formats = f"query.dtype: {query.dtype} key.dtype: {key.dtype} and value.dtype: {value.dtype}"
             raise RuntimeError(f"Expected query, key, and value to have the same dtype, but got {formats}")
@@ -299,7 +306,9 @@ def _attention(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]  # type: ignore[no-any-return]
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-        learning = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+        learning = torch.is_grad_enabled() and any(
+            projected.requires_grad for projected in (query, key, value)
+        )
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         return efficient(query, key, value, attn_mask, learning, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
 

@@ -181,8 +181,12 @@ class Ledger:
             "bytes_to_host": self.copied("to host"),
             "peak": self.peak(),
             "cards": {
-                str(card): {"peak": one.peak, "peak_by_phase": one.peaks, "held_at_peak": _top(one.holders)}
-                for card, one in sorted(self.memory.items())
+                str(card): {
+                    "peak": memory.peak,
+                    "peak_by_phase": memory.peaks,
+                    "held_at_peak": _top(memory.holders),
+                }
+                for card, memory in sorted(self.memory.items())
             },
             "touched": {str(card): list(place) for card, place in sorted(self.touched.items())},
             "launches_by_place": [[*place, count] for place, count in self.launches.most_common(60)],

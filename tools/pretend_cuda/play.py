@@ -59,5 +59,5 @@ def _origin(error: BaseException) -> str:
 
 if __name__ == "__main__":
     scenario_name, library_folder, work_folder, answer_file = sys.argv[1:]
-    found = play(scenario_name, Path(library_folder), Path(work_folder))
-    Path(answer_file).write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
+    played = play(scenario_name, Path(library_folder), Path(work_folder))
+    Path(answer_file).write_text(json.dumps(played, indent=1, default=str), encoding="utf-8")

@@ -191,7 +191,7 @@ def samplers(precision: str) -> Play:
         generator = sdlora.ImageGenerator.load("mini", device="cuda", precision=precision)
         for name in names:
             images = generator.generate([_request(name), _request(name, seed=2)])
-            assert [one.image.size for one in images] == [(64, 64)] * 2
+            assert [generated.image.size for generated in images] == [(64, 64)] * 2
 
     return play
 
@@ -204,7 +204,7 @@ def several_adapters(stage: Stage) -> None:
     generator = sdlora.ImageGenerator.load("mini", device="cuda", precision="bf16")
     names = [generator.add_adapter(file) for file in files]
     strengths = ({names[0]: 0.5, names[1]: 1.0}, {names[1]: {"unet": 0.3, "text_encoder": 0.0}}, {})
-    images = generator.generate([_request("Euler a", one) for one in strengths])
+    images = generator.generate([_request("Euler a", setting) for setting in strengths])
     assert len(images) == 3
     generator.remove_adapter(names[0])
     generator.generate([_request("Euler a", {names[1]: 1.0})])
@@ -222,7 +222,7 @@ def strength_zero(stage: Stage) -> None:
     before = sum(stage.cards.ledger.launches.values())
     generator.generate([_request("Euler", {name: 0.0})])
     launches = sum(stage.cards.ledger.launches.values()) - before
-    # what loading moved to the card is no launch, so both are the image alone
+    # what loading moved to the card is not a launch, so both are the image alone
     assert launches == plain, f"{launches} launches at strength 0, {plain} without the adapter"
 
 

@@ -76,7 +76,7 @@ class Recorder:
                 tuple(artefact(Path(filled(file)), {}).get("tensors") for file in pair)
                 for pair in case.same_as
             ]
-            result["same bits as without a stop"] = [one == other for one, other in pairs]
+            result["same bits as without a stop"] = [first == other for first, other in pairs]
         return result
 
 
@@ -165,15 +165,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.same_bits", description=__doc__.split("\n")[0])
     actions = parser.add_subparsers(dest="action", required=True)
-    one = actions.add_parser("record", help="write the hashes of a checkout's seeded runs")
-    one.add_argument("--checkout", type=Path, default=Path(), metavar="DIR")
-    one.add_argument("--output", type=Path, required=True, metavar="FILE")
-    one.add_argument(
+    recording = actions.add_parser("record", help="write the hashes of a checkout's seeded runs")
+    recording.add_argument("--checkout", type=Path, default=Path(), metavar="DIR")
+    recording.add_argument("--output", type=Path, required=True, metavar="FILE")
+    recording.add_argument(
         "--only", nargs="+", metavar="NAME", help="these cases (and what they need); others in FILE stay"
     )
-    one.add_argument("--python", type=Path, metavar="FILE", help="interpreter; the checkout's .venv if there")
-    one.add_argument("--threads", type=int, default=1)
-    one.add_argument(
+    recording.add_argument(
+        "--python", type=Path, metavar="FILE", help="interpreter; the checkout's .venv if there"
+    )
+    recording.add_argument("--threads", type=int, default=1)
+    recording.add_argument(
         "--renamed", action="append", default=[], metavar="OLD=NEW", help="word of the command lines"
     )
     two = actions.add_parser("compare", help="show what differs between two records")

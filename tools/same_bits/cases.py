@@ -68,13 +68,15 @@ def _train(
         "data.cache_folder={cache}",
     )
     words = ("train", folder, "--base", base, "--output", "{here}/run")
-    return Command((*words, *(one for one in usual if not _set(one, settings)), *settings), threads, stopped)
+    return Command(
+        (*words, *(setting for setting in usual if not _set(setting, settings)), *settings), threads, stopped
+    )
 
 
 def _set(setting: str, settings: tuple[str, ...]) -> bool:
     key = setting.partition("=")[0]
-    cleared = key == "training.steps" and any(one.startswith("training.epochs=") for one in settings)
-    return cleared or any(one.partition("=")[0] == key for one in settings)
+    cleared = key == "training.steps" and any(other.startswith("training.epochs=") for other in settings)
+    return cleared or any(other.partition("=")[0] == key for other in settings)
 
 
 def _trained(*settings: str, folder: str = "{data}", base: str = "mini") -> Case:
@@ -487,7 +489,7 @@ def with_needs(names: list[str]) -> list[str]:
     """Return cases and all they read from, each after what it needs.
 
     Raises:
-        KeyError: for a name that is no case.
+        KeyError: for a name that is not a case.
     """
     ordered: dict[str, None] = {}
 

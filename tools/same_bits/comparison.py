@@ -31,9 +31,9 @@ def renamed(value: Any, names: Mapping[str, str]) -> Any:
 
     def walk(item: Any) -> Any:
         if isinstance(item, dict):
-            return {respell(key): walk(one) for key, one in item.items()}
+            return {respell(key): walk(value) for key, value in item.items()}
         if isinstance(item, list):
-            return [walk(one) for one in item]
+            return [walk(value) for value in item]
         return respell(item) if isinstance(item, str) else item
 
     return walk(value)
@@ -63,8 +63,8 @@ def compare(
             rows.append(Row(case, "new", len(new)))
             continue
         old = dict(_leaves(renamed(before[case], names or {}), without))
-        found = tuple(_differences(old, new))
-        rows.append(Row(case, "differs" if found else "same", len(old), found))
+        differences = tuple(_differences(old, new))
+        rows.append(Row(case, "differs" if differences else "same", len(old), differences))
     return rows
 
 

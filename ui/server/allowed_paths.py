@@ -77,7 +77,7 @@ class AllowedPaths:
         for folder in named:
             if not folder.is_dir():
                 raise PathRefused(f"--allow {folder}: no such folder; check the path")
-        first, second, third = ((home / one.expanduser()).resolve() for one in (runs, images, data))
+        first, second, third = ((home / place.expanduser()).resolve() for place in (runs, images, data))
         return cls(home, first, second, third, tuple(named), tuple(folder.resolve() for folder in models))
 
     @property
@@ -160,14 +160,14 @@ def model_files(paths: AllowedPaths, kind: str) -> list[Path]:
     folders = [folder for folder in paths.models if folder.name in endings]
     folders += [folder for folder in paths.allowed if folder.name in endings]
     folders += [root / inside for root in paths.allowed for inside in wanted if (root / inside).is_dir()]
-    found = [file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*.safetensors"))]
-    return [file for file in dict.fromkeys(found) if file.is_file()]
+    files = [file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*.safetensors"))]
+    return [file for file in dict.fromkeys(files) if file.is_file()]
 
 
 def program_folders(paths: AllowedPaths) -> tuple[list[Path], list[Path]]:
     """Return the WebUI and ComfyUI folders that may be written, and those that were found but not named."""
     named = [root for root in paths.allowed if any((root / inside).is_dir() for inside in _MODEL_FOLDERS[2:])]
     named += [root for root in paths.allowed if root.name.lower() in ("lora", "loras")]
-    found = dict.fromkeys(folder.parent.parent for folder in paths.models)
-    others = [folder for folder in found if not any(folder.is_relative_to(root) for root in paths.allowed)]
+    programs = dict.fromkeys(folder.parent.parent for folder in paths.models)
+    others = [folder for folder in programs if not any(folder.is_relative_to(root) for root in paths.allowed)]
     return list(dict.fromkeys(named)), others

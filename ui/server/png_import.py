@@ -59,7 +59,7 @@ def from_parameters(values: Mapping[str, str]) -> ImportedSettings:
 
 def _sampler(name: str, schedule: str) -> str | None:
     known = get_args(SamplerName)
-    return next((one for one in (f"{name} {schedule}", name) if one in known), None)
+    return next((candidate for candidate in (f"{name} {schedule}", name) if candidate in known), None)
 
 
 def _whole(text: str | None) -> int | None:

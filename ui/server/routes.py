@@ -40,21 +40,21 @@ Handler = Callable[[Request], dict[str, Any]]
 
 def routes(paths: AllowedPaths, queue: JobQueue) -> list[BaseRoute]:
     """Return the routes of one server."""
-    own = _Own(paths, queue)
+    endpoints = _Own(paths, queue)
     web = Path(__file__).parent.parent / "web"
     return [
         Mount("/sdlora/web", StaticFiles(directory=web)),
-        Route("/sdlora/file", own.file),
-        Route("/sdlora/thumb", own.thumb),
-        Route("/sdlora/dataset", _reading(own.dataset)),
-        Route("/sdlora/dataset/progress", _reading(own.reading)),
-        Route("/sdlora/settings", _reading(own.settings)),
-        Route("/sdlora/images", _reading(own.images)),
-        Route("/sdlora/captions/{what}", _writing(own.captions), methods=["POST"]),
-        Route("/sdlora/jobs", _reading(own.jobs)),
-        Route("/sdlora/jobs/{id}", _reading(own.job)),
-        Route("/sdlora/jobs/{id}/log", _reading(own.log)),
-        Route("/sdlora/jobs/{id}/{action}", _writing(own.act), methods=["POST"]),
+        Route("/sdlora/file", endpoints.file),
+        Route("/sdlora/thumb", endpoints.thumb),
+        Route("/sdlora/dataset", _reading(endpoints.dataset)),
+        Route("/sdlora/dataset/progress", _reading(endpoints.reading)),
+        Route("/sdlora/settings", _reading(endpoints.settings)),
+        Route("/sdlora/images", _reading(endpoints.images)),
+        Route("/sdlora/captions/{what}", _writing(endpoints.captions), methods=["POST"]),
+        Route("/sdlora/jobs", _reading(endpoints.jobs)),
+        Route("/sdlora/jobs/{id}", _reading(endpoints.job)),
+        Route("/sdlora/jobs/{id}/log", _reading(endpoints.log)),
+        Route("/sdlora/jobs/{id}/{action}", _writing(endpoints.act), methods=["POST"]),
     ]
 
 
@@ -81,7 +81,7 @@ def _writing(
         except ValueError:
             body = None
         if not isinstance(body, dict):
-            return JSONResponse({"error": "the request is no JSON object"}, 400)
+            return JSONResponse({"error": "the request is not a JSON object"}, 400)
         return await run_in_threadpool(_answered, lambda given: handler(given, body), request)
 
     return answer

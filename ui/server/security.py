@@ -159,8 +159,8 @@ class SecurityMiddleware:
 def _own_names(host: str) -> set[str]:
     names = {"localhost", "127.0.0.1", "::1", host.lower()}
     if host not in ("127.0.0.1", "::1", "localhost"):
-        own = socket.gethostname().lower()
-        names |= {own, own.partition(".")[0], f"{own.partition('.')[0]}.local"}
+        hostname = socket.gethostname().lower()
+        names |= {hostname, hostname.partition(".")[0], f"{hostname.partition('.')[0]}.local"}
     return names
 
 
@@ -231,8 +231,8 @@ def _cleaned(send: Send, path: str) -> Send:
     async def cleaned(message: Message) -> None:
         nonlocal start
         if message["type"] == "http.response.start":
-            own = {name for name, _ in _HEADERS} | {b"access-control-allow-origin"}
-            kept = [(name, value) for name, value in message["headers"] if name.lower() not in own]
+            replaced = {name for name, _ in _HEADERS} | {b"access-control-allow-origin"}
+            kept = [(name, value) for name, value in message["headers"] if name.lower() not in replaced]
             message = {**message, "headers": [*kept, *_HEADERS]}
             if path == "/" and _is_html(kept):
                 start = message
@@ -270,7 +270,7 @@ def _without_addresses(body: bytes) -> bytes:
     try:
         waiting = [json.loads(body or b"{}")]
     except ValueError:
-        raise Refused(400, "the request is no JSON") from None
+        raise Refused(400, "the request is not JSON") from None
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
@@ -325,7 +325,7 @@ async def _answer(
 
 
 def _login_page(problem: str) -> str:
-    said = f'<p role="alert">{escape(problem)}</p>' if problem else ""
+    alert = f'<p role="alert">{escape(problem)}</p>' if problem else ""
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>sdlora: log in</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root {{ color-scheme: light dark; font-family: system-ui, sans-serif }}
@@ -335,5 +335,5 @@ input, button {{ font: inherit; padding: .6rem .8rem; border-radius: .5rem; bord
 button {{ background: #4338ca; color: white; border: 0; cursor: pointer }} p {{ color: #dc2626; margin: 0 }}
 </style></head><body><form method="post" action="/sdlora/login"><h1>sdlora</h1>
 <label for="password">Password, as given to <code>sdlora ui --password</code></label>
-<input id="password" name="password" type="password" autofocus autocomplete="current-password">{said}
+<input id="password" name="password" type="password" autofocus autocomplete="current-password">{alert}
 <button>Log in</button></form></body></html>"""

@@ -46,7 +46,7 @@ def import_files(
 ) -> Imported:
     """Put images, captions and the contents of zips into a new folder below ``parent``.
 
-    Every image is decoded in full; what is no image is left out and named. The folder appears when
+    Every image is decoded in full; what is not an image is left out and named. The folder appears when
     everything is in it.
 
     Raises:
@@ -68,9 +68,9 @@ def import_files(
                     )
         images = _check_images(temporary, left_out, progress)
         if not images:
-            said = f" ({'; '.join(left_out[:5])})" if left_out else ""
+            reasons = f" ({'; '.join(left_out[:5])})" if left_out else ""
             raise DatasetError(
-                f"no usable image among {len(files)} file(s){said}; drop PNG, JPEG or WebP files"
+                f"no usable image among {len(files)} file(s){reasons}; drop PNG, JPEG or WebP files"
             )
     return Imported(target, images, tuple(left_out))
 
@@ -128,7 +128,12 @@ def _safe_name(archive: str, info: zipfile.ZipInfo) -> PurePosixPath:
 
 
 def _take(
-    stream: IO[bytes], said: str, inside: PurePosixPath, folder: Path, left_out: list[str], budget: _Budget
+    stream: IO[bytes],
+    shown_name: str,
+    inside: PurePosixPath,
+    folder: Path,
+    left_out: list[str],
+    budget: _Budget,
 ) -> None:
     ending = inside.suffix.lower()
     if (
@@ -136,13 +141,13 @@ def _take(
         or "__MACOSX" in inside.parts
         or inside.name.startswith("._")
     ):
-        left_out.append(f"{said}: neither an image nor a caption")
+        left_out.append(f"{shown_name}: neither an image nor a caption")
         return
     budget.add_file()
     target = folder / inside
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
-        left_out.append(f"{said}: a second file of this name")
+        left_out.append(f"{shown_name}: a second file of this name")
         return
     written = 0
     with target.open("wb") as out:
@@ -150,7 +155,9 @@ def _take(
             written += len(block)
             budget.add_bytes(len(block))
             if written > MAX_FILE_BYTES:
-                raise DatasetError(f"{said}: larger than {MAX_FILE_BYTES // 2**20} MiB; save it smaller")
+                raise DatasetError(
+                    f"{shown_name}: larger than {MAX_FILE_BYTES // 2**20} MiB; save it smaller"
+                )
             out.write(block)
 
 

@@ -119,9 +119,9 @@ def _show(site: Site, path: str | None, word: str, px: int) -> tuple[Any, ...]:
 
 
 def _take(
-    site: Site, files: list[str] | None, said: tuple[str, str, int], progress: gr.Progress
+    site: Site, files: list[str] | None, fields: tuple[str, str, int], progress: gr.Progress
 ) -> tuple[Any, ...]:
-    name, word, px = said
+    name, word, px = fields
     paths = [Path(file) for file in files or []]
     usual = paths[0].stem if len(paths) == 1 else "images"
     try:

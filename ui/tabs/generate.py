@@ -78,7 +78,7 @@ class _Page:
 
     @property
     def inputs(self) -> list[Any]:
-        return [*self.plain, *(one for slot in self.slots for one in slot.controls)]
+        return [*self.plain, *(control for slot in self.slots for control in slot.controls)]
 
 
 _PLAIN = ("base", "prompt", "negative", "seed", "width", "height", "steps", "guidance", "sampler")
@@ -133,7 +133,7 @@ def _controls(site: Site) -> tuple[_Page, dict[str, Any]]:
 def _more_controls(site: Site, prompt: gr.Textbox, slots: list[_Slot]) -> tuple[_Page, gr.File, gr.Button]:
     """Return the page with what is folded away, the place for a PNG, and the button for a new seed."""
     defaults = SampleConfig()
-    own = "the base's own"
+    placeholder = "the base's own"
     title = "More settings: base, negative prompt, seed, size, sampler"
     with gr.Accordion(title, open=False, elem_id="draw-more"):
         base = gr.Dropdown(
@@ -150,14 +150,14 @@ def _more_controls(site: Site, prompt: gr.Textbox, slots: list[_Slot]) -> tuple[
             dice = gr.Button("New seed", elem_id="new-seed", min_width=90)
             steps = gr.Number(defaults.steps, label="Steps", precision=0, elem_id="steps", min_width=90)
             guidance = gr.Textbox(
-                "", label="Guidance", placeholder=own, elem_id="guidance", max_lines=1, min_width=90
+                "", label="Guidance", placeholder=placeholder, elem_id="guidance", max_lines=1, min_width=90
             )
         with gr.Row():
             width = gr.Textbox(
-                "", label="Width, px", placeholder=own, elem_id="width", max_lines=1, min_width=110
+                "", label="Width, px", placeholder=placeholder, elem_id="width", max_lines=1, min_width=110
             )
             height = gr.Textbox(
-                "", label="Height, px", placeholder=own, elem_id="height", max_lines=1, min_width=110
+                "", label="Height, px", placeholder=placeholder, elem_id="height", max_lines=1, min_width=110
             )
         sampler = gr.Dropdown(
             list(get_args(SamplerName)), value=defaults.sampler, label="Sampler", elem_id="sampler"
@@ -186,14 +186,14 @@ def _slot(site: Site, number: int) -> _Slot:
 
 
 def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
-    def one(request: gr.Request, *held: Any) -> Iterator[Any]:
+    def draw_one(request: gr.Request, *held: Any) -> Iterator[Any]:
         yield from _drawn(site, request, held, None, lambda parts, _: image_html(parts[0]))
 
     def again(request: gr.Request, *held: Any) -> Iterator[Any]:
         if not str(_said(held)["prompt"] or "").strip():
             yield gr.skip(), gr.skip()
             return
-        yield from one(request, *held)
+        yield from draw_one(request, *held)
 
     def sweep(request: gr.Request, strip: str, *held: Any) -> Iterator[Any]:
         strengths = strip_strengths(strip)
@@ -223,7 +223,7 @@ def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
 
     options: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8}
     main, extra = [page.status, page.main], [page.status, page.extra]
-    gr.on([more["draw"].click, page.prompt.submit], one, page.inputs, main, **options)
+    gr.on([more["draw"].click, page.prompt.submit], draw_one, page.inputs, main, **options)
     moved = [slider.release for slot in page.slots for slider in (slot.strength, slot.text)]
     gr.on(moved, again, page.inputs, main, trigger_mode="multiple", **options)
     more["dice"].click(lambda: secrets.randbelow(2**32), None, page.seed, show_progress="hidden").then(
@@ -272,15 +272,15 @@ def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: g
 
     tab.select(refresh, [page.prompt, run, *files], [page.prompt, *files, run], show_progress="hidden")
 
-    def use(said: str) -> list[Any]:
-        job = site.queue.get(json.loads(said)["id"])
+    def use(message: str) -> list[Any]:
+        job = site.queue.get(json.loads(message)["id"])
         return [gr.Tabs(selected="generate"), *_use_run(site, job.run)]
 
     first = page.slots[0]
     shell.try_run.change(use, shell.try_run, [shell.tabs, page.base, page.prompt, first.file, run])
 
-    def pick(said: str) -> tuple[Any, Any]:
-        cell = json.loads(said)
+    def pick(message: str) -> tuple[Any, Any]:
+        cell = json.loads(message)
         label = adapter_label(cell["file"])
         known = [("none", ""), *choices(site.adapters())]
         return gr.Dropdown(choices=[*known, (label, cell["file"])], value=cell["file"]), cell["strength"]
@@ -290,10 +290,10 @@ def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: g
 
 def _connect_sending(site: Site, shell: Shell, page: _Page, more: Mapping[str, Any]) -> None:
     boxes = [slot.box for slot in page.slots]
-    outputs = [*page.plain, *boxes, *(one for slot in page.slots for one in slot.controls)]
+    outputs = [*page.plain, *boxes, *(control for slot in page.slots for control in slot.controls)]
 
-    def from_gallery(said: str) -> list[Any]:
-        return _imported(site, site.paths.readable(json.loads(said)["file"]), len(outputs))
+    def from_gallery(message: str) -> list[Any]:
+        return _imported(site, site.paths.readable(json.loads(message)["file"]), len(outputs))
 
     def from_file(file: str | None) -> list[Any]:
         return _imported(site, Path(file), len(outputs)) if file else [gr.skip()] * len(outputs)
@@ -318,18 +318,18 @@ def _imported(site: Site, file: Path, count: int) -> list[Any]:
 
 def _use_run(site: Site, run: Path) -> list[Any]:
     """Return base, prompt, adapter and run list for trying out a run."""
-    found = choices(site.adapters())
-    file = next((path for _, path in found if Path(path).is_relative_to(run)), "")
+    adapters = choices(site.adapters())
+    file = next((path for _, path in adapters if Path(path).is_relative_to(run)), "")
     return [
         site.base_of(run),
         _first_prompt(run),
-        gr.Dropdown(choices=[("none", ""), *found], value=file),
+        gr.Dropdown(choices=[("none", ""), *adapters], value=file),
         gr.Dropdown(choices=choices(site.runs()), value=str(run)),
     ]
 
 
 def _first_prompt(run: Path) -> str:
-    """Return what a run's previews show first; nothing for a folder that is no run."""
+    """Return what a run's previews show first; nothing for a folder that is not a run."""
     file = run / "config.toml"
     prompts = load_config(file).sample.prompts if file.is_file() else None
     return prompts[0] if prompts else ""
@@ -358,7 +358,7 @@ def _filled(site: Site, imported: ImportedSettings) -> list[Any]:
         file, unet, text = given[number] if number < len(given) else ("", 1.0, 1.0)
         slots += [file, unet, unet != text, text]
     boxes = [gr.Group(visible=number < max(1, len(given))) for number in range(NUM_SLOTS)]
-    bases = {Path(one.path).stem: one.path for one in site.bases()}
+    bases = {Path(base.path).stem: base.path for base in site.bases()}
     if imported.model and imported.model not in bases:
         gr.Warning(f"the base `{imported.model}` is not found here; the one chosen stays")
     plain = [
@@ -372,7 +372,7 @@ def _filled(site: Site, imported: ImportedSettings) -> list[Any]:
         "" if imported.guidance is None else f"{imported.guidance:g}",
         imported.sampler,
     ]
-    return [gr.skip() if one is None else one for one in plain] + boxes + slots
+    return [gr.skip() if value is None else value for value in plain] + boxes + slots
 
 
 def strip_strengths(name: str) -> list[float]:
@@ -398,17 +398,17 @@ def _rows(held: Sequence[Any]) -> list[list[dict[str, Any]]]:
 def _arguments(
     site: Site, held: Sequence[Any], rows: Sequence[Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    said = _said(held)
-    if not str(said["prompt"] or "").strip():
+    values = _said(held)
+    if not str(values["prompt"] or "").strip():
         raise ConfigError("prompt: say what to draw")
     for name in ("seed", "steps"):
-        if said[name] is None:
+        if values[name] is None:
             raise ConfigError(f"{name}: give a number")
     for name in ("width", "height", "guidance"):
-        said[name] = checked_number(name, str(said[name] or ""), whole=name != "guidance")
-    checked = [[{**one, "file": str(site.paths.readable(one["file"]))} for one in row] for row in rows]
-    base = checked_base(site.paths, str(said["base"] or ""))
-    return said | {"base": base, "rows": checked, "folder": str(site.paths.images)}
+        values[name] = checked_number(name, str(values[name] or ""), whole=name != "guidance")
+    checked = [[{**cell, "file": str(site.paths.readable(cell["file"]))} for cell in row] for row in rows]
+    base = checked_base(site.paths, str(values["base"] or ""))
+    return values | {"base": base, "rows": checked, "folder": str(site.paths.images)}
 
 
 def _drawn(
@@ -458,9 +458,9 @@ def _grid(site: Site, request: gr.Request, run: str, text: str, held: Sequence[A
             raise ConfigError(
                 f"strengths `{text}`: give numbers with commas between them, e.g. 0.5, 1"
             ) from None
-        found = site.checkpoints(site.paths.readable(run))
-        rows = [[{"file": one.path, "unet": 1.0, "text": None}] for one in found]
-        labels = [{"label": one.label, "file": one.path} for one in found]
+        checkpoints = site.checkpoints(site.paths.readable(run))
+        rows = [[{"file": checkpoint.path, "unet": 1.0, "text": None}] for checkpoint in checkpoints]
+        labels = [{"label": checkpoint.label, "file": checkpoint.path} for checkpoint in checkpoints]
     except SdloraError as error:
         yield problem(str(error)), gr.skip()
         return

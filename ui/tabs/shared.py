@@ -1,4 +1,4 @@
-"""What the pages tell each other through: fields that one page sets and another listens to."""
+"""How the pages send to each other: fields that one page sets and another listens to."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Shell:
     import_png: gr.Textbox
 
 
-def choices(found: Iterable[Choice]) -> list[tuple[str, str]]:
+def choices(listed: Iterable[Choice]) -> list[tuple[str, str]]:
     """Return choices as a dropdown takes them."""
-    return [(one.label, one.path) for one in found]
+    return [(choice.label, choice.path) for choice in listed]
 
 
 def checked_number(label: str, text: str, *, whole: bool = False) -> float | int | None:

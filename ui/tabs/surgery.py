@@ -55,10 +55,10 @@ def _merge(site: Site) -> list[gr.Dropdown]:
 
     def merge(*held: Any) -> Iterator[str]:
         chosen, given = held[:_NUM_MERGED], held[_NUM_MERGED : 2 * _NUM_MERGED]
-        said = dict(
+        values = dict(
             zip(("method", "density", "rank", "name", "overwrite"), held[2 * _NUM_MERGED :], strict=True)
         )
-        yield from _done(site, "merge", lambda: _merge_arguments(site, chosen, given, said))
+        yield from _done(site, "merge", lambda: _merge_arguments(site, chosen, given, values))
 
     inputs = [*files, *weights, method, density, rank, name, overwrite]
     button.click(merge, inputs, report, show_progress="hidden")
@@ -66,7 +66,7 @@ def _merge(site: Site) -> list[gr.Dropdown]:
 
 
 def _merge_arguments(
-    site: Site, files: Sequence[str | None], weights: Sequence[float], said: Mapping[str, Any]
+    site: Site, files: Sequence[str | None], weights: Sequence[float], values: Mapping[str, Any]
 ) -> dict[str, Any]:
     sources = [
         {"file": str(site.paths.readable(file)), "weight": weight}
@@ -75,7 +75,7 @@ def _merge_arguments(
     ]
     if len(sources) < 2:
         raise ConfigError("merge: choose two adapters or more")
-    return {**said, **_numbers(said), "sources": sources, "output": _target(site, said["name"])}
+    return {**values, **_numbers(values), "sources": sources, "output": _target(site, values["name"])}
 
 
 def _resize(site: Site) -> gr.Dropdown:
@@ -95,24 +95,26 @@ def _resize(site: Site) -> gr.Dropdown:
     )
 
     def resize(*held: Any) -> Iterator[str]:
-        said = dict(zip(("source", "rank", "energy", "name", "overwrite"), held, strict=True))
-        yield from _done(site, "resize", lambda: _resize_arguments(site, said))
+        values = dict(zip(("source", "rank", "energy", "name", "overwrite"), held, strict=True))
+        yield from _done(site, "resize", lambda: _resize_arguments(site, values))
 
     button.click(resize, [file, rank, energy, name, overwrite], report, show_progress="hidden")
     return file
 
 
-def _resize_arguments(site: Site, said: Mapping[str, Any]) -> dict[str, Any]:
-    if not said["source"]:
+def _resize_arguments(site: Site, values: Mapping[str, Any]) -> dict[str, Any]:
+    if not values["source"]:
         raise ConfigError("adapter: choose one")
-    source = str(site.paths.readable(said["source"]))
-    return {**said, **_numbers(said), "source": source, "output": _target(site, said["name"])}
+    source = str(site.paths.readable(values["source"]))
+    return {**values, **_numbers(values), "source": source, "output": _target(site, values["name"])}
 
 
-def _numbers(said: Mapping[str, Any]) -> dict[str, float | int | None]:
+def _numbers(values: Mapping[str, Any]) -> dict[str, float | int | None]:
     known = ("rank", "density", "energy")
     return {
-        name: checked_number(name, said[name] or "", whole=name == "rank") for name in known if name in said
+        name: checked_number(name, values[name] or "", whole=name == "rank")
+        for name in known
+        if name in values
     }
 
 
@@ -126,23 +128,23 @@ def _bake(site: Site) -> gr.Dropdown:
     report = gr.HTML(hint("A new checkpoint with the adapter in its weights."), elem_id="bake-report")
 
     def bake(*held: Any) -> Iterator[str]:
-        said = dict(zip(("base", "source", "strength", "name", "overwrite"), held, strict=True))
-        yield from _done(site, "bake", lambda: _bake_arguments(site, said))
+        values = dict(zip(("base", "source", "strength", "name", "overwrite"), held, strict=True))
+        yield from _done(site, "bake", lambda: _bake_arguments(site, values))
 
     button.click(bake, [base, file, strength, name, overwrite], report, show_progress="hidden")
     return file
 
 
-def _bake_arguments(site: Site, said: Mapping[str, Any]) -> dict[str, Any]:
-    if not said["source"]:
+def _bake_arguments(site: Site, values: Mapping[str, Any]) -> dict[str, Any]:
+    if not values["source"]:
         raise ConfigError("adapter: choose one")
-    base = MINI if said["base"] == "mini" else site.paths.readable(str(said["base"] or ""))
+    base = MINI if values["base"] == "mini" else site.paths.readable(str(values["base"] or ""))
     ending = "" if base.is_dir() else ".safetensors"
     return {
-        **said,
+        **values,
         "checkpoint": str(base),
-        "source": str(site.paths.readable(said["source"])),
-        "output": _target(site, said["name"], ending),
+        "source": str(site.paths.readable(values["source"])),
+        "output": _target(site, values["name"], ending),
     }
 
 

@@ -36,22 +36,22 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
             files += surgery.build(site)
 
     def refresh(chosen: str | None) -> list[Any]:
-        found = _sources(site)
-        first = chosen or (found[0][1] if found else None)
+        sources = _sources(site)
+        first = chosen or (sources[0][1] if sources else None)
         known = choices(site.adapters())
-        return [gr.Dropdown(choices=found, value=first), *(gr.Dropdown(choices=known) for _ in files)]
+        return [gr.Dropdown(choices=sources, value=first), *(gr.Dropdown(choices=known) for _ in files)]
 
     tab.select(refresh, source, [source, *files], show_progress="hidden")
 
-    def take(said: str) -> list[Any]:
-        job = site.queue.get(json.loads(said)["id"])
+    def take(message: str) -> list[Any]:
+        job = site.queue.get(json.loads(message)["id"])
         return [gr.Tabs(selected="tools"), gr.Dropdown(choices=_sources(site), value=str(job.run))]
 
     shell.export_run.change(take, shell.export_run, [shell.tabs, source])
 
 
 def _sources(site: Site) -> list[tuple[str, str]]:
-    runs = [(f"run {one.label}", one.path) for one in site.runs()]
+    runs = [(f"run {run.label}", run.path) for run in site.runs()]
     return runs + [(label, path) for label, path in choices(site.adapters())]
 
 
@@ -65,12 +65,12 @@ def _export(site: Site) -> gr.Dropdown:
         elem_id="export-source",
     )
     form = gr.Radio(_FORMATS, value="webui", label="For", elem_id="export-format")
-    named, found = program_folders(site.paths)
+    named, others = program_folders(site.paths)
     webui = gr.Dropdown(
         [("none", ""), *((str(folder), str(folder)) for folder in named)],
         value="",
         label="Also into this WebUI or ComfyUI",
-        info=_webui_info(named, found),
+        info=_webui_info(named, others),
         allow_custom_value=True,
         elem_id="export-webui",
     )
@@ -96,7 +96,7 @@ def _export(site: Site) -> gr.Dropdown:
         )
         private = gr.Checkbox(
             False,
-            label="Leave out what tells of the training images",
+            label="Leave out what describes the training images",
             info="Folder names, captions, tags and file names in the header",
             elem_id="export-private",
         )
@@ -118,28 +118,28 @@ def _export(site: Site) -> gr.Dropdown:
     return source
 
 
-def _webui_info(named: Sequence[Path], found: Sequence[Path]) -> str:
+def _webui_info(named: Sequence[Path], others: Sequence[Path]) -> str:
     """Return how to export straight into another program, for the folders there are."""
     if named:
         return "Copied into its folder of adapters, with preview and card"
-    if found:
-        return f"Found {found[0]}; to write there, start with: sdlora ui --allow {found[0]}"
+    if others:
+        return f"Found {others[0]}; to write there, start with: sdlora ui --allow {others[0]}"
     return "None was named; to write into one, start with: sdlora ui --allow FOLDER"
 
 
-def _exported(site: Site, said: Mapping[str, Any]) -> Iterator[str]:
+def _exported(site: Site, values: Mapping[str, Any]) -> Iterator[str]:
     try:
-        if not said["source"]:
+        if not values["source"]:
             raise ConfigError("run or adapter file: choose one")
         # text fields that are folded away say None
-        text = {key: str(said[key] or "").strip() for key in ("output", "webui", "name", "preview")}
-        arguments = dict(said) | {
-            "source": str(site.paths.readable(said["source"])),
+        text = {key: str(values[key] or "").strip() for key in ("output", "webui", "name", "preview")}
+        arguments = dict(values) | {
+            "source": str(site.paths.readable(values["source"])),
             "output": str(site.paths.writable(text["output"])) if text["output"] else None,
             "webui": str(site.paths.writable(text["webui"])) if text["webui"] else None,
             "preview": str(site.paths.readable(text["preview"])) if text["preview"] else None,
             "name": text["name"] or None,
-            "dtype": said["dtype"] or None,
+            "dtype": values["dtype"] or None,
         }
         for answer in site.desk.call("export", arguments):
             if answer.progress is not None:
@@ -152,7 +152,7 @@ def _exported(site: Site, said: Mapping[str, Any]) -> Iterator[str]:
 
 def _report_html(site: Site, report: Mapping[str, Any]) -> str:
     files = "".join(_file_html(site, Path(file)) for file in report["files"])
-    clients = "".join(_client_html(name, said) for name, said in report["clients"].items())
+    clients = "".join(_client_html(name, verdict) for name, verdict in report["clients"].items())
     return (
         f'<p class="sd-done" role="status">Exported and proven.</p><ul class="sd-files">{files}</ul>'
         f'<p class="sd-proof"><b>Proof</b>: {escape(report["proof"])}</p>'
@@ -165,8 +165,8 @@ def _file_html(site: Site, file: Path) -> str:
     return f'<li><a href="{link}" download>{escape(site.paths.shown(file))}</a></li>'
 
 
-def _client_html(name: str, said: Any) -> str:
-    text = "loads it fully" if said == "full" else "; ".join(said)
+def _client_html(name: str, verdict: Any) -> str:
+    text = "loads it fully" if verdict == "full" else "; ".join(verdict)
     return f"<tr><th scope='row'>{escape(name)}</th><td>{escape(text)}</td></tr>"
 
 

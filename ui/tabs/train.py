@@ -40,19 +40,19 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                 gr.HTML("<h3>What to train</h3>")
                 controls |= _first(site, known)
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
-                said = gr.HTML("", elem_id="start-said")
+                message = gr.HTML("", elem_id="start-said")
             plan = gr.HTML(hint(_NO_FOLDER), elem_id="plan")
             with gr.Accordion("More settings", open=False, elem_id="more"):
                 gr.HTML(hint("What you leave empty follows your images and the base, as listed above."))
                 for section, title in SECTION_TITLES.items():
-                    own = [
+                    settings_here = [
                         s for s in known.values() if s.key.startswith(f"{section}.") and s.key not in controls
                     ]
                     with gr.Accordion(title, open=False, elem_id=f"more-{section}"):
-                        controls |= {setting.key: control(setting) for setting in own}
+                        controls |= {setting.key: control(setting) for setting in settings_here}
         with gr.Column(scale=6, min_width=320):
             gr.HTML("<sd-jobs></sd-jobs>", elem_id="jobs")
-    _connect(site, shell, controls, start, said, plan)
+    _connect(site, shell, controls, start, message, plan)
     _connect_keeping(site, tab, controls, plan)
 
 
@@ -76,7 +76,7 @@ def _first(site: Site, known: Mapping[str, Setting]) -> dict[str, Any]:
 
 
 def _connect(
-    site: Site, shell: Shell, controls: dict[str, Any], start: gr.Button, said: gr.HTML, plan: gr.HTML
+    site: Site, shell: Shell, controls: dict[str, Any], start: gr.Button, message: gr.HTML, plan: gr.HTML
 ) -> None:
     keys, shown = list(controls), list(controls.values())
 
@@ -118,7 +118,7 @@ def _connect(
         config = demo_config(site.paths.runs / STYLE, Path(json.loads(said_text)["folder"]).parent)
         return fill(config.with_values({"output.name": _free_name(site, STYLE), "output.folder": None}))
 
-    edits = [one.input for one in shown]
+    edits = [shown_control.input for shown_control in shown]
     gr.on(edits, edited, shown, plan, show_progress="hidden", trigger_mode="multiple", concurrency_limit=32)
     folder, name, trigger = (controls[key] for key in ("data.folder", "output.name", "data.trigger_word"))
     shell.folder.change(choose, [shell.folder, shell.trigger, name], [folder, trigger, name]).then(
@@ -127,7 +127,7 @@ def _connect(
     shell.trigger.change(lambda word: word, shell.trigger, trigger)
     shell.demo.change(fill_demo, shell.demo, shown).then(predict, shown, plan, show_progress="hidden")
     shell.clone_run.change(clone, shell.clone_run, shown).then(predict, shown, plan, show_progress="hidden")
-    start.click(begin, shown, said, show_progress="hidden")
+    start.click(begin, shown, message, show_progress="hidden")
 
 
 def _connect_keeping(site: Site, tab: gr.Tab, controls: Mapping[str, Any], plan: gr.HTML) -> None:
@@ -214,7 +214,7 @@ def _refuse_bad_images(config: Config) -> None:
     assert config.data.folder is not None
     problems = survey(config.data.folder, recursive=config.data.recursive).problems
     if problems:
-        listed = "; ".join(str(one) for one in problems[:3])
+        listed = "; ".join(str(trouble) for trouble in problems[:3])
         more = f"; and {len(problems) - 3} more, see the first page" if len(problems) > 3 else ""
         raise DatasetError(f"{len(problems)} images or captions cannot be used: {listed}{more}")
 

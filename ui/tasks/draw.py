@@ -38,7 +38,7 @@ class _Studio:
         """Return the name of an adapter that is loaded now at the latest."""
         key = file, file.stat().st_mtime_ns if file.exists() else 0
         if key not in self.adapters:
-            for old in [one for one in self.adapters if one[0] == file]:  # trained on, or replaced
+            for old in [loaded for loaded in self.adapters if loaded[0] == file]:  # trained on, or replaced
                 self.generator.remove_adapter(self.adapters.pop(old))
             name = self.generator.add_adapter(file, self._free(adapter_name(file)))
             self.adapters[key] = name
@@ -80,7 +80,7 @@ def draw(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
             ``guidance``, ``sampler``, ``folder``; ``rows``: lists of adapters ``{file, unet, text}``;
             ``strengths``: of the columns, see :func:`sdlora.generation.generate.swept`, or None for the
             adapters' own.
-        emit: hears the progress, and each image as a part.
+        emit: takes the progress, and each image as a part.
     """
     begun = time.perf_counter()
     studio = _loaded(str(arguments["base"]), emit)
@@ -94,10 +94,10 @@ def draw(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         def progress(step: int, _: int, before: int = before) -> None:
             emit.progress(before + step, steps_total, "drawing")
 
-        made = studio.generator.generate([request], progress=progress)[0]
+        generated = studio.generator.generate([request], progress=progress)[0]
         done += request.steps
         used |= set(request.strengths)
-        files.append(_write(studio, made, Path(arguments["folder"])))
+        files.append(_write(studio, generated, Path(arguments["folder"])))
         emit.part({"row": row, "column": column, **files[-1]})
     studio.keep_only(tuple(used))
     return {"images": files, "seconds": time.perf_counter() - begun}
@@ -115,7 +115,7 @@ def _cells(studio: _Studio, arguments: Mapping[str, Any]) -> Iterator[tuple[int,
     plain = _plain(studio.generator, arguments)
     columns = arguments.get("strengths") or [None]
     for row, adapters in enumerate(arguments.get("rows") or [[]]):
-        given = {studio.adapter(Path(one["file"])): _strength(one) for one in adapters}
+        given = {studio.adapter(Path(cell["file"])): _strength(cell) for cell in adapters}
         for column, factor in enumerate(columns):
             strengths = given if factor is None else swept(given, float(factor))
             yield row, column, replace(plain, strengths=strengths)
@@ -145,7 +145,7 @@ def _strength(adapter: Mapping[str, Any]) -> Strength:
     return {"unet": unet, "text_encoder": float(text), "text_encoder_2": float(text)}
 
 
-def _write(studio: _Studio, made: GeneratedImage, folder: Path) -> dict[str, Any]:
-    text = parameters_text(made.request, base=studio.generator.model.base, hashes=studio.hashes)
-    file = write_numbered(folder, made, text)
+def _write(studio: _Studio, generated: GeneratedImage, folder: Path) -> dict[str, Any]:
+    text = parameters_text(generated.request, base=studio.generator.model.base, hashes=studio.hashes)
+    file = write_numbered(folder, generated, text)
     return {"file": str(file), "text": text}

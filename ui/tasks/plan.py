@@ -48,7 +48,7 @@ def plan(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
 
     Args:
         arguments: ``values``: settings by dotted key, as the form has them.
-        emit: hears what is going on; the defaults come early, as a part.
+        emit: takes what is going on; the defaults come early, as a part.
     """
     config = load_config(values=dict(arguments["values"]))
     defaults: list[list[Any]] = []

@@ -41,7 +41,7 @@ def merge(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     """Merge adapters into one and return the report with its text."""
     from sdlora.surgery.merge import merge_adapters
 
-    sources = [(Path(one["file"]), float(one["weight"])) for one in arguments["sources"]]
+    sources = [(Path(source["file"]), float(source["weight"])) for source in arguments["sources"]]
     report = merge_adapters(
         sources,
         Path(arguments["output"]),

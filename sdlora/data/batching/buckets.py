@@ -96,8 +96,8 @@ def place(
     aspect = math.log(width) - math.log(height)  # a difference, so that the transpose is exactly -aspect
 
     def far(bucket: Size) -> tuple[float, int, float, Size]:
-        own = math.log(bucket[1]) - math.log(bucket[0])
-        return abs(own - aspect), -math.prod(bucket), abs(own), bucket
+        bucket_aspect = math.log(bucket[1]) - math.log(bucket[0])
+        return abs(bucket_aspect - aspect), -math.prod(bucket), abs(bucket_aspect), bucket
 
     bucket = min(buckets, key=far)
     return _placement(height, width, bucket, focus)

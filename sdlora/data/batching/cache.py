@@ -62,7 +62,7 @@ class EncodedDataset:
 
     Args:
         items: the images.
-        looks: how each is shown.
+        views: how each is shown.
         model: encodes; needs its encoders on the device until :meth:`encode_all` has run.
         folder: where encodings are kept, shared between runs.
         background: colour behind transparent images.
@@ -140,13 +140,13 @@ class EncodedDataset:
     def _started(
         self, pool: ThreadPoolExecutor, views: Sequence[tuple[int, AugmentationView]]
     ) -> Iterator[tuple[int, AugmentationView, Future[Tensor] | None]]:
-        """Yield each look, with its pixels on their way where it must be encoded."""
+        """Yield each view, with its pixels on their way where it must be encoded."""
         for index, view in views:
             kept = self._is_kept("images", self._image_key(index, view))
             yield index, view, None if kept else pool.submit(self._pixels, index, view)
 
     def image(self, index: int, view: AugmentationView | None = None) -> EncodedImage:
-        """Return one encoded image, by default in its look without chance.
+        """Return one encoded image, by default in its view without chance.
 
         Raises:
             DatasetError: if its latents are not finite, naming the file.
@@ -211,7 +211,7 @@ class EncodedDataset:
         return self._tensors("images", key, make, f"{item.path}: its mask is", keep=keep)["mask"]
 
     def _is_fleeting(self, index: int, view: AugmentationView) -> bool:
-        """Tell whether a look is made for one visit only, so that keeping it would fill the disk."""
+        """Tell whether a view is made for one visit only, so that keeping it would fill the disk."""
         return self.views.in_loop and view != self.views.plain(index)
 
     def _pixels(self, index: int, view: AugmentationView) -> Tensor:
@@ -258,7 +258,7 @@ class EncodedDataset:
 
 
 def _way(view: AugmentationView) -> str:
-    """Return all that a look changes, as part of a key."""
+    """Return all that a view changes, as part of a key."""
     used = view.placement
     way = f"{used.resized} {used.crop} {used.bucket} {view.mirror}"
     return f"{way} {view.colours}" if view.colours else way

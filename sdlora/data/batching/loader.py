@@ -1,4 +1,4 @@
-"""Makes the next micro-batches while the current one is trained on, and says how long was waited for them.
+"""Makes the next micro-batches while the current one is trained on, and measures the wait.
 
 What a batch holds follows from its visits alone, so making it early changes nothing. One thread
 makes them one after the other; it is far from busy, unless images must be read from a slow disk.
@@ -29,7 +29,7 @@ class BatchLoader:
         steps: where the run ends.
         make: (step, micro-batch, visits) -> what is loaded; called in the loader's own thread.
         single_threaded: torch uses one core in that thread, and leaves the others to the training.
-        clock: tells the seconds that waiting is measured with; read before and after each wait.
+        clock: gives the seconds that waiting is measured with; read before and after each wait.
     """
 
     waited: float
@@ -88,7 +88,9 @@ class BatchLoader:
                     self._pending[later, number] = self._submit(later, number, visits)
 
     def _micro_batches(self, step: int) -> list[tuple[int, MicroBatch]]:
-        return [one for one in enumerate(self._order.step(step)[self._rank]) if one[1]]
+        return [
+            micro_batch for micro_batch in enumerate(self._order.step(step)[self._rank]) if micro_batch[1]
+        ]
 
     def _submit(self, step: int, micro: int, visits: MicroBatch) -> Future[Batch]:
         return self._pool.submit(self._make, step, micro, visits)

@@ -101,7 +101,7 @@ class Order:
         full: list[tuple[float, MicroBatch]] = []
         short: list[tuple[float, MicroBatch]] = []
         for members in self._members.values():
-            # Looks at one image are spread over the epoch, so they rarely meet in one micro-batch.
+            # Visits to one image are spread over the epoch, so they rarely meet in one micro-batch.
             keyed = [
                 ((repeat + draw()) / self._repeats[index], Visit(index, epoch, repeat))
                 for index in members

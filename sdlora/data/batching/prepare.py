@@ -1,4 +1,4 @@
-"""From images to what the loop is fed: placed, ordered, encoded; what it costs is told beforehand."""
+"""From images to what the loop is fed: placed, ordered, encoded; what it costs is said beforehand."""
 
 from __future__ import annotations
 
@@ -107,13 +107,13 @@ def _placed(
     config: Config, items: Sequence[ImageItem], model: DiffusionModel
 ) -> tuple[tuple[Placement, ...], tuple[ImageItem, ...]]:
     """Return each image with its placement, once for each resolution it is large enough for."""
-    found = list(zip(*_of_main_resolution(config, items, model), strict=True))
-    main = [placement for placement, _ in found]
+    pairs = list(zip(*_of_main_resolution(config, items, model), strict=True))
+    main = [placement for placement, _ in pairs]
     for resolution in config.data.more_resolutions:
         others = [_placer(config, resolution, model)]
         for usual, item in zip(main, items, strict=True):
-            found += [(other, item) for other in further(item, usual, others)]
-    return tuple(placement for placement, _ in found), tuple(item for _, item in found)
+            pairs += [(other, item) for other in further(item, usual, others)]
+    return tuple(placement for placement, _ in pairs), tuple(item for _, item in pairs)
 
 
 def _of_main_resolution(
@@ -179,8 +179,8 @@ def _captions(
     if config.adapter.adapts_text:  # runs in the loop anyway
         return config, CaptionRun(wording, data.emphasis)
     with torch.no_grad():
-        one = model.encode_text([""])
-    room = sum(tensor[0].numel() * torch.float32.itemsize for tensor in one.values())
+        empty_text = model.encode_text([""])
+    room = sum(tensor[0].numel() * torch.float32.itemsize for tensor in empty_text.values())
     plan = plan_captions(items, wording, order, steps, config.training.seed, room, data.encode_captions)
     if data.encode_captions is None:
         emit(Decided("data.encode_captions", plan.when, plan.reason))

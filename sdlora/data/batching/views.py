@@ -1,4 +1,4 @@
-"""How an image looks at one visit: which part of it, mirrored or not, in which colours.
+"""Augmentation views: which part of an image is seen at one visit, mirrored or not, in which colours.
 
 Everything is a function of (seed, epoch, image, repeat). Random crops and colours come either from a
 few variants an image, encoded beforehand and taken in turn, or anew at each visit.
@@ -21,7 +21,7 @@ Colours = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class AugmentationView:
-    """One way to show an image.
+    """One augmentation view: a way to show an image.
 
     Attributes:
         placement: in the image as it is shown, mirrored or not.
@@ -36,13 +36,13 @@ class AugmentationView:
 
 @dataclass(frozen=True)
 class AugmentationViews:
-    """The looks of a dataset's images, by settings; see those of the same names.
+    """The augmentation views of a dataset's images, by settings; see those of the same names.
 
     Attributes:
         placements: of each image, without chance.
         random_crop: the crop moves.
         colour_jitter: largest relative change of brightness, contrast and saturation.
-        variants: random looks of each image; 0 for a new one at each visit.
+        variants: random views of each image; 0 for a new one at each visit.
         flip: half of the visits are mirrored.
         seed: fixes all of it.
     """
@@ -66,12 +66,12 @@ class AugmentationViews:
         return self.varies and self.variants == 0
 
     def plain(self, index: int, *, mirror: bool = False) -> AugmentationView:
-        """Return the look without chance."""
+        """Return the view without chance."""
         placement = self.placements[index]
         return AugmentationView(flipped(placement) if mirror else placement, mirror)
 
     def at(self, visit: Visit, seed: int) -> AugmentationView:
-        """Return the look at one visit."""
+        """Return the view at one visit."""
         mirror = self.flip and draw_for(seed, "flip", visit) < 0.5
         if not self.varies:
             return self.plain(visit.index, mirror=mirror)
@@ -84,7 +84,7 @@ class AugmentationViews:
         return _mirrored(self._variant(visit.index, (start + visits) % self.variants), mirror)
 
     def to_encode(self, index: int) -> list[AugmentationView]:
-        """Return the different looks of an image that can be encoded before training."""
+        """Return the different views of an image that can be encoded before training."""
         if self.in_loop:
             return []
         ways = (
@@ -133,7 +133,7 @@ def random_crop(placement: Placement, focus: Point | None, draw: Callable[[], fl
 
 
 def shown(image: Image.Image, view: AugmentationView) -> Image.Image:
-    """Return an image mirrored, cut, resized and coloured as the look says, in the size of its bucket."""
+    """Return an image mirrored, cut, resized and coloured as the view says, in the size of its bucket."""
     image = _cut(ImageOps.mirror(image) if view.mirror else image, view.placement, Image.Resampling.LANCZOS)
     if view.colours is None:
         return image

@@ -21,7 +21,7 @@ def to_utf8(data: bytes, name: str) -> tuple[bytes, str]:
     UTF-8 is taken for Windows-1252, the common encoding of western European systems.
 
     Raises:
-        Unusable: when it is no text at all.
+        Unusable: when it is not text at all.
     """
     try:
         if "\0" not in data.decode("utf-8-sig"):
@@ -35,7 +35,7 @@ def to_utf8(data: bytes, name: str) -> tuple[bytes, str]:
             continue
         if "\0" not in text:
             return text.lstrip("\ufeff").encode("utf-8"), f"converted to UTF-8 from {title}"
-    raise Unusable(Problem("bad caption", name, "is no text in any known encoding", "write it again"))
+    raise Unusable(Problem("bad caption", name, "is not text in any known encoding", "write it again"))
 
 
 def _candidates(data: bytes) -> list[tuple[str, str]]:

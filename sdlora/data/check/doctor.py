@@ -154,7 +154,7 @@ class Report:
 
     @property
     def num_visits(self) -> int:
-        """Looks at images in an epoch, at all resolutions."""
+        """Visits to images in an epoch, at all resolutions."""
         return sum(bucket.num_visits for bucket in self.buckets)
 
     @property
@@ -203,15 +203,15 @@ def examine(
         ConfigError: when the resolution is smaller than the size multiple.
     """
     placed = placer(resolution, multiple)  # refuses before anything is read
-    found = survey(folder, recursive=recursive, trigger_word=trigger_word, progress=progress)
-    return diagnose(found, Treatment(placed, resolution), recursive=recursive, batch_size=batch_size)
+    survey_result = survey(folder, recursive=recursive, trigger_word=trigger_word, progress=progress)
+    return diagnose(survey_result, Treatment(placed, resolution), recursive=recursive, batch_size=batch_size)
 
 
 def diagnose(
-    found: Survey, treatment: Treatment, *, recursive: bool = True, batch_size: int | None = None
+    survey_result: Survey, treatment: Treatment, *, recursive: bool = True, batch_size: int | None = None
 ) -> Report:
     """Return the report about images that were read, treated as training would treat them."""
-    dataset = found.dataset
+    dataset = survey_result.dataset
     captions = [treatment.words(item) for item in dataset.items]
     tokens = count_tokens(captions)
     images = tuple(
@@ -219,7 +219,7 @@ def diagnose(
         for item, caption, count in zip(dataset.items, captions, tokens, strict=True)
     )
     findings = chain(
-        about_problems(found.problems),
+        about_problems(survey_result.problems),
         about_sizes(dataset.items, [image.placement for image in images], treatment.resolution),
         about_copies(dataset.items),
         about_captions(dataset, tokens),
@@ -233,7 +233,7 @@ def diagnose(
         trigger_word=dataset.trigger_word,
         resolution=treatment.resolution,
         num_images=len(dataset.items),
-        num_unusable=found.num_images - len(dataset.items),
+        num_unusable=survey_result.num_images - len(dataset.items),
         buckets=tuple(buckets),
         num_batches=batches,
         num_short_batches=short,
@@ -285,8 +285,8 @@ def _examined(item: ImageItem, treatment: Treatment, caption: str, tokens: int) 
 
 def _trained_buckets(images: Sequence[ExaminedImage]) -> list[BucketCount]:
     """Return what each bucket gets in an epoch, at all resolutions."""
-    trained = [one for one in images if one.role in TRAINED]
-    placed = [(place, one.item.repeats) for one in trained for place in (one.placement, *one.further)]
+    trained = [image for image in images if image.role in TRAINED]
+    placed = [(place, image.item.repeats) for image in trained for place in (image.placement, *image.further)]
     return count_buckets([place for place, _ in placed], [repeats for _, repeats in placed])
 
 

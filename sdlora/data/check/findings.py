@@ -102,11 +102,11 @@ def about_captions(dataset: Dataset, tokens: Sequence[int]) -> Iterator[Finding]
     """Yield captions that are missing, empty, too long, or without the trigger word."""
     trigger = dataset.trigger_word
     for item, count in zip(dataset.items, tokens, strict=True):
-        own = item.caption != trigger if item.trigger_added else bool(item.caption)
+        has_words = item.caption != trigger if item.trigger_added else bool(item.caption)
         if item.caption_source == "file name":
             fix = "write what it shows into a .txt file of the same name"
             yield Finding("note", "no caption file", f"is captioned `{item.caption}`", item.name, fix)
-        elif not own:
+        elif not has_words:
             effect = (
                 f"the caption is the trigger word `{trigger}` alone" if trigger else "it trains without words"
             )
@@ -116,7 +116,7 @@ def about_captions(dataset: Dataset, tokens: Sequence[int]) -> Iterator[Finding]
             what = f"has a caption of {count} tokens; the text encoder sees {CHUNK_TOKENS} at once"
             fix = "shorten it: what follows is read apart from the start, and counts least"
             yield Finding("warning", "long caption", what, item.name, fix)
-        if trigger and item.trigger_added and item.caption_source != "file name" and own:
+        if trigger and item.trigger_added and item.caption_source != "file name" and has_words:
             what = f"has a caption without `{trigger}`; it is put in front"
             yield Finding("note", "no trigger word", what, item.name, "write it where it reads best")
     yield from _about_shared_words(dataset)

@@ -62,8 +62,8 @@ def _kept(
         else:
             seen.add(key)
             if image_key(name, row[0]) != image_key("", target):
-                own = posixpath.relpath(target, posixpath.dirname(name) or ".")
-                values = {**values, "file_name": own}
+                relative = posixpath.relpath(target, posixpath.dirname(name) or ".")
+                values = {**values, "file_name": relative}
                 done["named after the image in the copy"] += 1
             yield values
 

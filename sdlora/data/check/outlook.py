@@ -38,7 +38,7 @@ def examine_settings(
         config: the settings; what they leave open is decided as for training.
         multiple: image sides are multiples of this many px; the base's own when None.
         batch_size: also count the batches of an epoch; that of the settings when None.
-        progress: told after each file.
+        progress: called after each file.
 
     Raises:
         DatasetError: when a folder is missing, is a file, or holds no images.
@@ -50,9 +50,9 @@ def examine_settings(
     )
     facts = base_facts(blueprint, "cpu")
     multiple = multiple or blueprint.size_multiple
-    found = survey_all(config.data, progress)
-    own = survey_held_out(config.data, progress)
-    config, _ = resolve_data(config, facts, len(found.dataset.learned))
+    training_survey = survey_all(config.data, progress)
+    validation_survey = survey_held_out(config.data, progress)
+    config, _ = resolve_data(config, facts, len(training_survey.dataset.learned))
     data = config.data
     assert data.resolution is not None
     placed = partial(placer, multiple=multiple, grouped=data.buckets, enlarge=data.upscale)
@@ -65,7 +65,7 @@ def examine_settings(
         alpha_mask=data.alpha_mask,
         crops_move=data.crop == "random",
     )
-    survey, roles = _with_roles(config, found, own)
+    survey, roles = _with_roles(config, training_survey, validation_survey)
     return diagnose(
         survey,
         replace(treatment, roles=roles),
@@ -74,40 +74,49 @@ def examine_settings(
     )
 
 
-def _with_roles(config: Config, found: Survey, own: Survey | None) -> tuple[Survey, Mapping[str, Role]]:
+def _with_roles(
+    config: Config, training_survey: Survey, validation_survey: Survey | None
+) -> tuple[Survey, Mapping[str, Role]]:
     """Return the images of all folders, and by their names what those not trained on are for."""
-    learned, priors = by_role(found.dataset)
+    learned, priors = by_role(training_survey.dataset)
     if not learned.items:  # all are broken, which the problems say
-        return found, {}
-    apart = own.dataset if own and own.dataset.items else None
-    validation = config.data.validation if own is None else 0.0
+        return training_survey, {}
+    apart = validation_survey.dataset if validation_survey and validation_survey.dataset.items else None
+    validation = config.data.validation if validation_survey is None else 0.0
     try:
         training, held = divide(learned, validation, apart, config.training.seed, priors.items)
     except DatasetError:
-        if not found.problems:
+        if not training_survey.problems:
             raise
-        return found, {}  # too few images are left to hold out any; what broke the others comes first
-    if own is None:
-        dataset = replace(found.dataset, notes=training.notes)
-        return replace(found, dataset=dataset), {item.name: "held out" for item in held.items}
-    prefix = f"{own.dataset.folder.resolve().name}/"
+        # too few images are left to hold out any; what broke the others comes first
+        return training_survey, {}
+    if validation_survey is None:
+        dataset = replace(training_survey.dataset, notes=training.notes)
+        return replace(training_survey, dataset=dataset), {item.name: "held out" for item in held.items}
+    prefix = f"{validation_survey.dataset.folder.resolve().name}/"
     kept = {item.path for item in held.items}
-    others = _renamed(own.dataset, prefix)
+    others = _renamed(validation_survey.dataset, prefix)
     roles: dict[str, Role] = {
         item.name: "held out" if item.path in kept else "not used" for item in others.items
     }
     trained = {item.path for item in (*training.items, *priors.items)}
-    items = tuple(item for item in found.dataset.items if item.path in trained) + others.items
+    items = tuple(item for item in training_survey.dataset.items if item.path in trained) + others.items
     dataset = replace(
-        found.dataset,
+        training_survey.dataset,
         items=items,
         notes=training.notes + others.notes,
-        orphans=found.dataset.orphans + others.orphans,
+        orphans=training_survey.dataset.orphans + others.orphans,
     )
-    problems = tuple(replace(problem, where=prefix + problem.where) for problem in own.problems)
-    distinct = tuple(dict.fromkeys(found.problems + problems))  # the one folder may lie in the other
-    broken = found.num_images - len(found.dataset.items) + own.num_images - len(own.dataset.items)
-    broken -= len(found.problems) + len(problems) - len(distinct)
+    problems = tuple(replace(problem, where=prefix + problem.where) for problem in validation_survey.problems)
+    # the one folder may lie in the other
+    distinct = tuple(dict.fromkeys(training_survey.problems + problems))
+    broken = (
+        training_survey.num_images
+        - len(training_survey.dataset.items)
+        + validation_survey.num_images
+        - len(validation_survey.dataset.items)
+    )
+    broken -= len(training_survey.problems) + len(problems) - len(distinct)
     return Survey(dataset, distinct, len(items) + broken), roles
 
 

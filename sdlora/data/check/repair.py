@@ -1,4 +1,4 @@
-"""A mended copy of a folder of images: what can be put right is, what cannot is left out, all of it told.
+"""A mended copy of a folder of images: what can be put right is, what cannot is left out, all of it reported.
 
 The folder itself is never changed. Files that need nothing are copied byte for byte. Only images and
 what describes them are copied: captions, metadata and sidecars.

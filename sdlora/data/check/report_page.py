@@ -32,10 +32,10 @@ def write_report_page(report: Report, file: Path, progress: Progress | None = No
     """
     shown = _chosen_images(report)
     anchors = {examined.item.name: f"p{number}" for number, examined in enumerate(shown)}
-    found = _by_image(report.findings)
+    findings = _by_image(report.findings)
     images = thumbnails([(examined.item, examined.masked) for examined in shown], _SIDE, progress)
     cards = [
-        _card(examined, image, found.get(examined.item.name, []), anchors[examined.item.name])
+        _card(examined, image, findings.get(examined.item.name, []), anchors[examined.item.name])
         for examined, image in zip(shown, images, strict=True)
     ]
     hidden = len(report.images) - len(shown)
@@ -54,7 +54,7 @@ def write_report_page(report: Report, file: Path, progress: Progress | None = No
         lengths=length_chart([examined.tokens for examined in report.images]),
         captions=escape(_caption_line(report)),
         tags=tag_chart(report.tags, report.num_images) if report.tags else '<p class="sub">None.</p>',
-        buttons="".join(_buttons(shown, found)),
+        buttons="".join(_buttons(shown, findings)),
         cards="".join(cards),
         shown=f"{len(shown)} of {len(report.images)}; those with findings first. "
         if hidden
@@ -87,17 +87,17 @@ def _legend(report: Report) -> Iterator[str]:
 
 def _chosen_images(report: Report) -> list[ExaminedImage]:
     """Return the images to show in their own order, those with findings preferred."""
-    found = _by_image(report.findings)
-    ranked = sorted(report.images, key=lambda examined: examined.item.name not in found)
+    findings = _by_image(report.findings)
+    ranked = sorted(report.images, key=lambda examined: examined.item.name not in findings)
     names = {examined.item.name for examined in ranked[:_MOST_IMAGES]}
     return [examined for examined in report.images if examined.item.name in names]
 
 
 def _by_image(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
-    found: dict[str, list[Finding]] = {}
+    by_image: dict[str, list[Finding]] = {}
     for finding in findings:
-        found.setdefault(finding.where, []).append(finding)
-    return found
+        by_image.setdefault(finding.where, []).append(finding)
+    return by_image
 
 
 def _facts(report: Report) -> Iterator[str]:
@@ -139,8 +139,8 @@ def _group(severity: Severity, kind: str, members: Sequence[Finding], anchors: d
         name = escape(finding.where)
         anchor = anchors.get(finding.where)
         where = f'<a href="#{anchor}"><code>{name}</code></a>' if anchor else f"<code>{name}</code>"
-        own = "" if common else f"; <i>{escape(finding.fix)}</i>"
-        rows.append(f"<div>{where}<span>{escape(finding.what)}{own}</span></div>")
+        fix = "" if common else f"; <i>{escape(finding.fix)}</i>"
+        rows.append(f"<div>{where}<span>{escape(finding.what)}{fix}</span></div>")
     if len(members) > _MOST_ROWS:
         rows.append(f"<div><i>and {len(members) - _MOST_ROWS} more</i></div>")
     opened = " open" if severity == "error" else ""
@@ -160,16 +160,16 @@ def _caption_line(report: Report) -> str:
     return text + f"The longest has {captions.max_tokens} tokens."
 
 
-def _kinds(examined: ExaminedImage, found: Sequence[Finding]) -> list[str]:
+def _kinds(examined: ExaminedImage, findings: Sequence[Finding]) -> list[str]:
     """Return what an image can be filtered by: what it is for, if not simply trained on, and findings."""
     role = [examined.role] if examined.role != "trained" else []
-    return [*role, *dict.fromkeys(finding.kind for finding in found)]
+    return [*role, *dict.fromkeys(finding.kind for finding in findings)]
 
 
-def _buttons(shown: Sequence[ExaminedImage], found: dict[str, list[Finding]]) -> Iterator[str]:
+def _buttons(shown: Sequence[ExaminedImage], findings: dict[str, list[Finding]]) -> Iterator[str]:
     counts: dict[str, int] = {}
     for examined in shown:
-        for kind in _kinds(examined, found.get(examined.item.name, [])):
+        for kind in _kinds(examined, findings.get(examined.item.name, [])):
             counts[kind] = counts.get(kind, 0) + 1
     yield '<button type="button" data-kind="">all</button>'
     for kind, count in sorted(counts.items(), key=lambda pair: -pair[1])[:_MOST_BUTTONS]:
@@ -177,19 +177,20 @@ def _buttons(shown: Sequence[ExaminedImage], found: dict[str, list[Finding]]) ->
         yield f'<button type="button" data-kind="{name}">{name} {count}</button>'
 
 
-def _card(examined: ExaminedImage, image: str | None, found: Sequence[Finding], anchor: str) -> str:
+def _card(examined: ExaminedImage, image: str | None, findings: Sequence[Finding], anchor: str) -> str:
     item = examined.item
     role = "" if examined.role == "trained" else f'<span class="pill">{examined.role}</span>'
     pills = role + "".join(
         f'<span class="pill {_TONES[finding.severity]}" title="{escape(finding.what)}">'
         f"{escape(finding.kind)}</span>"
-        for finding in found
+        for finding in findings
     )
     words = escape(examined.caption)
     caption = f'<p title="{words}">{words}</p>' if words else '<p class="empty">no words</p>'
     text = escape(f"{item.name} {examined.caption}".lower())
+    kinds = escape("|".join(_kinds(examined, findings)))
     return (
-        f'<figure id="{anchor}" data-kinds="{escape("|".join(_kinds(examined, found)))}" data-text="{text}">'
+        f'<figure id="{anchor}" data-kinds="{kinds}" data-text="{text}">'
         f'<div class="frame">{_frame(examined, image)}</div><figcaption>'
         f'<span class="name" title="{escape(item.name)}">{escape(item.name)}</span>'
         f'<span class="size">{_size_line(examined)}</span>'
@@ -200,7 +201,7 @@ def _card(examined: ExaminedImage, image: str | None, found: Sequence[Finding], 
 def _size_line(examined: ExaminedImage) -> str:
     """Return the image's size, those it is trained at, what is cut away and how often it counts."""
     item, placement = examined.item, examined.placement
-    buckets = dict.fromkeys([placement.bucket, *(one.bucket for one in examined.further)])
+    buckets = dict.fromkeys([placement.bucket, *(other.bucket for other in examined.further)])
     line = f"{item.width} &times; {item.height} &rarr; "
     line += " and ".join(f"{width} &times; {height}" for height, width in buckets)
     if placement.cropped_share >= 0.005:

@@ -146,10 +146,10 @@ def _findings(report: Report, severity: Severity) -> Iterator[RenderableType]:
 def _add_kind(table: Table, kind: str, members: Sequence[Finding]) -> None:
     fixes = Counter(finding.fix for finding in members)
     for number, finding in enumerate(members[:_LINES_PER_KIND]):
-        own = f"; {finding.fix}" if len(fixes) > 1 else ""
+        fix = f"; {finding.fix}" if len(fixes) > 1 else ""
         name = f"{kind} ({len(members)})" if len(members) > 1 else kind
         # Text, because names may hold what rich takes for markup
-        table.add_row(name if number == 0 else "", Text(finding.where), Text(f"{finding.what}{own}"))
+        table.add_row(name if number == 0 else "", Text(finding.where), Text(f"{finding.what}{fix}"))
     if len(members) > _LINES_PER_KIND:
         more = f"and {len(members) - _LINES_PER_KIND} more (all with --json or --html FILE)"
         table.add_row("", "", Text(more, style="dim"))

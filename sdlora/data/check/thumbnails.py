@@ -29,7 +29,7 @@ def thumbnails(
     Args:
         items: the images, and whether a mask covers them: what it blocks is tinted.
         side: px of the longer side.
-        progress: told after each image.
+        progress: called after each image.
     """
     workers = max(1, min(32, os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:

@@ -103,5 +103,5 @@ def _entries(folder: Path) -> Iterator[CacheEntry]:
             with suppress(OSError):  # removed meanwhile
                 status = path.stat()
                 # unfinished files have hidden names, see sdlora.files.replacing
-                own: EntryKind = "leftovers" if path.name.startswith(".") else kind
-                yield CacheEntry(path, own, status.st_size, status.st_mtime)
+                entry_kind: EntryKind = "leftovers" if path.name.startswith(".") else kind
+                yield CacheEntry(path, entry_kind, status.st_size, status.st_mtime)

@@ -78,7 +78,7 @@ def scan(
         DatasetError: when the folder is missing, is a file or holds no images, or when any image or
             caption cannot be used; lists all of them (up to 20 lines).
     """
-    found = survey(
+    survey_result = survey(
         folder,
         recursive=recursive,
         trigger_word=trigger_word,
@@ -86,9 +86,9 @@ def scan(
         reading=reading,
         progress=progress,
     )
-    if found.problems:
-        raise DatasetError(listed(found.problems, folder))
-    return found.dataset
+    if survey_result.problems:
+        raise DatasetError(listed(survey_result.problems, folder))
+    return survey_result.dataset
 
 
 def survey(
@@ -115,9 +115,9 @@ def survey(
         raise DatasetError(no_images(folder, listing, recursive))
     words = _Words(folder, listing, trigger_word, reading)
     problems = listing.problems + clashes(listing) + words.problems
-    found = measure_all(listing.images, progress, index_file())
+    measurements = measure_all(listing.images, progress, index_file())
     items: list[ImageItem] = []
-    for file, measured in zip(listing.images, found, strict=True):
+    for file, measured in zip(listing.images, measurements, strict=True):
         caption, focus = words.caption(file), words.focus(file)
         problems += [part for part in (measured, caption, focus) if isinstance(part, Problem)]
         if isinstance(measured, Problem) or isinstance(caption, Problem) or isinstance(focus, Problem):

@@ -22,7 +22,7 @@ _NAMES_SHOWN = 5
 def divide(
     dataset: Dataset,
     validation: float | Path | None,
-    own: Dataset | None,
+    validation_set: Dataset | None,
     seed: int,
     always_trained: Sequence[ImageItem] = (),
 ) -> tuple[Dataset, Dataset]:
@@ -31,15 +31,15 @@ def divide(
     Args:
         dataset: images to be learned.
         validation: the setting; None holds out none.
-        own: the images of ``data.validation`` where it is a folder.
+        validation_set: the images of ``data.validation`` where it is a folder.
         seed: of the run.
         always_trained: see :func:`split`.
 
     Raises:
         DatasetError: when no image is left on one of the sides, or as many are to be held out as there are.
     """
-    if own is not None:
-        return keep_apart(dataset, own, always_trained)
+    if validation_set is not None:
+        return keep_apart(dataset, validation_set, always_trained)
     assert not isinstance(validation, Path)
     total = len(dataset.items)
     if validation and validation >= max(1, total):
@@ -84,8 +84,8 @@ def keep_apart(
     Raises:
         DatasetError: when no image is left on one of the sides.
     """
-    own = {os.path.realpath(item.path) for item in validation.items}
-    inside = {index for index, item in enumerate(dataset.items) if os.path.realpath(item.path) in own}
+    held_paths = {os.path.realpath(item.path) for item in validation.items}
+    inside = {index for index, item in enumerate(dataset.items) if os.path.realpath(item.path) in held_paths}
     training, taken = _parted(dataset, inside)
     notes = list(training.notes)
     if taken.items:
@@ -143,11 +143,11 @@ def _parted(dataset: Dataset, away: set[int]) -> tuple[Dataset, Dataset]:
 def _like_any(training: Sequence[ImageItem], others: Sequence[ImageItem]) -> set[int]:
     """Return the indices of ``others`` that share a group of near duplicates with a training image."""
     first = len(training)
-    found: set[int] = set()
+    alike: set[int] = set()
     for group in near_duplicates([*training, *others]):
         if group[0] < first:  # ascending, so the training images come first
-            found.update(index - first for index in group if index >= first)
-    return found
+            alike.update(index - first for index in group if index >= first)
+    return alike
 
 
 def _named(items: Sequence[ImageItem]) -> str:

@@ -117,7 +117,7 @@ def read_file(path: Path, name: str, limit: int | None = None) -> bytes:
     """Return a regular file's bytes.
 
     Raises:
-        Unusable: when it cannot be read, is no regular file, or has more than ``limit`` bytes.
+        Unusable: when it cannot be read, is not a regular file, or has more than ``limit`` bytes.
     """
     try:
         status = path.stat()
@@ -137,7 +137,7 @@ def decode(data: bytes, name: str, background: str) -> tuple[Image.Image, tuple[
     """Return upright sRGB pixels and what was odd about the file.
 
     Raises:
-        Unusable: when it is no image, is damaged or too large, or needs a package that is not installed.
+        Unusable: when it is not an image, is damaged or too large, or needs a package that is not installed.
     """
     image, animated = _opened(data, name)
     try:
@@ -159,7 +159,7 @@ def _opened(data: bytes, name: str) -> tuple[Image.Image, bool]:
     formats = _formats_for(data, name)
     try:
         image = _open(data, formats)
-        # Phones store a second, smaller view in MPO files, and HEIC files several: that is no animation.
+        # Phones store a second, smaller view in MPO files, and HEIC files several: that is not an animation.
         animated = image.format not in ("MPO", "HEIF") and bool(getattr(image, "is_animated", False))
         if animated:
             image.seek(0)
@@ -251,12 +251,14 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if not profile or image.mode not in _PROFILE_SPACES:
         return plain
     try:
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if own.profile.xcolor_space.strip() != _PROFILE_SPACES[image.mode]:
+        source_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source_profile.profile.xcolor_space.strip() != _PROFILE_SPACES[image.mode]:
             return plain
-        if "srgb" in (own.profile.profile_description or "").lower():
+        if "srgb" in (source_profile.profile.profile_description or "").lower():
             return plain
-        converted = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(
+            image, source_profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
     except (ImageCms.PyCMSError, OSError, ValueError):
         return plain
     return plain if converted is None else converted

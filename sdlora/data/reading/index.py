@@ -42,7 +42,7 @@ class ImageIndex:
     Args:
         file: the index, made when missing; None for an index that remembers nothing.
         version: of the facts; entries of other versions are not used.
-        clock: tells the seconds since 1970.
+        clock: gives the seconds since 1970.
     """
 
     def __init__(self, file: Path | None, version: str, clock: Callable[[], float] = time.time) -> None:

@@ -84,7 +84,7 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One look at an image: its index, the epoch, and the how-manieth look of that epoch, all from 0."""
+    """One visit to an image: its index, the epoch, and its number in that epoch, all counted from 0."""
 
     index: int
     epoch: int

@@ -39,8 +39,8 @@ def kohya_folders(images: Iterable[str], asked: bool | None) -> Mapping[str, Koh
     if asked is False:
         return {}
     tops = {name.partition("/")[0] if "/" in name else "" for name in images}
-    found = {top: parse_name(top) for top in sorted(tops)}
-    known = {top: folder for top, folder in found.items() if folder is not None}
+    parsed = {top: parse_name(top) for top in sorted(tops)}
+    known = {top: folder for top, folder in parsed.items() if folder is not None}
     return known if asked or len(known) == len(tops) else {}
 
 
@@ -56,11 +56,11 @@ def outside(images: Iterable[str], folders: Mapping[str, KohyaFolder]) -> list[P
 
 def notes(root: Path, folders: Mapping[str, KohyaFolder], asked: bool | None) -> list[str]:
     """Return in words how the folders are taken."""
-    own = parse_name(root.name) if asked is None and not folders else None
-    if own is not None:
+    root_folder = parse_name(root.name) if asked is None and not folders else None
+    if root_folder is not None:
         return [
             f"{root.name}: is named as kohya's folders are, but given itself it counts once; give the folder "
-            f"above it, or set data.repeats={own.repeats}"
+            f"above it, or set data.repeats={root_folder.repeats}"
         ]
     return [
         f"{name}/: its images count {folder.repeats} times, `{folder.words}` is their caption where they "

@@ -65,8 +65,8 @@ def likeness_of(image: Image.Image) -> Likeness:
     small = image.reduce((max(1, image.width // 128), max(1, image.height // 128)))
     thumbnail = small.resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX)
     fields = small.convert("L").resize(_FIELDS, Image.Resampling.BOX)
-    hashes = [imagehash.dhash(one).hash for one in (fields, ImageOps.mirror(fields))]
-    bits, mirrored = (int.from_bytes(np.packbits(one).tobytes(), "big") for one in hashes)
+    hashes = [imagehash.dhash(field).hash for field in (fields, ImageOps.mirror(fields))]
+    bits, mirrored = (int.from_bytes(np.packbits(hash_bits).tobytes(), "big") for hash_bits in hashes)
     return Likeness(bits, mirrored, thumbnail.tobytes())
 
 
@@ -82,7 +82,7 @@ def near_duplicates(items: Sequence[Imaged]) -> list[tuple[int, ...]]:
         groups.join(first_of.setdefault(item.digest, index), index)
     distinct = [index for index in first_of.values() if items[index].likeness is not None]
     if len(distinct) > 1:
-        likenesses = [one for index in distinct if (one := items[index].likeness) is not None]
+        likenesses = [likeness for index in distinct if (likeness := items[index].likeness) is not None]
         pairs = _pairs_of_few(likenesses) if len(likenesses) <= _FEW else None
         for first, second in _like_pairs(likenesses) if pairs is None else pairs:
             groups.join(distinct[first], distinct[second])
@@ -114,14 +114,14 @@ class _Groups:
 
 def _pairs_of_few(likenesses: Sequence[Likeness]) -> list[tuple[int, int]] | None:
     """Return what :func:`_like_pairs` yields, without numpy; None where too many images look alike."""
-    thumbnails = [_Thumbnail(one.thumbnail) for one in likenesses]
-    found: list[tuple[int, int]] = []
+    thumbnails = [_Thumbnail(likeness.thumbnail) for likeness in likenesses]
+    pairs: list[tuple[int, int]] = []
     candidates = 0
     for second in range(len(likenesses)):
         for first in range(second):
-            one, other = thumbnails[first], thumbnails[second]
-            if one.plain or other.plain:
-                alike = one.plain and other.plain and one.colour_like(other)
+            thumbnail, other = thumbnails[first], thumbnails[second]
+            if thumbnail.plain or other.plain:
+                alike = thumbnail.plain and other.plain and thumbnail.colour_like(other)
             else:
                 bits = likenesses[first].bits
                 pair = (bits ^ likenesses[second].bits, bits ^ likenesses[second].mirrored)
@@ -129,10 +129,12 @@ def _pairs_of_few(likenesses: Sequence[Likeness]) -> list[tuple[int, int]] | Non
                 candidates += sum(near)
                 if candidates > _FEW_PAIRS:
                     return None
-                alike = any(close and one.correlates(other, mirror) for mirror, close in enumerate(near))
+                alike = any(
+                    close and thumbnail.correlates(other, mirror) for mirror, close in enumerate(near)
+                )
             if alike:
-                found.append((first, second))
-    return found
+                pairs.append((first, second))
+    return pairs
 
 
 class _Thumbnail:
@@ -149,9 +151,9 @@ class _Thumbnail:
         return away / 3 <= _NEAR_COLOURS
 
     def correlates(self, other: _Thumbnail, mirror: int) -> bool:
-        one, two = self._centred(False), other._centred(bool(mirror))
-        product = sum(map(operator.mul, one, two))
-        squares = sum(a * a for a in one) * sum(b * b for b in two)
+        mine, two = self._centred(False), other._centred(bool(mirror))
+        product = sum(map(operator.mul, mine, two))
+        squares = sum(a * a for a in mine) * sum(b * b for b in two)
         return product >= _NEAR_CORRELATION * math.sqrt(squares)
 
     def _centred(self, mirror: bool) -> list[float]:
@@ -163,9 +165,9 @@ class _Thumbnail:
 def _like_pairs(likenesses: Sequence[Likeness]) -> Iterator[tuple[int, int]]:
     import numpy as np
 
-    bits = np.array([one.bits for one in likenesses], dtype=np.uint64)
-    mirrored = np.array([one.mirrored for one in likenesses], dtype=np.uint64)
-    thumbnails = np.frombuffer(b"".join(one.thumbnail for one in likenesses), dtype=np.uint8)
+    bits = np.array([likeness.bits for likeness in likenesses], dtype=np.uint64)
+    mirrored = np.array([likeness.mirrored for likeness in likenesses], dtype=np.uint64)
+    thumbnails = np.frombuffer(b"".join(likeness.thumbnail for likeness in likenesses), dtype=np.uint8)
     thumbnails = thumbnails.reshape(len(likenesses), -1, 3)
     plain = thumbnails.reshape(len(likenesses), -1, 3).var(axis=1).mean(axis=1) < _PLAIN_SPREAD
     yield from _plain_pairs(thumbnails, np.flatnonzero(plain))
@@ -185,14 +187,14 @@ def _confirmed(thumbnails: Array, first: Array, second: Array, mirror: bool) -> 
     import numpy as np
 
     for start in range(0, len(first), _PAIRS):
-        one, other = first[start : start + _PAIRS], second[start : start + _PAIRS]
-        a, b = thumbnails[one].astype(np.float32), thumbnails[other].astype(np.float32)
+        left, other = first[start : start + _PAIRS], second[start : start + _PAIRS]
+        a, b = thumbnails[left].astype(np.float32), thumbnails[other].astype(np.float32)
         if mirror:
             b = b.reshape(len(b), _THUMBNAIL_SIDE, _THUMBNAIL_SIDE, 3)[:, :, ::-1].reshape(a.shape)
         a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
         product = (a * b).sum(axis=(1, 2))
         alike = product >= _NEAR_CORRELATION * np.sqrt((a * a).sum(axis=(1, 2)) * (b * b).sum(axis=(1, 2)))
-        yield from zip(one[alike].tolist(), other[alike].tolist(), strict=True)
+        yield from zip(left[alike].tolist(), other[alike].tolist(), strict=True)
 
 
 def _plain_pairs(thumbnails: Array, plain: Array) -> Iterator[tuple[int, int]]:

@@ -32,23 +32,23 @@ def with_masks(items: Sequence[ImageItem], folder: Path) -> tuple[list[ImageItem
     Raises:
         DatasetError: when the folder is missing or is a file.
     """
-    found: dict[tuple[str, str], FoundFile] = {}
+    masks: dict[tuple[str, str], FoundFile] = {}
     problems: list[Problem] = []
     for file in list_files(folder, recursive=True).images:
-        if file.key in found:
-            what = f"{found[file.key].name} and {file.name} are masks of one image"
+        if file.key in masks:
+            what = f"{masks[file.key].name} and {file.name} are masks of one image"
             problems.append(Problem("bad mask", str(folder), what, "delete one of them"))
-        found[file.key] = file
-    own = [found.pop(FoundFile(item.path, item.name).key, None) for item in items]
+        masks[file.key] = file
+    item_masks = [masks.pop(FoundFile(item.path, item.name).key, None) for item in items]
     with ThreadPoolExecutor(max(1, min(32, os.cpu_count() or 1))) as pool:
-        checked = list(pool.map(_check, items, own))
+        checked = list(pool.map(_check, items, item_masks))
     problems += [result for result in checked if isinstance(result, Problem)]
     masked = [result for result in checked if not isinstance(result, Problem)]
-    bare = sum(mask is None for mask in own)
+    bare = sum(mask is None for mask in item_masks)
     notes = [f"{folder}: {bare} of {len(items)} images have no mask and are trained whole"] if bare else []
-    if found:
-        first = min(file.name for file in found.values())
-        notes.append(f"{folder}: {len(found)} masks belong to no image (first: {first})")
+    if masks:
+        first = min(file.name for file in masks.values())
+        notes.append(f"{folder}: {len(masks)} masks belong to no image (first: {first})")
     if bare == len(items) and items:
         fix = "name each mask as its image"
         problems.append(Problem("bad mask", str(folder), "holds no mask of any of the images", fix))

@@ -55,10 +55,10 @@ def measure_all(
 
     Args:
         files: images to read.
-        progress: told after each file.
+        progress: called after each file.
         index_file: remembers facts between runs; None to read everything.
     """
-    found: list[Measured | Problem] = []
+    measurements: list[Measured | Problem] = []
     workers = max(1, min(32, os.cpu_count() or 1, len(files)))
     version = f"{_FACTS} {PIXELS_VERSION} Pillow {PIL.__version__}"
     with (
@@ -69,14 +69,14 @@ def measure_all(
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # odd EXIF and TIFF tags
         for file, status, facts in ahead(_started(files, index, pool), workers * _AHEAD):
             if isinstance(facts, Measured):
-                found.append(facts)
+                measurements.append(facts)
             else:
-                found.append(result := facts.result())
+                measurements.append(result := facts.result())
                 if status and isinstance(result, Measured):
                     index.put(file.path, status, _to_json(result))
             if progress is not None:
-                progress(len(found), len(files))
-    return found
+                progress(len(measurements), len(files))
+    return measurements
 
 
 def _started(

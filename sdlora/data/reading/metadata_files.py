@@ -55,7 +55,7 @@ def read_metadata(
     notes: list[str] = []
     for path, name in files:
         lost: list[str] = []
-        found = 0
+        num_found = 0
         for row in _rows(path, name, column):
             if isinstance(row, Problem):
                 problems.append(row)
@@ -68,9 +68,9 @@ def read_metadata(
                 what = f"names {image} again, after {captions[key][1]}"
                 problems.append(Problem("bad caption", where, what, "delete one of the lines"))
             else:
-                found += 1
+                num_found += 1
                 captions[key] = lines, where
-        if lost and not found and not any(problem.where.startswith(name) for problem in problems):
+        if lost and not num_found and not any(problem.where.startswith(name) for problem in problems):
             what = f"names no image of this folder (first: {lost[0]})"
             problems.append(Problem("bad caption", name, what, "put it beside its images, or delete it"))
         elif lost:
@@ -110,9 +110,9 @@ def read_row(
     image = values.get("file_name")
     if not isinstance(image, str) or not image.strip():
         return Problem("bad caption", where, "has no `file_name`", "add the column `file_name`")
-    wanted = column or next((one for one in _CAPTION_COLUMNS if one in values), None)
+    wanted = column or next((name for name in _CAPTION_COLUMNS if name in values), None)
     if wanted is None or wanted not in values:
-        has = ", ".join(str(one) for one in values if one != "file_name") or "nothing else"
+        has = ", ".join(str(name) for name in values if name != "file_name") or "nothing else"
         what = f"has no column `{wanted or 'text'}` (it has {has})"
         return Problem("bad caption", where, what, "name its caption column in data.metadata_caption")
     lines = _lines(values[wanted])

@@ -1,4 +1,4 @@
-"""What must be mended in a folder before training, and how it is told."""
+"""What must be mended in a folder before training, and how it is reported."""
 
 from __future__ import annotations
 

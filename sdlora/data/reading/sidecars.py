@@ -34,7 +34,7 @@ def read_focus(path: Path, name: str) -> Point | Problem | None:
     focus = value.get("focus") if isinstance(value, dict) else None
     if focus is None:
         return None
-    good = isinstance(focus, list) and len(focus) == 2 and all(_is_share(one) for one in focus)
+    good = isinstance(focus, list) and len(focus) == 2 and all(_is_share(share) for share in focus)
     if not good:
         what = f"has `focus` {json.dumps(focus)}"
         return Problem("bad sidecar", name, what, "give [x, y], each from 0 (left, top) to 1 (right, bottom)")

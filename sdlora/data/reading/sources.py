@@ -25,7 +25,11 @@ def gather(data: DataConfig, progress: Progress | None = None) -> Dataset:
             be used.
     """
     read = _read_all(data, progress)
-    complaints = [listed(found.problems, source.folder) for source, found in read if found.problems]
+    complaints = [
+        listed(survey_result.problems, source.folder)
+        for source, survey_result in read
+        if survey_result.problems
+    ]
     if complaints:
         raise DatasetError("\n".join(complaints))
     return _together(data, read)
@@ -40,10 +44,12 @@ def survey_all(data: DataConfig, progress: Progress | None = None) -> Survey:
     read = _read_all(data, progress)
     problems = [
         replace(problem, where=f"{source.folder}/{problem.where}") if len(read) > 1 else problem
-        for source, found in read
-        for problem in found.problems
+        for source, survey_result in read
+        for problem in survey_result.problems
     ]
-    return Survey(_together(data, read), tuple(problems), sum(found.num_images for _, found in read))
+    return Survey(
+        _together(data, read), tuple(problems), sum(survey_result.num_images for _, survey_result in read)
+    )
 
 
 def _read_all(data: DataConfig, progress: Progress | None) -> list[tuple[SourceConfig, Survey]]:
@@ -67,15 +73,15 @@ def _read_all(data: DataConfig, progress: Progress | None) -> list[tuple[SourceC
 
 
 def _together(data: DataConfig, read: Sequence[tuple[SourceConfig, Survey]]) -> Dataset:
-    sources, found = [source for source, _ in read], [survey.dataset for _, survey in read]
-    parts = _named(found) if len(found) > 1 else found
+    sources, datasets = [source for source, _ in read], [survey.dataset for _, survey in read]
+    parts = _named(datasets) if len(datasets) > 1 else datasets
     parts, notes = _balanced(sources, parts)
     items = tuple(item for part in parts for item in part.items)
     if all(source.regularisation for source in sources):
         raise DatasetError("data.sources: there are only regularisation images; add images to be learned")
     notes += _shared(items)
     return Dataset(
-        Path(found[0].folder),
+        Path(datasets[0].folder),
         items,
         (data.trigger_word or "").strip() or None,
         (*(note for part in parts for note in part.notes), *notes),
@@ -89,12 +95,12 @@ def gather_held_out(data: DataConfig) -> Dataset | None:
     Raises:
         DatasetError: when the folder is missing or empty, or any image or caption cannot be used.
     """
-    found = survey_held_out(data)
-    if found is None:
+    survey_result = survey_held_out(data)
+    if survey_result is None:
         return None
-    if found.problems:
-        raise DatasetError(listed(found.problems, found.dataset.folder))
-    return found.dataset
+    if survey_result.problems:
+        raise DatasetError(listed(survey_result.problems, survey_result.dataset.folder))
+    return survey_result.dataset
 
 
 def survey_held_out(data: DataConfig, progress: Progress | None = None) -> Survey | None:

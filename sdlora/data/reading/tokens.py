@@ -26,7 +26,7 @@ def count_tokens(captions: Sequence[str]) -> list[int]:
     if not any(captions):
         return [0] * len(captions)
     encoded = _tokenizer().encode_batch_fast(list(captions), add_special_tokens=False)
-    return [len(one.ids) for one in encoded]
+    return [len(encoding.ids) for encoding in encoded]
 
 
 @cache

@@ -99,8 +99,12 @@ def test_portrait_and_landscape_are_transposes_of_each_other(
     layout: tuple[int, int], height: int, width: int
 ) -> None:
     buckets = make_buckets(*layout)
-    one, other = place(height, width, buckets), place(width, height, buckets)
-    assert (other.bucket[::-1], other.resized[::-1], other.crop[::-1]) == (one.bucket, one.resized, one.crop)
+    first, other = place(height, width, buckets), place(width, height, buckets)
+    assert (other.bucket[::-1], other.resized[::-1], other.crop[::-1]) == (
+        first.bucket,
+        first.resized,
+        first.crop,
+    )
 
 
 def test_the_order_of_the_buckets_does_not_matter() -> None:

@@ -120,9 +120,9 @@ def test_a_killed_process_leaves_only_whole_entries_and_the_next_one_finishes(
     process = in_process(doomed)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    found = list_entries(tmp_path)
-    assert sorted(entry.kind == "leftovers" for entry in found) == [False] * (number - 1) + [True]
-    for entry in found:
+    entries_left = list_entries(tmp_path)
+    assert sorted(entry.kind == "leftovers" for entry in entries_left) == [False] * (number - 1) + [True]
+    for entry in entries_left:
         assert entry.kind == "leftovers" or read_entry(entry.path) is not None
     finisher = in_process(lambda: encoded(dataset, model, tmp_path).encode_all())
     finisher.join()
@@ -223,7 +223,7 @@ def test_the_longest_unused_entries_are_chosen_first(limits: dict[str, float], n
         entry("being written", 0, 99, "leftovers"),
     ]
     chosen = choose_entries(entries, now=1000 * DAY, **limits)  # type: ignore[arg-type]
-    assert [one.path.name for one in chosen] == names
+    assert [chosen_entry.path.name for chosen_entry in chosen] == names
 
 
 def test_use_moves_an_entry_to_the_end_of_the_line(
@@ -231,12 +231,12 @@ def test_use_moves_an_entry_to_the_end_of_the_line(
 ) -> None:
     dataset, cache = scan(image_folder(3)), tmp_path / "cache"
     encoded(dataset, model, cache).encode_all()
-    for one in list_entries(cache):
-        os.utime(one.path, (1, 1))
+    for kept_entry in list_entries(cache):
+        os.utime(kept_entry.path, (1, 1))
     encoded(Dataset(dataset.folder, dataset.items[:1]), model, cache).encode_all()
-    old = [one for one in list_entries(cache) if one.used < DAY]
+    old = [kept_entry for kept_entry in list_entries(cache) if kept_entry.used < DAY]
     assert len(old) == (3 * 2 + 4) - (2 + 2)
     assert remove_entries(choose_entries(list_entries(cache), older_than_days=1)) == sum(
-        one.bytes for one in old
+        kept_entry.bytes for kept_entry in old
     )
     assert len(list_entries(cache)) == 4

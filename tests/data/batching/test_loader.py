@@ -62,13 +62,13 @@ class Clock:
 
 
 def test_batches_are_made_while_training_goes_on_and_not_past_the_end() -> None:
-    made: list[tuple[int, int]] = []
+    batches: list[tuple[int, int]] = []
     ahead, go_on = threading.Event(), threading.Event()
 
     def make(step: int, micro: int, visits: MicroBatch) -> Batch:
         if step == 3:
             assert go_on.wait(PATIENCE)
-        made.append((step, micro))
+        batches.append((step, micro))
         if step == 2:
             ahead.set()
         return loaded(step, micro, visits)
@@ -77,14 +77,14 @@ def test_batches_are_made_while_training_goes_on_and_not_past_the_end() -> None:
         list(loader.step(0))
         assert ahead.wait(PATIENCE)  # nobody asks for a batch meanwhile
         loader.settle()
-        assert made == [(0, 0), (1, 0), (2, 0)]
+        assert batches == [(0, 0), (1, 0), (2, 0)]
         list(loader.step(1))
         list(loader.step(2))  # both were there: the maker is held up with another
-        assert made == [(0, 0), (1, 0), (2, 0)]
+        assert batches == [(0, 0), (1, 0), (2, 0)]
         go_on.set()
         list(loader.step(3))
         loader.settle()
-    assert made == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert batches == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
 def test_waiting_is_measured_when_data_is_the_slower_part() -> None:
@@ -136,13 +136,13 @@ def test_an_error_in_the_making_is_raised_by_the_step_that_needs_it() -> None:
 
 
 def test_settling_waits_for_what_is_being_made_and_nothing_is_made_after_it() -> None:
-    made: list[tuple[int, int]] = []
+    batches: list[tuple[int, int]] = []
     go_on = threading.Event()
 
     def held(step: int, micro: int, visits: MicroBatch) -> Batch:
         if step:
             assert go_on.wait(PATIENCE)
-        made.append((step, micro))
+        batches.append((step, micro))
         return loaded(step, micro, visits)
 
     with BatchLoader(order_of(), 0, 9, held, single_threaded=True) as loader:
@@ -153,6 +153,6 @@ def test_settling_waits_for_what_is_being_made_and_nothing_is_made_after_it() ->
         assert settling.is_alive()
         go_on.set()
         settling.join(PATIENCE)
-        assert made == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert batches == [(0, 0), (0, 1), (1, 0), (1, 1)]
         assert not settling.is_alive()
-    assert made == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert batches == [(0, 0), (0, 1), (1, 0), (1, 1)]

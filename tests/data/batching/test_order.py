@@ -63,7 +63,7 @@ def test_micro_batches_are_of_one_bucket_and_full_but_for_one_per_bucket(plan: d
         assert len(buckets) == 1
         per_bucket.setdefault(buckets.pop(), []).append(len(batch))
     for bucket, sizes in per_bucket.items():
-        visits = sum(times for own, times in images if own == bucket)
+        visits = sum(times for image_bucket, times in images if image_bucket == bucket)
         short = [visits % size] if visits % size else []
         assert sorted(sizes) == sorted([size] * (visits // size) + short)
 
@@ -95,9 +95,9 @@ def test_every_step_has_one_list_per_rank_and_work_is_even(plan: dict[str, objec
 def test_the_answer_does_not_depend_on_what_was_asked_before(
     plan: dict[str, object], asked: list[int]
 ) -> None:
-    one = order_of(plan)
-    assert [one.step(step) for step in asked] == [order_of(plan).step(step) for step in asked]
-    assert [one.epoch_of(step) for step in asked] == [step // one.steps_per_epoch for step in asked]
+    first = order_of(plan)
+    assert [first.step(step) for step in asked] == [order_of(plan).step(step) for step in asked]
+    assert [first.epoch_of(step) for step in asked] == [step // first.steps_per_epoch for step in asked]
 
 
 def test_the_order_changes_with_seed_and_epoch() -> None:

@@ -26,7 +26,9 @@ def item(number: int = 0, repeats: int = 1, focus: Point | None = None) -> Image
 
 
 def views_of(*items: ImageItem, **options: object) -> AugmentationViews:
-    placements = tuple(place(one.height, one.width, [(64, 64)], one.focus) for one in items)
+    placements = tuple(
+        place(image_item.height, image_item.width, [(64, 64)], image_item.focus) for image_item in items
+    )
     return AugmentationViews(placements, items, **options)  # type: ignore[arg-type]
 
 
@@ -86,13 +88,13 @@ def test_variants_are_taken_in_turn_each_as_often_and_are_all_encoded() -> None:
 
 def test_looks_follow_from_seed_epoch_and_image() -> None:
     for variants in (0, 3):
-        one = views_of(item(1), item(2), random_crop=True, colour_jitter=0.2, variants=variants, seed=1)
+        first = views_of(item(1), item(2), random_crop=True, colour_jitter=0.2, variants=variants, seed=1)
         two = views_of(item(1), item(2), random_crop=True, colour_jitter=0.2, variants=variants, seed=1)
         visits = [Visit(index, epoch, 0) for index in range(2) for epoch in range(5)]
-        assert [one.at(visit, 1) for visit in visits] == [two.at(visit, 1) for visit in reversed(visits)][
+        assert [first.at(visit, 1) for visit in visits] == [two.at(visit, 1) for visit in reversed(visits)][
             ::-1
         ]
-        assert len({one.at(visit, 1) for visit in visits}) == (10 if variants == 0 else 6)
+        assert len({first.at(visit, 1) for visit in visits}) == (10 if variants == 0 else 6)
     assert views_of(item(), random_crop=True, variants=0).to_encode(0) == []
 
 
@@ -134,9 +136,9 @@ def masked(tmp_path: Path, mask: Image.Image, image: Image.Image | None = None) 
 def test_a_mask_is_cut_and_mirrored_with_its_image_and_averaged(tmp_path: Path) -> None:
     mask = Image.new("L", (128, 64), 0)
     mask.paste(255, (0, 0, 40, 64))
-    one = masked(tmp_path, mask)
-    assert one.mask == tmp_path / "m" / "a.png" and len(one.mask_digest) == 64
-    loaded = load_mask(one, alpha=False)
+    image_item = masked(tmp_path, mask)
+    assert image_item.mask == tmp_path / "m" / "a.png" and len(image_item.mask_digest) == 64
+    loaded = load_mask(image_item, alpha=False)
     assert loaded is not None
     placement = Placement((64, 64), (64, 128), (0, 0))
     small = np.asarray(shown_mask(loaded, AugmentationView(placement), 8, 8))
@@ -171,15 +173,15 @@ def test_missing_masks_and_masks_of_nothing_are_noted(tmp_path: Path) -> None:
     for name in ("p00.jpg", "p01.png", "lost.png"):
         put(masks / name, Image.new("L", (48, 40), 255))
     dataset = scan(tmp_path / "p", reading=Reading(mask_folder=masks))
-    assert [one.mask is not None for one in dataset.items] == [True, True, False]
+    assert [image_item.mask is not None for image_item in dataset.items] == [True, True, False]
     assert dataset.notes == (
         f"{masks}: 1 of 3 images have no mask and are trained whole",
         f"{masks}: 1 masks belong to no image (first: lost.png)",
     )
     (tmp_path / "other").mkdir()
     put(tmp_path / "other" / "x.png", drawing(1))
-    found = survey(tmp_path / "p", reading=Reading(mask_folder=tmp_path / "other"), recursive=False)
-    assert [str(problem) for problem in found.problems] == [
+    survey_result = survey(tmp_path / "p", reading=Reading(mask_folder=tmp_path / "other"), recursive=False)
+    assert [str(problem) for problem in survey_result.problems] == [
         f"{tmp_path / 'other'}: holds no mask of any of the images; name each mask as its image"
     ]
 
@@ -187,11 +189,11 @@ def test_missing_masks_and_masks_of_nothing_are_noted(tmp_path: Path) -> None:
 def test_transparency_serves_as_a_mask(tmp_path: Path) -> None:
     image = Image.new("RGBA", (128, 64), (9, 9, 9, 0))
     image.paste((1, 2, 3, 255), (64, 0, 128, 64))
-    one = scan(put(tmp_path / "a.png", image).parent, trigger_word="t").items[0]
-    mask = load_mask(one, alpha=True)
+    image_item = scan(put(tmp_path / "a.png", image).parent, trigger_word="t").items[0]
+    mask = load_mask(image_item, alpha=True)
     assert mask is not None
     assert (mask.getpixel((0, 0)), mask.getpixel((127, 63))) == (0, 255)
-    assert load_mask(one, alpha=False) is None
+    assert load_mask(image_item, alpha=False) is None
 
 
 @pytest.mark.parametrize(

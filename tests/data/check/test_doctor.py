@@ -17,7 +17,7 @@ from sdlora.data.check.report_text import render_report
 from sdlora.errors import ConfigError, DatasetError
 
 
-def found(report: Report, severity: str | None = None) -> list[tuple[str, str]]:
+def findings_of(report: Report, severity: str | None = None) -> list[tuple[str, str]]:
     return [(f.kind, f.where) for f in report.findings if severity in (None, f.severity)]
 
 
@@ -78,12 +78,12 @@ def test_every_kind_of_trouble_is_found_with_its_severity(tmp_path: Path) -> Non
 
     report = examine(tmp_path, resolution=48, multiple=16)
 
-    assert found(report, "error") == [
+    assert findings_of(report, "error") == [
         ("truncated", "bad.png"),
         ("bad caption", "latin.txt"),
         ("name clash", "twin.jpg and twin.png"),
     ]
-    assert found(report, "warning") == [
+    assert findings_of(report, "warning") == [
         ("upscaled", "little.png"),
         ("aspect", "strip.png"),
         ("tiny", "tiny.png"),
@@ -94,7 +94,7 @@ def test_every_kind_of_trouble_is_found_with_its_severity(tmp_path: Path) -> Non
         ("long caption", "long.png"),
         ("orphan caption", "lost.txt"),
     ]
-    assert found(report, "note") == [
+    assert findings_of(report, "note") == [
         ("no caption file", "red cup.png"),
         ("no caption file", "twin.jpg"),
         ("no caption file", "twin.png"),
@@ -136,7 +136,7 @@ def test_one_caption_for_all_and_a_stuck_tag_are_found(tmp_path: Path) -> None:
     for number in range(3):
         put(tmp_path / f"{number}.png", drawing(number))
         put(tmp_path / f"{number}.txt", "a cat")
-    assert found(examine(tmp_path, resolution=32, multiple=8)) == [("one caption", "all 3 images")]
+    assert findings_of(examine(tmp_path, resolution=32, multiple=8)) == [("one caption", "all 3 images")]
     for number in range(3):
         put(tmp_path / f"{number}.txt", f"ink, thing {number}, White Ground")
     report = examine(tmp_path, resolution=32, multiple=8, trigger_word="ink")

@@ -48,10 +48,10 @@ def settings(tiny_base: Path, tmp_path: Path) -> Settings:
 
 def trained_on(report: Report) -> Counter[tuple[Path, Placement, str, int]]:
     return Counter(
-        (one.item.path, placement, one.caption, one.item.repeats)
-        for one in report.images
-        if one.role in ("trained", "regularisation")
-        for placement in (one.placement, *one.further)
+        (examined.item.path, placement, examined.caption, examined.item.repeats)
+        for examined in report.images
+        if examined.role in ("trained", "regularisation")
+        for placement in (examined.placement, *examined.further)
     )
 
 
@@ -78,7 +78,7 @@ def test_the_check_shows_every_image_as_training_takes_it(
     report = examine_settings(config)
     run = prepare_run(config, resume=False, emit=Emitter(()))
     assert trained_on(report) == fed_with(run)
-    held = {one.item.path for one in report.images if one.role == "held out"}
+    held = {examined.item.path for examined in report.images if examined.role == "held out"}
     assert held == {item.path for item in run.validation.items}
     assert report.num_held_out == len(held)
     assert report.num_batches == run.order.batches_per_epoch
@@ -92,20 +92,26 @@ def test_the_check_shows_every_image_as_training_takes_it(
 def test_a_validation_folder_is_examined_too_and_its_images_are_not_trained_on(
     settings: Settings, tmp_path: Path
 ) -> None:
-    own = images(tmp_path / "images" / "own", 2, first=60)
-    put(own / "leak.png", (tmp_path / "images" / "p00.png").read_bytes())
-    config = settings(**{"data.validation": own})
+    validation_folder = images(tmp_path / "images" / "own", 2, first=60)
+    put(validation_folder / "leak.png", (tmp_path / "images" / "p00.png").read_bytes())
+    config = settings(**{"data.validation": validation_folder})
     report = examine_settings(config)
     run = prepare_run(config, resume=False, emit=Emitter(()))
     assert trained_on(report) == fed_with(run)
-    assert Counter(one.role for one in report.images) == {"trained": 10, "held out": 2, "not used": 1}
-    assert [one.item.name for one in report.images if one.role == "not used"] == ["own/leak.png"]
+    assert Counter(examined.role for examined in report.images) == {
+        "trained": 10,
+        "held out": 2,
+        "not used": 1,
+    }
+    assert [examined.item.name for examined in report.images if examined.role == "not used"] == [
+        "own/leak.png"
+    ]
     assert re.search(r"held out +2: own/p60\.png, own/p61\.png", render_report(report))
-    put(own / "broken.png", b"x")
+    put(validation_folder / "broken.png", b"x")
     broken = examine_settings(config)
     assert [finding.where for finding in broken.findings if finding.severity == "error"] == ["own/broken.png"]
     assert broken.num_unusable == 1
-    elsewhere = settings(**{"data.validation": own, "output.folder": tmp_path / "other run"})
+    elsewhere = settings(**{"data.validation": validation_folder, "output.folder": tmp_path / "other run"})
     with pytest.raises(DatasetError, match=r"broken\.png"):
         prepare_run(elsewhere, resume=False, emit=Emitter(()))
 

@@ -91,7 +91,7 @@ def test_what_each_image_is_for_its_point_of_interest_and_its_mask_are_shown(tmp
     mask = Image.new("L", (200, 100))
     mask.paste(255, (0, 0, 100, 100))
     put(tmp_path / "masks" / "white.png", mask)
-    found = survey(folder, repeats=3, reading=Reading(mask_folder=tmp_path / "masks"))
+    survey_result = survey(folder, repeats=3, reading=Reading(mask_folder=tmp_path / "masks"))
     treatment = Treatment(
         placer(48, 8),
         48,
@@ -100,7 +100,7 @@ def test_what_each_image_is_for_its_point_of_interest_and_its_mask_are_shown(tmp
         base="A base",
         crops_move=True,
     )
-    write_report_page(diagnose(found, treatment), tmp_path / "page.html")
+    write_report_page(diagnose(survey_result, treatment), tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     card, _, _ = text.partition("</figure>")
     assert '<span class="pill">held out</span>' in card

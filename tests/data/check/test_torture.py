@@ -41,14 +41,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_there_are_at_least_forty_bad_files() -> None:
-    assert len({case.name for case in CASES if case.found}) >= 40
+    assert len({case.name for case in CASES if case.expected}) >= 40
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_each_bad_file_is_found_for_what_it_is(case: Bad, report: Report) -> None:
-    found = [finding for finding in report.findings if finding.where == case.name]
-    assert tuple((finding.severity, finding.kind) for finding in found) == case.found
-    assert all(finding.what and finding.fix for finding in found)
+    findings = [finding for finding in report.findings if finding.where == case.name]
+    assert tuple((finding.severity, finding.kind) for finding in findings) == case.expected
+    assert all(finding.what and finding.fix for finding in findings)
 
 
 def test_nothing_else_is_found_but_the_pair_of_one_name(report: Report) -> None:

@@ -28,7 +28,7 @@ class Bad:
 
     name: str
     content: Content
-    found: tuple[tuple[str, str], ...]
+    expected: tuple[tuple[str, str], ...]
     mended: tuple[str, ...] = ()
     caption: str | None = "own"
     """Text of the caption file beside an image: `own` says something of its own, None makes none."""
@@ -83,7 +83,7 @@ NO_FILE = ("note", "no caption file")
 
 BROKEN_IMAGES = [
     Bad("empty.png", b"", UNDECODABLE),
-    Bad("text.png", b"this is no image\n" * 9, UNDECODABLE),
+    Bad("text.png", b"this is not an image\n" * 9, UNDECODABLE),
     Bad("page.jpg", b"<!doctype html><title>404</title>", UNDECODABLE),
     Bad("vector.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>", UNDECODABLE),
     Bad("document.jpg", b"%PDF-1.7\n1 0 obj", UNDECODABLE),
@@ -221,12 +221,14 @@ def main() -> None:
         changes = {change.name: change for change in repair(folder, copy)}
     print(f"{len(CASES)} files\n\n| file | the check says | in a mended copy |\n|---|---|---|")
     for case in CASES:
-        said = "; ".join(
-            f"{one.severity}: {one.kind}: {one.what}" for one in findings if one.where == case.name
+        verdicts = "; ".join(
+            f"{finding.severity}: {finding.kind}: {finding.what}"
+            for finding in findings
+            if finding.where == case.name
         )
         change = changes.get(case.name)
         mended = "as it is" if change is None else f"{change.what} ({change.written or 'not there'})"
-        row = (case.name, said or "nothing: it is read rightly", mended)
+        row = (case.name, verdicts or "nothing: it is read rightly", mended)
         print(f"| {' | '.join(part.replace('|', '/') for part in row)} |")
 
 

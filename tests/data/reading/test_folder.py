@@ -58,8 +58,8 @@ def test_items_come_in_order_of_their_names_whatever_the_file_system_says(tmp_pa
     names = ["b/z.png", "B2.png", "a.png", "C.png", "b/A.png", "ä.png", "Z.png"]
     for seed, name in enumerate(reversed(names)):
         put(tmp_path / name, drawing(seed))
-    found = scan(tmp_path, recursive=True, trigger_word="t", repeats=1)
-    assert [item.name for item in found.items] == [
+    dataset_read = scan(tmp_path, recursive=True, trigger_word="t", repeats=1)
+    assert [item.name for item in dataset_read.items] == [
         "a.png",
         "b/A.png",
         "b/z.png",
@@ -93,19 +93,19 @@ def test_hidden_files_runs_of_ours_and_system_folders_are_not_training_data(tmp_
     put(tmp_path / "runs" / "one" / "samples" / "x.png", drawing(7))
     put(tmp_path / "samples" / "x.png", drawing(8))
 
-    found = scan(tmp_path, recursive=True, trigger_word="t")
+    dataset_read = scan(tmp_path, recursive=True, trigger_word="t")
 
-    assert [item.name for item in found.items] == ["p00.png", "samples/x.png"]
-    assert found.notes == ("runs/one/: left out, it was written by a training run",)
+    assert [item.name for item in dataset_read.items] == ["p00.png", "samples/x.png"]
+    assert dataset_read.notes == ("runs/one/: left out, it was written by a training run",)
 
 
 def test_a_scanned_run_folder_does_not_yield_its_own_samples(tmp_path: Path) -> None:
     folder_of(tmp_path, 1)
     put(tmp_path / "config.toml", "")
     put(tmp_path / "samples" / "x.png", drawing(8))
-    found = scan(tmp_path, recursive=True)
-    assert [item.name for item in found.items] == ["p00.png"]
-    assert found.notes == ("samples/: left out, it was written by a training run",)
+    dataset_read = scan(tmp_path, recursive=True)
+    assert [item.name for item in dataset_read.items] == ["p00.png"]
+    assert dataset_read.notes == ("samples/: left out, it was written by a training run",)
 
 
 def test_files_that_look_like_images_but_are_not_read_are_noted(tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_files_that_look_like_images_but_are_not_read_are_noted(tmp_path: Path) 
 def test_links_in_a_circle_are_followed_once(tmp_path: Path) -> None:
     folder_of(tmp_path / "a", 1)
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    found = scan(tmp_path, recursive=True)
-    assert [item.name for item in found.items] == ["a/p00.png"]
-    assert found.notes == ("a/loop/: leads to a folder already read; taken once",)
+    dataset_read = scan(tmp_path, recursive=True)
+    assert [item.name for item in dataset_read.items] == ["a/p00.png"]
+    assert dataset_read.notes == ("a/loop/: leads to a folder already read; taken once",)
 
 
 def test_progress_is_told_for_every_image(tmp_path: Path) -> None:
@@ -301,8 +301,8 @@ def test_cmyk_jpeg_keeps_its_look(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
 def test_of_an_animation_the_first_frame_is_taken_and_noted(tmp_path: Path, format: str) -> None:
     file = put(tmp_path / f"x.{format.lower()}", animation(format))
-    found = scan(tmp_path, trigger_word="t")
-    assert found.notes == (f"{file.name}: is animated; its first frame is taken",)
+    dataset_read = scan(tmp_path, trigger_word="t")
+    assert dataset_read.notes == (f"{file.name}: is animated; its first frame is taken",)
     red, green, blue = colour_of(file)
     assert red > 250 and green < 5 and blue < 5
 
@@ -509,9 +509,9 @@ def test_a_torture_folder_is_reported_as_a_whole_and_its_good_images_survive(tmp
         root.mkdir()
         make(root)
 
-    found = survey(tmp_path, recursive=True)
-    assert len(found.problems) == len(TORTURE)
-    names = {item.name for item in found.dataset.items}
+    survey_result = survey(tmp_path, recursive=True)
+    assert len(survey_result.problems) == len(TORTURE)
+    names = {item.name for item in survey_result.dataset.items}
     # an image whose name clashes is itself fine, and so is one beside a folder named as a caption
     assert names >= {"good/p00.png", "good/p01.png", "good/p02.png"}
 
@@ -528,9 +528,9 @@ def test_a_pillow_without_avif_reads_the_rest_and_names_what_it_cannot(
     put(tmp_path / "a.avif", encoded(drawing(1), "AVIF"))
     put(tmp_path / "b.webp", encoded(drawing(2), "WEBP"))
     monkeypatch.delitem(Image.OPEN, "AVIF")
-    found = survey(tmp_path, trigger_word="t")
-    assert [item.name for item in found.dataset.items] == ["b.webp"]
-    assert [str(problem) for problem in found.problems] == [
+    survey_result = survey(tmp_path, trigger_word="t")
+    assert [item.name for item in survey_result.dataset.items] == ["b.webp"]
+    assert [str(problem) for problem in survey_result.problems] == [
         "a.avif: is an AVIF image that this Pillow cannot read; "
         "run `pip install 'pillow>=11.3'`, or convert it to PNG"
     ]

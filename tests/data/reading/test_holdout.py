@@ -52,7 +52,7 @@ def test_a_split_never_leaks_loses_or_takes_the_last_image(
     training, held = split(dataset, validation, seed)
 
     assert sorted(i.name for i in training.items + held.items) == sorted(i.name for i in items)
-    content_of = {one.name: content for one, content in zip(items, contents, strict=True)}
+    content_of = {image_item.name: content for image_item, content in zip(items, contents, strict=True)}
     assert not {content_of[i.name] for i in training.items} & {content_of[i.name] for i in held.items}
     assert training.items
     if validation == 0:
@@ -123,17 +123,17 @@ def test_a_folder_of_its_own_is_held_out_whole(tmp_path: Path) -> None:
     training = scan(folder_of(tmp_path / "train", 4))
     for number in (10, 11):
         put(tmp_path / "val" / f"v{number}.png", drawing(number))
-    own = scan(tmp_path / "val", trigger_word="t")
-    kept, held = keep_apart(training, own)
-    assert (kept, held.items) == (training, own.items)
+    validation = scan(tmp_path / "val", trigger_word="t")
+    kept, held = keep_apart(training, validation)
+    assert (kept, held.items) == (training, validation.items)
 
 
 def test_a_folder_inside_the_training_folder_is_not_trained_on(tmp_path: Path) -> None:
     folder_of(tmp_path, 4)
     put(tmp_path / "val" / "v.png", drawing(10))
-    training, own = scan(tmp_path, trigger_word="t"), scan(tmp_path / "val", trigger_word="t")
+    training, validation = scan(tmp_path, trigger_word="t"), scan(tmp_path / "val", trigger_word="t")
     assert len(training.items) == 5
-    kept, held = keep_apart(training, own)
+    kept, held = keep_apart(training, validation)
     assert [i.name for i in kept.items] == ["p00.png", "p01.png", "p02.png", "p03.png"]
     assert [i.name for i in held.items] == ["v.png"]
     assert kept.notes == (f"val/v.png is not trained on: data.validation={tmp_path / 'val'} holds them",)
@@ -143,8 +143,8 @@ def test_held_out_images_like_trained_ones_are_not_measured(tmp_path: Path) -> N
     folder_of(tmp_path / "train", 4)
     put(tmp_path / "val" / "new.png", drawing(10))
     put(tmp_path / "val" / "old.jpg", encoded(drawing(2), "JPEG", quality=90))
-    training, own = (scan(tmp_path / name, trigger_word="t") for name in ("train", "val"))
-    kept, held = keep_apart(training, own)
+    training, validation = (scan(tmp_path / name, trigger_word="t") for name in ("train", "val"))
+    kept, held = keep_apart(training, validation)
     assert [i.name for i in held.items] == ["new.png"]
     assert kept.items == training.items
     assert kept.notes == ("old.jpg is not measured: nearly the same as images trained on",)
@@ -172,7 +172,7 @@ def test_nothing_like_a_regularisation_image_is_held_out(
     trained = tuple(item(100 + content, likeness=looks(content, 300)) for content in sorted(priors))
     training, held = split(Dataset(Path("x"), items), validation, 0, trained)
     assert sorted(i.name for i in training.items + held.items) == sorted(i.name for i in items)
-    content_of = {one.name: content for one, content in zip(items, contents, strict=True)}
+    content_of = {image_item.name: content for image_item, content in zip(items, contents, strict=True)}
     assert not {content_of[i.name] for i in held.items} & priors
     if set(contents) <= priors:
         assert held.items == ()

@@ -47,12 +47,12 @@ def test_a_format_with_its_package_is_read_upright_and_damage_is_told(
     put(tmp_path / f"good.{ending}", data)
     put(tmp_path / f"wrong-ending-{ending}.jpg", data)
     put(tmp_path / f"short.{ending}", data[: len(data) // 2])
-    found = survey(tmp_path, trigger_word="t")
-    assert [(item.name, item.height, item.width, item.traits) for item in found.dataset.items] == [
+    survey_result = survey(tmp_path, trigger_word="t")
+    assert [(item.name, item.height, item.width, item.traits) for item in survey_result.dataset.items] == [
         (f"good.{ending}", 48, 64, ()),
         (f"wrong-ending-{ending}.jpg", 48, 64, ()),
     ]
-    assert [problem.where for problem in found.problems] == [f"short.{ending}"]
+    assert [problem.where for problem in survey_result.problems] == [f"short.{ending}"]
     pixels, drawn = load_pixels(tmp_path / f"good.{ending}"), drawing(1, 64, 48)
     difference = [abs(a - b) for a, b in zip(pixels.tobytes(), drawn.tobytes(), strict=True)]
     assert sum(difference) / len(difference) < 8
@@ -67,10 +67,10 @@ def swapped_primaries() -> bytes:
     data = bytearray(profile("sRGB"))
     tags = {bytes(data[at : at + 4]): at for at in range(132, 132 + 12 * int.from_bytes(data[128:132]), 12)}
     for tag, other in ((b"rXYZ", b"gXYZ"),):
-        one, two = tags[tag], tags[other]
-        data[one + 4 : one + 12], data[two + 4 : two + 12] = (
+        first, two = tags[tag], tags[other]
+        data[first + 4 : first + 12], data[two + 4 : two + 12] = (
             data[two + 4 : two + 12],
-            data[one + 4 : one + 12],
+            data[first + 4 : first + 12],
         )
     return bytes(data).replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
 

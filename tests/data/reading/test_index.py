@@ -52,7 +52,7 @@ def test_a_second_run_reads_nothing_and_finds_the_same(
     again = measure_all(files, index_file=tmp_path / "index")
     assert len(read) == 5
     assert again == first
-    assert all(isinstance(one, Measured) for one in again)
+    assert all(isinstance(measured, Measured) for measured in again)
 
 
 def test_files_written_a_moment_ago_are_not_remembered(
@@ -128,7 +128,7 @@ def test_a_damaged_index_is_made_anew(
 ) -> None:
     let_rest(monkeypatch)
     files = files_in(folder_of(tmp_path / "images", 2, captions=False))
-    index = put(tmp_path / "index", b"this is no database, whatever it was before" * 40)
+    index = put(tmp_path / "index", b"this is not a database, whatever it was before" * 40)
     wanted = measure_all(files)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -80,9 +80,9 @@ def test_folders_of_other_names_among_them_switch_it_off_unless_asked_for(tmp_pa
 
 def test_kohya_names_can_be_switched_off(tmp_path: Path) -> None:
     put(tmp_path / "10_cat" / "a b.png", drawing(1))
-    found = scan(tmp_path, reading=Reading(kohya_folders=False))
-    assert facts(found) == [("10_cat/a b.png", "a b", 1)]
-    assert found.notes == ()
+    dataset_read = scan(tmp_path, reading=Reading(kohya_folders=False))
+    assert facts(dataset_read) == [("10_cat/a b.png", "a b", 1)]
+    assert dataset_read.notes == ()
 
 
 def test_a_folder_that_is_itself_named_so_is_pointed_out(tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_what_is_wrong_with_a_metadata_file_names_the_line(
 ) -> None:
     put(tmp_path / "a.png", drawing(1))
     put(tmp_path / name, content)
-    found = problems_of(tmp_path)
-    assert len(found) == 1
-    assert found[0].startswith(complaint)
+    complaints = problems_of(tmp_path)
+    assert len(complaints) == 1
+    assert complaints[0].startswith(complaint)
 
 
 def test_a_caption_file_and_a_metadata_line_contradict_each_other(tmp_path: Path) -> None:
@@ -211,10 +211,10 @@ def test_a_sidecar_says_what_a_crop_should_keep_and_other_json_is_left_alone(tmp
 def test_a_focus_that_is_no_point_is_refused(tmp_path: Path, focus: str) -> None:
     folder_of(tmp_path, 1)
     put(tmp_path / "p00.json", f'{{"focus": {focus}}}')
-    found = problems_of(tmp_path)
-    assert len(found) == 1
-    assert found[0].startswith("p00.json: has `focus` ")
-    assert found[0].endswith("give [x, y], each from 0 (left, top) to 1 (right, bottom)")
+    problems = problems_of(tmp_path)
+    assert len(problems) == 1
+    assert problems[0].startswith("p00.json: has `focus` ")
+    assert problems[0].endswith("give [x, y], each from 0 (left, top) to 1 (right, bottom)")
 
 
 # --- several folders

@@ -21,8 +21,8 @@ def item(*lines: str, trigger: str | None = None, repeats: int = 1) -> ImageItem
     return ImageItem(Path("x.png"), "", 8, 8, repeats, "d", "x.png", lines=lines, trigger_word=trigger)
 
 
-def said(wording: Wording, one: ImageItem, count: int = 60, seed: int = 0) -> list[str]:
-    return [wording.at(one, Visit(0, epoch, 0), seed) for epoch in range(count)]
+def captions_of(wording: Wording, image_item: ImageItem, count: int = 60, seed: int = 0) -> list[str]:
+    return [wording.at(image_item, Visit(0, epoch, 0), seed) for epoch in range(count)]
 
 
 # --- what stays as it is
@@ -34,11 +34,11 @@ def said(wording: Wording, one: ImageItem, count: int = 60, seed: int = 0) -> li
 def test_without_rules_a_caption_is_as_it_was_written(text: str) -> None:
     lines = (text,) if text else ()
     assert Wording().plain(item(*lines)) == text
-    assert set(said(Wording(), item(*lines), 5)) == {text}
+    assert set(captions_of(Wording(), item(*lines), 5)) == {text}
 
 
 @pytest.mark.parametrize(
-    ("prefix", "text", "suffix", "said"),
+    ("prefix", "text", "suffix", "expected"),
     [
         ("", "a cup", ", on canvas", "a cup, on canvas"),
         ("", "", ", on canvas", "on canvas"),
@@ -48,10 +48,10 @@ def test_without_rules_a_caption_is_as_it_was_written(text: str) -> None:
     ],
 )
 def test_separators_at_a_prefix_or_suffix_stand_as_one_writes_them(
-    prefix: str, text: str, suffix: str, said: str
+    prefix: str, text: str, suffix: str, expected: str
 ) -> None:
-    one = item(text)
-    assert Wording(prefix=prefix, suffix=suffix).plain(one) == said
+    image_item = item(text)
+    assert Wording(prefix=prefix, suffix=suffix).plain(image_item) == expected
 
 
 def test_prefix_and_suffix_stand_around_and_the_trigger_word_before_all() -> None:
@@ -62,12 +62,12 @@ def test_prefix_and_suffix_stand_around_and_the_trigger_word_before_all() -> Non
 
 
 def test_several_lines_are_joined_or_taken_in_turn_each_as_often() -> None:
-    one = item("first", "second", "third", repeats=2)
-    assert Wording().plain(one) == "first second third"
+    image_item = item("first", "second", "third", repeats=2)
+    assert Wording().plain(image_item) == "first second third"
     turn = Wording(one_line=True)
-    assert turn.plain(one) == "first"
+    assert turn.plain(image_item) == "first"
     visits = [Visit(4, epoch, repeat) for epoch in range(6) for repeat in range(2)]
-    lines = [turn.at(one, visit, seed=3) for visit in visits]
+    lines = [turn.at(image_item, visit, seed=3) for visit in visits]
     assert Counter(lines) == {"first": 4, "second": 4, "third": 4}
     assert len(set(lines[:3])) == 3
 
@@ -76,7 +76,7 @@ def test_several_lines_are_joined_or_taken_in_turn_each_as_often() -> None:
 
 
 def test_shuffling_moves_whole_tags_and_keeps_the_separators_as_written() -> None:
-    texts = said(Wording(shuffle=True), item("a b,c , d,  e"), 400)
+    texts = captions_of(Wording(shuffle=True), item("a b,c , d,  e"), 400)
     assert len(set(texts)) == 24
     for text in texts:
         assert sorted(part.strip() for part in text.split(",")) == ["a b", "c", "d", "e"]
@@ -84,41 +84,44 @@ def test_shuffling_moves_whole_tags_and_keeps_the_separators_as_written() -> Non
 
 
 def test_kept_tags_stay_in_front() -> None:
-    texts = said(Wording(shuffle=True, keep=2), item("1girl, solo, a, b, c"))
+    texts = captions_of(Wording(shuffle=True, keep=2), item("1girl, solo, a, b, c"))
     assert len(set(texts)) == 6
     assert all(text.startswith("1girl, solo, ") for text in texts)
 
 
 def test_marks_in_the_caption_keep_head_and_tail_whatever_keep_says() -> None:
-    one = item("1girl, solo ||| a, b, c ||| best quality, 4k")
+    image_item = item("1girl, solo ||| a, b, c ||| best quality, 4k")
     wording = Wording(shuffle=True, keep=1)
-    texts = said(wording, one)
+    texts = captions_of(wording, image_item)
     assert len(set(texts)) == 6
     assert all(text.startswith("1girl, solo, ") and text.endswith(", best quality, 4k") for text in texts)
-    assert wording.plain(one) == Wording().plain(one) == "1girl, solo, a, b, c, best quality, 4k"
+    assert (
+        wording.plain(image_item) == Wording().plain(image_item) == "1girl, solo, a, b, c, best quality, 4k"
+    )
     assert Wording().plain(item("head, ||| a, b")) == "head, a, b"
     assert Wording().plain(item("||| a, b |||")) == "a, b"
 
 
 def test_grouped_tags_stay_together() -> None:
-    one = item("a;;;b, c, d")
-    texts = said(Wording(shuffle=True), one)
+    image_item = item("a;;;b, c, d")
+    texts = captions_of(Wording(shuffle=True), image_item)
     assert len(set(texts)) == 6
     assert all("a, b" in text for text in texts)
-    assert Wording().plain(one) == "a, b, c, d"
+    assert Wording().plain(image_item) == "a, b, c, d"
 
 
 def test_another_separator_can_be_set() -> None:
-    texts = said(Wording(shuffle=True, separator=";"), item("a, b; c; d"))
+    texts = captions_of(Wording(shuffle=True, separator=";"), item("a, b; c; d"))
     assert len(set(texts)) == 6
     assert all("a, b" in text for text in texts)
 
 
 def test_the_trigger_word_stays_in_front_of_shuffled_tags_and_is_never_left_out() -> None:
     assert all(
-        text.startswith("zork, ") for text in said(Wording(shuffle=True), item("a, b, c", trigger="zork"))
+        text.startswith("zork, ")
+        for text in captions_of(Wording(shuffle=True), item("a, b, c", trigger="zork"))
     )
-    texts = said(Wording(tag_dropout=0.9), item("zork, a", trigger="zork"), 200)
+    texts = captions_of(Wording(tag_dropout=0.9), item("zork, a", trigger="zork"), 200)
     assert set(texts) == {"zork", "zork, a"}
 
 
@@ -126,8 +129,8 @@ def test_the_trigger_word_stays_in_front_of_shuffled_tags_and_is_never_left_out(
 
 
 def test_tags_are_left_out_as_often_as_asked_for_and_kept_ones_never() -> None:
-    one = item("keep ||| " + ", ".join(f"t{n}" for n in range(10)))
-    texts = said(Wording(tag_dropout=0.3), one, 400)
+    image_item = item("keep ||| " + ", ".join(f"t{n}" for n in range(10)))
+    texts = captions_of(Wording(tag_dropout=0.3), image_item, 400)
     counts = [len(text.split(", ")) - 1 for text in texts]
     assert all(text.startswith("keep") for text in texts)
     assert 6.7 < sum(counts) / len(counts) < 7.3
@@ -140,12 +143,12 @@ def test_tags_are_left_out_as_often_as_asked_for_and_kept_ones_never() -> None:
 
 
 def test_wildcards_choose_one_alternative_a_visit_also_inside_each_other() -> None:
-    one = item("a {red|green|blue} {cat|{big|small} dog}")
-    texts = said(Wording(wildcards=True), one, 300)
+    image_item = item("a {red|green|blue} {cat|{big|small} dog}")
+    texts = captions_of(Wording(wildcards=True), image_item, 300)
     assert len(set(texts)) == 9
     assert set(Counter(text.split()[1] for text in texts)) == {"red", "green", "blue"}
-    assert Wording(wildcards=True).plain(one) == "a red cat"
-    assert Wording().plain(one) == "a {red|green|blue} {cat|{big|small} dog}"
+    assert Wording(wildcards=True).plain(image_item) == "a red cat"
+    assert Wording().plain(image_item) == "a {red|green|blue} {cat|{big|small} dog}"
 
 
 @pytest.mark.parametrize(
@@ -177,30 +180,30 @@ captions = st.lists(st.text(alphabet="ab, |{};", min_size=1, max_size=25), max_s
 def test_a_caption_follows_from_seed_epoch_and_image_and_makes_no_words_up(
     wording: Wording, lines: list[str], seed: int, epoch: int, trigger: str | None
 ) -> None:
-    one = item(*lines, trigger=trigger)
+    image_item = item(*lines, trigger=trigger)
     visit = Visit(2, epoch, 0)
-    text = wording.at(one, visit, seed)
-    assert text == wording.at(one, visit, seed)
+    text = wording.at(image_item, visit, seed)
+    assert text == wording.at(image_item, visit, seed)
     if trigger:
         assert "zork" in text
     letters = Counter(c for c in " ".join(lines) if c in "ab")
-    found = Counter(c for c in text if c in "ab")
-    assert not found - letters
+    actual = Counter(c for c in text if c in "ab")
+    assert not actual - letters
     if not (wording.one_line or wording.wildcards or wording.tag_dropout):
-        assert found == letters
+        assert actual == letters
 
 
 def test_seeds_epochs_images_and_repeats_give_different_captions() -> None:
-    one, wording = item("a, b, c, d, e, f, g"), Wording(shuffle=True)
+    image_item, wording = item("a, b, c, d, e, f, g"), Wording(shuffle=True)
     visits = [Visit(index, epoch, repeat) for index in range(2) for epoch in range(2) for repeat in range(2)]
-    assert len({wording.at(one, visit, seed) for visit in visits for seed in range(2)}) > 14
+    assert len({wording.at(image_item, visit, seed) for visit in visits for seed in range(2)}) > 14
 
 
 # --- when they are encoded
 
 
 def order_of(items: list[ImageItem]) -> Order:
-    return Order([0] * len(items), [one.repeats for one in items], batch_size=2)
+    return Order([0] * len(items), [image_item.repeats for image_item in items], batch_size=2)
 
 
 def test_few_variants_are_encoded_before_and_all_of_the_run_are_among_them() -> None:

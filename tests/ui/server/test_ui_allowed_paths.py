@@ -107,15 +107,15 @@ def test_bases_and_adapters_are_found_in_the_usual_folders(tmp_path: Path) -> No
         file = tmp_path / name
         file.parent.mkdir(parents=True)
         file.write_bytes(b"")
-    found = usual_model_folders(tmp_path)
-    assert [folder.name for folder in found] == ["checkpoints"]
+    folders = usual_model_folders(tmp_path)
+    assert [folder.name for folder in folders] == ["checkpoints"]
     paths = AllowedPaths.of(
         tmp_path,
         runs=Path("r"),
         images=Path("p"),
         data=Path("d"),
         allowed=[Path("webui")],
-        models=found,
+        models=folders,
     )
     assert [file.name for file in model_files(paths, "base")] == ["a.safetensors"]
     assert [file.name for file in model_files(paths, "adapter")] == ["b.safetensors"]

@@ -77,8 +77,8 @@ def test_a_request_from_another_sites_page_is_refused(
 
 
 def test_our_own_page_may_ask_and_a_link_to_the_page_may_be_followed() -> None:
-    own = {"origin": "http://127.0.0.1:7860", "sec-fetch-site": "same-origin"}
-    assert client().post("/gradio_api/upload", content=b"abc", headers=own).text == "3"
+    headers = {"origin": "http://127.0.0.1:7860", "sec-fetch-site": "same-origin"}
+    assert client().post("/gradio_api/upload", content=b"abc", headers=headers).text == "3"
     link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     assert client().get("/", headers=link).status_code == 200
     assert client().get("/sdlora/jobs/x", headers=link).status_code == 403

@@ -35,8 +35,8 @@ def test_images_captions_and_zips_become_a_folder(tmp_path: Path) -> None:
         tmp_path / "more.zip", {"10_cat/b.png": png(), "10_cat/b.txt": b"b", "notes.pdf": b"x"}
     )
     taken = import_files([tmp_path / "a.png", tmp_path / "a.txt", archive], tmp_path / "data", "my set")
-    found = sorted(str(file.relative_to(taken.folder)) for file in taken.folder.rglob("*") if file.is_file())
-    assert found == ["10_cat/b.png", "10_cat/b.txt", "a.png", "a.txt"]
+    names = sorted(str(file.relative_to(taken.folder)) for file in taken.folder.rglob("*") if file.is_file())
+    assert names == ["10_cat/b.png", "10_cat/b.txt", "a.png", "a.txt"]
     assert taken.num_images == 2 and taken.folder.name == "my set"
     assert taken.left_out == ("notes.pdf: neither an image nor a caption",)
 
