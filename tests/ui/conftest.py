@@ -100,6 +100,8 @@ def serves(server: Server) -> bool:
     try:
         urllib.request.urlopen(f"{server.url}/sdlora/jobs", timeout=PATIENCE).close()
     except urllib.error.HTTPError as error:
+        problem = error.read().decode("utf-8", "replace")
+        assert "Traceback" not in problem, problem
         return error.code == 401  # it wants its password
     except OSError:
         return False

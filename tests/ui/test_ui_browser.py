@@ -439,7 +439,9 @@ def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., An
         open_folder(other, "few")
         other.click("#train-on-it")
         wait(lambda: other.one(NAME).get_attribute("value") == "few")
-        other.type(NAME, "half-typed")
+        other.click(NAME)
+        other.write(NAME, "half-")
+        other.one(NAME).send_keys("typed")
         kept = home / "runs" / ".sdlora-ui" / "forms" / "train.json"
         wait(lambda: kept.is_file() and "half-typed" in kept.read_text())
         other.tab(0)
@@ -452,6 +454,37 @@ def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., An
     page.open()
     page.tab(1)
     wait(lambda: page.one(NAME).get_attribute("value") == "half-typed")
+
+
+def test_a_plan_that_had_to_wait_does_not_take_a_newer_draft_back(
+    page: Page, wait: Callable[..., Any]
+) -> None:
+    config = page.server.ask("/config")
+    parts = {part["id"]: part["props"] for part in config["components"]}
+    ids = {props.get("elem_id"): number for number, props in parts.items()}
+    events = [
+        one
+        for one in config["dependencies"]
+        if one["outputs"] == [ids["plan"]] and ids["train-name"] in one["inputs"]
+    ]
+    edit = next(event for event in events if [ids["train-name"], "input"] in event["targets"])
+    follow = next(event for event in events if event["targets"][0][1] == "then")
+    kept = page.server.home / "runs" / ".sdlora-ui" / "forms" / "train.json"
+
+    def send(event: dict[str, Any], session: str, name: str, steps: str) -> None:
+        texts = {"train-folder": "training-images/few", "train-name": name, "set-training-steps": steps}
+        given = [texts.get(parts[part].get("elem_id"), parts[part].get("value")) for part in event["inputs"]]
+        body = {"data": given, "fn_index": event["id"], "session_hash": session}
+        page.server.ask("/gradio_api/queue/join", body)
+
+    send(follow, "first", "first", "7")
+    send(follow, "second", "older", "8")
+    send(edit, "second", "newer", "9")
+    wait(lambda: kept.is_file() and json.loads(kept.read_text())["output.name"] == "newer")
+    for session in ("first", "second"):  # each answer comes whole, so nothing is under way after it
+        answer = page.server.ask(f"/gradio_api/queue/data?session_hash={session}", raw=True).decode()
+        assert "process_completed" in answer
+    assert json.loads(kept.read_text())["output.name"] == "newer"
 
 
 def test_dropped_images_and_zips_become_a_data_set(

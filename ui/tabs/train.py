@@ -118,15 +118,17 @@ def _connect(
         config = demo_config(site.paths.runs / STYLE, Path(json.loads(said_text)["folder"]).parent)
         return fill(config.with_values({"output.name": _free_name(site, STYLE), "output.folder": None}))
 
+    # At once: a plan that waits for its turn would take a newer draft back.
+    at_once: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 32}
     edits = [shown_control.input for shown_control in shown]
-    gr.on(edits, edited, shown, plan, show_progress="hidden", trigger_mode="multiple", concurrency_limit=32)
+    gr.on(edits, edited, shown, plan, trigger_mode="multiple", **at_once)
     folder, name, trigger = (controls[key] for key in ("data.folder", "output.name", "data.trigger_word"))
     shell.folder.change(choose, [shell.folder, shell.trigger, name], [folder, trigger, name]).then(
-        predict, shown, plan, show_progress="hidden"
+        predict, shown, plan, **at_once
     )
     shell.trigger.change(lambda word: word, shell.trigger, trigger)
-    shell.demo.change(fill_demo, shell.demo, shown).then(predict, shown, plan, show_progress="hidden")
-    shell.clone_run.change(clone, shell.clone_run, shown).then(predict, shown, plan, show_progress="hidden")
+    shell.demo.change(fill_demo, shell.demo, shown).then(predict, shown, plan, **at_once)
+    shell.clone_run.change(clone, shell.clone_run, shown).then(predict, shown, plan, **at_once)
     start.click(begin, shown, message, show_progress="hidden")
 
 
