@@ -22,6 +22,17 @@ settings.load_profile("patient")
 MINI = Path(__file__).parent.parent / "sdlora" / "assets" / "mini"
 
 
+# The files that take longest, begun first so that no worker is left alone with one of them at the end.
+LONGEST = (
+    "test_ui_browser.py",
+    "test_train.py",
+    "test_memory.py",
+    "test_training.py",
+    "test_families.py",
+    "test_train_kinds.py",
+    "test_train_data.py",
+    "test_loading.py",
+)
 _watch = pytest.StashKey[Watch]()
 
 
@@ -33,6 +44,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End what is left."""
     config.stash[_watch].close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -130,6 +130,7 @@ def make_driver(mark: str) -> Any:
     service = Service(str(CHROMEDRIVER), env=with_mark(mark))
     chrome = webdriver.Chrome(options=options, service=service)
     chrome.set_script_timeout(PATIENCE)
+    chrome.command_executor.client_config.timeout = 5 * PATIENCE  # a busy page answers nobody for a while
     return chrome
 
 
@@ -463,9 +464,9 @@ def test_a_plan_that_had_to_wait_does_not_take_a_newer_draft_back(
     parts = {part["id"]: part["props"] for part in config["components"]}
     ids = {props.get("elem_id"): number for number, props in parts.items()}
     events = [
-        one
-        for one in config["dependencies"]
-        if one["outputs"] == [ids["plan"]] and ids["train-name"] in one["inputs"]
+        event
+        for event in config["dependencies"]
+        if event["outputs"] == [ids["plan"]] and ids["train-name"] in event["inputs"]
     ]
     edit = next(event for event in events if [ids["train-name"], "input"] in event["targets"])
     follow = next(event for event in events if event["targets"][0][1] == "then")
