@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from .errors import ConfigError
+from .machine import idle_card_notice, lack_of_kernels
 
 _DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -14,13 +17,15 @@ _DTYPES: dict[str, torch.dtype] = {
 
 
 def choose_device(setting: str | None) -> torch.device:
-    """Return the device asked for, or else the fastest one present: CUDA, then MPS, then the CPU.
+    """Return the device asked for, or else the fastest one torch can use: CUDA, then MPS, then the CPU.
+
+    Where a card is present that torch cannot use, :func:`sdlora.machine.idle_card_notice` says so.
 
     Raises:
         ConfigError: if the device asked for is not a device, or is not there.
     """
     if setting is None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and lack_of_kernels(0) is None:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -41,15 +46,23 @@ def choose_device(setting: str | None) -> torch.device:
 def choose_dtype(setting: str | None, device: torch.device) -> torch.dtype:
     """Return the number format asked for, or else the fastest one that is safe on ``device``.
 
-    CUDA: bf16 where the card computes in it, else fp16. MPS: fp32. CPU: bf16 only with AMX tiles; without
-    them it is emulated and the mini base's denoiser takes 1.4 to 1.6 times as long as in fp32 (measured on
-    2 cores with AVX-512 but no AMX: 204 against 136 ms at batch 2, 571 against 349 ms at batch 16).
+    CUDA: bf16 where the card computes in it, else fp16, but fp32 on a GTX 16xx, which gets NaN in fp16.
+    MPS: fp32. CPU: bf16 only with AMX tiles; without them it is emulated and the mini base's denoiser takes
+    1.4 to 1.6 times as long as in fp32 (measured on 2 cores with AVX-512 but no AMX: 204 against 136 ms at
+    batch 2, 571 against 349 ms at batch 16).
     """
     if setting is not None:
         return _DTYPES[setting]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return half_of_card(torch.cuda.get_device_name(device))
     return torch.bfloat16 if device.type == "cpu" and has_amx() else torch.float32
+
+
+def half_of_card(name: str) -> torch.dtype:
+    """Return the format for a card without bf16: fp16, but fp32 for those known to give NaN (GTX 16xx)."""
+    return torch.float32 if re.search(r"\bGTX 16\d\d\b", name) else torch.float16
 
 
 def has_amx() -> bool:
@@ -60,9 +73,15 @@ def has_amx() -> bool:
 
 def _check_cuda(setting: str, device: torch.device) -> None:
     if not torch.cuda.is_available():
+        if notice := idle_card_notice():
+            raise ConfigError(f"device `{setting}`: {notice}")
         built = "no CUDA GPU was found" if torch.version.cuda else "this torch is built without CUDA"
-        raise ConfigError(f"device `{setting}`: {built}; use cpu, or install torch with CUDA support")
+        raise ConfigError(
+            f"device `{setting}`: {built}; use cpu, or a torch with CUDA support (sdlora doctor tells more)"
+        )
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise ConfigError(
             f"device `{setting}`: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0"
         )
+    if lack := lack_of_kernels(device.index or 0):
+        raise ConfigError(f"device `{setting}`: {lack}; `sdlora doctor` says which torch to install")

@@ -22,6 +22,7 @@ from ..errors import ConfigError, SdloraError
 from ..files import write_problem
 from .data import declare_cache, declare_check, run_cache, run_check
 from .files import declare_export, declare_inspect, run_export, run_inspect
+from .machine import declare_doctor, run_doctor
 from .models import (
     declare_demo,
     declare_generate,
@@ -186,6 +187,7 @@ COMMANDS: dict[str, Command] = {
     "diff": Command("compare two adapters by block and layer", declare_diff, run_diff),
     "convert": Command("write an adapter in another format or kind", declare_convert, run_convert),
     "check": Command("look for trouble in a folder of images", declare_check, run_check),
+    "doctor": Command("tell what this machine has for computing", declare_doctor, run_doctor),
     "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
     "demo": Command("learn an ink style on the built-in base and show it", declare_demo, run_demo),
     "ui": Command("train, draw and export in the browser", declare_ui, run_ui),

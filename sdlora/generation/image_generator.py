@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -15,6 +16,7 @@ from ..config.schema import Precision
 from ..devices import choose_device, choose_dtype
 from ..errors import AdapterFileError, ConfigError
 from ..families.loading import DEFAULT_OPTIONS, LoadOptions, load_model
+from ..machine import idle_card_notice
 from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class ImageGenerator:
             ModelError: for a base that cannot be loaded.
         """
         chosen = choose_device(device)
+        if device is None and chosen.type == "cpu" and (notice := idle_card_notice()):
+            warnings.warn(notice, stacklevel=2)
         dtype = choose_dtype(precision, chosen)
         return cls(load_model(base, dtype=dtype, device=chosen, **dataclasses.asdict(options)))
 

@@ -39,6 +39,7 @@ from ..families.base import DiffusionModel
 from ..families.loading import load_model
 from ..families.parallel import SplitPredictor
 from ..files import refuse_used_folder
+from ..machine import idle_card_notice
 from ..run_folder import RunFolder, list_checkpoints
 from . import checkpoint
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
@@ -137,7 +138,7 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter) -> Run:
     own_validation = gather_held_out(config.data)
     if own_validation is not None:
         own_validation = reworded(own_validation, wording)
-    config, device, defaults = _choose(config, accelerator)
+    config, device, defaults = _choose(config, accelerator, emit)
     blueprint = _base(config, torch.device("meta"))
     facts = base_facts(blueprint, device.type)
     check_components(config, facts)
@@ -172,16 +173,21 @@ def _refuse_old_run(folder: RunFolder) -> None:
     refuse_used_folder(folder.path, "a training run")
 
 
-def _choose(config: Config, accelerator: Accelerator) -> tuple[Config, torch.device, list[Default]]:
-    """Return the device, and settings with device and number format filled in."""
+def _choose(
+    config: Config, accelerator: Accelerator, emit: Emitter
+) -> tuple[Config, torch.device, list[Default]]:
+    """Return the device, and settings with device and number format filled in; tell of a card left idle."""
     device = choose_device(config.training.device)
     if accelerator.num_processes > 1:
         device = accelerator.device
     dtype = choose_dtype(config.training.precision, device)
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     chosen = {"training.device": str(device.type), "training.precision": name}
+    idle = idle_card_notice() if config.training.device is None and device.type == "cpu" else None
+    if idle is not None:
+        emit(Notice(idle))
     reasons = {
-        "training.device": "the fastest one here",
+        "training.device": "torch cannot use the card that is here" if idle else "the fastest one here",
         "training.precision": f"fastest safe one on {device.type}",
     }
     open_keys = [key for key in chosen if config.get(key) is None]

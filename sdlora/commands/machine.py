@@ -1,0 +1,117 @@
+"""``sdlora doctor``: one page on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..machine import GIB, MachineFacts, examine, remedies, unserved, why_idle
+
+Result = tuple[dict[str, Any], int]
+
+_SIGNS = {True: "ok", False: "NO", None: "  "}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the page.
+
+    Attributes:
+        topic: what it is about.
+        value: how it is.
+        good: whether that is well; None where it is a matter of taste.
+        remedies: commands that mend it, one after the other.
+    """
+
+    topic: str
+    value: str
+    good: bool | None = None
+    remedies: tuple[str, ...] = ()
+
+
+def declare_doctor(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora doctor``: none."""
+
+
+def run_doctor(options: argparse.Namespace) -> Result:
+    """Run ``sdlora doctor``; the exit code is 1 if a card lies idle."""
+    facts = examine()
+    chosen = _chosen()
+    rows = page(facts, chosen)
+    for row in rows:
+        print(f"{_SIGNS[row.good]}  {row.topic:<14} {row.value}")
+        for command in row.remedies:
+            print(f"      {'':<14}   {command}")
+    answer = {
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "chosen": chosen,
+        "facts": dataclasses.asdict(facts),
+    }
+    return answer, int(any(row.good is False for row in rows))
+
+
+def page(facts: MachineFacts, chosen: dict[str, str]) -> list[Row]:
+    """Return the page on a machine, given what sdlora would choose on it."""
+    built = f"built for CUDA {facts.cuda_build}" if facts.cuda_build else "built without CUDA"
+    rows = [
+        Row("python", facts.python),
+        Row("torch", f"{facts.torch}, {built}", None if facts.cuda_build or not facts.present else False),
+        *_cards(facts),
+        Row("CPU", f"{facts.cores} cores"),
+        Row("memory", f"{facts.free / GIB:.1f} of {facts.memory / GIB:.1f} GiB free", facts.free > 2 * GIB),
+        *_packages(facts),
+    ]
+    return rows + [Row("chosen", f"{key}: {value}") for key, value in chosen.items()]
+
+
+def _cards(facts: MachineFacts) -> list[Row]:
+    rows = []
+    reason = why_idle(facts)
+    if facts.driver is not None:
+        rows.append(Row("NVIDIA driver", facts.driver, True))
+    for number, card in enumerate(facts.cards):
+        lack = unserved(facts.architectures, card)
+        rows.append(Row(f"cuda:{number}", lack or str(card), lack is None))
+    if reason is not None:
+        rows.append(Row("card", reason, False, tuple(remedies(facts))))
+    elif facts.mps:
+        rows.append(Row("card", "an Apple GPU (mps)", True))
+    elif not facts.cards:
+        rows.append(Row("card", "none: training runs on the CPU"))
+    return rows
+
+
+def _packages(facts: MachineFacts) -> list[Row]:
+    """Return what is there of packages that are of use on an NVIDIA card only; nothing here needs them."""
+    uses = {
+        "xformers": "another attention; torch's own is as good",
+        "triton": "compiles kernels; comes with torch for CUDA on Linux",
+        "bitsandbytes": "optimizers in 8 bits",
+    }
+    rows = []
+    for name, use in uses.items():
+        version = facts.packages.get(name) or facts.packages.get(f"{name}-windows")
+        rows.append(Row(name, version if version else f"not installed ({use})", True if version else None))
+    return rows
+
+
+def _chosen() -> dict[str, str]:
+    """Return what training chooses here when all is left open."""
+    from ..devices import choose_device, choose_dtype
+    from ..errors import ConfigError
+    from ..families.attention import choose_attention
+
+    try:
+        device = choose_device(None)
+    except ConfigError as error:
+        return {"training.device": str(error)}
+    dtype = choose_dtype(None, device)
+    attention = choose_attention("auto", device, dtype, training=True)
+    precision = str(dtype).removeprefix("torch.")
+    return {
+        "training.device": device.type,
+        "training.precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[precision],
+        "training.attention": f"{attention.name} ({attention.reason})",
+    }
