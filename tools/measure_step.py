@@ -20,7 +20,8 @@ from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.events import Emitter, Event, StepDone
 from sdlora.training.memory import MemoryPlan
-from sdlora.training.run import Run, prepare_run
+from sdlora.training.run import prepare_run
+from sdlora.training.state import Run
 from sdlora.training.train import train, train_step
 
 

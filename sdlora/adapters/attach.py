@@ -3,7 +3,7 @@
 Plain low-rank pairs become layers of peft; other kinds are hooks on the base's layers
 (:mod:`sdlora.adapters.hooks`). Each attached adapter has a name; a model can carry any number of them.
 The adapter layers hold the number format of the frozen weights they sit beside; fp32 masters for training
-live in the optimizer (:class:`sdlora.training.optim.MasterWeights`), which spares every cast in the
+live beside it (:class:`sdlora.training.masters.MasterWeights`), which spares every cast in the
 forward pass.
 """
 

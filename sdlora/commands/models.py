@@ -62,7 +62,7 @@ def run_train(options: argparse.Namespace) -> Result:
         },
     )
     from ..events import Control, JsonlWriter, Listener
-    from ..training.run import run_folder
+    from ..training.state import run_folder
     from ..training.train import train
     from .display import TrainingDisplay
 

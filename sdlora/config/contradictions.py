@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .data import DataConfig
-from .schema import Config, component_keys
+from .schema import Config, OptimizerConfig, component_keys
+from .section import OnlyFor
 
 
 def contradictions(config: Config) -> list[str]:
@@ -23,7 +24,7 @@ def contradictions(config: Config) -> list[str]:
             ]
     if config.model.zero_terminal_snr and config.model.prediction_type == "epsilon":
         problems.append("`model.zero_terminal_snr=true` needs `model.prediction_type=v_prediction`")
-    problems += _about_adapter(config)
+    problems += [*_about_adapter(config), *_about_optimizer(config.optimizer)]
     if config.sample.prompts == ():
         for name in ("every", "guidance"):
             if getattr(config.sample, name) is not None:
@@ -79,6 +80,15 @@ def _by_start(config: Config) -> Iterator[str]:
         yield "`adapter.scaling` has no effect with `adapter.from_file`, whose alphas are kept"
     if adapter.lokr_factor is not None:
         yield "`adapter.lokr_factor` has no effect with `adapter.from_file`, whose factors are kept"
+
+
+def _about_optimizer(settings: OptimizerConfig) -> Iterator[str]:
+    """Yield the settings that the chosen optimizer does not have."""
+    for name, field in type(settings).model_fields.items():
+        for mark in field.metadata:
+            foreign = isinstance(mark, OnlyFor) and settings.name not in mark.names
+            if foreign and getattr(settings, name) != field.default:  # a saved run names all of them
+                yield f"`optimizer.{name}` has no effect with `optimizer.name={settings.name}`"
 
 
 def _about_data(data: DataConfig) -> Iterator[str]:

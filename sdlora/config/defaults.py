@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from .schema import Config, component_keys
+from .schema import Config, OptimizerConfig, component_keys
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,26 @@ class DataFacts:
     num_visits: int
     num_held_out: int = 0
     prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RateRule:
+    """The learning rate an optimizer starts from where the user gives none.
+
+    Attributes:
+        rate: at which an adapter of scale 1 learns well.
+        reason: why, for people.
+        follows_scale: whether it is divided by the adapter's scale, since the size of dW is scale * rate.
+        one_rate: whether everything that is trained has to have the same rate.
+    """
+
+    rate: float = 1e-4
+    reason: str = "the usual rate"
+    follows_scale: bool = True
+    one_rate: bool = False
+
+
+USUAL_RATE = RateRule()
 
 
 class _Resolver:
@@ -112,12 +132,21 @@ def hold_out(num_images: int) -> tuple[int, str]:
     return 0, f"{num_images} images are too few to hold some out"
 
 
-def resolve_training(config: Config, facts: BaseFacts, data: DataFacts) -> tuple[Config, list[Default]]:
-    """Fill every setting that is still open, from the images that are trained on."""
+def resolve_training(
+    config: Config, facts: BaseFacts, data: DataFacts, rule: RateRule = USUAL_RATE
+) -> tuple[Config, list[Default]]:
+    """Fill every setting that is still open, from the images that are trained on.
+
+    Args:
+        config: settings, those of the data filled in.
+        facts: about the base.
+        data: about the images.
+        rule: about the optimizer's learning rate.
+    """
     resolver = _Resolver(config, facts)
     _fill_adapter(resolver, data.num_images)
     _fill_length(resolver, data)
-    _fill_optimizer(resolver)
+    _fill_rates(resolver, rule)
     _fill_intervals(resolver, data)
     return resolver.config, resolver.defaults
 
@@ -165,24 +194,34 @@ def _fill_length(resolver: _Resolver, data: DataFacts) -> None:
         )
 
 
-def _fill_optimizer(resolver: _Resolver) -> None:
+def _fill_rates(resolver: _Resolver, rule: RateRule) -> None:
+    # what a base recommends was found with the usual optimizer
+    usual = resolver.config.optimizer.name == OptimizerConfig.model_fields["name"].default
+    rate, reason = _rate(resolver, rule)
+    resolver.fill("optimizer.learning_rate", rate, reason, ask_base=usual)
+    chosen = resolver.config.optimizer.learning_rate
+    assert chosen is not None
+    for component in _adapted_text(resolver):
+        first = resolver.config.optimizer.text_encoder_learning_rate
+        value, reason = chosen / 5, "a fifth of the U-Net's: text encoders forget quickly"
+        if rule.one_rate:
+            value, reason = chosen, f"as the U-Net's: {resolver.config.optimizer.name} has one rate for all"
+        elif component != "text_encoder" and first is not None:
+            value, reason = first, "as the first text encoder's"
+        resolver.fill(component_keys(component)[2], value, reason, ask_base=usual)
+
+
+def _rate(resolver: _Resolver, rule: RateRule) -> tuple[float, str]:
+    """Return the U-Net's rate, and why."""
     adapter = resolver.config.adapter
     assert adapter.rank is not None and adapter.alpha is not None
     divisor = math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank
     # a LoHa of alpha 1 changes about as much a step as a LoRA of scale 1
     scale = adapter.alpha if adapter.kind == "loha" else adapter.alpha / divisor
+    if scale == 1 or not rule.follows_scale:
+        return rule.rate, rule.reason
     # the size of dW is scale * rate: keep it when the user picks another alpha
-    rate = float(f"{1e-4 / scale:.2e}")
-    reason = "the usual rate" if scale == 1 else f"1e-4 divided by the scale {scale:g}"
-    resolver.fill("optimizer.learning_rate", rate, reason)
-    assert resolver.config.optimizer.learning_rate is not None
-    fifth = resolver.config.optimizer.learning_rate / 5
-    for component in _adapted_text(resolver):
-        first = resolver.config.optimizer.text_encoder_learning_rate
-        value, reason = fifth, "a fifth of the U-Net's: text encoders forget quickly"
-        if component != "text_encoder" and first is not None:
-            value, reason = first, "as the first text encoder's"
-        resolver.fill(component_keys(component)[2], value, reason)
+    return float(f"{rule.rate / scale:.2e}"), f"{rule.rate:g} divided by the scale {scale:g}"
 
 
 def _fill_intervals(resolver: _Resolver, data: DataFacts) -> None:

@@ -19,9 +19,10 @@ from pydantic.fields import FieldInfo
 from .adapter import AdapterConfig as AdapterConfig
 from .adapter import Targets as Targets
 from .data import DataConfig
-from .section import Dropout, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from .section import Dropout, NonNegative, NonNegativeFloat, OnlyFor, Positive, PositiveFloat, Section
 
 Precision = Literal["fp32", "bf16", "fp16"]
+OptimizerName = Literal["adamw"]
 Schedule = Literal["cosine", "linear", "constant"]
 SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -51,7 +52,7 @@ class ModelConfig(Section):
 class OptimizerConfig(Section):
     """How the adapter's weights follow the gradient."""
 
-    name: Literal["adamw"] = "adamw"
+    name: OptimizerName = "adamw"
     """The optimizer."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate of the U-Net's adapter."""
@@ -59,9 +60,9 @@ class OptimizerConfig(Section):
     """Peak learning rate of the text encoder's adapter; a fifth of the U-Net's when left open."""
     text_encoder_2_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the second text encoder's adapter; as the first one's when left open."""
-    betas: tuple[Dropout, Dropout] = (0.9, 0.99)
+    betas: Annotated[tuple[Dropout, Dropout], OnlyFor(("adamw",))] = (0.9, 0.99)
     """Decay rates of AdamW's running mean and variance."""
-    epsilon: PositiveFloat = 1e-8
+    epsilon: Annotated[PositiveFloat, OnlyFor(("adamw",))] = 1e-8
     """AdamW's guard against division by zero."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""

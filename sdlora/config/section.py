@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,3 +21,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False
     )
+
+
+@dataclass(frozen=True)
+class OnlyFor:
+    """Marks a setting that only some values of the ``name`` beside it have a use for."""
+
+    names: tuple[str, ...]

@@ -22,6 +22,8 @@ def load_config(
     file: Path | None = None,
     overrides: Iterable[str] = (),
     values: Mapping[str, Any] | None = None,
+    *,
+    schema: type[Config] = Config,
 ) -> Config:
     """Read settings from a TOML file, then ``key=value`` texts, then ready values (last one wins).
 
@@ -29,6 +31,7 @@ def load_config(
         file: TOML file with the sections of :class:`Config`.
         overrides: texts such as ``training.steps=40``; the value is TOML, or else a plain string.
         values: dotted key to value, as the command line's own flags give them; ``None`` is skipped.
+        schema: the tree, where more is allowed than in the program's own (another optimizer, say).
 
     Raises:
         ConfigError: naming every unknown key, bad value and contradiction at once.
@@ -45,7 +48,7 @@ def load_config(
     for key, value in (values or {}).items():
         if value is not None:
             _put(tree, key, value, problems)
-    config, more = _validate(tree)
+    config, more = _validate(tree, schema)
     problems += more
     if problems:
         raise ConfigError(_listing(problems, file))
@@ -115,10 +118,10 @@ def _put(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> Non
     group[name] = value
 
 
-def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
+def _validate(tree: dict[str, Any], schema: type[Config]) -> tuple[Config | None, list[str]]:
     """Validate; on errors validate the rest again, so that contradictions show in the same report."""
     try:
-        config = Config.model_validate(tree)
+        config = schema.model_validate(tree)
     except ValidationError as error:
         problems = [_explain(dict(item)) for item in error.errors()]
         rest = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
@@ -129,7 +132,7 @@ def _validate(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
             else:
                 rest.pop(str(location[0]), None)
         with suppress(ValidationError):  # the first report already names what is wrong
-            problems += contradictions(Config.model_validate(rest))
+            problems += contradictions(schema.model_validate(rest))
         return None, problems
     return config, contradictions(config)
 

@@ -53,6 +53,7 @@ class TrainingFacts:
         base_title: the base for people, e.g. ``Stable Diffusion 1.5``.
         base_digest: SHA-256 (hex) of the base.
         config: the run's settings, resolved.
+        optimizer: what made the steps, with its settings, as Python code would make it.
         prediction_type: what the U-Net predicts; ``config`` may leave it to the base.
         zero_terminal_snr: whether the noise schedule ended in pure noise.
         native_resolution: px, where ``config.data.resolution`` is open.
@@ -82,6 +83,7 @@ class TrainingFacts:
     base_title: str | None = None
     base_digest: str | None = None
     config: Config | None = None
+    optimizer: str | None = None
     prediction_type: str | None = None
     zero_terminal_snr: bool = False
     native_resolution: int | None = None
@@ -118,7 +120,7 @@ def build_header(facts: TrainingFacts) -> dict[str, str]:
     entries: dict[str, Any] = _base_entries(facts)
     entries |= _data_entries(facts)
     if facts.config is not None:
-        entries |= _setting_entries(facts.config)
+        entries |= {"optimizer": facts.optimizer, **_setting_entries(facts.config)}
     texts = {
         f"ss_{key}": kohya_text(value)
         for key, value in entries.items()
@@ -251,13 +253,11 @@ def _data_entries(facts: TrainingFacts) -> dict[str, Any]:
 
 def _setting_entries(config: Config) -> dict[str, Any]:
     training, optimizer, data = config.training, config.optimizer, config.data
-    betas = ",".join(map(str, optimizer.betas))
     unet_rate = optimizer.learning_rate
     return {
         "learning_rate": unet_rate,
         "unet_lr": unet_rate,
         "text_encoder_lr": optimizer.text_encoder_learning_rate if config.adapter.text_encoder else None,
-        "optimizer": f"torch.optim.adamw.AdamW(betas=({betas}),weight_decay={optimizer.weight_decay})",
         "lr_scheduler": optimizer.schedule,
         "lr_warmup_steps": optimizer.warmup_steps,
         "max_grad_norm": optimizer.max_grad_norm,

@@ -14,7 +14,7 @@ from ..errors import TrainingError
 from .objective import loss_of
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .state import Run
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from ..exporting.export import write_finished
 from ..formats.adapter_files import write_adapter
 from ..formats.metadata import TrainingFacts, build_header
 from ..version import version
+from .optimizers import optimizer_kind
 
 if TYPE_CHECKING:
     from ..data.reading.items import ImageItem
-    from .run import Run
+    from .state import Run
 
 
 def finish_run(run: Run, losses: Sequence[float]) -> Path:
@@ -37,7 +38,7 @@ def write_checkpoint_adapter(run: Run, target: Path) -> None:
 
 
 def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
-    """Return the adapter as it is now, with its header."""
+    """Return the adapter as it is to be shown now, with its header."""
     config, items = run.config, run.dataset.items
     triggers = (config.data.trigger_word,) if config.data.trigger_word else ()
     learned = _by_folder(item for item in items if not item.regularisation)
@@ -48,6 +49,7 @@ def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
         base_title=run.model.base.title,
         base_digest=run.model.base.digest,
         config=config,
+        optimizer=optimizer_kind(config.optimizer).header(config.optimizer),
         prediction_type=run.model.process.prediction.name,
         zero_terminal_snr=run.model.process.ends_in_noise,
         native_resolution=run.model.native_resolution,
@@ -73,7 +75,8 @@ def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
         sdlora_version=version(),
     )
     info = AdapterInfo(run.model.info.name, config.output.name, triggers, build_header(facts))
-    return AdapterFile(run.masters(), info)
+    with run.shown.in_model():
+        return AdapterFile(run.masters(), info)
 
 
 def _by_folder(items: Iterable[ImageItem]) -> dict[str, list[ImageItem]]:

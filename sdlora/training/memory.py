@@ -30,6 +30,7 @@ from ..diffusion.process import per_image_loss
 from ..errors import TrainingError
 from ..families.attention import choose_attention
 from ..families.base import DiffusionModel, SizeHint
+from .optimizers import optimizer_kind
 
 GIB = 2**30
 _TOLERANCE = 0.85  # the count may be 15 % too high; below this share of it a run cannot fit
@@ -42,7 +43,7 @@ class MemoryPlan:
 
     Attributes:
         weights: the frozen components that stay on the device.
-        adapter: the adapter's fp32 masters, its copy in the base's format, gradients and two moments.
+        adapter: the adapter's fp32 masters, its copy in the base's format, gradients and optimizer's state.
         activations: the most that is alive at once during a step, besides the above.
         free: what the device has free before the run, if that is known.
     """
@@ -107,7 +108,12 @@ def _structure(config: Config) -> str:
     """Return the settings that a step's memory depends on, as text."""
     tree = config.model_dump(mode="json")
     training = ("batch_size", "precision", "device", "gradient_checkpointing", "attention")
-    wanted = [tree["model"], tree["adapter"], [tree["training"][name] for name in training]]
+    wanted = [
+        tree["model"],
+        tree["adapter"],
+        config.optimizer.name,
+        [tree["training"][name] for name in training],
+    ]
     return json.dumps([*wanted, _side(config), _keeps_text(config), _keeps_images(config), *_priors(config)])
 
 
@@ -151,9 +157,10 @@ def _count(question: _Question) -> tuple[int, int, int]:
     choice.apply(model.components()["unet"])  # not the meta device's, but that of the device it will run on
     multiple = model.size_multiple
     activations = _step_bytes(model, max(multiple, _side(config) // multiple * multiple), config)
-    # fp32 master, gradient and two moments; the model's own copy and gradient, which in fp32 is the master
+    # fp32 master and gradient; the model's own copy and gradient, which in fp32 is the master
     layer_bytes = 2 * model.dtype.itemsize if model.dtype != torch.float32 else 4
-    return weights, values * (16 + layer_bytes), activations
+    state_bytes = optimizer_kind(config.optimizer).bytes_per_value
+    return weights, int(values * (8 + layer_bytes + state_bytes)), activations
 
 
 def refuse_what_cannot_fit(

@@ -13,7 +13,7 @@ from ..generation.png_info import parameters_text, save_png
 from ..run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .state import Run
 
 
 def preview(run: Run) -> None:

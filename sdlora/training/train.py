@@ -38,10 +38,13 @@ from ..run_folder import SAMPLE, SAVE, STOP
 from . import checkpoint
 from .cost import measure_cost
 from .finish import finish_run, write_checkpoint_adapter
+from .masters import clip_
 from .objective import loss_of
-from .optim import clip_, schedule_factor
 from .previews import draw_loss_curve, preview
-from .run import Run, prepare_run, run_folder, state_tensors, state_values
+from .run import prepare_run
+from .schedules import schedule_factor
+from .shown_weights import publish
+from .state import Run, run_folder, run_state
 from .validation import validate
 
 
@@ -147,8 +150,9 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
     times: deque[float] = deque(maxlen=20)
     validation_loss: float | None = None
     if run.step == 0:
-        validation_loss = validate(run)
-        preview(run)
+        with run.shown.in_model():
+            validation_loss = validate(run)
+            preview(run)
     while run.step < run.steps:
         began, waited = time.perf_counter(), run.loader.waited
         loss, norm, rate, count = train_step(run)
@@ -166,10 +170,10 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
         previewing = last or SAMPLE in requests or _due(run.step, run.config.sample.every)
         if validating or previewing:
             run.loader.settle()  # both move the model and switch its modes
-        if validating:
-            validation_loss = validate(run) or validation_loss
-        if previewing:
-            preview(run)
+            with run.shown.in_model():
+                validation_loss = (validate(run) if validating else None) or validation_loss
+                if previewing:
+                    preview(run)
         if last or requests & {SAVE, STOP} or _due(run.step, settings.checkpoint_every):
             save(run)
         if STOP in requests and not last:
@@ -180,8 +184,7 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
 def train_step(run: Run) -> tuple[float, float, float, int]:
     """Make one optimizer step; return (mean loss, gradient norm, learning rate, images seen)."""
     config = run.config
-    assert config.optimizer.warmup_steps is not None
-    factor = schedule_factor(config.optimizer.schedule, run.step, run.steps, config.optimizer.warmup_steps)
+    factor = schedule_factor(config.optimizer, run.step, run.steps)
     for options, parameter_group in zip(run.optimizer.param_groups, run.groups, strict=True):
         options["lr"] = parameter_group.learning_rate * factor
     total, count = 0.0, 0
@@ -213,8 +216,7 @@ def save(run: Run) -> None:
         folder = checkpoint.save_checkpoint(
             root,
             run.step,
-            state_tensors(run),
-            state_values(run),
+            *run_state(run),
             lambda path: write_checkpoint_adapter(run, path),
         )
         checkpoint.prune_checkpoints(root, run.config.training.keep_checkpoints)
@@ -242,15 +244,18 @@ def _apply(run: Run, names: Sequence[str]) -> float:
     """Clip and step with the gradients gathered so far; return their norm."""
     if run.accelerator.num_processes > 1:
         for group in run.groups:
-            group.master.flat.grad = run.accelerator.reduce(group.master.flat.grad, reduction="sum")
+            gradient = group.master.flat.grad
+            assert gradient is not None
+            # in place: an optimizer that looks at shapes holds views of it
+            gradient.copy_(run.accelerator.reduce(gradient, reduction="sum"))
     run.scaler.unscale_(run.optimizer)
     norm = clip_(run.groups, run.config.optimizer.max_grad_norm)
     if not math.isfinite(norm) and not run.scaler.is_enabled():  # a scaler skips such a step by itself
         raise TrainingError(_not_finite("the gradient", run.step, names))
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    for group in run.groups:
-        group.master.publish()
+    publish(run.groups)
+    run.shown.step_done()
     return norm
 
 

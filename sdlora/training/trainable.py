@@ -20,7 +20,7 @@ from ..adapters.canonical import COMPONENTS, AdapterWeights, LowRankPair, Module
 from ..adapters.trainable_layers import TrainedLayer, attach_for_training
 from ..config.schema import Config, component_keys
 from ..families.base import DiffusionModel
-from .optim import MasterWeights, ParameterGroup
+from .masters import MasterWeights, ParameterGroup
 
 ADAPTER_NAME = "run"
 START_NAME = "run-start"

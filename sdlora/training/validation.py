@@ -11,7 +11,7 @@ from ..diffusion.process import draw_noise, per_image_loss
 from ..events import Validated
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .state import Run
 
 _NUM_TIMESTEPS = 4
 

@@ -11,7 +11,8 @@ import pytest
 from sdlora.config.toml import load_config
 from sdlora.events import Emitter
 from sdlora.training.finish import adapter_file
-from sdlora.training.run import Run, prepare_run
+from sdlora.training.run import prepare_run
+from sdlora.training.state import Run
 
 
 @pytest.mark.parametrize("private", [False, True])

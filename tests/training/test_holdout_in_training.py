@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from sdlora.config.toml import load_config
 from sdlora.data.reading.likeness import near_duplicates
 from sdlora.events import Emitter
-from sdlora.training.run import Run, prepare_run
+from sdlora.training.run import prepare_run
+from sdlora.training.state import Run
 
 Make = Callable[..., Path]
 

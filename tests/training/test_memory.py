@@ -17,6 +17,7 @@ from sdlora.config.toml import load_config
 from sdlora.errors import TrainingError
 from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
+from sdlora.training.masters import MasterWeights
 from sdlora.training.memory import (
     GIB,
     MemoryPlan,
@@ -26,7 +27,6 @@ from sdlora.training.memory import (
     plan_memory,
     refuse_what_cannot_fit,
 )
-from sdlora.training.optim import MasterWeights
 from tools.measure_step import measure_memory, most_allocated
 from tools.measure_step import settings as run_settings
 

@@ -27,7 +27,8 @@ from sdlora.formats.adapter_files import read_adapter
 from sdlora.run_folder import list_checkpoints
 from sdlora.training.checkpoint import load_checkpoint
 from sdlora.training.objective import loss_of
-from sdlora.training.run import Run, prepare_run
+from sdlora.training.run import prepare_run
+from sdlora.training.state import Run
 from sdlora.training.train import TrainResult, train, train_step
 
 Make = Callable[..., Path]

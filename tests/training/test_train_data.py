@@ -26,7 +26,8 @@ from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
 from sdlora.run_folder import list_checkpoints
 from sdlora.training.objective import loss_of
-from sdlora.training.run import Run, prepare_run
+from sdlora.training.run import prepare_run
+from sdlora.training.state import Run
 from sdlora.training.train import train, train_step
 
 Make = Callable[..., Path]

@@ -21,7 +21,8 @@ from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.events import Caching, Decided, Emitter, Event
 from sdlora.training.cost import Cost, measure_cost
-from sdlora.training.run import Run, prepare_run
+from sdlora.training.run import prepare_run
+from sdlora.training.state import Run
 
 from ..worker import Emit
 

@@ -20,7 +20,8 @@ from sdlora.data.check.outlook import examine_settings
 from sdlora.data.check.report_text import render_report
 from sdlora.errors import DatasetError
 from sdlora.events import Emitter
-from sdlora.training.run import Run, prepare_run
+from sdlora.training.run import prepare_run
+from sdlora.training.state import Run
 
 Settings = Callable[..., Config]
 

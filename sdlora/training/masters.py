@@ -1,12 +1,11 @@
-"""fp32 master weights over a model in any number format, the optimizer on them, and its schedule.
+"""fp32 master weights over a model in any number format.
 
-All adapter parameters of one learning rate live in one flat buffer: clipping, AdamW, zeroing and
+All adapter parameters of one learning rate live in one flat buffer: clipping, stepping, zeroing and
 publishing to the model are then a few kernels, however many layers there are.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.canonical import ModuleKey
-from ..config.schema import OptimizerConfig, Schedule
 
 
 class MasterWeights:
@@ -64,6 +62,19 @@ class MasterWeights:
         """The model's parameters, in the order of the flat buffer."""
         return self._parameters
 
+    def optimized(self, *, shaped: bool) -> list[nn.Parameter]:
+        """Return what an optimizer steps: the flat buffer, or views into it of the parameters' shapes.
+
+        The views share the buffer's values and gradients, so nobody else sees a difference.
+        """
+        if not shaped:
+            return [self.flat]
+        assert self.flat.grad is not None
+        views = [nn.Parameter(part) for part in self.shaped(self.flat.data)]
+        for view, gradient in zip(views, self.shaped(self.flat.grad), strict=True):
+            view.grad = gradient
+        return views
+
     def tensors(self) -> list[Tensor]:
         """Return the fp32 values as views, in the parameters' order and shapes."""
         return self.shaped(self.flat.data)
@@ -96,39 +107,6 @@ class ParameterGroup:
     learning_rate: float
     slots: tuple[tuple[ModuleKey, str], ...] = ()
     decays: bool = True
-
-
-def make_optimizer(config: OptimizerConfig, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov and Hutter 2019) over the groups' flat buffers."""
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [group.master.flat],
-                "lr": group.learning_rate,
-                "weight_decay": config.weight_decay if group.decays else 0.0,
-            }
-            for group in groups
-        ],
-        betas=config.betas,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        fused=groups[0].master.flat.device.type in ("cpu", "cuda"),
-    )
-
-
-def schedule_factor(schedule: Schedule, step: int, steps: int, warmup_steps: int) -> float:
-    """Return what the peak learning rate is multiplied by at ``step`` (0-based) of ``steps``.
-
-    Linear warm-up to 1, then constant, linear to 0, or half a cosine to 0 (Loshchilov and Hutter 2017).
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def clip_(groups: Sequence[ParameterGroup], max_norm: float) -> float:

@@ -1,4 +1,4 @@
-"""Master weights, the optimizer over them, schedules and clipping."""
+"""Master weights, the optimizer over them, and clipping."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sdlora.config.schema import OptimizerConfig
-from sdlora.training.optim import MasterWeights, ParameterGroup, clip_, make_optimizer, schedule_factor
+from sdlora.training.masters import MasterWeights, ParameterGroup, clip_
+from sdlora.training.optimizers import make_optimizer
 
 
 def parameters(dtype: torch.dtype) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
@@ -80,13 +81,3 @@ def test_clipping_shortens_all_groups_together() -> None:
     assert clip_(groups, 1.0) == pytest.approx(5.0)
     clipped = [float(group.master.flat.grad[0]) for group in groups if group.master.flat.grad is not None]
     assert clipped == pytest.approx([0.6, 0.8], rel=1e-5)
-
-
-def test_schedules_start_and_end_where_they_should() -> None:
-    assert [schedule_factor("constant", step, 10, 2) for step in (0, 1, 2, 9)] == pytest.approx(
-        [1 / 3, 2 / 3, 1.0, 1.0]
-    )
-    assert schedule_factor("linear", 5, 10, 0) == pytest.approx(0.5)
-    assert schedule_factor("cosine", 0, 10, 0) == 1.0
-    assert schedule_factor("cosine", 5, 10, 0) == pytest.approx(0.5)
-    assert schedule_factor("cosine", 10, 10, 0) == pytest.approx(0.0)

@@ -1,0 +1,99 @@
+"""Which of the adapter's values validation, previews, checkpoints and the exported file use.
+
+What a step changes need not be what is worth showing: an average over steps often is better, and
+schedule-free optimizers step other values than those that are to be used. Everybody who uses the adapter
+in mid-run does so within :meth:`ShownWeights.in_model`; resuming goes on from the learned values, which
+come back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .masters import ParameterGroup
+from .optimizers import OptimizerKind
+
+
+class ShownWeights(Protocol):
+    """What is to be shown of what a run learns."""
+
+    def step_done(self) -> None:
+        """Take note of the masters after an optimizer step."""
+
+    def in_model(self) -> AbstractContextManager[None]:
+        """Have the masters and the model hold the values to show; afterwards the learned ones again."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint has to hold, by name."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`tensors` returned."""
+
+
+class AsLearned:
+    """The learned values as they are."""
+
+    def step_done(self) -> None:
+        """Nothing: see :class:`ShownWeights`."""
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """See :class:`ShownWeights`."""
+        yield
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`ShownWeights`."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing: see :class:`ShownWeights`."""
+
+
+class OfEvalMode(AsLearned):
+    """What the optimizer's own ``eval()`` makes of the learned values; its state is the optimizer's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup]) -> None:
+        self._optimizer, self._groups = optimizer, groups
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """See :class:`ShownWeights`."""
+        with putting_back(self._groups):
+            self._optimizer.eval()  # type: ignore[attr-defined]
+            publish(self._groups)
+            try:
+                yield
+            finally:
+                self._optimizer.train()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def putting_back(groups: Sequence[ParameterGroup]) -> Iterator[None]:
+    """Give the masters and the model their values back at the end, bit for bit.
+
+    Working out the learned values from those shown would round: a run that was looked at would differ.
+    """
+    kept = [group.master.flat.data.clone() for group in groups]
+    try:
+        yield
+    finally:
+        for group, values in zip(groups, kept, strict=True):
+            group.master.load(values)
+
+
+def publish(groups: Sequence[ParameterGroup]) -> None:
+    """Let the model compute with what the masters hold now."""
+    for group in groups:
+        group.master.publish()
+
+
+def weights_to_show(
+    kind: OptimizerKind, optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup]
+) -> ShownWeights:
+    """Return what a run shows."""
+    return OfEvalMode(optimizer, groups) if kind.has_eval_mode else AsLearned()

@@ -1,0 +1,205 @@
+"""A run: its parts, what of it a checkpoint holds, taking that back, and what must not change in between."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..adapters.canonical import AdapterWeights
+from ..config.schema import Config
+from ..config.toml import load_config
+from ..data.batching.cache import EncodedDataset
+from ..data.batching.loader import BatchLoader
+from ..data.batching.order import Order
+from ..data.reading.items import Dataset, ImageItem
+from ..errors import ConfigError, TrainingError
+from ..events import Emitter, Notice
+from ..families.base import DiffusionModel
+from ..families.parallel import SplitPredictor
+from ..run_folder import RunFolder
+from . import checkpoint, optimizer_state
+from .masters import ParameterGroup
+from .memory import MemoryPlan
+from .optimizers import parameter_names
+from .shown_weights import ShownWeights
+from .trainable import TrainableAdapter
+from .warm_start import digest_of
+
+# what a resumed run may change, as none of it alters the numbers of the adapter
+_FREE_ON_RESUME = (
+    "sample.",
+    "output.",
+    "data.folder",
+    "data.cache_folder",
+    "data.encode_captions",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.validate_every",
+)
+
+
+@dataclass
+class Run:
+    """Everything the loop needs; ``step`` counts the optimizer steps done."""
+
+    config: Config
+    folder: RunFolder
+    model: DiffusionModel
+    dataset: Dataset
+    training: EncodedDataset
+    validation: EncodedDataset
+    order: Order
+    steps: int
+    memory: MemoryPlan
+    trainable: TrainableAdapter
+    optimizer: torch.optim.Optimizer
+    shown: ShownWeights
+    scaler: torch.amp.GradScaler
+    accelerator: Accelerator
+    emit: Emitter
+    started_at: float
+    splitter: SplitPredictor | None
+    loader: BatchLoader
+    step: int = 0
+    step_seconds: float = 0.0
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of a full optimizer step: micro-batch x accumulation x processes."""
+        settings = self.config.training
+        assert settings.batch_size is not None
+        return settings.batch_size * settings.gradient_accumulation * self.accelerator.num_processes
+
+    @property
+    def groups(self) -> list[ParameterGroup]:
+        """The masters by learning rate."""
+        return self.trainable.groups
+
+    @property
+    def keep_text(self) -> bool:
+        """Whether the text encoder is needed while training."""
+        return self.config.adapter.adapts_text or self.config.data.encode_captions == "in loop"
+
+    def parameters(self) -> list[Tensor]:
+        """Return the adapter's parameters inside the model, in the order of the masters."""
+        return self.trainable.parameters()
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the optimizer's parameters, in its order; checkpoints hold its state by them."""
+        return parameter_names(self.config.optimizer, self.groups)
+
+    def masters(self) -> AdapterWeights:
+        """Return the adapter's fp32 master weights as copies on the CPU."""
+        return self.trainable.masters()
+
+
+def run_folder(config: Config) -> RunFolder:
+    """Return where a run is kept."""
+    return RunFolder(config.output.folder or Path("runs") / config.output.name)
+
+
+def run_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return everything that the next steps depend on: tensors by name, and the rest as JSON values."""
+    tensors, optimizer = optimizer_state.pack(run.optimizer, run.parameter_names)
+    masters = {f"{group.name}.master": group.master.flat.data for group in run.groups}
+    shown = {f"shown.{name}": tensor for name, tensor in run.shown.tensors().items()}
+    parts = (tensors, masters, run.trainable.tensors(), shown)
+    joined = {name: tensor for part in parts for name, tensor in part.items()}
+    assert len(joined) == sum(map(len, parts)), "two tensors of a checkpoint have one name"
+    return joined, {
+        "run_id": dataset_digest(run.dataset.items),
+        "optimizer": optimizer,
+        "scaler": run.scaler.state_dict(),
+        "started_at": run.started_at,
+        "from_file": _origin(run),
+    }
+
+
+def restore(run: Run) -> None:
+    """Bring a run to its newest checkpoint.
+
+    Raises:
+        TrainingError: if there is none that is whole, or it belongs to other images.
+    """
+    saved = checkpoint.load_newest(run.folder.checkpoints, lambda text: run.emit(Notice(text)))
+    if saved.state["run_id"] != dataset_digest(run.dataset.items):
+        raise TrainingError(
+            f"{run.config.data.folder}: the images or captions changed since {saved.folder.name}; put them "
+            "back, or start a new run in another --output"
+        )
+    if saved.state.get("from_file") != _origin(run):
+        raise TrainingError(
+            f"{run.config.adapter.from_file}: changed since {saved.folder.name}; put the file back, or start "
+            "a new run in another --output"
+        )
+    run.step, run.started_at = saved.step, float(saved.state["started_at"])
+    starts = {group.name: f"{group.name}.start" for group in run.groups}
+    run.trainable.restore_start(
+        run.model, {name: saved.tensors[key] for name, key in starts.items() if key in saved.tensors}
+    )
+    for group in run.groups:
+        group.master.load(saved.tensors[f"{group.name}.master"])
+    _restore_optimizer(run, saved)
+    run.shown.restore(_below("shown.", saved.tensors))
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict(saved.state["scaler"])
+
+
+def _restore_optimizer(run: Run, saved: checkpoint.Checkpoint) -> None:
+    names, values = run.parameter_names, saved.state.get("optimizer")
+    if values is None:  # written before whole states were kept, when AdamW was the only optimizer
+        kept = {
+            name: tensor for name, tensor in saved.tensors.items() if not name.endswith((".master", ".start"))
+        }
+        values = optimizer_state.of_plain_tensors(run.optimizer, names, kept)
+    optimizer_state.unpack(run.optimizer, names, saved.tensors, values)
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _origin(run: Run) -> str | None:
+    file = run.config.adapter.from_file
+    return digest_of(file) if file is not None else None
+
+
+def dataset_digest(items: Iterable[ImageItem]) -> str:
+    """Return a digest of the images and captions trained on, in order."""
+    digest = hashlib.sha256()
+    for item in items:
+        parts = (
+            *(item.digest, item.repeats, item.caption, item.lines, item.trigger_word),
+            *(item.focus, item.weight, item.regularisation, item.mask_digest),
+        )
+        digest.update(f"{parts!r}\n".encode())
+    return digest.hexdigest()
+
+
+def check_same(config: Config, folder: RunFolder) -> None:
+    """Refuse to resume under settings that would change the numbers.
+
+    Raises:
+        ConfigError: naming each such setting, as it was and as it is.
+    """
+    stored = load_config(folder.config_file, schema=type(config)).model_dump(mode="json")
+    current = config.model_dump(mode="json")
+    changed = [
+        f"{section}.{name}: was {stored[section][name]}, now {value}"
+        for section, values in current.items()
+        for name, value in values.items()
+        if stored[section][name] != value and not f"{section}.{name}".startswith(_FREE_ON_RESUME)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder.path}: cannot resume with other settings ({'; '.join(changed)}); leave them as they "
+            "were, or start a new run in another --output"
+        )
