@@ -134,10 +134,10 @@ def written_and_read(weights: AdapterWeights, family: str, format: str, dtype: t
         path = place(Path(folder), format)
         write_adapter(file_of(weights, family), format, path, dtype, info)
         proof, clients = prove(weights, path, format, dtype, info)
-    told = next(support for support in clients if support.client == "diffusers")
+    of_diffusers = next(support for support in clients if support.client == "diffusers")
     others = "+".join(proof.read_by)
-    if format == "webui" and not told.full:
-        others += f" (diffusers {told.reasons[0]})"
+    if format == "webui" and not of_diffusers.full:
+        others += f" (diffusers {of_diffusers.reasons[0]})"
     exact = "0" if proof.largest_difference == 0 else f"{proof.largest_difference:.1e}"
     relative = (
         ""

@@ -95,10 +95,12 @@ def find_style(name: str, holdout: Path | None, work: Path, icons: Path) -> Styl
         raise ConfigError(
             f"style `{name}`: neither a folder nor one of ink, {', '.join(MADE)}; check the path"
         )
-    beside = folder.with_name(f"{folder.name}-holdout") if holdout is None else holdout
-    if not beside.is_dir():
-        raise ConfigError(f"style `{name}`: its hold-out {beside} is not a folder; give one with --holdout")
-    return Style(re.sub(r"[^\w.-]", "-", folder.resolve().name), folder, beside)
+    holdout_folder = folder.with_name(f"{folder.name}-holdout") if holdout is None else holdout
+    if not holdout_folder.is_dir():
+        raise ConfigError(
+            f"style `{name}`: its hold-out {holdout_folder} is not a folder; give one with --holdout"
+        )
+    return Style(re.sub(r"[^\w.-]", "-", folder.resolve().name), folder, holdout_folder)
 
 
 Drawer = Callable[[Path], Mapping[Path, "Image"]]

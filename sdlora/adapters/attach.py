@@ -121,10 +121,10 @@ def attach(
     for component in plain.components():
         module = model.components()[component]
         pairs = {installed_path(module, path): pair for path, pair in plain.component(component).items()}
-        with warnings.catch_warnings():  # a second adapter is meant, not a mishap
+        with warnings.catch_warnings():  # peft takes a second adapter for a mishap; here it is meant
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
             inject_adapter_in_model(peft_config(pairs, dropout), module, adapter_name=inner_name(name))
-        module.requires_grad_(False)
+        module.requires_grad_(False)  # peft makes what it adds trainable; the masters say what learns
     for key, update in weights.all_items():
         if not isinstance(update, LowRankPair):
             hook_update(without_adapters(module_at(model, key)), inner_name(name), update)
@@ -164,6 +164,7 @@ def updates_in(model: DiffusionModel, name: str) -> list[tuple[ModuleKey, Update
     for component, module in model.components().items():
         for path, layer, updates in all_hooks(module):
             if inner in updates.updates:
+                # a layer that peft has wrapped too stands inside the wrapper, under this name
                 key = ModuleKey(component, canonical_path(component, path.removesuffix(".base_layer")))
                 pairs_found.append((key, updates.on(inner, base_weight(layer).device)))
     return sorted(pairs_found, key=lambda pair: pair[0])
@@ -208,6 +209,8 @@ def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> N
                 held = [name for name in active if holds(layer, name)]
                 for name in held:
                     layer.set_scale(name, values[name])
+                # without inference_mode peft makes every adapter that it activates trainable, also one that
+                # must stay frozen (the start that PiSSA subtracts)
                 layer.set_adapter(held, inference_mode=True)
         for _, _, updates in all_hooks(module):
             updates.set_strengths(values)
@@ -228,7 +231,7 @@ def detach(model: DiffusionModel, name: str) -> None:
         known: dict[str, LoraConfig] = getattr(module, "peft_config", {})
         known.pop(inner, None)
         if not known and hasattr(module, "peft_config"):
-            delattr(module, "peft_config")
+            delattr(module, "peft_config")  # or peft would take the next adapter for a second one
 
 
 class Merged:
@@ -247,7 +250,7 @@ class Merged:
             for key, updates in acting.items():
                 weight = base_weight(module_at(model, key))
                 self._originals[key] = original = weight.detach().clone()
-                merged = original.float()
+                merged = original.float()  # W + sum of strength * dW, in the shape of W
                 for value, update in updates:
                     merged = merged + value * update.delta(original.float())
                 weight.copy_(merged)  # rounded to the weight's format once
@@ -264,6 +267,7 @@ class Merged:
 def peft_config(pairs: Mapping[str, LowRankPair], dropout: float) -> LoraConfig:
     """Return peft's settings: the most frequent rank and alpha, and patterns for the modules that differ."""
     (rank, alpha), _ = Counter((pair.rank, pair.alpha) for pair in pairs.values()).most_common(1)[0]
+    # peft takes a key for the end of a path, re.match(r"(.*\.)?(KEY)$"): ^ and [.] keep it to this one module
     odd = {
         f"^{path.replace('.', r'[.]')}": p for path, p in pairs.items() if (p.rank, p.alpha) != (rank, alpha)
     }

@@ -124,6 +124,7 @@ class LowRankPair(Update):
         dtype = torch.promote_types(torch.float32, self.down.dtype)
         down = self.down.to(dtype).flatten(1)
         up = self.up.to(dtype).flatten(1)
+        # dW = alpha / rank * up @ down: (out, rank) @ (rank, in * kh * kw)
         return ((up @ down) * self.scale).reshape(self.shape if weight is None else weight.shape)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ def adapters_disabled(model: DiffusionModel) -> Iterator[None]:
         for layer in module.modules()
         if isinstance(layer, BaseTunerLayer)
     ]
+    # peft's public switch, enable_adapters(False), also takes requires_grad from every adapter, and switching
+    # back gives it to all active ones, frozen or not; this attribute is all that its forward asks
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:

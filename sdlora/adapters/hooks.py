@@ -45,7 +45,7 @@ class UpdateHook:
         for name, strength in self._strengths.items():
             # DoRA's update follows the weight that the layer computes with
             total = total.add(self.on(name, weight.device).delta(weight.detach()), alpha=strength)
-        part = total.to(output.dtype)
+        part = total.to(output.dtype)  # sum of strength * dW; output = W x + this x
         if isinstance(layer, nn.Conv2d):
             return output + layer._conv_forward(inputs[0], part, None)
         return output + nn.functional.linear(inputs[0], part)

@@ -69,6 +69,7 @@ class TuckerPair(Update):
     def merged(self) -> LowRankPair:
         """Return the same update as a plain pair of the same rank and alpha: the core goes into ``down``."""
         dtype = torch.promote_types(torch.float32, self.down.dtype)
+        # (rank, rank, kh, kw) and (rank, in) -> (rank, in, kh, kw)
         down = torch.einsum("ijkl,jc->ickl", self.mid.to(dtype), self.down.to(dtype).flatten(1))
         return LowRankPair(down, self.up.to(dtype), self.alpha)
 
@@ -138,6 +139,7 @@ class DoRA(Update):
         total = weight.to(dtype) + self.direction.delta(weight).to(dtype)
         shape = [1] * total.ndim
         shape[0 if self.by_output else 1] = -1
+        # W' = m * (W + V) / norm(W + V); m and the norm are (out, 1, ...) by rows, (1, in, ...) by columns
         return total * (self.magnitude.to(dtype).reshape(shape) / self.norm_of(total).reshape(shape))
 
     def norm_of(self, weight: Tensor) -> Tensor:

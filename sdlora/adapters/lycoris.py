@@ -81,6 +81,7 @@ class LoHa(Update):
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """Return dW."""
         (a1, b1), (a2, b2) = self.matrices()
+        # dW = alpha / rank * (a1 @ b1) * (a2 @ b2), element by element: both (out, in * kh * kw)
         product = (a1 @ b1) * (a2 @ b2) * self.scale
         return product.reshape(self.shape if weight is None else weight.shape)
 
@@ -208,6 +209,8 @@ class LoKr(Update):
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """Return dW."""
+        # dW = scale * kron(w1, w2): (l, m) and (k, n * kh * kw) -> (l * k, m * n * kh * kw),
+        # which is (out, in * kh * kw)
         first, second = (_product(factors) for factors in self.matrices())
         return (torch.kron(first, second) * self.scale).reshape(
             self.shape if weight is None else weight.shape
@@ -261,7 +264,8 @@ def _merged_core(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Ten
     """Return (out, rank) and (rank, in * kh * kw), whose product is the factors' with their core."""
     if core is None:
         return a, b
-    # torch.kron fails on transposed views
+    # (rank, out) -> (out, rank), as torch.kron fails on transposed views;
+    # (rank, rank, kh, kw) and (rank, in) -> (rank, in * kh * kw)
     return a.T.contiguous(), torch.einsum("ijkl,jc->ickl", core.to(b.dtype), b).flatten(1)
 
 

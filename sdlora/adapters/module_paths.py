@@ -48,6 +48,8 @@ def installed_path(root: nn.Module, path: str) -> str:
 
 def inner_name(name: str) -> str:
     """Return the name PEFT knows an adapter by: no dots, and none of torch's own attribute names."""
+    # peft keeps adapters in ModuleDicts, which refuse dots (they part paths in a state_dict) and names that
+    # are attributes of theirs (`keys`, `train`). Doubled underscores keep `a.b` and `a_db` apart.
     return "adapter_" + name.replace("_", "__").replace(".", "_d")
 
 

@@ -239,12 +239,12 @@ def _request(
 
 def _progress_notices(emit: Emitter, num_images: int, steps: int) -> Callable[[int, int], None]:
     """Return a progress function that says every eighth of the way how long it will take."""
-    begun, told = time.monotonic(), 0
+    begun, eighths = time.monotonic(), 0
 
     def progress(done: int, total: int) -> None:
-        nonlocal told
-        if 8 * done // total > told:
-            told = 8 * done // total
+        nonlocal eighths
+        if 8 * done // total > eighths:
+            eighths = 8 * done // total
             left = (time.monotonic() - begun) * (total - done) / done
             emit(Notice(f"drew {done // steps} of {num_images} images, about {left:.0f} s left"))
 

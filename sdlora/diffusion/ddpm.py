@@ -60,6 +60,7 @@ class DDPM:
         alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
         if zero_terminal_snr:
             roots = alphas_cumprod.sqrt()
+            # shift a_T to 0, scale a_1 back to what it was
             roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
             alphas_cumprod = roots**2
         return cls(alphas_cumprod, PREDICTIONS[prediction_type])
@@ -125,7 +126,7 @@ class DDPM:
             return torch.ones(timesteps.shape, dtype=torch.float32, device=timesteps.device)
         snr = self.snr(timesteps)
         limited = snr.clamp(max=min_snr_gamma)
-        return limited / self.prediction.error_ratio(snr)  # (B,)
+        return limited / self.prediction.error_ratio(snr)  # min(snr, gamma) / ratio, (B,)
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw ``count`` uniform timesteps from a CPU generator, (count,) int64."""

@@ -112,4 +112,5 @@ def per_image_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
         return errors.flatten(1).mean(1)
     weights = mask.to(errors).expand(errors.shape[0], 1, *errors.shape[2:])
     area = weights.flatten(1).sum(1) * errors.shape[1]
+    # sum(mask * error) / sum(mask), over C, h and w: (B,)
     return (errors * weights).flatten(1).sum(1) / area.clamp(min=torch.finfo(torch.float32).tiny)

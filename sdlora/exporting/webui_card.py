@@ -47,8 +47,8 @@ def other_preview(target: Path) -> Path | None:
 
     WebUI takes any one of several, so a second one would show or not by chance.
     """
-    beside = (target.with_name(target.stem + ending) for ending in _PREVIEWS if ending != ".png")
-    return next((file for file in beside if file.is_file()), None)
+    neighbours = (target.with_name(target.stem + ending) for ending in _PREVIEWS if ending != ".png")
+    return next((file for file in neighbours if file.is_file()), None)
 
 
 def card_image(file: Path | None, *, private: bool = False) -> bytes | None:

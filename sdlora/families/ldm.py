@@ -111,7 +111,7 @@ class StoredKey:
 
 
 def unet_key_map(names: Iterable[str]) -> dict[str, StoredKey]:
-    """Return the place of every tensor of a ``UNet2DConditionModel``, by diffusers name.
+    """Return the key map of a ``UNet2DConditionModel``: diffusers name -> where the tensor lies.
 
     Raises:
         ModelError: for a name that such checkpoints have no place for.
@@ -124,7 +124,7 @@ def unet_key_map(names: Iterable[str]) -> dict[str, StoredKey]:
 
 
 def vae_key_map(names: Iterable[str], prefix: str = VAE_PREFIX) -> dict[str, StoredKey]:
-    """Return the place of every tensor of an ``AutoencoderKL``, by diffusers name."""
+    """Return the key map of an ``AutoencoderKL``: diffusers name -> where the tensor lies."""
     known = list(names)
     last = max((int(m[1]) for n in known if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", n))), default=0)
 
@@ -146,7 +146,7 @@ def vae_key_map(names: Iterable[str], prefix: str = VAE_PREFIX) -> dict[str, Sto
 
 
 def text_key_map(names: Iterable[str], encoder: TextEncoderInfo) -> dict[str, StoredKey]:
-    """Return the place of every tensor of a CLIP text encoder, by transformers name.
+    """Return the key map of a CLIP text encoder: name -> where the tensor lies.
 
     Args:
         names: with or without ``text_model.`` in front, as the installed transformers has them.

@@ -311,7 +311,7 @@ def _load_vae(source: str, default: Any, device: torch.device) -> Any:
 
 
 def _vae_key_map_of_file(path: Path, source: TensorSource, vae: Any) -> dict[str, StoredKey]:
-    """Return the places in a VAE file: diffusers' names, LDM names, or those inside a checkpoint."""
+    """Return the key map of a VAE file: diffusers' names, LDM names, or those inside a checkpoint."""
     names = vae.state_dict()
     keys = set(source.keys)
     if path.suffix.lower() in _CODE_SUFFIXES:
@@ -326,7 +326,7 @@ def _vae_key_map_of_file(path: Path, source: TensorSource, vae: Any) -> dict[str
 
 
 def _folder_key_map(names: Mapping[str, Any], source: TensorSource) -> dict[str, StoredKey]:
-    """Return the places in a diffusers component, whichever release of the libraries wrote it."""
+    """Return the key map of a diffusers component, whichever release of the libraries wrote it."""
     keys = set(source.keys)
     key_map = {}
     for name in names:

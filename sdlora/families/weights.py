@@ -24,7 +24,7 @@ from .ldm import StoredKey, by_key
 
 
 class TensorSource:
-    """The tensors of one safetensors file, or of the shards of one model; nothing is read before asked.
+    """The tensors of one safetensors file, or of the shards of one model; read when asked for.
 
     Args:
         files: one or more files; no key may be in two of them.
@@ -136,7 +136,7 @@ def fill(
 
     Args:
         module: all of its tensors must have a place.
-        places: name in the module -> where the source keeps it.
+        key_map: name in the module -> where the source keeps it.
         source: what is read.
         dtype: number format to round to.
         device: where the weights go.

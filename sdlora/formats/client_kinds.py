@@ -42,7 +42,7 @@ def _lycoris(client: str, kind: str, count: int) -> list[str]:
         return []
     if client == "diffusers":
         return [f"refuses the whole file for its {TITLES[kind]} layers; convert it to a plain LoRA"]
-    done = "fails on them" if kind == TuckerPair.kind else "leaves them out without a word"
+    done = "fails on them" if kind == TuckerPair.kind else "leaves them out silently"
     return [f"does not read {TITLES[kind]} ({count} layers) and {done}; convert it to a plain LoRA"]
 
 

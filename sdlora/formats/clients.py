@@ -128,9 +128,9 @@ def _hint(client: str, facts: _Facts) -> str:
     """WebUI files an adapter by two header entries and hides it beside checkpoints of another version."""
     if client != "WebUI" or facts.format != "webui" or not facts.entries or facts.family is None:
         return ""
-    told = facts.entries.get("ss_base_model_version", "")
+    stated = facts.entries.get("ss_base_model_version", "")
     version = "sd2" if facts.entries.get("ss_v2") == "True" else "sd1"
-    version = "sdxl" if told.startswith("sdxl_") else version
+    version = "sdxl" if stated.startswith("sdxl_") else version
     if version == facts.family:
         return ""
     return (

@@ -192,10 +192,10 @@ def _broken(key: str, text: str, family: str | None) -> str | None:
     rule = _RULES.get(key)
     if rule is not None and (wanted := rule(text)) is not None:
         return f"`{key}={shown(text, 60)}`: {wanted}"
-    told = {"ss_base_model_version": _VERSIONS, "modelspec.architecture": _ARCHITECTURES}.get(key)
-    if told is not None and text not in told:
-        return f"`{key}={shown(text, 60)}`: must be one of {', '.join(told)}"
-    if told is not None and family is not None and told[text] != family:
+    family_of_text = {"ss_base_model_version": _VERSIONS, "modelspec.architecture": _ARCHITECTURES}.get(key)
+    if family_of_text is not None and text not in family_of_text:
+        return f"`{key}={shown(text, 60)}`: must be one of {', '.join(family_of_text)}"
+    if family_of_text is not None and family is not None and family_of_text[text] != family:
         return f"`{key}={text}`: the layers are those of {family}; give its own value"
     if key == "ss_v2" and family is not None and (text == "True") != (family == "sd2"):
         return f"`{key}={text}`: the layers are those of {family}; give {family == 'sd2'}"
@@ -204,14 +204,16 @@ def _broken(key: str, text: str, family: str | None) -> str | None:
 
 def _contradiction(values: Mapping[str, str], entries: Mapping[str, str]) -> list[str]:
     """Return a problem where the entries by which programs find the family say different things."""
-    told = {
+    families = {
         key: table[entries[key]]
         for key, table in (("ss_base_model_version", _VERSIONS), ("modelspec.architecture", _ARCHITECTURES))
         if entries.get(key) in table
     }
     touched = [key for key in _NEEDED if key in values]
-    differ = len(set(told.values())) > 1 or any(
-        (family == "sd2") != (entries["ss_v2"] == "True") for family in told.values() if "ss_v2" in entries
+    differ = len(set(families.values())) > 1 or any(
+        (family == "sd2") != (entries["ss_v2"] == "True")
+        for family in families.values()
+        if "ss_v2" in entries
     )
     if not touched or not differ:
         return []

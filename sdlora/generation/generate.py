@@ -93,7 +93,7 @@ def generate(
         progress: called after each denoising step.
 
     Raises:
-        ConfigError: for settings that cannot be.
+        ConfigError: for settings that contradict each other or cannot be met.
         ModelError: for a base that cannot be loaded.
         AdapterFileError: for an adapter that cannot be read or does not fit.
         OutputError: for a folder that cannot be written.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Progress = Callable[[int, int], None]
-"""Told after every denoising step: (images times steps done, all of them)."""
+"""Called after every denoising step: (images times steps done, all of them)."""
 
 MAX_BATCH = 16
 MAX_BATCH_LATENTS = 4 * 64 * 64

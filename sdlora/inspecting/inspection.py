@@ -180,7 +180,7 @@ def inspect_adapter(path: Path, *, values: bool = True) -> AdapterSummary:
 
 
 def _measured(path: Path) -> tuple[Counter[int], Counter[float], tuple[BlockNorm, ...]]:
-    """Return how often each rank and alpha comes, and the norms of the blocks, module by module."""
+    """Return how often each rank and alpha occurs, and the norms of the blocks, module by module."""
     ranks: Counter[int] = Counter()
     alphas: Counter[float] = Counter()
 

@@ -119,6 +119,7 @@ class Cut:
 
 def factors_of(pair: LowRankPair, weight: float = 1.0) -> Factors:
     """Return ``weight * dW`` of a pair, all of ``weight * alpha / rank`` folded into ``up``."""
+    # dW = (weight * alpha / rank * up) @ down: (out, R) @ (R, in * kh * kw)
     up = pair.up.flatten(1).double() * (weight * pair.alpha / pair.rank)
     return Factors(up, pair.down.flatten(1).double(), (pair.up.shape[0], *pair.down.shape[1:]))
 
@@ -156,6 +157,7 @@ def common_shape(shapes: Sequence[tuple[int, ...]], where: str) -> tuple[int, ..
 
 def inner_product(first: Factors, other: Factors) -> float:
     """Return ``<dW1, dW2> = trace((U1^T U2) (D2 D1^T))`` in float64."""
+    # trace(A B^T) is the sum of A * B: (R1, R2) * (R1, R2)
     return float(((first.up.T @ other.up) * (first.down @ other.down.T)).sum())
 
 
@@ -169,6 +171,7 @@ def distance(first: Factors, other: Factors) -> float:
     square = whole - 2.0 * inner_product(first, other)
     if square > _CANCELLED * whole:
         return math.sqrt(square)
+    # |[U1 -U2] @ [D1; D2]| = |Ru Rd^T|, both triangular, (R1 + R2, R1 + R2) or smaller
     left = torch.linalg.qr(torch.cat([first.up, -other.up], 1), mode="r").R
     right = torch.linalg.qr(torch.cat([first.down, other.down]).T, mode="r").R
     return float(torch.linalg.matrix_norm(left @ right.T))
@@ -183,7 +186,7 @@ def rounding_distance(exact: Factors, stored: Factors) -> float:
     change_up, change_down = exact.up - stored.up, exact.down - stored.down
     if not bool(change_down.any()):
         return Factors(change_up, exact.down, exact.shape).norm() if bool(change_up.any()) else 0.0
-    left = torch.cat([change_up, stored.up], 1)
+    left = torch.cat([change_up, stored.up], 1)  # [(U - U') U'] @ [D; (D - D')]
     return Factors(left, torch.cat([exact.down, change_down]), exact.shape).norm()
 
 
@@ -203,7 +206,7 @@ class Spectrum:
 
     def first(self, count: int) -> Factors:
         """Return the best update of this rank (Eckart and Young 1936), half of each value on each side."""
-        roots = self.values[:count].sqrt()
+        roots = self.values[:count].sqrt()  # up = Qu P sqrt(S): (out, count); down = (Qd V sqrt(S))^T
         up = _turned(*self._left[:2], self._left[2][:, :count] * roots)
         down = _turned(*self._right[:2], self._right[2][:, :count] * roots)
         return Factors(up, down.T, self.shape)
@@ -217,6 +220,7 @@ def spectrum(factors: Factors) -> Spectrum:
     Householder reflections: to turn the few vectors that are kept is cheaper than to write the matrices out.
     """
     (left, left_tau, up), (right, right_tau, down) = (_reduced(m) for m in (factors.up, factors.down.T))
+    # Ru Rd^T = P S V^T, (R, R), so dW = (Qu P) S (Qd V)^T
     inner_left, values, inner_right = torch.linalg.svd(up @ down.T, full_matrices=False)
     return Spectrum(values, factors.shape, (left, left_tau, inner_left), (right, right_tau, inner_right.T))
 

@@ -67,7 +67,7 @@ def loss_of(
         blank = prior > 0 and not config.data.has_regularisation
         if blank:
             inputs = inputs.and_blank(_blank(model, batch))
-        prediction = (predict or model.predict)(*inputs)
+        prediction = (predict or model.predict)(*inputs)  # (B, C, h, w), or (2B, C, h, w) with blank captions
     target = corrupted.target.to(prediction.device)
     weights = model.process.loss_weights(timesteps, settings.min_snr_gamma) * batch.weights
     if prior > 0 and not blank and any(batch.regularisation):
@@ -76,8 +76,8 @@ def loss_of(
         target[rows] = _of_base(model, batch, inputs, rows)
         weights = weights * torch.where(torch.tensor(batch.regularisation), prior, 1.0)
     weights = weights.to(prediction.device)
-    plain = per_image_loss(prediction[:count], target, batch.mask)
-    weighted = plain * weights
+    plain = per_image_loss(prediction[:count], target, batch.mask)  # (B,)
+    weighted = plain * weights  # w_i * mean((prediction_i - target_i)^2)
     if blank:
         base = _of_base(model, batch, inputs, range(count, 2 * count))
         weighted = weighted + prior * weights * per_image_loss(prediction[count:], base)

@@ -209,9 +209,9 @@ def test_attaching_leaves_only_the_new_adapter_acting(model: DiffusionModel) -> 
 def test_a_new_adapter_is_the_same_beside_one_that_is_attached(model: DiffusionModel) -> None:
     alone = create_adapter(model, BOTH, 4)
     attach(model, trained(model), "one")
-    beside = create_adapter(model, BOTH, 4)
-    assert list(beside.pairs) == list(alone.pairs)
-    assert all(torch.equal(beside.pairs[key].down, pair.down) for key, pair in alone.items())
+    second = create_adapter(model, BOTH, 4)
+    assert list(second.pairs) == list(alone.pairs)
+    assert all(torch.equal(second.pairs[key].down, pair.down) for key, pair in alone.items())
 
 
 def test_ranks_and_alphas_may_differ_from_layer_to_layer(model: DiffusionModel) -> None:
@@ -284,14 +284,14 @@ def test_merged_equals_unmerged_and_is_exactly_undone(model: DiffusionModel, str
     attach(model, trained(model, AdapterConfig(targets="attention", rank=2, alpha=1.0), seed=2), "two")
     strengths: dict[str, Strength] = {"one": strength, "two": -0.4}
     set_strengths(model, strengths)
-    beside = output(model)
-    assert not torch.equal(beside, base)
+    unmerged = output(model)
+    assert not torch.equal(unmerged, base)
     merged = Merged(model, strengths)
-    torch.testing.assert_close(output(model), beside, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output(model), unmerged, rtol=1e-4, atol=1e-5)
     merged.undo()
     assert torch.equal(output(model), base)
     set_strengths(model, strengths)
-    assert torch.equal(output(model), beside)
+    assert torch.equal(output(model), unmerged)
     detach(model, "one")
     detach(model, "two")
     after = state(model)
@@ -313,10 +313,10 @@ def test_a_bf16_base_rounds_a_merge_once_and_undoes_it(tiny_base: Path) -> None:
     weights = trained(model)
     layers = attach(model, weights, "one")
     assert {layer.down.dtype for layer in layers} == {torch.bfloat16}
-    beside = output(model)
+    unmerged = output(model)
     merged = Merged(model, {"one": 1.0})
-    change = float((beside - base).abs().mean())
-    assert float((output(model) - beside).abs().mean()) < 0.3 * change
+    change = float((unmerged - base).abs().mean())
+    assert float((output(model) - unmerged).abs().mean()) < 0.3 * change
     merged.undo()
     detach(model, "one")
     after = state(model)

@@ -309,8 +309,8 @@ def test_limits_of_other_programs_are_reported(tmp_path: Path) -> None:
 def test_without_verifying_nothing_is_read_back(source: Path, tmp_path: Path) -> None:
     report = export_adapter(source, "webui", tmp_path / "out", verify=False)
     assert report.proof is None and "not read back" in report.proof_line()
-    told = json.loads(json.dumps(report.to_dict()))
-    assert "read_by" not in told and len(told["clients"]) == 6
+    answer = json.loads(json.dumps(report.to_dict()))
+    assert "read_by" not in answer and len(answer["clients"]) == 6
     assert (tmp_path / "out" / "ink.safetensors").is_file()
 
 
@@ -402,6 +402,6 @@ def test_the_command_takes_private_and_no_verify(
     write_adapter(adapter, "webui", path, torch.float32, INFO)
     words = ["export", str(path), "--output", str(tmp_path / "out"), "--private", "--no-verify", "--json"]
     assert main(words) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["proof"] == "not read back (--no-verify)" and "largest_difference" not in told
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["proof"] == "not read back (--no-verify)" and "largest_difference" not in answer
     assert "ss_sd_model_name" not in read_adapter(tmp_path / "out" / "ink.safetensors").info.metadata

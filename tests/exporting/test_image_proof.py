@@ -76,6 +76,6 @@ def test_the_command_compares_on_request(
     assert main([*words, "--base", str(tiny_base)]) == 2
     assert "no effect without --verify-images" in capsys.readouterr().err
     assert main([*words, "--verify-images", "--base", str(tiny_base), "--prompt", "a cat"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["images"]["num_pairs"] == 4 and told["read_by"] == ["sdlora", "diffusers"]
-    assert told["images"]["largest"] == 0 and told["images"]["effect"] > 10
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["images"]["num_pairs"] == 4 and answer["read_by"] == ["sdlora", "diffusers"]
+    assert answer["images"]["largest"] == 0 and answer["images"]["effect"] > 10

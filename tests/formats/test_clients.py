@@ -473,10 +473,12 @@ def test_what_else_clients_leave_out(
 def test_alphas_in_the_header_and_flat_text_encoders_are_lost_on_clients_that_read_keys_alone() -> None:
     keys = ["unet.x.lora_A.weight", "text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight"]
     weights = pairs_for(("unet", "mid_block.attentions.0.proj_in"), alpha=1.0)
-    told = {support.client: support.reasons for support in client_support("diffusers", "sd1", weights, keys)}
-    assert any("header only" in reason for reason in told["stable-diffusion.cpp"])
-    assert any("header only" in reason for reason in told["ComfyUI"])
-    assert any("lack `text_model.`" in reason for reason in told["ComfyUI"])
+    reasons = {
+        support.client: support.reasons for support in client_support("diffusers", "sd1", weights, keys)
+    }
+    assert any("header only" in reason for reason in reasons["stable-diffusion.cpp"])
+    assert any("header only" in reason for reason in reasons["ComfyUI"])
+    assert any("lack `text_model.`" in reason for reason in reasons["ComfyUI"])
 
 
 def test_a_header_by_which_webui_hides_the_file_is_told() -> None:

@@ -231,9 +231,10 @@ def test_the_command_edits_and_shows(tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["inspect", str(path), "--set", "modelspec.license=CC0-1.0", "--remove", "own", "--json"]) == 0
     )
     out = capsys.readouterr().out
-    told = json.loads(out.splitlines()[-1])
+    answer = json.loads(out.splitlines()[-1])
     assert (
-        told["edited"]["modelspec.license"]["after"] == "CC0-1.0" and told["settings"]["licence"] == "CC0-1.0"
+        answer["edited"]["modelspec.license"]["after"] == "CC0-1.0"
+        and answer["settings"]["licence"] == "CC0-1.0"
     )
     assert main(["inspect", str(path), "--set", "format=x"]) == 2
     assert "cannot be changed" in capsys.readouterr().err

@@ -123,15 +123,15 @@ def test_mixed_requests_come_back_in_order(generator: ImageGenerator) -> None:
         request(seed=5, guidance=1.0),
         *(request(seed=seed) for seed in range(6, 24)),  # more than one batch
     ]
-    told: list[tuple[int, int]] = []
-    images = render(generator.model, requests, progress=lambda done, total: told.append((done, total)))
+    progress: list[tuple[int, int]] = []
+    images = render(generator.model, requests, progress=lambda done, total: progress.append((done, total)))
     assert len(images) == len(requests) == 23
     assert images[2].size == (32, 64)
     for index in (1, 2, 3, 4, 22):
         assert same(images[index], render(generator.model, [requests[index]])[0], within=1)
     total = sum(asked.steps for asked in requests)
-    assert told[-1] == (total, total) and {total_told for _, total_told in told} == {total}
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert progress[-1] == (total, total) and {total_told for _, total_told in progress} == {total}
+    assert [done for done, _ in progress] == sorted({done for done, _ in progress})
 
 
 def test_without_guidance_the_negative_prompt_has_no_effect(generator: ImageGenerator) -> None:
@@ -244,11 +244,11 @@ def test_merged_equals_unmerged_and_undoing_restores_every_weight(generator: Ima
     generator.add_adapter(AdapterFile(trained(generator.model, 1), AdapterInfo(name="a")))
     generator.add_adapter(AdapterFile(trained(generator.model, 2), AdapterInfo(name="b")))
     strengths: dict[str, Strength] = {"a": 0.8, "b": {"unet": -0.3, "text_encoder": 0.5}}
-    beside = generator.generate([request(strengths=strengths)])[0]
+    unmerged = generator.generate([request(strengths=strengths)])[0]
     generator.merge(strengths)
     merged, explicit = generator.generate([request(), request(strengths=strengths)])
     assert merged.request == explicit.request and merged.request.strengths == strengths
-    assert same(merged.image, beside.image, within=1) and same(explicit.image, merged.image, within=1)
+    assert same(merged.image, unmerged.image, within=1) and same(explicit.image, merged.image, within=1)
     assert not same(merged.image, base, within=3)
     for refused in (
         lambda: generator.generate([request(strengths={"a": 0.1})]),
@@ -260,7 +260,7 @@ def test_merged_equals_unmerged_and_undoing_restores_every_weight(generator: Ima
             refused()
     generator.unmerge()
     assert same(generator.generate([request()])[0].image, base)
-    assert same(generator.generate([request(strengths=strengths)])[0].image, beside.image)
+    assert same(generator.generate([request(strengths=strengths)])[0].image, unmerged.image)
     for_the_call = generator.generate([request(strengths=strengths)], merge=True)[0]
     assert same(for_the_call.image, merged.image, within=1)
     generator.remove_adapter("a")
@@ -360,13 +360,13 @@ def test_images_are_numbered_on_and_carry_their_settings(
 def test_a_sweep_renders_each_strength_from_one_seed(
     tiny_base: Path, adapter_file: Path, tmp_path: Path, merge: bool
 ) -> None:
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     options: dict[str, Any] = {"steps": 2, "device": "cpu", "precision": "fp32", "seed": 3}
     result = generate(
         str(tiny_base), [(adapter_file, 0.8)], ["cat", "dog"], tmp_path / "sweep", strengths=[0, 0.5, 1.25],
-        merge=merge, progress=lambda done, total: told.append((done, total)), **options,
+        merge=merge, progress=lambda done, total: calls.append((done, total)), **options,
     )  # fmt: skip
-    assert told[-1] == (12, 12) and len(told) == len(set(told))
+    assert calls[-1] == (12, 12) and len(calls) == len(set(calls))
     assert [file.name for file in result.files] == [f"{i:05d}-3.png" for i in range(1, 7)]
     assert result.grid is not None and result.grid.name == "grid-0001.png"
     tags = [read_parameters(file)["Prompt"] for file in result.files]

@@ -77,8 +77,8 @@ def test_a_summary_tells_what_is_in_the_file(format: str, weights: AdapterWeight
     assert summary.hash_matches is (True if format == "webui" else None)
     full = [support.client for support in summary.clients if support.full]
     assert len(full) == {"webui": 6, "diffusers": 1, "peft": 0}[format]
-    told = json.loads(json.dumps(summary.to_dict()))
-    assert told["num_modules"] == len(weights) and len(told["blocks"]) == len(summary.blocks)
+    answer = json.loads(json.dumps(summary.to_dict()))
+    assert answer["num_modules"] == len(weights) and len(answer["blocks"]) == len(summary.blocks)
     text = render(summary)
     for word in ("inkstyle (40)", "2 (", "steps", "loads fully in", "mid_block", "ComfyUI"):
         assert word in text
@@ -104,14 +104,14 @@ def test_the_header_alone_tells_the_same_without_reading_a_tensor(
             file.write_bytes(data)
     with pytest.raises(AdapterFileError, match="NaN"):
         inspect_adapter(target)
-    told = inspect_adapter(target, values=False).to_dict()
-    entries = told.pop("header")
+    from_header = inspect_adapter(target, values=False).to_dict()
+    entries = from_header.pop("header")
     assert isinstance(entries, dict) and entries["ss_steps"] == "300"
     read_from_data = {"blocks", "model_hash", "short_hash", "hash_matches"}
-    assert {k: v for k, v in told.items() if k not in read_from_data} == {
+    assert {k: v for k, v in from_header.items() if k not in read_from_data} == {
         k: v for k, v in whole.items() if k not in read_from_data
     }
-    assert told["model_hash"] == (whole["model_hash"] if format == "webui" else "")
+    assert from_header["model_hash"] == (whole["model_hash"] if format == "webui" else "")
     assert main(["inspect", str(target), "--header"]) == 0
     printed = capsys.readouterr().out
     assert "ss_steps" in printed and "modelspec.architecture" in printed and "Frobenius" not in printed

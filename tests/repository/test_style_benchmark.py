@@ -174,19 +174,19 @@ def test_no_image_is_drawn_twice_and_a_subject_alone_is_drawn_alike(
     tmp_path: Path, tiny_base: Path, style: Style
 ) -> None:
     items = style.subjects()
-    told: list[str] = []
-    studio = Studio(str(tiny_base), Drawing(steps=2), tmp_path / "drawn", told.append)
+    lines: list[str] = []
+    studio = Studio(str(tiny_base), Drawing(steps=2), tmp_path / "drawn", lines.append)
     first = studio.draw("base", None, [0.0], items)[0.0]
     files = sorted((tmp_path / "drawn").rglob("*.png"))
-    assert len(files) == 6 and told == ["base: drew 6 of 6 images"]
+    assert len(files) == 6 and lines == ["base: drew 6 of 6 images"]
     before = {file: file.stat().st_mtime_ns for file in files}
     files[3].unlink()
     again = studio.draw("base", None, [0.0], items[2:5])[0.0]
     assert [image.tobytes() for image in again] == [image.tobytes() for image in first[2:5]]
-    assert told[1:] == ["base: drew 1 of 1 images"]
+    assert lines[1:] == ["base: drew 1 of 1 images"]
     changed = [file for file in files if file.stat().st_mtime_ns != before[file]]
     assert changed == [files[3]]
-    other = Studio(str(tiny_base), Drawing(steps=2, seed=1), tmp_path / "drawn", told.append)
+    other = Studio(str(tiny_base), Drawing(steps=2, seed=1), tmp_path / "drawn", lines.append)
     assert other.draw("base", None, [0.0], items)[0.0][0].tobytes() != first[0].tobytes()
 
 

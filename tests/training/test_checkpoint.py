@@ -29,9 +29,9 @@ def test_newest_good_one_wins_and_damage_is_told(tmp_path: Path) -> None:
         save(tmp_path, step)
     (tmp_path / "step-000010" / "adapter.safetensors").write_bytes(b"other")
     (tmp_path / "step-000002" / "state.json").write_text("{", encoding="utf-8")
-    told: list[str] = []
-    assert load_newest(tmp_path, told.append).step == 1
-    assert len(told) == 2
+    notices: list[str] = []
+    assert load_newest(tmp_path, notices.append).step == 1
+    assert len(notices) == 2
 
 
 def test_no_usable_checkpoint_is_a_clear_error(tmp_path: Path) -> None:

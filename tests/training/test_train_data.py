@@ -64,8 +64,8 @@ def settings(tiny_base: Path, image_folder: Make, tmp_path: Path) -> Callable[..
     return make
 
 
-def prepared(config: Config, told: list[Event] | None = None) -> Run:
-    return prepare_run(config, resume=False, emit=Emitter(() if told is None else (told.append,)))
+def prepared(config: Config, events: list[Event] | None = None) -> Run:
+    return prepare_run(config, resume=False, emit=Emitter(() if events is None else (events.append,)))
 
 
 def visits_of(run: Run, epoch: int = 0) -> list[int]:
@@ -95,7 +95,7 @@ def test_the_weight_of_a_source_is_the_weight_of_its_gradient(
 def test_regularisation_images_are_trained_on_but_never_held_out_or_previewed(
     settings: Callable[..., Config], image_folder: Make
 ) -> None:
-    told: list[Event] = []
+    events: list[Event] = []
     config = settings(
         "run",
         "data.validation=2",
@@ -103,7 +103,7 @@ def test_regularisation_images_are_trained_on_but_never_held_out_or_previewed(
         "data.trigger_word=zork",
         **{"data.sources": [{"folder": image_folder(4, "class"), "regularisation": True, "repeats": 2}]},
     )
-    run = prepared(config, told)
+    run = prepared(config, events)
     assert [item.regularisation for item in run.validation.items] == [False, False]
     roles = Counter(item.regularisation for item in run.training.items)
     assert roles == {False: 4, True: 4}
@@ -115,9 +115,9 @@ def test_regularisation_images_are_trained_on_but_never_held_out_or_previewed(
 
 def test_what_is_odd_about_the_folders_is_told(settings: Callable[..., Config], image_folder: Make) -> None:
     folder = image_folder(2, "7_cat")
-    told: list[Event] = []
-    prepared(settings("run", **{"data.folder": folder}), told)
-    notes = [event.message for event in told if isinstance(event, Notice)]
+    events: list[Event] = []
+    prepared(settings("run", **{"data.folder": folder}), events)
+    notes = [event.message for event in events if isinstance(event, Notice)]
     assert any(note.startswith("7_cat: is named as kohya's folders are") for note in notes)
 
 
@@ -132,11 +132,13 @@ def test_without_any_folder_nothing_starts(settings: Callable[..., Config]) -> N
 def test_varying_captions_are_told_encoded_and_trained_on(
     settings: Callable[..., Config], image_folder: Make
 ) -> None:
-    told: list[Event] = []
+    events: list[Event] = []
     config = settings("run", "data.shuffle_tags=true", "data.caption_suffix='ink, drawn, {x|y}'")
-    run = prepared(config, told)
+    run = prepared(config, events)
     assert run.config.data.encode_captions == "before"
-    decided = [event for event in told if isinstance(event, Decided) and event.key == "data.encode_captions"]
+    decided = [
+        event for event in events if isinstance(event, Decided) and event.key == "data.encode_captions"
+    ]
     assert len(decided) == 1 and "different captions in" in decided[0].reason
     assert not run.keep_text
 
@@ -282,9 +284,9 @@ def test_each_image_is_trained_at_each_resolution_it_is_large_enough_for(
 def test_small_images_keep_their_size_if_enlarging_is_off_and_are_warned_of_if_not(
     settings: Callable[..., Config],
 ) -> None:
-    told: list[Event] = []
-    prepared(settings("up", "data.resolution=128"), told)
-    notes = [event.message for event in told if isinstance(event, Notice)]
+    events: list[Event] = []
+    prepared(settings("up", "data.resolution=128"), events)
+    notes = [event.message for event in events if isinstance(event, Notice)]
     assert any(note.startswith("6 of 6 images are enlarged more than 1.5 times") for note in notes)
     run = prepared(settings("own", "data.resolution=128", "data.upscale=false"))
     sizes = {

@@ -122,8 +122,8 @@ class _Copy:
         self._beside(file, PurePosixPath(written))
 
     def _leave_out(self, image: FoundFile, why: str) -> None:
-        beside = " with its caption" if self._listing.captions_of(image) else ""
-        self._changes.append(Change(image.name, f"left out{beside}: {why}", None))
+        with_caption = " with its caption" if self._listing.captions_of(image) else ""
+        self._changes.append(Change(image.name, f"left out{with_caption}: {why}", None))
 
     def _free_name(self, file: FoundFile, mended: Mended) -> str:
         """Return a name whose stem no other image of the copy has, so that each has its own caption."""

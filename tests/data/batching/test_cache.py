@@ -46,10 +46,10 @@ def entries(folder: Path, kind: str) -> dict[Path, int]:
 def test_everything_is_encoded_once_and_found_again(
     model: StableDiffusion1, image_folder: Make, tmp_path: Path
 ) -> None:
-    dataset, cache, told = scan(image_folder()), tmp_path / "cache", []
+    dataset, cache, emitted = scan(image_folder()), tmp_path / "cache", []
     data = encoded(dataset, model, cache)
-    data.encode_all(lambda done, total: told.append((done, total)))
-    assert told == [(n, 13) for n in range(1, 14)]  # six images, six captions, the empty caption
+    data.encode_all(lambda done, total: emitted.append((done, total)))
+    assert emitted == [(n, 13) for n in range(1, 14)]  # six images, six captions, the empty caption
     first = entries(cache, "images") | entries(cache, "captions")
     assert len(first) == 13
     again = encoded(dataset, model, cache)

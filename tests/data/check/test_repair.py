@@ -61,8 +61,8 @@ def test_metadata_files_name_the_images_of_the_copy(tmp_path: Path, ending: str)
         "in/b.png": "a moving cup",
         "in/own.png": "a caption of its own",
     }
-    told = changes[f"in/metadata.{ending}"]
-    assert told.written == f"in/metadata.{ending}"
+    change = changes[f"in/metadata.{ending}"]
+    assert change.written == f"in/metadata.{ending}"
     for words in (
         "converted to UTF-8 from UTF-16",
         "1 line named after the image in the copy",
@@ -71,7 +71,7 @@ def test_metadata_files_name_the_images_of_the_copy(tmp_path: Path, ending: str)
         "1 line left out: its image was named before",
         *(["1 line left out: not readable"] if ending == "jsonl" else []),
     ):
-        assert words in told.what
+        assert words in change.what
 
 
 def test_metadata_files_that_need_nothing_are_copied_byte_for_byte(tmp_path: Path) -> None:

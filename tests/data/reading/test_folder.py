@@ -129,9 +129,9 @@ def test_links_in_a_circle_are_followed_once(tmp_path: Path) -> None:
 
 def test_progress_is_told_for_every_image(tmp_path: Path) -> None:
     folder_of(tmp_path, 3)
-    told: list[tuple[int, int]] = []
-    scan(tmp_path, progress=lambda done, total: told.append((done, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    progress: list[tuple[int, int]] = []
+    scan(tmp_path, progress=lambda done, total: progress.append((done, total)))
+    assert progress == [(1, 3), (2, 3), (3, 3)]
 
 
 # --- captions
