@@ -1,4 +1,4 @@
-"""Where a model runs and in which number format, when the user leaves it open."""
+"""Where a model runs and in which number format when the user leaves it open, and what is set there."""
 
 from __future__ import annotations
 
@@ -85,3 +85,26 @@ def _check_cuda(setting: str, device: torch.device) -> None:
         )
     if lack := lack_of_kernels(device.index or 0):
         raise ConfigError(f"device `{setting}`: {lack}; `sdlora doctor` says which torch to install")
+
+
+def make_current(device: torch.device) -> None:
+    """Have torch's calls that name no card mean this one, and not open a context on the first one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def set_exactness(device: torch.device, dtype: torch.dtype) -> None:
+    """Set how exactly a card computes, for the whole process.
+
+    float32 chosen as the base's format is computed as float32. In bf16 and fp16, what stays float32 (the
+    autoencoder) may use TF32: its error (2^-11) is below bf16's own, and on tensor cores it is several times
+    as fast. cuDNN takes only algorithms that give the same bits each time, and does not try out which are
+    fastest: buckets would make it try again for every shape, and its choice would differ from run to run.
+    """
+    if device.type != "cuda":
+        return
+    half = dtype != torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = half
+    torch.backends.cudnn.allow_tf32 = half
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +55,7 @@ class Caching(Event):
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """The first step is about to be made; predictions in seconds and bytes."""
+    """The first step is about to be made; predictions in seconds and bytes, these also by phase."""
 
     name: str
     steps: int
@@ -64,6 +64,7 @@ class RunStarted(Event):
     num_parameters: int
     expected_seconds: float | None
     expected_bytes: int
+    expected_phases: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,10 @@ def detach(model: DiffusionModel, name: str) -> None:
 
 
 class Merged:
-    """Adapters folded into the base's weights; :meth:`undo` restores every weight bit for bit."""
+    """Adapters folded into the base's weights; :meth:`undo` restores every weight bit for bit.
+
+    The base's own weights wait in main memory: a card that holds the model once need not hold it twice.
+    """
 
     def __init__(self, model: DiffusionModel, strengths: Mapping[str, Strength]) -> None:
         self._model = model
@@ -249,10 +252,10 @@ class Merged:
         with torch.no_grad():
             for key, updates in acting.items():
                 weight = base_weight(module_at(model, key))
-                self._originals[key] = original = weight.detach().clone()
-                merged = original.float()  # W + sum of strength * dW, in the shape of W
+                self._originals[key] = weight.detach().to("cpu", copy=True)
+                merged = original = weight.detach().float()  # W + sum of strength * dW, in the shape of W
                 for value, update in updates:
-                    merged = merged + value * update.delta(original.float())
+                    merged = merged + value * update.delta(original)
                 weight.copy_(merged)  # rounded to the weight's format once
         set_strengths(model, {})
 

@@ -20,6 +20,7 @@ from .attention import choose_attention
 from .base import BaseModelInfo, Conditioning, DiffusionModel, Posterior, SizeHint, stack_conditioning
 from .clip import checkpoint_text_encoder, count_chunks
 from .fingerprint import module_fingerprint
+from .visiting import Visit, visiting
 
 _TILE = 512  # px
 UNET_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
@@ -78,6 +79,7 @@ class UNetModel(DiffusionModel):
         for module in (self.unet, self.vae, *self.text_encoders.values()):
             module.requires_grad_(False).eval()
         self._lean = False
+        self._visits: dict[int, Visit] = {}
         if offload:
             # small cards: the autoencoder takes the most memory of all at the end
             self._decode_in_tiles()
@@ -210,28 +212,28 @@ class UNetModel(DiffusionModel):
         self._lean = lean and not training
         if not self._offload and self.device.type != "meta":  # a blueprint has nothing to move
             all_there = not training and not lean
-            self.unet.to(self.device)
-            self.vae.to(self.device if keep_images or all_there else "cpu")
-            for encoder in self.text_encoders.values():
-                encoder.to(self.device if keep_text or all_there else "cpu")
+            places = [(self.vae, keep_images or all_there), (self.unet, True)]
+            places += [(encoder, keep_text or all_there) for encoder in self.text_encoders.values()]
+            for module, there in sorted(places, key=lambda place: place[1]):  # first away, then there
+                module.to(self.device if there else "cpu")
 
     @contextmanager
     def _working(self, *modules: nn.Module) -> Iterator[None]:
         """Have these modules on the device: alone if offloading, for this time if lean, else as they are."""
         if self._offload:
-            for other in (self.unet, self.vae, *self.text_encoders.values()):
-                if not any(other is module for module in modules):
-                    other.to("cpu")
-            for module in modules:
-                module.to(self.device)
+            self._only(modules)
         visitors = [m for m in modules if self._lean and next(m.parameters()).device.type != self.device.type]
-        for module in visitors:
-            module.to(self.device)
-        try:
+        with visiting(visitors, self.device):
             yield
-        finally:
-            for module in visitors:
-                module.to("cpu")
+
+    def _only(self, modules: Sequence[nn.Module]) -> None:
+        """Have these modules on the device and no others; they stay there until others are asked for."""
+        wanted = {id(module) for module in modules}
+        for key in [key for key in self._visits if key not in wanted]:
+            self._visits.pop(key).end_with_guests()
+        for module in modules:
+            if id(module) not in self._visits:
+                self._visits[id(module)] = Visit(module, self.device)
 
     @property
     def device(self) -> torch.device:

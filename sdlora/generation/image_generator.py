@@ -13,7 +13,7 @@ from ..adapters.attach import Merged, attach, detach, set_strengths
 from ..adapters.canonical import AdapterFile
 from ..adapters.strength import Strength
 from ..config.schema import Precision
-from ..devices import choose_device, choose_dtype
+from ..devices import choose_device, choose_dtype, make_current, set_exactness
 from ..errors import AdapterFileError, ConfigError
 from ..families.loading import DEFAULT_OPTIONS, LoadOptions, load_model
 from ..machine import idle_card_notice
@@ -59,7 +59,9 @@ class ImageGenerator:
         chosen = choose_device(device)
         if device is None and chosen.type == "cpu" and (notice := idle_card_notice()):
             warnings.warn(notice, stacklevel=2)
+        make_current(chosen)
         dtype = choose_dtype(precision, chosen)
+        set_exactness(chosen, dtype)
         return cls(load_model(base, dtype=dtype, device=chosen, **dataclasses.asdict(options)))
 
     @property

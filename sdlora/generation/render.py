@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -65,13 +65,23 @@ class GeneratedImage:
 
 @torch.no_grad()  # not inference_mode: training goes on with this model, which must hold no such tensors
 def render(
-    model: DiffusionModel, requests: Sequence[GenerateRequest], *, progress: Progress | None = None
+    model: DiffusionModel,
+    requests: Sequence[GenerateRequest],
+    *,
+    progress: Progress | None = None,
+    encoded: Mapping[str, Conditioning] | None = None,
 ) -> list[Image]:
     """Return the images of ``requests``, in their order, with the adapters acting as the model has them.
 
     Requests that differ only in prompts and seed share batches. Each image draws all its noise from its
     own CPU generator and each prompt is encoded by itself, so a batch changes an image only by rounding.
     The caller sets modes and strengths (:meth:`DiffusionModel.prepare`, ``set_strengths``).
+
+    Args:
+        model: see :func:`denoise`.
+        requests: what to make.
+        progress: told after every denoising step.
+        encoded: prompts encoded before (:func:`encode_prompts`); the others are encoded now.
 
     Raises:
         ConfigError: for a size, sampler or number of steps that does not exist.
@@ -90,7 +100,7 @@ def render(
             if progress is not None:
                 progress(done, total)
 
-        latents = denoise(model, members, tick)
+        latents = denoise(model, members, tick, encoded=encoded)
         for request, latent in zip(members, latents, strict=True):
             if not bool(torch.isfinite(latent).all()):
                 raise ModelError(
@@ -124,14 +134,23 @@ def _batches(model: DiffusionModel, requests: Sequence[GenerateRequest]) -> Iter
         key = (request.height, request.width, request.steps, request.guidance, find_sampler(request.sampler))
         alike.setdefault(key, []).append(i)
     for indices in alike.values():
-        _, height, width = model.latent_shape(requests[indices[0]].height, requests[indices[0]].width)
-        size = max(1, min(MAX_BATCH, MAX_BATCH_LATENTS // (height * width)))
+        size = most_at_once(model, requests[indices[0]].height, requests[indices[0]].width)
         yield from (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def most_at_once(model: DiffusionModel, height: int, width: int) -> int:
+    """Return how many images of a size in px share a batch at most."""
+    _, rows, columns = model.latent_shape(height, width)
+    return max(1, min(MAX_BATCH, MAX_BATCH_LATENTS // (rows * columns)))
 
 
 @torch.no_grad()
 def denoise(
-    model: DiffusionModel, requests: Sequence[GenerateRequest], tick: Callable[[], None] | None = None
+    model: DiffusionModel,
+    requests: Sequence[GenerateRequest],
+    tick: Callable[[], None] | None = None,
+    *,
+    encoded: Mapping[str, Conditioning] | None = None,
 ) -> Tensor:
     """Return clean scaled latents (B, C, h, w) float32 of requests that share all but prompts and seed.
 
@@ -139,6 +158,7 @@ def denoise(
         model: in eval mode, its adapters set as they shall act.
         requests: one batch.
         tick: called after every denoising step.
+        encoded: see :func:`render`.
     """
     first, count = requests[0], len(requests)
     scheduler = make_scheduler(first.sampler, model.process, first.steps)
@@ -150,7 +170,7 @@ def denoise(
     )
     latents = noise.to(model.device) * float(scheduler.init_noise_sigma)
     guided = first.guidance > 1.0
-    text = _conditioning(model, requests, guided)
+    text = _conditioning(model, requests, guided, encoded)
     copies = 2 if guided else 1
     pixels = (first.height, first.width)
     sizes = [SizeHint(original=pixels, crop=(0, 0), target=pixels)] * (count * copies)
@@ -167,16 +187,28 @@ def denoise(
     return latents
 
 
-def _conditioning(model: DiffusionModel, requests: Sequence[GenerateRequest], guided: bool) -> Conditioning:
+def _conditioning(
+    model: DiffusionModel,
+    requests: Sequence[GenerateRequest],
+    guided: bool,
+    encoded: Mapping[str, Conditioning] | None = None,
+) -> Conditioning:
     """Encode each prompt by itself and stack: all negative prompts (if guided), then all prompts."""
     prompts = [request.negative_prompt for request in requests] if guided else []
     prompts += [request.prompt for request in requests]
-    encoded = {
+    known = dict(encoded or {})
+    known |= encode_prompts(model, [prompt for prompt in prompts if prompt not in known])
+    stacked = stack_conditioning([known[prompt] for prompt in prompts])
+    return {name: tensor.to(model.device) for name, tensor in stacked.items()}
+
+
+@torch.no_grad()
+def encode_prompts(model: DiffusionModel, prompts: Iterable[str]) -> dict[str, Conditioning]:
+    """Return prompt -> its conditioning, tensors without batch axis, where the text encoders are."""
+    return {
         prompt: {name: tensor[0] for name, tensor in model.encode_text([prompt]).items()}
         for prompt in dict.fromkeys(prompts)
     }
-    stacked = stack_conditioning([encoded[prompt] for prompt in prompts])
-    return {name: tensor.to(model.device) for name, tensor in stacked.items()}
 
 
 def _to_images(pixels: Tensor) -> list[Image]:

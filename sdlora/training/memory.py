@@ -1,9 +1,10 @@
-"""How much memory a training step will take, counted before any weight is read.
+"""How much memory a training run will take, counted before any weight is read.
 
-The step is really run, forward and backward, on torch's meta device: tensors of the true shapes and formats
-that hold no numbers. Every allocation and release is counted as it happens, so the peak is that of the true
-graph, with no table of guesses. What the count cannot see is the memory of the libraries themselves (a CUDA
-context takes 0.3 to 0.8 GiB) and the scratch space inside single kernels.
+Each phase of a run (encoding, placing, step, validation, previews) is really run on torch's meta device:
+tensors of the true shapes and formats that hold no numbers. Every allocation and release is counted as it
+happens, so the peak is that of the true graph, with no table of guesses. What the count cannot see is the
+scratch space inside single kernels; the memory of the libraries themselves (a CUDA context takes 0.3 to 0.8
+GiB) is taken already when a card is asked what it has free.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as functional
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,11 +31,13 @@ from ..diffusion.process import per_image_loss
 from ..errors import TrainingError
 from ..families.attention import choose_attention
 from ..families.base import DiffusionModel, SizeHint
+from ..generation.render import most_at_once
 from .optimizers import optimizer_kind
 
 GIB = 2**30
 _TOLERANCE = 0.85  # the count may be 15 % too high; below this share of it a run cannot fit
-_CONTEXT_BYTES = {"cuda": GIB // 2}  # libraries and kernels, before the first tensor
+VALIDATION_TIMESTEPS = 4  # at which each held-out image is measured
+_SPARED = ("validation", "previews")  # phases that are skipped where they do not fit
 
 
 @dataclass(frozen=True)
@@ -46,27 +49,41 @@ class MemoryPlan:
         adapter: the adapter's fp32 masters, its copy in the base's format, gradients and optimizer's state.
         activations: the most that is alive at once during a step, besides the above.
         free: what the device has free before the run, if that is known.
+        others: what is alive at once in the other phases: name -> bytes.
     """
 
     weights: int
     adapter: int
     activations: int
     free: int | None
+    others: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> Mapping[str, int]:
+        """What each phase of the run has alive at once."""
+        return {"step": self.weights + self.adapter + self.activations, **self.others}
 
     @property
     def peak(self) -> int:
-        """Everything at once."""
-        return self.weights + self.adapter + self.activations
+        """The most that is alive at once in the whole run."""
+        return max(self.phases.values())
+
+    @property
+    def needed(self) -> int:
+        """The most that is alive at once in what training cannot do without."""
+        return max(size for name, size in self.phases.items() if name not in _SPARED)
 
     def fits(self) -> bool | None:
-        """Return whether the peak fits into what is free; None if that is not known."""
-        return None if self.free is None else self.peak <= self.free
+        """Return whether what is needed fits into what is free; None if that is not known."""
+        return None if self.free is None else self.needed <= self.free
 
     def render(self) -> str:
         """Return the plan in one line for people."""
         parts = f"weights {gib(self.weights)}, adapter {gib(self.adapter)}, step {gib(self.activations)}"
+        step = self.phases["step"]
+        more = "".join(f"; {name} {gib(size)}" for name, size in self.others.items() if size > step)
         free = "" if self.free is None else f"; {gib(self.free)} free"
-        return f"{gib(self.peak)} ({parts}{free})"
+        return f"{gib(self.peak)} ({parts}{more}{free})"
 
 
 def gib(count: int) -> str:
@@ -77,22 +94,31 @@ def gib(count: int) -> str:
 def free_memory(device: torch.device) -> int | None:
     """Return how many bytes ``device`` has free for this process, or None where it does not say."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) - _CONTEXT_BYTES["cuda"]
+        return int(torch.cuda.mem_get_info(device)[0])  # asking opens the context, so that is off already
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory())
     return int(psutil.virtual_memory().available)
 
 
+def validation_rows(config: Config) -> int:
+    """Return how many timesteps validation predicts together: no more than there are images in a step.
+
+    So measuring takes less memory than training, whatever fits there.
+    """
+    assert config.training.batch_size is not None
+    return min(VALIDATION_TIMESTEPS, config.training.batch_size)
+
+
 def plan_memory(config: Config, blueprint: Callable[[], DiffusionModel], *, free: int | None) -> MemoryPlan:
-    """Count what one step of a resolved run takes.
+    """Count what each phase of a resolved run takes.
 
     Args:
         config: resolved settings.
         blueprint: makes the base on the meta device, without weights; called at most once.
         free: see :attr:`MemoryPlan.free`.
     """
-    counted = _count(_Question(_structure(config), config, blueprint))
-    return MemoryPlan(*counted, free)
+    weights, adapter, activations, others = _count(_Question(_structure(config), config, blueprint))
+    return MemoryPlan(weights, adapter, activations, free, dict(others))
 
 
 @dataclass(frozen=True)
@@ -114,7 +140,13 @@ def _structure(config: Config) -> str:
         config.optimizer.name,
         [tree["training"][name] for name in training],
     ]
-    return json.dumps([*wanted, _side(config), _keeps_text(config), _keeps_images(config), *_priors(config)])
+    wanted += [_side(config), _keeps_text(config), _keeps_images(config), *_priors(config)]
+    return json.dumps([*wanted, bool(config.data.validation), _preview(config)])
+
+
+def _preview(config: Config) -> tuple[int, bool]:
+    """Return how many previews are drawn together, and whether they are guided."""
+    return len(config.sample.prompts or ()), (config.sample.guidance or 0) > 1
 
 
 def _side(config: Config) -> int:
@@ -141,26 +173,43 @@ def _priors(config: Config) -> tuple[bool, bool]:
 
 
 @functools.lru_cache(maxsize=64)
-def _count(question: _Question) -> tuple[int, int, int]:
-    """Return bytes of weights, adapter and step."""
+def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], ...]]:
+    """Return bytes of weights, adapter and step, and (phase, bytes) of the others."""
     config, model = question.config, question.blueprint()
-    adapter = config.adapter
-    weights = _weight_bytes(model, config)
-    values = _attach(model, adapter)
+    device = torch.device(config.training.device or "cpu")
+    waiting = device.type == "cpu"  # what waits in main memory then waits in the same memory
+    sizes = {name: _bytes_of(module) for name, module in model.components().items()}
+    unet, text, images = sizes.pop("unet"), sum(sizes.values()), _bytes_of(_vae(model))
+    weights = unet + text * (waiting or _keeps_text(config)) + images * (waiting or _keeps_images(config))
+    encoding = text + images + unet * waiting + _encoding_bytes(model, config)
+    values = _attach(model, config.adapter)
+    # fp32 master and gradient; the model's own copy and gradient, which in fp32 is the master
+    layer_bytes = 2 * model.dtype.itemsize if model.dtype != torch.float32 else 4
+    adapter = int(values * (8 + layer_bytes + optimizer_kind(config.optimizer).bytes_per_value))
     model.prepare(
         training=True,
         gradient_checkpointing=config.training.gradient_checkpointing,
         keep_text=_keeps_text(config),
     )
-    device = torch.device(config.training.device or "cpu")
-    choice = choose_attention(config.training.attention, device, model.dtype, training=True)
-    choice.apply(model.components()["unet"])  # not the meta device's, but that of the device it will run on
-    multiple = model.size_multiple
-    activations = _step_bytes(model, max(multiple, _side(config) // multiple * multiple), config)
-    # fp32 master and gradient; the model's own copy and gradient, which in fp32 is the master
-    layer_bytes = 2 * model.dtype.itemsize if model.dtype != torch.float32 else 4
-    state_bytes = optimizer_kind(config.optimizer).bytes_per_value
-    return weights, int(values * (8 + layer_bytes + state_bytes)), activations
+    _attend_as(model, config, device, training=True)
+    activations = _step_bytes(model, _rounded(model, _side(config)), config)
+    others = {"encoding": encoding, "placing": weights + values * (8 + layer_bytes)}
+    if config.data.validation:
+        others["validation"] = (
+            weights + adapter + _forward_bytes(model, _side(config), validation_rows(config))
+        )
+    if config.sample.prompts:
+        model.prepare(training=False, lean=True)
+        _attend_as(model, config, device, training=False)
+        visiting = 0 if waiting or _keeps_images(config) else images
+        others["previews"] = weights + adapter + _preview_bytes(model, config, visiting)
+    return weights, adapter, activations, tuple(others.items())
+
+
+def _attend_as(model: DiffusionModel, config: Config, device: torch.device, *, training: bool) -> None:
+    """Choose the attention of the device it will run on, not that of the meta device."""
+    choice = choose_attention(config.training.attention, device, model.dtype, training=training)
+    choice.apply(model.components()["unet"])
 
 
 def refuse_what_cannot_fit(
@@ -179,12 +228,18 @@ def refuse_what_cannot_fit(
     """
     if plan.free is None or plan.peak <= plan.free:
         return None
+    if plan.needed <= plan.free:
+        large = [name for name in _SPARED if plan.phases.get(name, 0) > plan.free]
+        return (
+            f"memory: about {plan.render()}; {' and '.join(large)} may not fit on {device} and are skipped "
+            "then, or decoded in tiles"
+        )
     remedy = _remedy(config, again)
     text = (
         f"this run needs about {plan.render()} on {device}, more than is free; "
         f"{remedy or 'nothing smaller fits either: use a device with more memory'}"
     )
-    if plan.peak * _TOLERANCE > plan.free:
+    if plan.needed * _TOLERANCE > plan.free:
         raise TrainingError(text)
     return text
 
@@ -220,17 +275,56 @@ def _as_toml(value: Any) -> str:
     return "[]" if value == () else str(value)
 
 
-def _weight_bytes(model: DiffusionModel, config: Config) -> int:
-    modules = {
-        name: module
-        for name, module in model.components().items()
-        # while training, encoders wait in main memory; on a CPU that is the same memory
-        if name == "unet" or _keeps_text(config) or config.training.device == "cpu"
-    }
-    if _keeps_images(config) or config.training.device == "cpu":
-        modules["vae"] = model.vae  # type: ignore[attr-defined]
-    tensors = {id(t): t for module in modules.values() for t in (*module.parameters(), *module.buffers())}
+def _vae(model: DiffusionModel) -> Any:
+    return model.vae  # type: ignore[attr-defined]
+
+
+def _bytes_of(module: nn.Module) -> int:
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _rounded(model: DiffusionModel, side: int) -> int:
+    """Return a side in px that the base can work at."""
+    return max(model.size_multiple, side // model.size_multiple * model.size_multiple)
+
+
+@torch.no_grad()
+def _encoding_bytes(model: DiffusionModel, config: Config) -> int:
+    """Encode one image of the largest size, and one caption; return the most that is alive."""
+    side, vae = _rounded(model, _side(config)), _vae(model)
+    pixels = torch.empty((1, 3, side, side), device="meta", dtype=vae.dtype)
+    with _fused_attention(), counting_memory() as memory:
+        posterior = vae.encode(pixels).latent_dist
+        posterior.mean.float()
+        del posterior
+        model.encode_text([""])
+    return memory.peak + pixels.numel() * pixels.element_size()
+
+
+@torch.no_grad()
+def _forward_bytes(model: DiffusionModel, side: int, rows: int) -> int:
+    """Predict for some rows without gradients; return the most that is alive."""
+    side = _rounded(model, side)
+    shape = (rows, *model.latent_shape(side, side))
+    latents, timesteps = torch.empty(shape, device="meta"), torch.zeros(rows, dtype=torch.long, device="meta")
+    text = model.encode_text([""] * rows)
+    with _fused_attention(), counting_memory() as memory:
+        model.predict(latents, timesteps, text, [SizeHint((side, side), (0, 0), (side, side))] * rows)
+    return memory.peak + sum(tensor.numel() * tensor.element_size() for tensor in (latents, *text.values()))
+
+
+@torch.no_grad()
+def _preview_bytes(model: DiffusionModel, config: Config, visiting: int) -> int:
+    """Predict for the previews, then decode one of them, its decoder being there for that time."""
+    assert config.data.resolution is not None
+    side = _rounded(model, config.data.resolution)
+    count, guided = _preview(config)
+    rows = min(count, most_at_once(model, side, side)) * (2 if guided else 1)
+    latents = torch.empty((1, *model.latent_shape(side, side)), device="meta")
+    with _fused_attention(), counting_memory() as memory:
+        model.decode_latents(latents)
+    return max(_forward_bytes(model, side, rows), visiting + memory.peak)
 
 
 def _attach(model: DiffusionModel, config: AdapterConfig) -> int:

@@ -28,13 +28,10 @@ def preview(run: Run) -> None:
     run.model.prepare(
         training=False, keep_text=run.keep_text, keep_images=run.training.views.in_loop, lean=True
     )
-    images = render(run.model, requests)
-    run.model.prepare(
-        training=True,
-        gradient_checkpointing=run.config.training.gradient_checkpointing,
-        keep_text=run.keep_text,
-        keep_images=run.training.views.in_loop,
-    )
+    try:
+        images = render(run.model, requests, encoded=run.preview_text)
+    finally:
+        run.ready_to_train()
     files = []
     for number, (image, request) in enumerate(zip(images, requests, strict=True), start=1):
         file = run.folder.preview(run.step, number)

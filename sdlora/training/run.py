@@ -24,14 +24,15 @@ from ..data.reading.holdout import divide
 from ..data.reading.items import Dataset
 from ..data.reading.sources import by_role, gather, gather_held_out, joined
 from ..data.reading.wording import Wording, reworded
-from ..devices import choose_device, choose_dtype
+from ..devices import choose_device, choose_dtype, make_current, set_exactness
 from ..errors import ConfigError, OutputError, TrainingError
 from ..events import Decided, Emitter, Notice
 from ..families.attention import choose_attention
-from ..families.base import DiffusionModel
+from ..families.base import Conditioning, DiffusionModel
 from ..families.loading import load_model
 from ..families.parallel import SplitPredictor
 from ..files import refuse_used_folder
+from ..generation.render import encode_prompts
 from ..machine import idle_card_notice
 from ..run_folder import RunFolder, list_checkpoints
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
@@ -109,7 +110,9 @@ def _choose(
     device = choose_device(config.training.device)
     if accelerator.num_processes > 1:
         device = accelerator.device
+    make_current(device)
     dtype = choose_dtype(config.training.precision, device)
+    set_exactness(device, dtype)
     name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     chosen = {"training.device": str(device.type), "training.precision": name}
     idle = idle_card_notice() if config.training.device is None and device.type == "cpu" else None
@@ -173,8 +176,10 @@ def _assemble(
         data = prepare_data(config, training, validation, model, accelerator.num_processes, emit)
     config = data.config
     settings = config.training
+    preview_text = _preview_text(config, model) if accelerator.is_main_process else {}
     # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
-    model.prepare(training=True, keep_text=config.adapter.adapts_text)
+    keep_text = config.adapter.adapts_text or config.data.encode_captions == "in loop"
+    model.prepare(training=True, keep_text=keep_text, keep_images=data.training.views.in_loop)
     trainable = make_trainable(model, config, start or create_adapter(model, config.adapter, settings.seed))
     optimizer = make_optimizer(config.optimizer, trainable.groups)
     run = Run(
@@ -196,18 +201,22 @@ def _assemble(
         started_at=time.time(),
         splitter=_splitter(config, model),
         loader=_loader(data, model, accelerator.process_index),
+        preview_text=preview_text,
     )
     if resume:
         restore(run)
     elif accelerator.is_main_process:
         save_config(config, folder.config_file)
-    model.prepare(
-        training=True,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        keep_text=run.keep_text,
-        keep_images=run.training.views.in_loop,
-    )
+    run.ready_to_train()
     return run
+
+
+def _preview_text(config: Config, model: DiffusionModel) -> dict[str, Conditioning]:
+    """Encode what the previews need while the text encoders are there; nothing if they will change."""
+    if not config.sample.prompts or config.adapter.adapts_text:
+        return {}
+    encoded = encode_prompts(model, [config.sample.negative_prompt, *config.sample.prompts])
+    return {prompt: {name: tensor.cpu() for name, tensor in text.items()} for prompt, text in encoded.items()}
 
 
 def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:

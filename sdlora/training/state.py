@@ -21,7 +21,7 @@ from ..data.batching.order import Order
 from ..data.reading.items import Dataset, ImageItem
 from ..errors import ConfigError, TrainingError
 from ..events import Emitter, Notice
-from ..families.base import DiffusionModel
+from ..families.base import Conditioning, DiffusionModel
 from ..families.parallel import SplitPredictor
 from ..run_folder import RunFolder
 from . import checkpoint, optimizer_state
@@ -67,6 +67,7 @@ class Run:
     started_at: float
     splitter: SplitPredictor | None
     loader: BatchLoader
+    preview_text: Mapping[str, Conditioning]
     step: int = 0
     step_seconds: float = 0.0
 
@@ -86,6 +87,15 @@ class Run:
     def keep_text(self) -> bool:
         """Whether the text encoder is needed while training."""
         return self.config.adapter.adapts_text or self.config.data.encode_captions == "in loop"
+
+    def ready_to_train(self) -> None:
+        """Have modes and placement as the steps need them."""
+        self.model.prepare(
+            training=True,
+            gradient_checkpointing=self.config.training.gradient_checkpointing,
+            keep_text=self.keep_text,
+            keep_images=self.training.views.in_loop,
+        )
 
     def parameters(self) -> list[Tensor]:
         """Return the adapter's parameters inside the model, in the order of the masters."""

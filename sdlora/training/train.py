@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -30,6 +31,7 @@ from ..events import (
     Event,
     JsonlWriter,
     Listener,
+    Notice,
     RunFinished,
     RunStarted,
     StepDone,
@@ -46,6 +48,8 @@ from .schedules import schedule_factor
 from .shown_weights import publish
 from .state import Run, run_folder, run_state
 from .validation import validate
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,8 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
     validation_loss: float | None = None
     if run.step == 0:
         with run.shown.in_model():
-            validation_loss = validate(run)
-            preview(run)
+            validation_loss = _if_it_fits(run, "validation", validate)
+            _if_it_fits(run, "the previews", preview)
     while run.step < run.steps:
         began, waited = time.perf_counter(), run.loader.waited
         loss, norm, rate, count = train_step(run)
@@ -171,14 +175,32 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
         if validating or previewing:
             run.loader.settle()  # both move the model and switch its modes
             with run.shown.in_model():
-                validation_loss = (validate(run) if validating else None) or validation_loss
+                if validating:
+                    validation_loss = _if_it_fits(run, "validation", validate) or validation_loss
                 if previewing:
-                    preview(run)
+                    _if_it_fits(run, "the previews", preview)
         if last or requests & {SAVE, STOP} or _due(run.step, settings.checkpoint_every):
             save(run)
         if STOP in requests and not last:
             return list(recent), validation_loss, True
     return list(recent), validation_loss, False
+
+
+def _if_it_fits(run: Run, what: str, work: Callable[[Run], Result]) -> Result | None:
+    """Do what training can do without; where the device's memory does not suffice, say so and go on."""
+    try:
+        return work(run)
+    except torch.OutOfMemoryError:
+        pass  # what it has reached is released with the error, below
+    torch.cuda.empty_cache()
+    run.emit(
+        Notice(
+            f"step {run.step}: {run.model.device} has not enough memory for {what}; skipped, and training "
+            "goes on. It fits with a smaller data.resolution, or switch it off: sample.prompts=[], "
+            "data.validation=0"
+        )
+    )
+    return None
 
 
 def train_step(run: Run) -> tuple[float, float, float, int]:
@@ -236,6 +258,7 @@ def _start(run: Run) -> None:
             num_parameters=sum(group.master.flat.numel() for group in run.groups),
             expected_seconds=left * cost.seconds_per_step,
             expected_bytes=cost.bytes,
+            expected_phases=run.memory.phases,
         )
     )
 

@@ -9,11 +9,11 @@ import torch
 from ..data.batching.batches import generator_for
 from ..diffusion.process import draw_noise, per_image_loss
 from ..events import Validated
+from ..families.base import Conditioning
+from .memory import VALIDATION_TIMESTEPS, validation_rows
 
 if TYPE_CHECKING:
     from .state import Run
-
-_NUM_TIMESTEPS = 4
 
 
 @torch.no_grad()
@@ -23,9 +23,11 @@ def validate(run: Run) -> float | None:
         return None
     for module in run.model.components().values():
         module.eval()
-    losses = [_loss_of_image(run, index) for index in range(len(run.validation.items))]
-    for module in run.model.components().values():
-        module.train()
+    try:
+        losses = [_loss_of_image(run, index) for index in range(len(run.validation.items))]
+    finally:
+        for module in run.model.components().values():
+            module.train()
     mean = sum(losses) / len(losses)
     run.emit(Validated(run.step, mean, len(losses)))
     return mean
@@ -34,8 +36,8 @@ def validate(run: Run) -> float | None:
 def _loss_of_image(run: Run, index: int) -> float:
     model, item = run.model, run.validation.items[index]
     encoded = run.validation.image(index)
-    timesteps = model.process.spread_timesteps(_NUM_TIMESTEPS)
-    clean = model.scale_latents(encoded.posterior.mean.float()).repeat(_NUM_TIMESTEPS, 1, 1, 1)
+    timesteps = model.process.spread_timesteps(VALIDATION_TIMESTEPS)
+    clean = model.scale_latents(encoded.posterior.mean.float()).repeat(VALIDATION_TIMESTEPS, 1, 1, 1)
     # by content, not by seed or step
     noise = draw_noise(clean.shape, generator_for("validation", item.digest))
     corrupted = model.process.corrupt(clean, noise, timesteps)
@@ -43,8 +45,15 @@ def _loss_of_image(run: Run, index: int) -> float:
         text = {name: tensor[None] for name, tensor in run.validation.caption(item.caption).items()}
     else:
         text = model.encode_text([run.validation.prompt(item.caption)])
-    repeated = {
-        name: tensor.repeat(_NUM_TIMESTEPS, *[1] * (tensor.ndim - 1)) for name, tensor in text.items()
-    }
-    output = model.predict(corrupted.noisy, timesteps, repeated, [encoded.size] * _NUM_TIMESTEPS)
-    return float(per_image_loss(output.cpu(), corrupted.target, encoded.mask).mean())
+    rows = validation_rows(run.config)
+    output = torch.cat(
+        [
+            model.predict(noisy, times, _repeated(text, len(times)), [encoded.size] * len(times)).cpu()
+            for noisy, times in zip(corrupted.noisy.split(rows), timesteps.split(rows), strict=True)
+        ]
+    )
+    return float(per_image_loss(output, corrupted.target, encoded.mask).mean())
+
+
+def _repeated(text: Conditioning, count: int) -> Conditioning:
+    return {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in text.items()}

@@ -12,7 +12,7 @@ from tools.pretend_cuda.build import Unavailable, built
 from tools.pretend_cuda.command import play
 from tools.pretend_cuda.scenarios import SCENARIOS
 
-USUAL = ("refusals", "train-bf16")
+USUAL = ("refusals", "whole-run", "merge", "oom-previews", "cuda1-train")
 """Those of every test run; the others take ten minutes."""
 
 Play = Callable[[str], dict[str, Any]]

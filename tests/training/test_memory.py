@@ -152,6 +152,18 @@ def test_the_mildest_settings_that_fit_are_named() -> None:
         refuse_what_cannot_fit(plan, config, CPU, again)
 
 
+def test_what_can_be_skipped_is_no_reason_to_refuse_a_run() -> None:
+    config = settings("data.resolution=512")
+    plan = MemoryPlan(GIB, 0, 3 * GIB, 5 * GIB, {"encoding": 2 * GIB, "previews": 7 * GIB})
+    assert (plan.peak, plan.needed, plan.fits()) == (7 * GIB, 4 * GIB, True)
+    warning = refuse_what_cannot_fit(plan, config, CPU, lambda other: plan)
+    assert warning is not None
+    assert "previews 7.0 GiB" in warning and "previews may not fit on cpu and are skipped" in warning
+    needed = MemoryPlan(GIB, 0, 3 * GIB, 5 * GIB, {"encoding": 8 * GIB})
+    with pytest.raises(TrainingError, match=r"8\.0 GiB .*encoding 8\.0 GiB; 5\.0 GiB free"):
+        refuse_what_cannot_fit(needed, config, CPU, lambda other: needed)
+
+
 @pytest.mark.parametrize("share", [0.35, 0.6])
 def test_the_named_settings_do_fit(share: float) -> None:
     """On true counts, not on made-up ones."""

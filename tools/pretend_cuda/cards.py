@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 2**30
+CONTEXT_BYTES = 450 * 2**20
+"""What a CUDA context and its libraries take of a card before the first tensor."""
 
 
 @dataclass(frozen=True)

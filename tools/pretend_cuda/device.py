@@ -12,11 +12,8 @@ from typing import Any
 import torch
 
 from .build import GUARD
-from .cards import GIB, Card
+from .cards import CONTEXT_BYTES, GIB, Card
 from .ledger import CardMemory, Ledger
-
-CONTEXT_BYTES = 450 * 2**20
-"""What a CUDA context and its libraries take of a card before the first tensor."""
 
 
 class Cards:

@@ -24,6 +24,7 @@ def play(name: str, libraries: Path, folder: Path) -> dict[str, Any]:
     from .ledger import Ledger
 
     scenario = SCENARIOS[name]
+    folder.mkdir(parents=True)
     stage = Stage(folder, Cards(scenario.cards, libraries, Ledger()))
     mode = install(stage.cards)
     began, outcome, where, trace = time.process_time(), "ok", "", ""

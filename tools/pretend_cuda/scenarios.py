@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cards import Card
+from .cards import CONTEXT_BYTES, Card
 
 if TYPE_CHECKING:
     from sdlora.events import Event
@@ -68,16 +68,20 @@ class Scenario:
 
 
 def draw_images(folder: Path, count: int = 6, side: int = 96) -> Path:
-    """Draw captioned images of mixed shapes, transparent at the corners, unless they are there."""
+    """Draw captioned images of mixed shapes, no two alike, transparent around, unless they are there."""
+    import random
+
     from PIL import Image, ImageDraw
 
     if not folder.is_dir():
         folder.mkdir(parents=True)
         for number in range(count):
-            size = [(side, side), (side, side * 2 // 3), (side * 2 // 3, side)][number % 3]
-            image = Image.new("RGBA", size, (0, 0, 0, 0))
-            colour = (250, 40 * number % 256, 10, 255)
-            ImageDraw.Draw(image).ellipse((4 + number, 4, size[0] - 8, size[1] - 4), fill=colour)
+            width, height = [(side, side), (side, side * 2 // 3), (side * 2 // 3, side)][number % 3]
+            image, chance = Image.new("RGBA", (width, height), (0, 0, 0, 0)), random.Random(number)
+            for _ in range(12):
+                x, y = chance.randrange(width // 2), chance.randrange(height // 2)
+                corners = (x, y, x + chance.randrange(8, width // 2), y + chance.randrange(8, height // 2))
+                ImageDraw.Draw(image).rectangle(corners, fill=(*chance.randbytes(3), 255))
             image.save(folder / f"thing{number:02d}.png")
             (folder / f"thing{number:02d}.txt").write_text(f"an icon, a cat, {number}", encoding="utf-8")
     return folder
@@ -96,13 +100,14 @@ def train(stage: Stage, *overrides: str, base: str = "mini", resume: bool = Fals
     }
     given = {text.partition("=")[0] for text in overrides}
     values = {
+        **fixed,
         "data.folder": draw_images(stage.folder / "images"),
         "data.cache_folder": stage.folder / "cache",
         "output.folder": stage.folder / "run",
         "model.base": base,
-        **{key: value for key, value in fixed.items() if key not in given},
     }
-    config = sdlora.load_config(None, overrides, values)
+    rest = {key: value for key, value in values.items() if key not in given}
+    config = sdlora.load_config(None, overrides, rest)
     control = sdlora.Control()
 
     def stop(event: Event) -> None:
@@ -154,6 +159,7 @@ def whole_run(stage: Stage) -> None:
     counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Validated", "Sampled", "CheckpointSaved")}
     stage.facts["events"] = counts
     assert counts == {"StepDone": 3, "Validated": 4, "Sampled": 4, "CheckpointSaved": 2}, counts
+    _plan_agrees(stage)
 
 
 def _request(sampler: str, strengths: Any = None, seed: int = 1) -> Any:
@@ -216,13 +222,13 @@ def strength_zero(stage: Stage) -> None:
 
     (file,) = _adapters(stage, "lora")
     generator = sdlora.ImageGenerator.load("mini", device="cuda", precision="bf16")
+    before = sum(stage.cards.ledger.launches.values())
     generator.generate([_request("Euler")])
-    plain = sum(stage.cards.ledger.launches.values())
+    plain = sum(stage.cards.ledger.launches.values()) - before
     name = generator.add_adapter(file)
     before = sum(stage.cards.ledger.launches.values())
     generator.generate([_request("Euler", {name: 0.0})])
     launches = sum(stage.cards.ledger.launches.values()) - before
-    # what loading moved to the card is not a launch, so both are the image alone
     assert launches == plain, f"{launches} launches at strength 0, {plain} without the adapter"
 
 
@@ -245,6 +251,24 @@ def merged(*kinds: str) -> Play:
         assert extra <= MIB, f"merging keeps {extra / MIB:.1f} MiB more on the card"
 
     return play
+
+
+def offloaded_and_merged(stage: Stage) -> None:
+    """With ``--offload`` the denoiser is on the card when adapters are merged; it goes home with them."""
+    import sdlora
+    from sdlora.families.loading import LoadOptions
+
+    (file,) = _adapters(stage, "lora")
+    options = LoadOptions(offload=True)
+    generator = sdlora.ImageGenerator.load("mini", device="cuda", precision="bf16", options=options)
+    generator.generate([_request("Euler")])
+    name = generator.add_adapter(file)
+    generator.merge({name: 1.0})
+    generator.generate([_request("Euler")])
+    generator.unmerge()
+    generator.generate([_request("Euler", {name: 1.0})], merge=True)
+    generator.remove_adapter(name)
+    generator.generate([_request("Euler")])
 
 
 def offloaded(stage: Stage) -> None:
@@ -359,8 +383,19 @@ def true_base(family: str, *overrides: str, side: int) -> Play:
                 *("data.validation=1", 'sample.prompts=["a fox"]', "sample.steps=1", *overrides),
                 base=str(base),
             )
+        _plan_agrees(stage)
 
     return play
+
+
+def _plan_agrees(stage: Stage) -> None:
+    """Compare the plan with the live peak of the card, phase by phase."""
+    planned, peaks = stage.facts["phases"], stage.cards.ledger.memory[0].peaks
+    assert len(planned) >= 5, planned
+    shares = {phase: round(size / peaks.get(phase, 1), 4) for phase, size in planned.items()}
+    stage.facts["plan_by_peak"] = shares
+    wrong = {phase: share for phase, share in shares.items() if not 0.95 <= share <= 1.05}
+    assert not wrong, f"the plan divided by the live peak: {wrong}"
 
 
 def second_card(stage: Stage) -> None:
@@ -387,14 +422,16 @@ def _only_card(stage: Stage, wanted: int) -> None:
 
 
 def previews_out_of_memory(stage: Stage) -> None:
-    """Previews and validation do not fit on the card: a notice, and training goes on."""
+    """Previews do not fit on the card: a notice, and training goes on."""
     train(
         *(stage, "training.precision=bf16", f"sample.prompts={PROMPTS}", "sample.steps=2"),
         *("data.validation=0.25", "data.resolution=64", "training.batch_size=1"),
     )
     notices = [getattr(event, "message", "") for event in stage.told("Notice")]
-    assert any("previews" in text and "memory" in text for text in notices), notices
-    assert len(stage.told("StepDone")) == 2
+    skipped = [text for text in notices if "skipped, and training goes on" in text]
+    assert len(skipped) == 2 and all("previews" in text for text in skipped), notices
+    counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Validated", "Sampled")}
+    assert counts == {"StepDone": 2, "Validated": 2, "Sampled": 0}, counts
 
 
 def refusals(stage: Stage) -> None:
@@ -515,7 +552,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "whole-run": Scenario(whole_run, "training with validation and previews, stopped and resumed"),
     "oom-previews": Scenario(
-        previews_out_of_memory, "previews that do not fit", (Card(bytes=512 * MIB, taken=0),)
+        previews_out_of_memory, "previews that do not fit", (Card(bytes=CONTEXT_BYTES + 39_000_000),)
     ),
     "samplers-fp16": Scenario(samplers("fp16"), "drawing with every sampler, fp16"),
     "samplers-fp32": Scenario(samplers("fp32"), "drawing with every sampler, fp32"),
@@ -524,6 +561,7 @@ SCENARIOS: dict[str, Scenario] = {
     "merge": Scenario(merged("lora"), "merge, draw, undo"),
     "merge-kinds": Scenario(merged("loha", "lokr", "dora"), "merge of other kinds, draw, undo"),
     "offload": Scenario(offloaded, "drawing with --offload"),
+    "offload-merge": Scenario(offloaded_and_merged, "merge with --offload"),
     "command-line": Scenario(command_line, "sdlora train, sdlora generate"),
     "ui-worker": Scenario(ui_worker, "the UI's worker: a plan, a strip of strengths"),
     "sd1": Scenario(true_base("sd1", "data.resolution=512", side=512), "a step of the true SD1.5, 512 px"),

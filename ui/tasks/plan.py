@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from sdlora.config.schema import Config
@@ -68,20 +67,20 @@ def plan(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         emit.part({"defaults": defaults, "images": images})
         emit.progress(2, 3, "trying one step")
         cost = _cost_of(run)
-    free, device = _free_bytes(run.model.device.type), run.model.device.type
+    device = run.model.device
     answer = {
         "defaults": defaults,
         "images": images,
         "steps": run.steps,
         "seconds": run.steps * cost.seconds_per_step,
         "bytes": cost.bytes,
-        "free_bytes": free,
-        "device": device,
-        "fits": cost.bytes < free,
+        "free_bytes": run.memory.free,
+        "device": device.type,
+        "fits": run.memory.fits() is not False,
     }
     del run
     gc.collect()
-    if device == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     return answer
 
@@ -101,9 +100,3 @@ def _structure(config: Config) -> dict[str, Any]:
         for name, value in part.items()
         if not (key := f"{section}.{name}").startswith(_FREE)
     }
-
-
-def _free_bytes(device: str) -> int:
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -48,6 +49,26 @@ class EncodedImage:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class EncoderPrints:
+    """What the encoders are, as part of every key; the encoders' weights are read for it.
+
+    Attributes:
+        images: of the image encoder.
+        captions: of the text encoders; empty where captions are not encoded beforehand.
+    """
+
+    images: str
+    captions: str
+
+    @classmethod
+    def of(cls, model: DiffusionModel, *, captions: bool) -> Self:
+        """Read them off a model."""
+        return cls(
+            model.encoder_fingerprint("images"), model.encoder_fingerprint("captions") if captions else ""
+        )
+
+
 def to_pixels(
     image: Image.Image, placement: Placement, *, mirror: bool = False, colours: Colours | None = None
 ) -> Tensor:
@@ -69,6 +90,7 @@ class EncodedDataset:
         encode_captions: off when the text encoder is trained, whose outputs change.
         captions: how they vary from visit to visit, and where they are encoded.
         alpha_mask: what is transparent is masked; else images may have masks of their own.
+        prints: of the model's encoders, where they are known already.
     """
 
     def __init__(
@@ -82,6 +104,7 @@ class EncodedDataset:
         encode_captions: bool = True,
         captions: CaptionRun | None = None,
         alpha_mask: bool = False,
+        prints: EncoderPrints | None = None,
     ) -> None:
         assert len(items) == len(views.placements)
         self.items, self.views = tuple(items), views
@@ -91,8 +114,7 @@ class EncodedDataset:
         self._kept_texts = {"", *self.captions.texts, *(item.caption for item in items)}
         self._memory: dict[Path, dict[str, Tensor]] = {}
         self._memory_bytes = 0
-        self._image_print = model.encoder_fingerprint("images")
-        self._text_print = model.encoder_fingerprint("captions") if encode_captions else ""
+        self._prints = prints or EncoderPrints.of(model, captions=encode_captions)
 
     @property
     def placements(self) -> tuple[Placement, ...]:
@@ -220,10 +242,10 @@ class EncodedDataset:
 
     def _image_key(self, index: int, view: AugmentationView) -> str:
         geometry = f"{_way(view)} {self._background} {PIXELS_VERSION}"
-        return f"{self._image_print} {self.items[index].digest} {geometry}"
+        return f"{self._prints.images} {self.items[index].digest} {geometry}"
 
     def _caption_key(self, text: str) -> str:
-        return f"{_PROMPTS} {self._text_print} {self.prompt(text)}"
+        return f"{_PROMPTS} {self._prints.captions} {self.prompt(text)}"
 
     def _is_kept(self, kind: str, key: str) -> bool:
         """Tell whether an entry is there, without reading it, and note that it is used."""

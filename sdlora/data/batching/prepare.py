@@ -17,7 +17,7 @@ from ..reading.cache_folder import default_cache_folder
 from ..reading.items import Dataset, ImageItem
 from ..reading.wording import Wording
 from .buckets import MAX_UPSCALE, Placement, upscale
-from .cache import EncodedDataset
+from .cache import EncodedDataset, EncoderPrints
 from .caption_plan import CaptionRun, plan_captions
 from .order import Order
 from .placing import Placer, further, placer
@@ -94,9 +94,10 @@ def prepare_data(
     if config.data.prior_preservation > 0 and not config.data.has_regularisation:
         text = "data.prior_preservation: each step also predicts for the empty caption, once with the adapter"
         emit(Notice(f"{text} and once without; batches take twice the memory"))
-    encoded = _encoded(config, views, model, captions)
+    prints = EncoderPrints.of(model, captions=not config.adapter.adapts_text)
+    encoded = _encoded(config, views, model, captions, prints)
     plain = AugmentationViews(*_of_main_resolution(config, validation.items, model))
-    held_out = _encoded(config, plain, model, CaptionRun(emphasis=config.data.emphasis))
+    held_out = _encoded(config, plain, model, CaptionRun(emphasis=config.data.emphasis), prints)
     for part in (encoded, held_out):
         if part.items:
             part.encode_all(lambda done, total: emit(Caching(done, total)))
@@ -150,7 +151,11 @@ def _views(
 
 
 def _encoded(
-    config: Config, views: AugmentationViews, model: DiffusionModel, captions: CaptionRun
+    config: Config,
+    views: AugmentationViews,
+    model: DiffusionModel,
+    captions: CaptionRun,
+    prints: EncoderPrints,
 ) -> EncodedDataset:
     return EncodedDataset(
         views.items,
@@ -161,6 +166,7 @@ def _encoded(
         encode_captions=not config.adapter.adapts_text,
         captions=captions,
         alpha_mask=config.data.alpha_mask,
+        prints=prints,
     )
 
 
