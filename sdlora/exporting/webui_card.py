@@ -63,16 +63,18 @@ def card_image(file: Path | None, *, private: bool = False) -> bytes | None:
     """
     if file is None:
         return None
-    from PIL import Image, UnidentifiedImageError
+    from ..image_file import ImageFileError, decoded_image, read_image_bytes
 
     try:
-        with Image.open(file) as image:
-            if image.format == "PNG" and max(image.size) <= _MAX_SIDE and not private:
-                return file.read_bytes()
+        data = read_image_bytes(file)
+        with decoded_image(data, str(file), least_side=_MAX_SIDE) as loaded:
+            image = loaded.image
+            if loaded.format == "PNG" and max(image.size) <= _MAX_SIDE and not private:
+                return data
             small = image.convert("RGB")
             small.info = {}
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        raise OutputError(f"{file}: is not a usable preview image ({error}); give a PNG or JPEG") from None
+    except ImageFileError as error:
+        raise OutputError(f"{error}; a preview is a PNG or JPEG") from None
     small.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "PNG")

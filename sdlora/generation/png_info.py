@@ -91,16 +91,10 @@ def read_parameters(file: Path) -> dict[str, str]:
     Raises:
         SdloraError: if it is not a readable PNG, or holds no such text.
     """
-    from PIL import Image, UnidentifiedImageError
+    from ..image_file import opened_image
 
-    try:
-        with Image.open(file) as image:
-            image.load()
-            text = image.info.get(_KEY)
-    except FileNotFoundError:
-        raise SdloraError(f"{file}: no such image; check the path") from None
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise SdloraError(f"{file}: not an image that can be read ({error}); give a PNG") from error
+    with opened_image(file) as loaded:
+        text = loaded.image.info.get(_KEY)
     if not isinstance(text, str):
         raise SdloraError(f"{file}: holds no `{_KEY}` text; give a PNG that sdlora or WebUI wrote")
     return parse_parameters(text)

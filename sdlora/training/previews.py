@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -10,6 +11,7 @@ from ..events import Sampled, read_events
 from ..generation.generate import GenerateRequest, render
 from ..generation.grids import loss_curve, steps_by_prompts
 from ..generation.png_info import parameters_text, save_png
+from ..image_file import ImageFileError, opened_image
 from ..run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -62,8 +64,8 @@ def _request(run: Run, prompt: str, number: int) -> GenerateRequest:
 def _draw_grid(folder: RunFolder, prompts: list[str]) -> None:
     rows: dict[int, list[Image.Image]] = {}
     for preview in folder.list_previews():
-        with Image.open(preview.file) as image:
-            rows.setdefault(preview.step, []).append(image.convert("RGB"))
+        with suppress(ImageFileError), opened_image(preview.file) as loaded:  # damaged: its row is left out
+            rows.setdefault(preview.step, []).append(loaded.image.convert("RGB"))
     whole = {step: images for step, images in rows.items() if len(images) == len(prompts)}
     steps_by_prompts(whole, prompts, folder.grid)
 

@@ -20,8 +20,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from sdlora.config.toml import load_config
-from sdlora.data.reading.folder import load_pixels
-from sdlora.data.reading.image_files import IMAGE_ENDINGS
+from sdlora.data.reading.image_files import IMAGE_ENDINGS, load_small
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.generation.png_info import read_parameters
 from sdlora.run_folder import SAMPLE, SAVE, RunFolder
@@ -220,8 +219,7 @@ class _Own:
 @functools.lru_cache(maxsize=2000)
 def _thumbnail(path: Path, changed: int, side: int) -> bytes:
     """Return a small WebP of an image; ``changed`` keeps an old one from being shown for a new file."""
-    image = load_pixels(path)
-    image.thumbnail((side, side))
+    image = load_small(path, side)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=82)
     return buffer.getvalue()

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps
+from PIL import Image, ImageChops, ImageFile, ImageOps
 
-from ..reading.image_files import decode
+from ...image_file import ImageFileError, decoded_image
+from ..reading.image_files import unusable
 from ..reading.problems import Unusable, is_cut_short
 
 _LEAST_INTACT = 0.9
@@ -34,19 +35,18 @@ def mend(data: bytes, name: str) -> Mended:
         Unusable: when it cannot be mended.
     """
     try:
-        _, traits = decode(data, name, "#ffffff")
-    except Unusable as error:
-        return _without_lost_end(data, error)
-    with Image.open(io.BytesIO(data)) as image:
-        if "animated" in traits:
-            image.seek(0)
-            upright = ImageOps.exif_transpose(image)
-            return Mended(_saved(upright, "PNG"), ".png", ("its first frame alone",))
-        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-            return Mended(data)
-        format = "JPEG" if image.format in ("JPEG", "MPO") else "PNG"
-        suffix = None if format == "JPEG" else ".png"
-        return Mended(_saved(ImageOps.exif_transpose(image), format), suffix, ("rotated upright",))
+        with decoded_image(data, name) as loaded:
+            image, format = loaded.image, loaded.format
+    except ImageFileError as error:
+        return _without_lost_end(data, unusable(error, name))
+    if loaded.animated:
+        return Mended(_saved(image, "PNG"), ".png", ("its first frame alone",))
+    if not (loaded.turned or loaded.damaged_metadata):
+        return Mended(data)
+    done = "rotated upright" if loaded.turned else "without its damaged metadata"
+    if format in ("JPEG", "MPO"):
+        return Mended(_saved(image, "JPEG"), None, (done,))
+    return Mended(_saved(image, "PNG"), None if format == "PNG" else ".png", (done,))
 
 
 def _without_lost_end(data: bytes, error: Unusable) -> Mended:

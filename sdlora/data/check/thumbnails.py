@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from ...errors import DatasetError
-from ..reading.folder import load_pixels
+from ..reading.image_files import load_small
 from ..reading.items import ImageItem
 from ..reading.lookahead import ahead
 from ..reading.masks import load_mask
@@ -42,11 +42,10 @@ def thumbnails(
 
 def _thumbnail(item: ImageItem, masked: bool, side: int) -> str | None:
     try:
-        image = load_pixels(item)
+        image = load_small(item.path, side)
         mask = load_mask(item, alpha=item.mask is None) if masked else None
     except DatasetError:  # changed since it was examined
         return None
-    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     if mask is not None:
         blocked = Image.blend(image, Image.new("RGB", image.size, _BLOCKED), _TINT)
         image = Image.composite(image, blocked, mask.resize(image.size, Image.Resampling.BOX))

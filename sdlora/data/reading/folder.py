@@ -129,6 +129,11 @@ def survey(
     notes += [
         f"{item.name}: is animated; its first frame is taken" for item in items if "animated" in item.traits
     ]
+    notes += [
+        f"{item.name}: has damaged metadata, which is left out; its pixels are whole"
+        for item in items
+        if "damaged metadata" in item.traits
+    ]
     if reading.mask_folder is not None:
         items, more, unmasked = with_masks(items, reading.mask_folder)
         problems, notes = problems + more, notes + unmasked

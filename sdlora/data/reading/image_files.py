@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import io
 import stat
-import threading
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms
 
 from ...errors import DatasetError
+from ...image_file import PLUGINS, ImageFileError, decoded_image
 from .items import ImageItem, Trait
 from .problems import Problem, Unusable
 
@@ -21,45 +17,9 @@ PIXELS_VERSION = "2"
 """Part of what identifies encoded images: raise it when the same file gives other pixels."""
 
 
-@dataclass(frozen=True)
-class _Plugin:
-    """A package that teaches Pillow a format."""
-
-    format: str
-    title: str
-    package: str
-    module: str
-    register: str | None
-    endings: frozenset[str]
-    starts: tuple[tuple[int, bytes], ...]
-    """What such a file holds at an offset."""
-
-
-_PLUGINS = (
-    _Plugin(
-        "HEIF",
-        "HEIC",
-        "pillow-heif",
-        "pillow_heif",
-        "register_heif_opener",
-        frozenset({".heic", ".heif", ".hif"}),
-        tuple((4, b"ftyp" + brand) for brand in (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")),
-    ),
-    _Plugin(
-        "JXL",
-        "JPEG XL",
-        "pillow-jxl-plugin",
-        "pillow_jxl",
-        None,
-        frozenset({".jxl"}),
-        ((0, b"\xff\x0a"), (4, b"JXL \r\n\x87\n")),
-    ),
-)
 IMAGE_ENDINGS = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif"}
-).union(*(plugin.endings for plugin in _PLUGINS))
-# Told to Image.open, so that a file is never handed to a decoder that starts other programs (EPS).
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")
+).union(*(plugin.endings for plugin in PLUGINS))
 UNREAD_IMAGE_ENDINGS = frozenset(
     {
         ".svg",
@@ -81,7 +41,10 @@ UNREAD_IMAGE_ENDINGS = frozenset(
 )
 _PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 
-_open_lock = threading.Lock()
+_WHOLE_PIXELS = 2**24
+"""Up to this many pixels an image is converted in one go, above in bands: a 9,400 x 9,400 image with
+transparency took 2.1 GiB at once."""
+_BAND_PIXELS = 2**22
 
 
 def load_pixels(image: ImageItem | Path, background: str = "#ffffff") -> Image.Image:
@@ -100,6 +63,27 @@ def load_pixels(image: ImageItem | Path, background: str = "#ffffff") -> Image.I
         raise DatasetError(str(error)) from error
 
 
+def load_small(path: Path, side: int) -> Image.Image:
+    """Return an image as upright sRGB on white, its longer side at most ``side`` px, in little memory.
+
+    Raises:
+        DatasetError: when the file cannot be read or decoded.
+    """
+    try:
+        with decoded_image(read_file(path, str(path)), str(path), least_side=side) as loaded:
+            image = loaded.image
+            factor = max(image.size) // (2 * side)
+            if factor > 1 and image.mode in ("1", "L", "LA", "RGB", "RGBA", "CMYK"):
+                info = image.info
+                image = image.convert("L").reduce(factor) if image.mode == "1" else image.reduce(factor)
+                image.info = info
+            rgb, _ = _to_rgb(image, "#ffffff")
+    except (Unusable, ImageFileError) as error:
+        raise DatasetError(str(error)) from error
+    rgb.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return rgb
+
+
 def load_alpha(path: Path) -> Image.Image | None:
     """Return how opaque an image is (mode L, upright), or None where it is opaque everywhere.
 
@@ -107,10 +91,11 @@ def load_alpha(path: Path) -> Image.Image | None:
         DatasetError: when the file cannot be read or decoded.
     """
     try:
-        image, _ = _opened(read_file(path, str(path)), str(path))
-    except Unusable as error:
+        with decoded_image(read_file(path, str(path)), str(path)) as loaded:
+            image = loaded.image
+            return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    except (Unusable, ImageFileError) as error:
         raise DatasetError(str(error)) from error
-    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
 
 
 def read_file(path: Path, name: str, limit: int | None = None) -> bytes:
@@ -139,91 +124,47 @@ def decode(data: bytes, name: str, background: str) -> tuple[Image.Image, tuple[
     Raises:
         Unusable: when it is not an image, is damaged or too large, or needs a package that is not installed.
     """
-    image, animated = _opened(data, name)
     try:
-        rgb, transparent = _to_rgb(image, background)
+        with decoded_image(data, name) as loaded:
+            rgb, transparent = _to_rgb(loaded.image, background)
+    except ImageFileError as error:
+        raise unusable(error, name) from error
     except MemoryError:
-        raise _unusable(name, "is too large for the memory", "save it smaller") from None
-    traits: list[Trait] = ["animated"] if animated else []
-    return rgb, (*traits, "transparent") if transparent else tuple(traits)
+        what = "is too large for the memory"
+        raise Unusable(Problem("undecodable", name, what, "save it smaller")) from None
+    present: list[tuple[Trait, bool]] = [
+        ("animated", loaded.animated),
+        ("transparent", transparent),
+        ("damaged metadata", loaded.damaged_metadata),
+    ]
+    return rgb, tuple(trait for trait, holds in present if holds)
 
 
-def _unusable(name: str, what: str, fix: str = "replace or delete it") -> Unusable:
-    return Unusable(Problem("undecodable", name, what, fix))
-
-
-def _opened(data: bytes, name: str) -> tuple[Image.Image, bool]:
-    """Return an image decoded in its own mode, upright, and whether it is animated."""
-    if not data:
-        raise _unusable(name, "is empty (0 bytes)")
-    formats = _formats_for(data, name)
-    try:
-        image = _open(data, formats)
-        # Phones store a second, smaller view in MPO files, and HEIC files several: that is not an animation.
-        animated = image.format not in ("MPO", "HEIF") and bool(getattr(image, "is_animated", False))
-        if animated:
-            image.seek(0)
-        image.load()
-        if image.format == "PNG" and image.mode == "I":  # how Pillow before 11 opens 16-bit greyscale
-            image = image.convert("I;16")
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode in ("I", "F"):
-            raise _unusable(name, f"has 32 bits per value (mode {image.mode})", "save it with 8 or 16 bits")
-        return image, animated
-    except Unusable:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise _unusable(name, f"has more than {limit} million pixels", "save it smaller") from None
-    except UnidentifiedImageError:
-        raise _unidentified(data, name) from None
-    except MemoryError:
-        raise _unusable(name, "is too large for the memory", "save it smaller") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise _unusable(name, f"cannot be decoded ({why})") from error
-
-
-def _formats_for(data: bytes, name: str) -> tuple[str, ...]:
-    """Return the formats a file may have; a package that reads it is loaded on the way.
-
-    Raises:
-        Unusable: naming the package that would read it, if it is not installed.
-    """
-    for plugin in _PLUGINS:
-        if any(data[at : at + len(start)] == start for at, start in plugin.starts):
-            if importlib.util.find_spec(plugin.module) is None:
-                what = f"is a {plugin.title} image, which needs the package {plugin.package}"
-                raise _unusable(name, what, f"run `pip install {plugin.package}`, or convert it to PNG")
-            with _open_lock:
-                module = importlib.import_module(plugin.module)
-                if plugin.register is not None and plugin.format not in Image.OPEN:
-                    getattr(module, plugin.register)()
-            return (*_FORMATS, plugin.format)
-    return _FORMATS
-
-
-def _unidentified(data: bytes, name: str) -> Unusable:
-    if data[4:12] in (b"ftypavif", b"ftypavis"):
-        if "AVIF" in Image.OPEN:
-            return _unusable(name, "cannot be decoded (is a damaged or incomplete AVIF image)")
-        what = "is an AVIF image that this Pillow cannot read"
-        return _unusable(name, what, "run `pip install 'pillow>=11.3'`, or convert it to PNG")
-    return _unusable(name, "is not an image of a known format, whatever its ending says")
-
-
-def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
-    # Pillow only warns between one and two times its limit; catch_warnings swaps process-wide state, so
-    # one thread at a time (reading the header is short, decoding is outside).
-    with _open_lock, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            return Image.open(io.BytesIO(data), formats=formats)
-        except KeyError:  # what Pillow before 11.3 raises on coming to AVIF, which it does not know
-            raise UnidentifiedImageError from None
+def unusable(error: ImageFileError, name: str) -> Unusable:
+    """Return the error of an image that cannot be read as a problem of its folder."""
+    return Unusable(Problem("undecodable", name, error.what, error.fix))
 
 
 def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
+    """Return an image as sRGB on ``background``, and whether it was transparent anywhere.
+
+    Each pixel is converted by itself, so a large image goes through in bands: the result is the same, but
+    the copies on the way are small.
+    """
+    if image.width * image.height <= _WHOLE_PIXELS:
+        return _converted(image, background)
+    rows = max(1, _BAND_PIXELS // image.width)
+    whole = Image.new("RGB", image.size)
+    transparent = False
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        converted, some = _converted(band, background)
+        whole.paste(converted, (0, top))
+        transparent = transparent or some
+    return whole, transparent
+
+
+def _converted(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
     if image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255, which turns a 16-bit image white.
         image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")

@@ -11,7 +11,7 @@ from .problems import Problem
 from .sharpness import Detail
 
 CaptionSource = Literal["txt", "caption", "metadata", "folder name", "setting", "file name"]
-Trait = Literal["animated", "transparent"]
+Trait = Literal["animated", "transparent", "damaged metadata"]
 Point = tuple[float, float]
 """(x, y) as shares of width and height, from the top left."""
 
