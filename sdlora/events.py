@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from .files import parse_json
 from .run_folder import REQUESTS, SAMPLE, SAVE, STOP, RunFolder
 
 
@@ -165,8 +166,8 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 def _parsed(line: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError:
+        value = parse_json(line)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import tomllib
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -114,3 +115,27 @@ def find_settings(folder: Path) -> Path:
             f"{folder}: holds no run to go on with (no config.toml); check --output, or leave --resume out"
         )
     return file
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text from outside.
+
+    Raises:
+        ValueError: whatever is wrong with it, brackets nested too deeply and endless numbers included.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return the tables of a TOML text from outside.
+
+    Raises:
+        ValueError: whatever is wrong with it, brackets nested too deeply and endless numbers included.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None

@@ -15,7 +15,7 @@ from sdlora.data.reading.image_files import IMAGE_ENDINGS
 from sdlora.data.reading.listing import FoundFile, Listing, list_files
 from sdlora.data.reading.metadata_files import name_key, read_metadata
 from sdlora.errors import DatasetError
-from sdlora.files import write_text
+from sdlora.files import parse_json, write_text
 
 from .server.allowed_paths import AllowedPaths
 
@@ -159,7 +159,7 @@ class CaptionBook:
 
     def _history(self, folder: Path) -> list[dict[str, tuple[str | None, str | None]]]:
         with suppress(OSError, ValueError):
-            history = json.loads(self._record(folder).read_text(encoding="utf-8"))
+            history = parse_json(self._record(folder).read_text(encoding="utf-8"))
             return history if isinstance(history, list) else []
         return []
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sdlora.errors import OutputError
-from sdlora.files import write_json
+from sdlora.files import parse_json, write_json
 
 
 class Drafts:
@@ -27,6 +26,6 @@ class Drafts:
     def kept(self, form: str) -> dict[str, Any]:
         """Return what a form held, empty when nothing was kept or it cannot be read."""
         with suppress(OSError, ValueError):
-            values = json.loads((self._folder / f"{form}.json").read_text(encoding="utf-8"))
+            values = parse_json((self._folder / f"{form}.json").read_text(encoding="utf-8"))
             return values if isinstance(values, dict) else {}
         return {}

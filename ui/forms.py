@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pydantic_core import PydanticUndefined
 from sdlora.config.schema import Config, fields
 from sdlora.config.toml import toml_line
 from sdlora.errors import ConfigError
+from sdlora.files import parse_toml
 
 Kind = Literal["switch", "choice", "whole", "number", "text", "lines", "toml"]
 OPEN = "follows the data"
@@ -233,8 +233,8 @@ def _from_raw(setting: Setting, held: Any) -> Any:
         return tuple(line.strip() for line in held.splitlines() if line.strip())
     if setting.kind == "toml":
         try:
-            value = tomllib.loads(f"value = {held}")["value"]
-        except tomllib.TOMLDecodeError:
+            value = parse_toml(f"value = {held}")["value"]
+        except ValueError:
             if setting.words:
                 return held.strip()
             raise ValueError("write it as in a TOML file, e.g. [0.9, 0.99]") from None

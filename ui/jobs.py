@@ -7,7 +7,6 @@ the server ends; the next server takes it over by its process id.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ import psutil
 from sdlora.config.schema import Config
 from sdlora.config.toml import save_config
 from sdlora.errors import ConfigError, OutputError
-from sdlora.files import write_json
+from sdlora.files import parse_json, write_json
 from sdlora.run_folder import REQUESTS, STOP, RunFolder, list_checkpoints
 
 from .progress import RunView
@@ -283,7 +282,7 @@ class JobQueue:
     def _read(self, job_id: str) -> Job | None:
         try:
             text = (self._folder / job_id / "job.json").read_text(encoding="utf-8")
-            values = json.loads(text)
+            values = parse_json(text)
             job = Job(**(values | {"run": Path(values["run"])}))
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -378,6 +377,6 @@ def process_of(job: Job) -> psutil.Process | None:
 
 def _last_json(file: Path) -> dict[str, Any] | None:
     with suppress(OSError, ValueError, IndexError):
-        value = json.loads(file.read_text(encoding="utf-8").strip().splitlines()[-1])
+        value = parse_json(file.read_text(encoding="utf-8").strip().splitlines()[-1])
         return value if isinstance(value, dict) else None
     return None

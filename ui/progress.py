@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from sdlora.files import parse_json
 
 _MAX_POINTS = 400
 _BLOCK = 2**22
@@ -46,7 +47,7 @@ class RunView:
                 stream.seek(self._offset)
                 for line in block[:end].splitlines():
                     with suppress(ValueError, KeyError, TypeError):
-                        self._take(json.loads(line))
+                        self._take(parse_json(line))
 
     def _take(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]

@@ -17,7 +17,7 @@ def strength_of(strength: Strength, component: str) -> float:
     return strength if isinstance(strength, int | float) else float(strength.get(component, 0.0))
 
 
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _SPEC = re.compile(rf"(?P<file>.+?)(?::(?P<first>{_NUMBER}))?(?::(?P<second>{_NUMBER}))?", re.DOTALL)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from ..errors import ConfigError
-from ..files import write_text
+from ..files import parse_toml, write_text
 from .contradictions import contradictions
 from .schema import Config, fields
 
@@ -91,21 +90,21 @@ def _is_tables(value: Any) -> bool:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        return parse_toml(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such settings file; check the path after --config") from None
     except IsADirectoryError:
         raise ConfigError(f"{file}: is a folder; give a TOML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error}); give a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}; mend that line") from None
 
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text  # an unquoted string, as shells leave it: output.name=my-style
 
 

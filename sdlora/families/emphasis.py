@@ -9,6 +9,7 @@ a new one. (WebUI: modules/prompt_parser.py, sd_hijack_clip.py, sd_emphasis.py, 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ _LEAST_MEAN = 1e-4  # of the root mean square
 
 _TOKEN = re.compile(
     r"""(?P<literal>\\[()\[\]\\]|\\BREAK\b)
-      | (?P<weight>:\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))\s*\))
+      | (?P<weight>:\s*(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\))
       | (?P<bracket>[()\[\]])
       | (?P<text>[^\\()\[\]:]+|.)""",
     re.VERBOSE | re.DOTALL,
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
+_MAX_OPEN = 30
+"""Brackets that may be open at a place; further ones are characters (1.1 to the 30th is 17)."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,19 @@ def parse(prompt: str) -> list[list[Fragment]]:
             pieces.append((text[1:], 1.0))
         elif match["weight"] and open_round:
             multiply(open_round.pop(), float(match["number"]))
-        elif text == "(":
+        elif text == "(" and len(open_round) < _MAX_OPEN:
             open_round.append(len(pieces))
-        elif text == "[":
+        elif text == "[" and len(open_square) < _MAX_OPEN:
             open_square.append(len(pieces))
         elif text == ")" and open_round:
             multiply(open_round.pop(), _ROUND)
         elif text == "]" and open_square:
             multiply(open_square.pop(), 1 / _ROUND)
         else:
-            for number, part in enumerate(_BREAK.split(text)):
+            parts = _BREAK.split(text)
+            for number, part in enumerate(parts):
+                part = part.lstrip() if number else part
+                part = part.rstrip() if number < len(parts) - 1 else part
                 pieces += [(None, 1.0)] if number else []
                 pieces += [(part, 1.0)] if part else []
     for start in open_round:
@@ -103,12 +109,13 @@ def layout(prompt: str, tokenize: Callable[[str], Sequence[int]], comma: int | N
     chunks: list[Chunk] = []
     for section in parse(prompt):
         tokens = [(token, part.weight) for part in section for token in tokenize(part.text)]
-        while len(tokens) > CHUNK_TOKENS:
-            cut = _cut([token for token, _ in tokens[: CHUNK_TOKENS + 1]], comma)
-            chunks.append(_chunk(tokens[:cut]))
-            tokens = tokens[cut:]
-        if tokens or section or not chunks:
-            chunks.append(_chunk(tokens))
+        start = 0
+        while len(tokens) - start > CHUNK_TOKENS:
+            cut = start + _cut([token for token, _ in tokens[start : start + CHUNK_TOKENS + 1]], comma)
+            chunks.append(_chunk(tokens[start:cut]))
+            start = cut
+        if tokens[start:] or section or not chunks:
+            chunks.append(_chunk(tokens[start:]))
     return chunks
 
 
@@ -142,13 +149,12 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
 
 def _sections(pieces: Sequence[tuple[str | None, float]]) -> list[list[Fragment]]:
     sections: list[list[Fragment]] = [[]]
-    for text, weight in pieces:
-        if text is None:
-            sections.append([])
-        elif sections[-1] and sections[-1][-1].weight == weight:
-            sections[-1][-1] = Fragment(sections[-1][-1].text + text, weight)
+    for weight, group in itertools.groupby(pieces, key=lambda piece: (piece[0] is None, piece[1])):
+        texts = [text for text, _ in group]
+        if weight[0]:
+            sections += [[] for _ in texts]
         else:
-            sections[-1].append(Fragment(text, weight))
+            sections[-1].append(Fragment("".join(text for text in texts if text is not None), weight[1]))
     return sections
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _KEY = "parameters"
 _NEGATIVE = "Negative prompt:"
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_NAME_PART = re.compile(r"[\w \-/]")
+MAX_TEXT = 1_000_000
+"""Characters of a ``parameters`` text that is read; what WebUI writes has some thousand."""
 _LEAST_PAIRS = 3  # WebUI takes a last line with fewer pairs for a part of the prompt
 
 
@@ -101,15 +103,67 @@ def read_parameters(file: Path) -> dict[str, str]:
 
 
 def parse_parameters(text: str) -> dict[str, str]:
-    """Return WebUI's text as a dict, parsed as WebUI parses it."""
+    """Return WebUI's text as a dict, parsed as WebUI parses it, in time proportional to its length.
+
+    Raises:
+        SdloraError: when it has more than a million characters.
+    """
+    if len(text) > MAX_TEXT:
+        raise SdloraError(
+            f"the image's `{_KEY}` text has {len(text)} characters; at most {MAX_TEXT} are read"
+        )
     *lines, last = text.strip().split("\n")
-    pairs = _PAIR.findall(last)
+    pairs = list(_pairs(last))
     if len(pairs) < _LEAST_PAIRS:
         lines, pairs = [*lines, last], []
     start = next((i for i, line in enumerate(lines) if line.strip().startswith(_NEGATIVE)), len(lines))
     negative = "\n".join(lines[start:]).strip().removeprefix(_NEGATIVE).strip()
     values = {"Prompt": "\n".join(lines[:start]).strip(), "Negative prompt": negative}
     return values | {name: _unquoted(value.strip()) for name, value in pairs}
+
+
+def _pairs(line: str) -> Iterator[tuple[str, str]]:
+    """Yield the ``Name: value`` pairs of a line.
+
+    They are those of the expression that WebUI searches with (``_RE_PARAM`` in the test), which looks at each
+    place of a line again and again: 20 kB of blanks took it 13 s.
+    """
+    start = 0
+    while (colon := line.find(":", start)) >= 0:
+        name = _name_before(line, start, colon)
+        if name is None:
+            start = colon + 1
+            continue
+        begin = colon + 1
+        while begin < len(line) and line[begin].isspace():
+            begin += 1
+        end = _end_of_quoted(line, begin)
+        if end is None:
+            comma = line.find(",", begin)
+            end = len(line) if comma < 0 else comma
+        yield name, line[begin:end]
+        start = end + 1
+
+
+def _name_before(line: str, start: int, colon: int) -> str | None:
+    """Return the name that ends at a colon: letters, digits, blanks, ``-`` and ``/``, two at least."""
+    first = colon
+    while first > start and _NAME_PART.match(line, first - 1):
+        first -= 1
+    while first < colon and not (line[first].isalnum() or line[first] == "_"):
+        first += 1
+    return line[first:colon] if colon - first >= 2 else None
+
+
+def _end_of_quoted(line: str, begin: int) -> int | None:
+    """Return where a text in quotes ends that begins here and fills its place up to a comma; else None."""
+    if not line.startswith('"', begin):
+        return None
+    at = begin + 1
+    while at < len(line) and line[at] != '"':
+        at += 2 if line[at] == "\\" else 1
+    filled = begin + 1 < at < len(line) and (at + 1 == len(line) or line[at + 1] == ",")
+    return at + 1 if filled else None
 
 
 def _lora_hashes(strengths: Mapping[str, Strength], hashes: Mapping[str, str]) -> str | None:

@@ -10,7 +10,7 @@ from typing import get_args
 
 from sdlora.config.schema import SamplerName
 
-_TAG = re.compile(r"\s*<lora:([^:>]+):([^:>]+)(?::([^>]+))?>")
+_TAG = re.compile(r"<lora:([^:>]+):([^:>]+)(?::([^>]{1,64}))?>")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def from_parameters(values: Mapping[str, str]) -> ImportedSettings:
             adapters.append((name, unet, encoder))
     width, _, height = values.get("Size", "").partition("x")
     return ImportedSettings(
-        prompt=_TAG.sub("", text).strip(),
+        prompt=_without_tags(text),
         negative=values.get("Negative prompt", ""),
         seed=_whole(values.get("Seed")),
         width=_whole(width),
@@ -55,6 +55,12 @@ def from_parameters(values: Mapping[str, str]) -> ImportedSettings:
         model=values.get("Model"),
         adapters=tuple(adapters),
     )
+
+
+def _without_tags(text: str) -> str:
+    """Return a prompt without its tags and the blanks in front of them."""
+    *parts, last = _TAG.split(text)[:: 1 + _TAG.groups]
+    return "".join([*(part.rstrip() for part in parts), last]).strip()
 
 
 def _sampler(name: str, schedule: str) -> str | None:

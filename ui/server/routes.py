@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import shlex
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from starlette.staticfiles import StaticFiles
 from sdlora.config.toml import load_config
 from sdlora.data.reading.image_files import IMAGE_ENDINGS, load_small
 from sdlora.errors import ConfigError, SdloraError
+from sdlora.files import parse_json
 from sdlora.generation.png_info import read_parameters
 from sdlora.run_folder import SAMPLE, SAVE, RunFolder
 
@@ -76,7 +76,7 @@ def _writing(
         if kind != "application/json" or "x-sdlora" not in request.headers:
             return JSONResponse({"error": "refused: not a request of this page"}, 403)
         try:
-            body = json.loads(await request.body() or b"{}")
+            body = parse_json(await request.body() or b"{}")
         except ValueError:
             body = None
         if not isinstance(body, dict):

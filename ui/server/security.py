@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-import json
 import re
 import secrets
 import socket
@@ -26,6 +25,8 @@ from html import escape
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from sdlora.files import parse_json
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -268,7 +269,7 @@ def _without_addresses(body: bytes) -> bytes:
         Refused: when a file in it is an address of the network.
     """
     try:
-        waiting = [json.loads(body or b"{}")]
+        waiting = [parse_json(body or b"{}")]
     except ValueError:
         raise Refused(400, "the request is not JSON") from None
     while waiting:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import posixpath
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files import parse_json
 from .image_files import read_file
 from .problems import Problem, Unusable
 
@@ -145,8 +145,8 @@ def _json_lines(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             yield number, f"is not valid JSON ({error})"
             continue
         yield number, value if isinstance(value, dict) else "is not a JSON object"

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ...files import parse_json
 from .image_files import read_file
 from .items import Point
 from .problems import Problem, Unusable
@@ -28,8 +29,8 @@ def read_focus(path: Path, name: str) -> Point | Problem | None:
     if b'"focus"' not in data:
         return None
     try:
-        value: Any = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        value: Any = parse_json(data.decode("utf-8-sig"))
+    except ValueError as error:
         return Problem("bad sidecar", name, f"is not valid JSON ({error})", "mend it, or delete it")
     focus = value.get("focus") if isinstance(value, dict) else None
     if focus is None:

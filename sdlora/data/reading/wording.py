@@ -90,7 +90,7 @@ class Wording:
         return self._trimmed(str(kept)), Tags(tags.words[self.keep :], tags.between[self.keep :]), ""
 
     def _tags(self, text: str) -> Tags:
-        pieces = re.split(rf"(\s*{re.escape(self.separator)}\s*)", text.strip())
+        pieces = _split(text.strip(), self.separator)
         words = [(word, pieces[at + 1 : at + 2]) for at, word in enumerate(pieces) if at % 2 == 0 and word]
         return Tags(tuple(word for word, _ in words), tuple(gap[0] for _, gap in words if gap))
 
@@ -131,6 +131,23 @@ class Tags:
     def __str__(self) -> str:
         gaps = (*self.between[: len(self.words) - 1], "")
         return "".join(word + gap for word, gap in zip(self.words, gaps, strict=False))
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Return words and, between them, the separators with the blanks around them, as they stand.
+
+    That is ``re.split(rf"(\\s*{separator}\\s*)", text)``, which tries each blank of a long run again.
+    """
+    if not separator.strip():
+        return re.split(rf"(\s*{re.escape(separator)}\s*)", text)
+    first, *rest = text.split(separator)
+    pieces = [first]
+    for part in rest:
+        word = pieces[-1].rstrip()
+        before, pieces[-1] = pieces[-1][len(word) :], word
+        after = part[: len(part) - len(part.lstrip())]
+        pieces += [before + separator + after, part[len(after) :]]
+    return pieces
 
 
 def _shuffled(tags: Tags, draw: Callable[[], float]) -> Tags:
