@@ -63,7 +63,7 @@ def card_image(file: Path | None, *, private: bool = False) -> bytes | None:
     """
     if file is None:
         return None
-    from ..image_file import ImageFileError, decoded_image, read_image_bytes
+    from ..data.reading.decoding import ImageFileError, decoded_image, read_image_bytes
 
     try:
         data = read_image_bytes(file)
@@ -74,7 +74,9 @@ def card_image(file: Path | None, *, private: bool = False) -> bytes | None:
             small = image.convert("RGB")
             small.info = {}
     except ImageFileError as error:
-        raise OutputError(f"{error}; a preview is a PNG or JPEG") from None
+        raise OutputError(
+            f"{file}: is not a usable preview image ({error.what}); give a PNG or JPEG"
+        ) from None
     small.thumbnail((_MAX_SIDE, _MAX_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "PNG")

@@ -183,14 +183,16 @@ def thumbnail(file: Path) -> str:
     Raises:
         OutputError: when it cannot be read as an image.
     """
+    from ..data.reading.decoding import ImageFileError, decoded_image, read_image_bytes
     from ..errors import OutputError
-    from ..image_file import ImageFileError, decoded_image, read_image_bytes
 
     try:
         with decoded_image(read_image_bytes(file), str(file), least_side=512) as loaded:
             image = loaded.image.convert("RGB")
     except ImageFileError as error:
-        raise OutputError(f"{error}; a preview is a PNG or JPEG") from None
+        raise OutputError(
+            f"{file}: is not a usable preview image ({error.what}); give a PNG or JPEG"
+        ) from None
     for side, quality in ((512, 85), (512, 70), (384, 70), (256, 70), (256, 50), (128, 50), (64, 40)):
         image.thumbnail((side, side))
         buffer = io.BytesIO()

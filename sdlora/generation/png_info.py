@@ -93,7 +93,7 @@ def read_parameters(file: Path) -> dict[str, str]:
     Raises:
         SdloraError: if it is not a readable PNG, or holds no such text.
     """
-    from ..image_file import opened_image
+    from ..data.reading.decoding import opened_image
 
     with opened_image(file) as loaded:
         text = loaded.image.info.get(_KEY)

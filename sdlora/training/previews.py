@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ..data.reading.decoding import ImageFileError, opened_image
 from ..events import Sampled, read_events
 from ..generation.generate import GenerateRequest, render
 from ..generation.grids import loss_curve, steps_by_prompts
 from ..generation.png_info import parameters_text, save_png
-from ..image_file import ImageFileError, opened_image
 from ..run_folder import RunFolder
 
 if TYPE_CHECKING:

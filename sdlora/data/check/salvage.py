@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageFile, ImageOps
 
-from ...image_file import ImageFileError, decoded_image
+from ..reading.decoding import ImageFileError, decoded_image
 from ..reading.image_files import unusable
 from ..reading.problems import Unusable, is_cut_short
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageCms
 
 from ...errors import DatasetError
-from ...image_file import PLUGINS, ImageFileError, decoded_image
+from .decoding import PLUGINS, ImageFileError, decoded_image
 from .items import ImageItem, Trait
 from .problems import Problem, Unusable
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .errors import SdloraError
+from ...errors import SdloraError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")
 """What Pillow may decode; none of these starts another program."""

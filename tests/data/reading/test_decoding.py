@@ -17,10 +17,10 @@ from PIL import Image
 import sdlora
 from sdlora.data.check.salvage import mend
 from sdlora.data.reading import image_files
+from sdlora.data.reading.decoding import ImageFileError, _Budget, decoded_image, opened_image
 from sdlora.data.reading.folder import survey
 from sdlora.data.reading.image_files import load_pixels, load_small
 from sdlora.generation.png_info import read_parameters
-from sdlora.image_file import ImageFileError, _Budget, decoded_image, opened_image
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n0 0 20 20 rectfill\n%%EOF\n"
 PNG = encoded(drawing(1))
@@ -60,7 +60,7 @@ def test_no_image_is_opened_elsewhere() -> None:
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
                     assert any(keyword.arg == "formats" for keyword in node.keywords), path
                     calls.append(path.name)
-    assert sorted(calls) == ["image_file.py", "salvage.py"]
+    assert sorted(calls) == ["decoding.py", "salvage.py"]
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.eps"])
