@@ -3,6 +3,9 @@
 Usage: python -m tools.same_bits record --checkout DIR --output FILE.json [--only NAME ...]
        python -m tools.same_bits compare BEFORE.json AFTER.json [--renamed OLD=NEW] [--only NAME ...]
        python -m tools.same_bits list
+
+``record`` is told a word of the command lines that the checkout spells in another way, ``compare`` a word of
+keys and texts that was renamed on purpose: ``--renamed=--picture=--image``, ``--renamed Noticed=Notice``.
 """
 
 from __future__ import annotations

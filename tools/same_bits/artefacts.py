@@ -17,9 +17,10 @@ from typing import Any
 
 from PIL import Image
 
-# keys of times, speeds, and of digests over bytes that hold times (the bytes themselves are looked at)
+# keys of times, speeds, and of digests and sizes of files that hold times, whose digits are more or fewer
+# (the tensors and words of such files are looked at one by one)
 _FLEETING = re.compile(
-    r"time|date|digests|used|modified|modelspec\.date|ss_session_id|sshs_legacy_hash|"
+    r"time|date|digests|used|modified|modelspec\.date|ss_session_id|sshs_legacy_hash|num_bytes|"
     r".*(seconds|per_second|wait_share|_at|_age)(_.*)?"
 )
 _DIGEST = re.compile(r"[0-9a-f]{64}")
