@@ -141,7 +141,7 @@ def _structure(config: Config) -> str:
         [tree["training"][name] for name in training],
     ]
     wanted += [_side(config), _keeps_text(config), _keeps_images(config), *_priors(config)]
-    return json.dumps([*wanted, bool(config.data.validation), _preview(config)])
+    return json.dumps([*wanted, bool(config.data.validation), config.data.resolution, _preview(config)])
 
 
 def _preview(config: Config) -> tuple[int, bool]:
