@@ -27,7 +27,7 @@ from torch import Tensor
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
 from sdlora.adapters.kinds import DoRA, LoHa, LoKr, TuckerPair
 from sdlora.errors import AdapterFileError
-from sdlora.families.base import FamilyInfo
+from sdlora.families.facts import FamilyInfo
 from sdlora.families.loading import ASSETS
 from sdlora.families.table import FAMILIES, family_info
 from sdlora.formats import names
@@ -211,7 +211,7 @@ def respelled(tensors: Mapping[str, Tensor], family: FamilyInfo) -> Iterator[tup
 
     def comfyui(path: str, part: str) -> str:
         component, _, inside = path.partition(".")
-        clip = {"text_encoder": "clip_h" if family.is_v2 else "clip_l", "text_encoder_2": "clip_g"}
+        clip = {"text_encoder": "clip_h" if family.header.is_v2 else "clip_l", "text_encoder_2": "clip_g"}
         name = (
             f"diffusion_model.{names.to_ldm(inside)}"
             if component == "unet"

@@ -58,10 +58,11 @@ def target_modules(model: DiffusionModel, config: AdapterConfig) -> list[ModuleK
     Raises:
         ConfigError: if the preset matches nothing in the base.
     """
-    wanted = [component for component in model.components() if config.adapts(component)]
+    infos = model.info.components
+    wanted = [component for component, info in infos.items() if config.adapts(info.part)]
     modules: list[ModuleKey] = []
     for component in wanted:
-        endings = model.info.targets[component][config.targets]
+        endings = infos[component].targets[config.targets]
         module = model.components()[component]
         matching = [
             ModuleKey(component, canonical_path(component, path))
@@ -92,10 +93,7 @@ def create_adapter(model: DiffusionModel, config: AdapterConfig, seed: int) -> A
     keys = target_modules(model, config)
     check_patterns("adapter.block_ranks", config.block_ranks, keys)
     for key in keys:
-        prefix = "" if key.component == "unet" else f"{key.component}_"
-        rank: int | None = getattr(config, f"{prefix}rank") or config.rank
-        alpha: float | None = getattr(config, f"{prefix}alpha") or config.alpha
-        assert rank is not None and alpha is not None, "settings must be resolved first"
+        rank, alpha = config.rank_and_alpha(model.info.components[key.component].part)
         module_rank = value_for(config.block_ranks, key, rank)
         if module_rank > 0:
             generator = torch.Generator().manual_seed(_layer_seed(seed, key))

@@ -1,10 +1,10 @@
 """The canonical adapter: what every file format, merge and injection works on.
 
-A module is named by its component (``unet``, ``text_encoder``, ``text_encoder_2``) and its path in
-diffusers/transformers terms; text-encoder paths always start with ``text_model.``, whatever the installed
-transformers calls them. Each adapted module has one :class:`Update`. The plain one is the low-rank pair,
-``dW = (alpha / rank) * up @ down`` with W frozen (Hu et al. 2022, section 4.1); the others are in
-:mod:`sdlora.adapters.kinds`.
+A module is named by its component (``unet``, ``text_encoder``, ...; :mod:`sdlora.families.facts`) and its
+path in diffusers/transformers terms; text-encoder paths always start with ``text_model.``, whatever the
+installed transformers calls them. Each adapted module has one :class:`Update`. The plain one is the
+low-rank pair, ``dW = (alpha / rank) * up @ down`` with W frozen (Hu et al. 2022, section 4.1); the others
+are in :mod:`sdlora.adapters.kinds`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
-
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+from ..families.facts import component_order
 
 
 class ModuleKey(NamedTuple):
@@ -197,9 +196,8 @@ class AdapterWeights:
         return {key.path: update for key, update in self.all_items() if key.component == component}
 
     def components(self) -> list[str]:
-        """Return the components with at least one adapted module, in canonical order."""
-        present = {key.component for key in self.updates}
-        return [name for name in COMPONENTS if name in present]
+        """Return the components with at least one adapted module, the denoiser first."""
+        return sorted({key.component for key in self.updates}, key=component_order)
 
     def kinds(self) -> dict[str, int]:
         """Return how many modules each kind of update has, the most frequent first."""

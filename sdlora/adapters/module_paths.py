@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError
 from ..families.base import DiffusionModel
+from ..families.facts import is_text_encoder
 from .canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 
 _TEXT_ROOT = "text_model."
@@ -34,7 +35,7 @@ def base_weight(layer: Any) -> Tensor:
 
 def canonical_path(component: str, path: str) -> str:
     """Return an installed path as adapters call it: text encoders always start with ``text_model.``."""
-    if component == "unet" or path.startswith(_TEXT_ROOT):
+    if not is_text_encoder(component) or path.startswith(_TEXT_ROOT):
         return path
     return _TEXT_ROOT + path
 

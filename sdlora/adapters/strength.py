@@ -7,14 +7,35 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..families.facts import is_text_encoder
 
 Strength = float | Mapping[str, float]
-"""One strength for all components, or one a component (missing ones count as 0)."""
+"""One strength for all components, or one a component, by its name or role (missing ones count as 0)."""
+
+DENOISER, TEXT_ENCODERS = "denoiser", "text_encoders"
+"""The roles, for strengths given before it is known which family they are for."""
+
+
+def by_role(denoiser: float, text_encoders: float) -> Strength:
+    """Return one strength for the denoiser of any family, and one for all text encoders."""
+    return {DENOISER: denoiser, TEXT_ENCODERS: text_encoders}
 
 
 def strength_of(strength: Strength, component: str) -> float:
     """Return the strength that applies to a component."""
-    return strength if isinstance(strength, int | float) else float(strength.get(component, 0.0))
+    if isinstance(strength, int | float):
+        return strength
+    role = TEXT_ENCODERS if is_text_encoder(component) else DENOISER
+    return float(strength.get(component, strength.get(role, 0.0)))
+
+
+def pair_of(strength: Strength) -> tuple[float, float]:
+    """Return the strengths of the denoiser, whatever it is called, and of the (first) text encoder."""
+    if isinstance(strength, int | float):
+        return strength, strength
+    named = [name for name in strength if not is_text_encoder(name)]  # the role's name is none, either
+    denoiser = strength[named[0]] if named else 0.0
+    return float(denoiser), strength_of(strength, "text_encoder")
 
 
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
@@ -43,5 +64,4 @@ def parse_adapter(text: str) -> tuple[Path, Strength]:
     path = Path(file).expanduser()
     if second is None:
         return path, 1.0 if first is None else float(first)
-    text_strength = float(second)
-    return path, {"unet": float(first), "text_encoder": text_strength, "text_encoder_2": text_strength}
+    return path, by_role(float(first), float(second))

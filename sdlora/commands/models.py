@@ -132,9 +132,7 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="number format")
     parser.add_argument("--vae", metavar="FILE", help="another autoencoder: a file, a folder, or a hub id")
     parser.add_argument("--clip-skip", type=int, default=1, help="n-th last layer of the text encoder (SD1)")
-    parser.add_argument(
-        "--family", choices=["sd1", "sd2", "sdxl"], help="what the base is, against its header"
-    )
+    parser.add_argument("--family", metavar="NAME", help="family of the base (e.g. sd1), against its header")
     parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what the U-Net predicts")
     parser.add_argument("--zero-terminal-snr", action=argparse.BooleanOptionalAction, help="schedule's end")
     parser.add_argument("--attention", choices=["auto", "sdpa", "xformers"], default="auto")

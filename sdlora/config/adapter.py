@@ -6,7 +6,7 @@ Read as the section ``adapter`` of :class:`sdlora.config.schema.Config`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -16,6 +16,34 @@ Targets = Literal["attention", "linear", "all"]
 AdapterKind = Literal["lora", "dora", "loha", "lokr"]
 Scaling = Literal["standard", "rslora"]
 Initialisation = Literal["default", "gaussian", "pissa", "olora"]
+AdaptedPart = Literal["denoiser", "text_encoder", "text_encoder_2"]
+"""A component of a base as settings know it; each family says which of its components is which."""
+
+
+class PartKeys(NamedTuple):
+    """The dotted keys of one part's adapter; ``switch`` is None for what is always adapted."""
+
+    switch: str | None
+    rank: str
+    alpha: str
+    learning_rate: str
+
+
+PART_KEYS: dict[AdaptedPart, PartKeys] = {
+    "denoiser": PartKeys(None, "adapter.rank", "adapter.alpha", "optimizer.learning_rate"),
+    "text_encoder": PartKeys(
+        "adapter.text_encoder",
+        "adapter.text_encoder_rank",
+        "adapter.text_encoder_alpha",
+        "optimizer.text_encoder_learning_rate",
+    ),
+    "text_encoder_2": PartKeys(
+        "adapter.text_encoder_2",
+        "adapter.text_encoder_2_rank",
+        "adapter.text_encoder_2_alpha",
+        "optimizer.text_encoder_2_learning_rate",
+    ),
+}
 
 
 class AdapterConfig(Section):
@@ -62,11 +90,17 @@ class AdapterConfig(Section):
     text_encoder_2_alpha: PositiveFloat | None = None
     """Alpha in the second text encoder; equal to its rank when left open."""
 
-    def adapts(self, component: str) -> bool:
-        """Return whether that component of the base gets an adapter."""
-        wanted = {"unet": True, "text_encoder": self.text_encoder}
+    def adapts(self, part: AdaptedPart) -> bool:
+        """Return whether that part of the base gets an adapter."""
         second = self.text_encoder if self.text_encoder_2 is None else self.text_encoder_2
-        return wanted.get(component, second)
+        return {"denoiser": True, "text_encoder": self.text_encoder, "text_encoder_2": second}[part]
+
+    def rank_and_alpha(self, part: AdaptedPart) -> tuple[int, float]:
+        """Return rank and alpha of that part's adapter: its own, or else the denoiser's. They must be set."""
+        own = [getattr(self, key.partition(".")[2]) for key in PART_KEYS[part][1:3]]
+        rank, alpha = own[0] or self.rank, own[1] or self.alpha
+        assert rank is not None and alpha is not None, "settings must be resolved first"
+        return rank, alpha
 
     @property
     def adapts_text(self) -> bool:

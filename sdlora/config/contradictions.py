@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from .adapter import PART_KEYS
 from .data import DataConfig
-from .schema import Config, OptimizerConfig, component_keys
+from .schema import Config, OptimizerConfig
 from .section import OnlyFor
 
 
@@ -15,11 +16,11 @@ def contradictions(config: Config) -> list[str]:
     problems: list[str] = []
     if config.training.steps is not None and config.training.epochs is not None:
         problems.append("`training.steps` and `training.epochs` both fix the length: give one of them")
-    for component in ("text_encoder", "text_encoder_2"):
-        if not config.adapter.adapts(component):
+    for part, keys in PART_KEYS.items():
+        if not config.adapter.adapts(part):
             problems += [
-                f"`{key}` has no effect without `adapter.{component}=true`"
-                for key in component_keys(component)
+                f"`{key}` has no effect without `{keys.switch}=true`"
+                for key in keys[1:]
                 if config.get(key) is not None
             ]
     if config.model.zero_terminal_snr and config.model.prediction_type == "epsilon":

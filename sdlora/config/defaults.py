@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from .schema import Config, OptimizerConfig, component_keys
+from .adapter import PART_KEYS, AdaptedPart
+from .schema import Config, OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,19 @@ class BaseFacts:
         recommended: settings the base's author suggests, by dotted key.
         native_resolution: px.
         device: type of the device, e.g. ``cuda``.
-        components: what can be adapted, e.g. ``unet``, ``text_encoder``.
+        parts: what can be adapted.
     """
 
     title: str
     recommended: Mapping[str, Any]
     native_resolution: int
     device: str
-    components: tuple[str, ...] = ("unet", "text_encoder")
+    parts: tuple[AdaptedPart, ...] = ("denoiser", "text_encoder")
 
     @property
-    def text_encoders(self) -> tuple[str, ...]:
-        """The components that are text encoders."""
-        return tuple(name for name in self.components if name != "unet")
+    def text_encoders(self) -> tuple[AdaptedPart, ...]:
+        """The parts that are text encoders."""
+        return tuple(part for part in self.parts if part != "denoiser")
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,10 @@ def check_components(config: Config, facts: BaseFacts) -> None:
         ConfigError: naming all such settings.
     """
     useless = []
-    for component in {"text_encoder", "text_encoder_2"} - set(facts.components):
-        useless += [key for key in component_keys(component) if config.get(key) is not None]
-        useless += [key for key in (f"adapter.{component}",) if config.get(key)]
+    for part in PART_KEYS.keys() - set(facts.parts):
+        switch, *others = PART_KEYS[part]
+        useless += [key for key in others if config.get(key) is not None]
+        useless += [switch] if switch and config.get(switch) else []
     if useless:
         raise ConfigError(
             f"`{'`, `'.join(sorted(useless))}`: {facts.title} has no such text encoder; leave it out"
@@ -159,10 +161,10 @@ def _fill_adapter(resolver: _Resolver, num_images: int) -> None:
         rank, reason = rank // 2, f"as large a file as a LoRA of rank {rank}"
     resolver.fill("adapter.rank", rank, reason, ask_base=not loha)
     resolver.fill("adapter.alpha", *_usual_alpha(resolver, "adapter.rank"), ask_base=not loha)
-    for component in _adapted_text(resolver):
-        rank_key, alpha_key, _ = component_keys(component)
-        resolver.fill(rank_key, resolver.config.adapter.rank, "as in the U-Net")
-        resolver.fill(alpha_key, *_usual_alpha(resolver, rank_key))
+    for part in _adapted_text(resolver):
+        keys = PART_KEYS[part]
+        resolver.fill(keys.rank, resolver.config.adapter.rank, "as in the U-Net")
+        resolver.fill(keys.alpha, *_usual_alpha(resolver, keys.rank))
 
 
 def _usual_alpha(resolver: _Resolver, rank_key: str) -> tuple[float, str]:
@@ -172,8 +174,8 @@ def _usual_alpha(resolver: _Resolver, rank_key: str) -> tuple[float, str]:
     return float(resolver.config.get(rank_key)), "equal to the rank: scale 1"
 
 
-def _adapted_text(resolver: _Resolver) -> list[str]:
-    return [name for name in resolver.facts.text_encoders if resolver.config.adapter.adapts(name)]
+def _adapted_text(resolver: _Resolver) -> list[AdaptedPart]:
+    return [part for part in resolver.facts.text_encoders if resolver.config.adapter.adapts(part)]
 
 
 def _fill_length(resolver: _Resolver, data: DataFacts) -> None:
@@ -201,14 +203,14 @@ def _fill_rates(resolver: _Resolver, rule: RateRule) -> None:
     resolver.fill("optimizer.learning_rate", rate, reason, ask_base=usual)
     chosen = resolver.config.optimizer.learning_rate
     assert chosen is not None
-    for component in _adapted_text(resolver):
+    for part in _adapted_text(resolver):
         first = resolver.config.optimizer.text_encoder_learning_rate
         value, reason = chosen / 5, "a fifth of the U-Net's: text encoders forget quickly"
         if rule.one_rate:
             value, reason = chosen, f"as the U-Net's: {resolver.config.optimizer.name} has one rate for all"
-        elif component != "text_encoder" and first is not None:
+        elif part != "text_encoder" and first is not None:
             value, reason = first, "as the first text encoder's"
-        resolver.fill(component_keys(component)[2], value, reason, ask_base=usual)
+        resolver.fill(PART_KEYS[part].learning_rate, value, reason, ask_base=usual)
 
 
 def _rate(resolver: _Resolver, rule: RateRule) -> tuple[float, str]:

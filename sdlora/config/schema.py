@@ -27,7 +27,6 @@ Schedule = Literal["cosine", "linear", "constant"]
 SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
 PredictionType = Literal["epsilon", "v_prediction"]
 AttentionName = Literal["auto", "sdpa", "xformers"]
-FamilyName = Literal["sd1", "sd2", "sdxl"]
 
 
 class ModelConfig(Section):
@@ -35,9 +34,9 @@ class ModelConfig(Section):
 
     base: str = "mini"
     """The base: `mini` (ships with sdlora), a diffusers folder, a .safetensors file, or a hub id."""
-    family: FamilyName | None = None
-    """Which family the base is of, where its header contradicts its weights; read from the base when left
-    open."""
+    family: str | None = None
+    """Which family the base is of (e.g. `sd1`), where its header contradicts its weights; read from the base
+    when left open."""
     prediction_type: PredictionType | None = None
     """What the U-Net predicts; read from the base when left open."""
     zero_terminal_snr: bool | None = None
@@ -187,9 +186,3 @@ def fields() -> Iterator[tuple[str, FieldInfo]]:
         assert isinstance(info.annotation, type) and issubclass(info.annotation, Section)
         for name, field in info.annotation.model_fields.items():
             yield f"{section}.{name}", field
-
-
-def component_keys(component: str) -> tuple[str, str, str]:
-    """Return the keys of rank, alpha and learning rate of one component's adapter."""
-    prefix = "" if component == "unet" else f"{component}_"
-    return f"adapter.{prefix}rank", f"adapter.{prefix}alpha", f"optimizer.{prefix}learning_rate"

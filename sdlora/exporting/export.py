@@ -31,7 +31,7 @@ from ..tensor_file import data_sha256
 from .webui_card import card_image, other_preview, write_card
 
 if TYPE_CHECKING:
-    from ..families.base import FamilyInfo
+    from ..families.facts import FamilyInfo
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TARGETS = {"webui": "{name}.safetensors", "diffusers": "{name}-diffusers.safetensors", "peft": "{name}-peft"}
@@ -192,7 +192,9 @@ def write_finished(
     *,
     private: bool = False,
 ) -> ExportReport:
-    """Write a trained adapter for WebUI with preview and card, proven; replaces what is there.
+    """Write a trained adapter in its family's format, proven; replaces what is there.
+
+    What WebUI reads gets a preview and a card.
 
     Args:
         adapter: fp32 masters, with the header entries of :func:`sdlora.formats.metadata.build_header`.
@@ -206,9 +208,11 @@ def write_finished(
         AdapterFileError: when the written file does not hold the adapter (it is removed then).
         OutputError: when the place cannot be written.
     """
-    image = card_image(preview, private=private)
     number_format = _dtype(dtype, torch.float16)
-    report = _write_proven(adapter, "webui", target, number_format, info, "the trained weights")
+    image = card_image(preview, private=private) if info.adapter_format == "webui" else None
+    report = _write_proven(adapter, info.adapter_format, target, number_format, info, "the trained weights")
+    if info.adapter_format != "webui":
+        return report
     return replace(report, files=(*report.files, *write_card(adapter, target, info, image)))
 
 

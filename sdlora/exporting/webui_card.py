@@ -15,7 +15,7 @@ from ..errors import OutputError
 from ..files import write_bytes, write_json
 
 if TYPE_CHECKING:
-    from ..families.base import FamilyInfo
+    from ..families.facts import FamilyInfo
 
 _MAX_SIDE = 1024
 _PREVIEWS = tuple(
@@ -32,7 +32,7 @@ def write_card(adapter: AdapterFile, target: Path, info: FamilyInfo, image: byte
     entries = adapter.info.metadata
     card = {
         "description": entries.get("modelspec.description", ""),
-        "sd version": info.webui_version,
+        "sd version": info.header.webui,
         "activation text": ", ".join(adapter.info.trigger_words),
         "preferred weight": _preferred(entries.get("sdlora.preferred_strength")),
         "negative text": "",

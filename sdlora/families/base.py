@@ -1,7 +1,7 @@
 """What a model family is: the interface every base model is driven through.
 
 A family knows its components, how images and captions are encoded and how the denoiser is called.
-It knows neither adapters nor file formats; for those it only declares data (:class:`FamilyInfo`).
+It knows neither adapters nor file formats; for those it only declares data (:mod:`sdlora.families.facts`).
 :data:`Conditioning` is opaque to everyone else: named tensors that only the family reads.
 """
 
@@ -19,72 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.process import NoiseProcess
+from .facts import FamilyInfo
 from .fingerprint import file_digest
 
 Conditioning = dict[str, Tensor]
 """Encoded captions: name -> (B, ...); what the names mean is the family's own business."""
-
-
-@dataclass(frozen=True)
-class TextEncoderInfo:
-    """Declared facts about one of a family's text encoders.
-
-    Attributes:
-        component: its name among the model's components and in diffusers folders.
-        tokenizer: name of its tokenizer's folder.
-        checkpoint_prefix: what its keys begin with in an LDM-layout checkpoint.
-        checkpoint_layout: whose names follow: transformers' (``clip``) or OpenCLIP's.
-        projected: whether a projection gives one vector for the whole caption, too.
-        pad_token: what short captions are filled up with, where the files leave it out.
-    """
-
-    component: str
-    tokenizer: str
-    checkpoint_prefix: str
-    checkpoint_layout: Literal["clip", "openclip"] = "clip"
-    projected: bool = False
-    pad_token: str = "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class FamilyInfo:
-    """Declared facts about a family, read by loading, adapters and formats.
-
-    Attributes:
-        name: short name used in settings and files.
-        title: what users call it.
-        targets: component -> preset -> endings of module paths that get a LoRA.
-        file_prefixes: component -> prefix of WebUI-format keys.
-        unet_naming: block names of WebUI-format U-Net keys.
-        base_model_version: value of ``ss_base_model_version``.
-        is_v2: value of ``ss_v2``.
-        architecture: value of ``modelspec.architecture``.
-        webui_version: value of ``sd version`` in WebUI's sidecar.
-        assets: folder of the component configs that single files leave out.
-        text_encoders: in the order of their states.
-        context_width: width of the states that the U-Net's cross-attention reads, in the true models.
-        unet_config: settings of the U-Net's config that only this family has together.
-        clip_skip: whether an earlier layer of the text encoder may be used.
-        resolutions: prediction type -> px that single files of it were trained at, where that differs.
-        prediction_probe: checkpoint key of a vector that tells v-prediction from epsilon by its spread.
-    """
-
-    name: str
-    title: str
-    targets: Mapping[str, Mapping[str, tuple[str, ...]]]
-    file_prefixes: Mapping[str, str]
-    unet_naming: Literal["diffusers", "ldm"]
-    base_model_version: str
-    is_v2: bool
-    architecture: str
-    webui_version: str
-    assets: str
-    text_encoders: tuple[TextEncoderInfo, ...]
-    context_width: int
-    unet_config: Mapping[str, Any]
-    clip_skip: bool = False
-    resolutions: Mapping[str, int] = field(default_factory=dict)
-    prediction_probe: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,7 +90,8 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def components(self) -> Mapping[str, nn.Module]:
-        """Return the adaptable modules: ``unet``, ``text_encoder`` and perhaps ``text_encoder_2``."""
+        """Return all modules by their names in diffusers' pipelines: those that can be adapted
+        (:attr:`FamilyInfo.components`) and the autoencoder, ``vae``."""
 
     @abstractmethod
     def encoder_fingerprint(self, which: Literal["images", "captions"]) -> str:
@@ -207,6 +147,7 @@ class DiffusionModel(ABC):
         keep_text: bool = True,
         keep_images: bool = False,
         lean: bool = False,
+        computes_on: torch.device | None = None,
     ) -> None:
         """Set modes, placement and the attention that is fastest for what comes next.
 
@@ -217,6 +158,7 @@ class DiffusionModel(ABC):
             keep_images: keep the image encoder there too.
             lean: outside of training, have encoders that are not kept there only while they work, so that
                 previews take little more than the training itself.
+            computes_on: choose the attention of this device instead; for blueprints, which compute on none.
         """
 
     @property

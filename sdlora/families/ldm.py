@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ModelError
 
 if TYPE_CHECKING:
-    from .base import TextEncoderInfo
+    from .facts import TextEncoderInfo
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from ..config.schema import AttentionName, FamilyName, PredictionType
+from ..config.schema import AttentionName, PredictionType
 from ..diffusion.ddpm import DDPM
 from ..diffusion.prediction import PREDICTIONS
 from ..errors import ConfigError, ModelError
 from ..tensor_file import CONVERT
-from .base import BaseModelInfo, TextEncoderInfo
+from .base import BaseModelInfo
 from .hub import from_hub
 from .ldm import VAE_PREFIX, StoredKey, text_key_map, unet_key_map, vae_key_map
 from .recognition import Recognised, read_json, recognise
@@ -45,7 +45,7 @@ _OLD_NAMES = {
 class LoadOptions:
     """What may be said about a base besides its name; see :func:`load_model`."""
 
-    family: FamilyName | None = None
+    family: str | None = None
     prediction_type: PredictionType | None = None
     zero_terminal_snr: bool | None = None
     clip_skip: int = 1
@@ -62,7 +62,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    family: FamilyName | None = None,
+    family: str | None = None,
     prediction_type: PredictionType | None = None,
     zero_terminal_snr: bool | None = None,
     clip_skip: int = 1,
@@ -92,6 +92,8 @@ def load_model(
         ModelError: if it is not there, not a supported family, damaged, or contradicts itself.
         ConfigError: for a setting that the family has no use for.
     """
+    if family is not None and family not in FAMILIES:
+        raise ConfigError(f"`model.family={family}`: no such family; there are {', '.join(FAMILIES)}")
     path = locate(source)
     recognised = recognise(path)
     recognised.check_family(family)
@@ -191,7 +193,7 @@ def load_parts(
         fill(encoder, key_map, component, dtype=dtype, device=device, what=encoder_info.component)
         encoders[encoder_info.component] = encoder.eval()
         tokenizers[encoder_info.component] = _tokenizer(
-            folder / encoder_info.tokenizer, encoder_info, shared=source is not None
+            folder / encoder_info.tokenizer, encoder_info.pad_token, shared=source is not None
         )
     other = default_vae if vae is None else _load_vae(vae, default_vae, device)
     return Parts(unet.eval(), other.eval(), encoders, tokenizers)
@@ -372,7 +374,7 @@ def _new_text_encoder(folder: Path, *, projected: bool) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _tokenizer(folder: Path, info: TextEncoderInfo, *, shared: bool) -> Any:
+def _tokenizer(folder: Path, pad_token: str, *, shared: bool) -> Any:
     """Return a tokenizer of the folder; all families share one vocabulary, which we ship for single files."""
     from transformers import CLIPTokenizer
 
@@ -381,7 +383,7 @@ def _tokenizer(folder: Path, info: TextEncoderInfo, *, shared: bool) -> Any:
     if not shared:
         raise ModelError(f"{folder}: is missing; check that the download is complete")
     return CLIPTokenizer.from_pretrained(
-        ASSETS / "sd1" / "tokenizer", local_files_only=True, pad_token=info.pad_token
+        ASSETS / "sd1" / "tokenizer", local_files_only=True, pad_token=pad_token
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from ..config.schema import PredictionType
 from ..errors import ModelError
 from ..tensor_file import Header, shown
-from .base import FamilyInfo
+from .facts import FamilyInfo
 from .ldm import UNET_PREFIX, VAE_PREFIX
 from .table import FAMILIES
 from .weights import TensorSource, checked_header
@@ -235,7 +235,7 @@ def _family_of_width(path: Path, header: Header) -> FamilyInfo:
     """Tell the family by the width of what its cross-attention reads, where no text encoder tells it."""
     widths = {spec.shape[-1] for key, spec in header.tensors.items() if key.endswith(_CONTEXT)}
     for family in FAMILIES.values():
-        if widths == {family.info.context_width}:
+        if widths == {family.info.denoiser.context_width}:
             return family.info
     raise ModelError(f"{path}: its U-Net fits no known family; give a checkpoint with its text encoder")
 
@@ -246,8 +246,7 @@ def _families(header: Header, family: FamilyInfo, *, whole: bool) -> tuple[Evide
     evidence = [Evidence(weights, family.name)]
     stated = header.metadata.get("modelspec.architecture", "")
     for family_class in FAMILIES.values():
-        stem = "-".join(family_class.info.architecture.split("-")[:3]).partition("/")[0]
-        if stated.lower().startswith(stem):
+        if stated.lower().startswith(family_class.info.header.architecture_start):
             evidence.append(Evidence("the header's modelspec.architecture", family_class.info.name))
     return tuple(evidence)
 
@@ -294,7 +293,7 @@ def short_hash(path: Path) -> str:
 
 
 def _starts(keys: Mapping[str, object], prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in keys)
+    return bool(prefix) and any(key.startswith(prefix) for key in keys)
 
 
 # --- a folder ------------------------------------------------------------------------------------------
@@ -338,7 +337,7 @@ def _family_of_configs(folder: Path, unet: Mapping[str, Any], index: Mapping[str
     ):
         raise ModelError(f"{folder}: a video model; give a text-to-image model")
     for family in FAMILIES.values():
-        if all(unet.get(key, default) == default for key, default in family.info.unet_config.items()):
+        if all(unet.get(key, default) == default for key, default in family.info.denoiser.config.items()):
             if not (folder / family.info.text_encoders[0].component).is_dir():
                 raise ModelError(
                     f"{folder}: has no text_encoder (an SDXL refiner?); give a text-to-image model"

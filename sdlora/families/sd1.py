@@ -6,9 +6,11 @@ Also the layout of the mini base, whose smaller sizes all come from its componen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .base import Conditioning, FamilyInfo, TextEncoderInfo
-from .unet_model import TEXT_TARGETS, UNET_TARGETS, UNetModel, one_encoder_states
+from .base import Conditioning
+from .facts import FamilyInfo, HeaderWords, TextEncoderInfo
+from .unet_model import TEXT_TARGETS, UNET, UNetModel, one_encoder_states
 
 
 class StableDiffusion1(UNetModel):
@@ -17,17 +19,31 @@ class StableDiffusion1(UNetModel):
     info = FamilyInfo(
         name="sd1",
         title="Stable Diffusion 1.x",
-        targets={"unet": UNET_TARGETS, "text_encoder": TEXT_TARGETS},
-        file_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
-        unet_naming="diffusers",
-        base_model_version="sd_v1",
-        is_v2=False,
-        architecture="stable-diffusion-v1/lora",
-        webui_version="SD1",
+        denoiser=replace(
+            UNET,
+            config={"use_linear_projection": False, "addition_embed_type": None, "class_embed_type": None},
+            context_width=768,
+            conv_projections=True,
+        ),
+        text_encoders=(
+            TextEncoderInfo(
+                component="text_encoder",
+                targets=TEXT_TARGETS,
+                file_prefix="lora_te",
+                part="text_encoder",
+                tokenizer="tokenizer",
+                width=768,
+                checkpoint_prefix="cond_stage_model.transformer.",
+            ),
+        ),
+        header=HeaderWords(
+            version="sd_v1",
+            v_version="sd_v1_v",
+            version_start="sd_v1",
+            architecture="stable-diffusion-v1/lora",
+            webui="SD1",
+        ),
         assets="sd1",
-        text_encoders=(TextEncoderInfo("text_encoder", "tokenizer", "cond_stage_model.transformer."),),
-        context_width=768,
-        unet_config={"use_linear_projection": False, "addition_embed_type": None, "class_embed_type": None},
         clip_skip=True,
     )
 

@@ -7,10 +7,12 @@ no layer to skip. Checkpoints of 768 px predict v, those of 512 px the noise.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .base import Conditioning, FamilyInfo, TextEncoderInfo
+from .base import Conditioning
+from .facts import FamilyInfo, HeaderWords, TextEncoderInfo
 from .ldm import UNET_PREFIX
-from .unet_model import TEXT_TARGETS, UNET_TARGETS, UNetModel, one_encoder_states
+from .unet_model import TEXT_TARGETS, UNET, UNetModel, one_encoder_states
 
 
 class StableDiffusion2(UNetModel):
@@ -19,21 +21,34 @@ class StableDiffusion2(UNetModel):
     info = FamilyInfo(
         name="sd2",
         title="Stable Diffusion 2.x",
-        targets={"unet": UNET_TARGETS, "text_encoder": TEXT_TARGETS},
-        file_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
-        unet_naming="diffusers",
-        base_model_version="sd_v2",
-        is_v2=True,
-        architecture="stable-diffusion-v2-512/lora",
-        webui_version="SD2",
-        assets="sd2",
+        denoiser=replace(
+            UNET,
+            config={"use_linear_projection": True, "addition_embed_type": None, "class_embed_type": None},
+            context_width=1024,
+        ),
         text_encoders=(
             TextEncoderInfo(
-                "text_encoder", "tokenizer", "cond_stage_model.model.", "openclip", pad_token="!"
+                component="text_encoder",
+                targets=TEXT_TARGETS,
+                file_prefix="lora_te",
+                part="text_encoder",
+                tokenizer="tokenizer",
+                width=1024,
+                checkpoint_prefix="cond_stage_model.model.",
+                checkpoint_layout="openclip",
+                pad_token="!",
             ),
         ),
-        context_width=1024,
-        unet_config={"use_linear_projection": True, "addition_embed_type": None, "class_embed_type": None},
+        header=HeaderWords(
+            version="sd_v2",
+            v_version="sd_v2_v",
+            version_start="sd_v2",
+            is_v2=True,
+            architecture="stable-diffusion-v2-512/lora",
+            v_architecture="stable-diffusion-v2-768-v/lora",
+            webui="SD2",
+        ),
+        assets="sd2",
         resolutions={"epsilon": 512, "v_prediction": 768},
         prediction_probe=f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias",
     )

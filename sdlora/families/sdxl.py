@@ -9,13 +9,15 @@ Source: Podell et al. 2023, sections 2.1 and 2.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .base import Conditioning, FamilyInfo, SizeHint, TextEncoderInfo
+from .base import Conditioning, SizeHint
 from .clip import chunk_tokens, encode_penultimate, weigh_states
-from .unet_model import TEXT_TARGETS, UNET_TARGETS, UNetModel
+from .facts import FamilyInfo, HeaderWords, TextEncoderInfo
+from .unet_model import TEXT_TARGETS, UNET, UNetModel
 
 
 class StableDiffusionXL(UNetModel):
@@ -24,27 +26,44 @@ class StableDiffusionXL(UNetModel):
     info = FamilyInfo(
         name="sdxl",
         title="Stable Diffusion XL",
-        targets={"unet": UNET_TARGETS, "text_encoder": TEXT_TARGETS, "text_encoder_2": TEXT_TARGETS},
-        file_prefixes={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-        unet_naming="ldm",
-        base_model_version="sdxl_base_v1-0",
-        is_v2=False,
-        architecture="stable-diffusion-xl-v1-base/lora",
-        webui_version="SDXL",
-        assets="sdxl",
+        denoiser=replace(
+            UNET,
+            config={"addition_embed_type": "text_time"},
+            context_width=2048,
+            module_path=".transformer_blocks.1.",  # the only one with several in one attention module
+            webui_names="ldm",
+        ),
         text_encoders=(
-            TextEncoderInfo("text_encoder", "tokenizer", "conditioner.embedders.0.transformer."),
             TextEncoderInfo(
-                "text_encoder_2",
-                "tokenizer_2",
-                "conditioner.embedders.1.model.",
-                "openclip",
+                component="text_encoder",
+                targets=TEXT_TARGETS,
+                file_prefix="lora_te1",
+                part="text_encoder",
+                tokenizer="tokenizer",
+                width=768,
+                checkpoint_prefix="conditioner.embedders.0.transformer.",
+            ),
+            TextEncoderInfo(
+                component="text_encoder_2",
+                targets=TEXT_TARGETS,
+                file_prefix="lora_te2",
+                part="text_encoder_2",
+                tokenizer="tokenizer_2",
+                width=1280,
+                checkpoint_prefix="conditioner.embedders.1.model.",
+                checkpoint_layout="openclip",
                 projected=True,
                 pad_token="!",
             ),
         ),
-        context_width=2048,
-        unet_config={"addition_embed_type": "text_time"},
+        header=HeaderWords(
+            version="sdxl_base_v1-0",
+            version_start="sdxl_",
+            architecture="stable-diffusion-xl-v1-base/lora",
+            webui="SDXL",
+        ),
+        diffusers_loader="StableDiffusionXLLoraLoaderMixin",
+        assets="sdxl",
     )
 
     def _encode_text(self, captions: Sequence[str]) -> Conditioning:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import FamilyInfo
+from .facts import FamilyInfo, component_order
 from .sd1 import StableDiffusion1
 from .sd2 import StableDiffusion2
 from .sdxl import StableDiffusionXL
@@ -18,3 +18,9 @@ FAMILIES: dict[str, type[UNetModel]] = {
 def family_info(name: str) -> FamilyInfo:
     """Return the declared facts of a family (KeyError if unknown)."""
     return FAMILIES[name].info
+
+
+def component_names() -> tuple[str, ...]:
+    """Return the components that any family has, the denoisers first."""
+    names = {name for family in FAMILIES.values() for name in family.info.components}
+    return tuple(sorted(names, key=component_order))

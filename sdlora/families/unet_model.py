@@ -19,6 +19,7 @@ from ..diffusion.process import NoiseProcess
 from .attention import choose_attention
 from .base import BaseModelInfo, Conditioning, DiffusionModel, Posterior, SizeHint, stack_conditioning
 from .clip import checkpoint_text_encoder, count_chunks
+from .facts import AUTOENCODER, DenoiserInfo
 from .fingerprint import module_fingerprint
 from .visiting import Visit, visiting
 
@@ -38,6 +39,8 @@ TEXT_LINEAR = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
 UNET_TARGETS = {"attention": UNET_ATTENTION, "linear": UNET_LINEAR, "all": UNET_ALL}
 # q, k, v and out must be trained together: partial attention is lossy in WebUI and diffusers
 TEXT_TARGETS = {"attention": TEXT_LINEAR[:4], "linear": TEXT_LINEAR, "all": TEXT_LINEAR}
+UNET = DenoiserInfo(component="unet", title="U-Net", targets=UNET_TARGETS, file_prefix="lora_unet")
+"""What all U-Nets have in common; each family adds what tells its own."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class UNetModel(DiffusionModel):
         return vae_factor(self.vae) * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     def components(self) -> Mapping[str, nn.Module]:
-        return {"unet": self.unet, **self.text_encoders}
+        return {"unet": self.unet, **self.text_encoders, AUTOENCODER: self.vae}
 
     def encoder_fingerprint(self, which: Literal["images", "captions"]) -> str:
         if which == "images":
@@ -197,8 +200,9 @@ class UNetModel(DiffusionModel):
         keep_text: bool = True,
         keep_images: bool = False,
         lean: bool = False,
+        computes_on: torch.device | None = None,
     ) -> None:
-        choice = choose_attention(self.attention, self.device, self.dtype, training=training)
+        choice = choose_attention(self.attention, computes_on or self.device, self.dtype, training=training)
         choice.apply(self.unet)
         # checkpointing acts only in train mode; nothing else differs (all dropout rates are zero)
         for module in (self.unet, *self.text_encoders.values()):

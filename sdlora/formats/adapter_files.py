@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..adapters.canonical import COMPONENTS, AdapterFile, AdapterInfo, AdapterWeights, ModuleKey, Update
+from ..adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey, Update
 from ..errors import AdapterFileError, OutputError
+from ..families.table import component_names
 from ..files import replacing, write_json
 from ..tensor_file import PICKLE_SUFFIXES, Header, Load, opened, read_header, shapes_only, write_tensors
 from . import diffusers, folding, foreign, hashes, kinds, metadata, peft, single_file, webui
@@ -25,7 +26,7 @@ from .detection import detect_family
 from .keys import spellings
 
 if TYPE_CHECKING:
-    from ..families.base import FamilyInfo
+    from ..families.facts import FamilyInfo
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,8 @@ def make_room(target: Path) -> None:
     """Make room for a folder, but only where nothing but a PEFT adapter of ours would be lost."""
     if not target.exists():
         return
-    ours = {target / c for c in COMPONENTS} | {
-        target / c / file for c in COMPONENTS for file in (peft.CONFIG_FILE, peft.WEIGHTS_FILE)
+    ours = {target / c for c in component_names()} | {
+        target / c / file for c in component_names() for file in (peft.CONFIG_FILE, peft.WEIGHTS_FILE)
     }
     if not target.is_dir() or set(target.rglob("*")) - ours:
         raise OutputError(

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..adapters.canonical import AdapterWeights
+from ..families.facts import FamilyInfo, is_text_encoder
+from ..families.table import family_info
 from ..tensor_file import shown
 from . import kinds
 from .client_kinds import kind_reasons, magnitude_reasons
@@ -51,6 +53,26 @@ class _Facts:
     keys: tuple[str, ...]
     entries: Mapping[str, str] | None
 
+    @property
+    def info(self) -> FamilyInfo | None:
+        return None if self.family is None else family_info(self.family)
+
+    @property
+    def original_names(self) -> bool:
+        """Whether WebUI files of the family have the original U-Net's block names."""
+        return self.info is not None and self.info.denoiser.webui_names == "ldm"
+
+    @property
+    def open_clip(self) -> str:
+        """The text encoder that checkpoints keep in OpenCLIP's layout, if there is one."""
+        encoders = self.info.text_encoders if self.info else ()
+        return next((one.component for one in encoders if one.checkpoint_layout == "openclip"), "")
+
+    @property
+    def denoiser(self) -> str:
+        """The component that is no text encoder, if it has modules."""
+        return next((name for name in self.weights.components() if not is_text_encoder(name)), "")
+
     def any_key(self, *starts: str) -> bool:
         return any(key.startswith(starts) for key in self.keys)
 
@@ -87,7 +109,7 @@ def client_support(
 
     Args:
         format: the file's format, a key of :data:`sdlora.formats.READERS`.
-        family: ``sd1``, ``sd2``, ``sdxl`` or None.
+        family: name of the family, or None.
         weights: the adapter in it, with the alphas that the file itself holds; values are not looked at.
         keys: the file's keys, whose spelling decides for some clients.
         entries: the header's text entries; what follows from them is left out where they are not given.
@@ -126,16 +148,17 @@ def _webui(client: str, facts: _Facts) -> list[str]:
 
 def _hint(client: str, facts: _Facts) -> str:
     """WebUI files an adapter by two header entries and hides it beside checkpoints of another version."""
-    if client != "WebUI" or facts.format != "webui" or not facts.entries or facts.family is None:
+    if client != "WebUI" or facts.format != "webui" or not facts.entries or facts.info is None:
         return ""
     stated = facts.entries.get("ss_base_model_version", "")
-    version = "sd2" if facts.entries.get("ss_v2") == "True" else "sd1"
-    version = "sdxl" if stated.startswith("sdxl_") else version
-    if version == facts.family:
+    version = "SD2" if facts.entries.get("ss_v2") == "True" else "SD1"
+    version = "SDXL" if stated.startswith("sdxl_") else version
+    wanted = facts.info.header.webui
+    if version == wanted:
         return ""
     return (
-        f"takes it for {version.upper()} by its header and hides its card beside {facts.family.upper()} "
-        "checkpoints; export it again"
+        f"takes it for {version} by its header and hides its card beside {wanted} checkpoints; "
+        "export it again"
     )
 
 
@@ -145,13 +168,13 @@ def _names(client: str, facts: _Facts) -> list[str]:
     if flat and client != "diffusers":
         what = "refuses the file" if client == "Forge" else "drops the text encoder"
         reasons.append(f"{what}: its keys lack `text_model_`; export it again")
-    if facts.family != "sdxl" and facts.ldm_names and client in ("kohya sd-scripts", "diffusers"):
+    if not facts.original_names and facts.ldm_names and client in ("kohya sd-scripts", "diffusers"):
         reasons.append("does not know the original U-Net names outside SDXL; export it again")
-    if facts.family != "sdxl" and facts.any_key("lora_te1_") and client == "kohya sd-scripts":
+    if not facts.original_names and facts.any_key("lora_te1_") and client == "kohya sd-scripts":
         reasons.append("expects `lora_te_` where there is one text encoder; export it again")
-    if facts.family == "sdxl" and facts.diffusers_names and facts.ldm_names and client == "diffusers":
+    if facts.original_names and facts.diffusers_names and facts.ldm_names and client == "diffusers":
         reasons.append("loses all layers in original names when both namings are mixed; export it again")
-    if facts.family == "sdxl" and client == "WebUI" and facts.any_key("lora_unet_up_blocks_0_upsamplers_0"):
+    if facts.original_names and client == "WebUI" and facts.any_key("lora_unet_up_blocks_0_upsamplers_0"):
         reasons.append("loses `up_blocks_0_upsamplers_0_conv` in diffusers names; export it again")
     if facts.any_part(".lora_A.", ".lora_B.") and client in _KOHYA_SUFFIXES:
         reasons.append("knows only `lora_down` and `lora_up`, not `lora_A` and `lora_B`; export it again")
@@ -162,7 +185,7 @@ def _shapes(client: str, facts: _Facts) -> list[str]:
     """What follows from how factors and scales are stored."""
     reasons = []
     if client in ("kohya sd-scripts", "diffusers") and facts.family is not None:
-        for path, pair in facts.weights.only_plain().component("unet").items():
+        for path, pair in facts.weights.only_plain().component(facts.denoiser).items():
             if kinds.wrong_dimensions(path, pair.shape, facts.family):
                 reasons.append(
                     f"refuses the file: `{path}` has factors in {len(pair.shape)} dimensions, the base "
@@ -179,7 +202,7 @@ def _shapes(client: str, facts: _Facts) -> list[str]:
 
 def _layers(client: str, facts: _Facts) -> list[str]:
     reasons = []
-    outer = [p for p in facts.weights.updates_of("unet") if p.split(".", 1)[0] in _UNSEEN_BY_KOHYA]
+    outer = [p for p in facts.weights.updates_of(facts.denoiser) if p.split(".", 1)[0] in _UNSEEN_BY_KOHYA]
     if client == "stable-diffusion.cpp" and facts.any_key(
         "lora_unet_input_blocks", "lora_unet_output_blocks"
     ):
@@ -188,10 +211,8 @@ def _layers(client: str, facts: _Facts) -> list[str]:
         reasons.append(f"leaves out `{outer[0]}`" + (f" and {len(outer) - 1} more" if len(outer) > 1 else ""))
     if client not in _BY_KEY and "text_projection" in facts.weights.updates_of("text_encoder_2"):
         reasons.append("may leave out `text_projection`; train without it")
-    if client == "WebUI":
-        open_clip = {"sdxl": "text_encoder_2", "sd2": "text_encoder"}.get(facts.family or "", "")
-        if partial := partial_attention(facts.weights, open_clip):
-            reasons.append(f"applies text attention only when q, k, v and out are all there (`{partial[0]}`)")
+    if client == "WebUI" and (partial := partial_attention(facts.weights, facts.open_clip)):
+        reasons.append(f"applies text attention only when q, k, v and out are all there (`{partial[0]}`)")
     if client == "diffusers" and set(facts.weights.kinds()) <= {"lora", "dora"}:
         for component in ("text_encoder", "text_encoder_2"):
             names = {path.rpartition(".")[2] for path in facts.weights.updates_of(component)}
@@ -231,21 +252,20 @@ def _is_misscaled(facts: _Facts, component: str) -> bool:
     return any(
         update.alpha != usual
         for path, update in updates.items()
-        if component != "unet" or path.endswith(_ATTENTION) or path not in stored
+        if is_text_encoder(component) or path.endswith(_ATTENTION) or path not in stored
     )
 
 
 def _fused(facts: _Facts) -> list[str]:
     """stable-diffusion.cpp keeps OpenCLIP's query, key and value as one matrix where the checkpoint does."""
-    component = {"sdxl": "text_encoder_2", "sd2": "text_encoder"}.get(facts.family or "", "")
     blocks: dict[str, set[str]] = {}
-    for path in facts.weights.updates_of(component):
+    for path in facts.weights.updates_of(facts.open_clip):
         block, _, name = path.rpartition(".")
         if name in _QKV:
             blocks.setdefault(block, set()).add(name)
     if not blocks:
         return []
-    if facts.family == "sd2":
+    if facts.info is not None and facts.info.header.is_v2:
         return ["leaves out q, k and v of the text encoder where the checkpoint has them as one matrix"]
     partial = next((block for block, present in blocks.items() if present != _QKV), None)
     if partial is None:
@@ -260,7 +280,7 @@ def _diffusers(client: str, facts: _Facts) -> list[str]:
         reasons = magnitude_reasons(client, facts.weights)
         if facts.any_key("text_encoder.encoder.", "text_encoder_2.encoder."):
             reasons.append("drops the text encoder: its keys lack `text_model.`; export as webui")
-        attention = [path for path in facts.weights.updates_of("unet") if path.endswith(_ATTENTION)]
+        attention = [path for path in facts.weights.updates_of(facts.denoiser) if path.endswith(_ATTENTION)]
         if attention and not facts.any_part(".processor."):
             reasons.append(
                 f"loses {len(attention)} U-Net attention layers in diffusers keys; export as webui"
@@ -268,7 +288,7 @@ def _diffusers(client: str, facts: _Facts) -> list[str]:
         return reasons + _alphas_in_header(facts)
     if client == "stable-diffusion.cpp":
         reasons = magnitude_reasons(client, facts.weights) + _alphas_in_header(facts)
-        if any(component != "unet" for component in facts.weights.components()):
+        if any(is_text_encoder(component) for component in facts.weights.components()):
             reasons.append("leaves out text encoders in diffusers keys; export as webui")
         return reasons
     return ["reads no diffusers keys; export as webui"]
@@ -277,11 +297,11 @@ def _diffusers(client: str, facts: _Facts) -> list[str]:
 def _by_diffusers(facts: _Facts) -> list[str]:
     reasons = []
     if _bare(facts):
-        reasons.append("finds nothing without `unet.` before the names; export it again")
+        reasons.append(f"finds nothing without `{facts.denoiser}.` before the names; export it again")
     if foreign := [key for key in facts.keys if "lora" not in key]:
         reasons.append(f"refuses the file for its `{shown(foreign[0].rpartition('.')[2], 20)}` keys")
-    unet = [key for key in facts.keys if key.startswith("unet.")]
-    styles = [parts for parts in _STYLES if any(part in key for key in unet for part in parts)]
+    named = [key for key in facts.keys if key.startswith(f"{facts.denoiser}.")]
+    styles = [parts for parts in _STYLES if any(part in key for key in named for part in parts)]
     if len(styles) > 1:
         reasons.append("loses layers: it goes by the first key, and the file mixes `lora_A` and `lora.down`")
     settings = (facts.entries or {}).get(CONFIG_ENTRY, "")
@@ -298,7 +318,7 @@ def _alphas_in_header(facts: _Facts) -> list[str]:
 
 
 def _bare(facts: _Facts) -> bool:
-    return not all(key.startswith(("unet.", "text_encoder")) for key in facts.keys)
+    return not all(key.startswith((f"{facts.denoiser}.", "text_encoder")) for key in facts.keys)
 
 
 def _comfyui(client: str, facts: _Facts) -> list[str]:

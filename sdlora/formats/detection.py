@@ -1,40 +1,67 @@
-"""Which model family an adapter was made for, told from its layers and, failing that, its header."""
+"""Which model family an adapter was made for, told from its layers and, failing that, its header.
+
+What tells the families apart, they declare themselves (:class:`sdlora.families.facts.FamilyInfo`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ..adapters.canonical import AdapterWeights
+from ..families.facts import FamilyInfo, is_text_encoder
+from ..families.table import FAMILIES
 
-CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-"""Width of the text that cross-attention reads, which no two of these families share."""
-
-_HEADER_FAMILIES = (
-    ("ss_base_model_version", "sdxl_", "sdxl"),
-    ("ss_base_model_version", "sd_v2", "sd2"),
-    ("ss_base_model_version", "sd_v1", "sd1"),
-    ("modelspec.architecture", "stable-diffusion-xl", "sdxl"),
-    ("modelspec.architecture", "stable-diffusion-v2", "sd2"),
-    ("modelspec.architecture", "stable-diffusion-v1", "sd1"),
-)
+_CONTEXT = (".attn2.to_k", ".attn2.to_v")
+_TEXT_INPUTS = (".q_proj", ".k_proj", ".v_proj")
 
 
 def detect_family(weights: AdapterWeights, metadata: Mapping[str, str]) -> str | None:
-    """Return ``sd1``, ``sd2``, ``sdxl`` or None; what the layers say goes before what the header says."""
-    if weights.updates_of("text_encoder_2"):
-        return "sdxl"
-    unet = weights.updates_of("unet")
-    for path, update in unet.items():
-        if path.endswith((".attn2.to_k", ".attn2.to_v")) and update.shape[1] in CONTEXT_WIDTHS:
-            return CONTEXT_WIDTHS[update.shape[1]]
-    if any(".transformer_blocks.1." in path for path in unet):
-        return "sdxl"  # the only one with several transformer blocks in one attention module
-    for entry, start, family in _HEADER_FAMILIES:
-        if metadata.get(entry, "").startswith(start):
-            return family
-    widths = {
-        update.shape[1]
-        for path, update in weights.updates_of("text_encoder").items()
-        if path.endswith((".q_proj", ".k_proj", ".v_proj"))
-    }
-    return "sd2" if widths == {1024} else None  # 768 is both SD1's and SDXL's first encoder
+    """Return the name of a family or None; what the layers say goes before what the header says."""
+    fitting = [
+        family.info
+        for family in FAMILIES.values()
+        if all(component in family.info.components for component in weights.components())
+    ]
+    for told in (
+        fitting if weights.updates else [],
+        _by_denoiser(weights, fitting),
+        _by_header(metadata),
+        _by_text_encoder(weights, fitting),
+    ):
+        names = {info.name for info in told}
+        if len(names) == 1:
+            return names.pop()
+    return None
+
+
+def _by_denoiser(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iterator[FamilyInfo]:
+    """Yield the family whose text cross-attention reads, or else the one with such module paths."""
+    updates = {key.path: one for key, one in weights.all_items() if not is_text_encoder(key.component)}
+    widths = [one.shape[1] for path, one in updates.items() if path.endswith(_CONTEXT)]
+    known = {info.denoiser.context_width: info for info in fitting if info.denoiser.context_width}
+    told = next((known[width] for width in widths if width in known), None)
+    if told is not None:
+        yield told
+        return
+    for info in fitting:
+        mark = info.denoiser.module_path
+        if mark and any(mark in path for path in updates):
+            yield info
+
+
+def _by_header(metadata: Mapping[str, str]) -> Iterator[FamilyInfo]:
+    """Yield the family of the version that the header states, or else of the architecture."""
+    version, architecture = (metadata.get(e, "") for e in ("ss_base_model_version", "modelspec.architecture"))
+    infos = [family.info for family in FAMILIES.values()]
+    found = [info for info in infos if version.startswith(info.header.version_start)]
+    yield from found or (i for i in infos if architecture.startswith(i.header.architecture_start))
+
+
+def _by_text_encoder(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iterator[FamilyInfo]:
+    """Yield the families whose text encoders are as wide: 768 is both SD1's and SDXL's first one."""
+    for info in fitting:
+        for encoder in info.text_encoders:
+            updates = weights.updates_of(encoder.component)
+            widths = {one.shape[1] for path, one in updates.items() if path.endswith(_TEXT_INPUTS)}
+            if widths == {encoder.width}:
+                yield info

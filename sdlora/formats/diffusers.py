@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..adapters.canonical import AdapterWeights
+from ..families.facts import is_text_encoder
 from . import folding, kinds, names, peft
 from .single_file import CONFIG_ENTRY
 
 if TYPE_CHECKING:
-    from ..families.base import FamilyInfo
+    from ..families.facts import FamilyInfo
 
 
 def encode(
@@ -43,7 +44,7 @@ def encode(
         tensors[f"{key}.lora_B.weight"] = folding.fitting(at, up, dtype)
         if module in magnitudes:
             # transformers' loader of text encoders finds the magnitude only with `.weight`
-            ending = "" if module.component == "unet" else ".weight"
+            ending = ".weight" if is_text_encoder(module.component) else ""
             tensors[f"{key}.lora_magnitude_vector{ending}"] = folding.fitting(
                 at, magnitudes[module], torch.float32
             )
@@ -63,7 +64,7 @@ def _settings(weights: AdapterWeights, dora: Collection[str]) -> str:
     for component in weights.components():
         spelled = {path: path.removeprefix(names.TEXT_PREFIX) for path in weights.component(component)}
         settings = peft.settings_of(
-            weights.component(component), spelled, anchor="^" if component == "unet" else ""
+            weights.component(component), spelled, anchor="" if is_text_encoder(component) else "^"
         )
         settings["use_dora"] = component in dora
         entries |= {f"{component}.{name}": value for name, value in settings.items()}

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..families.facts import FamilyInfo
+from ..families.table import FAMILIES, family_info
 from ..files import replacing
 from ..tensor_file import MAX_ENTRY_CHARS, MAX_HEADER_BYTES, Header, header_bytes, shown
 from . import folding, hashes, metadata
@@ -45,13 +47,6 @@ _FIXED: tuple[tuple[str, str], ...] = (
 _HASHES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}
 _NEEDED = ("ss_base_model_version", "ss_v2", "modelspec.architecture")
 """Without these WebUI and Forge put the file with another family and hide it."""
-_VERSIONS = {"sd_v1": "sd1", "sd_v1_v": "sd1", "sd_v2": "sd2", "sd_v2_v": "sd2", "sdxl_base_v1-0": "sdxl"}
-_ARCHITECTURES = {
-    "stable-diffusion-v1/lora": "sd1",
-    "stable-diffusion-v2-512/lora": "sd2",
-    "stable-diffusion-v2-768-v/lora": "sd2",
-    "stable-diffusion-xl-v1-base/lora": "sdxl",
-}
 _TABLES = ("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_bucket_info")
 
 
@@ -79,7 +74,7 @@ def edit_header(
         header: of the file, as it is now.
         values: entry -> new value; for ``modelspec.thumbnail`` it may be the path of an image.
         removed: entries to take out.
-        family: ``sd1``, ``sd2`` or ``sdxl`` where the layers tell it, else None.
+        family: name of the family where the layers tell it, else None.
 
     Raises:
         ConfigError: naming every entry that may not be changed, is unknown, or has a broken value.
@@ -192,28 +187,32 @@ def _broken(key: str, text: str, family: str | None) -> str | None:
     rule = _RULES.get(key)
     if rule is not None and (wanted := rule(text)) is not None:
         return f"`{key}={shown(text, 60)}`: {wanted}"
-    family_of_text = {"ss_base_model_version": _VERSIONS, "modelspec.architecture": _ARCHITECTURES}.get(key)
-    if family_of_text is not None and text not in family_of_text:
+    family_of_text = _families_by_text(key)
+    if family_of_text and text not in family_of_text:
         return f"`{key}={shown(text, 60)}`: must be one of {', '.join(family_of_text)}"
-    if family_of_text is not None and family is not None and family_of_text[text] != family:
+    if family_of_text and family is not None and family_of_text[text].name != family:
         return f"`{key}={text}`: the layers are those of {family}; give its own value"
-    if key == "ss_v2" and family is not None and (text == "True") != (family == "sd2"):
-        return f"`{key}={text}`: the layers are those of {family}; give {family == 'sd2'}"
+    if key == "ss_v2" and family is not None and text != (wanted := str(family_info(family).header.is_v2)):
+        return f"`{key}={text}`: the layers are those of {family}; give {wanted}"
     return None
+
+
+def _families_by_text(key: str) -> dict[str, FamilyInfo]:
+    """Return the family that each value of an entry means; nothing for entries that tell none."""
+    infos = [family.info for family in FAMILIES.values()]
+    if key == "ss_base_model_version":
+        return {word: info for info in infos for word in info.header.versions}
+    if key == "modelspec.architecture":
+        return {word: info for info in infos for word in info.header.architectures}
+    return {}
 
 
 def _contradiction(values: Mapping[str, str], entries: Mapping[str, str]) -> list[str]:
     """Return a problem where the entries by which programs find the family say different things."""
-    families = {
-        key: table[entries[key]]
-        for key, table in (("ss_base_model_version", _VERSIONS), ("modelspec.architecture", _ARCHITECTURES))
-        if entries.get(key) in table
-    }
+    stated = [table[entries[key]] for key in _NEEDED if entries.get(key) in (table := _families_by_text(key))]
     touched = [key for key in _NEEDED if key in values]
-    differ = len(set(families.values())) > 1 or any(
-        (family == "sd2") != (entries["ss_v2"] == "True")
-        for family in families.values()
-        if "ss_v2" in entries
+    differ = len({info.name for info in stated}) > 1 or any(
+        info.header.is_v2 != (entries["ss_v2"] == "True") for info in stated if "ss_v2" in entries
     )
     if not touched or not differ:
         return []
@@ -309,7 +308,7 @@ _RULES: dict[str, Callable[[str], str | None]] = {
     "ss_output_name": _alias,
     "sdlora.trigger_words": _words,
     "sdlora.preferred_strength": _strength,
-    "sdlora.family": _choice("sd1", "sd2", "sdxl"),
+    "sdlora.family": lambda text: _choice(*FAMILIES)(text),
     "modelspec.date": _date,
     "modelspec.resolution": _pattern(r"\d{1,5}x\d{1,5}", "must be WIDTHxHEIGHT in px, e.g. 512x512"),
     "modelspec.prediction_type": _choice("epsilon", "v"),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import AdapterFileError
+from ..families.table import component_names
 from ..tensor_file import TensorSpec, shown
 
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -18,11 +19,10 @@ _KINDS: tuple[tuple[str, str], ...] = (
     (r"lora_embedding_[AB]", "a LoRA of an embedding layer"),
     (r"\.modules_to_save\.|\.base_layer\.", "a PEFT adapter with whole layers saved beside the LoRA"),
     (r"lora_controlnet|^lora_controlnet", "a Control-LoRA"),
-    (
-        r"^lora_unet_(double|single)_blocks|^lora_unet_joint_blocks|^lora_te3_|^transformer\.|"
-        r"transformer\.(single_)?transformer_blocks",
-        "a LoRA for a transformer model (SD3, Flux or similar)",
-    ),
+)
+_TRANSFORMER = re.compile(
+    r"^lora_unet_(double|single)_blocks|^lora_unet_joint_blocks|^lora_te3_|^transformer\.|"
+    r"transformer\.(single_)?transformer_blocks"
 )
 _LORA = re.compile(
     r"lora_(down|up|A|B|linear_layer)|\.(hada|lokr)_[wt]\d|\.lora\.(down|up)|_lora\.(down|up)|^(lora_unet|lora_te\d?|lycoris)_"
@@ -53,6 +53,9 @@ def other_kind(keys: Iterable[str]) -> str | None:
         compiled = re.compile(pattern)
         if any(compiled.search(key) for key in names):
             return kind
+    known = tuple(f"{name}." for name in component_names())
+    if any(_TRANSFORMER.search(key) for key in names if not key.startswith(known)):
+        return "a LoRA for a transformer model (SD3, Flux or similar)"
     return None
 
 

@@ -21,13 +21,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..adapters.canonical import COMPONENTS, ModuleKey
+from ..adapters.canonical import ModuleKey
 from ..errors import AdapterFileError
+from ..families.facts import is_text_encoder
+from ..families.table import component_names
 from . import foreign, names
 from .kinds import MAGNITUDE
 
+_UNET = "unet"
 WEBUI_PREFIXES = {
-    "lora_unet_": "unet",
+    "lora_unet_": _UNET,
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
@@ -131,7 +134,7 @@ def webui_module(name: str) -> ModuleKey | None:
             path = names.to_dots(name.removeprefix(prefix))
             if path is None:
                 return None
-            if component == "unet":
+            if component == _UNET:
                 return _unet(path)
             if path.split(".", 1)[0] in _UNET_START:
                 return None
@@ -156,14 +159,16 @@ def _comfyui_module(name: str) -> ModuleKey | None:
 
 def _diffusers_module(name: str) -> ModuleKey | None:
     component, _, path = name.partition(".")
-    if component not in COMPONENTS:
+    if component not in component_names():
         if component not in _UNET_START or not path:
             return None
-        component, path = "unet", name
+        component, path = _UNET, name
     if not path:
         return None
-    if component == "unet":
+    if component == _UNET:
         return _unet(_current(path))
+    if not is_text_encoder(component):
+        return ModuleKey(component, path)
     parent, _, last = path.rpartition(".")
     # the oldest files call text projections as the U-Net's: `...self_attn.to_q_lora.down.weight`
     path = f"{parent}.{_OLD_TEXT_NAMES[last]}" if last in _OLD_TEXT_NAMES else path
@@ -174,7 +179,7 @@ def _unet(path: str) -> ModuleKey | None:
     canonical = names.from_ldm(path) if names.is_ldm(path) else path
     if canonical is None or canonical.split(".", 1)[0] not in names.UNET_ROOTS:
         return None
-    return ModuleKey("unet", canonical)
+    return ModuleKey(_UNET, canonical)
 
 
 def _current(path: str) -> str:

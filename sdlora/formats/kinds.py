@@ -14,6 +14,8 @@ from torch import Tensor
 from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.kinds import TITLES, DoRA, LoHa, LoKr, TuckerPair
 from ..errors import AdapterFileError
+from ..families.facts import is_text_encoder
+from ..families.table import family_info
 from ..tensor_file import FLOAT_DTYPES
 from . import folding
 
@@ -71,11 +73,11 @@ def with_projections(weights: AdapterWeights, family: str | None) -> AdapterWeig
 
     Files hold the factors of a 1x1 convolution like those of a linear layer; in SD1 these are convolutions.
     """
-    if family != "sd1" or weights.is_plain:
+    if weights.is_plain or family is None or not family_info(family).denoiser.conv_projections:
         return weights
     return AdapterWeights(
         {
-            key: _pointwise(update) if key.component == "unet" and _is_projection(key.path) else update
+            key: _pointwise(update) if _is_projection(key.path) else update
             for key, update in weights.updates.items()
         }
     )
@@ -94,7 +96,7 @@ def as_in_base(weights: AdapterWeights, family: str | None) -> AdapterWeights:
     odd = {
         key: pair
         for key, pair in weights.only_plain().items()
-        if key.component == "unet" and wrong_dimensions(key.path, pair.shape, family)
+        if wrong_dimensions(key.path, pair.shape, family)
     }
     if not odd:
         return weights
@@ -103,7 +105,8 @@ def as_in_base(weights: AdapterWeights, family: str | None) -> AdapterWeights:
 
 def wrong_dimensions(path: str, shape: tuple[int, ...], family: str) -> bool:
     """Tell whether an update is that of a linear layer where the family has a 1x1 convolution, or reverse."""
-    if path.endswith(".conv_shortcut") or (_is_projection(path) and family == "sd1"):
+    convolves = family_info(family).denoiser.conv_projections
+    if path.endswith(".conv_shortcut") or (_is_projection(path) and convolves):
         return len(shape) == 2
     return _is_projection(path) and shape[2:] == (1, 1)
 
@@ -239,7 +242,7 @@ def _does_not_fit(where: str, error: ValueError) -> AdapterFileError:
 
 
 def _kernel(module: ModuleKey) -> tuple[int, int] | None:
-    if module.component != "unet":
+    if is_text_encoder(module.component):
         return None
     return next((size for ending, size in _KERNELS.items() if module.path.endswith(ending)), None)
 

@@ -27,7 +27,7 @@ from .privacy import without_private
 
 if TYPE_CHECKING:
     from ..config.schema import Config
-    from ..families.base import FamilyInfo
+    from ..families.facts import FamilyInfo
 
 SAI_MODEL_SPEC = "1.0.1"
 MAX_THUMBNAIL_BYTES = 64 * 1024
@@ -146,9 +146,9 @@ def for_file(adapter: AdapterFile, info: FamilyInfo, more: Mapping[str, str]) ->
     """
     texts = {key: value for key, value in adapter.info.metadata.items() if not key.startswith(_NOT_CARRIED)}
     texts.pop("format", None)
-    if not texts.get("ss_base_model_version", "").startswith(info.base_model_version):
-        texts["ss_base_model_version"] = info.base_model_version
-    texts["ss_v2"] = str(info.is_v2)
+    if not texts.get("ss_base_model_version", "").startswith(info.header.version):
+        texts["ss_base_model_version"] = info.header.version
+    texts["ss_v2"] = str(info.header.is_v2)
     texts |= _network_entries(adapter.weights, texts)
     texts["modelspec.architecture"] = _architecture(info, texts["ss_base_model_version"].endswith("_v"))
     texts["modelspec.implementation"] = _implementation(info)
@@ -204,15 +204,16 @@ def thumbnail(file: Path) -> str:
 
 
 def _base_entries(facts: TrainingFacts) -> dict[str, Any]:
-    version = facts.family.base_model_version if facts.family else None
-    if version is not None and _prediction(facts) == "v" and not version.startswith("sdxl_"):
-        version += "_v"
+    header = facts.family.header if facts.family else None
+    version = header.version if header else None
+    if header is not None and header.v_version and _prediction(facts) == "v":
+        version = header.v_version
     # kohya's are whole numbers, and tools read them as such; the steps tell exactly
     epochs = None if facts.epochs is None else math.ceil(facts.epochs - 1e-9)
     session = f"{facts.name} {facts.started_at} {facts.base_digest} {facts.seed}".encode()
     return {
         "base_model_version": version,
-        "v2": facts.family.is_v2 if facts.family else None,
+        "v2": header.is_v2 if header else None,
         "output_name": facts.name or None,
         "sd_model_name": facts.base_title,
         "sd_model_hash": None,
@@ -377,12 +378,13 @@ def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[
 
 
 def _implementation(info: FamilyInfo) -> str:
-    return _SGM if info.unet_naming == "ldm" else "diffusers"
+    return _SGM if info.denoiser.webui_names == "ldm" else "diffusers"
 
 
 def _architecture(info: FamilyInfo, predicts_v: bool) -> str:
     """Return the model specification's word: of SD2 it knows a 512 px and a 768 px, v-predicting kind."""
-    return info.architecture.replace("v2-512", "v2-768-v") if predicts_v else info.architecture
+    words = info.header
+    return words.v_architecture if predicts_v and words.v_architecture else words.architecture
 
 
 def _prediction(facts: TrainingFacts) -> str | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from ..families.facts import is_text_encoder
+
 TEXT_PREFIX = "text_model."
 
 _TOKENS = (
@@ -104,6 +106,11 @@ def to_ldm(path: str) -> str | None:
 def from_ldm(path: str) -> str | None:
     """Return the diffusers path of an original U-Net path; None if it has none."""
     return _replace_block(path, _DIFFUSERS_BLOCKS, _LDM_RESNET)
+
+
+def canonical_path(component: str, path: str) -> str:
+    """Return a module's path in a component as adapters call it, whatever release wrote it."""
+    return with_text_prefix(path) if is_text_encoder(component) else path
 
 
 def with_text_prefix(path: str) -> str:

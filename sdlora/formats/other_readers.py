@@ -7,7 +7,7 @@ What they load into are stand-ins: modules of the right names and shapes whose w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,14 @@ from torch import nn
 from ..adapters.canonical import AdapterWeights, ModuleKey, Update
 from ..adapters.kinds import LoKr
 from ..errors import AdapterFileError
+from ..families.facts import is_text_encoder
+from ..families.table import component_names
 from . import kinds, names
 from .adapter_files import read_outline
+from .peft import TEXT_CLASSES
 
 if TYPE_CHECKING:
-    from ..families.base import FamilyInfo
+    from ..families.facts import FamilyInfo
 
 
 def through_diffusers(path: Path, info: FamilyInfo) -> AdapterWeights:
@@ -33,20 +36,18 @@ def through_diffusers(path: Path, info: FamilyInfo) -> AdapterWeights:
     Raises:
         AdapterFileError: when diffusers refuses the file.
     """
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+    from diffusers import loaders
 
-    mixin = StableDiffusionXLLoraLoaderMixin if info.unet_naming == "ldm" else StableDiffusionLoraLoaderMixin
     standins = _standins(read_outline(path).weights)
-
-    class Pipeline(mixin):  # type: ignore[misc, valid-type]
-        hf_device_map = None
-        components = standins
-        unet = standins.get("unet") or _unet({})
-        text_encoder = standins.get("text_encoder")
-        text_encoder_2 = standins.get("text_encoder_2")
-
+    parts: dict[str, Any] = {name: standins.get(name) for name in component_names() if is_text_encoder(name)}
+    parts[info.denoiser.component] = standins.get(info.denoiser.component) or _denoiser({})
+    pipeline = type(
+        "Pipeline",
+        (getattr(loaders, info.diffusers_loader),),
+        {"hf_device_map": None, "components": standins, **parts},
+    )
     with _loading(path, "diffusers"):
-        Pipeline().load_lora_weights(str(path), local_files_only=True)
+        pipeline().load_lora_weights(str(path), local_files_only=True)
     return AdapterWeights(
         {key: pair for name, model in standins.items() for key, pair in _loaded(name, model)}
     )
@@ -93,22 +94,22 @@ def _loading(path: Path, program: str) -> Iterator[None]:
 
 
 def _standins(weights: AdapterWeights) -> dict[str, nn.Module]:
-    makers: dict[str, Callable[[Mapping[str, Update]], nn.Module]] = {
-        "unet": _unet,
-        "text_encoder": lambda pairs: _text_encoder("CLIPTextModel", pairs),
-        "text_encoder_2": lambda pairs: _text_encoder("CLIPTextModelWithProjection", pairs),
+    return {
+        name: _text_encoder(TEXT_CLASSES[name], weights.updates_of(name))
+        if is_text_encoder(name)
+        else _denoiser(weights.updates_of(name))
+        for name in weights.components()
     }
-    return {name: makers[name](weights.updates_of(name)) for name in weights.components()}
 
 
-def _unet(pairs: Mapping[str, Update]) -> nn.Module:
+def _denoiser(pairs: Mapping[str, Update]) -> nn.Module:
     """Return a tree of modules named as the adapter's, with the loader of diffusers' own models."""
     from diffusers.loaders import PeftAdapterMixin
 
-    class UNet(nn.Module, PeftAdapterMixin):
+    class Denoiser(nn.Module, PeftAdapterMixin):
         config = SimpleNamespace(layers_per_block=2)
 
-    root = UNet()
+    root = Denoiser()
     for path, pair in pairs.items():
         parent: nn.Module = root
         *above, last = path.split(".")
@@ -163,7 +164,7 @@ def _loaded(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, Updat
 
     for path, layer in model.named_modules():
         if isinstance(layer, LycorisLayer):
-            module = ModuleKey(component, path if component == "unet" else names.with_text_prefix(path))
+            module = ModuleKey(component, names.canonical_path(component, path))
             yield module, _lycoris(module, layer)
         if isinstance(layer, LoraLayer):
             any_layer: Any = layer
@@ -172,7 +173,7 @@ def _loaded(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, Updat
             alpha = float(any_layer.lora_alpha[name])
             if any_layer.scaling[name] != alpha / down.shape[0]:
                 alpha = float(any_layer.scaling[name]) * down.shape[0]
-            canonical = path if component == "unet" else names.with_text_prefix(path)
+            canonical = names.canonical_path(component, path)
             parts = {"down": down.detach(), "up": up.detach()}
             if name in any_layer.lora_magnitude_vector:
                 parts[kinds.MAGNITUDE] = any_layer.lora_magnitude_vector[name].weight.detach()

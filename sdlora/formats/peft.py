@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.canonical import COMPONENTS, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.kinds import LoHa, LoKr
 from ..errors import AdapterFileError
+from ..families.facts import is_text_encoder
+from ..families.table import component_names
 from ..tensor_file import MAX_ENTRY_CHARS, Header, Load, shown
 from . import folding, foreign, kinds, names, peft_lycoris
 from .peft_lycoris import PEFT_TYPES
@@ -40,7 +42,7 @@ _PARTS = {"A": "down", "B": "up", "magnitude_vector": kinds.MAGNITUDE} | {
 _LITERAL_PATTERN = re.compile(r"^\^?[\w.\\-]+\$?$")
 _OPEN_CLIP_WIDTH = 1280
 """Width of SDXL's second text encoder, which no other encoder of these families has."""
-_TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 
 
 def matches(keys: Iterable[str]) -> bool:
@@ -180,10 +182,10 @@ def _groups(header: Header) -> dict[ModuleKey, dict[str, str]]:
     if unknown:
         raise foreign.unknown_keys(header.path, unknown)
     folder = header.path.parent.name
-    component = folder if folder in COMPONENTS else _component_of(header, parts_by_path)
+    component = folder if folder in component_names() else _component_of(header, parts_by_path)
     groups: dict[ModuleKey, dict[str, str]] = {}
     for name, parts in parts_by_path.items():
-        module = ModuleKey(component, name if component == "unet" else names.with_text_prefix(name))
+        module = ModuleKey(component, names.canonical_path(component, name))
         if module in groups:
             raise AdapterFileError(
                 f"{header.path}: module `{component}.{shown(name)}` is there twice, with and without "
@@ -260,7 +262,7 @@ class Alphas:
             AdapterFileError: for a value that is not a number other than 0.
         """
         paths = {module.path}
-        if module.component != "unet":
+        if is_text_encoder(module.component):
             paths.add(module.path.removeprefix(names.TEXT_PREFIX))
         candidates = [self._whole[path] for path in paths if path in self._whole]
         for path in paths:
@@ -278,7 +280,7 @@ class Alphas:
 
 def installed_name(component: str, path: str) -> str:
     """Return a canonical path as the installed diffusers and transformers name the module."""
-    if component == "unet" or _has_text_model(component):
+    if not is_text_encoder(component) or _has_text_model(component):
         return path
     return path.removeprefix(names.TEXT_PREFIX)
 
@@ -298,7 +300,7 @@ def _has_text_model(component: str) -> bool:
         eos_token_id=1,
     )
     with torch.device("meta"):
-        encoder = getattr(transformers, _TEXT_CLASSES[component])(settings)
+        encoder = getattr(transformers, TEXT_CLASSES[component])(settings)
     return any(name.startswith(names.TEXT_PREFIX) for name, _ in encoder.named_modules())
 
 
@@ -320,4 +322,4 @@ def _plain(value: float) -> int | float:
 
 def components_in(folder: Path) -> list[str]:
     """Return the components that have a PEFT folder of their own inside ``folder``."""
-    return [name for name in COMPONENTS if (folder / name / CONFIG_FILE).is_file()]
+    return [name for name in component_names() if (folder / name / CONFIG_FILE).is_file()]

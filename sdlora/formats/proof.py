@@ -24,7 +24,7 @@ from .clients import Support, client_support
 from .other_readers import through_diffusers, through_peft
 
 if TYPE_CHECKING:
-    from ..families.base import FamilyInfo
+    from ..families.facts import FamilyInfo
 
 
 _BLOCK_ELEMENTS = 2**18

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.canonical import COMPONENTS, LowRankPair, ModuleKey, Update
+from ..adapters.canonical import LowRankPair, ModuleKey, Update
 from ..adapters.kinds import DoRA
 from ..errors import AdapterFileError
+from ..families.table import component_names
 from ..tensor_file import Header, Load, entry_json
 from . import folding, kinds
 from .keys import group_keys
@@ -67,7 +68,7 @@ def peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
     configs: dict[str, dict[str, Any]] = {}
     for key, value in tree.items():
         component, _, setting = key.partition(".")
-        if component in COMPONENTS and setting:
+        if component in component_names() and setting:
             configs.setdefault(component, {})[setting] = value
     return configs
 

@@ -18,7 +18,7 @@ from ..errors import AdapterFileError
 from . import folding, keys, kinds, names
 
 if TYPE_CHECKING:
-    from ..families.base import FamilyInfo
+    from ..families.facts import FamilyInfo
 
 
 def encode(
@@ -88,7 +88,7 @@ def _module_name(where: str, component: str, path: str, info: FamilyInfo) -> str
             "choose the base model that it was trained on"
         )
     spelled: str | None = path
-    if component == "unet" and info.unet_naming == "ldm":
+    if component == info.denoiser.component and info.denoiser.webui_names == "ldm":
         spelled = names.to_ldm(path)
     name = f"{prefix.removesuffix('_')}_{names.to_underscores(spelled)}" if spelled else ""
     if keys.webui_module(name) != ModuleKey(component, path):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapters.strength import Strength, pair_of
 from ..errors import SdloraError
 from ..files import replacing
 from ..version import version
@@ -19,7 +20,6 @@ from ..version import version
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..adapters.strength import Strength
     from ..families.base import BaseModelInfo
     from .render import GenerateRequest
 
@@ -67,10 +67,8 @@ def parameters_text(
 
 def lora_tag(name: str, strength: Strength) -> str:
     """Return an adapter as WebUI's users write it in a prompt."""
-    if isinstance(strength, int | float):
-        return f"<lora:{name}:{strength:g}>"
-    unet, text = strength.get("unet", 0.0), strength.get("text_encoder", 0.0)
-    return f"<lora:{name}:{unet:g}>" if unet == text else f"<lora:{name}:{text:g}:{unet:g}>"
+    denoiser, text = pair_of(strength)
+    return f"<lora:{name}:{denoiser:g}>" if denoiser == text else f"<lora:{name}:{text:g}:{denoiser:g}>"
 
 
 def save_png(image: Image, file: Path, text: str) -> None:

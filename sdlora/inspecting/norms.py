@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapters.canonical import COMPONENTS, LowRankPair, ModuleKey, Update
+from ..adapters.canonical import LowRankPair, ModuleKey, Update
 from ..adapters.kinds import DoRA, LoHa, LoKr, TuckerPair
+from ..families.facts import component_order, is_text_encoder
 
 _UNET_BLOCK = re.compile(
     r"^(?:(down|up)_blocks\.(\d+)\.(attentions|resnets|downsamplers|upsamplers)|mid_block)"
@@ -36,7 +37,7 @@ class BlockNorm:
 
 
 def block_norms(updates: Iterable[tuple[ModuleKey, Update]]) -> tuple[BlockNorm, ...]:
-    """Return the Frobenius norm of the updates of each block, the components in canonical order.
+    """Return the Frobenius norm of the updates of each block, the denoiser first.
 
     Args:
         updates: in any order; each is let go before the next is taken.
@@ -45,7 +46,7 @@ def block_norms(updates: Iterable[tuple[ModuleKey, Update]]) -> tuple[BlockNorm,
     for key, update in updates:
         block = _block(key.component, key.path)
         squares.setdefault((key.component, block), []).append(delta_norm(update) ** 2)
-    order = sorted(squares, key=lambda at: (COMPONENTS.index(at[0]), _flow_order(at[1])))
+    order = sorted(squares, key=lambda at: (component_order(at[0]), _flow_order(at[1])))
     return tuple(
         BlockNorm(component, block, len(values), math.sqrt(math.fsum(values)))
         for component, block in order
@@ -73,7 +74,7 @@ def delta_norm(update: Update) -> float:
 
 
 def _block(component: str, path: str) -> str:
-    match = (_UNET_BLOCK if component == "unet" else _TEXT_LAYER).search(path)
+    match = (_TEXT_LAYER if is_text_encoder(component) else _UNET_BLOCK).search(path)
     if match is None:
         return path.split(".", 1)[0]
     return match.group().rstrip(".")

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..adapters.kinds import TITLES
 from ..errors import OutputError
+from ..families.facts import is_text_encoder
 from ..files import replacing
 from ..formats import adapter_files
 from ..formats.clients import Support
@@ -21,8 +22,9 @@ from ..tensor_file import shown
 from .inspection import AdapterSummary
 
 _BAR = 32
-_COLOURS = {"unet": "cyan", "text_encoder": "magenta", "text_encoder_2": "yellow"}
-_CHART_COLOURS = {"unet": "#1f77b4", "text_encoder": "#d62728", "text_encoder_2": "#ff7f0e"}
+_COLOURS = ("cyan", "magenta", "yellow", "green")
+_CHART_COLOURS = ("#1f77b4", "#d62728", "#ff7f0e", "#2ca02c")
+"""Of the denoiser, and of the text encoders by number."""
 
 
 def render(summary: AdapterSummary, *, width: int = 140, colour: bool = False, plain: bool = False) -> str:
@@ -74,10 +76,10 @@ def draw_norms(summary: AdapterSummary, image: Path) -> None:
     figure = Figure(figsize=(9, min(60.0, 1.6 + 0.26 * len(blocks))), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    for component, colour in _CHART_COLOURS.items():
+    for component in dict.fromkeys(block.component for block in blocks):
         rows = [i for i, block in enumerate(blocks) if block.component == component]
-        if rows:
-            axis.barh(rows, [blocks[i].norm for i in rows], color=colour, label=component)
+        colour = _CHART_COLOURS[_number(component)]
+        axis.barh(rows, [blocks[i].norm for i in rows], color=colour, label=component)
     axis.set_yticks(
         range(len(blocks)), [f"{block.block} ({block.num_modules})" for block in blocks], fontsize=7
     )
@@ -123,7 +125,8 @@ def _bars(summary: AdapterSummary, *, plain: bool) -> Table:
     table.add_column(width=_BAR)
     table.add_column(no_wrap=True)
     for block_norm in summary.blocks:
-        bar: Bar | Text = Bar(largest, 0, block_norm.norm, width=_BAR, color=_COLOURS[block_norm.component])
+        colour = _COLOURS[_number(block_norm.component)]
+        bar: Bar | Text = Bar(largest, 0, block_norm.norm, width=_BAR, color=colour)
         if plain:
             bar = Text("#" * max(1 if block_norm.norm > 0 else 0, round(_BAR * block_norm.norm / largest)))
         label = Text(f"{block_norm.component} {shown(block_norm.block, 60)}")
@@ -161,3 +164,10 @@ def _verdict(support: Support) -> str:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
+
+
+def _number(component: str) -> int:
+    """Return 0 for a denoiser, and for text encoders their number."""
+    if not is_text_encoder(component):
+        return 0
+    return min(int(component.rpartition("_")[2]) if component[-1].isdigit() else 1, len(_COLOURS) - 1)

@@ -23,6 +23,7 @@ from ..adapters.canonical import AdapterFile, LowRankPair, ModuleKey, Update
 from ..adapters.kinds import DoRA
 from ..adapters.strength import Strength
 from ..errors import AdapterFileError, ConfigError, ModelError, OutputError
+from ..families.facts import is_text_encoder
 from ..files import replacing
 from ..formats import adapter_files
 from ..tensor_file import DTYPE_NAMES, Header
@@ -188,11 +189,11 @@ def _plan(
 
 def _missing(model: Checkpoint, path: Path, module: ModuleKey) -> str:
     if module.component not in model.components:
-        if module.component == "unet":
-            return f"{model.path}: has no U-Net; give a complete checkpoint"
+        if not is_text_encoder(module.component):
+            return f"{model.path}: has no {module.component}; give a complete checkpoint"
         return (
             f"{model.path}: has no {module.component}, which {path} changes; give {path.name}:STRENGTH:0 to "
-            "bake the U-Net alone, or a complete checkpoint"
+            f"bake the {model.family.denoiser.title} alone, or a complete checkpoint"
         )
     return (
         f"{model.path} ({model.family.title}): has no {module.component}.{module.path}, which {path} "

@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..adapters.canonical import COMPONENTS, ModuleKey
+from ..adapters.canonical import ModuleKey
 from ..errors import ModelError
-from ..families.base import FamilyInfo, TextEncoderInfo
+from ..families.facts import FamilyInfo, TextEncoderInfo, component_order, is_text_encoder
 from ..families.ldm import UNET_PREFIX, StoredKey, text_key_map
-from ..families.table import FAMILIES, family_info
+from ..families.table import FAMILIES, component_names, family_info
 from ..families.weights import checked_header
 from ..formats import names
 from ..tensor_file import FLOAT_DTYPES, Header, TensorSpec, shown
@@ -35,7 +35,7 @@ _LAYER_NUMBER = {
     "clip": re.compile(r"text_model\.encoder\.layers\.(\d+)\."),
     "openclip": re.compile(r"transformer\.resblocks\.(\d+)\."),
 }
-_CONTEXT = ".attn2.to_k.weight"
+_CONTEXT = ".attn2.to_k"
 _VARIANT = re.compile(r"^(?:diffusion_pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?$")
 _ENDING = ".weight"
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -101,7 +101,7 @@ class Checkpoint:
     def components(self) -> tuple[str, ...]:
         """The adaptable components that are there."""
         present = {module.component for module in self._sites}
-        return tuple(name for name in COMPONENTS if name in present)
+        return tuple(sorted(present, key=component_order))
 
     @cached_property
     def family(self) -> FamilyInfo:
@@ -113,17 +113,14 @@ class Checkpoint:
         if self.layout == "file":
             return _family_of_file(self.headers[0])
         encoders = len(self.components) - 1
-        widths = {
-            self._sites[module][0].shape[1]
-            for module in self._sites
-            if module.component == "unet" and f"{module.path}{_ENDING}".endswith(_CONTEXT)
-        }
+        widths = {self._sites[module][0].shape[1] for module in self._sites if module.path.endswith(_CONTEXT)}
+        infos = [family_class.info for family_class in FAMILIES.values()]
         fitting = [
-            family_class.info
-            for family_class in FAMILIES.values()
-            if len(family_class.info.text_encoders) == encoders
+            info
+            for info in infos
+            if len(info.text_encoders) == encoders and info.denoiser.component in self.components
         ]
-        exact = [info for info in fitting if widths == {info.context_width}]
+        exact = [info for info in fitting if widths == {info.denoiser.context_width}]
         if not (exact or fitting):
             raise ModelError(
                 f"{self.path}: fits no known model family; give a complete Stable Diffusion model"
@@ -217,7 +214,7 @@ def _open_folder(path: Path) -> Checkpoint:
         )
     headers: list[Header] = []
     sites: dict[ModuleKey, list[Site]] = {}
-    for component in COMPONENTS:
+    for component in component_names():
         files = component_files(path / component)
         others = sorted(file.name for file in (path / component).glob("*.bin"))
         if not files and others:
@@ -231,14 +228,13 @@ def _open_folder(path: Path) -> Checkpoint:
             for key, spec in header.tensors.items():
                 if key.endswith(_ENDING) and _is_matrix(spec):
                     name = key.removesuffix(_ENDING)
-                    module = ModuleKey(
-                        component, name if component == "unet" else names.with_text_prefix(name)
-                    )
+                    module = ModuleKey(component, names.canonical_path(component, name))
                     sites.setdefault(module, []).append(Site(header, StoredKey(key)))
-    if not any(module.component == "unet" for module in sites):
-        raise ModelError(
-            f"{path}: holds no U-Net weights in {path / 'unet'}; check that the download is complete"
-        )
+    if all(is_text_encoder(module.component) for module in sites):
+        infos = [family_class.info.denoiser for family_class in FAMILIES.values()]
+        titles = {info.component: info.title for info in infos}
+        wanted = " or ".join(f"{title} weights in {path / name}" for name, title in titles.items())
+        raise ModelError(f"{path}: holds no {wanted}; check that the download is complete")
     return Checkpoint(
         path, "folder", tuple(headers), {m: tuple(module_sites) for m, module_sites in sites.items()}
     )
@@ -246,12 +242,12 @@ def _open_folder(path: Path) -> Checkpoint:
 
 def _sites_of_file(header: Header) -> dict[ModuleKey, tuple[Site, ...]]:
     sites: dict[ModuleKey, tuple[Site, ...]] = {}
+    family = _family_of_file(header)
     for key, spec in header.tensors.items():
         if key.startswith(UNET_PREFIX) and key.endswith(_ENDING) and _is_matrix(spec):
             path = names.from_ldm(key.removeprefix(UNET_PREFIX).removesuffix(_ENDING))
             if path is not None:
-                sites[ModuleKey("unet", path)] = (Site(header, StoredKey(key)),)
-    family = _family_of_file(header)
+                sites[ModuleKey(family.denoiser.component, path)] = (Site(header, StoredKey(key)),)
     for encoder in family.text_encoders:
         for name, stored_key in _key_map(header, encoder, family.assets):
             module = ModuleKey(encoder.component, names.with_text_prefix(name.removesuffix(_ENDING)))
@@ -290,11 +286,16 @@ def _family_of_file(header: Header) -> FamilyInfo:
     keys: Sequence[str] = tuple(header.tensors)
     for family in reversed(FAMILIES.values()):
         for encoder in family.info.text_encoders:
-            if any(key.startswith(encoder.checkpoint_prefix) for key in keys):
+            prefix = encoder.checkpoint_prefix
+            if prefix and any(key.startswith(prefix) for key in keys):
                 return family.info
-    widths = {spec.shape[-1] for key, spec in header.tensors.items() if key.endswith(_CONTEXT) and spec.shape}
+    widths = {
+        spec.shape[-1]
+        for key, spec in header.tensors.items()
+        if key.endswith(f"{_CONTEXT}{_ENDING}") and spec.shape
+    }
     for name in FAMILIES:
-        if widths == {family_info(name).context_width}:
+        if widths == {family_info(name).denoiser.context_width}:
             return family_info(name)
     raise ModelError(
         f"{header.path}: has no text encoder, and its U-Net fits no known family "

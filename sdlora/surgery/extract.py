@@ -21,6 +21,7 @@ from torch import Tensor
 from ..adapters.canonical import AdapterInfo, ModuleKey
 from ..config.schema import AdapterConfig, Precision, Targets
 from ..errors import ConfigError, ModelError
+from ..families.facts import is_text_encoder
 from ..tensor_file import Header, all_finite, shown
 from .checkpoints import Checkpoint, Site, open_checkpoint, read_tensor, variant_of
 from .dense import cut_matrix
@@ -146,7 +147,7 @@ def extracted_modules(
     chosen = []
     for module in tuned.modules:
         endings = base.family.targets.get(module.component, {}).get(preset, ())
-        wanted = module.component == "unet" or text_encoders
+        wanted = text_encoders or not is_text_encoder(module.component)
         if wanted and module in known and f".{module.path}".endswith(tuple(endings)):
             if base.sites(module)[0].shape != tuned.sites(module)[0].shape:
                 raise ModelError(

@@ -11,7 +11,8 @@ import numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..adapters.canonical import COMPONENTS, ModuleKey
+from ..adapters.canonical import ModuleKey
+from ..families.facts import component_order, is_text_encoder
 from ..files import replacing
 from .similarity import Likeness, grouped
 from .strengths import block_of
@@ -76,12 +77,12 @@ def kind_of(module: ModuleKey) -> str:
 
 def _row(module: ModuleKey) -> str:
     block = block_of(module)
-    return block if module.component == "unet" else block.replace("text_encoder", "te", 1)
+    return block.replace("text_encoder", "te", 1) if is_text_encoder(module.component) else block
 
 
-def _flow_order(module: ModuleKey) -> tuple[int, int, list[tuple[int, str]]]:
+def _flow_order(module: ModuleKey) -> tuple[tuple[bool, str], int, list[tuple[int, str]]]:
     """Order modules as data flows, in, down, middle, up, out, and the text encoders after the U-Net."""
     root = module.path.split(".", 1)[0]
     place = {"down_blocks": 1, "mid_block": 2, "up_blocks": 3, "conv_norm_out": 4, "conv_out": 5}.get(root, 0)
     parts = [(int(part), "") if part.isdigit() else (-1, part) for part in module.path.split(".")]
-    return COMPONENTS.index(module.component), place, parts
+    return component_order(module.component), place, parts

@@ -23,7 +23,7 @@ from ..formats.proof import prove
 from ..tensor_file import DTYPE_NAMES, data_sha256
 
 if TYPE_CHECKING:
-    from ..families.base import FamilyInfo
+    from ..families.facts import FamilyInfo
 
 Progress = Callable[[int, int], None]
 """Told (modules done, modules in all)."""

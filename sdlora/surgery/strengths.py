@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..adapters.canonical import COMPONENTS, AdapterWeights, ModuleKey
+from ..adapters.canonical import AdapterWeights, ModuleKey
 from ..adapters.strength import Strength, strength_of
 from ..errors import ConfigError
+from ..families.facts import is_text_encoder
+from ..families.table import component_names
 from ..formats import names
 
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
@@ -72,7 +74,7 @@ def is_in_block(module: ModuleKey, name: str) -> bool:
 
 def webui_block(module: ModuleKey) -> str | None:
     """Return the block of a module as WebUI's extensions number it, None for what they do not number."""
-    if module.component != "unet":
+    if is_text_encoder(module.component):
         return "BASE"
     path = names.to_ldm(module.path)
     if path is None:
@@ -85,7 +87,7 @@ def webui_block(module: ModuleKey) -> str | None:
 def block_of(module: ModuleKey) -> str:
     """Return the block a module is shown under: two steps of its path below the component."""
     parts = module.path.removeprefix(names.TEXT_PREFIX).split(".")
-    if module.component != "unet":
+    if is_text_encoder(module.component):
         return f"{module.component}.{'.'.join(parts[1:3] if parts[0] == 'encoder' else parts[:1])}"
     if parts[0] in ("down_blocks", "up_blocks"):
         return ".".join(parts[:4])
@@ -123,4 +125,4 @@ def parse_blocks(texts: Sequence[str], num_adapters: int) -> list[dict[str, floa
 
 def component_strengths(strength: Strength) -> dict[str, float]:
     """Return {component: strength} for all components."""
-    return {component: strength_of(strength, component) for component in COMPONENTS}
+    return {component: strength_of(strength, component) for component in component_names()}

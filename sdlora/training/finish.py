@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def finish_run(run: Run, losses: Sequence[float]) -> Path:
-    """Write ``NAME.safetensors`` in WebUI format into the run folder, proven by reading it back."""
+    """Write ``NAME.safetensors`` in the family's format into the run folder, proven by reading it back."""
     target = run.folder.adapter_file(run.config.output.name)
     adapter = adapter_file(run, final_loss=sum(losses) / len(losses) if losses else None)
     output = run.config.output
@@ -33,8 +33,9 @@ def finish_run(run: Run, losses: Sequence[float]) -> Path:
 
 
 def write_checkpoint_adapter(run: Run, target: Path) -> None:
-    """Write the fp32 masters in WebUI format, as a checkpoint keeps them."""
-    write_adapter(adapter_file(run), "webui", target, torch.float32, run.model.info)
+    """Write the fp32 masters as a checkpoint keeps them."""
+    info = run.model.info
+    write_adapter(adapter_file(run), info.adapter_format, target, torch.float32, info)
 
 
 def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:

@@ -29,8 +29,8 @@ from ..adapters.trainable_layers import attach_for_training
 from ..config.schema import AdapterConfig, Config
 from ..diffusion.process import per_image_loss
 from ..errors import TrainingError
-from ..families.attention import choose_attention
 from ..families.base import DiffusionModel, SizeHint
+from ..families.facts import AUTOENCODER
 from ..generation.render import most_at_once
 from .optimizers import optimizer_kind
 
@@ -179,9 +179,10 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
     device = torch.device(config.training.device or "cpu")
     waiting = device.type == "cpu"  # what waits in main memory then waits in the same memory
     sizes = {name: _bytes_of(module) for name, module in model.components().items()}
-    unet, text, images = sizes.pop("unet"), sum(sizes.values()), _bytes_of(_vae(model))
-    weights = unet + text * (waiting or _keeps_text(config)) + images * (waiting or _keeps_images(config))
-    encoding = text + images + unet * waiting + _encoding_bytes(model, config)
+    denoiser, images = sizes.pop(model.info.denoiser.component), sizes.pop(AUTOENCODER)
+    text = sum(sizes.values())
+    weights = denoiser + text * (waiting or _keeps_text(config)) + images * (waiting or _keeps_images(config))
+    encoding = text + images + denoiser * waiting + _encoding_bytes(model, config)
     values = _attach(model, config.adapter)
     # fp32 master and gradient; the model's own copy and gradient, which in fp32 is the master
     layer_bytes = 2 * model.dtype.itemsize if model.dtype != torch.float32 else 4
@@ -190,8 +191,8 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
         training=True,
         gradient_checkpointing=config.training.gradient_checkpointing,
         keep_text=_keeps_text(config),
+        computes_on=device,
     )
-    _attend_as(model, config, device, training=True)
     activations = _step_bytes(model, _rounded(model, _side(config)), config)
     others = {"encoding": encoding, "placing": weights + values * (8 + layer_bytes)}
     if config.data.validation:
@@ -199,17 +200,10 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
             weights + adapter + _forward_bytes(model, _side(config), validation_rows(config))
         )
     if config.sample.prompts:
-        model.prepare(training=False, lean=True)
-        _attend_as(model, config, device, training=False)
+        model.prepare(training=False, lean=True, computes_on=device)
         visiting = 0 if waiting or _keeps_images(config) else images
         others["previews"] = weights + adapter + _preview_bytes(model, config, visiting)
     return weights, adapter, activations, tuple(others.items())
-
-
-def _attend_as(model: DiffusionModel, config: Config, device: torch.device, *, training: bool) -> None:
-    """Choose the attention of the device it will run on, not that of the meta device."""
-    choice = choose_attention(config.training.attention, device, model.dtype, training=training)
-    choice.apply(model.components()["unet"])
 
 
 def refuse_what_cannot_fit(
@@ -275,10 +269,6 @@ def _as_toml(value: Any) -> str:
     return "[]" if value == () else str(value)
 
 
-def _vae(model: DiffusionModel) -> Any:
-    return model.vae  # type: ignore[attr-defined]
-
-
 def _bytes_of(module: nn.Module) -> int:
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
@@ -292,7 +282,8 @@ def _rounded(model: DiffusionModel, side: int) -> int:
 @torch.no_grad()
 def _encoding_bytes(model: DiffusionModel, config: Config) -> int:
     """Encode one image of the largest size, and one caption; return the most that is alive."""
-    side, vae = _rounded(model, _side(config)), _vae(model)
+    side = _rounded(model, _side(config))
+    vae: Any = model.components()[AUTOENCODER]
     pixels = torch.empty((1, 3, side, side), device="meta", dtype=vae.dtype)
     with _fused_attention(), counting_memory() as memory:
         posterior = vae.encode(pixels).latent_dist

@@ -79,9 +79,9 @@ def unpack(
             "param_groups": [
                 {
                     **{key: _unpacked(value, tensors) for key, value in group.items()},
-                    "params": fresh_group["params"],
+                    "params": own["params"],
                 }
-                for group, fresh_group in zip(values["groups"], fresh, strict=True)
+                for group, own in zip(values["groups"], fresh, strict=True)
             ],
         }
     )

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ..config.adapter import PART_KEYS, AdaptedPart
 from ..config.defaults import USUAL_RATE, RateRule
-from ..config.schema import Config, OptimizerConfig, component_keys
+from ..config.schema import Config, OptimizerConfig
 from ..errors import ConfigError
 from .masters import ParameterGroup
 
@@ -78,12 +79,12 @@ def optimizer_kind(settings: OptimizerConfig) -> OptimizerKind:
     return kind
 
 
-def check_rates(config: Config, components: Sequence[str]) -> None:
+def check_rates(config: Config, parts: Sequence[AdaptedPart]) -> None:
     """Refuse several learning rates for an optimizer that finds or takes only one.
 
     Args:
         config: final settings.
-        components: of the base.
+        parts: of the base.
 
     Raises:
         ConfigError: naming every setting that makes another rate.
@@ -91,7 +92,7 @@ def check_rates(config: Config, components: Sequence[str]) -> None:
     settings = config.optimizer
     if not optimizer_kind(settings).rate.one_rate:
         return
-    keys = [component_keys(component)[2] for component in components if config.adapter.adapts(component)]
+    keys = [PART_KEYS[part].learning_rate for part in parts if config.adapter.adapts(part)]
     others = [key for key in keys if config.get(key) != config.get(keys[0])]
     if settings.lora_plus_ratio != 1.0:
         others.append("optimizer.lora_plus_ratio")

@@ -83,7 +83,7 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter) -> Run:
         more += followed
     rule = optimizer_kind(config.optimizer).rate
     config, rest = resolve_training(config, facts, data_facts(config, training, validation), rule)
-    check_rates(config, facts.components)
+    check_rates(config, facts.parts)
     for default in defaults + more + rest:
         emit(Decided(default.key, default.value, default.reason))
     if resume:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ..adapters.attach import attach, attached_layers, set_strengths, write_weights
 from ..adapters.blocks import check_patterns, value_for
-from ..adapters.canonical import COMPONENTS, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.trainable_layers import TrainedLayer, attach_for_training
-from ..config.schema import Config, component_keys
+from ..config.adapter import PART_KEYS
+from ..config.schema import Config
 from ..families.base import DiffusionModel
+from ..families.facts import ComponentInfo, component_order
 from .masters import MasterWeights, ParameterGroup
 
 ADAPTER_NAME = "run"
@@ -89,8 +91,8 @@ def make_trainable(model: DiffusionModel, config: Config, weights: AdapterWeight
     if subtracted:
         attach(model, weights, START_NAME)
         set_strengths(model, {ADAPTER_NAME: 1.0, START_NAME: -1.0})
-    layers.sort(key=lambda layer: (COMPONENTS.index(layer.key.component), layer.key))
-    groups = _groups(config, layers)
+    layers.sort(key=lambda layer: (component_order(layer.key.component), layer.key))
+    groups = _groups(config, model.info.components, layers)
     start = {group.name: group.master.flat.data.clone() for group in groups} if subtracted else None
     return TrainableAdapter(layers, groups, start)
 
@@ -106,28 +108,29 @@ def difference(now: AdapterWeights, start: AdapterWeights) -> AdapterWeights:
     return AdapterWeights(updates)
 
 
-def _groups(config: Config, layers: Sequence[TrainedLayer]) -> list[ParameterGroup]:
+def _groups(
+    config: Config, infos: Mapping[str, ComponentInfo], layers: Sequence[TrainedLayer]
+) -> list[ParameterGroup]:
     """Return the groups, those of the plain rate of each component first."""
-    members: dict[tuple[int, bool, float], list[tuple[TrainedLayer, str]]] = {}
+    members: dict[tuple[str, bool, float], list[tuple[TrainedLayer, str]]] = {}
     for layer in layers:
-        component = COMPONENTS.index(layer.key.component)
+        component = layer.key.component
         for factor in layer.parameters:
             plus = config.optimizer.lora_plus_ratio if factor == _UP else 1.0
             times = value_for(config.optimizer.block_rates, layer.key, 1.0) * plus
             members.setdefault((component, factor == _MAGNITUDE, times), []).append((layer, factor))
     groups = []
     for component, magnitude, times in sorted(
-        members, key=lambda group: (*group[:2], group[2] != 1, group[2])
+        members, key=lambda group: (component_order(group[0]), group[1], group[2] != 1, group[2])
     ):
-        name = COMPONENTS[component]
-        rate = config.get(component_keys(name)[2])
+        rate = config.get(PART_KEYS[infos[component].part].learning_rate)
         assert rate is not None
         slots_there = members[component, magnitude, times]
         master = MasterWeights(
             [layer.parameters[factor] for layer, factor in slots_there],
             [layer.update.tensors()[factor] for layer, factor in slots_there],
         )
-        full = name + (" magnitude" if magnitude else "") + (f" x{times!r}" if times != 1 else "")
+        full = component + (" magnitude" if magnitude else "") + (f" x{times!r}" if times != 1 else "")
         slots = tuple((layer.key, factor) for layer, factor in slots_there)
         groups.append(ParameterGroup(full, master, rate * times, slots, decays=not magnitude))
     return groups

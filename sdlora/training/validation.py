@@ -21,12 +21,13 @@ def validate(run: Run) -> float | None:
     """Measure the held-out images and emit the mean; None if there are none (or on other ranks)."""
     if not run.validation.items or not run.accelerator.is_main_process:
         return None
-    for module in run.model.components().values():
+    adaptable = [run.model.components()[name] for name in run.model.info.components]
+    for module in adaptable:
         module.eval()
     try:
         losses = [_loss_of_image(run, index) for index in range(len(run.validation.items))]
     finally:
-        for module in run.model.components().values():
+        for module in adaptable:
             module.train()
     mean = sum(losses) / len(losses)
     run.emit(Validated(run.step, mean, len(losses)))

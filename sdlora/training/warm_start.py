@@ -10,8 +10,9 @@ import torch
 from ..adapters.attach import target_modules
 from ..adapters.canonical import AdapterWeights
 from ..adapters.kinds import TITLES, TuckerPair
+from ..config.adapter import PART_KEYS
 from ..config.defaults import Default
-from ..config.schema import Config, component_keys
+from ..config.schema import Config
 from ..errors import ConfigError
 from ..families.base import DiffusionModel
 from ..families.fingerprint import file_digest
@@ -43,13 +44,14 @@ def warm_start(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWe
         )
     _check_modules(config, path, weights, model)
     defaults: list[Default] = []
-    for component in weights.components():
+    infos = model.info.components
+    for component in (name for name in weights.components() if name in infos):
         component_updates = weights.updates_of(component).values()
         (rank, alpha), _ = Counter((update.rank, update.alpha) for update in component_updates).most_common(
             1
         )[0]
-        rank_key, alpha_key, _ = component_keys(component)
-        for key, value in ((rank_key, rank), (alpha_key, alpha)):
+        keys = PART_KEYS[infos[component].part]
+        for key, value in ((keys.rank, rank), (keys.alpha, alpha)):
             given = config.get(key)
             if given is not None and given != value:
                 raise ConfigError(
@@ -84,15 +86,17 @@ def _check_kind(config: Config, path: Path, weights: AdapterWeights) -> None:
 
 
 def _check_modules(config: Config, path: Path, weights: AdapterWeights, model: DiffusionModel) -> None:
-    for component in model.components():
-        has, wanted = bool(weights.updates_of(component)), config.adapter.adapts(component)
+    for component, info in model.info.components.items():
+        has, wanted = bool(weights.updates_of(component)), config.adapter.adapts(info.part)
         if has == wanted:
             continue
-        if component == "unet":
+        switch = PART_KEYS[info.part].switch
+        if switch is None:
             raise ConfigError(
-                f"`adapter.from_file={path}`: has no U-Net layers, so there is nothing to go on from"
+                f"`adapter.from_file={path}`: has no {model.info.denoiser.title} layers, so there is nothing "
+                "to go on from"
             )
-        advice = f"set adapter.{component}={str(has).lower()}"
+        advice = f"set {switch}={str(has).lower()}"
         what = "also adapts" if has else "does not adapt"
         raise ConfigError(f"`adapter.from_file={path}`: {what} the {component}; {advice}")
     default = type(config.adapter).model_fields["targets"].default

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.adapters.strength import parse_adapter
+from sdlora.adapters.strength import parse_adapter, strength_of
 from sdlora.errors import ConfigError
 
 
@@ -32,8 +32,10 @@ def test_adapter_specs(text: str, file: str, strength: float | tuple[float, floa
     path, actual = parse_adapter(text)
     assert path == Path(file)
     if isinstance(strength, tuple):
-        unet, encoder = strength
-        assert actual == {"unet": unet, "text_encoder": encoder, "text_encoder_2": encoder}
+        denoiser, encoder = strength
+        for name, wanted in (("unet", denoiser), ("transformer", denoiser), ("text_encoder", encoder)):
+            assert strength_of(actual, name) == wanted
+        assert strength_of(actual, "text_encoder_2") == encoder
     else:
         assert actual == strength
 

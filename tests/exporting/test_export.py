@@ -37,7 +37,7 @@ from sdlora.exporting.export import (
     open_source,
     write_finished,
 )
-from sdlora.families.base import FamilyInfo
+from sdlora.families.facts import FamilyInfo
 from sdlora.families.sd1 import StableDiffusion1
 from sdlora.families.table import FAMILIES
 from sdlora.formats.adapter_files import FORMATS, read_adapter, write_adapter

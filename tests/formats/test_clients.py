@@ -16,7 +16,7 @@ from torch import nn
 
 import sdlora
 from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
-from sdlora.families.base import FamilyInfo
+from sdlora.families.facts import FamilyInfo
 from sdlora.formats.adapter_files import FORMATS, read_adapter, write_adapter
 from sdlora.formats.clients import CLIENTS, client_support
 from sdlora.formats.other_readers import through_diffusers

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import AdapterFileError
-from sdlora.families.base import FamilyInfo
+from sdlora.families.facts import FamilyInfo
 from sdlora.formats import names
 from sdlora.formats.adapter_files import (
     FORMATS,

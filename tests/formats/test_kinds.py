@@ -21,7 +21,7 @@ from sdlora.adapters.plain import to_plain
 from sdlora.config.schema import AdapterConfig
 from sdlora.errors import AdapterFileError
 from sdlora.exporting.export import export_adapter
-from sdlora.families.base import FamilyInfo
+from sdlora.families.facts import FamilyInfo
 from sdlora.formats.adapter_files import read_adapter, read_headers, read_outline, write_adapter
 from sdlora.formats.clients import client_support
 from sdlora.formats.proof import compare, prove
@@ -60,7 +60,7 @@ def mixture(family: FamilyInfo, dtype: torch.dtype = torch.float32, kinds: str =
 
 
 def file_of(weights: AdapterWeights, family: FamilyInfo) -> AdapterFile:
-    entries = {"ss_base_model_version": family.base_model_version}
+    entries = {"ss_base_model_version": family.header.version}
     return AdapterFile(weights, AdapterInfo(name="mixture", metadata=entries))
 
 

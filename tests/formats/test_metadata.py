@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
 from sdlora.config.schema import Config
 from sdlora.errors import OutputError
-from sdlora.families.base import FamilyInfo
+from sdlora.families.facts import FamilyInfo
 from sdlora.formats.adapter_files import read_adapter, write_adapter
 from sdlora.formats.metadata import MAX_THUMBNAIL_BYTES, TrainingFacts, build_header, thumbnail
 from sdlora.tensor_file import read_header
@@ -202,9 +202,9 @@ def test_a_file_without_known_training_still_tells_its_family_and_size(
     path = tmp_path / "a.safetensors"
     write_adapter(adapter_of(), "webui", path, torch.float16, family)
     header = read_header(path).metadata
-    assert header["ss_base_model_version"] == family.base_model_version
-    assert header["ss_v2"] == str(family.is_v2)
-    assert header["modelspec.architecture"] == family.architecture
+    assert header["ss_base_model_version"] == family.header.version
+    assert header["ss_v2"] == str(family.header.is_v2)
+    assert header["modelspec.architecture"] == family.header.architecture
     assert (header["ss_network_module"], header["ss_network_dim"]) == ("networks.lora", "2")
     assert header["ss_network_alpha"] == "1"
     assert "lora_adapter_metadata" not in header

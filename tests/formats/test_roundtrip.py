@@ -13,7 +13,7 @@ from torch import nn
 
 from sdlora.adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import AdapterFileError, OutputError
-from sdlora.families.base import FamilyInfo
+from sdlora.families.facts import FamilyInfo
 from sdlora.formats import names
 from sdlora.formats.adapter_files import FORMATS, read_adapter, sniff, write_adapter
 from sdlora.formats.folding import alpha_value, own_dtype, stored_alpha

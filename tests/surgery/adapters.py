@@ -11,7 +11,7 @@ from formats.adapters import EVERYTHING, SD1, file_of, models_of, random_adapter
 from torch import Tensor
 
 from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
-from sdlora.families.base import FamilyInfo
+from sdlora.families.facts import FamilyInfo
 from sdlora.formats.adapter_files import write_adapter
 
 RANKS = (4, 3, 6)

@@ -103,8 +103,8 @@ def state_of(result: TrainResult) -> tuple[dict[str, torch.Tensor], Any]:
     return load_file(folder.optimizer_file), values
 
 
-def equal(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 GROUPS = ("adapter.kind=dora", "adapter.text_encoder=true")  # masters of four groups, two of them no matrices
@@ -214,7 +214,7 @@ def test_any_state_goes_to_a_checkpoint_and_back() -> None:
     assert len(tensors) == 3
     restored = optimizer()
     optimizer_state.unpack(restored, ["unet"], tensors, json.loads(json.dumps(values)))
-    before, after = (plain(optimizer.state_dict()) for optimizer in (kept, restored))
+    before, after = (plain(one.state_dict()) for one in (kept, restored))
     assert before == after
 
 

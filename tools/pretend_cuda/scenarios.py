@@ -349,7 +349,7 @@ def ui_worker(stage: Stage) -> None:
         "guidance": 4.0,
         "sampler": "Euler",
         "folder": str(stage.folder / "drawn"),
-        "rows": [[{"file": str(file), "unet": 0.8, "text": None}]],
+        "rows": [[{"file": str(file), "denoiser": 0.8, "text": None}]],
         "strengths": [0, 1],
     }
     tasks = [

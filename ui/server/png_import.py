@@ -40,8 +40,8 @@ def from_parameters(values: Mapping[str, str]) -> ImportedSettings:
     for name, first, second in _TAG.findall(text):
         with suppress(ValueError):
             # with two numbers the text encoder's comes first, as WebUI writes it
-            unet, encoder = (float(second), float(first)) if second else (float(first), float(first))
-            adapters.append((name, unet, encoder))
+            denoiser, encoder = (float(second), float(first)) if second else (float(first), float(first))
+            adapters.append((name, denoiser, encoder))
     width, _, height = values.get("Size", "").partition("x")
     return ImportedSettings(
         prompt=_without_tags(text),

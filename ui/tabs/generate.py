@@ -200,7 +200,7 @@ def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
         if not _rows(held)[0]:
             yield problem("choose an adapter first: a strip shows its strengths"), gr.skip()
             return
-        chosen = _rows(held)[0][0]["unet"]
+        chosen = _rows(held)[0][0]["denoiser"]
 
         def shape(parts: Sequence[Mapping[str, Any]], total: int) -> str:
             return strip_html(parts, strengths, total, chosen)
@@ -350,13 +350,13 @@ def _filled(site: Site, imported: ImportedSettings) -> list[Any]:
     missing = [name for name, _, _ in imported.adapters if name not in by_label]
     if missing:
         gr.Warning(f"not found here: {', '.join(missing)}; the rest of the settings is set")
-    given = [(by_label[name], unet, text) for name, unet, text in imported.adapters if name in by_label][
-        :NUM_SLOTS
-    ]
+    given = [
+        (by_label[name], denoiser, text) for name, denoiser, text in imported.adapters if name in by_label
+    ][:NUM_SLOTS]
     slots: list[Any] = []
     for number in range(NUM_SLOTS):
-        file, unet, text = given[number] if number < len(given) else ("", 1.0, 1.0)
-        slots += [file, unet, unet != text, text]
+        file, denoiser, text = given[number] if number < len(given) else ("", 1.0, 1.0)
+        slots += [file, denoiser, denoiser != text, text]
     boxes = [gr.Group(visible=number < max(1, len(given))) for number in range(NUM_SLOTS)]
     bases = {Path(base.path).stem: base.path for base in site.bases()}
     if imported.model and imported.model not in bases:
@@ -391,7 +391,7 @@ def _rows(held: Sequence[Any]) -> list[list[dict[str, Any]]]:
     for number in range(NUM_SLOTS):
         file, strength, separate, text = rest[4 * number : 4 * number + 4]
         if file:
-            row.append({"file": file, "unet": strength, "text": text if separate else None})
+            row.append({"file": file, "denoiser": strength, "text": text if separate else None})
     return [row]
 
 
@@ -459,7 +459,7 @@ def _grid(site: Site, request: gr.Request, run: str, text: str, held: Sequence[A
                 f"strengths `{text}`: give numbers with commas between them, e.g. 0.5, 1"
             ) from None
         checkpoints = site.checkpoints(site.paths.readable(run))
-        rows = [[{"file": checkpoint.path, "unet": 1.0, "text": None}] for checkpoint in checkpoints]
+        rows = [[{"file": checkpoint.path, "denoiser": 1.0, "text": None}] for checkpoint in checkpoints]
         labels = [{"label": checkpoint.label, "file": checkpoint.path} for checkpoint in checkpoints]
     except SdloraError as error:
         yield problem(str(error)), gr.skip()

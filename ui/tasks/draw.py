@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdlora.adapters.strength import Strength
+from sdlora.adapters.strength import Strength, by_role
 from sdlora.generation.generate import (
     USUAL_GUIDANCE,
     GeneratedImage,
@@ -77,7 +77,7 @@ def draw(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
 
     Args:
         arguments: ``base``, ``prompt``, ``negative``, ``seed``, ``width``, ``height``, ``steps``,
-            ``guidance``, ``sampler``, ``folder``; ``rows``: lists of adapters ``{file, unet, text}``;
+            ``guidance``, ``sampler``, ``folder``; ``rows``: lists of adapters ``{file, denoiser, text}``;
             ``strengths``: of the columns, see :func:`sdlora.generation.generate.swept`, or None for the
             adapters' own.
         emit: takes the progress, and each image as a part.
@@ -139,10 +139,10 @@ def _plain(generator: ImageGenerator, arguments: Mapping[str, Any]) -> GenerateR
 
 
 def _strength(adapter: Mapping[str, Any]) -> Strength:
-    unet, text = float(adapter["unet"]), adapter.get("text")
-    if text is None or float(text) == unet:
-        return unet
-    return {"unet": unet, "text_encoder": float(text), "text_encoder_2": float(text)}
+    denoiser, text = float(adapter["denoiser"]), adapter.get("text")
+    if text is None or float(text) == denoiser:
+        return denoiser
+    return by_role(denoiser, float(text))
 
 
 def _write(studio: _Studio, generated: GeneratedImage, folder: Path) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class PreparedData:
 def base_facts(model: DiffusionModel, device: str) -> BaseFacts:
     """Return what the defaults look at of a base, loaded or a blueprint, and of a type of device."""
     base = model.base
-    return BaseFacts(base.title, base.recommended, model.native_resolution, device, tuple(model.components()))
+    parts = tuple(dict.fromkeys(one.part for one in model.info.components.values()))
+    return BaseFacts(base.title, base.recommended, model.native_resolution, device, parts)
 
 
 def data_facts(config: Config, training: Dataset, validation: Dataset) -> DataFacts:
