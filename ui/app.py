@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sdlora.errors import ConfigError
 
 from .server.allowed_paths import AllowedPaths
+from .server.passwords import check_password
 from .server.security import SecurityMiddleware
 from .server.splash import Splash
 from .site import Site
@@ -49,16 +50,18 @@ def serve(
 
 
 def refuse_open_door(host: str, password: str | None) -> None:
-    """Refuse to listen to others without a password.
+    """Refuse to listen to others without a password, and a password that is guessed soon.
 
     Raises:
-        ConfigError: when anyone on the network could use the server.
+        ConfigError: when anyone on the network could use the server, or soon could.
     """
     if host not in ("127.0.0.1", "::1", "localhost") and not password:
         raise ConfigError(
             f"--listen {host}: others can reach this address, so a password is needed; add --password TEXT "
             "or set SDLORA_UI_PASSWORD"
         )
+    if password:
+        check_password(password)
 
 
 def make_app(site: Site) -> FastAPI:

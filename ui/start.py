@@ -13,6 +13,7 @@ from sdlora.errors import ConfigError
 
 from .app import refuse_open_door, serve
 from .server.allowed_paths import AllowedPaths, usual_model_folders
+from .server.passwords import new_passphrase
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -31,14 +32,17 @@ def start(
     """Serve the page until interrupted.
 
     On this machine alone, the model folders of a WebUI or ComfyUI in the home folder may be read without
-    being named; when others can reach the page, only what was named.
+    being named; when others can reach the page, only what was named. For others a password is needed; one is
+    made up and shown where none is given.
 
     Raises:
-        ConfigError: without Gradio, for an open address without a password, or a port in use.
+        ConfigError: without Gradio, for a short password, or a port in use.
         PathRefused: when a folder given with ``--allow`` does not exist.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("the web UI needs Gradio; run: pip install -c constraints.txt -e '.[ui]'")
+    made_up = host not in _LOCAL and not password
+    password = new_passphrase() if made_up else password
     refuse_open_door(host, password)
     models = usual_model_folders() if host in _LOCAL else []
     paths = AllowedPaths.of(Path.cwd(), runs=runs, images=images, data=data, allowed=allowed, models=models)
@@ -48,6 +52,8 @@ def start(
     lines += [f"  may read {folder}" for folder in paths.models]
     if host not in _LOCAL:
         lines.append("  others can reach it over plain HTTP: the password is not encrypted on the way")
+    if made_up:
+        lines.append(f"  the password for this time: {password}")
     print("\n".join(lines), file=sys.stderr, flush=True)
     if browser:
         threading.Timer(0.7, webbrowser.open, (url,)).start()

@@ -251,9 +251,11 @@ def declare_ui(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="0.0.0.0",
         metavar="ADDRESS",
-        help="let others reach it; needs --password",
+        help="let others reach it; they are asked for --password, or for one that is made up and shown",
     )
-    parser.add_argument("--password", help="asked of everyone (or the variable SDLORA_UI_PASSWORD)")
+    parser.add_argument(
+        "--password", help="asked of everyone, 8 characters or more (or the variable SDLORA_UI_PASSWORD)"
+    )
     parser.add_argument("--browser", action="store_true", help="also open the page in the browser")
 
 

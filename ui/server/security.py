@@ -13,13 +13,12 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
+import math
 import re
 import secrets
 import socket
-import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from html import escape
 from http.cookies import CookieError, SimpleCookie
@@ -27,6 +26,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from sdlora.files import parse_json
+
+from .passwords import Guesses, same_password
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -45,7 +46,7 @@ _USED = re.compile(
 )
 """What the page asks for; Gradio has more: runs by name, proxies, an editor."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
-_TRIES, _WINDOW = 8, 60.0
+_MOST_SESSIONS = 1000
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -84,8 +85,8 @@ class SecurityMiddleware:
         self._password = password
         self._names = _own_names(host)
         self._any_address = host in ("0.0.0.0", "::")
-        self._sessions: set[str] = set()
-        self._failures: deque[float] = deque()
+        self._sessions: OrderedDict[str, None] = OrderedDict()
+        self._guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it here."""
@@ -139,20 +140,30 @@ class SecurityMiddleware:
         if scope["method"] != "POST":
             await _answer(send, 200, _login_page(""), "text/html; charset=utf-8")
             return
-        now = time.monotonic()
-        while self._failures and now - self._failures[0] > _WINDOW:
-            self._failures.popleft()
-        if len(self._failures) >= _TRIES:
-            raise Refused(429, "too many wrong passwords; wait a minute")
-        given = parse_qs((await _body(receive, 4096)).decode("utf-8", "replace")).get("password", [""])[0]
+        body = (await _body(receive, 4096)).decode("utf-8", "replace")
+        # from here to the count nothing waits: see passwords.py
+        client = scope.get("client") or ("", 0)
+        address = str(client[0])
+        if (wait := self._guesses.wait_for(address)) > 0:
+            seconds = math.ceil(wait)
+            text = _login_page(f"Too many wrong passwords: try again in {seconds} s.")
+            retry = [(b"retry-after", str(seconds).encode())]
+            await _answer(send, 429, text, "text/html; charset=utf-8", extra=retry)
+            return
         assert self._password is not None
-        if not hmac.compare_digest(given.encode(), self._password.encode()):
-            self._failures.append(now)
-            await asyncio.sleep(0.5)
+        try:
+            given = parse_qs(body, max_num_fields=8).get("password", [""])[0]
+        except ValueError:
+            given = ""
+        if not same_password(given, self._password):
+            self._guesses.wrong(address)
             await _answer(send, 403, _login_page("That is not the password."), "text/html; charset=utf-8")
             return
+        self._guesses.right(address)
         token = secrets.token_urlsafe(32)
-        self._sessions.add(token)
+        self._sessions[token] = None
+        while len(self._sessions) > _MOST_SESSIONS:
+            self._sessions.popitem(last=False)
         cookie = f"{_COOKIE}={token}; Path=/; HttpOnly; SameSite=Strict"
         await _answer(send, 303, "", extra=[(b"location", b"/"), (b"set-cookie", cookie.encode())])
 
@@ -180,6 +191,14 @@ def _is_address(host: str) -> bool:
     return True
 
 
+def _place_of(origin: str) -> str | None:
+    """Return host and port of an origin; None for one that is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
 def _check_origin(scope: Scope, headers: MutableMapping[str, str]) -> None:
     method = scope.get("method", "GET")
     follows_link = (
@@ -188,7 +207,7 @@ def _check_origin(scope: Scope, headers: MutableMapping[str, str]) -> None:
     if follows_link:
         return
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+    if origin is not None and _place_of(origin) != headers.get("host", "").lower():
         raise Refused(403, "refused: the request comes from another site's page")
     if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
         raise Refused(403, "refused: the request comes from another site's page")

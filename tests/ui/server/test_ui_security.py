@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from sdlora_ui.app import refuse_open_door
 from sdlora_ui.server import security as gate
+from sdlora_ui.server.passwords import FREE_GUESSES
 from sdlora_ui.server.security import SecurityMiddleware, without_other_sites
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -53,7 +55,7 @@ def test_our_own_names_are_served(host: str) -> None:
 
 
 def test_listening_to_all_serves_addresses_but_no_strange_names() -> None:
-    open_client = client("secret", "0.0.0.0")
+    open_client = client("a secret", "0.0.0.0")
     assert open_client.get("/", headers={"host": "192.168.1.7:7860"}).status_code == 401
     assert open_client.get("/", headers={"host": "rebound.example"}).status_code == 421
 
@@ -150,14 +152,59 @@ def test_a_made_up_session_does_not_open_the_door() -> None:
     assert asked.get("/sdlora/jobs/x", headers={"cookie": "sdlora_session=guess"}).status_code == 401
 
 
-def test_guessing_passwords_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def at_once(seconds: float) -> None:
-        return None
+def test_many_guesses_at_once_are_no_more_than_one_after_another() -> None:
+    """800 connections whose bodies arrive only when all are open got 800 guesses."""
 
-    monkeypatch.setattr(gate.asyncio, "sleep", at_once)
+    async def guesses() -> list[int]:
+        gate_app = client("open sesame").app
+        waiting, everyone_is_here, codes = 0, asyncio.Event(), []
+
+        async def guess(number: int) -> None:
+            nonlocal waiting
+
+            async def receive() -> dict[str, Any]:
+                nonlocal waiting
+                waiting += 1
+                if waiting == 800:
+                    everyone_is_here.set()
+                await everyone_is_here.wait()
+                return {"type": "http.request", "body": f"password=guess{number}".encode()}
+
+            async def send(message: dict[str, Any]) -> None:
+                if message["type"] == "http.response.start":
+                    codes.append(message["status"])
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/sdlora/login",
+                "query_string": b"",
+                "headers": [(b"host", b"127.0.0.1:7860")],
+                "client": ("192.168.1.66", 5000 + number),
+            }
+            await gate_app(scope, receive, send)
+
+        await asyncio.gather(*(guess(number) for number in range(800)))
+        return codes
+
+    codes = asyncio.run(guesses())
+    assert (codes.count(403), codes.count(429)) == (FREE_GUESSES, 800 - FREE_GUESSES)
+
+
+def test_wrong_guesses_say_how_long_to_wait_and_a_session_never_waits() -> None:
     asked = client("open sesame")
+    assert asked.post("/sdlora/login", data={"password": "open sesame"}).status_code in (200, 303)
     codes = [asked.post("/sdlora/login", data={"password": str(n)}).status_code for n in range(10)]
-    assert codes == [403] * 8 + [429] * 2
+    assert codes == [403] * FREE_GUESSES + [429] * (10 - FREE_GUESSES)
+    refused = asked.post("/sdlora/login", data={"password": "open sesame"})
+    assert refused.status_code == 429 and 0 < int(refused.headers["retry-after"]) <= 4
+    assert asked.get("/sdlora/jobs/x").status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "null", "\u00e9", "http://a b/", "://"])
+def test_an_origin_that_is_no_address_is_refused(origin: str) -> None:
+    answer = client().post("/sdlora/jobs/x", headers={"origin": origin.encode("utf-8")})  # type: ignore[dict-item]
+    assert answer.status_code == 403
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::"])
@@ -166,7 +213,9 @@ def test_listening_to_others_needs_a_password(host: str) -> None:
         refuse_open_door(host, None)
     with pytest.raises(ConfigError, match="password"):
         refuse_open_door(host, "")
-    refuse_open_door(host, "x")
+    refuse_open_door(host, "eight or more")
+    with pytest.raises(ConfigError, match="has 7 characters, at least 8"):
+        refuse_open_door(host, "sevenxx")
 
 
 def test_streams_are_passed_on_unbuffered() -> None:
