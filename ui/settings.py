@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sdlora.config.schema import Config
+from sdlora.config.schema import Config, fields, names_files
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
 
@@ -32,7 +32,10 @@ def checked_config(paths: AllowedPaths, raw: Mapping[str, Any]) -> Config:
     if name:
         values["output.name"] = name
     config = load_config(values=values)
-    changes: dict[str, Any] = {"model.base": checked_base(paths, config.model.base)}
+    changes: dict[str, Any] = {}
+    for key, field in fields():
+        if names_files(field) and (text := config.get(key)) is not None:
+            changes[key] = checked_source(paths, key.rpartition(".")[2], text)
     if config.output.folder is None:
         changes["output.folder"] = paths.runs / folder_name(config.output.name)
     for key, path in _paths(config):
@@ -47,22 +50,32 @@ def checked_config(paths: AllowedPaths, raw: Mapping[str, Any]) -> Config:
 
 
 def checked_base(paths: AllowedPaths, base: str) -> str:
-    """Return a base that may be loaded: the built-in one, a hub id, or a file or folder that may be read.
+    """Return a base that may be loaded, see :func:`checked_source`."""
+    return checked_source(paths, "base", base)
+
+
+def checked_source(paths: AllowedPaths, what: str, source: str) -> str:
+    """Return a model that may be loaded: the built-in one, a hub id, or what may be read.
+
+    Args:
+        paths: what may be read.
+        what: the setting, for messages.
+        source: what it says.
 
     Raises:
         ConfigError: when nothing is named.
         PathRefused: for a path outside the named folders.
     """
-    base = base.strip()
-    if not base:
-        raise ConfigError("base: choose one, e.g. mini")
-    is_file = base.lower().endswith(".safetensors")
-    if base == "mini" or (_HUB_ID.fullmatch(base) and not is_file and not (paths.home / base).exists()):
-        return base
-    path = paths.readable(base)
+    source = source.strip()
+    if not source:
+        raise ConfigError(f"{what}: choose one" + (", e.g. mini" if what == "base" else ""))
+    is_file = source.lower().endswith(".safetensors")
+    if source == "mini" or (_HUB_ID.fullmatch(source) and not is_file and not (paths.home / source).exists()):
+        return source
+    path = paths.readable(source)
     if not path.exists():
         raise ConfigError(
-            f"base `{base}`: there is no such file or folder, and it is not a hub id (owner/name)"
+            f"{what} `{source}`: there is no such file or folder, and it is not a hub id (owner/name)"
         )
     return str(path)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
 from pydantic.fields import FieldInfo
@@ -19,7 +19,17 @@ from pydantic.fields import FieldInfo
 from .adapter import AdapterConfig as AdapterConfig
 from .adapter import Targets as Targets
 from .data import DataConfig
-from .section import Dropout, NonNegative, NonNegativeFloat, OnlyFor, Positive, PositiveFloat, Section
+from .section import (
+    Dropout,
+    ModelSource,
+    NamesFiles,
+    NonNegative,
+    NonNegativeFloat,
+    OnlyFor,
+    Positive,
+    PositiveFloat,
+    Section,
+)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw"]
@@ -32,7 +42,7 @@ AttentionName = Literal["auto", "sdpa", "xformers"]
 class ModelConfig(Section):
     """Which base model is adapted."""
 
-    base: str = "mini"
+    base: ModelSource = "mini"
     """The base: `mini` (ships with sdlora), a diffusers folder, a .safetensors file, or a hub id."""
     family: str | None = None
     """Which family the base is of (e.g. `sd1`), where its header contradicts its weights; read from the base
@@ -42,7 +52,7 @@ class ModelConfig(Section):
     zero_terminal_snr: bool | None = None
     """Whether the base's noise schedule ends in pure noise (v-prediction only); read from the base when
     left open."""
-    vae: str | None = None
+    vae: ModelSource | None = None
     """Another autoencoder instead of the base's own: a .safetensors file, a folder, or a hub id."""
     clip_skip: Annotated[int, Field(ge=1, le=12)] = 1
     """Use the n-th last layer of the CLIP text encoder (1 = the last, as the base was trained); SD1 only."""
@@ -186,3 +196,14 @@ def fields() -> Iterator[tuple[str, FieldInfo]]:
         assert isinstance(info.annotation, type) and issubclass(info.annotation, Section)
         for name, field in info.annotation.model_fields.items():
             yield f"{section}.{name}", field
+
+
+def names_files(field: FieldInfo) -> bool:
+    """Return whether a setting's text may be the path of a file or folder."""
+    return any(isinstance(mark, NamesFiles) for mark in (*field.metadata, *_marks(field.annotation)))
+
+
+def _marks(annotation: Any) -> Iterator[Any]:
+    yield from getattr(annotation, "__metadata__", ())
+    for part in get_args(annotation):
+        yield from _marks(part)

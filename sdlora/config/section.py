@@ -15,6 +15,15 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
+@dataclass(frozen=True)
+class NamesFiles:
+    """Marks a text that may be the path of a file or folder: who may read what is asked of it, too."""
+
+
+ModelSource = Annotated[str, NamesFiles()]
+"""A built-in base, a file, a folder, or a hub id."""
+
+
 class Section(BaseModel):
     """Base of every group of settings: frozen, no unknown keys, docstrings are descriptions."""
 

@@ -12,7 +12,7 @@ from sdlora_ui.server.allowed_paths import AllowedPaths, PathRefused
 from sdlora_ui.server.png_import import from_parameters
 from sdlora_ui.settings import checked_base, checked_config
 
-from sdlora.config.schema import Config, fields
+from sdlora.config.schema import Config, fields, names_files
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
 
@@ -103,6 +103,35 @@ def test_a_checked_config_has_absolute_places(paths: AllowedPaths) -> None:
 def test_settings_with_a_path_outside_are_refused(paths: AllowedPaths, raw: dict[str, str]) -> None:
     with pytest.raises(PathRefused):
         checked_config(paths, raw)
+
+
+def file_settings() -> list[str]:
+    """Return every setting that can name a file, found in the schema."""
+    keys = []
+    for key, field in fields():
+        in_tables = "folder" in str(field.annotation).lower() or "SourceConfig" in str(field.annotation)
+        if names_files(field) or "Path" in str(field.annotation) or in_tables:
+            keys.append(key)
+    return keys
+
+
+def test_the_schema_knows_which_settings_name_files() -> None:
+    assert {"model.base", "model.vae", "data.folder", "adapter.from_file", "output.folder"} <= set(
+        file_settings()
+    )
+    assert len(file_settings()) >= 8
+    texts = {key for key, field in fields() if "str" in str(field.annotation)} - set(file_settings())
+    assert not [key for key in texts if key.endswith(("file", "folder", "base", "vae", "path", "model"))]
+
+
+@pytest.mark.parametrize("key", file_settings())
+@pytest.mark.parametrize("outside", ["/etc/passwd", "../outside.safetensors", r"\\\\server\\share\\x"])
+def test_no_setting_that_names_a_file_gets_past_the_allowed_folders(
+    paths: AllowedPaths, key: str, outside: str
+) -> None:
+    written = f"[{{folder = '{outside}'}}]" if key == "data.sources" else outside
+    with pytest.raises(PathRefused, match="outside the folders"):
+        checked_config(paths, {"data.folder": "images", "output.name": "a", key: written})
 
 
 def test_contradictions_are_refused_before_the_start(paths: AllowedPaths) -> None:

@@ -37,8 +37,8 @@ def check_password(password: str) -> None:
     """
     if len(password) < LEAST_CHARACTERS:
         raise ConfigError(
-            f"--password: has {len(password)} characters, at least {LEAST_CHARACTERS} are needed; leave it out "
-            "and a passphrase is made for you"
+            f"--password: has {len(password)} characters, at least {LEAST_CHARACTERS} are needed; leave it "
+            "out and a passphrase is made for you"
         )
 
 
