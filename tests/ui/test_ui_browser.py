@@ -30,6 +30,7 @@ CHROMIUM = next(
 CHROMEDRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.timeout(1800),  # the longest takes 432 s at a load of 15 on two cores
     pytest.mark.skipif(
         CHROMIUM is None or CHROMEDRIVER is None,
         reason="no chromium and chromedriver on the path (Debian: apt-get install chromium chromium-driver)",
