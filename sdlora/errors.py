@@ -33,3 +33,7 @@ class OutputError(SdloraError):
 
 class TrainingError(SdloraError):
     """A run that must not go on: a non-finite loss, or a checkpoint that cannot be resumed."""
+
+
+class OtherProcessError(TrainingError):
+    """Another process of the same run failed and has said why; this one ends without a word."""

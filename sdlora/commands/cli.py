@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ..errors import ConfigError, SdloraError
+from ..errors import ConfigError, OtherProcessError, SdloraError
 from ..files import write_problem
 from .data import declare_cache, declare_check, run_cache, run_check
 from .files import declare_export, declare_inspect, run_export, run_inspect
@@ -72,10 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in words  # wherever it stands, and also when the line cannot be understood
     try:
         options = _parse([word for word in words if word != "--json"])
-        options.json = as_json
+        options.json, options.words = as_json, [word for word in words if word != "--json"]
         result, code = COMMANDS[options.command].run(options)
         as_json = options.json
         sys.stdout.flush()
+    except OtherProcessError as error:  # that process has told people
+        result, code = {"error": str(error), "kind": type(error).__name__}, 2
     except SdloraError as error:
         result, code = _refusal(str(error), type(error).__name__), 2
     except KeyboardInterrupt:

@@ -25,6 +25,7 @@ def declare_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--trigger", metavar="WORD", help="word that calls the style")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="train on N cards here")
     parser.add_argument("--events", metavar="FILE", help="also write events as JSON lines (- for stdout)")
     parser.set_defaults(overrides=[])
     parser.usage = "sdlora train FOLDER [options] [section.name=value ...]"
@@ -43,6 +44,8 @@ def settings_help() -> str:
 
 def run_train(options: argparse.Namespace) -> Result:
     """Run ``sdlora train``."""
+    if options.processes != 1 and not _is_launched():
+        return _run_in_processes(options)
     from ..config.toml import load_config
 
     file = options.config
@@ -69,7 +72,7 @@ def run_train(options: argparse.Namespace) -> Result:
     control = Control(run_folder(config).path)
     with ExitStack() as stack:
         listeners: list[Listener] = [stack.enter_context(TrainingDisplay())] if _is_main_process() else []
-        if options.events:
+        if options.events and _is_main_process():
             listeners.append(JsonlWriter(stack.enter_context(_event_stream(options.events))))
         stack.enter_context(control.on_interrupt())
         result = train(config, resume=options.resume, listeners=listeners, control=control)
@@ -94,6 +97,22 @@ def run_train(options: argparse.Namespace) -> Result:
         "seconds": round(result.seconds, 2),
         "data_wait_share": round(result.data_wait_share, 4),
     }, 0
+
+
+def _run_in_processes(options: argparse.Namespace) -> Result:
+    """Start this command line in several processes; the first of them prints what there is to print."""
+    if options.processes < 1:
+        raise ConfigError(f"--processes {options.processes}: must be 1 or more")
+    from ..training.launch import train_in_processes
+
+    code = train_in_processes([*options.words, *(["--json"] if options.json else [])], options.processes)
+    options.json = False
+    return {}, code
+
+
+def _is_launched() -> bool:
+    """Tell whether a launcher started this process."""
+    return "LOCAL_RANK" in os.environ
 
 
 def _event_stream(place: str) -> AbstractContextManager[TextIO]:

@@ -31,6 +31,7 @@ class BaseFacts:
         native_resolution: px.
         device: type of the device, e.g. ``cuda``.
         parts: what can be adapted.
+        num_processes: that train together, each on micro-batches of its own.
     """
 
     title: str
@@ -38,6 +39,7 @@ class BaseFacts:
     native_resolution: int
     device: str
     parts: tuple[AdaptedPart, ...] = ("denoiser", "text_encoder")
+    num_processes: int = 1
 
     @property
     def text_encoders(self) -> tuple[AdaptedPart, ...]:
@@ -181,19 +183,28 @@ def _adapted_text(resolver: _Resolver) -> list[AdaptedPart]:
 def _fill_length(resolver: _Resolver, data: DataFacts) -> None:
     num_images = data.num_images
     wanted = 4 if resolver.facts.device == "cuda" else 2
-    if data.num_visits < resolver.facts.recommended.get("training.batch_size", wanted):
-        reason = f"there are only {num_images} images"
-        resolver.fill("training.batch_size", data.num_visits, reason, ask_base=False)
+    processes = resolver.facts.num_processes
+    if data.num_visits < resolver.facts.recommended.get("training.batch_size", wanted) * processes:
+        reason = f"there are only {num_images} images" + _for_processes(processes)
+        resolver.fill("training.batch_size", math.ceil(data.num_visits / processes), reason, ask_base=False)
     resolver.fill("training.batch_size", wanted, f"fits a small {resolver.facts.device} device")
     settings = resolver.config.training
     assert settings.batch_size is not None
-    effective = settings.batch_size * settings.gradient_accumulation
+    effective = settings.batch_size * settings.gradient_accumulation * processes
     if settings.epochs is None:
+        if (usual := resolver.facts.recommended.get("training.steps")) and processes > 1:
+            reason = f"recommended by the base {resolver.facts.title}, divided by {processes} processes"
+            resolver.fill("training.steps", max(1, math.ceil(usual / processes)), reason, ask_base=False)
         visits = min(12_000, max(1_600, 80 * num_images))
         steps = max(1, math.ceil(visits / effective))
-        resolver.fill(
-            "training.steps", steps, f"about {visits // num_images} looks at each of {num_images} images"
+        reason = (
+            f"about {visits // num_images} looks at each of {num_images} images{_for_processes(processes)}"
         )
+        resolver.fill("training.steps", steps, reason)
+
+
+def _for_processes(count: int) -> str:
+    return f", by {count} processes" if count > 1 else ""
 
 
 def _fill_rates(resolver: _Resolver, rule: RateRule) -> None:
@@ -229,7 +240,8 @@ def _rate(resolver: _Resolver, rule: RateRule) -> tuple[float, str]:
 def _fill_intervals(resolver: _Resolver, data: DataFacts) -> None:
     settings = resolver.config.training
     assert settings.batch_size is not None
-    per_epoch = math.ceil(data.num_visits / (settings.batch_size * settings.gradient_accumulation))
+    images_per_step = settings.batch_size * settings.gradient_accumulation * resolver.facts.num_processes
+    per_epoch = math.ceil(data.num_visits / images_per_step)
     steps = resolver.config.total_steps(per_epoch)
     resolver.fill("optimizer.warmup_steps", min(100, steps // 20), "a twentieth of the steps, at most 100")
     every = max(10, min(250, steps // 5))

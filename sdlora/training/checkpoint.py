@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from ..errors import TrainingError
@@ -91,6 +92,27 @@ def load_checkpoint(folder: CheckpointFolder) -> Checkpoint:
         if file_digest(folder.path / name) != digest:
             raise ValueError(f"{name} is not what was written")
     return Checkpoint(int(state.pop("step")), load_file(folder.optimizer_file), state, folder.path)
+
+
+def micro_batches(root: Path) -> int | None:
+    """Return of how many micro-batches a step was made before the newest checkpoint, if that is recorded."""
+    for folder in reversed(list_checkpoints(root)):
+        with suppress(OSError, ValueError, KeyError):
+            return int(json.loads(folder.state_file.read_text(encoding="utf-8"))["micro_batches"])
+    return None
+
+
+def packed(saved: Checkpoint) -> bytes:
+    """Return a checkpoint as bytes, for another process."""
+    rest = {"step": saved.step, "state": saved.state, "folder": str(saved.folder)}
+    return save(saved.tensors, {"rest": json.dumps(rest)})
+
+
+def unpacked(content: bytes) -> Checkpoint:
+    """Return the checkpoint that :func:`packed` made into bytes."""
+    length = int.from_bytes(content[:8], "little")
+    rest = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["rest"])
+    return Checkpoint(int(rest["step"]), load(content), rest["state"], Path(rest["folder"]))
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:

@@ -6,7 +6,7 @@ publishing to the model are then a few kernels, however many layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +44,13 @@ class MasterWeights:
             parameter.grad = self._compute_grad[start:end].view(parameter.shape)
             start = end
 
-    def collect(self) -> None:
-        """Add the model's gradients to the master's and clear them; call after each backward."""
+    def collect(self, add: Callable[[Tensor, Tensor], object] = Tensor.add_) -> None:
+        """Add the model's gradients to the master's and clear them; call after each backward.
+
+        ``add`` adds its second argument to its first, and those of other processes, too.
+        """
         assert self.flat.grad is not None
-        self.flat.grad.add_(self._compute_grad)
+        add(self.flat.grad, self._compute_grad)
         self._compute_grad.zero_()
 
     def publish(self) -> None:

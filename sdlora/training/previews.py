@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,38 @@ if TYPE_CHECKING:
 def preview(run: Run) -> None:
     """Render the preview prompts with the adapter as it is, and redraw the grid of all steps so far.
 
-    The sampler, size and prompt layout are those of generation; only the main process draws.
+    The sampler, size and prompt layout are those of generation. Each process draws its share, the main one
+    writes them.
+
+    Raises:
+        torch.OutOfMemoryError: in all processes, if one of them lacks memory.
     """
     prompts = run.config.sample.prompts
-    if not prompts or not run.accelerator.is_main_process:
+    if not prompts:
         return
     requests = [_request(run, prompt, number) for number, prompt in enumerate(prompts)]
+    count = run.processes.count
+    shares = run.processes.together(lambda: _pixels(run, requests[run.processes.rank :: count]))
+    if not run.processes.is_main:
+        return
+    files = []
+    for number, request in enumerate(requests):
+        size = request.width * request.height * 3
+        start = number // count * size
+        image = Image.frombytes(
+            "RGB", (request.width, request.height), shares[number % count][start : start + size]
+        )
+        file = run.folder.preview(run.step, number + 1)
+        save_png(image, file, parameters_text(request, base=run.model.base))
+        files.append(file)
+    _draw_grid(run.folder, list(prompts))
+    run.emit(Sampled(run.step, tuple(files), run.folder.grid))
+
+
+def _pixels(run: Run, requests: Sequence[GenerateRequest]) -> bytes:
+    """Return the RGB bytes of some previews, one after the other."""
+    if not requests:
+        return b""
     run.model.prepare(
         training=False, keep_text=run.keep_text, keep_images=run.training.views.in_loop, lean=True
     )
@@ -34,13 +61,7 @@ def preview(run: Run) -> None:
         images = render(run.model, requests, encoded=run.preview_text)
     finally:
         run.ready_to_train()
-    files = []
-    for number, (image, request) in enumerate(zip(images, requests, strict=True), start=1):
-        file = run.folder.preview(run.step, number)
-        save_png(image, file, parameters_text(request, base=run.model.base))
-        files.append(file)
-    _draw_grid(run.folder, list(prompts))
-    run.emit(Sampled(run.step, tuple(files), run.folder.grid))
+    return b"".join(image.convert("RGB").tobytes() for image in images)
 
 
 def _request(run: Run, prompt: str, number: int) -> GenerateRequest:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 
 import torch
-from accelerate import Accelerator
 
 from ..adapters.attach import create_adapter
 from ..adapters.canonical import AdapterWeights
@@ -37,14 +36,15 @@ from ..machine import idle_card_notice
 from ..run_folder import RunFolder, list_checkpoints
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
 from .optimizers import check_rates, make_optimizer, optimizer_kind
+from .processes import Processes
 from .shown_weights import weights_to_show
-from .state import Run, check_same, restore, run_folder
+from .state import Run, check_alike, check_same, masters_digest, restore, run_folder
 from .trainable import make_trainable
 from .warm_start import warm_start
 
 
-def prepare_run(config: Config, *, resume: bool, emit: Emitter) -> Run:
-    """Make a run ready to step.
+def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Processes | None = None) -> Run:
+    """Make a run ready to step; ``processes`` are those that train together, by default one alone.
 
     Raises:
         SdloraError: for anything the user can mend; nothing has been overwritten then.
@@ -52,23 +52,17 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter) -> Run:
     folder = run_folder(config)
     if config.data.folder is None and not config.data.sources:
         raise ConfigError("no folder of images given: sdlora train FOLDER, or data.folder in the settings")
-    accelerator = Accelerator()
-    if resume:
-        if not list_checkpoints(folder.checkpoints):
-            raise TrainingError(
-                f"{folder.path}: holds no checkpoint to resume from; check --output, or start without "
-                "--resume"
-            )
-    elif accelerator.is_main_process:
-        _refuse_old_run(folder)
+    processes = processes or Processes()
+    if processes.is_main:  # the run folder is only looked at here: other machines need not have it
+        _check_folder(folder, resume=resume)
     wording = Wording.of(config.data)
     learned, priors = by_role(reworded(gather(config.data), wording))
     own_validation = gather_held_out(config.data)
     if own_validation is not None:
         own_validation = reworded(own_validation, wording)
-    config, device, defaults = _choose(config, accelerator, emit)
+    config, device, defaults = _choose(config, processes, emit)
     blueprint = _base(config, torch.device("meta"))
-    facts = base_facts(blueprint, device.type)
+    facts = base_facts(blueprint, device.type, processes.count)
     check_components(config, facts)
     config, more = resolve_data(config, facts, len(learned.items))
     training, validation = divide(
@@ -86,16 +80,22 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter) -> Run:
     check_rates(config, facts.parts)
     for default in defaults + more + rest:
         emit(Decided(default.key, default.value, default.reason))
-    if resume:
-        check_same(config, folder)
+    if resume and processes.is_main:
+        check_same(config, folder, processes.count)
+    check_alike(config, training, blueprint, processes)
     plan = _plan_memory(config, device, emit)
     model = _base(config, device)
-    return _assemble(
-        config, folder, model, plan, start, training, validation, accelerator, emit, resume=resume
-    )
+    return _assemble(config, folder, model, plan, start, training, validation, processes, emit, resume=resume)
 
 
-def _refuse_old_run(folder: RunFolder) -> None:
+def _check_folder(folder: RunFolder, *, resume: bool) -> None:
+    if resume:
+        if not list_checkpoints(folder.checkpoints):
+            raise TrainingError(
+                f"{folder.path}: holds no checkpoint to resume from; check --output, or start without "
+                "--resume"
+            )
+        return
     if list_checkpoints(folder.checkpoints):
         raise OutputError(
             f"{folder.path}: already holds a run; add --resume to go on with it, or choose another --output"
@@ -104,12 +104,10 @@ def _refuse_old_run(folder: RunFolder) -> None:
 
 
 def _choose(
-    config: Config, accelerator: Accelerator, emit: Emitter
+    config: Config, processes: Processes, emit: Emitter
 ) -> tuple[Config, torch.device, list[Default]]:
     """Return the device, and settings with device and number format filled in; tell of a card left idle."""
-    device = choose_device(config.training.device)
-    if accelerator.num_processes > 1:
-        device = accelerator.device
+    device = processes.device or choose_device(config.training.device)
     make_current(device)
     dtype = choose_dtype(config.training.precision, device)
     set_exactness(device, dtype)
@@ -167,16 +165,16 @@ def _assemble(
     start: AdapterWeights | None,
     training: Dataset,
     validation: Dataset,
-    accelerator: Accelerator,
+    processes: Processes,
     emit: Emitter,
     *,
     resume: bool,
 ) -> Run:
-    with accelerator.main_process_first():  # the others find everything in the cache
-        data = prepare_data(config, training, validation, model, accelerator.num_processes, emit)
+    share = processes.rank, processes.count
+    data = prepare_data(config, training, validation, model, emit, share=share, meet=processes.exchange)
     config = data.config
     settings = config.training
-    preview_text = _preview_text(config, model) if accelerator.is_main_process else {}
+    preview_text = _preview_text(config, model)
     # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
     keep_text = config.adapter.adapts_text or config.data.encode_captions == "in loop"
     model.prepare(training=True, keep_text=keep_text, keep_images=data.training.views.in_loop)
@@ -196,16 +194,17 @@ def _assemble(
         optimizer=optimizer,
         shown=weights_to_show(optimizer_kind(config.optimizer), optimizer, trainable.groups),
         scaler=torch.amp.GradScaler(model.device.type, enabled=settings.precision == "fp16"),
-        accelerator=accelerator,
+        processes=processes,
         emit=emit,
         started_at=time.time(),
         splitter=_splitter(config, model),
-        loader=_loader(data, model, accelerator.process_index),
+        loader=_loader(data, model, processes.rank),
         preview_text=preview_text,
     )
+    run.start = masters_digest(run)
     if resume:
         restore(run)
-    elif accelerator.is_main_process:
+    elif processes.is_main:
         save_config(config, folder.config_file)
     run.ready_to_train()
     return run

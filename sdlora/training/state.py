@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..adapters.canonical import AdapterWeights
@@ -24,10 +25,12 @@ from ..events import Emitter, Notice
 from ..families.base import Conditioning, DiffusionModel
 from ..families.parallel import SplitPredictor
 from ..run_folder import RunFolder
+from ..version import version
 from . import checkpoint, optimizer_state
 from .masters import ParameterGroup
 from .memory import MemoryPlan
 from .optimizers import parameter_names
+from .processes import Processes
 from .shown_weights import ShownWeights
 from .trainable import TrainableAdapter
 from .warm_start import digest_of
@@ -47,7 +50,16 @@ _FREE_ON_RESUME = (
 
 @dataclass
 class Run:
-    """Everything the loop needs; ``step`` counts the optimizer steps done."""
+    """Everything the loop needs.
+
+    Attributes:
+        step: optimizer steps done.
+        step_seconds: that they took.
+        start: digest of the masters before the first step.
+        learned: some step had a gradient.
+        skipped: steps in a row whose fp16 gradients overflowed.
+        overflowed: how often the loss of an image was not finite.
+    """
 
     config: Config
     folder: RunFolder
@@ -62,7 +74,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     shown: ShownWeights
     scaler: torch.amp.GradScaler
-    accelerator: Accelerator
+    processes: Processes
     emit: Emitter
     started_at: float
     splitter: SplitPredictor | None
@@ -70,13 +82,17 @@ class Run:
     preview_text: Mapping[str, Conditioning]
     step: int = 0
     step_seconds: float = 0.0
+    start: str = ""
+    learned: bool = False
+    skipped: int = 0
+    overflowed: Counter[str] = field(default_factory=Counter)
 
     @property
     def images_per_step(self) -> int:
         """Images of a full optimizer step: micro-batch x accumulation x processes."""
         settings = self.config.training
         assert settings.batch_size is not None
-        return settings.batch_size * settings.gradient_accumulation * self.accelerator.num_processes
+        return settings.batch_size * settings.gradient_accumulation * self.processes.count
 
     @property
     def groups(self) -> list[ParameterGroup]:
@@ -130,6 +146,8 @@ def run_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "scaler": run.scaler.state_dict(),
         "started_at": run.started_at,
         "from_file": _origin(run),
+        "micro_batches": run.processes.count * run.config.training.gradient_accumulation,
+        "learned": run.learned,
     }
 
 
@@ -139,7 +157,7 @@ def restore(run: Run) -> None:
     Raises:
         TrainingError: if there is none that is whole, or it belongs to other images.
     """
-    saved = checkpoint.load_newest(run.folder.checkpoints, lambda text: run.emit(Notice(text)))
+    saved = _newest(run)
     if saved.state["run_id"] != dataset_digest(run.dataset.items):
         raise TrainingError(
             f"{run.config.data.folder}: the images or captions changed since {saved.folder.name}; put them "
@@ -151,6 +169,7 @@ def restore(run: Run) -> None:
             "a new run in another --output"
         )
     run.step, run.started_at = saved.step, float(saved.state["started_at"])
+    run.learned = bool(saved.state.get("learned", True))
     starts = {group.name: f"{group.name}.start" for group in run.groups}
     run.trainable.restore_start(
         run.model, {name: saved.tensors[key] for name, key in starts.items() if key in saved.tensors}
@@ -161,6 +180,17 @@ def restore(run: Run) -> None:
     run.shown.restore(_below("shown.", saved.tensors))
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(saved.state["scaler"])
+
+
+def _newest(run: Run) -> checkpoint.Checkpoint:
+    """Return the newest checkpoint, in every process that of the main one's disk."""
+
+    def load() -> checkpoint.Checkpoint:
+        return checkpoint.load_newest(run.folder.checkpoints, lambda text: run.emit(Notice(text)))
+
+    if run.processes.count == 1:
+        return load()
+    return checkpoint.unpacked(run.processes.from_main(lambda: checkpoint.packed(load())))
 
 
 def _restore_optimizer(run: Run, saved: checkpoint.Checkpoint) -> None:
@@ -194,20 +224,78 @@ def dataset_digest(items: Iterable[ImageItem]) -> str:
     return digest.hexdigest()
 
 
-def check_same(config: Config, folder: RunFolder) -> None:
+def masters_digest(run: Run) -> str:
+    """Return a digest of the masters' bits."""
+    digest = hashlib.sha256()
+    for group in run.groups:
+        digest.update(group.master.flat.data.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refuse_unchanged(run: Run) -> None:
+    """Refuse a run that made steps and learned nothing, whatever the reason.
+
+    Raises:
+        TrainingError: if no step had a gradient, or the adapter is bit for bit what it was.
+    """
+    if run.step == 0 or (run.learned and masters_digest(run) != run.start):
+        return
+    what = "no step had a gradient" if not run.learned else "no value of the adapter changed"
+    raise TrainingError(
+        f"{run.folder.path}: in {run.step} steps {what}, so nothing was learned and no adapter is written; "
+        f"raise optimizer.learning_rate (now {run.config.optimizer.learning_rate:g}), look whether masks or "
+        "weights of 0 leave anything to learn from, or report this with the run's config.toml"
+    )
+
+
+def check_alike(config: Config, dataset: Dataset, base: DiffusionModel, processes: Processes) -> None:
+    """Refuse processes that would train on different things; the machines may hold different files.
+
+    Raises:
+        ConfigError: naming what differs from the main process.
+    """
+    settings = json.dumps(_settings_that_count(config), sort_keys=True, default=str)
+    traits = {
+        "images or captions": dataset_digest(dataset.items),
+        "base model": base.base.digest,
+        "settings": hashlib.sha256(settings.encode()).hexdigest(),
+        "version of sdlora": version(),
+    }
+    first, *others = processes.exchange(traits)
+    for number, other in enumerate(others, start=2):
+        if different := [what for what, value in first.items() if other[what] != value]:
+            raise ConfigError(
+                f"process {number} of {processes.count} has other {' and other '.join(different)} than "
+                "process 1; all machines need the same images, captions, base, settings and version"
+            )
+
+
+def _settings_that_count(config: Config) -> dict[str, Any]:
+    """Return the settings that change the numbers, by their dotted keys."""
+    tree = config.model_dump(mode="json")
+    keys = {f"{section}.{name}": value for section, values in tree.items() for name, value in values.items()}
+    return {key: value for key, value in keys.items() if not key.startswith(_FREE_ON_RESUME)}
+
+
+def check_same(config: Config, folder: RunFolder, num_processes: int = 1) -> None:
     """Refuse to resume under settings that would change the numbers.
+
+    Another number of processes gives the same numbers if the micro-batches of a step stay the same.
 
     Raises:
         ConfigError: naming each such setting, as it was and as it is.
     """
-    stored = load_config(folder.config_file, schema=type(config)).model_dump(mode="json")
-    current = config.model_dump(mode="json")
-    changed = [
-        f"{section}.{name}: was {stored[section][name]}, now {value}"
-        for section, values in current.items()
-        for name, value in values.items()
-        if stored[section][name] != value and not f"{section}.{name}".startswith(_FREE_ON_RESUME)
-    ]
+    stored = _settings_that_count(load_config(folder.config_file, schema=type(config)))
+    current = _settings_that_count(config)
+    key = "training.gradient_accumulation"
+    kept, accumulation = stored.pop(key), current.pop(key)
+    was, now = checkpoint.micro_batches(folder.checkpoints) or kept, num_processes * accumulation
+    changed = [f"{k}: was {stored[k]}, now {value}" for k, value in current.items() if stored[k] != value]
+    if was != now:
+        text = f"micro-batches of a step: were {was}, now {now} = {num_processes} process(es) x {key}"
+        changed.append(
+            text + (f"; {key}={was // num_processes} keeps them" if was % num_processes == 0 else "")
+        )
     if changed:
         raise ConfigError(
             f"{folder.path}: cannot resume with other settings ({'; '.join(changed)}); leave them as they "

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list
-from torch import Tensor
 
 from ..config.schema import Config
 from ..data.batching.batches import Batch
@@ -43,13 +41,17 @@ from .finish import finish_run, write_checkpoint_adapter
 from .masters import clip_
 from .objective import loss_of
 from .previews import draw_loss_curve, preview
+from .processes import Processes
 from .run import prepare_run
 from .schedules import schedule_factor
 from .shown_weights import publish
-from .state import Run, run_folder, run_state
+from .state import Run, refuse_unchanged, run_folder, run_state
 from .validation import validate
 
 Result = TypeVar("Result")
+
+_MOST_SKIPPED = 16  # in a row: the scale then is that of no scaling at all
+_PATIENT_STEPS = 20  # a process that took so many times the usual is believed to be gone
 
 
 @dataclass(frozen=True)
@@ -95,17 +97,32 @@ def train(
     Raises:
         SdloraError: for anything the user can mend.
     """
+    control = control or Control(run_folder(config).path)
+    processes = Processes.join(config.training.device)
+    try:
+        result = _train(config, processes, resume, listeners, control)
+        processes.exchange("all is written")
+    except BaseException as error:
+        processes.fail(error)
+        raise
+    processes.leave()
+    return result
+
+
+def _train(
+    config: Config, processes: Processes, resume: bool, listeners: Sequence[Listener], control: Control
+) -> TrainResult:
     begun = time.monotonic()
     early: list[Event] = []
-    control = control or Control(run_folder(config).path)
     emit = _BeforeTheFirstStep((early.append, *listeners), control)
-    run = prepare_run(config, resume=resume, emit=emit)
+    run = prepare_run(config, resume=resume, emit=emit, processes=processes)
     with _journal(run, early) as journal, run.loader:
         run.emit = Emitter((journal, *listeners))
         losses, validation_loss, stopped = _loop(run, control)
+        refuse_unchanged(run)
         waited = run.loader.waited / max(run.step_seconds, 1e-9)
         adapter_file = None
-        if run.accelerator.is_main_process:
+        if processes.is_main:
             draw_loss_curve(run)
             adapter_file = None if stopped else finish_run(run, losses)
         seconds = time.monotonic() - begun
@@ -135,7 +152,7 @@ class _BeforeTheFirstStep(Emitter):
 @contextmanager
 def _journal(run: Run, early: Sequence[Event]) -> Iterator[Listener]:
     """Give a listener that appends to the run's ``events.jsonl``, and hand it the earlier events."""
-    if not run.accelerator.is_main_process:
+    if not run.processes.is_main:
         yield lambda event: None
         return
     run.folder.path.mkdir(parents=True, exist_ok=True)
@@ -162,7 +179,8 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
         loss, norm, rate, count = train_step(run)
         times.append(time.perf_counter() - began)
         run.step_seconds += times[-1]
-        recent.append(loss)
+        if math.isfinite(loss):  # not that of a step left out
+            recent.append(loss)
         left = (run.steps - run.step) * sum(times) / len(times)
         epoch = run.order.epoch_of(run.step - 1)
         speed = count / times[-1]
@@ -209,31 +227,43 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
     factor = schedule_factor(config.optimizer, run.step, run.steps)
     for options, parameter_group in zip(run.optimizer.param_groups, run.groups, strict=True):
         options["lr"] = parameter_group.learning_rate * factor
-    total, count = 0.0, 0
+    total, finite, count = 0.0, 0, 0
     names: list[str] = []
-    for batch in run.loader.step(run.step):
-        split = run.splitter
-        predict = split.predict_with_gradients if split else None
-        weighted, plain = loss_of(run.model, batch, config, predict)
-        _refuse_non_finite(weighted, batch, run.step)
-        # A full step's number of images, also in a short step: each image weighs the same in an epoch.
-        run.scaler.scale(weighted.sum() / run.images_per_step).backward()
-        if split:
-            split.backward(run.parameters())
+    batches = run.loader.step(run.step)
+    for _ in range(run.order.rounds(run.step)):  # in each of them all processes add their gradients
+        batch = next(batches, None)
+        report = (0.0, 0, 0) if batch is None else (*_backward(run, batch), len(batch.names))
+        names += () if batch is None else batch.names
+        for loss, good, seen in run.processes.exchange(report, at_once=True):
+            total, finite, count = total + loss, finite + good, count + seen
         for group in run.groups:
-            group.master.collect()
-        total, count, names = total + float(plain.sum()), count + len(batch.names), [*names, *batch.names]
+            group.master.collect(run.processes.add_in_order)
     norm = _apply(run, names)
     run.step += 1
-    if run.accelerator.num_processes > 1:
-        sums = torch.tensor([total, count], dtype=torch.float64, device=run.model.device)
-        total, count = run.accelerator.reduce(sums, reduction="sum").tolist()
-    return total / count, norm, run.groups[0].learning_rate * factor, int(count)
+    mean = total / finite if finite else math.nan
+    return mean, norm, run.groups[0].learning_rate * factor, count
+
+
+def _backward(run: Run, batch: Batch) -> tuple[float, int]:
+    """Make the gradients of a micro-batch; return the sum of its finite losses, and how many these are."""
+    split = run.splitter
+    predict = split.predict_with_gradients if split else None
+    weighted, plain = loss_of(run.model, batch, run.config, predict)
+    good = torch.isfinite(weighted.detach()).tolist()
+    if not all(good):
+        _note_non_finite(run, [name for name, fine in zip(batch.names, good, strict=True) if not fine])
+    # A full step's number of images, also in a short step: each image weighs the same in an epoch.
+    run.scaler.scale(weighted.sum() / run.images_per_step).backward()
+    if split:
+        split.backward(run.parameters())
+    if all(good):
+        return float(plain.sum()), len(good)
+    return sum(loss for loss, fine in zip(plain.tolist(), good, strict=True) if fine), sum(good)
 
 
 def save(run: Run) -> None:
     """Write a checkpoint of the current step and prune old ones."""
-    if run.accelerator.is_main_process:
+    if run.processes.is_main:
         root = run.folder.checkpoints
         folder = checkpoint.save_checkpoint(
             root,
@@ -243,11 +273,13 @@ def save(run: Run) -> None:
         )
         checkpoint.prune_checkpoints(root, run.config.training.keep_checkpoints)
         run.emit(CheckpointSaved(run.step, folder))
-    run.accelerator.wait_for_everyone()
+    run.processes.exchange("saved")
 
 
 def _start(run: Run) -> None:
     cost = measure_cost(run)
+    run.processes.patience = max(run.processes.patience, _PATIENT_STEPS * cost.seconds_per_step)
+    run.processes.exchange("ready")
     left = run.steps - run.step
     run.emit(
         RunStarted(
@@ -265,16 +297,12 @@ def _start(run: Run) -> None:
 
 def _apply(run: Run, names: Sequence[str]) -> float:
     """Clip and step with the gradients gathered so far; return their norm."""
-    if run.accelerator.num_processes > 1:
-        for group in run.groups:
-            gradient = group.master.flat.grad
-            assert gradient is not None
-            # in place: an optimizer that looks at shapes holds views of it
-            gradient.copy_(run.accelerator.reduce(gradient, reduction="sum"))
     run.scaler.unscale_(run.optimizer)
     norm = clip_(run.groups, run.config.optimizer.max_grad_norm)
-    if not math.isfinite(norm) and not run.scaler.is_enabled():  # a scaler skips such a step by itself
-        raise TrainingError(_not_finite("the gradient", run.step, names))
+    if not math.isfinite(norm):
+        _note_overflow(run, names)
+    run.learned = run.learned or (math.isfinite(norm) and norm > 0)
+    run.skipped = run.skipped + 1 if not math.isfinite(norm) else 0
     run.scaler.step(run.optimizer)
     run.scaler.update()
     publish(run.groups)
@@ -282,11 +310,31 @@ def _apply(run: Run, names: Sequence[str]) -> float:
     return norm
 
 
-def _refuse_non_finite(loss: Tensor, batch: Batch, step: int) -> None:
-    finite = torch.isfinite(loss.detach())
-    if not bool(finite.all()):
-        culprits = [name for name, good in zip(batch.names, finite.tolist(), strict=True) if not good]
-        raise TrainingError(_not_finite("the loss", step, culprits))
+def _note_non_finite(run: Run, names: Sequence[str]) -> None:
+    """Refuse a loss that is not finite; in fp16 only when it comes again for an image.
+
+    A scaler is there for numbers that overflow: it leaves the step out by itself, and scales down.
+    """
+    run.overflowed.update(names)
+    again = [name for name in names if run.overflowed[name] > 1]
+    if not run.scaler.is_enabled():
+        raise TrainingError(_not_finite("the loss", run.step, names))
+    if again:
+        raise TrainingError(_not_finite("the loss, once more,", run.step, again))
+
+
+def _note_overflow(run: Run, names: Sequence[str]) -> None:
+    """Refuse a gradient that is not finite; in fp16 only when it stays so however it is scaled."""
+    if run.scaler.is_enabled() and run.skipped < _MOST_SKIPPED:
+        scale = run.scaler.get_scale() * run.scaler.get_backoff_factor()
+        text = (
+            f"step {run.step + 1}: fp16 overflowed; the step is left out, and losses are scaled by {scale:g}"
+        )
+        run.emit(Notice(text))
+        return
+    everywhere = [name for share in run.processes.exchange(list(names)) for name in share]
+    what = f"the gradient, {run.skipped + 1} steps in a row," if run.skipped else "the gradient"
+    raise TrainingError(_not_finite(what, run.step, everywhere))
 
 
 def _not_finite(what: str, step: int, names: Sequence[str]) -> str:
@@ -298,12 +346,9 @@ def _not_finite(what: str, step: int, names: Sequence[str]) -> str:
 
 
 def _agreed(run: Run, requests: frozenset[str]) -> frozenset[str]:
-    """Return the main process's requests in every process, so that all stop at one step."""
-    if run.accelerator.num_processes == 1:
-        return requests
-    shared = [requests]
-    broadcast_object_list(shared)
-    return shared[0]
+    """Return what any process was asked for, so that all stop at one step."""
+    shares = run.processes.exchange(sorted(requests), at_once=True)
+    return frozenset(request for share in shares for request in share)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,20 +19,31 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def validate(run: Run) -> float | None:
-    """Measure the held-out images and emit the mean; None if there are none (or on other ranks)."""
-    if not run.validation.items or not run.accelerator.is_main_process:
+    """Measure the held-out images, each process its share, and emit the mean; None if there are none.
+
+    Raises:
+        torch.OutOfMemoryError: in all processes, if one of them lacks memory.
+    """
+    if not run.validation.items:
         return None
-    adaptable = [run.model.components()[name] for name in run.model.info.components]
-    for module in adaptable:
-        module.eval()
-    try:
-        losses = [_loss_of_image(run, index) for index in range(len(run.validation.items))]
-    finally:
-        for module in adaptable:
-            module.train()
+    shares = run.processes.together(lambda: json.dumps(_losses(run)).encode())
+    losses = [loss for _, loss in sorted(pair for share in shares for pair in json.loads(share))]
     mean = sum(losses) / len(losses)
     run.emit(Validated(run.step, mean, len(losses)))
     return mean
+
+
+def _losses(run: Run) -> list[tuple[int, float]]:
+    """Return the loss of the images of this process' share, each with its number."""
+    adaptable = [run.model.components()[name] for name in run.model.info.components]
+    for module in adaptable:
+        module.eval()
+    share = range(run.processes.rank, len(run.validation.items), run.processes.count)
+    try:
+        return [(index, _loss_of_image(run, index)) for index in share]
+    finally:
+        for module in adaptable:
+            module.train()
 
 
 def _loss_of_image(run: Run, index: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,20 @@ def test_small_sets_hold_nothing_out() -> None:
 def test_previews_show_held_out_captions_first() -> None:
     config = resolved(count=30, held=3)
     assert config.sample.prompts == ("picture 0", "picture 1", "picture 2", "picture 3")
+
+
+def test_length_warm_up_and_intervals_count_processes() -> None:
+    alone = resolved(count=100)
+    four = resolved(count=100, base=dataclasses.replace(facts(), num_processes=4))
+    assert four.training.batch_size == alone.training.batch_size == 4
+    assert alone.training.steps == 2000 and four.training.steps == 500
+    assert alone.optimizer.warmup_steps == 100 and four.optimizer.warmup_steps == 25
+    assert alone.training.checkpoint_every == 250 and four.training.checkpoint_every == 100
+    recommended = dataclasses.replace(facts(**{"training.steps": 401}), num_processes=2)
+    assert resolved(base=recommended).training.steps == 201
+
+
+def test_few_images_are_divided_over_the_processes() -> None:
+    two = dataclasses.replace(facts(), num_processes=2)
+    assert resolved(count=6, base=two).training.batch_size == 3
+    assert resolved(count=1, base=two).training.batch_size == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -22,8 +23,20 @@ from sdlora.commands.cli import main
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config, save_config
 from sdlora.errors import ConfigError, OutputError, TrainingError
-from sdlora.events import Caching, Control, Emitter, Event, RunFinished, RunStarted, StepDone, Validated
+from sdlora.events import (
+    Caching,
+    Control,
+    Decided,
+    Emitter,
+    Event,
+    Notice,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Validated,
+)
 from sdlora.formats.adapter_files import read_adapter
+from sdlora.machine import Card, MachineFacts, notice_of
 from sdlora.run_folder import list_checkpoints
 from sdlora.training.checkpoint import load_checkpoint
 from sdlora.training.objective import loss_of
@@ -315,6 +328,89 @@ def test_non_finite_loss_stops_before_the_weights_and_names_the_images(
     assert poisoned.name in str(caught.value)  # type: ignore[attr-defined]
     assert same(run.masters(), before)
     assert torch.isfinite(run.groups[0].master.flat).all()
+
+
+def test_fp16_leaves_out_a_step_that_overflows_and_names_images_only_when_it_comes_again(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(settings("run", "training.steps=9", "training.precision=fp16"))
+    recorder = Recorder()
+    run.emit = Emitter((recorder,))
+    bad: list[str] = []
+
+    def poisoned(model: Any, batch: Any, config: Config, predict: Any) -> tuple[Any, Any]:
+        weighted, plain = loss_of(model, batch, config, predict)
+        if not bad:
+            bad.append(batch.names[0])
+        wrong = torch.tensor([float("inf") if name in bad else 1.0 for name in batch.names])
+        return weighted * wrong, plain * wrong
+
+    monkeypatch.setattr(sys.modules["sdlora.training.train"], "loss_of", poisoned)
+    before, scale = run.masters(), run.scaler.get_scale()
+    loss, norm, _, count = train_step(run)
+    assert same(run.masters(), before)
+    assert (run.step, count) == (1, 2)
+    assert math.isfinite(loss) and not math.isfinite(norm)  # that of the other image
+    assert run.scaler.get_scale() == scale / 2
+    (notice,) = (event for event in recorder.events if isinstance(event, Notice))
+    assert "step 1: fp16 overflowed; the step is left out" in notice.message
+    assert bad[0] not in notice.message
+    with pytest.raises(TrainingError, match="once more") as caught:
+        for _ in range(8):
+            train_step(run)
+    assert bad[0] in str(caught.value)
+    assert run.step >= 3
+    assert not same(run.masters(), before)
+
+
+def test_gradients_that_overflow_at_every_scale_end_the_run(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(settings("run", "training.steps=90", "training.precision=fp16"))
+    monkeypatch.setattr(sys.modules["sdlora.training.train"], "clip_", lambda groups, most: math.inf)
+    with pytest.raises(TrainingError, match="the gradient, 17 steps in a row,"):
+        for _ in range(90):
+            train_step(run)
+    assert run.step == 16
+
+
+@pytest.mark.parametrize("hindrance", ["no gradient", "no change"])
+def test_an_adapter_that_did_not_change_is_an_error(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, hindrance: str
+) -> None:
+    config = settings("run", "training.steps=2")
+    if hindrance == "no gradient":  # as when the parameters have left the flat buffer: weights only decay
+
+        def detached(model: Any, batch: Any, config: Config, predict: Any) -> tuple[Any, Any]:
+            weighted, plain = loss_of(model, batch, config, predict)
+            return weighted * 0, plain
+
+        monkeypatch.setattr(sys.modules["sdlora.training.train"], "loss_of", detached)
+        reason = "in 2 steps no step had a gradient"
+    else:
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+        reason = "in 2 steps no value of the adapter changed"
+    with pytest.raises(TrainingError, match=f"{reason}.*raise optimizer.learning_rate"):
+        train(config)
+    assert config.output.folder is not None
+    assert list(config.output.folder.glob("*.safetensors")) == []
+
+
+def test_a_card_left_idle_is_told_and_the_cpu_is_not_called_the_fastest(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = Card("NVIDIA GeForce RTX 3060", (8, 6), 12 * 2**30)
+    facts = MachineFacts("Windows", "python.exe", "2.13.0+cpu", driver="591.44", present=(card,))
+    monkeypatch.setattr("sdlora.training.run.idle_card_notice", lambda: notice_of(facts))
+    recorder = Recorder()
+    config = settings("run").with_values({"training.device": None})
+    run = prepare_run(config, resume=False, emit=Emitter((recorder,)))
+    if run.model.device.type != "cpu":
+        pytest.skip("this machine's card works")
+    (notice,) = (e for e in recorder.events if isinstance(e, Notice) and "LIES IDLE" in e.message)
+    assert "python.exe -m pip uninstall -y torch" in notice.message
+    (chosen,) = (e for e in recorder.events if isinstance(e, Decided) and e.key == "training.device")
+    assert (chosen.value, chosen.reason) == ("cpu", "torch cannot use the card that is here")
 
 
 def test_loss_falls_on_an_image_it_can_learn(settings: Callable[..., Config], image_folder: Make) -> None:

@@ -16,6 +16,7 @@ from sdlora.data.reading.folder import survey
 from sdlora.errors import ConfigError, DatasetError, SdloraError
 
 from ..forms import SECTION_TITLES, Setting, control, from_config, settings
+from ..machine_view import machine_html
 from ..plan_view import plan_html
 from ..server.uploads import folder_name
 from ..settings import checked_config
@@ -42,6 +43,11 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
                 message = gr.HTML("", elem_id="start-said")
             plan = gr.HTML(hint(_NO_FOLDER), elem_id="plan")
+            with gr.Accordion("This machine", open=False, elem_id="machine") as machine:
+                report = gr.HTML(
+                    hint("Looking at torch, cards, driver and memory ..."), elem_id="machine-report"
+                )
+            machine.expand(machine_html, None, report, show_progress="hidden")
             with gr.Accordion("More settings", open=False, elem_id="more"):
                 gr.HTML(hint("What you leave empty follows your images and the base, as listed above."))
                 for section, title in SECTION_TITLES.items():

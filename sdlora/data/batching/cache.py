@@ -126,16 +126,21 @@ class EncodedDataset:
         """Whether any image has a mask."""
         return any(self._masked(item) for item in self.items)
 
-    def encode_all(self, emit: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def encode_all(
+        self, emit: Callable[[int, int], None] = lambda done, total: None, share: tuple[int, int] = (0, 1)
+    ) -> None:
         """Encode what is not kept yet; ``emit`` gets (done, total).
 
-        Images are decoded ahead on all cores, so that the encoder does not wait for them.
+        Images are decoded ahead on all cores, so that the encoder does not wait for them. Of several
+        processes each encodes its share, (its number, how many).
 
         Raises:
             DatasetError: if latents are not finite, or a mask lets nothing through, naming the file.
         """
         views = [(index, view) for index in range(len(self.items)) for view in self.views.to_encode(index)]
         captions = sorted(self._kept_texts) if self.encode_captions else []
+        rank, count = share
+        views, captions = views[rank::count], captions[rank::count]
         total = len(views) + len(captions)
         workers = max(1, min(16, os.cpu_count() or 1))
         done = 0
@@ -148,7 +153,8 @@ class EncodedDataset:
             if not self._is_kept("captions", self._caption_key(caption)):
                 self.caption(caption)
             emit(done := done + 1, total)
-        self._refuse_empty_masks(views)
+        if count == 1:
+            self._refuse_empty_masks(views)
 
     def _refuse_empty_masks(self, views: Sequence[tuple[int, AugmentationView]]) -> None:
         seen: dict[int, float] = {}

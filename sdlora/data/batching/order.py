@@ -87,6 +87,10 @@ class Order:
             ranks[position % self._world_size].append(plan[at] if at < after else ())
         return ranks
 
+    def rounds(self, step: int) -> int:
+        """Return how many micro-batches the rank that has most of them makes at a step."""
+        return max(sum(map(bool, micros)) for micros in self.step(step))
+
     def _epoch(self, epoch: int) -> list[MicroBatch]:
         kept, plan = self._plan
         if kept != epoch:

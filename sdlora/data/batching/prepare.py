@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +43,11 @@ class PreparedData:
     steps: int
 
 
-def base_facts(model: DiffusionModel, device: str) -> BaseFacts:
+def base_facts(model: DiffusionModel, device: str, num_processes: int = 1) -> BaseFacts:
     """Return what the defaults look at of a base, loaded or a blueprint, and of a type of device."""
     base = model.base
-    parts = tuple(dict.fromkeys(one.part for one in model.info.components.values()))
-    return BaseFacts(base.title, base.recommended, model.native_resolution, device, parts)
+    parts = tuple(dict.fromkeys(component.part for component in model.info.components.values()))
+    return BaseFacts(base.title, base.recommended, model.native_resolution, device, parts, num_processes)
 
 
 def data_facts(config: Config, training: Dataset, validation: Dataset) -> DataFacts:
@@ -66,10 +66,21 @@ def prepare_data(
     training: Dataset,
     validation: Dataset,
     model: DiffusionModel,
-    num_processes: int,
     emit: Emitter,
+    *,
+    share: tuple[int, int] = (0, 1),
+    meet: Callable[[], object] = lambda: None,
 ) -> PreparedData:
     """Place, order and encode the images of a run.
+
+    Args:
+        config: resolved settings.
+        training: the images trained on.
+        validation: the images held out.
+        model: the base.
+        emit: told what is noteworthy.
+        share: number of this process, and how many there are: each encodes a part.
+        meet: waits for the other processes.
 
     Raises:
         ConfigError: for a resolution the base cannot work at.
@@ -84,7 +95,7 @@ def prepare_data(
         [item.repeats for item in items],
         batch_size=settings.batch_size,
         accumulation=settings.gradient_accumulation,
-        world_size=num_processes,
+        world_size=share[1],
         seed=settings.seed,
         top_up=config.data.top_up,
     )
@@ -101,7 +112,12 @@ def prepare_data(
     held_out = _encoded(config, plain, model, CaptionRun(emphasis=config.data.emphasis), prints)
     for part in (encoded, held_out):
         if part.items:
-            part.encode_all(lambda done, total: emit(Caching(done, total)))
+            part.encode_all(lambda done, total: emit(Caching(done, total)), share)
+    if share[1] > 1:
+        meet()
+        for part in (encoded, held_out):
+            if part.items:
+                part.encode_all()  # what others encoded into a cache that is not this machine's
     return PreparedData(config, encoded, held_out, order, steps)
 
 
