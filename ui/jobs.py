@@ -1,5 +1,10 @@
 """A queue of training jobs that survives the server: its state is on disk, its jobs are processes.
 
+Several servers may share it. Who starts a job holds the queue's lock, which the operating system takes
+back when its owner dies, and reads the states again under it. A job is marked as running before its
+process exists, so that a server killed in between leaves no second start behind: whoever finds such a job
+looks for a process with its command line, and takes it over or puts the job back.
+
 A job is a folder with ``run.toml`` (what ``sdlora train --config`` gets), ``events.jsonl``, ``log.txt``,
 ``output.txt`` (the command's JSON result) and ``job.json``. One job trains at a time. A job goes on when
 the server ends; the next server takes it over by its process id.
@@ -7,6 +12,7 @@ the server ends; the next server takes it over by its process id.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -21,18 +27,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from filelock import FileLock, Timeout
 
 from sdlora.config.schema import Config
 from sdlora.config.toml import save_config
 from sdlora.errors import ConfigError, OutputError
 from sdlora.files import parse_json, write_json
-from sdlora.run_folder import REQUESTS, STOP, RunFolder, list_checkpoints
+from sdlora.run_folder import REQUESTS, STOP, RunFolder
 
 from .progress import RunView
 
 Status = Literal["waiting", "running", "stopping", "stopped", "finished", "failed"]
 ENDED: tuple[Status, ...] = ("stopped", "finished", "failed")
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
+_AT_WORK: tuple[Status, ...] = ("running", "stopping")
+_START_SECONDS = 10.0
 _MAX_LOG = 200_000
 _LOST = "the process ended without a word: it was killed, or the machine ran out of memory; look at the log"
 
@@ -88,6 +97,7 @@ class JobQueue:
         self._views: dict[str, RunView] = {}
         self._ended = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
+        self._starting = FileLock(folder / "starting.lock", thread_local=False)
 
     # --- what there is ---------------------------------------------------------------------------------
 
@@ -170,8 +180,6 @@ class JobQueue:
             job = self.get(job_id)
             if job.status != "waiting":
                 raise ConfigError(f"{job.name}: is {job.status}, not waiting; resume it instead")
-            if any(other.status in ("running", "stopping") for other in self.all()):
-                return job
             return self._launch(job)
 
     def stop(self, job_id: str) -> Job:
@@ -228,12 +236,11 @@ class JobQueue:
             job = self.get(job_id)
             if job.status not in ("stopped", "failed"):
                 raise ConfigError(f"{job.name}: is {job.status}; only a stopped or failed job goes on")
-            saved = bool(list_checkpoints(RunFolder(job.run).checkpoints))
-            if not saved and job.run.exists() and any(job.run.iterdir()):
-                raise OutputError(
-                    f"{job.run}: holds no checkpoint to go on from; clone the job and start it anew"
-                )
-            return self._write(replace(job, status="waiting", resume=saved, pid=None, error="", forced=False))
+            # a run that ended before its first checkpoint begins anew, with the settings in its folder
+            begun = RunFolder(job.run).exists()
+            if not begun and job.run.exists() and any(job.run.iterdir()):
+                raise OutputError(f"{job.run}: holds no run to go on with; clone the job and start it anew")
+            return self._write(replace(job, status="waiting", resume=begun, pid=None, error="", forced=False))
 
     def delete(self, job_id: str, *, with_run: bool) -> None:
         """Forget an ended or waiting job, and on request remove its run folder.
@@ -260,7 +267,7 @@ class JobQueue:
         with self._lock:
             jobs = self.all()
             waiting = [job for job in jobs if job.status == "waiting"]
-            if waiting and not any(job.status in ("running", "stopping") for job in jobs):
+            if waiting and not any(job.status in _AT_WORK for job in jobs):
                 self._launch(waiting[0])
 
     def run_in_background(self, every: float = 0.5) -> None:
@@ -286,21 +293,52 @@ class JobQueue:
             job = Job(**(values | {"run": Path(values["run"])}))
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        if job.status in ("running", "stopping") and not self._lives(job):
+        if job.status in _AT_WORK and job.pid is None:
+            return self._half_started(job)
+        if job.status in _AT_WORK and not self._lives(job):
             return self._write(self._outcome(job))
         return job
+
+    def _half_started(self, job: Job) -> Job:
+        """Return a job that some server began to start: as it is while that server lives, else settled."""
+        try:
+            with self._starting.acquire(timeout=0):
+                process = self._process_of_command(job)
+                if process is None:
+                    return self._write(replace(job, status="waiting"))
+                started = process.create_time()
+                return self._write(replace(job, pid=process.pid, process_started=started))
+        except (Timeout, OSError, psutil.Error):
+            return job
+
+    def _process_of_command(self, job: Job) -> psutil.Process | None:
+        """Return the process that trains a job, found by the event file in its command line."""
+        events = str(self._folder / job.id / "events.jsonl")
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if events in words and process.pid != os.getpid():
+                return process
+        return None
 
     def _write(self, job: Job) -> Job:
         write_json(self._folder / job.id / "job.json", job.to_dict())
         return job
 
     def _launch(self, job: Job) -> Job:
-        folder = self._folder / job.id
-        claim = folder / "claim"
-        try:  # another server on the same folder may have been quicker
-            claim.open("x").close()
-        except FileExistsError:
+        """Start a job unless something runs, by this server or another one; return it as it stands."""
+        try:
+            with self._starting.acquire(timeout=_START_SECONDS):
+                jobs = {known.id: known for known in self.all()}
+                job = jobs.get(job.id, job)
+                if job.status != "waiting" or any(known.status in _AT_WORK for known in jobs.values()):
+                    return job
+                return self._launch_alone(job)
+        except Timeout:  # another server is starting one
             return job
+
+    def _launch_alone(self, job: Job) -> Job:
+        folder = self._folder / job.id
+        job = self._write(replace(job, status="running", pid=None, process_started=None, error=""))
         try:
             arguments = ["--config", str(folder / "run.toml")]
             if job.resume:
@@ -318,13 +356,9 @@ class JobQueue:
                 )
             self._processes[job.id] = process
             started = psutil.Process(process.pid).create_time()
-            return self._write(
-                replace(job, status="running", pid=process.pid, process_started=started, error="")
-            )
+            return self._write(replace(job, pid=process.pid, process_started=started))
         except (OSError, psutil.Error) as error:
             return self._write(replace(job, status="failed", error=f"could not be started: {error}"))
-        finally:
-            claim.unlink(missing_ok=True)
 
     def _lives(self, job: Job) -> bool:
         started = self._processes.get(job.id)

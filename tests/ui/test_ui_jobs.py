@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +186,6 @@ def test_a_job_killed_from_outside_is_not_shown_as_running(
     wait(lambda: queue.view(job.id).step > 0)
     queue.kill(job.id)
     assert ended(queue, job, wait).status == "stopped"
-    with pytest.raises(OutputError, match="no checkpoint"):
-        queue.resume(job.id)
 
 
 def test_deleting_keeps_the_run_unless_told(make: Callable[[], JobQueue], tmp_path: Path, wait: Wait) -> None:
@@ -274,3 +275,86 @@ def test_a_detached_job_can_be_found_and_ended_by_its_mark(tmp_path: Path, wait:
     assert job.pid in [process.pid for process in marked(mark)]
     end_marked(mark)
     assert process_of(job) is None
+
+
+def test_two_servers_start_each_job_once(make: Callable[[], JobQueue], tmp_path: Path, wait: Wait) -> None:
+    first, second = make(), make()
+    jobs = [first.add(settings(tmp_path, f"job{number}", 2)) for number in range(8)]
+    stop = threading.Event()
+
+    def tend(queue: JobQueue) -> None:
+        while not stop.is_set():
+            queue.tick()
+
+    threads = [threading.Thread(target=tend, args=(queue,)) for queue in (first, second)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait(lambda: all(first.get(job.id).status == "finished" for job in jobs))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    for job in jobs:
+        starts = [event for event in read_events_of(tmp_path, job) if event["event"] == "RunStarted"]
+        assert len(starts) == 1, job.name
+
+
+def read_events_of(tmp_path: Path, job: Job) -> list[dict[str, Any]]:
+    lines = (tmp_path / "jobs" / job.id / "events.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_job_whose_server_died_before_its_process_began_waits_again(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path, "a", 2))
+    (tmp_path / "jobs" / job.id / "claim").touch()  # what earlier versions left behind
+    queue._write(replace(queue.get(job.id), status="running"))
+    after = make()
+    assert after.get(job.id).status == "waiting"
+    after.tick()
+    assert ended(after, job, wait).status == "finished"
+
+
+def test_a_job_whose_server_died_before_it_wrote_the_process_down_is_taken_over(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue, hold = make(), held(tmp_path)
+    job = queue.add(settings(tmp_path, "a", 4))
+    queue.tick()
+    pid = queue.get(job.id).pid
+    queue._write(replace(queue.get(job.id), pid=None, process_started=None))
+    after = make()
+    assert (after.get(job.id).status, after.get(job.id).pid) == ("running", pid)
+    after.tick()
+    hold.unlink()
+    assert ended(after, job, wait).status == "finished"
+    assert len([event for event in read_events_of(tmp_path, job) if event["event"] == "RunStarted"]) == 1
+
+
+def test_a_lock_that_another_server_holds_leaves_its_job_alone(
+    make: Callable[[], JobQueue], tmp_path: Path
+) -> None:
+    queue, other = make(), make()
+    job = queue.add(settings(tmp_path, "a", 2))
+    with other._starting:
+        queue._write(replace(queue.get(job.id), status="running"))
+        assert queue.get(job.id).status == "running"
+    assert queue.get(job.id).status == "waiting"
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue, hold = make(), held(tmp_path)
+    job = queue.add(settings(tmp_path, "a", 4))
+    queue.tick()
+    wait(lambda: queue.view(job.id).step >= 1)
+    queue.kill(job.id)
+    assert ended(queue, job, wait).status == "stopped"
+    hold.unlink()
+    assert queue.resume(job.id).resume
+    queue.tick()
+    assert ended(queue, job, wait).status == "finished"

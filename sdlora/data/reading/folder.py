@@ -154,7 +154,7 @@ class _Words:
         self._rules = CaptionRules(
             reading.captions_from_files, reading.fallback_caption, trigger_word is not None
         )
-        self.notes = [*kohya.notes(root, self._folders, reading.kohya_folders), *self._metadata.notes]
+        self.notes = [*kohya.notes(root, self._folders, reading.kohya_folders, names), *self._metadata.notes]
         self.problems = list(self._metadata.problems)
         if reading.kohya_folders:
             self.problems += kohya.outside(names, self._folders)

@@ -34,14 +34,13 @@ def kohya_folders(images: Iterable[str], asked: bool | None) -> Mapping[str, Koh
 
     Args:
         images: names with forward slashes from the folder.
-        asked: whether folders are to be read so; when None, if all images lie in such folders.
+        asked: whether folders are to be read so; when None, those named so are, and the rest is not.
     """
     if asked is False:
         return {}
     tops = {name.partition("/")[0] if "/" in name else "" for name in images}
     parsed = {top: parse_name(top) for top in sorted(tops)}
-    known = {top: folder for top, folder in parsed.items() if folder is not None}
-    return known if asked or len(known) == len(tops) else {}
+    return {top: folder for top, folder in parsed.items() if folder is not None}
 
 
 def outside(images: Iterable[str], folders: Mapping[str, KohyaFolder]) -> list[Problem]:
@@ -54,16 +53,25 @@ def outside(images: Iterable[str], folders: Mapping[str, KohyaFolder]) -> list[P
     ]
 
 
-def notes(root: Path, folders: Mapping[str, KohyaFolder], asked: bool | None) -> list[str]:
-    """Return in words how the folders are taken."""
+def notes(
+    root: Path, folders: Mapping[str, KohyaFolder], asked: bool | None, images: Iterable[str]
+) -> list[str]:
+    """Return in words how the folders are taken, and what lies beside them."""
     root_folder = parse_name(root.name) if asked is None and not folders else None
     if root_folder is not None:
         return [
             f"{root.name}: is named as kohya's folders are, but given itself it counts once; give the folder "
             f"above it, or set data.repeats={root_folder.repeats}"
         ]
-    return [
+    lines = [
         f"{name}/: its images count {folder.repeats} times, `{folder.words}` is their caption where they "
         "have none"
         for name, folder in folders.items()
     ]
+    beside = [name for name in images if "/" not in name or name.partition("/")[0] not in folders]
+    if folders and beside and asked is None:
+        lines.append(
+            f"{len(beside)} image(s) lie in no folder named `N_words` and count once (first: {beside[0]}); "
+            "set data.kohya_folders=false if the numbers in the names mean nothing"
+        )
+    return lines

@@ -36,6 +36,12 @@ class FoundFile:
         folder, _, base = self.name.rpartition("/")
         return folder, unicodedata.normalize("NFC", base.rpartition(".")[0]).casefold()
 
+    @property
+    def whole_key(self) -> tuple[str, str]:
+        """Folder and name without case: what ``cup.png`` shares with a caption called ``cup.png.txt``."""
+        folder, _, base = self.name.rpartition("/")
+        return folder, unicodedata.normalize("NFC", base).casefold()
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -51,8 +57,9 @@ class Listing:
     sidecars: dict[tuple[str, str], FoundFile]
 
     def captions_of(self, image: FoundFile) -> list[tuple[Path, str]]:
-        """Return path and name of the caption files that share an image's stem."""
-        return [(file.path, file.name) for file in self.captions.get(image.key, [])]
+        """Return path and name of the caption files that share an image's stem, else its whole name."""
+        files = self.captions.get(image.key) or self.captions.get(image.whole_key, [])
+        return [(file.path, file.name) for file in files]
 
     def metadata_files(self) -> list[tuple[Path, str]]:
         """Return path and name of the metadata files."""
@@ -60,7 +67,7 @@ class Listing:
 
     def orphans(self) -> Iterator[str]:
         """Yield the caption files without an image; texts about the folder itself do not count."""
-        imaged = {image.key for image in self.images}
+        imaged = {image.key if image.key in self.captions else image.whole_key for image in self.images}
         for key in sorted(set(self.captions) - imaged):
             if key[1] not in _NOT_CAPTIONS:
                 yield from (file.name for file in self.captions[key])

@@ -32,7 +32,14 @@ def gather(data: DataConfig, progress: Progress | None = None) -> Dataset:
     ]
     if complaints:
         raise DatasetError("\n".join(complaints))
-    return _together(data, read)
+    dataset = _together(data, read)
+    return replace(dataset, notes=(*dataset.notes, *_unused(dataset.orphans)))
+
+
+def _unused(orphans: Sequence[str]) -> list[str]:
+    if not orphans:
+        return []
+    return [f"{len(orphans)} caption file(s) belong to no image and are not used (first: {orphans[0]})"]
 
 
 def survey_all(data: DataConfig, progress: Progress | None = None) -> Survey:

@@ -12,7 +12,9 @@ import pytest
 from drawings import animation, drawing, encoded, folder_of, png_that_claims, put
 from PIL import Image
 
+from sdlora.config.data import DataConfig
 from sdlora.data.reading.folder import Dataset, ImageItem, load_pixels, scan, survey, with_trigger, words_of
+from sdlora.data.reading.sources import gather
 from sdlora.errors import DatasetError
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs named pipes and free file names")
@@ -212,6 +214,21 @@ def test_caption_files_without_an_image_are_orphans_but_a_readme_is_not(tmp_path
     for name in ("p00.png.txt", "lost.caption", "README.txt", "LICENSE.txt"):
         put(tmp_path / name, "x")
     assert scan(tmp_path).orphans == ("lost.caption", "p00.png.txt")
+
+
+@pytest.mark.parametrize("name", ["p00.png.txt", "P00.PNG.caption"])
+def test_a_caption_named_after_the_whole_file_belongs_to_it(tmp_path: Path, name: str) -> None:
+    folder_of(tmp_path, 1, captions=False)
+    put(tmp_path / name, "a cat")
+    dataset = scan(tmp_path)
+    assert [item.caption for item in dataset.items] == ["a cat"] and dataset.orphans == ()
+
+
+def test_training_says_which_captions_it_does_not_use(tmp_path: Path) -> None:
+    folder_of(tmp_path, 1)
+    put(tmp_path / "p00.png.txt", "not used: p00.txt is there")
+    dataset = gather(DataConfig(folder=tmp_path))
+    assert dataset.notes == ("1 caption file(s) belong to no image and are not used (first: p00.png.txt)",)
 
 
 # --- pixels

@@ -68,10 +68,22 @@ def test_kohya_folders_give_repeats_and_class_words(tmp_path: Path) -> None:
     )
 
 
-def test_folders_of_other_names_among_them_switch_it_off_unless_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stray", ["more/c d.png", "c d.png", "2026_01_holiday/c d.png", "0_x/c d.png"])
+def test_a_stray_image_beside_kohya_folders_leaves_them_their_repeats(tmp_path: Path, stray: str) -> None:
+    put(tmp_path / "10_cat" / "a b.png", drawing(1))
+    put(tmp_path / stray, drawing(2))
+    dataset = scan(tmp_path)
+    assert sorted(facts(dataset)) == sorted([("10_cat/a b.png", "cat", 10), (stray, "c d", 1)])
+    assert dataset.notes == (
+        "10_cat/: its images count 10 times, `cat` is their caption where they have none",
+        f"1 image(s) lie in no folder named `N_words` and count once (first: {stray}); "
+        "set data.kohya_folders=false if the numbers in the names mean nothing",
+    )
+
+
+def test_folders_of_other_names_among_them_are_refused_where_asked_for(tmp_path: Path) -> None:
     put(tmp_path / "10_cat" / "a b.png", drawing(1))
     put(tmp_path / "more" / "c d.png", drawing(2))
-    assert facts(scan(tmp_path)) == [("10_cat/a b.png", "a b", 1), ("more/c d.png", "c d", 1)]
     assert problems_of(tmp_path, kohya_folders=True) == [
         "more/c d.png: lies in no folder named `N_words`; "
         "move it into one (`10_words`), or leave out data.kohya_folders"
