@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..families.fingerprint import file_digest
-from ..files import replacing, write_json
+from ..files import parse_json, replacing, write_json
 from ..run_folder import CheckpointFolder, checkpoint_folder, list_checkpoints
 
 
@@ -56,8 +56,10 @@ def save_checkpoint(
         OutputError: if it cannot be written; earlier checkpoints stay as they are.
     """
     target = checkpoint_folder(root, step).path
-    if target.exists():  # asked for twice at one step: the content is the same
-        return target
+    if target.exists():
+        if is_whole(CheckpointFolder(target, step)):  # asked for twice at one step: the content is the same
+            return target
+        shutil.rmtree(target)
     with replacing(target) as temporary:
         temporary.mkdir(parents=True)
         files = CheckpointFolder(temporary, step)
@@ -87,7 +89,7 @@ def load_newest(root: Path, notice: Callable[[str], None]) -> Checkpoint:
 
 def load_checkpoint(folder: CheckpointFolder) -> Checkpoint:
     """Load one checkpoint, checking its digests (ValueError if they differ)."""
-    state = json.loads(folder.state_file.read_text(encoding="utf-8"))
+    state = _state_of(folder)
     for name, digest in state.pop("digests").items():
         if file_digest(folder.path / name) != digest:
             raise ValueError(f"{name} is not what was written")
@@ -98,7 +100,7 @@ def micro_batches(root: Path) -> int | None:
     """Return of how many micro-batches a step was made before the newest checkpoint, if that is recorded."""
     for folder in reversed(list_checkpoints(root)):
         with suppress(OSError, ValueError, KeyError):
-            return int(json.loads(folder.state_file.read_text(encoding="utf-8"))["micro_batches"])
+            return int(_state_of(folder)["micro_batches"])
     return None
 
 
@@ -115,9 +117,31 @@ def unpacked(content: bytes) -> Checkpoint:
     return Checkpoint(int(rest["step"]), load(content), rest["state"], Path(rest["folder"]))
 
 
+def is_whole(folder: CheckpointFolder) -> bool:
+    """Return whether a checkpoint's files are what was written."""
+    try:
+        digests = _state_of(folder)["digests"]
+        return all(file_digest(folder.path / name) == digests[name] for name in digests)
+    except (OSError, ValueError):
+        return False
+
+
+def _state_of(folder: CheckpointFolder) -> dict[str, Any]:
+    state = parse_json(folder.state_file.read_text(encoding="utf-8"))
+    digests = state.get("digests") if isinstance(state, dict) else None
+    if not isinstance(digests, dict) or folder.optimizer_file.name not in digests:
+        raise ValueError(f"{folder.state_file.name} is not what was written")
+    return state
+
+
 def prune_checkpoints(root: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest; the newest is never removed."""
-    for folder in list_checkpoints(root)[: -max(1, keep)]:
+    """Remove all but the ``keep`` newest; the newest is never removed, nor the last that is whole."""
+    folders = list_checkpoints(root)
+    old, kept = folders[: -max(1, keep)], folders[-max(1, keep) :]
+    if not any(is_whole(folder) for folder in reversed(kept)):
+        spared = next((folder for folder in reversed(old) if is_whole(folder)), None)
+        old = [folder for folder in old if folder != spared]
+    for folder in old:
         shutil.rmtree(folder.path, ignore_errors=True)
     for leftover in root.glob(".*"):  # half-written when a process was killed
         shutil.rmtree(leftover, ignore_errors=True)

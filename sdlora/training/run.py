@@ -54,7 +54,7 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
         raise ConfigError("no folder of images given: sdlora train FOLDER, or data.folder in the settings")
     processes = processes or Processes()
     if processes.is_main:  # the run folder is only looked at here: other machines need not have it
-        _check_folder(folder, resume=resume)
+        _check_folder(folder, emit, resume=resume)
     wording = Wording.of(config.data)
     learned, priors = by_role(reworded(gather(config.data), wording))
     own_validation = gather_held_out(config.data)
@@ -88,15 +88,17 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
     return _assemble(config, folder, model, plan, start, training, validation, processes, emit, resume=resume)
 
 
-def _check_folder(folder: RunFolder, *, resume: bool) -> None:
+def _check_folder(folder: RunFolder, emit: Emitter, *, resume: bool) -> None:
+    saved = bool(list_checkpoints(folder.checkpoints))
+    if resume and not saved and not folder.exists():
+        raise TrainingError(
+            f"{folder.path}: holds no run to go on with; check --output, or start without --resume"
+        )
+    if resume and not saved:
+        emit(Notice(f"{folder.path}: ended before its first checkpoint, so it begins anew"))
     if resume:
-        if not list_checkpoints(folder.checkpoints):
-            raise TrainingError(
-                f"{folder.path}: holds no checkpoint to resume from; check --output, or start without "
-                "--resume"
-            )
         return
-    if list_checkpoints(folder.checkpoints):
+    if saved or folder.exists():
         raise OutputError(
             f"{folder.path}: already holds a run; add --resume to go on with it, or choose another --output"
         )

@@ -24,7 +24,7 @@ from ..errors import ConfigError, TrainingError
 from ..events import Emitter, Notice
 from ..families.base import Conditioning, DiffusionModel
 from ..families.parallel import SplitPredictor
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, list_checkpoints
 from ..version import version
 from . import checkpoint, optimizer_state
 from .masters import ParameterGroup
@@ -152,12 +152,14 @@ def run_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(run: Run) -> None:
-    """Bring a run to its newest checkpoint.
+    """Bring a run to its newest checkpoint; one that has none stays at its beginning.
 
     Raises:
         TrainingError: if there is none that is whole, or it belongs to other images.
     """
     saved = _newest(run)
+    if saved is None:
+        return
     if saved.state["run_id"] != dataset_digest(run.dataset.items):
         raise TrainingError(
             f"{run.config.data.folder}: the images or captions changed since {saved.folder.name}; put them "
@@ -182,15 +184,23 @@ def restore(run: Run) -> None:
         run.scaler.load_state_dict(saved.state["scaler"])
 
 
-def _newest(run: Run) -> checkpoint.Checkpoint:
-    """Return the newest checkpoint, in every process that of the main one's disk."""
+def _newest(run: Run) -> checkpoint.Checkpoint | None:
+    """Return the newest checkpoint, in every process that of the main one's disk; None if none was made."""
+    root = run.folder.checkpoints
 
-    def load() -> checkpoint.Checkpoint:
-        return checkpoint.load_newest(run.folder.checkpoints, lambda text: run.emit(Notice(text)))
+    def load() -> checkpoint.Checkpoint | None:
+        if not list_checkpoints(root):
+            return None
+        return checkpoint.load_newest(root, lambda text: run.emit(Notice(text)))
+
+    def packed() -> bytes:
+        saved = load()
+        return checkpoint.packed(saved) if saved is not None else b""
 
     if run.processes.count == 1:
         return load()
-    return checkpoint.unpacked(run.processes.from_main(lambda: checkpoint.packed(load())))
+    sent = run.processes.from_main(packed)
+    return checkpoint.unpacked(sent) if sent else None
 
 
 def _restore_optimizer(run: Run, saved: checkpoint.Checkpoint) -> None:

@@ -58,3 +58,36 @@ def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000004", "step-000005"]
     prune_checkpoints(tmp_path, keep=0)
     assert [folder.step for folder in list_checkpoints(tmp_path)] == [5]
+
+
+def damage(root: Path, step: int) -> None:
+    file = root / f"step-{step:06d}" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_written_again(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    damage(tmp_path, 3)
+    save(tmp_path, 3)
+    assert load_newest(tmp_path, pytest.fail).step == 3
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_last_whole_checkpoint_is_never_pruned(tmp_path: Path, keep: int) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step)
+    for step in range(3, 6):
+        damage(tmp_path, step)
+    prune_checkpoints(tmp_path, keep)
+    assert [folder.step for folder in list_checkpoints(tmp_path)] == [2, *range(6 - keep, 6)]
+    assert load_newest(tmp_path, lambda text: None).step == 2
+
+
+@pytest.mark.parametrize("state", ["", "{", "[]", "{}", '{"digests": {}}', '{"digests": 3}', "[" * 100_000])
+def test_a_state_that_says_nothing_is_not_whole(tmp_path: Path, state: str) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "step-000001" / "state.json").write_text(state, encoding="utf-8")
+    with pytest.raises(TrainingError, match="no usable checkpoint"):
+        load_newest(tmp_path, lambda text: None)

@@ -37,7 +37,7 @@ from sdlora.events import (
 )
 from sdlora.formats.adapter_files import read_adapter
 from sdlora.machine import Card, MachineFacts, notice_of
-from sdlora.run_folder import list_checkpoints
+from sdlora.run_folder import RunFolder, list_checkpoints
 from sdlora.training.checkpoint import load_checkpoint
 from sdlora.training.objective import loss_of
 from sdlora.training.run import prepare_run
@@ -95,7 +95,8 @@ class Recorder:
 
 
 def final_state(result: TrainResult) -> dict[str, torch.Tensor]:
-    return load_file(list_checkpoints(result.folder / "checkpoints")[-1].optimizer_file)
+    saved = load_file(list_checkpoints(result.folder / "checkpoints")[-1].optimizer_file)
+    return {name: tensor.clone() for name, tensor in saved.items()}  # the file itself may change
 
 
 def assert_equal_tensors(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -157,6 +158,35 @@ def test_killed_process_loses_only_the_steps_since_the_last_checkpoint(
     started = [event for event in recorder.events if isinstance(event, RunStarted)]
     assert [event.first_step for event in started] == [kept.step]
     assert_equal_tensors(final_state(whole), final_state(resumed))
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    overrides = ("training.steps=4", "training.checkpoint_every=4")
+    whole = train(settings("whole", *overrides))
+    config = settings("killed", *overrides)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, listeners=[interrupted_at(2)])
+    run = RunFolder(tmp_path / "killed")
+    assert run.exists() and list_checkpoints(run.checkpoints) == []
+    with pytest.raises(OutputError, match="already holds a run; add --resume"):
+        train(config)
+    recorder = Recorder()
+    resumed = train(config, resume=True, listeners=[recorder])
+    notices = [event.message for event in recorder.events if isinstance(event, Notice)]
+    assert any("ended before its first checkpoint, so it begins anew" in notice for notice in notices)
+    assert_equal_tensors(final_state(whole), final_state(resumed))
+
+
+def interrupted_at(step: int) -> Callable[[Event], None]:
+    """Return a listener that ends the process's work at a step, as a kill would."""
+
+    def hear(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            raise KeyboardInterrupt
+
+    return hear
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
