@@ -76,9 +76,9 @@ def _case(
     model: DiffusionModel, file: Path, caption: str, resolution: int
 ) -> tuple[Corrupted, Conditioning, SizeHint]:
     image = load_pixels(file)
-    placement = place(image.height, image.width, square_bucket(resolution, model.size_multiple))
+    placement = place(image.height, image.width, square_bucket(resolution, model.facts.size_multiple))
     posterior = model.encode_images(to_pixels(image, placement, mirror=False))
-    clean: Tensor = model.scale_latents(posterior.mean).repeat(_TIMESTEPS, 1, 1, 1)
+    clean: Tensor = model.facts.latents.scaled(posterior.mean).repeat(_TIMESTEPS, 1, 1, 1)
     noise = draw_noise(clean.shape, generator_for("benchmark", file.name))
     corrupted = model.process.corrupt(clean, noise, model.process.spread_timesteps(_TIMESTEPS))
     text = {name: tensor.repeat(_TIMESTEPS, 1, 1) for name, tensor in model.encode_text([caption]).items()}

@@ -37,7 +37,9 @@ PACKAGES = (
 MOST_ROOT_MODULES = 10
 MOST_PACKAGES = 16
 MOST_FUNCTION_LINES = 85
-MOST_FAMILY_MEMBERS = 16
+MOST_FAMILY_MEMBERS = 11
+"""Eight were meant. Three of those are one now (`facts`); `info` and `base` are data, no work for a family;
+drawing needs `decode_latents`, small cards `prepare`, and `encoder_fingerprint` lets caches be shared."""
 
 
 def modules_of(root: Path) -> dict[str, Path]:
@@ -170,7 +172,8 @@ def test_nothing_names_a_family_outside_the_families() -> None:
 
 
 def test_the_family_interface_stays_small() -> None:
-    members = [name for name in vars(DiffusionModel) if not name.startswith("_")]
+    declared = {**vars(DiffusionModel), **DiffusionModel.__annotations__}
+    members = [name for name in declared if not name.startswith("_")]
     assert len(members) <= MOST_FAMILY_MEMBERS, members
 
 

@@ -79,7 +79,7 @@ def measure_memory(config: Config) -> Measured:
     with run.loader:
         while run.step < largest:
             train_step(run)
-        if run.model.device.type == "cuda":
+        if run.model.facts.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             train_step(run)
             return Measured(run.memory, torch.cuda.max_memory_allocated())

@@ -185,7 +185,7 @@ def _other_hands(subjects: Sequence[str], studio: Studio, icons: Path, say: Say)
     """Return the same subjects as other sets draw them; a set without one of the subjects is left out."""
     hands = {}
     for name in icon_sets.hands():
-        draw = icon_sets.drawer(name, icons, 4 * studio.model.native_resolution)
+        draw = icon_sets.drawer(name, icons, 4 * studio.model.facts.native_resolution)
         drawn = [draw(subject) for subject in subjects]
         known = [image for image in drawn if image is not None]
         if len(known) == len(subjects):

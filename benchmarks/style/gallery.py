@@ -57,7 +57,7 @@ class Studio:
         self.drawing = drawing
         parts = [self.model.encoder_fingerprint("images"), self.model.encoder_fingerprint("captions")]
         self.digest = _short([module_fingerprint(self.model.components()["unet"]), *parts])
-        self._side = self.model.native_resolution
+        self._side = self.model.facts.native_resolution
 
     def draw(
         self, name: str, adapter: Path | None, strengths: Sequence[float], items: Sequence[ImageItem]
@@ -81,7 +81,7 @@ class Studio:
         """Return an image at the base's own size, cut as training would cut it."""
         from PIL import Image as Pil
 
-        where = place(image.height, image.width, square_bucket(self._side, self.model.size_multiple))
+        where = place(image.height, image.width, square_bucket(self._side, self.model.facts.size_multiple))
         height, width = where.bucket
         box = source_box(image.height, image.width, where)
         return image.convert("RGB").resize((width, height), Pil.Resampling.LANCZOS, box=box)

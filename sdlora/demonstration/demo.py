@@ -227,8 +227,8 @@ def _request(
     model = generator.model
     return GenerateRequest(
         prompt=item.caption,
-        height=model.native_resolution,
-        width=model.native_resolution,
+        height=model.facts.native_resolution,
+        width=model.facts.native_resolution,
         steps=steps,
         guidance=float(model.base.recommended.get("sample.guidance", _RECOMMENDED_GUIDANCE)),
         sampler=Config().sample.sampler,

@@ -98,8 +98,8 @@ def compare_images(
     model = generator.model
     plain = GenerateRequest(
         "",
-        height=model.native_resolution,
-        width=model.native_resolution,
+        height=model.facts.native_resolution,
+        width=model.facts.native_resolution,
         steps=SampleConfig().steps if steps is None else steps,
         guidance=float(model.base.recommended.get("sample.guidance", USUAL_GUIDANCE)),
         sampler=SampleConfig().sampler,

@@ -71,22 +71,61 @@ class Posterior:
         return mean + torch.exp(0.5 * self.logvar.float().clamp(-30.0, 20.0)) * noise
 
 
+@dataclass(frozen=True)
+class LatentSpace:
+    """The latents that a denoiser works on: how large they are, and how they follow from the autoencoder's.
+
+    Attributes:
+        channels: C.
+        factor: px of an image's side that one latent stands for.
+        scaling: deviations of the autoencoder's latents are brought near 1 with it.
+        shift: their mean is brought near 0 with it.
+    """
+
+    channels: int
+    factor: int
+    scaling: float
+    shift: float = 0.0
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents of an image of that size in px."""
+        return self.channels, height // self.factor, width // self.factor
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Bring the autoencoder's latents (B, C, h, w) to the scale the denoiser works at."""
+        return (latents - self.shift) * self.scaling
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Undo :meth:`scaled`."""
+        return latents / self.scaling + self.shift
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What follows from how a base is built and loaded.
+
+    Attributes:
+        native_resolution: side in px of the square images the base was trained on.
+        size_multiple: image sides must be multiples of this many px.
+        latents: what the denoiser works on.
+        device: where the denoiser runs.
+        dtype: number format of the frozen weights.
+    """
+
+    native_resolution: int
+    size_multiple: int
+    latents: LatentSpace
+    device: torch.device
+    dtype: torch.dtype
+
+
 class DiffusionModel(ABC):
     """A loaded base model of one family, ready to train or generate."""
 
     info: ClassVar[FamilyInfo]
     base: BaseModelInfo
+    facts: ModelFacts
     process: NoiseProcess
-
-    @property
-    @abstractmethod
-    def native_resolution(self) -> int:
-        """Side in px of the square images the base was trained on."""
-
-    @property
-    @abstractmethod
-    def size_multiple(self) -> int:
-        """Image sides must be multiples of this many px."""
 
     @abstractmethod
     def components(self) -> Mapping[str, nn.Module]:
@@ -100,10 +139,6 @@ class DiffusionModel(ABC):
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Posterior:
         """Encode pixels (B, 3, H, W) in [-1, 1] to the unscaled posterior over latents."""
-
-    @abstractmethod
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        """Bring unscaled latents to the scale the denoiser works at."""
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -135,10 +170,6 @@ class DiffusionModel(ABC):
         """
 
     @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return (C, h, w) of the latents of an image of that size in px."""
-
-    @abstractmethod
     def prepare(
         self,
         *,
@@ -160,16 +191,6 @@ class DiffusionModel(ABC):
                 previews take little more than the training itself.
             computes_on: choose the attention of this device instead; for blueprints, which compute on none.
         """
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the denoiser runs."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Number format of the frozen weights."""
 
 
 def stack_conditioning(parts: Sequence[Conditioning]) -> Conditioning:

@@ -51,6 +51,8 @@ class DenoiserInfo(ComponentInfo):
 
     Attributes:
         title: what users call it.
+        diffusers_class: class of diffusers that it is built with.
+        channels: of its input, the latents.
         config: settings of its config in a diffusers folder that only this family has together.
         context_width: width of the text that its cross-attention reads, in the true models; 0 where it has
             no cross-attention that would tell families apart.
@@ -61,6 +63,8 @@ class DenoiserInfo(ComponentInfo):
 
     part: AdaptedPart = "denoiser"
     title: str
+    diffusers_class: str
+    channels: int = 4
     config: Mapping[str, Any] = field(default_factory=dict)
     context_width: int = 0
     module_path: str = ""

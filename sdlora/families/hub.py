@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ..errors import ModelError
+from .facts import AUTOENCODER
+from .table import FAMILIES, component_names
 
-_PARTS = (
-    *("unet", "vae", "scheduler"),
-    *("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-)
 _VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
 
 
@@ -53,7 +51,7 @@ def from_hub(source: str, *, vae: bool = False, fetch: bool = True) -> Path:
 
 def wanted_files(names: Sequence[str], *, vae: bool = False) -> list[str]:
     """Return those files of a hub model that loading reads: of several precisions only one."""
-    parts = ("vae",) if vae else _PARTS
+    parts = (AUTOENCODER,) if vae else _folders()
     at_top = (
         ("config.json", "diffusion_pytorch_model.safetensors") if vae else ("model_index.json", "sdlora.json")
     )
@@ -65,3 +63,10 @@ def wanted_files(names: Sequence[str], *, vae: bool = False) -> list[str]:
         plain = [n for n in weights if not any(mark in n for mark in _VARIANTS)]
         chosen += plain or [n for n in weights if ".non_ema." not in n]
     return chosen
+
+
+def _folders() -> tuple[str, ...]:
+    """Return the folders of a pipeline that any family reads."""
+    infos = [family.info for family in FAMILIES.values()]
+    tokenizers = dict.fromkeys(encoder.tokenizer for info in infos for encoder in info.text_encoders)
+    return (*component_names(), AUTOENCODER, "scheduler", *tokenizers)

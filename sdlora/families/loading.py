@@ -17,16 +17,17 @@ from typing import Any
 import torch
 
 from ..config.schema import AttentionName, PredictionType
-from ..diffusion.ddpm import DDPM
 from ..diffusion.prediction import PREDICTIONS
+from ..diffusion.process import NoiseProcess
 from ..errors import ConfigError, ModelError
 from ..tensor_file import CONVERT
 from .base import BaseModelInfo
+from .facts import DenoiserInfo
 from .hub import from_hub
+from .latent_model import LatentModel, Parts, vae_factor
 from .ldm import VAE_PREFIX, StoredKey, text_key_map, unet_key_map, vae_key_map
 from .recognition import Recognised, read_json, recognise
 from .table import FAMILIES
-from .unet_model import Parts, UNetModel, vae_factor
 from .weights import TensorSource, fill, weight_files, without_memory
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -70,12 +71,12 @@ def load_model(
     attention: AttentionName = "auto",
     offload: bool = False,
     denoiser_waits: bool = False,
-) -> UNetModel:
+) -> LatentModel:
     """Load a base model, frozen and in eval mode.
 
     Args:
         source: ``mini``, a diffusers folder, a ``.safetensors`` checkpoint, or a hub id.
-        dtype: number format of U-Net and text encoders; the autoencoder is always float32, since fp16
+        dtype: number format of denoiser and text encoders; the autoencoder is always float32, since fp16
             overflows in SDXL's and it runs once an image.
         device: where the denoiser works.
         family: overrides what the base's header says of itself; the weights must be of that family.
@@ -85,8 +86,8 @@ def load_model(
         vae: another autoencoder: a file, a folder, or a hub id of one.
         attention: see :func:`sdlora.families.attention.choose_attention`.
         offload: keep in ``device``'s memory only the component that works (for drawing on small cards).
-        denoiser_waits: leave the U-Net in main memory until :meth:`UNetModel.prepare`, so that encoding the
-            images and captions before training has the device to itself.
+        denoiser_waits: leave the denoiser in main memory until :meth:`LatentModel.prepare`, so that encoding
+            the images and captions before training has the device to itself.
 
     Raises:
         ModelError: if it is not there, not a supported family, damaged, or contradicts itself.
@@ -109,7 +110,9 @@ def load_model(
     try:
         with _quiet():
             waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else encoder_device
-            parts = load_parts(recognised, dtype=dtype, device=encoder_device, unet_device=waiting, vae=vae)
+            parts = load_parts(
+                recognised, dtype=dtype, device=encoder_device, denoiser_device=waiting, vae=vae
+            )
     except ModelError:
         raise
     except Exception as error:  # whatever the libraries raise on damaged input
@@ -120,15 +123,15 @@ def load_model(
         ) from error
     if recognised.layout == "file" and process.prediction.name in kind.info.resolutions:
         side = kind.info.resolutions[process.prediction.name]  # the shipped config can name only one
-        parts.unet.register_to_config(sample_size=side // vae_factor(parts.vae))
+        parts.denoiser.register_to_config(sample_size=side // vae_factor(parts.vae))
     # Measured on 2 AVX-512 cores: channels-last takes 5-10 % off a training step on the CPU. CUDA's
     # group norm forces the other layout, so there it would cost.
     if device.type == "cpu":
-        parts.unet.to(memory_format=torch.channels_last)
+        parts.denoiser.to(memory_format=torch.channels_last)
     base = BaseModelInfo(
         source=source,
         title=source if source == "mini" else recognised.title,
-        weights=path if path.is_file() else weight_files(path / "unet")[0],
+        weights=path if path.is_file() else weight_files(path / kind.info.denoiser.component)[0],
         recommended=_recommended(path),
     )
     return kind(
@@ -141,7 +144,7 @@ def load_parts(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    unet_device: torch.device | None = None,
+    denoiser_device: torch.device | None = None,
     vae: str | None = None,
     configs: Path | None = None,
 ) -> Parts:
@@ -151,9 +154,9 @@ def load_parts(
 
     Args:
         recognised: what it is.
-        dtype: of U-Net and text encoders.
+        dtype: of denoiser and text encoders.
         device: where the weights go.
-        unet_device: where the U-Net's go, if elsewhere.
+        denoiser_device: where the denoiser's go, if elsewhere.
         vae: see :func:`load_model`.
         configs: a folder with the configs and tokenizers that a single file leaves out; the family's
             own when None.
@@ -170,9 +173,14 @@ def load_parts(
             + (", or name a VAE as model.vae" if missing == ["vae"] else "")
         )
     source = None if recognised.layout == "folder" else TensorSource([] if blueprint else [recognised.path])
-    unet, default_vae = _new_unet(folder), _new_vae(folder)
-    unet_device = unet_device or device
-    fill(unet, *_unet_source(recognised.path, source, unet), dtype=dtype, device=unet_device, what="U-Net")
+    denoiser, default_vae = _new_denoiser(folder, info.denoiser), _new_vae(folder)
+    fill(
+        denoiser,
+        *_denoiser_source(recognised.path / info.denoiser.component, source, denoiser),
+        dtype=dtype,
+        device=denoiser_device or device,
+        what=info.denoiser.title,
+    )
     if vae is None:
         fill(
             default_vae,
@@ -196,7 +204,7 @@ def load_parts(
             folder / encoder_info.tokenizer, encoder_info.pad_token, shared=source is not None
         )
     other = default_vae if vae is None else _load_vae(vae, default_vae, device)
-    return Parts(unet.eval(), other.eval(), encoders, tokenizers)
+    return Parts(denoiser.eval(), other.eval(), encoders, tokenizers)
 
 
 def is_hub_id(source: str) -> bool:
@@ -255,7 +263,7 @@ def _process(
     recognised: Recognised,
     prediction_type: PredictionType | None,
     zero_terminal_snr: bool | None,
-) -> DDPM:
+) -> NoiseProcess:
     prediction = recognised.prediction_type(prediction_type)
     rescaled = recognised.zero_terminal_snr(zero_terminal_snr)
     if rescaled and not PREDICTIONS[prediction].speaks_of_pure_noise:
@@ -264,24 +272,17 @@ def _process(
             "but this base predicts epsilon; set model.zero_terminal_snr=false, or "
             "model.prediction_type=v_prediction if that is what it does"
         )
-    config = scheduler_config(recognised)
-    return DDPM.from_betas(
-        config["beta_start"],
-        config["beta_end"],
-        config["beta_schedule"],
-        config.get("num_train_timesteps", 1000),
-        prediction,
-        zero_terminal_snr=rescaled,
-    )
+    kind = FAMILIES[recognised.family]
+    return kind.make_process(scheduler_config(recognised), prediction, ends_in_noise=rescaled)
 
 
-def _unet_source(
-    path: Path, source: TensorSource | None, unet: Any
+def _denoiser_source(
+    folder: Path, source: TensorSource | None, denoiser: Any
 ) -> tuple[dict[str, StoredKey], TensorSource]:
-    names = unet.state_dict()
-    if source is not None:
+    names = denoiser.state_dict()
+    if source is not None:  # single files are those of U-Nets
         return unet_key_map(names), source
-    source = TensorSource(weight_files(path / "unet"))
+    source = TensorSource(weight_files(folder))
     return _folder_key_map(names, source), source
 
 
@@ -350,11 +351,13 @@ def _known_spelling(key_map: dict[str, StoredKey], source: TensorSource) -> dict
     return short if all(stored_key.key in keys for stored_key in short.values()) else key_map
 
 
-def _new_unet(folder: Path) -> Any:
-    from diffusers import UNet2DConditionModel
+def _new_denoiser(folder: Path, info: DenoiserInfo) -> Any:
+    import diffusers
 
     with without_memory():
-        return UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
+        return getattr(diffusers, info.diffusers_class).from_config(
+            read_json(folder / info.component / "config.json")
+        )
 
 
 def _new_vae(folder: Path, vae_folder: Path | None = None) -> Any:

@@ -29,7 +29,7 @@ class SplitPredictor:
 
     def __init__(self, model: DiffusionModel) -> None:
         self._model = model
-        self._most = torch.get_num_threads() if model.device.type == "cpu" else 1
+        self._most = torch.get_num_threads() if model.facts.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self._most, initializer=torch.set_num_threads, initargs=(1,))
         self._outputs: list[Tensor] = []
         self._leaf: Tensor | None = None

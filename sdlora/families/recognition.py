@@ -27,7 +27,8 @@ from .weights import TensorSource, checked_header
 _FIRST_CONV = f"{UNET_PREFIX}input_blocks.0.0.weight"
 _CONTEXT = ".attn2.to_k.weight"
 _PROBE_LIMIT = 0.09
-_TITLES = ", ".join(family.info.title for family in FAMILIES.values())
+_DENOISERS = ("unet", "transformer")  # what pipelines of diffusers call theirs
+_FLOW = "flow"
 
 # markers of other kinds of files, the more telling ones first
 _OTHER_KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -109,7 +110,7 @@ class Recognised:
                 f"{self.path}: model.family={override}, but {where} says {self.family}; leave it out"
             )
 
-    def prediction_type(self, override: PredictionType | None = None) -> PredictionType:
+    def prediction_type(self, override: PredictionType | None = None) -> str:
         """Return the prediction type: the user's, or else what the base says of itself.
 
         Raises:
@@ -117,8 +118,7 @@ class Recognised:
         """
         if override is not None:
             return override
-        value = self._agreed(self.predictions, "prediction_type")
-        return "v_prediction" if value == "v_prediction" else "epsilon"
+        return str(self._agreed(self.predictions, "prediction_type"))
 
     def zero_terminal_snr(self, override: bool | None = None) -> bool:
         """Return whether the noise schedule is rescaled to end in pure noise.
@@ -189,7 +189,7 @@ def _family_of_keys(path: Path, header: Header) -> tuple[FamilyInfo, tuple[str, 
     """Return the family and what the file lacks; raise ModelError for every other kind, by its name."""
     kind = _other_kind(header)
     if kind:
-        raise ModelError(f"{path}: {kind}; give a text-to-image checkpoint of {_TITLES}")
+        raise ModelError(f"{path}: {kind}; give a text-to-image checkpoint of {_titles()}")
     family, text = None, False
     for family_class in FAMILIES.values():
         encoders = [_starts(header.tensors, e.checkpoint_prefix) for e in family_class.info.text_encoders]
@@ -302,23 +302,25 @@ def _starts(keys: Mapping[str, object], prefix: str) -> bool:
 def _recognise_folder(folder: Path) -> Recognised:
     index = read_json(folder / "model_index.json")
     name = str(index.get("_class_name", "model"))
-    unet_config = folder / "unet" / "config.json"
-    if "transformer" in index or not unet_config.is_file():
-        what = f"a {name} folder" if "transformer" in index else "holds no unet/config.json"
-        raise ModelError(f"{folder}: {what}; give a folder of {_TITLES}")
-    unet = read_json(unet_config)
-    family = _family_of_configs(folder, unet, index)
-    scheduler = _scheduler_config(folder)
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
+    known = dict.fromkeys(family.info.denoiser.component for family in FAMILIES.values())
+    there = [component for component in known if (folder / component / "config.json").is_file()]
+    foreign = [component for component in _DENOISERS if component in index and component not in known]
+    if foreign or not there:
+        missing = " or ".join(f"{component}/config.json" for component in known)
+        what = f"a {name} folder" if foreign else f"holds no {missing}"
+        raise ModelError(f"{folder}: {what}; give a folder of {_titles()}")
+    family = _family_of_configs(folder, there[0], index)
+    scheduler = _scheduler_config(folder, family)
+    prediction = _prediction_of(scheduler)
+    if prediction not in family.predictions:
         raise ModelError(f"{folder}: predicts `{shown(prediction)}`, which this version does not train")
-    weights = sorted((folder / "unet").glob("*.safetensors"))
+    weights = sorted((folder / there[0]).glob("*.safetensors"))
     rescaled = bool(scheduler.get("rescale_betas_zero_snr", False))
     return Recognised(
         path=folder,
         layout="folder",
-        family=family,
-        families=(Evidence("unet/config.json", family),),
+        family=family.name,
+        families=(Evidence(f"{there[0]}/config.json", family.name),),
         title=folder.name,
         predictions=(Evidence("scheduler/scheduler_config.json", prediction),),
         terminal_snr=(Evidence("scheduler/scheduler_config.json", rescaled),),
@@ -327,35 +329,47 @@ def _recognise_folder(folder: Path) -> Recognised:
     )
 
 
-def _family_of_configs(folder: Path, unet: Mapping[str, Any], index: Mapping[str, Any]) -> str:
-    channels = unet.get("in_channels", 4)
-    if channels != 4:
+def _family_of_configs(folder: Path, component: str, index: Mapping[str, Any]) -> FamilyInfo:
+    config = read_json(folder / component / "config.json")
+    infos = [family.info for family in FAMILIES.values() if family.info.denoiser.component == component]
+    channels = config.get("in_channels", infos[0].denoiser.channels)
+    if channels not in {info.denoiser.channels for info in infos}:
         kind = _IMAGE_CHANNELS.get(channels, f"a {channels}-channel")
         raise ModelError(f"{folder}: {kind} model; give a text-to-image model")
-    if "motion" in str(unet.get("_class_name", "")).lower() or "SpatioTemporal" in str(
-        unet.get("_class_name", "")
-    ):
+    built_as = str(config.get("_class_name", ""))
+    if "motion" in built_as.lower() or "SpatioTemporal" in built_as:
         raise ModelError(f"{folder}: a video model; give a text-to-image model")
-    for family in FAMILIES.values():
-        if all(unet.get(key, default) == default for key, default in family.info.denoiser.config.items()):
-            if not (folder / family.info.text_encoders[0].component).is_dir():
+    for info in infos:
+        if all(config.get(key, default) == default for key, default in info.denoiser.config.items()):
+            if not (folder / info.text_encoders[0].component).is_dir():
                 raise ModelError(
                     f"{folder}: has no text_encoder (an SDXL refiner?); give a text-to-image model"
                 )
-            return family.info.name
-    raise ModelError(f"{folder}: a {index.get('_class_name', 'model')} folder; give a folder of {_TITLES}")
+            return info
+    raise ModelError(f"{folder}: a {index.get('_class_name', 'model')} folder; give a folder of {_titles()}")
 
 
-def _scheduler_config(folder: Path) -> Mapping[str, Any]:
+def _scheduler_config(folder: Path, family: FamilyInfo) -> Mapping[str, Any]:
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         raise ModelError(
             f"{folder}: holds no scheduler/scheduler_config.json; check that the download is complete"
         )
     config: Mapping[str, Any] = read_json(file)
-    if "FlowMatch" in str(config.get("_class_name", "")):
+    if _prediction_of(config) == _FLOW and _FLOW not in family.predictions:
         raise ModelError(f"{folder}: a flow-matching model, which this version does not train")
     return config
+
+
+def _prediction_of(scheduler: Mapping[str, Any]) -> str:
+    """Return the prediction type that a scheduler's config says: flow matching by its class."""
+    if "FlowMatch" in str(scheduler.get("_class_name", "")):
+        return _FLOW
+    return str(scheduler.get("prediction_type", "epsilon"))
+
+
+def _titles() -> str:
+    return ", ".join(family.info.title for family in FAMILIES.values())
 
 
 def read_json(file: Path) -> Any:

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from .base import Conditioning
 from .facts import FamilyInfo, HeaderWords, TextEncoderInfo
-from .unet_model import TEXT_TARGETS, UNET, UNetModel, one_encoder_states
+from .latent_model import TEXT_TARGETS, one_encoder_states
+from .unet_model import UNET, UNetModel
 
 
 class StableDiffusion1(UNetModel):

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from .base import Conditioning
 from .facts import FamilyInfo, HeaderWords, TextEncoderInfo
+from .latent_model import TEXT_TARGETS, one_encoder_states
 from .ldm import UNET_PREFIX
-from .unet_model import TEXT_TARGETS, UNET, UNetModel, one_encoder_states
+from .unet_model import UNET, UNetModel
 
 
 class StableDiffusion2(UNetModel):

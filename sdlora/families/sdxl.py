@@ -17,7 +17,8 @@ from torch import Tensor
 from .base import Conditioning, SizeHint
 from .clip import chunk_tokens, encode_penultimate, weigh_states
 from .facts import FamilyInfo, HeaderWords, TextEncoderInfo
-from .unet_model import TEXT_TARGETS, UNET, UNetModel
+from .latent_model import TEXT_TARGETS
+from .unet_model import UNET, UNetModel
 
 
 class StableDiffusionXL(UNetModel):
@@ -81,6 +82,6 @@ class StableDiffusionXL(UNetModel):
     def _added(self, text: Conditioning, sizes: Sequence[SizeHint]) -> dict[str, Tensor]:
         ids = [[*size.original, *size.crop, *size.target] for size in sizes]
         return {
-            "text_embeds": text["pooled"].to(self.device, self.dtype),
-            "time_ids": torch.tensor(ids, dtype=torch.float32, device=self.device),
+            "text_embeds": text["pooled"].to(self.facts.device, self.facts.dtype),
+            "time_ids": torch.tensor(ids, dtype=torch.float32, device=self.facts.device),
         }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from .facts import FamilyInfo, component_order
+from .latent_model import LatentModel
 from .sd1 import StableDiffusion1
 from .sd2 import StableDiffusion2
 from .sdxl import StableDiffusionXL
-from .unet_model import UNetModel
 
-FAMILIES: dict[str, type[UNetModel]] = {
+FAMILIES: dict[str, type[LatentModel]] = {
     StableDiffusion1.info.name: StableDiffusion1,
     StableDiffusion2.info.name: StableDiffusion2,
     StableDiffusionXL.info.name: StableDiffusionXL,

@@ -1,29 +1,22 @@
-"""What all families with a U-Net, a KL autoencoder and CLIP text encoders share.
+"""What all families with a U-Net share: where adapters go in it, how it is called, the noise it takes away.
 
 A family adds its facts, how its text encoders are read, and what its U-Net is told besides the text.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config.schema import AttentionName
-from ..diffusion.process import NoiseProcess
+from ..diffusion.ddpm import DDPM
 from .attention import choose_attention
-from .base import BaseModelInfo, Conditioning, DiffusionModel, Posterior, SizeHint, stack_conditioning
-from .clip import checkpoint_text_encoder, count_chunks
-from .facts import AUTOENCODER, DenoiserInfo
-from .fingerprint import module_fingerprint
-from .visiting import Visit, visiting
+from .base import Conditioning, SizeHint
+from .facts import DenoiserInfo
+from .latent_model import LatentModel
 
-_TILE = 512  # px
 UNET_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 UNET_LINEAR = (*UNET_ATTENTION, ".ff.net.0.proj", ".ff.net.2", ".proj_in", ".proj_out")
 UNET_ALL = (
@@ -35,150 +28,50 @@ UNET_ALL = (
     ".downsamplers.0.conv",
     ".upsamplers.0.conv",
 )
-TEXT_LINEAR = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
 UNET_TARGETS = {"attention": UNET_ATTENTION, "linear": UNET_LINEAR, "all": UNET_ALL}
-# q, k, v and out must be trained together: partial attention is lossy in WebUI and diffusers
-TEXT_TARGETS = {"attention": TEXT_LINEAR[:4], "linear": TEXT_LINEAR, "all": TEXT_LINEAR}
-UNET = DenoiserInfo(component="unet", title="U-Net", targets=UNET_TARGETS, file_prefix="lora_unet")
+UNET = DenoiserInfo(
+    component="unet",
+    title="U-Net",
+    diffusers_class="UNet2DConditionModel",
+    targets=UNET_TARGETS,
+    file_prefix="lora_unet",
+)
 """What all U-Nets have in common; each family adds what tells its own."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The components of a loaded base.
+class UNetModel(LatentModel):
+    """A loaded base; see :class:`sdlora.families.base.DiffusionModel` for what the methods mean."""
 
-    Attributes:
-        unet: ``UNet2DConditionModel``.
-        vae: ``AutoencoderKL``.
-        text_encoders: component name -> transformers' CLIP text model.
-        tokenizers: the same names -> its tokenizer.
-    """
-
-    unet: Any
-    vae: Any
-    text_encoders: Mapping[str, Any]
-    tokenizers: Mapping[str, Any]
-
-
-class UNetModel(DiffusionModel):
-    """A loaded base; see :class:`DiffusionModel` for what the methods mean."""
-
-    def __init__(
-        self,
-        base: BaseModelInfo,
-        parts: Parts,
-        process: NoiseProcess,
-        *,
-        device: torch.device,
-        clip_skip: int = 1,
-        attention: AttentionName = "auto",
-        offload: bool = False,
-    ) -> None:
-        self.base, self.process, self.clip_skip = base, process, clip_skip
-        self.unet, self.vae = parts.unet, parts.vae
-        self.text_encoders, self.tokenizers = dict(parts.text_encoders), dict(parts.tokenizers)
-        self.attention = attention
-        self._device, self._offload = device, offload
-        for module in (self.unet, self.vae, *self.text_encoders.values()):
-            module.requires_grad_(False).eval()
-        self._lean = False
-        self._visits: dict[int, Visit] = {}
-        if offload:
-            # small cards: the autoencoder takes the most memory of all at the end
-            self._decode_in_tiles()
+    @classmethod
+    def make_process(cls, scheduler: Mapping[str, Any], prediction: str, *, ends_in_noise: bool) -> DDPM:
+        return DDPM.from_betas(
+            scheduler["beta_start"],
+            scheduler["beta_end"],
+            scheduler["beta_schedule"],
+            scheduler.get("num_train_timesteps", 1000),
+            prediction,
+            zero_terminal_snr=ends_in_noise,
+        )
 
     @property
-    def native_resolution(self) -> int:
-        return int(self.unet.config.sample_size) * vae_factor(self.vae)
+    def unet(self) -> Any:
+        """The denoiser by the name it has in diffusers."""
+        return self.denoiser
 
-    @property
-    def size_multiple(self) -> int:
-        return vae_factor(self.vae) * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+    def _latent_multiple(self) -> int:
+        return int(2 ** (len(self.denoiser.config.block_out_channels) - 1))
 
-    def components(self) -> Mapping[str, nn.Module]:
-        return {"unet": self.unet, **self.text_encoders, AUTOENCODER: self.vae}
-
-    def encoder_fingerprint(self, which: Literal["images", "captions"]) -> str:
-        if which == "images":
-            quantisation = self.vae.quant_conv  # the encoder's last layer, which some autoencoders lack
-            last = module_fingerprint(quantisation) if quantisation is not None else "none"
-            return module_fingerprint(self.vae.encoder, extra=f"quant={last}")
-        prints = [
-            module_fingerprint(
-                encoder,
-                extra=f"{name} skip={self.clip_skip} pad={self.tokenizers[name].pad_token_id} "
-                f"tokens={sorted(self.tokenizers[name].get_vocab().items())}",
-            )
-            for name, encoder in self.text_encoders.items()
-        ]
-        return " ".join([self.info.name, *prints])
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Posterior:
-        with self._working(self.vae):
-            distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return Posterior(distribution.mean.float().cpu(), distribution.logvar.float().cpu())
-
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        return latents * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        with self._working(self.vae):
-            unscaled = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor
-            # one at a time: decoding takes more memory than all else, and gains nothing from company
-            images = [self._decode(latent[None]) for latent in unscaled]
-        return torch.cat(images).float().clamp(-1.0, 1.0)
-
-    def _decode(self, unscaled: Tensor) -> Tensor:
-        try:
-            image: Tensor = self.vae.decode(unscaled).sample
-            return image
-        except torch.OutOfMemoryError:
-            if self.vae.use_tiling:
-                raise
-            warnings.warn(
-                "not enough memory to decode an image at once: from here on they are decoded in tiles, "
-                "which may differ by a shade at their seams",
-                stacklevel=2,
-            )
-            self._decode_in_tiles()
-        torch.cuda.empty_cache()
-        image = self.vae.decode(unscaled).sample
-        return image
-
-    def _decode_in_tiles(self) -> None:
-        """Have images above 512 px decoded in parts: at 1024 px that takes 0.8 instead of 3 GiB."""
-        self.vae.enable_tiling()
-        self.vae.tile_sample_min_size = _TILE
-        self.vae.tile_latent_min_size = _TILE // vae_factor(self.vae)
-
-    def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        groups: dict[int, list[int]] = {}  # those of one length go together, so that company changes nothing
-        tokenizer = next(iter(self.tokenizers.values()))
-        for row, caption in enumerate(captions):
-            groups.setdefault(count_chunks(tokenizer, caption), []).append(row)
-        with self._working(*self.text_encoders.values()):
-            if len(groups) == 1:
-                return self._encode_text(captions)
-            encoded: dict[int, Conditioning] = {}
-            for rows in groups.values():
-                together = self._encode_text([captions[row] for row in rows])
-                encoded |= {row: {n: t[i] for n, t in together.items()} for i, row in enumerate(rows)}
-        return stack_conditioning([encoded[row] for row in range(len(captions))])
-
-    def _encode_text(self, captions: Sequence[str]) -> Conditioning:
-        """Return what :meth:`encode_text` returns, the text encoders being where they work."""
-        raise NotImplementedError
+    def _set_attention(self, device: torch.device, *, training: bool) -> None:
+        choose_attention(self.attention, device, self.facts.dtype, training=training).apply(self.denoiser)
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Sequence[SizeHint]
     ) -> Tensor:
-        with self._working(self.unet):
-            output = self.unet(
-                noisy.to(self.device, self.dtype),
-                timesteps.to(self.device),
-                encoder_hidden_states=text["states"].to(self.device, self.dtype),
+        with self._working(self.denoiser):
+            output = self.denoiser(
+                noisy.to(self.facts.device, self.facts.dtype),
+                timesteps.to(self.facts.device),
+                encoder_hidden_states=text["states"].to(self.facts.device, self.facts.dtype),
                 added_cond_kwargs=self._added(text, sizes),
                 return_dict=False,
             )
@@ -187,79 +80,3 @@ class UNetModel(DiffusionModel):
     def _added(self, text: Conditioning, sizes: Sequence[SizeHint]) -> dict[str, Tensor] | None:
         """Return what the U-Net is told besides the states of the text, if anything."""
         return None
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = vae_factor(self.vae)
-        return int(self.unet.config.in_channels), height // factor, width // factor
-
-    def prepare(
-        self,
-        *,
-        training: bool,
-        gradient_checkpointing: bool = False,
-        keep_text: bool = True,
-        keep_images: bool = False,
-        lean: bool = False,
-        computes_on: torch.device | None = None,
-    ) -> None:
-        choice = choose_attention(self.attention, computes_on or self.device, self.dtype, training=training)
-        choice.apply(self.unet)
-        # checkpointing acts only in train mode; nothing else differs (all dropout rates are zero)
-        for module in (self.unet, *self.text_encoders.values()):
-            module.train(training)
-        if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        else:
-            self.unet.disable_gradient_checkpointing()
-        for encoder in self.text_encoders.values():
-            checkpoint_text_encoder(encoder, gradient_checkpointing)
-        self._lean = lean and not training
-        if not self._offload and self.device.type != "meta":  # a blueprint has nothing to move
-            all_there = not training and not lean
-            places = [(self.vae, keep_images or all_there), (self.unet, True)]
-            places += [(encoder, keep_text or all_there) for encoder in self.text_encoders.values()]
-            for module, there in sorted(places, key=lambda place: place[1]):  # first away, then there
-                module.to(self.device if there else "cpu")
-
-    @contextmanager
-    def _working(self, *modules: nn.Module) -> Iterator[None]:
-        """Have these modules on the device: alone if offloading, for this time if lean, else as they are."""
-        if self._offload:
-            self._only(modules)
-        visitors = [m for m in modules if self._lean and next(m.parameters()).device.type != self.device.type]
-        with visiting(visitors, self.device):
-            yield
-
-    def _only(self, modules: Sequence[nn.Module]) -> None:
-        """Have these modules on the device and no others; they stay there until others are asked for."""
-        wanted = {id(module) for module in modules}
-        for key in [key for key in self._visits if key not in wanted]:
-            self._visits.pop(key).end_with_guests()
-        for module in modules:
-            if id(module) not in self._visits:
-                self._visits[id(module)] = Visit(module, self.device)
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        # the U-Net's own weights: adapters inside it may be kept in another format
-        dtype = self.unet.conv_in.weight.dtype
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
-
-def vae_factor(vae: Any) -> int:
-    """Return how many px of an image's side one latent stands for."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
-def one_encoder_states(model: UNetModel, captions: Sequence[str]) -> Tensor:
-    """Return the states of the only text encoder, (B, 77 n, width), its final norm applied."""
-    from .clip import chunk_tokens, encode_chunks, weigh_states
-
-    (name, encoder), *_ = model.text_encoders.items()
-    ids, weights = chunk_tokens(model.tokenizers[name], captions)
-    return weigh_states(encode_chunks(encoder, ids.to(encoder.device), model.clip_skip), weights)

@@ -111,8 +111,8 @@ def generate(
     plain = GenerateRequest(
         "",
         negative_prompt,
-        height=model.native_resolution if height is None else height,
-        width=model.native_resolution if width is None else width,
+        height=model.facts.native_resolution if height is None else height,
+        width=model.facts.native_resolution if width is None else width,
         steps=defaults.steps if steps is None else steps,
         guidance=recommended if guidance is None else guidance,
         sampler=sampler,

@@ -105,7 +105,7 @@ def render(
             if not bool(torch.isfinite(latent).all()):
                 raise ModelError(
                     f"prompt `{request.prompt}`: the denoiser of {model.base.title} overflowed in "
-                    f"{str(model.dtype).removeprefix('torch.')}; use fp32 or bf16, or weaker adapters"
+                    f"{str(model.facts.dtype).removeprefix('torch.')}; use fp32 or bf16, or weaker adapters"
                 )
         images |= zip(batch, _to_images(model.decode_latents(latents)), strict=True)
     return [images[i] for i in range(len(requests))]
@@ -114,7 +114,7 @@ def render(
 def check_request(model: DiffusionModel, request: GenerateRequest) -> None:
     """Raise ConfigError if the model cannot make such an image, naming what it could make."""
     check_sampling(request.sampler, model.process, request.steps)
-    multiple = model.size_multiple
+    multiple = model.facts.size_multiple
     for name, value in (("height", request.height), ("width", request.width)):
         if value < multiple or value % multiple:
             nearest = max(multiple, round(value / multiple) * multiple)
@@ -140,7 +140,7 @@ def _batches(model: DiffusionModel, requests: Sequence[GenerateRequest]) -> Iter
 
 def most_at_once(model: DiffusionModel, height: int, width: int) -> int:
     """Return how many images of a size in px share a batch at most."""
-    _, rows, columns = model.latent_shape(height, width)
+    _, rows, columns = model.facts.latents.shape(height, width)
     return max(1, min(MAX_BATCH, MAX_BATCH_LATENTS // (rows * columns)))
 
 
@@ -164,11 +164,11 @@ def denoise(
     scheduler = make_scheduler(first.sampler, model.process, first.steps)
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     extra = {"generator": generators} if find_sampler(first.sampler).ancestral else {}
-    shape = model.latent_shape(first.height, first.width)
+    shape = model.facts.latents.shape(first.height, first.width)
     noise = torch.stack(
         [torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators]
     )
-    latents = noise.to(model.device) * float(scheduler.init_noise_sigma)
+    latents = noise.to(model.facts.device) * float(scheduler.init_noise_sigma)
     guided = first.guidance > 1.0
     text = _conditioning(model, requests, guided, encoded)
     copies = 2 if guided else 1
@@ -199,7 +199,7 @@ def _conditioning(
     known = dict(encoded or {})
     known |= encode_prompts(model, [prompt for prompt in prompts if prompt not in known])
     stacked = stack_conditioning([known[prompt] for prompt in prompts])
-    return {name: tensor.to(model.device) for name, tensor in stacked.items()}
+    return {name: tensor.to(model.facts.device) for name, tensor in stacked.items()}
 
 
 @torch.no_grad()

@@ -250,11 +250,11 @@ def through_autoencoder(model: DiffusionModel, images: Sequence[Image]) -> list[
     from ..data.batching.buckets import place, square_bucket
     from ..data.batching.cache import to_pixels
 
-    bucket = square_bucket(model.native_resolution, model.size_multiple)
+    bucket = square_bucket(model.facts.native_resolution, model.facts.size_multiple)
     seen = []
     for image in images:
         pixels = to_pixels(image, place(image.height, image.width, bucket), mirror=False)
-        latents = model.scale_latents(model.encode_images(pixels).mean)
+        latents = model.facts.latents.scaled(model.encode_images(pixels).mean)
         decoded = model.decode_latents(latents)[0].permute(1, 2, 0).cpu().numpy()
         seen.append(Pil.fromarray(np.round((decoded + 1) * 127.5).astype(np.uint8)))
     return seen

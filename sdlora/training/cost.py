@@ -38,14 +38,15 @@ def measure_cost(run: Run) -> Cost:
     visits = max(micros, key=lambda micro: len(micro))
     try:
         _pass(run, visits)
-        _wait_for(run.model.device)  # or the second pass would be charged with what is left of the first
+        # or the second pass would be charged with what is left of the first
+        _wait_for(run.model.facts.device)
         began = time.perf_counter()
         _pass(run, visits)
-        _wait_for(run.model.device)
+        _wait_for(run.model.facts.device)
         seconds = time.perf_counter() - began
     except torch.OutOfMemoryError:
         raise TrainingError(
-            f"{run.model.device}: not enough memory for training.batch_size={settings.batch_size} at "
+            f"{run.model.facts.device}: not enough memory for training.batch_size={settings.batch_size} at "
             f"{run.config.data.resolution} px; use a smaller training.batch_size, "
             "training.gradient_checkpointing=true or a smaller data.resolution"
         ) from None

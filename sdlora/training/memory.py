@@ -185,7 +185,7 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
     encoding = text + images + denoiser * waiting + _encoding_bytes(model, config)
     values = _attach(model, config.adapter)
     # fp32 master and gradient; the model's own copy and gradient, which in fp32 is the master
-    layer_bytes = 2 * model.dtype.itemsize if model.dtype != torch.float32 else 4
+    layer_bytes = 2 * model.facts.dtype.itemsize if model.facts.dtype != torch.float32 else 4
     adapter = int(values * (8 + layer_bytes + optimizer_kind(config.optimizer).bytes_per_value))
     model.prepare(
         training=True,
@@ -276,7 +276,7 @@ def _bytes_of(module: nn.Module) -> int:
 
 def _rounded(model: DiffusionModel, side: int) -> int:
     """Return a side in px that the base can work at."""
-    return max(model.size_multiple, side // model.size_multiple * model.size_multiple)
+    return max(model.facts.size_multiple, side // model.facts.size_multiple * model.facts.size_multiple)
 
 
 @torch.no_grad()
@@ -297,7 +297,7 @@ def _encoding_bytes(model: DiffusionModel, config: Config) -> int:
 def _forward_bytes(model: DiffusionModel, side: int, rows: int) -> int:
     """Predict for some rows without gradients; return the most that is alive."""
     side = _rounded(model, side)
-    shape = (rows, *model.latent_shape(side, side))
+    shape = (rows, *model.facts.latents.shape(side, side))
     latents, timesteps = torch.empty(shape, device="meta"), torch.zeros(rows, dtype=torch.long, device="meta")
     text = model.encode_text([""] * rows)
     with _fused_attention(), counting_memory() as memory:
@@ -312,7 +312,7 @@ def _preview_bytes(model: DiffusionModel, config: Config, visiting: int) -> int:
     side = _rounded(model, config.data.resolution)
     count, guided = _preview(config)
     rows = min(count, most_at_once(model, side, side)) * (2 if guided else 1)
-    latents = torch.empty((1, *model.latent_shape(side, side)), device="meta")
+    latents = torch.empty((1, *model.facts.latents.shape(side, side)), device="meta")
     with _fused_attention(), counting_memory() as memory:
         model.decode_latents(latents)
     return max(_forward_bytes(model, side, rows), visiting + memory.peak)
@@ -336,7 +336,7 @@ def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
     assert count is not None
     preserving, blank = _priors(config)
     rows = 2 * count if blank else count
-    shape = (rows, *model.latent_shape(side, side))
+    shape = (rows, *model.facts.latents.shape(side, side))
     sizes = [SizeHint((side, side), (0, 0), (side, side))] * rows
     captions = [""] * rows  # one chunk of tokens, as nearly all captions
     latents, timesteps = torch.empty(shape, device=device), torch.zeros(rows, dtype=torch.long, device=device)

@@ -60,7 +60,7 @@ def loss_of(
     noise, timesteps = _drawn(model, batch, settings.noise_offset)
     corrupted = model.process.corrupt(batch.latents, noise, timesteps)
     # only this card's generator: to keep those of all cards would open a context on each of them
-    cards = [model.device] if model.device.type == "cuda" else []
+    cards = [model.facts.device] if model.facts.device.type == "cuda" else []
     with torch.random.fork_rng(cards, enabled=config.adapter.dropout > 0):
         if config.adapter.dropout > 0:  # torch's dropout draws from the global generator
             torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=batch.generators("dropout")[0])))

@@ -67,7 +67,7 @@ def _pixels(run: Run, requests: Sequence[GenerateRequest]) -> bytes:
 def _request(run: Run, prompt: str, number: int) -> GenerateRequest:
     settings = run.config.sample
     assert settings.guidance is not None and run.config.data.resolution is not None
-    multiple = run.model.size_multiple
+    multiple = run.model.facts.size_multiple
     side = max(multiple, run.config.data.resolution // multiple * multiple)
     return GenerateRequest(
         prompt=prompt,

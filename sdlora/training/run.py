@@ -195,7 +195,7 @@ def _assemble(
         trainable=trainable,
         optimizer=optimizer,
         shown=weights_to_show(optimizer_kind(config.optimizer), optimizer, trainable.groups),
-        scaler=torch.amp.GradScaler(model.device.type, enabled=settings.precision == "fp16"),
+        scaler=torch.amp.GradScaler(model.facts.device.type, enabled=settings.precision == "fp16"),
         processes=processes,
         emit=emit,
         started_at=time.time(),
@@ -227,7 +227,7 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
     global generator, which threads would share.
     """
     whole = config.adapter.adapts_text or config.adapter.dropout > 0 or config.training.gradient_checkpointing
-    return SplitPredictor(model) if model.device.type == "cpu" and not whole else None
+    return SplitPredictor(model) if model.facts.device.type == "cpu" and not whole else None
 
 
 def _loader(data: PreparedData, model: DiffusionModel, rank: int) -> BatchLoader:
@@ -243,4 +243,4 @@ def _loader(data: PreparedData, model: DiffusionModel, rank: int) -> BatchLoader
             unmasked_weight=config.data.unmasked_weight,
         )
 
-    return BatchLoader(data.order, rank, data.steps, make, single_threaded=model.device.type == "cpu")
+    return BatchLoader(data.order, rank, data.steps, make, single_threaded=model.facts.device.type == "cpu")

@@ -213,8 +213,8 @@ def _if_it_fits(run: Run, what: str, work: Callable[[Run], Result]) -> Result | 
     torch.cuda.empty_cache()
     run.emit(
         Notice(
-            f"step {run.step}: {run.model.device} has not enough memory for {what}; skipped, and training "
-            "goes on. It fits with a smaller data.resolution, or switch it off: sample.prompts=[], "
+            f"step {run.step}: {run.model.facts.device} has not enough memory for {what}; skipped, and "
+            "training goes on. It fits with a smaller data.resolution, or switch it off: sample.prompts=[], "
             "data.validation=0"
         )
     )

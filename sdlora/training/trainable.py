@@ -86,7 +86,7 @@ def make_trainable(model: DiffusionModel, config: Config, weights: AdapterWeight
     check_patterns("optimizer.block_rates", config.optimizer.block_rates, weights.updates)
     subtracted = config.adapter.init in ("pissa", "olora")
     if subtracted:  # both adapters hold the very same numbers, so that nothing is changed at first
-        weights = weights.to(model.dtype).to(torch.float32)
+        weights = weights.to(model.facts.dtype).to(torch.float32)
     layers = attach_for_training(model, weights, ADAPTER_NAME, dropout=config.adapter.dropout)
     if subtracted:
         attach(model, weights, START_NAME)

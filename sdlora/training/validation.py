@@ -50,7 +50,7 @@ def _loss_of_image(run: Run, index: int) -> float:
     model, item = run.model, run.validation.items[index]
     encoded = run.validation.image(index)
     timesteps = model.process.spread_timesteps(VALIDATION_TIMESTEPS)
-    clean = model.scale_latents(encoded.posterior.mean.float()).repeat(VALIDATION_TIMESTEPS, 1, 1, 1)
+    clean = model.facts.latents.scaled(encoded.posterior.mean.float()).repeat(VALIDATION_TIMESTEPS, 1, 1, 1)
     # by content, not by seed or step
     noise = draw_noise(clean.shape, generator_for("validation", item.digest))
     corrupted = model.process.corrupt(clean, noise, timesteps)

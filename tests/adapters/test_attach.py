@@ -61,7 +61,7 @@ def state(model: DiffusionModel) -> dict[str, Tensor]:
 def output(model: DiffusionModel) -> Tensor:
     """Text encoder and U-Net together, on fixed inputs."""
     generator = torch.Generator().manual_seed(3)
-    noisy = torch.randn((2, *model.latent_shape(32, 32)), generator=generator)
+    noisy = torch.randn((2, *model.facts.latents.shape(32, 32)), generator=generator)
     hints = [SizeHint((32, 32), (0, 0), (32, 32))] * 2
     text = model.encode_text(["an icon of a cat", "doughnut"])
     return model.predict(noisy, torch.tensor([20, 700]), text, hints)

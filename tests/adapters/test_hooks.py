@@ -68,7 +68,7 @@ def modules(model: DiffusionModel) -> list[tuple[str, type, int]]:
 @torch.no_grad()
 def output(model: DiffusionModel) -> Tensor:
     generator = torch.Generator().manual_seed(3)
-    noisy = torch.randn((2, *model.latent_shape(32, 32)), generator=generator)
+    noisy = torch.randn((2, *model.facts.latents.shape(32, 32)), generator=generator)
     hints = [SizeHint((32, 32), (0, 0), (32, 32))] * 2
     text = model.encode_text(["an icon of a cat", "doughnut"])
     return model.predict(noisy, torch.tensor([20, 700]), text, hints)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ def load(bases: Bases, family: str, dtype: torch.dtype = torch.float32) -> UNetM
 
 def inputs(model: UNetModel, count: int = 2) -> tuple[Tensor, Tensor, Conditioning, list[SizeHint]]:
     generator = torch.Generator().manual_seed(3)
-    noisy = torch.randn((count, *model.latent_shape(128, 128)), generator=generator)
+    noisy = torch.randn((count, *model.facts.latents.shape(128, 128)), generator=generator)
     with torch.no_grad():
         text = model.encode_text(["a cat"] * count)
     return noisy, torch.tensor([500] * count), text, [SIZE] * count
@@ -46,9 +48,9 @@ def test_the_table_holds_every_family() -> None:
 
 
 def test_sizes_follow_the_components(model: UNetModel) -> None:
-    assert model.native_resolution == 64
-    assert model.latent_shape(64, 128) == (4, 8, 16)
-    assert model.size_multiple == 8 * 2 ** (len(model.unet.config.block_out_channels) - 1)
+    assert model.facts.native_resolution == 64
+    assert model.facts.latents.shape(64, 128) == (4, 8, 16)
+    assert model.facts.size_multiple == 8 * 2 ** (len(model.unet.config.block_out_channels) - 1)
 
 
 @pytest.mark.parametrize("targets", ["attention", "linear", "all"])
@@ -97,7 +99,7 @@ def test_only_adapters_get_gradients_and_all_of_them_do(model: UNetModel) -> Non
 
 def test_the_loss_is_finite_at_every_timestep(model: UNetModel) -> None:
     _, _, text, sizes = inputs(model, 1)
-    shape = model.latent_shape(model.size_multiple, model.size_multiple)
+    shape = model.facts.latents.shape(model.facts.size_multiple, model.facts.size_multiple)
     generator = torch.Generator().manual_seed(1)
     weights = model.process.loss_weights(torch.arange(1000), 5.0)
     assert bool(torch.isfinite(weights).all())
@@ -114,7 +116,7 @@ def test_the_loss_is_finite_at_every_timestep(model: UNetModel) -> None:
 def test_pure_bf16_stays_near_fp32(bases: Bases) -> None:
     for family in FAMILY_NAMES:
         full, half = load(bases, family), load(bases, family, torch.bfloat16)
-        assert half.dtype == torch.bfloat16
+        assert half.facts.dtype == torch.bfloat16
         assert half.vae.dtype == torch.float32
         given = inputs(full)
         with torch.no_grad():
@@ -188,20 +190,27 @@ def test_encoders_leave_the_device_for_training_and_come_back_to_previews_only_t
         monkeypatch.setattr(
             module, "to", lambda place, name=name: moves.append((name, torch.device(place).type))
         )
-    monkeypatch.setattr(model, "_device", torch.device("cuda"))
+    monkeypatch.setattr(model, "facts", replace(model.facts, device=torch.device("cuda")))
+    away_first = [*((name, "cpu") for name in parts if name != "unet"), ("unet", "cuda")]
     model.prepare(training=True, keep_text=False)
-    assert moves == [("unet", "cuda"), *((name, "cpu") for name in parts if name != "unet")], "all is cached"
+    assert moves == away_first, "all is cached"
     moves.clear()
     model.prepare(training=False, keep_text=False, lean=True)
-    assert moves == [("unet", "cuda"), *((name, "cpu") for name in parts if name != "unet")]
+    assert moves == away_first
     moves.clear()
+    visits: list[set[str]] = []
+
+    @contextmanager
+    def visiting(modules: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
+        assert device.type == "cuda"
+        visits.append({name for name, part in parts.items() if any(part is module for module in modules)})
+        yield
+
+    monkeypatch.setattr("sdlora.families.latent_model.visiting", visiting)
     with torch.no_grad():
         model.encode_text(["a cat"])
         model.decode_latents(torch.zeros(1, 4, 8, 8))
-    encoders = list(model.text_encoders)
-    visits = [(name, place) for group in (encoders, ["vae"]) for place in ("cuda", "cpu") for name in group]
-    assert moves == visits
-    moves.clear()
+    assert visits == [set(model.text_encoders), {"vae"}] and moves == []
     model.prepare(training=False)
     assert {place for _, place in moves} == {"cuda"}
 
@@ -247,7 +256,7 @@ def test_the_autoencoder_is_safe_where_half_precision_would_overflow(bases: Base
         for part in (model.vae.encoder, model.vae.decoder):
             part.conv_in.weight.mul_(1e6)  # activations beyond 65504, as in SDXL's own
         posterior = model.encode_images(pixels)
-        decoded = model.decode_latents(model.scale_latents(posterior.mean))
+        decoded = model.decode_latents(model.facts.latents.scaled(posterior.mean))
         assert bool(torch.isfinite(posterior.mean).all() and torch.isfinite(decoded).all())
         model.vae.half()
         assert not bool(torch.isfinite(model.encode_images(pixels).mean).all())

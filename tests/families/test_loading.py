@@ -38,7 +38,7 @@ def load(source: Path | str) -> UNetModel:
 
 
 def states_of(model_parts: object) -> dict[str, dict[str, Tensor]]:
-    parts = {"unet": model_parts.unet, "vae": model_parts.vae, **model_parts.text_encoders}  # type: ignore[attr-defined]
+    parts = {"unet": model_parts.denoiser, "vae": model_parts.vae, **model_parts.text_encoders}  # type: ignore[attr-defined]
     return {name: dict(part.state_dict()) for name, part in parts.items()}
 
 
@@ -66,7 +66,7 @@ def test_single_file_equals_folder_tensor_for_tensor(family: str, bases: Bases, 
     for name, tokenizer in from_folder.tokenizers.items():
         assert tokenizer.get_vocab() == from_file.tokenizers[name].get_vocab()
         assert tokenizer.pad_token_id == from_file.tokenizers[name].pad_token_id
-    assert not any(t.requires_grad for t in from_file.unet.parameters())
+    assert not any(t.requires_grad for t in from_file.denoiser.parameters())
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_third_of_a_fused_matrix_keeps_no_more_memory_than_itself(bases: Bases
         recognise(file), dtype=torch.float32, device=CPU, configs=copy_configs(folder, tmp_path / "configs")
     )
     checked = 0
-    for module in (parts.unet, parts.vae, *parts.text_encoders.values()):
+    for module in (parts.denoiser, parts.vae, *parts.text_encoders.values()):
         for tensor in module.state_dict().values():
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             checked += 1
@@ -119,7 +119,11 @@ def test_shipped_tokenizer_gives_clips_own_ids() -> None:
 
 def test_folder_loads_frozen_with_its_own_sizes(tiny_base: Path) -> None:
     model = load_model(str(tiny_base), dtype=torch.float32, device=CPU)
-    assert (model.native_resolution, model.size_multiple, model.latent_shape(32, 64)) == (32, 8, (4, 8, 16))
+    assert (model.facts.native_resolution, model.facts.size_multiple, model.facts.latents.shape(32, 64)) == (
+        32,
+        8,
+        (4, 8, 16),
+    )
     assert model.process.prediction.name == "epsilon"
     parameters = [p for module in model.components().values() for p in module.parameters()]
     assert len(parameters) > 50
@@ -130,7 +134,7 @@ def test_mini_base_is_small_and_complete() -> None:
     size = sum(path.stat().st_size for path in (ASSETS / "mini").rglob("*") if path.is_file())
     assert size <= 32 * 2**20
     model = load_model("mini", dtype=torch.float32, device=CPU)
-    assert model.native_resolution >= 64
+    assert model.facts.native_resolution >= 64
     assert {path.name for path in (ASSETS / "mini").iterdir()} >= {"README.md", "LICENSE", "model_index.json"}
 
 
@@ -370,7 +374,7 @@ def test_loading_allocates_the_finished_weights_and_one_buffer(
     configs, recognised = copy_configs(folder, tmp_path / "configs"), recognise(file)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         parts = load_parts(recognised, dtype=dtype, device=CPU, configs=configs)
-    modules = (parts.unet, parts.vae, *parts.text_encoders.values())
+    modules = (parts.denoiser, parts.vae, *parts.text_encoders.values())
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     weights = sum(t.numel() * t.element_size() for t in tensors)
     largest = max(t.numel() * t.element_size() for t in load_file(file).values())

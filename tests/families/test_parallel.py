@@ -23,7 +23,7 @@ def model(tiny_base: Path) -> StableDiffusion1:
 
 def inputs(model: StableDiffusion1, count: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(count)
-    noisy = torch.randn((count, *model.latent_shape(32, 32)), generator=generator)
+    noisy = torch.randn((count, *model.facts.latents.shape(32, 32)), generator=generator)
     with torch.no_grad():
         text = model.encode_text([f"a cat {number}" for number in range(count)])
     return noisy, torch.arange(count) * 100, text

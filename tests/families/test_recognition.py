@@ -189,7 +189,7 @@ def test_a_single_file_of_sd2_has_the_resolution_of_its_kind(
     file = checkpoint(tmp_path / "m.safetensors", sd2_keys() | {PROBE: shapes[PROBE]})
     meta = torch.device("meta")
     model = load_model(str(file), dtype=torch.float32, device=meta, prediction_type=prediction)  # type: ignore[arg-type]
-    assert model.native_resolution == side
+    assert model.facts.native_resolution == side
 
 
 def test_zero_terminal_snr_with_epsilon_is_refused(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_repeating_a_context_leaves_attention_unchanged(model: UNetModel) -> Non
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         short, long = model.encode_text(["a cat"]), model.encode_text([" ".join(["cat"] * 80)])
-        noisy = torch.randn((1, *model.latent_shape(64, 64)), generator=generator)
+        noisy = torch.randn((1, *model.facts.latents.shape(64, 64)), generator=generator)
         alone = model.predict(noisy, torch.tensor([500]), short, [])
         both = stack_conditioning([{k: v[0] for k, v in part.items()} for part in (short, long)])
         assert both["states"].shape[:2] == (2, 154)
@@ -122,8 +122,8 @@ def test_encoding_and_decoding_invert_each_other_on_the_mini_base(model: UNetMod
     icon = Image.open(Path("datasets/ink-icons") / "dog.png").convert("RGB")
     pixels = to_pixels(icon, place(icon.height, icon.width, [(64, 64)]), mirror=False)
     posterior = model.encode_images(pixels)
-    latents = model.scale_latents(posterior.mean)
-    assert latents.shape == (1, *model.latent_shape(64, 64))
+    latents = model.facts.latents.scaled(posterior.mean)
+    assert latents.shape == (1, *model.facts.latents.shape(64, 64))
     assert 0.5 < float(latents.std()) < 2.0
     error = (model.decode_latents(latents) - pixels).square().mean()
     assert float(10 * torch.log10(4 / error)) > 15.0  # dB over the range [-1, 1]

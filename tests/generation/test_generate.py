@@ -160,7 +160,7 @@ def test_rendering_leaves_modes_and_gradients_to_the_caller(generator: ImageGene
 def test_the_mini_base_draws_at_its_own_size() -> None:
     model = load_model("mini", dtype=torch.float32, device=torch.device("cpu"))
     model.prepare(training=False)
-    side = model.native_resolution
+    side = model.facts.native_resolution
     (image,) = render(model, [request(height=side, width=side, steps=4, sampler="DPM++ 2M Karras")])
     assert image.size == (side, side)
     assert float(pixels(image).float().std()) > 10

@@ -64,7 +64,7 @@ def allocated(base: str, config: Config) -> int:
 
     def step() -> None:
         text = model.encode_text([""] * count) if text_trained else cached
-        latents = torch.zeros((count, *model.latent_shape(side, side)))
+        latents = torch.zeros((count, *model.facts.latents.shape(side, side)))
         sizes = [SizeHint((side, side), (0, 0), (side, side))] * count
         prediction = model.predict(latents, torch.full((count,), 500), text, sizes)
         prediction.square().mean().backward()

@@ -435,7 +435,7 @@ def test_a_card_left_idle_is_told_and_the_cpu_is_not_called_the_fastest(
     recorder = Recorder()
     config = settings("run").with_values({"training.device": None})
     run = prepare_run(config, resume=False, emit=Emitter((recorder,)))
-    if run.model.device.type != "cpu":
+    if run.model.facts.device.type != "cpu":
         pytest.skip("this machine's card works")
     (notice,) = (e for e in recorder.events if isinstance(e, Notice) and "LIES IDLE" in e.message)
     assert "python.exe -m pip uninstall -y torch" in notice.message

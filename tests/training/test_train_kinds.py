@@ -58,7 +58,7 @@ def settings(tiny_base: Path, image_folder: Callable[..., Path], tmp_path: Path)
 def output(model: DiffusionModel) -> Tensor:
     model.prepare(training=False)
     generator = torch.Generator().manual_seed(3)
-    noisy = torch.randn((2, *model.latent_shape(32, 32)), generator=generator)
+    noisy = torch.randn((2, *model.facts.latents.shape(32, 32)), generator=generator)
     hints = [SizeHint((32, 32), (0, 0), (32, 32))] * 2
     text = model.encode_text(["an icon of a cat", "doughnut"])
     return model.predict(noisy, torch.tensor([20, 700]), text, hints)

@@ -129,8 +129,8 @@ def _plain(generator: ImageGenerator, arguments: Mapping[str, Any]) -> GenerateR
     return GenerateRequest(
         str(arguments["prompt"]),
         str(arguments.get("negative") or ""),
-        height=int(arguments.get("height") or model.native_resolution),
-        width=int(arguments.get("width") or model.native_resolution),
+        height=int(arguments.get("height") or model.facts.native_resolution),
+        width=int(arguments.get("width") or model.facts.native_resolution),
         steps=int(arguments["steps"]),
         guidance=float(guidance),
         sampler=str(arguments["sampler"]),

@@ -67,7 +67,7 @@ def plan(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         emit.part({"defaults": defaults, "images": images})
         emit.progress(2, 3, "trying one step")
         cost = _cost_of(run)
-    device = run.model.device
+    device = run.model.facts.device
     answer = {
         "defaults": defaults,
         "images": images,

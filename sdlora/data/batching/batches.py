@@ -81,7 +81,9 @@ def make_batch(
     latents, captions, sizes, names, masks = [], [], [], [], []
     for visit in visits:
         encoded = data.image(visit.index, data.views.at(visit, seed))
-        latents.append(model.scale_latents(encoded.posterior.sample(visit_generator(seed, "latents", visit))))
+        latents.append(
+            model.facts.latents.scaled(encoded.posterior.sample(visit_generator(seed, "latents", visit)))
+        )
         captions.append(caption_at(data, visit, seed, caption_dropout))
         sizes.append(encoded.size)
         names.append(data.items[visit.index].name)

@@ -224,7 +224,7 @@ class EncodedDataset:
     def _mask(self, index: int, view: AugmentationView) -> Tensor:
         """Return a mask (1, 1, h, w) at the size of the latents, each value the mean of its area."""
         item = self.items[index]
-        _, height, width = self._model.latent_shape(*view.placement.bucket)
+        _, height, width = self._model.facts.latents.shape(*view.placement.bucket)
 
         def make() -> dict[str, Tensor]:
             mask = load_mask(item, alpha=self._alpha_mask)

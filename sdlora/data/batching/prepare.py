@@ -47,7 +47,9 @@ def base_facts(model: DiffusionModel, device: str, num_processes: int = 1) -> Ba
     """Return what the defaults look at of a base, loaded or a blueprint, and of a type of device."""
     base = model.base
     parts = tuple(dict.fromkeys(component.part for component in model.info.components.values()))
-    return BaseFacts(base.title, base.recommended, model.native_resolution, device, parts, num_processes)
+    return BaseFacts(
+        base.title, base.recommended, model.facts.native_resolution, device, parts, num_processes
+    )
 
 
 def data_facts(config: Config, training: Dataset, validation: Dataset) -> DataFacts:
@@ -147,9 +149,13 @@ def _placer(config: Config, resolution: int, model: DiffusionModel) -> Placer:
     Raises:
         ConfigError: for a resolution the base cannot work at.
     """
-    if resolution < model.size_multiple:
-        raise ConfigError(f"`data.resolution={resolution}`: the base needs at least {model.size_multiple} px")
-    return placer(resolution, model.size_multiple, grouped=config.data.buckets, enlarge=config.data.upscale)
+    if resolution < model.facts.size_multiple:
+        raise ConfigError(
+            f"`data.resolution={resolution}`: the base needs at least {model.facts.size_multiple} px"
+        )
+    return placer(
+        resolution, model.facts.size_multiple, grouped=config.data.buckets, enlarge=config.data.upscale
+    )
 
 
 def _views(
@@ -233,7 +239,7 @@ def _notice_views(views: AugmentationViews, model: DiffusionModel, emit: Emitter
         emit(Notice("data.variants=0: each image is encoded anew at each visit; nothing is kept"))
         return
     counts = [len(views.to_encode(index)) for index in range(len(views.items))]
-    latent = [model.latent_shape(*placement.bucket) for placement in views.placements]
+    latent = [model.facts.latents.shape(*placement.bucket) for placement in views.placements]
     room = sum(n * 2 * 4 * c * h * w for n, (c, h, w) in zip(counts, latent, strict=True))
     emit(
         Notice(

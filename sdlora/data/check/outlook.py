@@ -49,7 +49,7 @@ def examine_settings(
         config.model.base, dtype=torch.float32, device=torch.device("meta"), vae=config.model.vae
     )
     facts = base_facts(blueprint, "cpu")
-    multiple = multiple or blueprint.size_multiple
+    multiple = multiple or blueprint.facts.size_multiple
     training_survey = survey_all(config.data, progress)
     validation_survey = survey_held_out(config.data, progress)
     config, _ = resolve_data(config, facts, len(training_survey.dataset.learned))

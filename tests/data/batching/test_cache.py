@@ -28,7 +28,7 @@ def model(tiny_base: Path) -> StableDiffusion1:
 
 
 def encoded(dataset: Dataset, model: StableDiffusion1, folder: Path, **options: object) -> EncodedDataset:
-    buckets = make_buckets(32, model.size_multiple)
+    buckets = make_buckets(32, model.facts.size_multiple)
     placements = [place(item.height, item.width, buckets) for item in dataset.items]
     views = AugmentationViews(tuple(placements), dataset.items, flip=bool(options.pop("flip", False)))
     return EncodedDataset(dataset.items, views, model, folder, **options)  # type: ignore[arg-type]

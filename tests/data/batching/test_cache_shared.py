@@ -36,7 +36,7 @@ def model(tiny_base: Path) -> StableDiffusion1:
 
 
 def encoded(dataset: Dataset, model: StableDiffusion1, folder: Path) -> EncodedDataset:
-    buckets = make_buckets(32, model.size_multiple)
+    buckets = make_buckets(32, model.facts.size_multiple)
     placements = [place(item.height, item.width, buckets) for item in dataset.items]
     return EncodedDataset(
         dataset.items, AugmentationViews(tuple(placements), dataset.items, flip=True), model, folder

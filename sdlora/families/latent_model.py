@@ -1,0 +1,249 @@
+"""What all families that denoise the latents of a KL autoencoder, told by CLIP text encoders, share.
+
+Where modules are, how images and captions are encoded. A family adds its facts, how its text encoders are
+read, how its denoiser is called, and which noise it takes away.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import AttentionName
+from ..diffusion.process import NoiseProcess
+from .base import (
+    BaseModelInfo,
+    Conditioning,
+    DiffusionModel,
+    LatentSpace,
+    ModelFacts,
+    Posterior,
+    stack_conditioning,
+)
+from .clip import checkpoint_text_encoder, chunk_tokens, count_chunks, encode_chunks, weigh_states
+from .facts import AUTOENCODER
+from .fingerprint import module_fingerprint
+from .visiting import Visit, visiting
+
+_TILE = 512  # px
+TEXT_LINEAR = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
+# q, k, v and out must be trained together: partial attention is lossy in WebUI and diffusers
+TEXT_TARGETS = {"attention": TEXT_LINEAR[:4], "linear": TEXT_LINEAR, "all": TEXT_LINEAR}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The components of a loaded base.
+
+    Attributes:
+        denoiser: a model of diffusers, e.g. ``UNet2DConditionModel``.
+        vae: ``AutoencoderKL``.
+        text_encoders: component name -> transformers' CLIP text model.
+        tokenizers: the same names -> its tokenizer.
+    """
+
+    denoiser: Any
+    vae: Any
+    text_encoders: Mapping[str, Any]
+    tokenizers: Mapping[str, Any]
+
+
+class LatentModel(DiffusionModel):
+    """A loaded base; see :class:`DiffusionModel` for what the methods mean."""
+
+    def __init__(
+        self,
+        base: BaseModelInfo,
+        parts: Parts,
+        process: NoiseProcess,
+        *,
+        device: torch.device,
+        clip_skip: int = 1,
+        attention: AttentionName = "auto",
+        offload: bool = False,
+    ) -> None:
+        self.base, self.process, self.clip_skip = base, process, clip_skip
+        self.denoiser, self.vae = parts.denoiser, parts.vae
+        self.text_encoders, self.tokenizers = dict(parts.text_encoders), dict(parts.tokenizers)
+        self.attention = attention
+        factor = vae_factor(self.vae)
+        self.facts = ModelFacts(
+            native_resolution=int(self.denoiser.config.sample_size) * factor,
+            size_multiple=factor * self._latent_multiple(),
+            latents=LatentSpace(
+                int(self.denoiser.config.in_channels),
+                factor,
+                float(self.vae.config.scaling_factor),
+                float(self.vae.config.shift_factor or 0.0),
+            ),
+            device=device,
+            dtype=next(self.denoiser.parameters()).dtype,  # adapters inside it may be kept in another format
+        )
+        self._offload = offload
+        for module in (self.denoiser, self.vae, *self.text_encoders.values()):
+            module.requires_grad_(False).eval()
+        self._lean = False
+        self._visits: dict[int, Visit] = {}
+        if offload:
+            # small cards: the autoencoder takes the most memory of all at the end
+            self._decode_in_tiles()
+
+    @classmethod
+    @abstractmethod
+    def make_process(
+        cls, scheduler: Mapping[str, Any], prediction: str, *, ends_in_noise: bool
+    ) -> NoiseProcess:
+        """Return the noise a base was trained with.
+
+        Args:
+            scheduler: config of the scheduler that lies with it.
+            prediction: name of the prediction type.
+            ends_in_noise: whether the schedule is rescaled to end in pure noise.
+        """
+
+    def _latent_multiple(self) -> int:
+        """Return what the sides of latents must be multiples of."""
+        raise NotImplementedError
+
+    def _set_attention(self, device: torch.device, *, training: bool) -> None:
+        """Have the denoiser compute its attention the way that is fastest there; torch's own by default."""
+
+    def components(self) -> Mapping[str, nn.Module]:
+        return {self.info.denoiser.component: self.denoiser, **self.text_encoders, AUTOENCODER: self.vae}
+
+    def encoder_fingerprint(self, which: Literal["images", "captions"]) -> str:
+        if which == "images":
+            quantisation = self.vae.quant_conv  # the encoder's last layer, which some autoencoders lack
+            last = module_fingerprint(quantisation) if quantisation is not None else "none"
+            return module_fingerprint(self.vae.encoder, extra=f"quant={last}")
+        prints = [
+            module_fingerprint(
+                encoder,
+                extra=f"{name} skip={self.clip_skip} pad={self.tokenizers[name].pad_token_id} "
+                f"tokens={sorted(self.tokenizers[name].get_vocab().items())}",
+            )
+            for name, encoder in self.text_encoders.items()
+        ]
+        return " ".join([self.info.name, *prints])
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Posterior:
+        with self._working(self.vae):
+            distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        return Posterior(distribution.mean.float().cpu(), distribution.logvar.float().cpu())
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        with self._working(self.vae):
+            unscaled = self.facts.latents.unscaled(latents.to(self.vae.device, self.vae.dtype))
+            # one at a time: decoding takes more memory than all else, and gains nothing from company
+            images = [self._decode(latent[None]) for latent in unscaled]
+        return torch.cat(images).float().clamp(-1.0, 1.0)
+
+    def _decode(self, unscaled: Tensor) -> Tensor:
+        try:
+            image: Tensor = self.vae.decode(unscaled).sample
+            return image
+        except torch.OutOfMemoryError:
+            if self.vae.use_tiling:
+                raise
+            warnings.warn(
+                "not enough memory to decode an image at once: from here on they are decoded in tiles, "
+                "which may differ by a shade at their seams",
+                stacklevel=2,
+            )
+            self._decode_in_tiles()
+        torch.cuda.empty_cache()
+        image = self.vae.decode(unscaled).sample
+        return image
+
+    def _decode_in_tiles(self) -> None:
+        """Have images above 512 px decoded in parts: at 1024 px that takes 0.8 instead of 3 GiB."""
+        self.vae.enable_tiling()
+        self.vae.tile_sample_min_size = _TILE
+        self.vae.tile_latent_min_size = _TILE // vae_factor(self.vae)
+
+    def encode_text(self, captions: Sequence[str]) -> Conditioning:
+        groups: dict[int, list[int]] = {}  # those of one length go together, so that company changes nothing
+        tokenizer = next(iter(self.tokenizers.values()))
+        for row, caption in enumerate(captions):
+            groups.setdefault(count_chunks(tokenizer, caption), []).append(row)
+        with self._working(*self.text_encoders.values()):
+            if len(groups) == 1:
+                return self._encode_text(captions)
+            encoded: dict[int, Conditioning] = {}
+            for rows in groups.values():
+                together = self._encode_text([captions[row] for row in rows])
+                encoded |= {row: {n: t[i] for n, t in together.items()} for i, row in enumerate(rows)}
+        return stack_conditioning([encoded[row] for row in range(len(captions))])
+
+    def _encode_text(self, captions: Sequence[str]) -> Conditioning:
+        """Return what :meth:`encode_text` returns, the text encoders being where they work."""
+        raise NotImplementedError
+
+    def prepare(
+        self,
+        *,
+        training: bool,
+        gradient_checkpointing: bool = False,
+        keep_text: bool = True,
+        keep_images: bool = False,
+        lean: bool = False,
+        computes_on: torch.device | None = None,
+    ) -> None:
+        self._set_attention(computes_on or self.facts.device, training=training)
+        # checkpointing acts only in train mode; nothing else differs (all dropout rates are zero)
+        for module in (self.denoiser, *self.text_encoders.values()):
+            module.train(training)
+        if gradient_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()
+        else:
+            self.denoiser.disable_gradient_checkpointing()
+        for encoder in self.text_encoders.values():
+            checkpoint_text_encoder(encoder, gradient_checkpointing)
+        self._lean = lean and not training
+        if not self._offload and self.facts.device.type != "meta":  # a blueprint has nothing to move
+            all_there = not training and not lean
+            places = [(self.vae, keep_images or all_there), (self.denoiser, True)]
+            places += [(encoder, keep_text or all_there) for encoder in self.text_encoders.values()]
+            for module, there in sorted(places, key=lambda place: place[1]):  # first away, then there
+                module.to(self.facts.device if there else "cpu")
+
+    @contextmanager
+    def _working(self, *modules: nn.Module) -> Iterator[None]:
+        """Have these modules on the device: alone if offloading, for this time if lean, else as they are."""
+        if self._offload:
+            self._only(modules)
+        visitors = [
+            m for m in modules if self._lean and next(m.parameters()).device.type != self.facts.device.type
+        ]
+        with visiting(visitors, self.facts.device):
+            yield
+
+    def _only(self, modules: Sequence[nn.Module]) -> None:
+        """Have these modules on the device and no others; they stay there until others are asked for."""
+        wanted = {id(module) for module in modules}
+        for key in [key for key in self._visits if key not in wanted]:
+            self._visits.pop(key).end_with_guests()
+        for module in modules:
+            if id(module) not in self._visits:
+                self._visits[id(module)] = Visit(module, self.facts.device)
+
+
+def vae_factor(vae: Any) -> int:
+    """Return how many px of an image's side one latent stands for."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def one_encoder_states(model: LatentModel, captions: Sequence[str]) -> Tensor:
+    """Return the states of the only text encoder, (B, 77 n, width), its final norm applied."""
+    (name, encoder), *_ = model.text_encoders.items()
+    ids, weights = chunk_tokens(model.tokenizers[name], captions)
+    return weigh_states(encode_chunks(encoder, ids.to(encoder.device), model.clip_skip), weights)
