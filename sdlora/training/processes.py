@@ -11,9 +11,11 @@ one process which makes the same micro-batches one after the other, bit for bit.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -57,6 +59,7 @@ class Processes:
     patience: float = _LEAST_PATIENCE
     one_machine: bool = True
     _messages: Any = field(default=None, repr=False)  # a gloo group: on the CPU, with time-outs of its own
+    _gradients: Any = field(default=None, repr=False)  # a group for what all begin at once, so it is timed
 
     @property
     def is_main(self) -> bool:
@@ -88,9 +91,10 @@ class Processes:
                 "`sdlora train --processes N`, torchrun or accelerate launch (docs/many-gpus.md)"
             )
         messages = distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
+        gradients = distributed.new_group(timeout=timedelta(seconds=_patience()))
         # accelerate says cpu:0, where the CPU is but one; tensors moved "there" would be other tensors
         place = torch.device("cpu") if on_cpu else state.device
-        return cls(state.process_index, count, place, _patience(), _one_machine(), messages)
+        return cls(state.process_index, count, place, _patience(), _one_machine(), messages, gradients)
 
     def leave(self) -> None:
         """Take leave of the others; nothing can be exchanged afterwards."""
@@ -192,14 +196,16 @@ class Processes:
         sent[: piece.numel()] = piece
         received = torch.empty_like(sent)
         # as bytes: not every backend sends every number format so
-        distributed.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8))
+        distributed.all_to_all_single(
+            received.view(torch.uint8), sent.view(torch.uint8), group=self._gradients
+        )
         whole = sums.new_zeros(share * self.count)
         whole[: sums.numel()] = sums
         shares = list(whole.view(self.count, share).unbind())
         summed = shares[self.rank].clone()
         for row in received.view(self.count, share):
             summed.add_(row)
-        distributed.all_gather(shares, summed)
+        distributed.all_gather(shares, summed, group=self._gradients)
         sums.copy_(whole[: sums.numel()])
 
     def _gathered(self, frame: bytes, wait: timedelta | None) -> list[bytes]:
@@ -238,11 +244,20 @@ class Processes:
                 )
 
     def _gone(self, error: BaseException) -> TrainingError:
+        # a message without answer keeps a thread of gloo waiting, which would hold up the end of this process
+        atexit.register(_end_at_once)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return _Heard(
             f"process {self.rank + 1} of {self.count}: another process ended without a word, or its machine "
             f"cannot be reached ({reason[:160]}); look at its own output, then go on with --resume"
         )
+
+
+def _end_at_once() -> None:
+    """End this process as after any error that people were told of."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 class _Heard(TrainingError):

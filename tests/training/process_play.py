@@ -93,7 +93,6 @@ def main() -> None:
     processes = Processes.join("cpu")
     for scene in sys.argv[1:]:
         print(json.dumps({"rank": processes.rank, **answer(processes, scene)}), flush=True)
-    os._exit(0)  # what a failed connection leaves must not hold up the end
 
 
 if __name__ == "__main__":

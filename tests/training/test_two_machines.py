@@ -92,9 +92,9 @@ def settings(tiny_base: Path, image_folder: Make, tmp_path: Path) -> Callable[..
                     "training.precision=fp32",
                 ),
                 *(
-                    "training.steps=60",
-                    "training.checkpoint_every=5",
-                    "data.validation=2",
+                    "training.steps=90",
+                    "training.checkpoint_every=20",
+                    "data.validation=0",
                     "sample.prompts=[]",
                 ),
                 *overrides,
@@ -118,7 +118,8 @@ def start(machine: int, names: tuple[str, str], config: Config, *options: str) -
     launcher = [
         *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", f"{ADDRESSES[0]}:29500", "--rdzv-id", "test"),
-        *("--local-addr", ADDRESSES[machine]),
+        # torchrun knows its own machine by its hostname, which says nothing in a namespace
+        *("--rdzv-conf", f"is_host={int(machine == 0)}", "--local-addr", ADDRESSES[machine]),
     ]
     command = [sys.executable, *launcher, "-m", "sdlora", "train", "--config", str(file), *options]
     with log_of(config).open("a", encoding="utf-8") as log:  # not a pipe: it would fill while nobody reads
