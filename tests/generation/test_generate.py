@@ -147,9 +147,11 @@ def test_without_guidance_the_negative_prompt_has_no_effect(generator: ImageGene
 def test_rendering_leaves_modes_and_gradients_to_the_caller(generator: ImageGenerator) -> None:
     model = generator.model
     model.prepare(training=True)
+    modes = {name: module.training for name, module in model.components().items()}
+    assert modes["unet"] and not modes["vae"] and len(modes) == 3
     try:
         image = render(model, [request()])[0]
-        assert all(module.training for module in model.components().values())
+        assert {name: module.training for name, module in model.components().items()} == modes
         text = model.encode_text(["a"])["states"]
         assert not any(tensor.is_inference() for tensor in [text, *state(model).values()])
     finally:
