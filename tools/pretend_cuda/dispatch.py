@@ -1,13 +1,15 @@
 """Every operation of torch on its way: CPU tensors stay real, those on a card are fake and are counted.
 
 A fake tensor has shape, number format, strides and device, but no numbers. So control flow that asks a card
-for a number gets 0, or True for a truth value; copies to the host are zeros. What torch's CUDA kernels would
-refuse (tensors on different devices, a CPU generator, an optimizer's step counter on the CPU) is refused in
-the same words, because the CPU's kernels and torch's fake ones do not all refuse it.
+for a number gets a finite one, or True for a truth value; a copy to the host is zeros and one number that
+changes when the card's memory is written to, so that "did it change" has an answer. What torch's CUDA kernels
+would refuse (tensors on different devices, a CPU generator, an optimizer's step counter on the CPU) is
+refused in the same words, because the CPU's kernels and torch's fake ones do not all refuse it.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -127,6 +129,10 @@ class Pretending(TorchDispatchMode):
                 for tensor in (*cuda, *results)
             }
             self._ledger.launch(_kernels(name, args, kwargs), sum(sizes.values()))
+        written: list[Tensor] = []
+        _gather((args[place] for place in _written(func) if place < len(args)), written)
+        for tensor in written:
+            self._ledger.write(tensor.untyped_storage())
         for result in results:
             self._cards.allocate(result.fake_device.index or 0, result.untyped_storage())
         return out
@@ -144,7 +150,7 @@ class Pretending(TorchDispatchMode):
         first = args[0]
         if name in ("_local_scalar_dense", "item"):
             self._ledger.wait("item")
-            return (True if first.dtype == torch.bool else 0.0 if first.is_floating_point() else 0,)
+            return (_number(first.dtype, 0),)
         if name in ("equal", "is_nonzero", "allclose"):
             self._ledger.wait(name)
             return (True,)
@@ -155,18 +161,30 @@ class Pretending(TorchDispatchMode):
             dtype = kwargs.get("dtype") or first.dtype
             if torch.device(device).type == "cpu":
                 self._copy("to host", first, dtype, kwargs)
-                return (torch.zeros(first.shape, dtype=dtype),)
+                return (self._numbers(first, torch.zeros(first.shape, dtype=dtype)),)
             if self._cards.index_of(device) != first.fake_device.index:
                 self._copy("between cards", first, dtype, kwargs)
         if name == "copy_":
             return self._copied_into(args, kwargs)
         return None
 
+    def _numbers(self, source: Tensor, host: Tensor) -> Tensor:
+        """Give zeros on the host what a copy from the card could hold: it differs once that was written to.
+
+        One number is enough for that; memory of the others is not touched, however large the tensor.
+        """
+        if host.dtype == torch.bool:
+            return host.fill_(True)
+        if host.numel():
+            writes = self._ledger.writes(source.untyped_storage())
+            host[(0,) * host.ndim] = _number(host.dtype, writes)
+        return host
+
     def _copied_into(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         target, source, *rest = args
         if not is_on_card(target):
             self._copy("to host", source, target.dtype, kwargs, *rest)
-            return (target.fill_(0),)
+            return (self._numbers(source, target.fill_(0)),)
         if not is_on_card(source):
             self._copy("to card", source, target.dtype, kwargs, *rest)
         elif source.fake_device != target.fake_device:
@@ -239,6 +257,21 @@ def _as_fake(value: Any) -> Any:
     if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     return value
+
+
+def _number(dtype: torch.dtype, writes: int) -> bool | float | int:
+    """Return what a card answers for a number: a finite one that is not 0, True, or 0 of whole numbers."""
+    if dtype == torch.bool:
+        return True
+    return 1.0 / (1 + writes % 1000) if dtype.is_floating_point else 0
+
+
+@functools.lru_cache(maxsize=2000)
+def _written(func: Any) -> tuple[int, ...]:
+    """Return the places of the arguments that an operation writes to."""
+    arguments = func._schema.arguments
+    infos = [(place, argument.alias_info) for place, argument in enumerate(arguments)]
+    return tuple(place for place, info in infos if info is not None and info.is_write)
 
 
 def _is_view(func: Any, name: str) -> bool:

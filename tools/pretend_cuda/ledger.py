@@ -86,6 +86,7 @@ class Ledger:
         self.touched: dict[int, StoredKey] = {}
         self.memory: dict[int, CardMemory] = {}
         self._alive: dict[int, tuple[int, int, str]] = {}
+        self._writes: Counter[int] = Counter()
         self._codes: dict[CodeType, tuple[str | None, bool]] = {}
         self._phase = "start"
 
@@ -153,6 +154,14 @@ class Ledger:
         memory.peak = max(memory.peak, memory.alive)
         weakref.finalize(storage, self._release, key)
 
+    def write(self, storage: Any) -> None:
+        """Note that a storage on a card is written to."""
+        self._writes[storage._cdata] += 1
+
+    def writes(self, storage: Any) -> int:
+        """Return how often a storage was written to."""
+        return self._writes[storage._cdata]
+
     def alive(self, card: int) -> int:
         """Return the bytes that are allocated on a card."""
         return self.memory.setdefault(card, CardMemory()).alive
@@ -202,6 +211,7 @@ class Ledger:
 
     def _release(self, key: int) -> None:
         card, size, _ = self._alive.pop(key)
+        self._writes.pop(key, None)
         self.memory[card].alive -= size
 
     def _holders(self, card: int) -> dict[str, int]:

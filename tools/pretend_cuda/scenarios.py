@@ -462,7 +462,7 @@ def refusals(stage: Stage) -> None:
             continue
         accepted.append(name)
     assert not accepted, f"accepted: {accepted}"
-    assert float((first * 2).sum()) == 0.0 and str(first.device) == "cuda:0"
+    assert float((first * 2).sum()) == 1.0 and str(first.device) == "cuda:0"
     del wrong
     ledger.clear()
     kept = (first + 1).cpu()
@@ -482,6 +482,9 @@ def refusals(stage: Stage) -> None:
     )
     del third
     assert ledger.alive(1) == before[0], "what is dead still counts"
+    same, other = first.cpu(), first.add_(1).cpu()
+    assert not torch.equal(same, other), "what was written to looks unchanged"
+    assert torch.equal(other, first.detach().cpu()) and bool(torch.isfinite(first).cpu().all())
 
 
 TRAINING: dict[str, tuple[str, tuple[str, ...]]] = {
