@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
+from pydantic import ValidationError
+
+from ..errors import ConfigError, ModelError
 from .adapter import PART_KEYS, AdaptedPart
 from .schema import Config, OptimizerConfig
 
@@ -84,24 +86,55 @@ class RateRule:
 USUAL_RATE = RateRule()
 
 
-class _Resolver:
-    """Fills open settings one by one, later rules seeing earlier results."""
+class OpenSettings:
+    """Settings of which some are left open: filled one by one, later rules see earlier results.
+
+    Attributes:
+        config: as far as it is decided.
+        facts: about the base.
+        defaults: what was decided, in its order.
+    """
 
     def __init__(self, config: Config, facts: BaseFacts) -> None:
         self.config, self.facts = config, facts
         self.defaults: list[Default] = []
+        self._given = config
 
     def fill(self, key: str, value: Any, reason: str, *, ask_base: bool = True) -> None:
-        """Set an open setting; one the base's author recommends wins over the general rule."""
+        """Set an open setting; one the base's author recommends wins over the general rule.
+
+        Raises:
+            ModelError: if what the base recommends cannot be.
+        """
         if self.config.get(key) is not None:
             return
         if ask_base and key in self.facts.recommended:
-            value, reason = (
-                self.facts.recommended[key],
-                f"recommended by the base {self.facts.title}",
-            )
+            value, reason = self._recommended(key), f"recommended by the base {self.facts.title}"
         self.defaults.append(Default(key, value, reason))
-        self.config = self.config.with_values({key: value})
+        section, name = key.split(".")
+        # not validated here, as each rule's value is of the right kind; the whole is, once, in final()
+        changed = getattr(self.config, section).model_copy(update={name: value})
+        self.config = self.config.model_copy(update={section: changed})
+
+    def say(self, key: str, value: Any, reason: str) -> None:
+        """Tell a choice that is no setting."""
+        self.defaults.append(Default(key, value, reason))
+
+    def final(self) -> Config:
+        """Return the settings, validated as a whole."""
+        filled = {default.key for default in self.defaults if self._given.get(default.key) is None}
+        return self._given.with_values({key: self.config.get(key) for key in filled})
+
+    def _recommended(self, key: str) -> Any:
+        section, name = key.split(".")
+        value = self.facts.recommended[key]
+        try:
+            return getattr(type(getattr(self.config, section)).model_validate({name: value}), name)
+        except ValidationError as error:
+            raise ModelError(
+                f"{self.facts.title}: its sdlora.json recommends `{key}={value}`, which cannot be "
+                f"({error.errors()[0]['msg']}); set {key} yourself, or mend that file"
+            ) from None
 
 
 def check_components(config: Config, facts: BaseFacts) -> None:
@@ -121,12 +154,10 @@ def check_components(config: Config, facts: BaseFacts) -> None:
         )
 
 
-def resolve_data(config: Config, facts: BaseFacts, num_images: int) -> tuple[Config, list[Default]]:
+def fill_data(open_settings: OpenSettings, num_images: int) -> None:
     """Fill the settings that preparing the images needs: resolution and hold-out."""
-    resolver = _Resolver(config, facts)
-    resolver.fill("data.resolution", facts.native_resolution, "the base's own resolution")
-    resolver.fill("data.validation", *hold_out(num_images))
-    return resolver.config, resolver.defaults
+    open_settings.fill("data.resolution", open_settings.facts.native_resolution, "the base's own resolution")
+    open_settings.fill("data.validation", *hold_out(num_images))
 
 
 def hold_out(num_images: int) -> tuple[int, str]:
@@ -136,97 +167,97 @@ def hold_out(num_images: int) -> tuple[int, str]:
     return 0, f"{num_images} images are too few to hold some out"
 
 
-def resolve_training(
-    config: Config, facts: BaseFacts, data: DataFacts, rule: RateRule = USUAL_RATE
-) -> tuple[Config, list[Default]]:
-    """Fill every setting that is still open, from the images that are trained on.
+def fill_training(open_settings: OpenSettings, data: DataFacts, rule: RateRule = USUAL_RATE) -> None:
+    """Fill what follows the images that are trained on: the adapter's size, length, rates and intervals.
 
     Args:
-        config: settings, those of the data filled in.
-        facts: about the base.
+        open_settings: those of the data filled in.
         data: about the images.
         rule: about the optimizer's learning rate.
     """
-    resolver = _Resolver(config, facts)
-    _fill_adapter(resolver, data.num_images)
-    _fill_length(resolver, data)
-    _fill_rates(resolver, rule)
-    _fill_intervals(resolver, data)
-    return resolver.config, resolver.defaults
+    _fill_adapter(open_settings, data.num_images)
+    _fill_length(open_settings, data)
+    _fill_rates(open_settings, rule)
+    _fill_intervals(open_settings, data)
 
 
-def _fill_adapter(resolver: _Resolver, num_images: int) -> None:
+def _fill_adapter(open_settings: OpenSettings, num_images: int) -> None:
     rank = 8 if num_images < 10 else 16 if num_images < 200 else 32
-    loha = resolver.config.adapter.kind == "loha"
+    loha = open_settings.config.adapter.kind == "loha"
     reason = f"enough for {num_images} images without learning them by heart"
     if loha:
         rank, reason = rank // 2, f"as large a file as a LoRA of rank {rank}"
-    resolver.fill("adapter.rank", rank, reason, ask_base=not loha)
-    resolver.fill("adapter.alpha", *_usual_alpha(resolver, "adapter.rank"), ask_base=not loha)
-    for part in _adapted_text(resolver):
+    open_settings.fill("adapter.rank", rank, reason, ask_base=not loha)
+    open_settings.fill("adapter.alpha", *_usual_alpha(open_settings, "adapter.rank"), ask_base=not loha)
+    for part in _adapted_text(open_settings):
         keys = PART_KEYS[part]
-        resolver.fill(keys.rank, resolver.config.adapter.rank, "as in the U-Net")
-        resolver.fill(keys.alpha, *_usual_alpha(resolver, keys.rank))
+        open_settings.fill(keys.rank, open_settings.config.adapter.rank, "as in the U-Net")
+        open_settings.fill(keys.alpha, *_usual_alpha(open_settings, keys.rank))
 
 
-def _usual_alpha(resolver: _Resolver, rank_key: str) -> tuple[float, str]:
+def _usual_alpha(open_settings: OpenSettings, rank_key: str) -> tuple[float, str]:
     """Return the alpha with which the usual learning rate fits, and why."""
-    if resolver.config.adapter.kind == "loha":
+    if open_settings.config.adapter.kind == "loha":
         return 1.0, "usual for LoHa, whose factors start large"
-    return float(resolver.config.get(rank_key)), "equal to the rank: scale 1"
+    return float(open_settings.config.get(rank_key)), "equal to the rank: scale 1"
 
 
-def _adapted_text(resolver: _Resolver) -> list[AdaptedPart]:
-    return [part for part in resolver.facts.text_encoders if resolver.config.adapter.adapts(part)]
+def _adapted_text(open_settings: OpenSettings) -> list[AdaptedPart]:
+    return [part for part in open_settings.facts.text_encoders if open_settings.config.adapter.adapts(part)]
 
 
-def _fill_length(resolver: _Resolver, data: DataFacts) -> None:
+def _fill_length(open_settings: OpenSettings, data: DataFacts) -> None:
     num_images = data.num_images
-    wanted = 4 if resolver.facts.device == "cuda" else 2
-    processes = resolver.facts.num_processes
-    if data.num_visits < resolver.facts.recommended.get("training.batch_size", wanted) * processes:
+    wanted = 4 if open_settings.facts.device == "cuda" else 2
+    processes = open_settings.facts.num_processes
+    if data.num_visits < open_settings.facts.recommended.get("training.batch_size", wanted) * processes:
         reason = f"there are only {num_images} images" + _for_processes(processes)
-        resolver.fill("training.batch_size", math.ceil(data.num_visits / processes), reason, ask_base=False)
-    resolver.fill("training.batch_size", wanted, f"fits a small {resolver.facts.device} device")
-    settings = resolver.config.training
+        open_settings.fill(
+            "training.batch_size", math.ceil(data.num_visits / processes), reason, ask_base=False
+        )
+    open_settings.fill("training.batch_size", wanted, f"fits a small {open_settings.facts.device} device")
+    settings = open_settings.config.training
     assert settings.batch_size is not None
     effective = settings.batch_size * settings.gradient_accumulation * processes
     if settings.epochs is None:
-        if (usual := resolver.facts.recommended.get("training.steps")) and processes > 1:
-            reason = f"recommended by the base {resolver.facts.title}, divided by {processes} processes"
-            resolver.fill("training.steps", max(1, math.ceil(usual / processes)), reason, ask_base=False)
+        if (usual := open_settings.facts.recommended.get("training.steps")) and processes > 1:
+            reason = f"recommended by the base {open_settings.facts.title}, divided by {processes} processes"
+            open_settings.fill("training.steps", max(1, math.ceil(usual / processes)), reason, ask_base=False)
         visits = min(12_000, max(1_600, 80 * num_images))
         steps = max(1, math.ceil(visits / effective))
         reason = (
             f"about {visits // num_images} looks at each of {num_images} images{_for_processes(processes)}"
         )
-        resolver.fill("training.steps", steps, reason)
+        open_settings.fill("training.steps", steps, reason)
 
 
 def _for_processes(count: int) -> str:
     return f", by {count} processes" if count > 1 else ""
 
 
-def _fill_rates(resolver: _Resolver, rule: RateRule) -> None:
+def _fill_rates(open_settings: OpenSettings, rule: RateRule) -> None:
     # what a base recommends was found with the usual optimizer
-    usual = resolver.config.optimizer.name == OptimizerConfig.model_fields["name"].default
-    rate, reason = _rate(resolver, rule)
-    resolver.fill("optimizer.learning_rate", rate, reason, ask_base=usual)
-    chosen = resolver.config.optimizer.learning_rate
+    usual = open_settings.config.optimizer.name == OptimizerConfig.model_fields["name"].default
+    rate, reason = _rate(open_settings, rule)
+    open_settings.fill("optimizer.learning_rate", rate, reason, ask_base=usual)
+    chosen = open_settings.config.optimizer.learning_rate
     assert chosen is not None
-    for part in _adapted_text(resolver):
-        first = resolver.config.optimizer.text_encoder_learning_rate
+    for part in _adapted_text(open_settings):
+        first = open_settings.config.optimizer.text_encoder_learning_rate
         value, reason = chosen / 5, "a fifth of the U-Net's: text encoders forget quickly"
         if rule.one_rate:
-            value, reason = chosen, f"as the U-Net's: {resolver.config.optimizer.name} has one rate for all"
+            value, reason = (
+                chosen,
+                f"as the U-Net's: {open_settings.config.optimizer.name} has one rate for all",
+            )
         elif part != "text_encoder" and first is not None:
             value, reason = first, "as the first text encoder's"
-        resolver.fill(PART_KEYS[part].learning_rate, value, reason, ask_base=usual)
+        open_settings.fill(PART_KEYS[part].learning_rate, value, reason, ask_base=usual)
 
 
-def _rate(resolver: _Resolver, rule: RateRule) -> tuple[float, str]:
+def _rate(open_settings: OpenSettings, rule: RateRule) -> tuple[float, str]:
     """Return the U-Net's rate, and why."""
-    adapter = resolver.config.adapter
+    adapter = open_settings.config.adapter
     assert adapter.rank is not None and adapter.alpha is not None
     divisor = math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank
     # a LoHa of alpha 1 changes about as much a step as a LoRA of scale 1
@@ -237,20 +268,22 @@ def _rate(resolver: _Resolver, rule: RateRule) -> tuple[float, str]:
     return float(f"{rule.rate / scale:.2e}"), f"{rule.rate:g} divided by the scale {scale:g}"
 
 
-def _fill_intervals(resolver: _Resolver, data: DataFacts) -> None:
-    settings = resolver.config.training
+def _fill_intervals(open_settings: OpenSettings, data: DataFacts) -> None:
+    settings = open_settings.config.training
     assert settings.batch_size is not None
-    images_per_step = settings.batch_size * settings.gradient_accumulation * resolver.facts.num_processes
+    images_per_step = settings.batch_size * settings.gradient_accumulation * open_settings.facts.num_processes
     per_epoch = math.ceil(data.num_visits / images_per_step)
-    steps = resolver.config.total_steps(per_epoch)
-    resolver.fill("optimizer.warmup_steps", min(100, steps // 20), "a twentieth of the steps, at most 100")
+    steps = open_settings.config.total_steps(per_epoch)
+    open_settings.fill(
+        "optimizer.warmup_steps", min(100, steps // 20), "a twentieth of the steps, at most 100"
+    )
     every = max(10, min(250, steps // 5))
-    resolver.fill("training.checkpoint_every", every, "what a crash may cost at most")
+    open_settings.fill("training.checkpoint_every", every, "what a crash may cost at most")
     if data.num_held_out:
-        resolver.fill("training.validate_every", max(5, steps // 10), "about ten points on the curve")
+        open_settings.fill("training.validate_every", max(5, steps // 10), "about ten points on the curve")
     # up to four: they show what was learned, not remembered, so held-out captions come first
     prompts = tuple(dict.fromkeys(prompt for prompt in data.prompts if prompt))[:4]
-    resolver.fill("sample.prompts", prompts, "captions of the images")
-    if resolver.config.sample.prompts:
-        resolver.fill("sample.every", max(10, steps // 4), "four rows of previews")
-        resolver.fill("sample.guidance", 7.0, "the usual guidance scale")
+    open_settings.fill("sample.prompts", prompts, "captions of the images")
+    if open_settings.config.sample.prompts:
+        open_settings.fill("sample.every", max(10, steps // 4), "four rows of previews")
+        open_settings.fill("sample.guidance", 7.0, "the usual guidance scale")

@@ -40,6 +40,20 @@ class Attention:
         unet.set_attn_processor(processors[self.name]())
 
 
+@dataclass(frozen=True)
+class Attentions:
+    """What a U-Net computes its attention with: in training, and in drawing."""
+
+    training: Attention
+    drawing: Attention
+
+
+def choose_attentions(setting: AttentionName, device: torch.device, dtype: torch.dtype) -> Attentions:
+    """Return what :func:`choose_attention` does for both."""
+    training, drawing = (choose_attention(setting, device, dtype, training=both) for both in (True, False))
+    return Attentions(training, drawing)
+
+
 def choose_attention(
     setting: AttentionName, device: torch.device, dtype: torch.dtype, *, training: bool
 ) -> Attention:

@@ -178,7 +178,6 @@ class DiffusionModel(ABC):
         keep_text: bool = True,
         keep_images: bool = False,
         lean: bool = False,
-        computes_on: torch.device | None = None,
     ) -> None:
         """Set modes, placement and the attention that is fastest for what comes next.
 
@@ -189,7 +188,6 @@ class DiffusionModel(ABC):
             keep_images: keep the image encoder there too.
             lean: outside of training, have encoders that are not kept there only while they work, so that
                 previews take little more than the training itself.
-            computes_on: choose the attention of this device instead; for blueprints, which compute on none.
         """
 
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import AttentionName
 from ..diffusion.process import NoiseProcess
+from .attention import Attentions
 from .base import (
     BaseModelInfo,
     Conditioning,
@@ -66,7 +66,7 @@ class LatentModel(DiffusionModel):
         *,
         device: torch.device,
         clip_skip: int = 1,
-        attention: AttentionName = "auto",
+        attention: Attentions,
         offload: bool = False,
     ) -> None:
         self.base, self.process, self.clip_skip = base, process, clip_skip
@@ -112,8 +112,8 @@ class LatentModel(DiffusionModel):
         """Return what the sides of latents must be multiples of."""
         raise NotImplementedError
 
-    def _set_attention(self, device: torch.device, *, training: bool) -> None:
-        """Have the denoiser compute its attention the way that is fastest there; torch's own by default."""
+    def _set_attention(self, *, training: bool) -> None:
+        """Have the denoiser compute its attention the way that was chosen; torch's own by default."""
 
     def components(self) -> Mapping[str, nn.Module]:
         return {self.info.denoiser.component: self.denoiser, **self.text_encoders, AUTOENCODER: self.vae}
@@ -196,9 +196,8 @@ class LatentModel(DiffusionModel):
         keep_text: bool = True,
         keep_images: bool = False,
         lean: bool = False,
-        computes_on: torch.device | None = None,
     ) -> None:
-        self._set_attention(computes_on or self.facts.device, training=training)
+        self._set_attention(training=training)
         # checkpointing acts only in train mode; nothing else differs (all dropout rates are zero)
         for module in (self.denoiser, *self.text_encoders.values()):
             module.train(training)

@@ -21,6 +21,7 @@ from ..diffusion.prediction import PREDICTIONS
 from ..diffusion.process import NoiseProcess
 from ..errors import ConfigError, ModelError
 from ..tensor_file import CONVERT
+from .attention import Attentions, choose_attentions
 from .base import BaseModelInfo
 from .facts import DenoiserInfo
 from .hub import from_hub
@@ -68,7 +69,7 @@ def load_model(
     zero_terminal_snr: bool | None = None,
     clip_skip: int = 1,
     vae: str | None = None,
-    attention: AttentionName = "auto",
+    attention: AttentionName | Attentions = "auto",
     offload: bool = False,
     denoiser_waits: bool = False,
 ) -> LatentModel:
@@ -84,7 +85,7 @@ def load_model(
         zero_terminal_snr: overrides what the base says of itself; needs v-prediction.
         clip_skip: see :func:`sdlora.families.clip.encode_chunks`.
         vae: another autoencoder: a file, a folder, or a hub id of one.
-        attention: see :func:`sdlora.families.attention.choose_attention`.
+        attention: see :func:`sdlora.families.attention.choose_attention`, or what it chose already.
         offload: keep in ``device``'s memory only the component that works (for drawing on small cards).
         denoiser_waits: leave the denoiser in main memory until :meth:`LatentModel.prepare`, so that encoding
             the images and captions before training has the device to itself.
@@ -105,6 +106,7 @@ def load_model(
             "leave clip_skip out"
         )
     process = _process(recognised, prediction_type, zero_terminal_snr)
+    chosen = attention if isinstance(attention, Attentions) else choose_attentions(attention, device, dtype)
     # An offloaded model waits in main memory.
     encoder_device = torch.device("cpu") if offload else device
     try:
@@ -134,9 +136,7 @@ def load_model(
         weights=path if path.is_file() else weight_files(path / kind.info.denoiser.component)[0],
         recommended=_recommended(path),
     )
-    return kind(
-        base, parts, process, device=device, clip_skip=clip_skip, attention=attention, offload=offload
-    )
+    return kind(base, parts, process, attention=chosen, device=device, clip_skip=clip_skip, offload=offload)
 
 
 def load_parts(

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..diffusion.ddpm import DDPM
-from .attention import choose_attention
 from .base import Conditioning, SizeHint
 from .facts import DenoiserInfo
 from .latent_model import LatentModel
@@ -61,8 +59,8 @@ class UNetModel(LatentModel):
     def _latent_multiple(self) -> int:
         return int(2 ** (len(self.denoiser.config.block_out_channels) - 1))
 
-    def _set_attention(self, device: torch.device, *, training: bool) -> None:
-        choose_attention(self.attention, device, self.facts.dtype, training=training).apply(self.denoiser)
+    def _set_attention(self, *, training: bool) -> None:
+        (self.attention.training if training else self.attention.drawing).apply(self.denoiser)
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Sequence[SizeHint]

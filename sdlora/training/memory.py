@@ -191,7 +191,6 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
         training=True,
         gradient_checkpointing=config.training.gradient_checkpointing,
         keep_text=_keeps_text(config),
-        computes_on=device,
     )
     activations = _step_bytes(model, _rounded(model, _side(config)), config)
     others = {"encoding": encoding, "placing": weights + values * (8 + layer_bytes)}
@@ -200,7 +199,7 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
             weights + adapter + _forward_bytes(model, _side(config), validation_rows(config))
         )
     if config.sample.prompts:
-        model.prepare(training=False, lean=True, computes_on=device)
+        model.prepare(training=False, lean=True)
         visiting = 0 if waiting or _keeps_images(config) else images
         others["previews"] = weights + adapter + _preview_bytes(model, config, visiting)
     return weights, adapter, activations, tuple(others.items())
@@ -321,7 +320,8 @@ def _preview_bytes(model: DiffusionModel, config: Config, visiting: int) -> int:
 def _attach(model: DiffusionModel, config: AdapterConfig) -> int:
     """Put a fresh adapter of the same kind and shapes on the blueprint; return how many numbers it has."""
     # starts that are worked out from the base's weights have the shapes of any other
-    fresh = create_adapter(model, config.model_copy(update={"init": "default"}), 0)
+    with torch.device("meta"):  # no number is drawn
+        fresh = create_adapter(model, config.model_copy(update={"init": "default"}), 0)
     count = 0
     for layer in attach_for_training(model, fresh, "planned", dropout=config.dropout):
         for parameter in layer.parameters.values():

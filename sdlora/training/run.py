@@ -7,40 +7,35 @@ holds the loop.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
 from ..adapters.attach import create_adapter
-from ..adapters.canonical import AdapterWeights
-from ..config.defaults import Default, check_components, resolve_data, resolve_training
 from ..config.schema import Config
 from ..config.toml import save_config
 from ..data.batching.batches import Batch, make_batch
 from ..data.batching.loader import BatchLoader
 from ..data.batching.order import MicroBatch
-from ..data.batching.prepare import PreparedData, base_facts, data_facts, prepare_data
-from ..data.reading.holdout import divide
-from ..data.reading.items import Dataset
-from ..data.reading.sources import by_role, gather, gather_held_out, joined
-from ..data.reading.wording import Wording, reworded
-from ..devices import choose_device, choose_dtype, make_current, set_exactness
+from ..data.batching.prepare import PreparedData, prepare_data
+from ..devices import choose_dtype
 from ..errors import ConfigError, OutputError, TrainingError
 from ..events import Decided, Emitter, Notice
-from ..families.attention import choose_attention
 from ..families.base import Conditioning, DiffusionModel
 from ..families.loading import load_model
 from ..families.parallel import SplitPredictor
 from ..files import refuse_used_folder
 from ..generation.render import encode_prompts
-from ..machine import idle_card_notice
 from ..run_folder import RunFolder, list_checkpoints
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
-from .optimizers import check_rates, make_optimizer, optimizer_kind
+from .optimizers import make_optimizer, optimizer_kind
 from .processes import Processes
+from .settings import Compute, Final, Images, finalise
 from .shown_weights import weights_to_show
 from .state import Run, check_alike, check_same, masters_digest, restore, run_folder
 from .trainable import make_trainable
-from .warm_start import warm_start
+
+_META = torch.device("meta")
 
 
 def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Processes | None = None) -> Run:
@@ -55,37 +50,21 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
     processes = processes or Processes()
     if processes.is_main:  # the run folder is only looked at here: other machines need not have it
         _check_folder(folder, emit, resume=resume)
-    wording = Wording.of(config.data)
-    learned, priors = by_role(reworded(gather(config.data), wording))
-    own_validation = gather_held_out(config.data)
-    if own_validation is not None:
-        own_validation = reworded(own_validation, wording)
-    config, device, defaults = _choose(config, processes, emit)
-    blueprint = _base(config, torch.device("meta"))
-    facts = base_facts(blueprint, device.type, processes.count)
-    check_components(config, facts)
-    config, more = resolve_data(config, facts, len(learned.items))
-    training, validation = divide(
-        learned, config.data.validation, own_validation, config.training.seed, priors.items
-    )
-    training = joined(training, priors)
-    for note in training.notes:
+    images, compute = Images.of(config), Compute.of(config, processes)
+    if compute.idle_card:
+        emit(Notice(compute.idle_card))
+    blueprint = _base(config, compute, _META)
+    final = finalise(config, compute, blueprint, images)  # from here on no setting changes
+    for note in final.training.notes:
         emit(Notice(note))
-    start: AdapterWeights | None = None
-    if config.adapter.from_file is not None:
-        config, start, followed = warm_start(config, blueprint)
-        more += followed
-    rule = optimizer_kind(config.optimizer).rate
-    config, rest = resolve_training(config, facts, data_facts(config, training, validation), rule)
-    check_rates(config, facts.parts)
-    for default in defaults + more + rest:
+    for default in final.defaults:
         emit(Decided(default.key, default.value, default.reason))
     if resume and processes.is_main:
-        check_same(config, folder, processes.count)
-    check_alike(config, training, blueprint, processes)
-    plan = _plan_memory(config, device, emit)
-    model = _base(config, device)
-    return _assemble(config, folder, model, plan, start, training, validation, processes, emit, resume=resume)
+        check_same(final.config, folder, processes.count)
+    check_alike(final.config, final.training, blueprint, processes)
+    plan = _plan_memory(final.config, compute, blueprint, emit)
+    model = _base(final.config, compute, compute.device)
+    return _assemble(final, folder, model, plan, processes, emit, resume=resume)
 
 
 def _check_folder(folder: RunFolder, emit: Emitter, *, resume: bool) -> None:
@@ -105,88 +84,70 @@ def _check_folder(folder: RunFolder, emit: Emitter, *, resume: bool) -> None:
     refuse_used_folder(folder.path, "a training run")
 
 
-def _choose(
-    config: Config, processes: Processes, emit: Emitter
-) -> tuple[Config, torch.device, list[Default]]:
-    """Return the device, and settings with device and number format filled in; tell of a card left idle."""
-    device = processes.device or choose_device(config.training.device)
-    make_current(device)
-    dtype = choose_dtype(config.training.precision, device)
-    set_exactness(device, dtype)
-    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    chosen = {"training.device": str(device.type), "training.precision": name}
-    idle = idle_card_notice() if config.training.device is None and device.type == "cpu" else None
-    if idle is not None:
-        emit(Notice(idle))
-    reasons = {
-        "training.device": "torch cannot use the card that is here" if idle else "the fastest one here",
-        "training.precision": f"fastest safe one on {device.type}",
-    }
-    open_keys = [key for key in chosen if config.get(key) is None]
-    defaults = [Default(key, chosen[key], reasons[key]) for key in open_keys]
-    config = config.with_values({key: chosen[key] for key in open_keys})
-    attention = choose_attention(config.training.attention, device, dtype, training=True)
-    defaults.append(Default("training.attention", attention.name, attention.reason))
-    return config, device, defaults
-
-
-def _base(config: Config, device: torch.device) -> DiffusionModel:
+def _base(config: Config, compute: Compute, device: torch.device) -> DiffusionModel:
     """Return the base; on the meta device a blueprint of it, for which no weight is read."""
     return load_model(
         config.model.base,
-        dtype=choose_dtype(config.training.precision, device),
+        dtype=compute.dtype,
         device=device,
         family=config.model.family,
         prediction_type=config.model.prediction_type,
         zero_terminal_snr=config.model.zero_terminal_snr,
         clip_skip=config.model.clip_skip,
         vae=config.model.vae,
-        attention=config.training.attention,
+        attention=compute.attention,
         denoiser_waits=True,
     )
 
 
-def _plan_memory(config: Config, device: torch.device, emit: Emitter) -> MemoryPlan:
-    """Return what a step will take; warn or refuse if the device does not have that much."""
-    free = free_memory(device)
+def _plan_memory(config: Config, compute: Compute, blueprint: DiffusionModel, emit: Emitter) -> MemoryPlan:
+    """Return what a step will take; warn or refuse if the device does not have that much.
+
+    The blueprint that the settings were decided on is used up: the plan puts an adapter into it. Only if
+    the run does not fit are others made, for the settings that are tried instead.
+    """
+    free, unused = free_memory(compute.device), [blueprint]
 
     def plan(settings: Config) -> MemoryPlan:
-        return plan_memory(settings, lambda: _base(settings, torch.device("meta")), free=free)
+        if settings is config:
+            return plan_memory(settings, unused.pop, free=free)
+        other = replace(compute, dtype=choose_dtype(settings.training.precision, compute.device))
+        return plan_memory(settings, lambda: _base(settings, other, _META), free=free)
 
     memory = plan(config)
-    warning = refuse_what_cannot_fit(memory, config, device, plan)
+    warning = refuse_what_cannot_fit(memory, config, compute.device, plan)
     emit(Notice(warning or f"memory: about {memory.render()}"))
     return memory
 
 
 def _assemble(
-    config: Config,
+    final: Final,
     folder: RunFolder,
     model: DiffusionModel,
     plan: MemoryPlan,
-    start: AdapterWeights | None,
-    training: Dataset,
-    validation: Dataset,
     processes: Processes,
     emit: Emitter,
     *,
     resume: bool,
 ) -> Run:
-    share = processes.rank, processes.count
-    data = prepare_data(config, training, validation, model, emit, share=share, meet=processes.exchange)
-    config = data.config
+    config = final.config
     settings = config.training
+    share = processes.rank, processes.count
+    data = prepare_data(
+        config, final.outline, final.validation, model, emit, share=share, meet=processes.exchange
+    )
     preview_text = _preview_text(config, model)
     # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
     keep_text = config.adapter.adapts_text or config.data.encode_captions == "in loop"
     model.prepare(training=True, keep_text=keep_text, keep_images=data.training.views.in_loop)
-    trainable = make_trainable(model, config, start or create_adapter(model, config.adapter, settings.seed))
+    start = final.start or create_adapter(model, config.adapter, settings.seed)
+    trainable = make_trainable(model, config, start)
     optimizer = make_optimizer(config.optimizer, trainable.groups)
     run = Run(
         config=config,
         folder=folder,
         model=model,
-        dataset=training,
+        dataset=final.training,
         training=data.training,
         validation=data.validation,
         order=data.order,
@@ -200,7 +161,7 @@ def _assemble(
         emit=emit,
         started_at=time.time(),
         splitter=_splitter(config, model),
-        loader=_loader(data, model, processes.rank),
+        loader=_loader(config, data, model, processes.rank),
         preview_text=preview_text,
     )
     run.start = masters_digest(run)
@@ -230,8 +191,8 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
     return SplitPredictor(model) if model.facts.device.type == "cpu" and not whole else None
 
 
-def _loader(data: PreparedData, model: DiffusionModel, rank: int) -> BatchLoader:
-    config, seed = data.config, data.config.training.seed
+def _loader(config: Config, data: PreparedData, model: DiffusionModel, rank: int) -> BatchLoader:
+    seed = config.training.seed
 
     def make(step: int, micro: int, visits: MicroBatch) -> Batch:
         return make_batch(

@@ -11,7 +11,7 @@ from ..adapters.attach import target_modules
 from ..adapters.canonical import AdapterWeights
 from ..adapters.kinds import TITLES, TuckerPair
 from ..config.adapter import PART_KEYS
-from ..config.defaults import Default
+from ..config.defaults import OpenSettings
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..families.base import DiffusionModel
@@ -19,8 +19,8 @@ from ..families.fingerprint import file_digest
 from ..formats.adapter_files import read_adapter, read_headers
 
 
-def warm_start(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWeights, list[Default]]:
-    """Return the settings with the file's ranks and alphas, its weights in float32, and what was decided.
+def warm_start(open_settings: OpenSettings, model: DiffusionModel) -> AdapterWeights:
+    """Fill in the ranks and alphas of the file to go on from, and return its weights in float32.
 
     LoCon with Tucker factors goes on as a plain LoRA of the same ranks and alphas, which it is exactly.
 
@@ -28,6 +28,7 @@ def warm_start(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWe
         AdapterFileError: if the file cannot be read.
         ConfigError: if settings contradict the file.
     """
+    config = open_settings.config
     path = config.adapter.from_file
     assert path is not None
     read = read_adapter(path)
@@ -43,7 +44,6 @@ def warm_start(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWe
             f"{model.info.name}; choose another base or file"
         )
     _check_modules(config, path, weights, model)
-    defaults: list[Default] = []
     infos = model.info.components
     for component in (name for name in weights.components() if name in infos):
         component_updates = weights.updates_of(component).values()
@@ -58,10 +58,8 @@ def warm_start(config: Config, model: DiffusionModel) -> tuple[Config, AdapterWe
                     f"`{key}={given}` contradicts `adapter.from_file={path}`, whose layers have {value:g}; "
                     f"leave {key} out"
                 )
-            if given is None:
-                defaults.append(Default(key, value, f"as in {path.name}"))
-                config = config.with_values({key: value})
-    return config, weights, defaults
+            open_settings.fill(key, value, f"as in {path.name}", ask_base=False)
+    return weights
 
 
 def digest_of(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.config.defaults import BaseFacts, resolve_data, resolve_training
+from sdlora.config.defaults import BaseFacts, OpenSettings, fill_data, fill_training
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.data.batching.prepare import data_facts
@@ -27,8 +27,14 @@ def facts(**recommended: object) -> BaseFacts:
 
 def resolved(*overrides: str, count: int = 20, held: int = 0, base: BaseFacts | None = None) -> Config:
     base = base or facts()
-    config, _ = resolve_data(load_config(None, overrides), base, count)
-    return resolve_training(config, base, data_facts(config, dataset(count - held), dataset(held)))[0]
+    return filled(load_config(None, overrides), base, count, held).final()
+
+
+def filled(config: Config, base: BaseFacts, count: int, held: int) -> OpenSettings:
+    settings = OpenSettings(config, base)
+    fill_data(settings, count)
+    fill_training(settings, data_facts(settings.config, dataset(count - held), dataset(held)))
+    return settings
 
 
 def test_nothing_that_training_needs_stays_open() -> None:
@@ -49,10 +55,9 @@ def test_nothing_that_training_needs_stays_open() -> None:
 
 
 def test_every_choice_comes_with_a_reason() -> None:
-    config, defaults = resolve_data(Config(), facts(), 20)
-    _, more = resolve_training(config, facts(), data_facts(config, dataset(18), dataset(2)))
-    assert len(defaults + more) >= 10
-    assert all(default.reason for default in defaults + more)
+    defaults = filled(Config(), facts(), 20, 2).defaults
+    assert len(defaults) >= 10
+    assert all(default.reason for default in defaults)
 
 
 def test_the_user_wins_over_the_base_and_the_base_over_the_rule() -> None:

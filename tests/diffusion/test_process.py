@@ -104,3 +104,13 @@ def test_zero_terminal_snr_rescales_as_diffusers_does() -> None:
     assert process.ends_in_noise
     assert not DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon").ends_in_noise
     assert bool(torch.isfinite(process.loss_weights(torch.arange(1000), 5.0)).all())
+
+
+@pytest.mark.parametrize("size", [0.05, 0.5])
+def test_noise_offset_has_the_size_it_is_given(size: float) -> None:
+    shape = (512, 4, 2, 2)
+    plain, offset = (draw_noise(shape, torch.Generator().manual_seed(2), noise_offset=s) for s in (0.0, size))
+    constants = (offset - plain)[:, :, 0, 0]
+    # 2048 draws: their deviation is known to within 2 % (one sigma)
+    assert float(constants.std()) == pytest.approx(size, rel=0.08)
+    assert abs(float(constants.mean())) < 0.1 * size

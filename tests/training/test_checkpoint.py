@@ -50,6 +50,19 @@ def test_a_failed_save_leaves_the_old_ones_and_nothing_else(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
+def test_a_second_save_at_one_step_keeps_the_first_whole(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+    def refuse(path: Path) -> None:
+        raise AssertionError("the state of a step is one: it is not written again")
+
+    again = save_checkpoint(tmp_path, 1, {"unet.master": torch.zeros(4)}, {"note": "y"}, refuse)
+    assert again == folder and len(before) == 3
+    assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
 def test_pruning_keeps_the_newest_and_clears_leftovers(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, step)

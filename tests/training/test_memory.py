@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sdlora.adapters.attach import attach, create_adapter
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.errors import TrainingError
+from sdlora.families.attention import choose_attentions
 from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
 from sdlora.training.masters import MasterWeights
@@ -43,7 +45,9 @@ def settings(*overrides: str) -> Config:
 
 def planned(base: str, config: Config, free: int | None = None) -> MemoryPlan:
     dtype = DTYPES[config.training.precision or "fp32"]
-    return plan_memory(config, lambda: load_model(base, dtype=dtype, device=META), free=free)
+    attention = choose_attentions("auto", CPU, dtype)
+    blueprint = partial(load_model, base, dtype=dtype, device=META, attention=attention)
+    return plan_memory(config, blueprint, free=free)
 
 
 def allocated(base: str, config: Config) -> int:

@@ -15,8 +15,10 @@ from sdlora.adapters.attach import attach, create_adapter, detach, set_strengths
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
 from sdlora.adapters.initial import split_side
 from sdlora.adapters.kinds import DoRA, LoHa, LoKr
+from sdlora.config.defaults import OpenSettings
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config, save_config
+from sdlora.data.batching.prepare import base_facts
 from sdlora.errors import ConfigError
 from sdlora.events import Control, Emitter, Event, StepDone
 from sdlora.families.base import DiffusionModel, SizeHint
@@ -190,6 +192,23 @@ def test_dora_in_bf16_starts_at_the_base_and_keeps_its_magnitudes_in_fp32(settin
     assert not any(torch.equal(tensor, old) for tensor, old in zip(magnitudes, before, strict=True))
 
 
+def test_weight_decay_pulls_the_factors_of_dora_and_not_its_magnitudes(settings: Settings) -> None:
+    config = settings(
+        *("run", "adapter.kind=dora", "optimizer.weight_decay=0.5", "optimizer.learning_rate=0.1"),
+        *("optimizer.schedule=constant", "optimizer.warmup_steps=0"),
+    )
+    run = prepared(config)
+    before = {group.name: group.master.flat.detach().clone() for group in run.groups}
+    assert set(before) == {"unet", "unet magnitude"}
+    for group in run.groups:  # without a gradient nothing but the decay moves anything
+        assert group.master.flat.grad is not None and not group.master.flat.grad.any()
+    run.optimizer.step()
+    factors, magnitudes = (group.master.flat.detach() for group in run.groups)
+    assert torch.equal(magnitudes, before["unet magnitude"]) and float(magnitudes.abs().min()) > 0
+    torch.testing.assert_close(factors, before["unet"] * (1 - 0.1 * 0.5))
+    assert factors.any()
+
+
 def test_the_first_step_moves_each_group_by_its_own_rate(settings: Settings) -> None:
     config = settings(
         *("run", "optimizer.lora_plus_ratio=4", "optimizer.learning_rate=1e-3", "adapter.init=gaussian"),
@@ -279,10 +298,11 @@ def test_contradictions_with_the_file_are_errors(settings: Settings, tmp_path: P
     }
     for override, message in wrong.items():
         with pytest.raises(ConfigError, match=message):
-            warm_start(settings("wrong", given, override), model)
-    config, weights, decisions = warm_start(settings("right", given, "adapter.rank=3"), model)
-    assert (config.adapter.rank, config.adapter.alpha, len(weights)) == (3, 1.5, len(file.weights))
-    assert [default.key for default in decisions] == ["adapter.alpha"]
+            warm_start(OpenSettings(settings("wrong", given, override), base_facts(model, "cpu")), model)
+    right = OpenSettings(settings("right", given, "adapter.rank=3"), base_facts(model, "cpu"))
+    weights, chosen = warm_start(right, model), right.final().adapter
+    assert (chosen.rank, chosen.alpha, len(weights)) == (3, 1.5, len(file.weights))
+    assert [default.key for default in right.defaults] == ["adapter.alpha"]
 
 
 @pytest.mark.parametrize(

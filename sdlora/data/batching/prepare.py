@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...config.defaults import BaseFacts, DataFacts
+from ...config.defaults import BaseFacts, DataFacts, OpenSettings
 from ...config.schema import Config
 from ...errors import ConfigError
-from ...events import Caching, Decided, Emitter, Notice
+from ...events import Caching, Emitter, Notice
 from ...families.base import DiffusionModel
 from ...families.emphasis import escape
 from ..reading.cache_folder import default_cache_folder
@@ -25,18 +25,35 @@ from .views import AugmentationViews
 
 
 @dataclass(frozen=True)
+class Outline:
+    """Which image is seen when, where it is cut, and with which words.
+
+    Attributes:
+        items: the images trained on, once for each resolution.
+        placements: of each of them.
+        order: which image when.
+        steps: optimizer steps of the run.
+        captions: how captions come to the denoiser.
+    """
+
+    items: tuple[ImageItem, ...]
+    placements: tuple[Placement, ...]
+    order: Order
+    steps: int
+    captions: CaptionRun
+
+
+@dataclass(frozen=True)
 class PreparedData:
     """Everything the loop is fed from, encoded as far as it can be beforehand.
 
     Attributes:
-        config: with what was decided here.
         training: the images trained on, once for each resolution.
         validation: the images held out.
         order: which image when.
         steps: optimizer steps of the run.
     """
 
-    config: Config
     training: EncodedDataset
     validation: EncodedDataset
     order: Order
@@ -63,33 +80,22 @@ def data_facts(config: Config, training: Dataset, validation: Dataset) -> DataFa
     return DataFacts(len(training.learned), training.num_visits, len(validation.items), tuple(prompts))
 
 
-def prepare_data(
-    config: Config,
-    training: Dataset,
-    validation: Dataset,
-    model: DiffusionModel,
-    emit: Emitter,
-    *,
-    share: tuple[int, int] = (0, 1),
-    meet: Callable[[], object] = lambda: None,
-) -> PreparedData:
-    """Place, order and encode the images of a run.
+def outline_data(
+    open_settings: OpenSettings, training: Dataset, model: DiffusionModel, num_processes: int
+) -> Outline:
+    """Place and order the images of a run, and decide when captions that vary are encoded.
 
     Args:
-        config: resolved settings.
+        open_settings: all others are decided.
         training: the images trained on.
-        validation: the images held out.
-        model: the base.
-        emit: told what is noteworthy.
-        share: number of this process, and how many there are: each encodes a part.
-        meet: waits for the other processes.
+        model: the base, or a blueprint of it.
+        num_processes: that train together.
 
     Raises:
         ConfigError: for a resolution the base cannot work at.
-        DatasetError: for an image that cannot be encoded.
     """
+    config = open_settings.config
     placements, items = _placed(config, training.items, model)
-    _notice_enlarged(items, placements, emit)
     settings = config.training
     assert settings.batch_size is not None
     order = Order(
@@ -97,19 +103,47 @@ def prepare_data(
         [item.repeats for item in items],
         batch_size=settings.batch_size,
         accumulation=settings.gradient_accumulation,
-        world_size=share[1],
+        world_size=num_processes,
         seed=settings.seed,
         top_up=config.data.top_up,
     )
     steps = config.total_steps(order.steps_per_epoch)
-    config, captions = _captions(config, items, model, order, steps, emit)
-    views = _views(config, items, placements)
+    captions = _captions(open_settings, items, model, order, steps)
+    return Outline(items, placements, order, steps, captions)
+
+
+def prepare_data(
+    config: Config,
+    outline: Outline,
+    validation: Dataset,
+    model: DiffusionModel,
+    emit: Emitter,
+    *,
+    share: tuple[int, int] = (0, 1),
+    meet: Callable[[], object] = lambda: None,
+) -> PreparedData:
+    """Encode the images of a run.
+
+    Args:
+        config: final settings.
+        outline: which images, where they are cut, with which words.
+        validation: the images held out.
+        model: the base.
+        emit: told what is noteworthy.
+        share: number of this process, and how many there are: each encodes a part.
+        meet: waits for the other processes.
+
+    Raises:
+        DatasetError: for an image that cannot be encoded.
+    """
+    _notice_enlarged(outline.items, outline.placements, emit)
+    views = _views(config, outline.items, outline.placements)
     _notice_views(views, model, emit)
     if config.data.prior_preservation > 0 and not config.data.has_regularisation:
         text = "data.prior_preservation: each step also predicts for the empty caption, once with the adapter"
         emit(Notice(f"{text} and once without; batches take twice the memory"))
     prints = EncoderPrints.of(model, captions=not config.adapter.adapts_text)
-    encoded = _encoded(config, views, model, captions, prints)
+    encoded = _encoded(config, views, model, outline.captions, prints)
     plain = AugmentationViews(*_of_main_resolution(config, validation.items, model))
     held_out = _encoded(config, plain, model, CaptionRun(emphasis=config.data.emphasis), prints)
     for part in (encoded, held_out):
@@ -120,7 +154,7 @@ def prepare_data(
         for part in (encoded, held_out):
             if part.items:
                 part.encode_all()  # what others encoded into a cache that is not this machine's
-    return PreparedData(config, encoded, held_out, order, steps)
+    return PreparedData(encoded, held_out, outline.order, outline.steps)
 
 
 def _placed(
@@ -194,27 +228,25 @@ def _encoded(
 
 
 def _captions(
-    config: Config,
+    open_settings: OpenSettings,
     items: Sequence[ImageItem],
     model: DiffusionModel,
     order: Order,
     steps: int,
-    emit: Emitter,
-) -> tuple[Config, CaptionRun]:
+) -> CaptionRun:
+    config = open_settings.config
     data = config.data
     wording = Wording.of(data)
     if not data.varies_captions:
-        return config, CaptionRun(emphasis=data.emphasis)
+        return CaptionRun(emphasis=data.emphasis)
     if config.adapter.adapts_text:  # runs in the loop anyway
-        return config, CaptionRun(wording, data.emphasis)
+        return CaptionRun(wording, data.emphasis)
     with torch.no_grad():
-        empty_text = model.encode_text([""])
-    room = sum(tensor[0].numel() * torch.float32.itemsize for tensor in empty_text.values())
+        empty = model.encode_text([""])
+    room = sum(tensor[0].numel() * torch.float32.itemsize for tensor in empty.values())
     plan = plan_captions(items, wording, order, steps, config.training.seed, room, data.encode_captions)
-    if data.encode_captions is None:
-        emit(Decided("data.encode_captions", plan.when, plan.reason))
-        config = config.with_values({"data.encode_captions": plan.when})
-    return config, CaptionRun(wording, data.emphasis, plan.when == "in loop", plan.texts)
+    open_settings.fill("data.encode_captions", plan.when, plan.reason, ask_base=False)
+    return CaptionRun(wording, data.emphasis, plan.when == "in loop", plan.texts)
 
 
 def _notice_enlarged(items: Sequence[ImageItem], placements: Sequence[Placement], emit: Emitter) -> None:

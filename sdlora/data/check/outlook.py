@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from ...config.defaults import resolve_data
+from ...config.defaults import OpenSettings, fill_data
 from ...config.schema import Config
 from ...errors import DatasetError
 from ...families.loading import load_model
@@ -52,7 +52,9 @@ def examine_settings(
     multiple = multiple or blueprint.facts.size_multiple
     training_survey = survey_all(config.data, progress)
     validation_survey = survey_held_out(config.data, progress)
-    config, _ = resolve_data(config, facts, len(training_survey.dataset.learned))
+    open_settings = OpenSettings(config, facts)
+    fill_data(open_settings, len(training_survey.dataset.learned))
+    config = open_settings.final()
     data = config.data
     assert data.resolution is not None
     placed = partial(placer, multiple=multiple, grouped=data.buckets, enlarge=data.upscale)

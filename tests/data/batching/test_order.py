@@ -90,6 +90,28 @@ def test_every_step_has_one_list_per_rank_and_work_is_even(plan: dict[str, objec
     assert sum(filled) == order.batches_per_epoch
 
 
+@pytest.mark.parametrize(("images", "batch_size", "accumulation", "world_size", "sizes"), [
+    (7, 2, 1, 1, [[2], [2], [2], [1]]),
+    (7, 2, 2, 1, [[2, 2], [2, 1]]),
+    (5, 2, 2, 1, [[2], [2, 1]]),
+    (11, 2, 2, 2, [[2, 2, 2], [2, 2, 1]]),
+    (10, 4, 1, 2, [[4], [4, 2]]),
+])  # fmt: skip
+def test_what_does_not_divide_makes_one_short_batch_and_even_steps(
+    images: int, batch_size: int, accumulation: int, world_size: int, sizes: list[list[int]]
+) -> None:
+    order = Order(
+        [0] * images, [1] * images, batch_size=batch_size, accumulation=accumulation, world_size=world_size
+    )
+    steps = epoch_of(order, 0)
+    lengths = [[len(batch) for rank in ranks for batch in rank if batch] for ranks in steps]
+    assert sorted(map(len, lengths)) == sorted(map(len, sizes))
+    assert sorted(length for step in lengths for length in step) == sorted(n for step in sizes for n in step)
+    visited = [visit.index for batch in micro_batches(steps) for visit in batch]
+    assert sorted(visited) == list(range(images))
+    assert order.epoch_of(len(sizes) - 1) == 0 and order.epoch_of(len(sizes)) == 1
+
+
 @given(plans, st.lists(st.integers(0, 60), min_size=1, max_size=12))
 @settings(max_examples=80, deadline=None)
 def test_the_answer_does_not_depend_on_what_was_asked_before(

@@ -150,6 +150,18 @@ def test_held_out_images_like_trained_ones_are_not_measured(tmp_path: Path) -> N
     assert kept.notes == ("old.jpg is not measured: nearly the same as images trained on",)
 
 
+def test_held_out_images_that_are_like_each_other_are_all_measured(tmp_path: Path) -> None:
+    folder_of(tmp_path / "train", 3)
+    for name in ("one.png", "two.png"):
+        put(tmp_path / "val" / name, drawing(10))
+    put(tmp_path / "val" / "three.jpg", encoded(drawing(10), "JPEG", quality=90))
+    training, validation = (scan(tmp_path / name, trigger_word="t") for name in ("train", "val"))
+    assert [len(group) for group in near_duplicates(validation.items)] == [3]
+    kept, held = keep_apart(training, validation)
+    assert sorted(i.name for i in held.items) == ["one.png", "three.jpg", "two.png"]
+    assert kept.notes == training.notes
+
+
 def test_a_hold_out_folder_that_leaves_one_side_empty_is_refused(tmp_path: Path) -> None:
     training = scan(folder_of(tmp_path / "train", 2))
     shutil.copytree(tmp_path / "train", tmp_path / "copy")

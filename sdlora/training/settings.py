@@ -1,0 +1,155 @@
+"""Where the settings of a run become final: what was left open follows the machine, the base and the images.
+
+:func:`finalise` is called once; after it no setting changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..adapters.canonical import AdapterWeights
+from ..config.defaults import Default, OpenSettings, check_components, fill_data, fill_training
+from ..config.schema import Config, Precision
+from ..data.batching.prepare import Outline, base_facts, data_facts, outline_data
+from ..data.reading.holdout import divide
+from ..data.reading.items import Dataset
+from ..data.reading.sources import by_role, gather, gather_held_out, joined
+from ..data.reading.wording import Wording, reworded
+from ..devices import choose_device, choose_dtype, make_current, set_exactness
+from ..families.attention import Attentions, choose_attentions
+from ..families.base import DiffusionModel
+from ..machine import idle_card_notice
+from .optimizers import check_rates, optimizer_kind
+from .processes import Processes
+from .warm_start import warm_start
+
+_NAMES: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a run computes with.
+
+    Attributes:
+        device: where.
+        dtype: number format of the frozen base.
+        attention: how.
+        num_processes: that train together.
+        idle_card: a notice, if there is a card that torch cannot use.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: Attentions
+    num_processes: int
+    idle_card: str | None = None
+
+    @classmethod
+    def of(cls, config: Config, processes: Processes) -> Compute:
+        """Return what settings ask for, or else the fastest here, and have torch use it.
+
+        Raises:
+            ConfigError: for what is not there.
+        """
+        device = processes.device or choose_device(config.training.device)
+        make_current(device)
+        dtype = choose_dtype(config.training.precision, device)
+        set_exactness(device, dtype)
+        attention = choose_attentions(config.training.attention, device, dtype)
+        idle = idle_card_notice() if config.training.device is None and device.type == "cpu" else None
+        return cls(device, dtype, attention, processes.count, idle)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that settings name, read and worded, not divided yet.
+
+    Attributes:
+        learned: what is to be learned.
+        priors: regularisation images.
+        held_out: those of a hold-out folder, if there is one.
+    """
+
+    learned: Dataset
+    priors: Dataset
+    held_out: Dataset | None
+
+    @classmethod
+    def of(cls, config: Config) -> Images:
+        """Read all folders.
+
+        Raises:
+            DatasetError: if one is missing, or holds no images.
+        """
+        wording = Wording.of(config.data)
+        learned, priors = by_role(reworded(gather(config.data), wording))
+        held_out = gather_held_out(config.data)
+        return cls(learned, priors, None if held_out is None else reworded(held_out, wording))
+
+
+@dataclass(frozen=True)
+class Final:
+    """A run's settings, and what was worked out on the way to them.
+
+    Attributes:
+        config: with nothing open that training needs.
+        defaults: what was decided, with its reason.
+        training: the images trained on.
+        validation: the images held out.
+        outline: which image when.
+        start: the adapter to go on from, if there is one.
+    """
+
+    config: Config
+    defaults: tuple[Default, ...]
+    training: Dataset
+    validation: Dataset
+    outline: Outline
+    start: AdapterWeights | None
+
+
+def finalise(config: Config, compute: Compute, blueprint: DiffusionModel, images: Images) -> Final:
+    """Decide every setting that is open, each from what was decided before it.
+
+    Args:
+        config: as given.
+        compute: what the run computes with.
+        blueprint: of the base; no weight is looked at.
+        images: all there are.
+
+    Raises:
+        ConfigError: for settings that the base, the images or the file to go on from contradict.
+        ModelError: for a base that recommends what cannot be.
+        DatasetError: if no image is left to train on.
+    """
+    facts = base_facts(blueprint, compute.device.type, compute.num_processes)
+    check_components(config, facts)
+    open_settings = OpenSettings(config, facts)
+    _fill_compute(open_settings, compute)
+    fill_data(open_settings, len(images.learned.items))
+    training, validation = divide(
+        images.learned,
+        open_settings.config.data.validation,
+        images.held_out,
+        config.training.seed,
+        images.priors.items,
+    )
+    training = joined(training, images.priors)
+    start = None if config.adapter.from_file is None else warm_start(open_settings, blueprint)
+    rule = optimizer_kind(config.optimizer).rate
+    fill_training(open_settings, data_facts(config, training, validation), rule)
+    check_rates(open_settings.config, facts.parts)
+    outline = outline_data(open_settings, training, blueprint, compute.num_processes)
+    defaults = tuple(open_settings.defaults)
+    return Final(open_settings.final(), defaults, training, validation, outline, start)
+
+
+def _fill_compute(open_settings: OpenSettings, compute: Compute) -> None:
+    kind, attention = compute.device.type, compute.attention.training
+    why = "torch cannot use the card that is here" if compute.idle_card else "the fastest one here"
+    open_settings.fill("training.device", kind, why, ask_base=False)
+    precision, reason = _NAMES[compute.dtype], f"fastest safe one on {kind}"
+    open_settings.fill("training.precision", precision, reason, ask_base=False)
+    open_settings.say("training.attention", attention.name, attention.reason)
