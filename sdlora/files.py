@@ -117,6 +117,11 @@ def find_settings(folder: Path) -> Path:
     return file
 
 
+def size_text(num_bytes: float, decimals: int = 0) -> str:
+    """Return a number of bytes for people: MiB with so many decimals, GiB with one."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.{decimals}f} MiB"
+
+
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text from outside.
 

@@ -31,6 +31,14 @@ _NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI vendor; class of graphics cards
 GIB = 2**30
 
 
+def version() -> str:
+    """Return the installed version of sdlora; ``0+unknown`` in a checkout that was not installed."""
+    try:
+        return importlib.metadata.version("sdlora")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
 @dataclass(frozen=True)
 class Card:
     """An NVIDIA card as the driver or torch sees it.

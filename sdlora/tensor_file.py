@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .errors import AdapterFileError
 from .files import replacing
+from .number_formats import NUMBER_FORMATS
 
 MAX_HEADER_BYTES = 32 * 2**20
 """Longest header we parse: real ones stay under a few MiB, even with cover images inside."""
@@ -35,22 +36,9 @@ _MAX_STRUCTURE_BYTES = 4 * 2**20
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {known.file_name: known.dtype for known in NUMBER_FORMATS}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOAT_DTYPES = tuple(known.dtype for known in NUMBER_FORMATS if known.is_factor)
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 _FOREIGN_STARTS = (

@@ -36,7 +36,7 @@ PACKAGES = (
 
 MOST_ROOT_MODULES = 10
 MOST_PACKAGES = 16
-MOST_FUNCTION_LINES = 85
+MOST_FUNCTION_LINES = 60
 MOST_FAMILY_MEMBERS = 11
 """Eight were meant. Three of those are one now (`facts`); `info` and `base` are data, no work for a family;
 drawing needs `decode_latents`, small cards `prepare`, and `encoder_fingerprint` lets caches be shared."""
@@ -52,8 +52,9 @@ def parsed(path: Path) -> ast.Module:
 
 
 def package_of(module: str) -> str:
-    """Return the package of a module, empty for those at the root."""
-    return module.rpartition(".")[0]
+    """Return the package of a module, empty for those at the root; a folder inside one belongs to it."""
+    folder = module.rpartition(".")[0]
+    return next((package for package in PACKAGES if f"{folder}.".startswith(f"{package}.")), folder)
 
 
 def imports_of(module: str, path: Path, known: dict[str, Path], name: str) -> set[str]:
@@ -148,7 +149,7 @@ def test_the_house_keeps_its_budgets() -> None:
 
 def test_every_package_says_what_it_holds_and_nothing_else() -> None:
     inits = [path for path in ROOT.rglob("__init__.py") if path.parent != ROOT]
-    assert len(inits) == len(PACKAGES) + 1  # and data/, which only holds packages
+    assert len(inits) == len(PACKAGES) + 2  # and data/, which only holds packages, and adapters/kinds/
     for path in inits:
         tree = parsed(path)
         assert ast.get_docstring(tree), path

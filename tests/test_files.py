@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from sdlora.errors import OutputError
-from sdlora.files import refuse_used_folder, replacing
+from sdlora.files import refuse_used_folder, replacing, size_text
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,8 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_done(tmp_pat
             refuse_used_folder(place, "a run")
     refuse_used_folder(tmp_path / "new" / "run", "a run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_amounts_of_bytes_are_told_in_mebibytes_until_a_gibibyte() -> None:
+    assert [size_text(5 * 2**20), size_text(5.26 * 2**20, 1)] == ["5 MiB", "5.3 MiB"]
+    assert [size_text(2**30 - 1), size_text(3 * 2**30)] == ["1024 MiB", "3.0 GiB"]

@@ -25,14 +25,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
-from sdlora.adapters.kinds import DoRA, LoHa, LoKr, TuckerPair
+from sdlora.adapters.kinds.dora import DoRA
+from sdlora.adapters.kinds.loha import LoHa
+from sdlora.adapters.kinds.lokr import LoKr
+from sdlora.adapters.kinds.tucker import TuckerPair
 from sdlora.errors import AdapterFileError
 from sdlora.families.facts import FamilyInfo
 from sdlora.families.loading import ASSETS
 from sdlora.families.table import FAMILIES, family_info
 from sdlora.formats import names
-from sdlora.formats.adapter_files import FORMATS, read_adapter, write_adapter
+from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter
 from sdlora.formats.proof import compare, prove
+from sdlora.formats.table import FORMATS, written_formats
 
 TARGETS = ("attention", "linear", "all")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -133,7 +137,7 @@ def written_and_read(weights: AdapterWeights, family: str, format: str, dtype: t
     with tempfile.TemporaryDirectory() as folder:
         path = place(Path(folder), format)
         write_adapter(file_of(weights, family), format, path, dtype, info)
-        proof, clients = prove(weights, path, format, dtype, info)
+        proof, clients = prove(weights, OpenAdapter(path), dtype, info)
     of_diffusers = next(support for support in clients if support.client == "diffusers")
     others = "+".join(proof.read_by)
     if format == "webui" and not of_diffusers.full:
@@ -155,13 +159,13 @@ def formats_part(table: Table, families: Sequence[str]) -> None:
             shapes = layers_of(family, targets)
             for trained, stored in STEPS:
                 weights = random_lora(shapes, DTYPES[trained])
-                for format in FORMATS:
+                for format in written_formats():
                     table.row(
                         f"{family} {targets}, {trained} -> {format} {stored}",
                         lambda w=weights, f=format, s=stored, n=family: written_and_read(w, n, f, DTYPES[s]),
                     )
         uneven = random_lora(layers_of(family, "linear"), torch.float16, _UNEVEN)
-        for format in FORMATS:
+        for format in written_formats():
             table.row(
                 f"{family} linear, alphas of their own, fp16 -> {format} fp16",
                 lambda w=uneven, f=format, n=family: written_and_read(w, n, f, torch.float16),
@@ -185,8 +189,8 @@ def chains_part(table: Table, families: Sequence[str]) -> None:
 
     for family in families:
         weights = random_lora(layers_of(family, "all"), torch.float16)
-        for first in FORMATS:
-            for second in FORMATS:
+        for first in written_formats():
+            for second in written_formats():
                 table.row(
                     f"{family} {first} -> {second}",
                     lambda w=weights, n=family, s=(first, second): chain(w, family_info(n), s),
@@ -294,7 +298,7 @@ def kinds_part(table: Table, families: Sequence[str]) -> None:
                 write_adapter(file_of(weights, family), format, path, torch.float16, info)
             except AdapterFileError as error:
                 return f"refused: {str(error).partition(': ')[2]}"
-            proof, _ = prove(weights, path, format, torch.float16, info)
+            proof, _ = prove(weights, OpenAdapter(path), torch.float16, info)
         return f"{proof.largest_difference:g}; {proof.num_modules} modules, {'+'.join(proof.read_by)}"
 
     for family in families:
@@ -304,7 +308,7 @@ def kinds_part(table: Table, families: Sequence[str]) -> None:
             for kind, update in kinds_of(shape).items():
                 by_kind.setdefault(kind, {})[module] = update
         for kind, updates in by_kind.items():
-            for format in FORMATS:
+            for format in written_formats():
                 table.row(
                     f"{family} {kind} -> {format}",
                     lambda u=updates, n=family, f=format: through(AdapterWeights(u), n, f),

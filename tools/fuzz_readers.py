@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from sdlora.formats.adapter_files import read_adapter, read_outline
+from sdlora.formats.adapter_files import OpenAdapter, read_adapter
 from sdlora.inspecting.inspection import edit_adapter, inspect_adapter
 from sdlora.inspecting.view import render
 from tools.fuzzing import (
@@ -139,7 +139,7 @@ def run_case(number: int, files: dict[str, bytes], folder: Path) -> str:
         elif action == 1:
             edit_adapter(path, [f"{rng.choice(ENTRIES)}={rng.choice(NASTY_TEXTS)}"], [])
         elif action == 2:
-            read_outline(path)
+            _ = OpenAdapter(path).outline
         else:
             read_adapter(path)
     except Exception as error:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
-from sdlora.adapters.kinds import DoRA
+from sdlora.adapters.kinds.dora import DoRA
 from sdlora.families.ldm import StoredKey, by_key, text_key_map, unet_key_map
 from sdlora.families.table import family_info
 from sdlora.formats import names

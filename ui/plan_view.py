@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from sdlora.files import size_text
+
 
 def plan_html(plan: Mapping[str, Any]) -> str:
     """Return time, memory, and every setting that was filled in with its reason."""
@@ -14,7 +16,9 @@ def plan_html(plan: Mapping[str, Any]) -> str:
         facts = [
             _fact(duration(plan["seconds"]), "to train, previews not counted"),
             _fact(plan["steps"], "steps"),
-            _fact(memory(plan["bytes"]), f"memory of {memory(plan['free_bytes'])} free ({plan['device']})"),
+            _fact(
+                size_text(plan["bytes"]), f"memory of {size_text(plan['free_bytes'])} free ({plan['device']})"
+            ),
             *facts,
         ]
     warning = ""
@@ -53,8 +57,3 @@ def duration(seconds: float) -> str:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def memory(count: float) -> str:
-    """Return bytes as MiB or GiB."""
-    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"

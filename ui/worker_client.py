@@ -75,11 +75,6 @@ class WorkerClient:
         """Whether the process is there."""
         return self._child is not None and self._child.process.poll() is None
 
-    @property
-    def busy(self) -> bool:
-        """Whether a call is under way."""
-        return self._child is not None and bool(self._child.inboxes)
-
     def call(
         self, task: str, arguments: Mapping[str, Any], *, replace: str | None = None
     ) -> Iterator[Answer]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +26,9 @@ from ..families.base import DiffusionModel
 from .blocks import check_patterns, value_for
 from .canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 from .hooks import all_hooks, hook_update, unhook_update
-from .initial import file_alpha, fresh
+from .initial import file_alpha
+from .kinds.lora import peft_config
+from .kinds.table import KINDS
 from .module_paths import (
     base_weight,
     canonical_path,
@@ -79,7 +80,7 @@ def target_modules(model: DiffusionModel, config: AdapterConfig) -> list[ModuleK
 
 
 def create_adapter(model: DiffusionModel, config: AdapterConfig, seed: int) -> AdapterWeights:
-    """Return a fresh adapter for ``model``, float32; see :mod:`sdlora.adapters.initial`.
+    """Return a fresh adapter for ``model``, float32, as its kind starts.
 
     Each layer draws from its own generator, so the values depend only on the seed and the layer's name.
 
@@ -89,6 +90,8 @@ def create_adapter(model: DiffusionModel, config: AdapterConfig, seed: int) -> A
     Raises:
         ConfigError: if targets or block ranks match nothing, or leave nothing.
     """
+    start = KINDS[config.kind].start
+    assert start is not None, "settings name only kinds that can be started"
     updates: dict[ModuleKey, Update] = {}
     keys = target_modules(model, config)
     check_patterns("adapter.block_ranks", config.block_ranks, keys)
@@ -98,7 +101,7 @@ def create_adapter(model: DiffusionModel, config: AdapterConfig, seed: int) -> A
         if module_rank > 0:
             generator = torch.Generator().manual_seed(_layer_seed(seed, key))
             weight = base_weight(module_at(model, key))
-            updates[key] = fresh(
+            updates[key] = start(
                 config, weight, module_rank, file_alpha(config, rank, alpha, module_rank), generator
             )
     if not updates:
@@ -121,7 +124,7 @@ def attach(
         pairs = {installed_path(module, path): pair for path, pair in plain.component(component).items()}
         with warnings.catch_warnings():  # peft takes a second adapter for a mishap; here it is meant
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
-            inject_adapter_in_model(peft_config(pairs, dropout), module, adapter_name=inner_name(name))
+            inject_adapter_in_model(peft_config(name, pairs, dropout), module, adapter_name=inner_name(name))
         module.requires_grad_(False)  # peft makes what it adds trainable; the masters say what learns
     for key, update in weights.all_items():
         if not isinstance(update, LowRankPair):
@@ -175,23 +178,6 @@ def write_weights(layers: Sequence[AttachedLayer], weights: AdapterWeights) -> N
             pair = weights.pairs[layer.key]
             layer.down.copy_(pair.down)
             layer.up.copy_(pair.up)
-
-
-def read_weights(layers: Sequence[AttachedLayer], tensors: Sequence[Tensor] | None = None) -> AdapterWeights:
-    """Return an adapter's numbers as copies on the CPU.
-
-    Args:
-        tensors: take these instead of the layers' own: down and up of each layer in turn (fp32 masters).
-    """
-    if tensors is None:
-        tensors = [tensor for layer in layers for tensor in (layer.down, layer.up)]
-    pairs = {
-        layer.key: LowRankPair(
-            tensors[2 * i].detach().cpu().clone(), tensors[2 * i + 1].detach().cpu().clone(), layer.alpha
-        )
-        for i, layer in enumerate(layers)
-    }
-    return AdapterWeights(pairs)
 
 
 def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> None:
@@ -263,24 +249,6 @@ class Merged:
             for key, original in self._originals.items():
                 base_weight(module_at(self._model, key)).copy_(original)
         self._originals = {}
-
-
-def peft_config(pairs: Mapping[str, LowRankPair], dropout: float) -> LoraConfig:
-    """Return peft's settings: the most frequent rank and alpha, and patterns for the modules that differ."""
-    (rank, alpha), _ = Counter((pair.rank, pair.alpha) for pair in pairs.values()).most_common(1)[0]
-    # peft takes a key for the end of a path, re.match(r"(.*\.)?(KEY)$"): ^ and [.] keep it to this one module
-    odd = {
-        f"^{path.replace('.', r'[.]')}": p for path, p in pairs.items() if (p.rank, p.alpha) != (rank, alpha)
-    }
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=sorted(pairs),
-        rank_pattern={path: pair.rank for path, pair in odd.items()},
-        alpha_pattern={path: pair.alpha for path, pair in odd.items()},
-        init_lora_weights=False,
-    )
 
 
 def _layer_seed(seed: int, key: ModuleKey) -> int:

@@ -4,7 +4,7 @@ A module is named by its component (``unet``, ``text_encoder``, ...; :mod:`sdlor
 path in diffusers/transformers terms; text-encoder paths always start with ``text_model.``, whatever the
 installed transformers calls them. Each adapted module has one :class:`Update`. The plain one is the
 low-rank pair, ``dW = (alpha / rank) * up @ down`` with W frozen (Hu et al. 2022, section 4.1); the others
-are in :mod:`sdlora.adapters.kinds`.
+are in ``adapters/kinds/``.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ class Update(ABC):
     """What an adapter adds to the weight of one layer, whatever it is made of.
 
     Attributes:
-        kind: short name of the sort of update, a key of :data:`sdlora.adapters.kinds.TITLES`.
+        kind: its kind's name, a key of :data:`sdlora.adapters.kinds.table.KINDS`.
+        needs_base: whether dW follows from the base's weight too, so that it is not known without.
         alpha: numerator of the scale, as files store it.
     """
 
     kind: ClassVar[str]
+    needs_base: ClassVar[bool] = False
     alpha: float
 
     @property
@@ -62,7 +64,10 @@ class Update(ABC):
         """Return dW at strength 1, computed in float32 (float64 stays).
 
         Args:
-            weight: the base's weight; its shape is taken for the result. DoRA cannot do without it.
+            weight: the base's weight; its shape is taken for the result.
+
+        Raises:
+            ValueError: without ``weight``, if :attr:`needs_base`.
         """
 
     @abstractmethod
@@ -70,8 +75,83 @@ class Update(ABC):
         """Return the factors by the name they have in LyCORIS and WebUI files, without ``alpha``."""
 
     @abstractmethod
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Return an update of the same kind, alpha and shape with other factors.
+
+        Args:
+            tensors: by the names of :meth:`tensors`, all of them; others are left alone.
+        """
+
     def to(self, dtype: torch.dtype) -> Self:
-        """Return the same update with all factors in another number format."""
+        """Return the same update with its factors in another number format."""
+        return self.with_tensors({name: tensor.to(dtype) for name, tensor in self.tensors().items()})
+
+    def on(self, device: torch.device) -> Self:
+        """Return the same update with all its factors on a device."""
+        return self.with_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def factors(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+        """Return ``dW = scale * up @ down`` as (up, down, scale): (out, R) and (R, in * kh * kw), exact.
+
+        R is the layer's smaller side, unless the kind knows better: then dW is one factor, the other is
+        the identity.
+
+        Args:
+            weight: the base's weight, where :attr:`needs_base`.
+        """
+        delta = self.delta(weight).flatten(1)
+        identity = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
+        return (delta, identity, 1.0) if delta.shape[0] > delta.shape[1] else (identity, delta, 1.0)
+
+    def norm(self) -> float:
+        """Return the Frobenius norm of dW, in float64."""
+        return float(torch.linalg.norm(self.delta().double()))
+
+    def pointwise(self) -> Self:
+        """Return the update as that of a 1x1 convolution, where its factors do not tell."""
+        return self
+
+
+class WrappedUpdate(Update):
+    """An update that is made of another one, whose rank, alpha and shape it has.
+
+    Attributes:
+        direction: the other one.
+    """
+
+    direction: Update
+
+    @property
+    def alpha(self) -> float:  # type: ignore[override]
+        """The direction's alpha."""
+        return self.direction.alpha
+
+    @property
+    def rank(self) -> int:
+        """The direction's rank."""
+        return self.direction.rank
+
+    @property
+    def scale(self) -> float:
+        """The direction's scale."""
+        return self.direction.scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the layer's weight."""
+        return self.direction.shape
+
+    @abstractmethod
+    def around(self, direction: Update) -> Self:
+        """Return the same update made of another direction."""
+
+    def norm(self) -> float:
+        """Return the norm of the direction, which is known without the base."""
+        return self.direction.norm()
+
+    def pointwise(self) -> Self:
+        """Return it with its direction as that of a 1x1 convolution."""
+        return self.around(self.direction.pointwise())
 
 
 def check_factors(fits: bool, tensors: Mapping[str, Tensor], alpha: float) -> None:
@@ -130,9 +210,20 @@ class LowRankPair(Update):
         """Return the two factors."""
         return {"lora_down.weight": self.down, "lora_up.weight": self.up}
 
-    def to(self, dtype: torch.dtype) -> LowRankPair:
-        """Return the pair with both factors in another number format."""
-        return LowRankPair(self.down.to(dtype), self.up.to(dtype), self.alpha)
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LowRankPair:
+        """Return a pair of the same alpha with other factors."""
+        return LowRankPair(tensors["lora_down.weight"], tensors["lora_up.weight"], self.alpha)
+
+    def factors(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+        """Return up, down and alpha / rank."""
+        dtype = torch.promote_types(torch.float32, self.down.dtype)
+        return self.up.to(dtype).flatten(1), self.down.to(dtype).flatten(1), self.scale
+
+    def norm(self) -> float:
+        """Return ``|scale| sqrt(trace((up^T up) (down down^T)))``, without building dW."""
+        up, down = self.up.flatten(1).double(), self.down.flatten(1).double()
+        square = float(((up.T @ up) * (down @ down.T).T).sum())
+        return abs(self.scale) * math.sqrt(max(square, 0.0))
 
 
 @dataclass(frozen=True)

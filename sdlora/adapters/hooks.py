@@ -9,7 +9,6 @@ factors at every call, which costs little beside the layer itself and spares a s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,7 +53,7 @@ class UpdateHook:
         """Return an update with its factors on a device, where they stay from then on."""
         update = self.updates[name]
         if next(iter(update.tensors().values())).device != device:
-            update = self.updates[name] = moved(update, device)
+            update = self.updates[name] = update.on(device)
         return update
 
     def attach_to(self, layer: nn.Module) -> None:
@@ -76,7 +75,7 @@ def hook_update(layer: nn.Module, name: str, update: Update) -> None:
         hook = UpdateHook()
         hook.attach_to(layer)
     weight: Any = layer.weight
-    hook.updates[name] = moved(update, weight.device)
+    hook.updates[name] = update.on(weight.device)
 
 
 def unhook_update(layer: nn.Module, name: str) -> None:
@@ -99,15 +98,3 @@ def all_hooks(module: nn.Module) -> Iterator[tuple[str, nn.Module, UpdateHook]]:
     for path, layer in module.named_modules():
         if (hook := hook_of(layer)) is not None:
             yield path, layer, hook
-
-
-def moved(update: Update, device: torch.device) -> Update:
-    """Return an update with all its factors on a device."""
-    changed: dict[str, Any] = {}
-    for field in dataclasses.fields(update):  # type: ignore[arg-type]
-        value = getattr(update, field.name)
-        if isinstance(value, Tensor):
-            changed[field.name] = value.to(device)
-        elif isinstance(value, Update):
-            changed[field.name] = moved(value, device)
-    return dataclasses.replace(update, **changed)  # type: ignore[type-var]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from .canonical import AdapterWeights, LowRankPair, ModuleKey, Update
-from .kinds import TITLES, DoRA, LoHa, LoKr, TuckerPair
+from .kinds.table import title_of
 
 
 @dataclass(frozen=True)
@@ -33,34 +33,20 @@ class PlainUpdate:
     error: float
 
 
-def exact_rank(update: Update) -> int:
-    """Return the rank at which :func:`as_plain` loses nothing."""
-    if isinstance(update, LowRankPair | TuckerPair):
-        return update.rank
-    smaller = min(update.shape[0], math.prod(update.shape[1:]))
-    if isinstance(update, LoHa):
-        (_, b1), (_, b2) = update.matrices()
-        return min(b1.shape[0] * b2.shape[0], smaller)
-    if isinstance(update, LoKr):
-        first, second = update.matrices()
-        return min(_rank_of(first) * _rank_of(second), smaller)
-    return smaller
-
-
 def as_plain(update: Update, weight: Tensor | None = None, rank: int | None = None) -> PlainUpdate:
     """Return an update as a plain low-rank pair.
 
     Args:
         update: of any kind.
-        weight: the base's weight of the layer; only DoRA needs it.
+        weight: the base's weight of the layer, where the update needs it.
         rank: largest rank allowed (cut by SVD, which is the closest of that rank); None for exactly.
 
     Raises:
-        ValueError: for a DoRA without ``weight``, or a rank below 1.
+        ValueError: without ``weight`` where the update needs it, or for a rank below 1.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"a rank is 1 or more, not {rank}")
-    up, down, scale = _factors(update, weight)
+    up, down, scale = update.factors(weight)
     error = 0.0
     if rank is not None and rank < down.shape[0]:
         up, down, error = _cut(up, down, rank)
@@ -83,10 +69,10 @@ def to_plain(
     Args:
         weights: what to convert; plain pairs stay as they are, whatever their rank.
         rank: largest rank of a converted module; None for exact conversion, whatever rank that takes.
-        base: gives the base's weight of a module; needed for DoRA.
+        base: gives the base's weight of a module, for kinds that need it.
 
     Raises:
-        AdapterFileError: for DoRA without ``base``.
+        AdapterFileError: for a kind that needs the base, without ``base``.
     """
     pairs: dict[ModuleKey, LowRankPair] = {}
     errors: dict[ModuleKey, float] = {}
@@ -94,54 +80,14 @@ def to_plain(
         if isinstance(update, LowRankPair):
             pairs[key] = update
             continue
-        if isinstance(update, DoRA) and base is None:
+        if update.needs_base and base is None:
             raise AdapterFileError(
-                f"`{key.component}.{key.path}` is {TITLES[update.kind]}, whose update depends on the base's "
+                f"`{key.component}.{key.path}` is {title_of(update)}, whose update depends on the base's "
                 "weights; give the base model too, or keep the kind"
             )
         plain = as_plain(update, base(key) if base is not None else None, rank)
         pairs[key], errors[key] = plain.pair, plain.error
     return AdapterWeights(pairs), errors
-
-
-def _factors(update: Update, weight: Tensor | None) -> tuple[Tensor, Tensor, float]:
-    """Return (out, rank) and (rank, in * kh * kw), exact, and the scale of their product."""
-    if isinstance(update, TuckerPair):
-        update = update.merged()
-    if isinstance(update, LowRankPair):
-        dtype = torch.promote_types(torch.float32, update.down.dtype)
-        return update.up.to(dtype).flatten(1), update.down.to(dtype).flatten(1), update.scale
-    full = min(update.shape[0], math.prod(update.shape[1:]))
-    if isinstance(update, LoHa):
-        (a1, b1), (a2, b2) = update.matrices()
-        if b1.shape[0] * b2.shape[0] < full:
-            return _by_row(a1, a2), _by_row(b1.T, b2.T).T, update.scale
-    if isinstance(update, LoKr):
-        first, second = (_two(factors) for factors in update.matrices())
-        if first[1].shape[0] * second[1].shape[0] < full:
-            return torch.kron(first[0], second[0]), torch.kron(first[1], second[1]), update.scale
-    delta = update.delta(weight).flatten(1)
-    identity = torch.eye(full, dtype=delta.dtype, device=delta.device)
-    return (delta, identity, 1.0) if delta.shape[0] > delta.shape[1] else (identity, delta, 1.0)
-
-
-def _by_row(first: Tensor, other: Tensor) -> Tensor:
-    """Return (rows, r1 * r2): for each row all products of a value of the first and one of the second."""
-    return (first[:, :, None] * other[:, None, :]).flatten(1)
-
-
-def _two(factors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Return a matrix as two factors of its smaller side, if it is not two already."""
-    if len(factors) == 2:
-        return factors[0], factors[1]
-    (matrix,) = factors
-    rows, columns = matrix.shape
-    identity = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
-    return (matrix, identity) if columns <= rows else (identity, matrix)
-
-
-def _rank_of(factors: tuple[Tensor, ...]) -> int:
-    return factors[-1].shape[0] if len(factors) == 2 else min(factors[0].shape)
 
 
 def _cut(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

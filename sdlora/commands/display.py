@@ -31,6 +31,7 @@ from ..events import (
     StepDone,
     Validated,
 )
+from ..files import size_text
 
 
 def duration(seconds: float) -> str:
@@ -41,12 +42,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(num_bytes: float) -> str:
-    """Return an amount of memory for people, in MiB or GiB."""
-    mebibytes = num_bytes / 2**20
-    return f"{mebibytes:.0f} MiB" if mebibytes < 1024 else f"{mebibytes / 1024:.1f} GiB"
 
 
 class TrainingDisplay:
@@ -110,7 +105,7 @@ class TrainingDisplay:
         self._say(
             f"training {event.name}: {event.num_parameters:,} parameters on {event.num_images} images, "
             f"steps {event.first_step + 1}..{event.steps}; "
-            f"expecting {time}{size(event.expected_bytes)} of memory"
+            f"expecting {time}{size_text(event.expected_bytes)} of memory"
         )
 
     def _step(self, event: StepDone) -> None:

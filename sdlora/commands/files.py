@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..formats.table import written_formats
+from ..number_formats import PRECISIONS
 
 Result = tuple[dict[str, Any], int]
 
@@ -16,11 +18,11 @@ Result = tuple[dict[str, Any], int]
 def declare_export(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora export``."""
     parser.add_argument("source", type=Path, help="run folder or adapter file")
-    parser.add_argument("--format", choices=["webui", "diffusers", "peft"], default="webui")
+    parser.add_argument("--format", choices=written_formats(), default="webui")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the file goes")
     parser.add_argument("--webui", type=Path, metavar="DIR", help="also copy into this WebUI's models/Lora")
     parser.add_argument("--name", help="file name without ending")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="number format; as in the source")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="number format; as in the source")
     parser.add_argument("--preview", type=Path, metavar="PNG", help="image for the WebUI card")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument(

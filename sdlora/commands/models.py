@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from ..errors import ConfigError
 from ..files import find_settings
+from ..number_formats import PRECISIONS
 from ..run_folder import RunFolder
 
 Result = tuple[dict[str, Any], int]
@@ -137,18 +138,16 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be repeated")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what to avoid")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the PNGs go")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the noise")
+    parser.add_argument("--seed", type=int, help="fixes the noise; 1 when left out")
     parser.add_argument("--count", type=int, default=1, help="images a prompt, from consecutive seeds")
     parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="in px; the base's own size when left out")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps")
+    parser.add_argument("--steps", type=int, help="denoising steps; 20 when left out")
     parser.add_argument("--guidance", type=float, help="guidance scale; the base's own when left out")
-    parser.add_argument(
-        "--sampler", default="DPM++ 2M Karras", help="DDIM, Euler, Euler a, DPM++ 2M[ Karras]"
-    )
+    parser.add_argument("--sampler", help="DDIM, Euler, Euler a, DPM++ 2M, or DPM++ 2M Karras, the usual one")
     parser.add_argument("--strengths", metavar="A,B,...", help="render a sweep grid, e.g. 0,0.25,0.5,0.75,1")
     parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights first")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the fastest when left out")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="number format")
+    parser.add_argument("--precision", choices=PRECISIONS, help="number format")
     parser.add_argument("--vae", metavar="FILE", help="another autoencoder: a file, a folder, or a hub id")
     parser.add_argument("--clip-skip", type=int, default=1, help="n-th last layer of the text encoder (SD1)")
     parser.add_argument("--family", metavar="NAME", help="family of the base (e.g. sd1), against its header")
@@ -163,8 +162,9 @@ def run_generate(options: argparse.Namespace) -> Result:
     strengths = _numbers(options.strengths, "--strengths") if options.strengths else None
     width, height = _size(options.size) if options.size else (None, None)
     for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("clip_skip", 1)):
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name} {getattr(options, name)}: must be {least} or more")
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: must be {least} or more")
     from ..adapters.strength import parse_adapter
     from ..families.loading import LoadOptions
     from ..generation.generate import generate

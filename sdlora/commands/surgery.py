@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-_FORMATS = ("webui", "diffusers", "peft")
-_DTYPES = ("fp32", "bf16", "fp16")
+from ..formats.table import written_formats
+from ..number_formats import PRECISIONS
 
 Result = tuple[dict[str, Any], int]
 
@@ -243,8 +243,8 @@ def _declare_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="the new file (for peft: the folder)"
     )
-    parser.add_argument("--format", choices=_FORMATS, default="webui")
-    parser.add_argument("--dtype", choices=_DTYPES, help="number format; as in the source")
+    parser.add_argument("--format", choices=written_formats(), default="webui")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="number format; as in the source")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     _declare_report(parser)
 

@@ -14,6 +14,7 @@ from .section import Dropout, PositiveFloat, Section
 
 Targets = Literal["attention", "linear", "all"]
 AdapterKind = Literal["lora", "dora", "loha", "lokr"]
+"""Those of :data:`sdlora.config.kinds.KIND_RULES`."""
 Scaling = Literal["standard", "rslora"]
 Initialisation = Literal["default", "gaussian", "pissa", "olora"]
 AdaptedPart = Literal["denoiser", "text_encoder", "text_encoder_2"]

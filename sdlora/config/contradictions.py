@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .adapter import PART_KEYS
 from .data import DataConfig
+from .kinds import KIND_RULES
 from .schema import Config, OptimizerConfig
 from .section import OnlyFor
 
@@ -51,20 +52,23 @@ def _about_adapter(config: Config) -> list[str]:
 
 def _by_kind(config: Config) -> Iterator[str]:
     adapter = config.adapter
-    if adapter.kind in ("loha", "lokr"):
+    rules = KIND_RULES[adapter.kind]
+    if not rules.low_rank:
         if adapter.dropout > 0:
             yield f"`adapter.dropout` works on low-rank factors' input, which {adapter.kind} does not have"
         if config.optimizer.lora_plus_ratio != 1.0:
             yield f"`optimizer.lora_plus_ratio` needs up and down factors, which {adapter.kind} does not have"
         if adapter.init != "default":
             yield f"`adapter.init={adapter.init}` starts low-rank factors, which {adapter.kind} does not have"
-    if adapter.kind == "dora" and adapter.init in ("pissa", "olora"):
-        yield f"`adapter.init={adapter.init}` cannot be undone in a DoRA file; use adapter.kind=lora"
-    if adapter.kind != "lokr" and adapter.lokr_factor is not None:
-        yield "`adapter.lokr_factor` has no effect without `adapter.kind=lokr`"
+    if rules.no_subtracted_start and adapter.init in ("pissa", "olora"):
+        yield f"`adapter.init={adapter.init}` {rules.no_subtracted_start}"
+    for kind, other in KIND_RULES.items():
+        for name in other.only_for:
+            if kind != adapter.kind and getattr(adapter, name) is not None:
+                yield f"`adapter.{name}` has no effect without `adapter.kind={kind}`"
     if adapter.scaling == "rslora":
-        if adapter.kind == "lokr":
-            yield "`adapter.scaling=rslora` has no effect on LoKr's full factors; use standard"
+        if rules.no_rslora:
+            yield f"`adapter.scaling=rslora` {rules.no_rslora}"
         elif adapter.alpha is None:
             yield "`adapter.scaling=rslora` has no effect without `adapter.alpha`: the scale is then 1"
 

@@ -11,7 +11,11 @@ from pydantic import ValidationError
 
 from ..errors import ConfigError, ModelError
 from .adapter import PART_KEYS, AdaptedPart
+from .kinds import KIND_RULES
 from .schema import Config, OptimizerConfig
+
+USUAL_GUIDANCE = 7.0
+"""Guidance scale for a base that recommends none."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +187,14 @@ def fill_training(open_settings: OpenSettings, data: DataFacts, rule: RateRule =
 
 def _fill_adapter(open_settings: OpenSettings, num_images: int) -> None:
     rank = 8 if num_images < 10 else 16 if num_images < 200 else 32
-    loha = open_settings.config.adapter.kind == "loha"
+    rules = KIND_RULES[open_settings.config.adapter.kind]
     reason = f"enough for {num_images} images without learning them by heart"
-    if loha:
-        rank, reason = rank // 2, f"as large a file as a LoRA of rank {rank}"
-    open_settings.fill("adapter.rank", rank, reason, ask_base=not loha)
-    open_settings.fill("adapter.alpha", *_usual_alpha(open_settings, "adapter.rank"), ask_base=not loha)
+    if rules.lora_ranks != 1:
+        rank, reason = rank // rules.lora_ranks, f"as large a file as a LoRA of rank {rank}"
+    open_settings.fill("adapter.rank", rank, reason, ask_base=rules.follows_base)
+    open_settings.fill(
+        "adapter.alpha", *_usual_alpha(open_settings, "adapter.rank"), ask_base=rules.follows_base
+    )
     for part in _adapted_text(open_settings):
         keys = PART_KEYS[part]
         open_settings.fill(keys.rank, open_settings.config.adapter.rank, "as in the U-Net")
@@ -197,9 +203,9 @@ def _fill_adapter(open_settings: OpenSettings, num_images: int) -> None:
 
 def _usual_alpha(open_settings: OpenSettings, rank_key: str) -> tuple[float, str]:
     """Return the alpha with which the usual learning rate fits, and why."""
-    if open_settings.config.adapter.kind == "loha":
-        return 1.0, "usual for LoHa, whose factors start large"
-    return float(open_settings.config.get(rank_key)), "equal to the rank: scale 1"
+    rules = KIND_RULES[open_settings.config.adapter.kind]
+    alpha = float(open_settings.config.get(rank_key)) if rules.alpha is None else rules.alpha
+    return alpha, rules.alpha_reason
 
 
 def _adapted_text(open_settings: OpenSettings) -> list[AdaptedPart]:
@@ -260,8 +266,7 @@ def _rate(open_settings: OpenSettings, rule: RateRule) -> tuple[float, str]:
     adapter = open_settings.config.adapter
     assert adapter.rank is not None and adapter.alpha is not None
     divisor = math.sqrt(adapter.rank) if adapter.scaling == "rslora" else adapter.rank
-    # a LoHa of alpha 1 changes about as much a step as a LoRA of scale 1
-    scale = adapter.alpha if adapter.kind == "loha" else adapter.alpha / divisor
+    scale = adapter.alpha / divisor if KIND_RULES[adapter.kind].rate_by_rank else adapter.alpha
     if scale == 1 or not rule.follows_scale:
         return rule.rate, rule.reason
     # the size of dW is scale * rate: keep it when the user picks another alpha
@@ -286,4 +291,4 @@ def _fill_intervals(open_settings: OpenSettings, data: DataFacts) -> None:
     open_settings.fill("sample.prompts", prompts, "captions of the images")
     if open_settings.config.sample.prompts:
         open_settings.fill("sample.every", max(10, steps // 4), "four rows of previews")
-        open_settings.fill("sample.guidance", 7.0, "the usual guidance scale")
+        open_settings.fill("sample.guidance", USUAL_GUIDANCE, "the usual guidance scale")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
+from ..number_formats import Precision as Precision
 from .adapter import AdapterConfig as AdapterConfig
 from .adapter import Targets as Targets
 from .data import DataConfig
@@ -31,7 +32,6 @@ from .section import (
     Section,
 )
 
-Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw"]
 Schedule = Literal["cosine", "linear", "constant"]
 SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]

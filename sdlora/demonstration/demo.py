@@ -41,7 +41,6 @@ SHOWN = ("bicycle", "cat", "hamburger", "house", "mushroom", "sailboat", "teapot
 
 _DRAW_STEPS = 10
 _SEED = 1
-_RECOMMENDED_GUIDANCE = 7.0  # where the base recommends none, as for any other prompt
 
 
 def demo(
@@ -222,7 +221,7 @@ def _choose(items: Sequence[ImageItem], wanted: int | None) -> tuple[ImageItem, 
 def _request(
     generator: ImageGenerator, item: ImageItem, number: int, strengths: dict[str, float], steps: int
 ) -> GenerateRequest:
-    from ..generation.render import GenerateRequest
+    from ..generation.render import GenerateRequest, usual_guidance
 
     model = generator.model
     return GenerateRequest(
@@ -230,7 +229,7 @@ def _request(
         height=model.facts.native_resolution,
         width=model.facts.native_resolution,
         steps=steps,
-        guidance=float(model.base.recommended.get("sample.guidance", _RECOMMENDED_GUIDANCE)),
+        guidance=usual_guidance(model),
         sampler=Config().sample.sampler,
         seed=_SEED + number,
         strengths=strengths,

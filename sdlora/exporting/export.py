@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,22 +19,21 @@ from ..adapters.canonical import AdapterFile
 from ..config.schema import Config, Precision
 from ..config.toml import load_config
 from ..errors import AdapterFileError, ConfigError, OutputError
-from ..families.table import FAMILIES, family_info
 from ..files import replacing
 from ..formats import adapter_files
 from ..formats.clients import Support
+from ..formats.detection import known_family
 from ..formats.folding import own_dtype
 from ..formats.privacy import without_private
-from ..formats.proof import Proof, compare, prove, support_of
+from ..formats.proof import Proof, Written, compare, write_proven
+from ..formats.table import FORMATS, find_format
+from ..number_formats import dtype_name, dtype_of
 from ..run_folder import IMAGE_ENDINGS, RunFolder, list_checkpoints
-from ..tensor_file import data_sha256
 from .webui_card import card_image, other_preview, write_card
 
 if TYPE_CHECKING:
     from ..families.facts import FamilyInfo
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_TARGETS = {"webui": "{name}.safetensors", "diffusers": "{name}-diffusers.safetensors", "peft": "{name}-peft"}
 _PROGRAM_STEMS = {"adapter", "adapter_model", "pytorch_lora_weights"}
 _PLAIN = r'[^\\/:*?"<>|\x00-\x1f]'
 _NAME = re.compile(rf"^(?!\.)(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)){_PLAIN}{{1,100}}$(?<![. ])")
@@ -66,7 +65,7 @@ class ExportReport:
     @property
     def adapter(self) -> Path:
         """The adapter's own file, or its folder for PEFT."""
-        return self.files[0].parent.parent if adapter_files.FORMATS[self.format].is_folder else self.files[0]
+        return self.files[0].parent.parent if FORMATS[self.format].is_folder else self.files[0]
 
     def proof_line(self) -> str:
         """Return the proof in one line for people."""
@@ -130,7 +129,7 @@ def export_adapter(
 
     Args:
         source: a run folder, or an adapter file or folder of any format.
-        format: a key of :data:`sdlora.formats.FORMATS`.
+        format: a key of :data:`sdlora.formats.table.FORMATS`.
         output: folder to write into, or a path ending in ``.safetensors`` for the file itself; may be left
             out when ``webui_folder`` is given.
         dtype: number format; the run's setting, or the source's own, when None.
@@ -147,36 +146,23 @@ def export_adapter(
         OutputError: when a file exists, or the place cannot be written.
         ConfigError: for an unknown format, number format or name.
     """
-    if format not in adapter_files.FORMATS:
-        raise ConfigError(
-            f"--format {format}: is not a format; give one of {', '.join(adapter_files.FORMATS)}"
-        )
-    if webui_folder is not None and format != "webui":
-        raise ConfigError(f"--format {format}: WebUI reads only its own format; give --format webui")
-    lora_folder = find_lora_folder(webui_folder) if webui_folder is not None else None
+    lora_folder = _lora_folder(format, webui_folder)
     place = output or lora_folder
     if place is None:
         raise ConfigError("export needs a place: give --output DIR (or --webui DIR)")
     opened = open_source(source)
     chosen = _check_name(name) if name is not None else opened.name
     adapter = _renamed(opened.adapter, name or opened.adapter.info.name or chosen, preferred_strength)
-    info = _family(adapter, source)
+    info = known_family(source, adapter.info.family)
     if private:
         kept = without_private(adapter.info.metadata)
         adapter = replace(adapter, info=replace(adapter.info, metadata=kept))
     target = _target(format, place, chosen)
-    image = card_image(preview or opened.preview, private=private) if format == "webui" else None
-    if image is not None and other_preview(target) is not None:
-        image = None  # the one that is there stays the card's image
-    planned = _planned(target, format, image is not None)
-    if lora_folder is not None:
-        planned += [lora_folder / file.name for file in planned if file.parent != lora_folder]
-    taken = next((file for file in planned if file.exists()), None)
-    if taken is not None and not overwrite:
-        raise OutputError(f"{taken}: exists; nothing was overwritten. Give another --name, or --overwrite")
-    number_format = _dtype(dtype, opened.dtype)
-    report = _write_proven(adapter, format, target, number_format, info, str(opened.path), verify=verify)
-    if format == "webui":
+    image = _image_for(format, target, preview or opened.preview, private)
+    _refuse_taken(format, target, image is not None, lora_folder, overwrite)
+    written = write_proven(adapter, format, target, _dtype(dtype, opened.dtype), info, verify=verify)
+    report = _report(written, format, _dtype(dtype, opened.dtype), str(opened.path))
+    if FORMATS[format].has_card:
         report = replace(report, files=(*report.files, *write_card(adapter, target, info, image)))
     if lora_folder is not None:
         report = replace(report, files=(*report.files, *_copy_into(lora_folder, report.files)))
@@ -208,10 +194,11 @@ def write_finished(
         AdapterFileError: when the written file does not hold the adapter (it is removed then).
         OutputError: when the place cannot be written.
     """
-    number_format = _dtype(dtype, torch.float16)
-    image = card_image(preview, private=private) if info.adapter_format == "webui" else None
-    report = _write_proven(adapter, info.adapter_format, target, number_format, info, "the trained weights")
-    if info.adapter_format != "webui":
+    number_format, format = _dtype(dtype, torch.float16), info.adapter_format
+    image = card_image(preview, private=private) if FORMATS[format].has_card else None
+    written = write_proven(adapter, format, target, number_format, info)
+    report = _report(written, format, number_format, "the trained weights")
+    if not FORMATS[format].has_card:
         return report
     return replace(report, files=(*report.files, *write_card(adapter, target, info, image)))
 
@@ -239,7 +226,7 @@ def open_source(source: Path) -> Source:
     config = load_config(run.config_file)
     adapter, path = _run_adapter(run, config)
     preview = run.newest_preview()
-    return Source(adapter, path, config.output.name, DTYPES[config.output.dtype], preview)
+    return Source(adapter, path, config.output.name, dtype_of(config.output.dtype), preview)
 
 
 def find_lora_folder(folder: Path) -> Path:
@@ -262,34 +249,33 @@ def find_lora_folder(folder: Path) -> Path:
     )
 
 
-def _write_proven(
-    adapter: AdapterFile,
-    format: str,
-    target: Path,
-    dtype: torch.dtype,
-    info: FamilyInfo,
-    source: str,
-    *,
-    verify: bool = True,
-) -> ExportReport:
-    """Write under a temporary name, prove, and only then put it in place."""
-    with replacing(target) as temporary:
-        try:
-            written = adapter_files.write_adapter(adapter, format, temporary, dtype, info)
-            proof: Proof | None = None
-            if verify:
-                proof, clients = prove(adapter.weights, temporary, format, dtype, info)
-            else:
-                clients = support_of(temporary, format, info)
-        except AdapterFileError as error:
-            raise AdapterFileError(str(error).replace(str(temporary), str(target))) from error
-        headers = adapter_files.read_headers(temporary)
-        model_hash = data_sha256(headers[0].path, headers[0].data_offset)
-        if adapter_files.FORMATS[format].is_folder:
-            adapter_files.make_room(target)
-    dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
-    files = tuple(target / file.relative_to(temporary) if file != temporary else target for file in written)
-    return ExportReport(files, format, dtype_name, source, proof, model_hash, clients)
+def _report(written: Written, format: str, dtype: torch.dtype, source: str) -> ExportReport:
+    return ExportReport(
+        written.files, format, dtype_name(dtype), source, written.proof, written.model_hash, written.clients
+    )
+
+
+def _lora_folder(format: str, webui_folder: Path | None) -> Path | None:
+    """Return a WebUI's folder of adapters, if one was named, for a format that can be written.
+
+    Raises:
+        ConfigError: for an unknown format, or one that WebUI does not read.
+        OutputError: when it is not a WebUI's folder.
+    """
+    has_card = find_format(format).has_card
+    if webui_folder is None:
+        return None
+    if not has_card:
+        raise ConfigError(f"--format {format}: WebUI reads only its own format; give --format webui")
+    return find_lora_folder(webui_folder)
+
+
+def _image_for(format: str, target: Path, preview: Path | None, private: bool) -> bytes | None:
+    """Return the image of the card, if there is to be one; one that is there already stays."""
+    if not FORMATS[format].has_card:
+        return None
+    image = card_image(preview, private=private)
+    return None if other_preview(target) is not None else image
 
 
 def _run_adapter(run: RunFolder, config: Config) -> tuple[AdapterFile, Path]:
@@ -324,31 +310,10 @@ def _renamed(adapter: AdapterFile, name: str, preferred_strength: float | None) 
     return replace(adapter, info=replace(adapter.info, name=name, metadata=entries))
 
 
-def _family(adapter: AdapterFile, source: Path) -> FamilyInfo:
-    family = adapter.info.family
-    if family is None:
-        raise AdapterFileError(
-            f"{source}: does not tell which base model it is for (no cross-attention layers, no header entry "
-            "`ss_base_model_version`); export it with the program that trained it"
-        )
-    if family not in FAMILIES:
-        raise AdapterFileError(
-            f"{source}: is for the model family `{family}`, which this version cannot export; it knows "
-            f"{', '.join(FAMILIES)}"
-        )
-    return family_info(family)
-
-
 def _dtype(asked: Precision | torch.dtype | None, default: torch.dtype) -> torch.dtype:
     if asked is None:
         return default
-    dtype = asked if isinstance(asked, torch.dtype) else DTYPES.get(asked)
-    if dtype not in DTYPES.values():
-        raise ConfigError(
-            f"--dtype {asked}: is not a number format; give one of {', '.join(get_args(Precision))}"
-        )
-    assert dtype is not None
-    return dtype
+    return asked if isinstance(asked, torch.dtype) else dtype_of(asked)
 
 
 def _check_name(name: str) -> str:
@@ -361,21 +326,28 @@ def _check_name(name: str) -> str:
 
 def _target(format: str, output: Path, name: str) -> Path:
     if output.suffix == ".safetensors" and not output.is_dir():
-        if adapter_files.FORMATS[format].is_folder:
+        if FORMATS[format].is_folder:
             raise OutputError(f"{output}: {format} needs a folder; give --output without .safetensors")
         return output
     if output.is_file():
         raise OutputError(f"{output}: is a file, but export needs a folder; choose another --output")
-    return output / _TARGETS[format].format(name=name)
+    file_name = FORMATS[format].file_name
+    assert file_name is not None
+    return output / file_name.format(name=name)
 
 
-def _planned(target: Path, format: str, has_image: bool) -> list[Path]:
-    if format != "webui":
-        return [target]
-    cards = [target.with_suffix(".json")]
-    if has_image:
-        cards.append(target.with_suffix(".png"))
-    return [target, *cards]
+def _refuse_taken(
+    format: str, target: Path, has_image: bool, lora_folder: Path | None, overwrite: bool
+) -> None:
+    """Refuse files that exist, unless they are to be replaced."""
+    planned = [target]
+    if FORMATS[format].has_card:
+        planned += [target.with_suffix(ending) for ending in (".json", *((".png",) if has_image else ()))]
+    if lora_folder is not None:
+        planned += [lora_folder / file.name for file in planned if file.parent != lora_folder]
+    taken = next((file for file in planned if file.exists()), None)
+    if taken is not None and not overwrite:
+        raise OutputError(f"{taken}: exists; nothing was overwritten. Give another --name, or --overwrite")
 
 
 def _copy_into(folder: Path, files: Sequence[Path]) -> list[Path]:

@@ -12,9 +12,8 @@ from pathlib import Path
 from ..config.schema import Precision, SampleConfig
 from ..config.toml import load_config
 from ..errors import ConfigError
-from ..generation.generate import USUAL_GUIDANCE
 from ..generation.image_generator import ImageGenerator
-from ..generation.render import GeneratedImage, GenerateRequest, Progress
+from ..generation.render import GeneratedImage, GenerateRequest, Progress, usual_guidance
 from ..run_folder import RunFolder
 from .export import open_source
 
@@ -101,7 +100,7 @@ def compare_images(
         height=model.facts.native_resolution,
         width=model.facts.native_resolution,
         steps=SampleConfig().steps if steps is None else steps,
-        guidance=float(model.base.recommended.get("sample.guidance", USUAL_GUIDANCE)),
+        guidance=usual_guidance(model),
         sampler=SampleConfig().sampler,
         seed=seed,
     )

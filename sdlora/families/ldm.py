@@ -10,7 +10,7 @@ ComfyUI's models, and the weight names of CompVis' and Stability's published che
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,12 +33,15 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_UNET_ENDS = {
+_OUTSIDE_LEVELS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -118,9 +121,82 @@ def unet_key_map(names: Iterable[str]) -> dict[str, StoredKey]:
     """
     known = list(names)
     layers = 1 + max(int(m[1]) for n in known if (m := re.match(r"down_blocks\.\d+\.resnets\.(\d+)\.", n)))
-    # an upsampler comes after the residual layer and, where there is one, the attention
+    levels = 1 + max(int(m[1]) for n in known if (m := re.match(r"down_blocks\.(\d+)\.", n)))
     attending = {int(m[1]) for n in known if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", n))}
-    return {name: StoredKey(UNET_PREFIX + _unet_name(name, layers, attending)) for name in known}
+    blocks = unet_blocks(layers, levels, attending)
+
+    def stored(name: str) -> StoredKey:
+        path, _, value = name.rpartition(".")
+        original = to_ldm(path, blocks)
+        if original is None:
+            raise ModelError(
+                f"the U-Net tensor `{name}` has no place in an LDM checkpoint; keep the diffusers layout"
+            )
+        return StoredKey(f"{UNET_PREFIX}{original}.{value}")
+
+    return {name: stored(name) for name in known}
+
+
+def unet_blocks(layers: int = 2, levels: int = 4, attending: Container[int] = range(4)) -> dict[str, str]:
+    """Return diffusers' name of each block of a U-Net -> the original's.
+
+    The one table for checkpoints and adapters. What is left open is as in SD1, SD2 and SDXL (which has three
+    levels of the four).
+
+    Args:
+        layers: residual layers of a level of the way down; one more on the way up.
+        levels: of sizes.
+        attending: levels of the way up with attention: an upsampler comes after the residual layer and,
+            where there is one, the attention.
+    """
+    blocks = dict(_OUTSIDE_LEVELS)
+    for i in range(levels):
+        first = (layers + 1) * i
+        for j in range(layers):
+            blocks[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{1 + first + j}.0"
+            blocks[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{1 + first + j}.1"
+        blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{first + layers + 1}.0.op"
+        for j in range(layers + 1):
+            blocks[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{first + j}.0"
+            blocks[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{first + j}.1"
+        place = 2 if i in attending else 1
+        blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{first + layers}.{place}.conv"
+    return blocks
+
+
+def to_ldm(path: str, blocks: Mapping[str, str]) -> str | None:
+    """Return a diffusers path of a U-Net's module in the original's names; None if it has none there.
+
+    Args:
+        path: of a module.
+        blocks: of :func:`unet_blocks`.
+    """
+    return _renamed(path, blocks, _RESNET)
+
+
+def from_ldm(path: str, blocks: Mapping[str, str]) -> str | None:
+    """Return the diffusers path of an original one; None if it has none.
+
+    Args:
+        path: of a module.
+        blocks: the original's name -> diffusers'.
+    """
+    return _renamed(path, blocks, {original: name for name, original in _RESNET.items()})
+
+
+def _renamed(path: str, blocks: Mapping[str, str], inside_resnet: Mapping[str, str]) -> str | None:
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        block = blocks.get(".".join(parts[:count]))
+        if block is None:
+            continue
+        rest: str | None = ".".join(parts[count:])
+        if "resnets" in parts[:count] or ".resnets." in f".{block}.":
+            rest = inside_resnet.get(rest or "")
+            if rest is None:
+                return None
+        return f"{block}.{rest}" if rest else block
+    return None
 
 
 def vae_key_map(names: Iterable[str], prefix: str = VAE_PREFIX) -> dict[str, StoredKey]:
@@ -157,38 +233,6 @@ def text_key_map(names: Iterable[str], encoder: TextEncoderInfo) -> dict[str, St
     """
     stored = _openclip_key if encoder.checkpoint_layout == "openclip" else _clip_key
     return {name: stored(name.removeprefix(TEXT_ROOT), encoder.checkpoint_prefix) for name in names}
-
-
-def _unet_name(name: str, layers: int, attending: set[int]) -> str:
-    for old, new in _UNET_ENDS.items():
-        if name.startswith(old + "."):
-            return new + name.removeprefix(old)
-    if m := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", name):
-        side, i, kind, j, rest = m[1], int(m[2]), m[3], int(m[4]), m[5]
-        at = (layers + 1) * i + j
-        block = f"input_blocks.{1 + at}" if side == "down" else f"output_blocks.{at}"
-        return f"{block}.1.{rest}" if kind == "attentions" else f"{block}.0.{_inside_resnet(name, rest)}"
-    if m := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.+)", name):
-        return f"input_blocks.{(layers + 1) * (int(m[1]) + 1)}.0.op.{m[2]}"
-    if m := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(.+)", name):
-        i = int(m[1])
-        return f"output_blocks.{(layers + 1) * i + layers}.{2 if i in attending else 1}.conv.{m[2]}"
-    if m := re.fullmatch(r"mid_block\.attentions\.0\.(.+)", name):
-        return f"middle_block.1.{m[1]}"
-    if m := re.fullmatch(r"mid_block\.resnets\.([01])\.(.+)", name):
-        return f"middle_block.{2 * int(m[1])}.{_inside_resnet(name, m[2])}"
-    raise ModelError(
-        f"the U-Net tensor `{name}` has no place in an LDM checkpoint; keep the diffusers layout"
-    )
-
-
-def _inside_resnet(name: str, rest: str) -> str:
-    head, _, tail = rest.partition(".")
-    if head not in _RESNET:
-        raise ModelError(
-            f"the U-Net tensor `{name}` has no place in an LDM checkpoint; keep the diffusers layout"
-        )
-    return f"{_RESNET[head]}.{tail}"
 
 
 def _clip_key(name: str, prefix: str) -> StoredKey:

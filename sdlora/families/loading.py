@@ -23,7 +23,7 @@ from ..errors import ConfigError, ModelError
 from ..tensor_file import CONVERT
 from .attention import Attentions, choose_attentions
 from .base import BaseModelInfo
-from .facts import DenoiserInfo
+from .facts import DenoiserInfo, FamilyInfo
 from .hub import from_hub
 from .latent_model import LatentModel, Parts, vae_factor
 from .ldm import VAE_PREFIX, StoredKey, text_key_map, unet_key_map, vae_key_map
@@ -100,29 +100,13 @@ def load_model(
     recognised = recognise(path)
     recognised.check_family(family)
     kind = FAMILIES[recognised.family]
-    if clip_skip != 1 and not kind.info.clip_skip:
-        raise ConfigError(
-            f"`model.clip_skip={clip_skip}`: {kind.info.title} is made for one layer of its text encoder; "
-            "leave clip_skip out"
-        )
+    _check_clip_skip(clip_skip, kind.info)
     process = _process(recognised, prediction_type, zero_terminal_snr)
     chosen = attention if isinstance(attention, Attentions) else choose_attentions(attention, device, dtype)
     # An offloaded model waits in main memory.
     encoder_device = torch.device("cpu") if offload else device
-    try:
-        with _quiet():
-            waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else encoder_device
-            parts = load_parts(
-                recognised, dtype=dtype, device=encoder_device, denoiser_device=waiting, vae=vae
-            )
-    except ModelError:
-        raise
-    except Exception as error:  # whatever the libraries raise on damaged input
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{path}: cannot be loaded as a {kind.info.title} base ({reason}); "
-            "check that the download is complete"
-        ) from error
+    waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else encoder_device
+    parts = _loaded_parts(recognised, dtype, encoder_device, waiting, vae)
     if recognised.layout == "file" and process.prediction.name in kind.info.resolutions:
         side = kind.info.resolutions[process.prediction.name]  # the shipped config can name only one
         parts.denoiser.register_to_config(sample_size=side // vae_factor(parts.vae))
@@ -130,13 +114,58 @@ def load_model(
     # group norm forces the other layout, so there it would cost.
     if device.type == "cpu":
         parts.denoiser.to(memory_format=torch.channels_last)
-    base = BaseModelInfo(
+    base = _described(source, path, recognised)
+    return kind(base, parts, process, attention=chosen, device=device, clip_skip=clip_skip, offload=offload)
+
+
+def _described(source: str, path: Path, recognised: Recognised) -> BaseModelInfo:
+    kind = FAMILIES[recognised.family]
+    return BaseModelInfo(
         source=source,
         title=source if source == "mini" else recognised.title,
         weights=path if path.is_file() else weight_files(path / kind.info.denoiser.component)[0],
         recommended=_recommended(path),
     )
-    return kind(base, parts, process, attention=chosen, device=device, clip_skip=clip_skip, offload=offload)
+
+
+def _check_clip_skip(clip_skip: int, info: FamilyInfo) -> None:
+    if clip_skip != 1 and not info.clip_skip:
+        raise ConfigError(
+            f"`model.clip_skip={clip_skip}`: {info.title} is made for one layer of its text encoder; "
+            "leave clip_skip out"
+        )
+
+
+def _loaded_parts(
+    recognised: Recognised,
+    dtype: torch.dtype,
+    encoder_device: torch.device,
+    denoiser_device: torch.device,
+    vae: str | None,
+) -> Parts:
+    """Return the components; whatever the libraries say of damaged input becomes one clear error."""
+    try:
+        with _quiet():
+            return load_parts(
+                recognised, dtype=dtype, device=encoder_device, denoiser_device=denoiser_device, vae=vae
+            )
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{recognised.path}: cannot be loaded as a {FAMILIES[recognised.family].info.title} base "
+            f"({reason}); check that the download is complete"
+        ) from error
+
+
+def _check_complete(recognised: Recognised, vae: str | None) -> None:
+    missing = [part for part in recognised.missing if part != "vae" or vae is None]
+    if missing:
+        raise ModelError(
+            f"{recognised.path}: has no {' and no '.join(missing)}; use the full checkpoint, not a pruned one"
+            + (", or name a VAE as model.vae" if missing == ["vae"] else "")
+        )
 
 
 def load_parts(
@@ -166,12 +195,7 @@ def load_parts(
     """
     info, blueprint = FAMILIES[recognised.family].info, device.type == "meta"
     folder = recognised.path if recognised.layout == "folder" else configs or ASSETS / info.assets
-    missing = [part for part in recognised.missing if part != "vae" or vae is None]
-    if missing:
-        raise ModelError(
-            f"{recognised.path}: has no {' and no '.join(missing)}; use the full checkpoint, not a pruned one"
-            + (", or name a VAE as model.vae" if missing == ["vae"] else "")
-        )
+    _check_complete(recognised, vae)
     source = None if recognised.layout == "folder" else TensorSource([] if blueprint else [recognised.path])
     denoiser, default_vae = _new_denoiser(folder, info.denoiser), _new_vae(folder)
     fill(

@@ -1,49 +1,144 @@
-"""Adapter files in every supported format, to and from the canonical adapter.
+"""Adapter files in every format, to and from the canonical adapter, by the table of formats.
 
-Each format is one module with an ``encode``; all single files are read by :mod:`.single_file`, whatever
-their spelling. Which format a file has is told from its keys, never from its name. A new format is one
-module and one line in :data:`FORMATS`.
+Which format a file has is told from its keys, never from its name. Each file's header is read once and its
+keys are taken apart once (:class:`OpenAdapter`), whatever is asked of it then.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey, Update
-from ..errors import AdapterFileError, OutputError
-from ..families.table import component_names
-from ..files import replacing, write_json
-from ..tensor_file import PICKLE_SUFFIXES, Header, Load, opened, read_header, shapes_only, write_tensors
-from . import diffusers, folding, foreign, hashes, kinds, metadata, peft, single_file, webui
+from ..errors import AdapterFileError
+from ..number_formats import PRECISIONS, writable_dtypes
+from ..tensor_file import Header, Load, data_sha256, opened, read_header, shapes_only
+from . import folding, foreign, kinds, metadata
 from .detection import detect_family
-from .keys import spellings
+from .format_code import FormatCode
+from .keys import FileKeys, Groups
+from .peft import CONFIG_FILE
+from .table import FORMATS
 
 if TYPE_CHECKING:
     from ..families.facts import FamilyInfo
 
 
-@dataclass(frozen=True)
-class Format:
-    """One file format.
+class OpenAdapter:
+    """An adapter's files: one header for a file, one a component for a PEFT folder.
 
-    Attributes:
-        title: what users call it.
-        write: (adapter, target, dtype, family) -> the files written; None for formats that are only read.
-        read: (header, loader of tensors) -> modules and their updates, one at a time.
-        is_folder: whether an adapter is a folder rather than one file.
+    Args:
+        path: the file or folder.
+
+    Raises:
+        AdapterFileError: when there is no adapter, or a header is damaged.
     """
 
-    title: str
-    write: Callable[[AdapterFile, Path, torch.dtype, FamilyInfo], list[Path]] | None
-    read: Callable[[Header, Load], Iterator[tuple[ModuleKey, Update]]] = single_file.read_modules
-    is_folder: bool = False
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.headers = [read_header(file) for file in _tensor_files(path)]
+        self._keys = [FileKeys(header.tensors, header.path) for header in self.headers]
+
+    @cached_property
+    def keys(self) -> FileKeys:
+        """All keys of all files."""
+        if len(self._keys) == 1:
+            return self._keys[0]
+        return FileKeys([key for keys in self._keys for key in keys.names], self.path)
+
+    @cached_property
+    def format(self) -> str:
+        """The format, told by the keys inside.
+
+        Raises:
+            AdapterFileError: when it is of a kind that is not supported, or not an adapter.
+        """
+        return _sniff(self.headers[0], self._keys[0])
+
+    def modules(self) -> Iterator[tuple[ModuleKey, Update]]:
+        """Yield the modules with their updates, holding one of them at a time.
+
+        Raises:
+            AdapterFileError: for keys that belong to no module, or an incomplete module.
+        """
+        for header, (code, groups) in zip(self.headers, self._grouped, strict=True):
+            with opened(header) as load:
+                yield from code.read(header, groups, load)
+
+    def read(self) -> AdapterFile:
+        """Return the adapter.
+
+        Raises:
+            AdapterFileError: as :meth:`modules`.
+        """
+        weights = self._collected(self.headers, opened)
+        info = self._info(weights)
+        return AdapterFile(kinds.as_in_base(weights, info.family), info)
+
+    @cached_property
+    def outline(self) -> AdapterFile:
+        """The adapter without its values: meta tensors for factors, and the alphas the file itself holds.
+
+        The alphas are those that other programs find, not those we recorded. Reads single numbers only, so it
+        is quick for files of any size.
+
+        Raises:
+            AdapterFileError: as :meth:`modules`.
+        """
+        unrecorded = [
+            replace(
+                header, metadata={k: v for k, v in header.metadata.items() if k != folding.RECORDED_ALPHAS}
+            )
+            for header in self.headers
+        ]
+        weights = self._collected(unrecorded, shapes_only)
+        info = self._info(weights)
+        return AdapterFile(kinds.with_projections(weights, info.family), info)
+
+    def data_hash(self) -> str:
+        """Return the SHA-256 (hex) of the first file's tensors, which WebUI calls the hash."""
+        return data_sha256(self.headers[0].path, self.headers[0].data_offset)
+
+    @cached_property
+    def _grouped(self) -> list[tuple[FormatCode, Groups]]:
+        pairs = []
+        for header, keys in zip(self.headers, self._keys, strict=True):
+            code = FORMATS[_sniff(header, keys)].code()
+            pairs.append((code, code.group(header, keys)))
+        return pairs
+
+    def _collected(
+        self, headers: Sequence[Header], opening: Callable[[Header], AbstractContextManager[Load]]
+    ) -> AdapterWeights:
+        updates: dict[ModuleKey, Update] = {}
+        for header, (code, groups) in zip(headers, self._grouped, strict=True):
+            with opening(header) as load:
+                file_updates = dict(code.read(header, groups, load))
+            twice = set(file_updates) & set(updates)
+            if twice:
+                raise AdapterFileError(
+                    f"{self.path}: {len(twice)} modules are in two of its folders; keep one of them"
+                )
+            updates.update(file_updates)
+        return AdapterWeights(updates)
+
+    def _info(self, weights: AdapterWeights) -> AdapterInfo:
+        entries: dict[str, str] = {}
+        for header in self.headers:
+            entries.update(header.metadata)
+        name = entries.get("ss_output_name", "None")
+        return AdapterInfo(
+            family=detect_family(weights, entries),
+            name=self.path.stem if name in ("None", "") else name,
+            trigger_words=metadata.trigger_words(entries),
+            metadata=entries,
+        )
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -52,69 +147,7 @@ def read_adapter(path: Path) -> AdapterFile:
     Raises:
         AdapterFileError: when it is missing, damaged, of a kind that is not supported, or not an adapter.
     """
-    headers = _headers(path)
-    weights = _collected(path, headers, opened)
-    info = _info(path, headers, weights)
-    return AdapterFile(kinds.as_in_base(weights, info.family), info)
-
-
-def read_modules(path: Path) -> Iterator[tuple[ModuleKey, Update]]:
-    """Yield the modules of an adapter in any format, holding one of them at a time.
-
-    Raises:
-        AdapterFileError: as :func:`read_adapter`.
-    """
-    for header in _headers(path):
-        with opened(header) as load:
-            yield from READERS[_sniff(header)].read(header, load)
-
-
-def read_outline(path: Path) -> AdapterFile:
-    """Return an adapter without its values: meta tensors for factors, and the alphas the file itself holds.
-
-    The alphas are those that other programs find, not those we recorded. Reads the header and single
-    numbers only, so it is quick for files of any size.
-
-    Raises:
-        AdapterFileError: as :func:`read_adapter`.
-    """
-    headers = _headers(path)
-    unrecorded = [
-        replace(header, metadata={k: v for k, v in header.metadata.items() if k != folding.RECORDED_ALPHAS})
-        for header in headers
-    ]
-    weights = _collected(path, unrecorded, shapes_only)
-    info = _info(path, headers, weights)
-    return AdapterFile(kinds.with_projections(weights, info.family), info)
-
-
-def _collected(
-    path: Path, headers: list[Header], opening: Callable[[Header], AbstractContextManager[Load]]
-) -> AdapterWeights:
-    updates: dict[ModuleKey, Update] = {}
-    for header in headers:
-        with opening(header) as load:
-            decoded = dict(READERS[_sniff(header)].read(header, load))
-        twice = set(decoded) & set(updates)
-        if twice:
-            raise AdapterFileError(
-                f"{path}: {len(twice)} modules are in two of its folders; keep one of them"
-            )
-        updates.update(decoded)
-    return AdapterWeights(updates)
-
-
-def _info(path: Path, headers: list[Header], weights: AdapterWeights) -> AdapterInfo:
-    entries: dict[str, str] = {}
-    for header in headers:
-        entries.update(header.metadata)
-    name = entries.get("ss_output_name", "None")
-    return AdapterInfo(
-        family=detect_family(weights, entries),
-        name=path.stem if name in ("None", "") else name,
-        trigger_words=metadata.trigger_words(entries),
-        metadata=entries,
-    )
+    return OpenAdapter(path).read()
 
 
 def write_adapter(
@@ -124,7 +157,7 @@ def write_adapter(
 
     Args:
         adapter: what to write; its ``info.metadata`` goes into the header.
-        format: a key of :data:`FORMATS`.
+        format: a key of :data:`sdlora.formats.table.FORMATS`, one that is written.
         target: the file, or for ``peft`` the folder; an adapter that is there is replaced.
         dtype: number format of the factors.
         info: the family, for names and version entries.
@@ -135,122 +168,42 @@ def write_adapter(
     """
     if not adapter.weights.updates:
         raise AdapterFileError(f"{target}: the adapter has no modules, so there is nothing to write")
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise AdapterFileError(f"{target}: adapters are written as fp32, fp16 or bf16, not {dtype}")
+    if dtype not in writable_dtypes():
+        raise AdapterFileError(f"{target}: adapters are written as {' or '.join(PRECISIONS)}, not {dtype}")
     zero = next((module for module, update in adapter.weights.all_items() if update.alpha == 0.0), None)
     if zero is not None:
         raise AdapterFileError(
             f"{target}: module `{zero.component}.{zero.path}` has alpha 0, which clients read differently "
             "(as nothing, or as the rank); leave the module out"
         )
-    write = FORMATS[format].write
-    assert write is not None
+    write = FORMATS[format].code().write
+    assert write is not None, "formats that are only read are not offered"
     return write(adapter, target, dtype, info)
 
 
-def sniff(path: Path) -> str:
-    """Return the format of an adapter file or folder by the keys inside, reading no tensor.
-
-    Raises:
-        AdapterFileError: as :func:`read_adapter`.
-    """
-    return _sniff(_headers(path)[0])
-
-
-def read_headers(path: Path) -> list[Header]:
-    """Return the checked headers of an adapter: one for a file, one a component for a PEFT folder.
-
-    Raises:
-        AdapterFileError: when there is no adapter, or a header is damaged.
-    """
-    return _headers(path)
-
-
-def _headers(path: Path) -> list[Header]:
+def _tensor_files(path: Path) -> list[Path]:
     if not path.is_dir():
-        return [read_header(path)]
-    folders = [path / component for component in peft.components_in(path)] or [path]
-    if not (folders[0] / peft.CONFIG_FILE).is_file():
-        files = sorted(file.name for file in path.glob("*.safetensors"))
-        hint = f"name one of its files ({', '.join(files[:3])})" if files else "name a .safetensors file"
-        raise AdapterFileError(f"{path}: is a folder without {peft.CONFIG_FILE}; {hint} or a PEFT folder")
-    for folder in folders:
-        if not (folder / peft.WEIGHTS_FILE).exists() and any(
-            file.suffix in PICKLE_SUFFIXES for file in folder.iterdir()
-        ):
-            raise AdapterFileError(
-                f"{folder}: has its weights only as a pickle (.bin), which can run code when opened; load it "
-                f"with peft and save_pretrained(..., safe_serialization=True) to get {peft.WEIGHTS_FILE}"
-            )
-    return [read_header(folder / peft.WEIGHTS_FILE) for folder in folders]
+        return [path]
+    for format in FORMATS.values():
+        if format.is_folder and (files := format.code().files(path)):
+            return files
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    hint = f"name one of its files ({', '.join(names[:3])})" if names else "name a .safetensors file"
+    raise AdapterFileError(f"{path}: is a folder without {CONFIG_FILE}; {hint} or a PEFT folder")
 
 
-def _sniff(header: Header) -> str:
-    keys = list(header.tensors)
+def _sniff(header: Header, file_keys: FileKeys) -> str:
+    keys = file_keys.names
     is_lora = foreign.has_lora(keys)
     if not is_lora and foreign.is_checkpoint(keys):
         raise foreign.not_an_adapter(header.path, header.tensors)
     kind = foreign.other_kind(keys)
     if kind is not None:
         raise foreign.unsupported(header.path, kind, keys)
-    if any(key.startswith(peft.PREFIX) for key in keys):
-        return "peft"
-    if formats := spellings(keys):
-        return formats[0]
+    claims = {name: format.code().claims(file_keys) for name, format in FORMATS.items()}
+    format = min(claims, key=lambda name: (-claims[name], name))
+    if claims[format]:
+        return format
     if is_lora:
         raise foreign.unknown_keys(header.path, keys)
     raise foreign.not_an_adapter(header.path, header.tensors)
-
-
-def _write_webui(adapter: AdapterFile, target: Path, dtype: torch.dtype, info: FamilyInfo) -> list[Path]:
-    tensors, more = webui.encode(str(target), adapter.weights, info, dtype)
-    entries = metadata.for_file(adapter, info, more)
-    write_tensors(target, tensors, hashes.with_hashes(tensors, entries))
-    return [target]
-
-
-def _write_diffusers(adapter: AdapterFile, target: Path, dtype: torch.dtype, info: FamilyInfo) -> list[Path]:
-    tensors, more = diffusers.encode(str(target), adapter.weights, info, dtype)
-    write_tensors(target, tensors, metadata.for_file(adapter, info, more))
-    return [target]
-
-
-def _write_peft(adapter: AdapterFile, target: Path, dtype: torch.dtype, info: FamilyInfo) -> list[Path]:
-    entries = metadata.for_file(adapter, info, {"format": "pt"})
-    files: list[Path] = []
-    with replacing(target) as folder:
-        for component in adapter.weights.components():
-            tensors, config = peft.encode(str(target), adapter.weights, component, dtype)
-            write_tensors(folder / component / peft.WEIGHTS_FILE, tensors, entries)
-            write_json(folder / component / peft.CONFIG_FILE, config)
-            files += [target / component / peft.CONFIG_FILE, target / component / peft.WEIGHTS_FILE]
-        make_room(target)
-    return files
-
-
-def make_room(target: Path) -> None:
-    """Make room for a folder, but only where nothing but a PEFT adapter of ours would be lost."""
-    if not target.exists():
-        return
-    ours = {target / c for c in component_names()} | {
-        target / c / file for c in component_names() for file in (peft.CONFIG_FILE, peft.WEIGHTS_FILE)
-    }
-    if not target.is_dir() or set(target.rglob("*")) - ours:
-        raise OutputError(
-            f"{target}: exists and holds other files; nothing was overwritten. Choose another --output"
-        )
-    shutil.rmtree(target)
-
-
-FORMATS: dict[str, Format] = {
-    "webui": Format("WebUI (kohya)", _write_webui),
-    "diffusers": Format("diffusers", _write_diffusers),
-    "peft": Format("PEFT", _write_peft, peft.read_modules, is_folder=True),
-}
-"""Formats that are written and read."""
-
-READERS: dict[str, Format] = FORMATS | {
-    "comfyui": Format("ComfyUI (generic keys)", None),
-    "lycoris": Format("LyCORIS wrapper (lycoris_ keys)", None),
-}
-"""All formats that are read, also those that every client reads better in another one."""

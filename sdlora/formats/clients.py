@@ -7,19 +7,20 @@ sections 1 to 5). A file that "loads" with layers missing counts as not loaded f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..adapters.canonical import AdapterWeights
+from ..adapters.canonical import AdapterWeights, ModuleKey
+from ..adapters.kinds.kind import EVERY_CLIENT
 from ..families.facts import FamilyInfo, is_text_encoder
 from ..families.table import family_info
 from ..tensor_file import shown
 from . import kinds
-from .client_kinds import kind_reasons, magnitude_reasons
-from .keys import parse_key, spellings
-from .single_file import CONFIG_ENTRY
+from .client_kinds import is_refused, kind_reasons, quirks
+from .folding import CONFIG_ENTRY
+from .keys import FileKeys
 
-CLIENTS = ("WebUI", "Forge", "ComfyUI", "kohya sd-scripts", "diffusers", "stable-diffusion.cpp")
+CLIENTS = EVERY_CLIENT
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _STYLES = ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up."))
@@ -46,15 +47,31 @@ class Support:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
+    """What the rules look at of a file.
+
+    Attributes:
+        format: a key of :data:`sdlora.formats.table.FORMATS`.
+        family: ``sd1``, ``sd2``, ``sdxl`` or None.
+        weights: the adapter in it, with the alphas that the file itself holds.
+        file_keys: its keys.
+        entries: the header's text entries, if they are known.
+    """
+
     format: str
     family: str | None
     weights: AdapterWeights
-    keys: tuple[str, ...]
+    file_keys: FileKeys
     entries: Mapping[str, str] | None
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys as they are spelled."""
+        return self.file_keys.names
+
+    @property
     def info(self) -> FamilyInfo | None:
+        """What the family declares."""
         return None if self.family is None else family_info(self.family)
 
     @property
@@ -66,12 +83,17 @@ class _Facts:
     def open_clip(self) -> str:
         """The text encoder that checkpoints keep in OpenCLIP's layout, if there is one."""
         encoders = self.info.text_encoders if self.info else ()
-        return next((one.component for one in encoders if one.checkpoint_layout == "openclip"), "")
+        return next((facts.component for facts in encoders if facts.checkpoint_layout == "openclip"), "")
 
     @property
     def denoiser(self) -> str:
         """The component that is no text encoder, if it has modules."""
         return next((name for name in self.weights.components() if not is_text_encoder(name)), "")
+
+    def with_alpha(self) -> list[ModuleKey]:
+        """Return the modules that have an alpha of their own."""
+        parsed = self.file_keys.parsed.values()
+        return [key.module for key in parsed if key is not None and key.part == "alpha"]
 
     def any_key(self, *starts: str) -> bool:
         return any(key.startswith(starts) for key in self.keys)
@@ -85,9 +107,7 @@ class _Facts:
     @property
     def scaled_rank_one(self) -> bool:
         """Whether a module of rank 1 has an alpha of its own."""
-        parsed = [parse_key(key) for key in self.keys if key.endswith(".alpha")]
-        ranks = {key.module: self.weights.updates[key.module].rank for key in parsed if key is not None}
-        return 1 in ranks.values()
+        return 1 in {self.weights.updates[module].rank for module in self.with_alpha()}
 
     @property
     def ldm_names(self) -> bool:
@@ -96,35 +116,6 @@ class _Facts:
     @property
     def diffusers_names(self) -> bool:
         return self.any_key("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
-
-
-def client_support(
-    format: str,
-    family: str | None,
-    weights: AdapterWeights,
-    keys: Iterable[str],
-    entries: Mapping[str, str] | None = None,
-) -> tuple[Support, ...]:
-    """Return what each client makes of a file.
-
-    Args:
-        format: the file's format, a key of :data:`sdlora.formats.READERS`.
-        family: name of the family, or None.
-        weights: the adapter in it, with the alphas that the file itself holds; values are not looked at.
-        keys: the file's keys, whose spelling decides for some clients.
-        entries: the header's text entries; what follows from them is left out where they are not given.
-    """
-    facts = _Facts(format, family, weights, tuple(keys), entries)
-    supports = []
-    for client in CLIENTS:
-        reasons = _FORMATS[format](client, facts)
-        mixed = spellings(facts.keys)
-        if len(mixed) > 1 and client not in _BY_KEY:
-            reasons = [
-                f"reads part of it at most: its keys mix the {' and '.join(mixed)} spellings; export it again"
-            ]
-        supports.append(Support(client, not reasons, tuple(reasons), _hint(client, facts)))
-    return tuple(supports)
 
 
 def partial_attention(weights: AdapterWeights, component: str) -> list[str]:
@@ -137,7 +128,8 @@ def partial_attention(weights: AdapterWeights, component: str) -> list[str]:
     return [block for block, present in blocks.items() if present != _TEXT_ATTENTION]
 
 
-def _webui(client: str, facts: _Facts) -> list[str]:
+def webui_reasons(client: str, facts: Facts) -> list[str]:
+    """Return why a client does not load a file with WebUI keys fully."""
     return [
         *_names(client, facts),
         *_shapes(client, facts),
@@ -146,7 +138,7 @@ def _webui(client: str, facts: _Facts) -> list[str]:
     ]
 
 
-def _hint(client: str, facts: _Facts) -> str:
+def hint(client: str, facts: Facts) -> str:
     """WebUI files an adapter by two header entries and hides it beside checkpoints of another version."""
     if client != "WebUI" or facts.format != "webui" or not facts.entries or facts.info is None:
         return ""
@@ -162,7 +154,7 @@ def _hint(client: str, facts: _Facts) -> str:
     )
 
 
-def _names(client: str, facts: _Facts) -> list[str]:
+def _names(client: str, facts: Facts) -> list[str]:
     reasons = []
     flat = facts.any_key("lora_te_encoder", "lora_te1_encoder", "lora_te2_encoder")
     if flat and client != "diffusers":
@@ -181,7 +173,7 @@ def _names(client: str, facts: _Facts) -> list[str]:
     return reasons
 
 
-def _shapes(client: str, facts: _Facts) -> list[str]:
+def _shapes(client: str, facts: Facts) -> list[str]:
     """What follows from how factors and scales are stored."""
     reasons = []
     if client in ("kohya sd-scripts", "diffusers") and facts.family is not None:
@@ -200,7 +192,7 @@ def _shapes(client: str, facts: _Facts) -> list[str]:
     return reasons
 
 
-def _layers(client: str, facts: _Facts) -> list[str]:
+def _layers(client: str, facts: Facts) -> list[str]:
     reasons = []
     outer = [p for p in facts.weights.updates_of(facts.denoiser) if p.split(".", 1)[0] in _UNSEEN_BY_KOHYA]
     if client == "stable-diffusion.cpp" and facts.any_key(
@@ -209,11 +201,11 @@ def _layers(client: str, facts: _Facts) -> list[str]:
         outer = [path for path in outer if path not in ("conv_in", "conv_out")]  # found in original names
     if outer and client in ("kohya sd-scripts", "stable-diffusion.cpp"):
         reasons.append(f"leaves out `{outer[0]}`" + (f" and {len(outer) - 1} more" if len(outer) > 1 else ""))
-    if client not in _BY_KEY and "text_projection" in facts.weights.updates_of("text_encoder_2"):
+    if client not in BY_KEY and "text_projection" in facts.weights.updates_of("text_encoder_2"):
         reasons.append("may leave out `text_projection`; train without it")
     if client == "WebUI" and (partial := partial_attention(facts.weights, facts.open_clip)):
         reasons.append(f"applies text attention only when q, k, v and out are all there (`{partial[0]}`)")
-    if client == "diffusers" and set(facts.weights.kinds()) <= {"lora", "dora"}:
+    if client == "diffusers" and not is_refused(client, facts.weights.kinds()):
         for component in ("text_encoder", "text_encoder_2"):
             names = {path.rpartition(".")[2] for path in facts.weights.updates_of(component)}
             if names & _QKV and "out_proj" not in names:
@@ -230,19 +222,14 @@ def _layers(client: str, facts: _Facts) -> list[str]:
     return reasons
 
 
-def _is_misscaled(facts: _Facts, component: str) -> bool:
+def _is_misscaled(facts: Facts, component: str) -> bool:
     """Tell whether diffusers scales some layers wrongly.
 
     It gives the most frequent alpha of a component to the U-Net's attention, to all layers of text encoders,
     and to layers without an alpha of their own (formats.md 4.3).
     """
     updates = facts.weights.updates_of(component)
-    parsed = [parse_key(key) for key in facts.keys if key.endswith(".alpha")]
-    stored = {
-        parsed_key.module.path
-        for parsed_key in parsed
-        if parsed_key is not None and parsed_key.module.component == component
-    }
+    stored = {module.path for module in facts.with_alpha() if module.component == component}
     counts = Counter(updates[path].alpha for path in stored).most_common(2)
     if not counts:
         return False
@@ -256,7 +243,7 @@ def _is_misscaled(facts: _Facts, component: str) -> bool:
     )
 
 
-def _fused(facts: _Facts) -> list[str]:
+def _fused(facts: Facts) -> list[str]:
     """stable-diffusion.cpp keeps OpenCLIP's query, key and value as one matrix where the checkpoint does."""
     blocks: dict[str, set[str]] = {}
     for path in facts.weights.updates_of(facts.open_clip):
@@ -273,11 +260,12 @@ def _fused(facts: _Facts) -> list[str]:
     return [f"needs q, k and v together where the checkpoint has them as one matrix (`{partial}`)"]
 
 
-def _diffusers(client: str, facts: _Facts) -> list[str]:
+def diffusers_reasons(client: str, facts: Facts) -> list[str]:
+    """Return why a client does not load a file with diffusers keys fully."""
     if client == "diffusers":
         return _by_diffusers(facts)
     if client == "ComfyUI":
-        reasons = magnitude_reasons(client, facts.weights)
+        reasons = quirks(client, "diffusers", facts.weights)
         if facts.any_key("text_encoder.encoder.", "text_encoder_2.encoder."):
             reasons.append("drops the text encoder: its keys lack `text_model.`; export as webui")
         attention = [path for path in facts.weights.updates_of(facts.denoiser) if path.endswith(_ATTENTION)]
@@ -287,14 +275,14 @@ def _diffusers(client: str, facts: _Facts) -> list[str]:
             )
         return reasons + _alphas_in_header(facts)
     if client == "stable-diffusion.cpp":
-        reasons = magnitude_reasons(client, facts.weights) + _alphas_in_header(facts)
+        reasons = quirks(client, "diffusers", facts.weights) + _alphas_in_header(facts)
         if any(is_text_encoder(component) for component in facts.weights.components()):
             reasons.append("leaves out text encoders in diffusers keys; export as webui")
         return reasons
     return ["reads no diffusers keys; export as webui"]
 
 
-def _by_diffusers(facts: _Facts) -> list[str]:
+def _by_diffusers(facts: Facts) -> list[str]:
     reasons = []
     if _bare(facts):
         reasons.append(f"finds nothing without `{facts.denoiser}.` before the names; export it again")
@@ -311,30 +299,33 @@ def _by_diffusers(facts: _Facts) -> list[str]:
     return reasons
 
 
-def _alphas_in_header(facts: _Facts) -> list[str]:
+def _alphas_in_header(facts: Facts) -> list[str]:
     if facts.any_part(".alpha") or all(update.scale == 1.0 for update in facts.weights.updates.values()):
         return []
     return ["ignores the alphas, which are in the header only; export as webui"]
 
 
-def _bare(facts: _Facts) -> bool:
+def _bare(facts: Facts) -> bool:
     return not all(key.startswith((f"{facts.denoiser}.", "text_encoder")) for key in facts.keys)
 
 
-def _comfyui(client: str, facts: _Facts) -> list[str]:
-    if client in _BY_KEY:
+def comfyui_reasons(client: str, facts: Facts) -> list[str]:
+    """Return why a client does not load a file with ComfyUI's own keys fully."""
+    if client in BY_KEY:
         return kind_reasons(client, facts.weights)
     return ["reads no ComfyUI keys; export as webui"]
 
 
-def _lycoris(client: str, facts: _Facts) -> list[str]:
-    readers = (*_BY_KEY, "stable-diffusion.cpp")
+def lycoris_reasons(client: str, facts: Facts) -> list[str]:
+    """Return why a client does not load a file with LyCORIS wrapper keys fully."""
+    readers = (*BY_KEY, "stable-diffusion.cpp")
     if client in readers:
         return kind_reasons(client, facts.weights)
     return ["reads no `lycoris_` keys; export as webui"]
 
 
-def _peft(client: str, facts: _Facts) -> list[str]:
+def peft_reasons(client: str, facts: Facts) -> list[str]:
+    """Return why a client does not load a PEFT folder fully."""
     if client == "diffusers":
         return [
             "loads PEFT folders only through peft.PeftModel, one component at a time; export as diffusers"
@@ -342,13 +333,6 @@ def _peft(client: str, facts: _Facts) -> list[str]:
     return ["reads no PEFT folders; export as webui"]
 
 
-_BY_KEY = ("ComfyUI", "Forge")
+BY_KEY = ("ComfyUI", "Forge")
 """They look up every key on its own, so that spellings may be mixed."""
 _KOHYA_SUFFIXES = ("kohya sd-scripts", "diffusers")
-_FORMATS: dict[str, Callable[[str, _Facts], list[str]]] = {
-    "webui": _webui,
-    "diffusers": _diffusers,
-    "comfyui": _comfyui,
-    "lycoris": _lycoris,
-    "peft": _peft,
-}

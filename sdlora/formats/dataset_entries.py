@@ -6,7 +6,7 @@ read (kohya sd-scripts, ``train_network.py``). Folders appear by their last name
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
@@ -81,31 +81,36 @@ def dataset_entries(
         "flip_aug": flip,
     }
     if images:
-        subsets = [(name, count, times[name], False) for name, count in images.items()]
-        subsets += [(name, count, reg_times[name], True) for name, count in reg_images.items()]
-        entries["datasets"] = [
-            {
-                "is_dreambooth": True,
-                "batch_size_per_device": batch_size,
-                "num_train_images": num_images,
-                "num_reg_images": num_reg,
-                "resolution": None if side is None else [side, side],
-                "enable_bucket": bool(buckets),
-                "min_bucket_reso": entries["min_bucket_reso"],
-                "max_bucket_reso": entries["max_bucket_reso"],
-                "tag_frequency": entries["tag_frequency"] or {},
-                "bucket_info": entries["bucket_info"],
-                "subsets": [
-                    {
-                        "img_count": count,
-                        "num_repeats": number,
-                        "flip_aug": flip,
-                        "image_dir": name,
-                        "class_tokens": None,
-                        "is_reg": is_reg,
-                    }
-                    for name, count, number, is_reg in subsets
-                ],
-            }
-        ]
+        subsets = [_subset(name, count, times[name], flip, False) for name, count in images.items()]
+        subsets += [_subset(name, count, reg_times[name], flip, True) for name, count in reg_images.items()]
+        entries["datasets"] = [_dataset(entries, subsets, side, batch_size)]
     return entries
+
+
+def _dataset(
+    entries: Mapping[str, Any], subsets: Sequence[Mapping[str, Any]], side: int | None, batch_size: int | None
+) -> dict[str, Any]:
+    """Return the one data set of ``ss_datasets``, from the flat entries."""
+    shared = ("num_train_images", "num_reg_images", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
+    return {
+        "is_dreambooth": True,
+        "batch_size_per_device": batch_size,
+        **{name: entries[name] for name in shared[:2]},
+        "resolution": None if side is None else [side, side],
+        **{name: entries[name] for name in shared[2:]},
+        "tag_frequency": entries["tag_frequency"] or {},
+        "bucket_info": entries["bucket_info"],
+        "subsets": list(subsets),
+    }
+
+
+def _subset(name: str, count: int, repeats: int, flip: bool, is_reg: bool) -> dict[str, Any]:
+    """Return one folder of ``ss_datasets``."""
+    return {
+        "img_count": count,
+        "num_repeats": repeats,
+        "flip_aug": flip,
+        "image_dir": name,
+        "class_tokens": None,
+        "is_reg": is_reg,
+    }

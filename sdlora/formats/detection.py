@@ -6,10 +6,12 @@ What tells the families apart, they declare themselves (:class:`sdlora.families.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from ..adapters.canonical import AdapterWeights
+from ..errors import AdapterFileError
 from ..families.facts import FamilyInfo, is_text_encoder
-from ..families.table import FAMILIES
+from ..families.table import FAMILIES, family_info
 
 _CONTEXT = (".attn2.to_k", ".attn2.to_v")
 _TEXT_INPUTS = (".q_proj", ".k_proj", ".v_proj")
@@ -65,3 +67,26 @@ def _by_text_encoder(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iter
             widths = {one.shape[1] for path, one in updates.items() if path.endswith(_TEXT_INPUTS)}
             if widths == {encoder.width}:
                 yield info
+
+
+def known_family(where: Path, family: str | None) -> FamilyInfo:
+    """Return the family of an adapter that is to be written.
+
+    Args:
+        where: the adapter, for messages.
+        family: as :func:`detect_family` found it.
+
+    Raises:
+        AdapterFileError: when it is not known, or not to this version.
+    """
+    if family is None:
+        raise AdapterFileError(
+            f"{where}: does not tell which base model it is for (no cross-attention layers, no header entry "
+            "`ss_base_model_version`); export it with the program that trained it"
+        )
+    if family not in FAMILIES:
+        raise AdapterFileError(
+            f"{where}: is for the model family `{family}`, which this version cannot write; it knows "
+            f"{', '.join(FAMILIES)}"
+        )
+    return family_info(family)

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..adapters.canonical import AdapterWeights
+from ..adapters.canonical import AdapterFile, AdapterWeights
 from ..families.facts import is_text_encoder
-from . import folding, kinds, names, peft
-from .single_file import CONFIG_ENTRY
+from ..tensor_file import write_tensors
+from . import folding, kinds, metadata, names, peft, single_file
+from .clients import diffusers_reasons
+from .folding import CONFIG_ENTRY
+from .format_code import FormatCode, ReadBack, grouped, spelled
+from .other_readers import through_diffusers
 
 if TYPE_CHECKING:
     from ..families.facts import FamilyInfo
@@ -69,3 +74,21 @@ def _settings(weights: AdapterWeights, dora: Collection[str]) -> str:
         settings["use_dora"] = component in dora
         entries |= {f"{component}.{name}": value for name, value in settings.items()}
     return json.dumps(entries, separators=(",", ":"))
+
+
+def write(adapter: AdapterFile, target: Path, dtype: torch.dtype, info: FamilyInfo) -> list[Path]:
+    """Write a file atomically and return it."""
+    tensors, more = encode(str(target), adapter.weights, info, dtype)
+    entries = metadata.for_file(adapter, info, more)
+    write_tensors(target, tensors, entries)
+    return [target]
+
+
+CODE = FormatCode(
+    write,
+    spelled("diffusers"),
+    grouped,
+    single_file.read_modules,
+    diffusers_reasons,
+    read_back=ReadBack("diffusers", through_diffusers),
+)

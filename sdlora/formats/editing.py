@@ -27,7 +27,7 @@ from ..families.table import FAMILIES, family_info
 from ..files import replacing
 from ..tensor_file import MAX_ENTRY_CHARS, MAX_HEADER_BYTES, Header, header_bytes, shown
 from . import folding, hashes, metadata
-from .single_file import CONFIG_ENTRY
+from .folding import CONFIG_ENTRY
 
 _KEY = re.compile(r"^[A-Za-z][\w.\-]{0,127}$", re.ASCII)
 _FROM_TENSORS = "follows from the tensors and is written with them"

@@ -1,4 +1,4 @@
-"""Moving a module's scale between ``alpha`` and the values of ``up``, and building pairs from files.
+"""Moving a module's scale between ``alpha`` and the values of ``up``.
 
 Some formats hold no alpha, and diffusers misreads files with several alphas in one component. There the
 scale is multiplied into ``up``. The alphas as trained are kept in the header entry
@@ -16,47 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
-from ..adapters.kinds import DoRA
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, WrappedUpdate
 from ..errors import AdapterFileError
-from ..tensor_file import FLOAT_DTYPES, all_finite, entry_json, shown
+from ..number_formats import writable_dtypes
+from ..tensor_file import all_finite, entry_json, shown
 
 RECORDED_ALPHAS = "sdlora.alphas"
-
-
-def pair_of(where: str, down: Tensor | None, up: Tensor | None, alpha: float | None) -> LowRankPair:
-    """Return the canonical pair of one module of a file; a missing alpha means alpha = rank.
-
-    Args:
-        where: file and module, for messages.
-        down: (rank, in[, kh, kw]).
-        up: (out, rank[, 1, 1]); 2-D beside a 4-D ``down`` and the reverse are brought to one form.
-        alpha: as stored, or None.
-
-    Raises:
-        AdapterFileError: when a factor is missing, empty, not floating point or does not fit.
-    """
-    if down is None or up is None:
-        missing = "down" if down is None else "up"
-        raise AdapterFileError(
-            f"{where}: its `{missing}` factor is missing; the file is incomplete, export it again"
-        )
-    if down.dtype not in FLOAT_DTYPES or up.dtype not in FLOAT_DTYPES:
-        raise AdapterFileError(
-            f"{where}: has factors in {down.dtype} and {up.dtype}; save them as F16, BF16 or F32"
-        )
-    if down.ndim == 4 and up.ndim == 2:
-        up = up[:, :, None, None]
-    elif down.ndim == 2 and up.ndim == 4 and tuple(up.shape[2:]) == (1, 1):
-        up = up[:, :, 0, 0]
-    if down.numel() == 0 or up.numel() == 0:
-        raise AdapterFileError(
-            f"{where}: has empty factors (rank 0); export the adapter again with rank 1 or more"
-        )
-    try:
-        return LowRankPair(down, up, float(down.shape[0]) if alpha is None else alpha)
-    except ValueError as error:
-        raise AdapterFileError(f"{where}: {error}; the file is damaged, export it again") from None
+"""Our header entry with the alphas as trained."""
+CONFIG_ENTRY = "lora_adapter_metadata"
+"""Diffusers' header entry with PEFT settings, alphas among them."""
 
 
 def check_sides(where: str, tensors: Mapping[str, Tensor]) -> None:
@@ -116,15 +84,14 @@ def own_dtype(weights: AdapterWeights) -> torch.dtype:
     """Return the number format that an adapter's factors are stored in, float32 where they differ.
 
     Of pairs ``down`` tells: ``up`` may be wider than it was stored, once a scale is taken out of it again.
-    DoRA's magnitudes are float32 always and tell nothing.
+    Magnitudes on top of another update are float32 always and tell nothing.
     """
     dtypes: set[torch.dtype] = set()
     for update in weights.updates.values():
-        inner = update.direction if isinstance(update, DoRA) else update
+        inner = update.direction if isinstance(update, WrappedUpdate) else update
         tensors = [inner.down] if isinstance(inner, LowRankPair) else inner.tensors().values()
         dtypes |= {tensor.dtype for tensor in tensors}
-    usual = (torch.float32, torch.float16, torch.bfloat16)
-    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(usual) else torch.float32
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(writable_dtypes()) else torch.float32
 
 
 def is_power_of_two(value: float) -> bool:

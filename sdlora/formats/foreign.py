@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..adapters.kinds.table import part_at_end
 from ..errors import AdapterFileError
 from ..families.table import component_names
 from ..tensor_file import TensorSpec, shown
@@ -25,7 +26,7 @@ _TRANSFORMER = re.compile(
     r"transformer\.(single_)?transformer_blocks"
 )
 _LORA = re.compile(
-    r"lora_(down|up|A|B|linear_layer)|\.(hada|lokr)_[wt]\d|\.lora\.(down|up)|_lora\.(down|up)|^(lora_unet|lora_te\d?|lycoris)_"
+    r"lora_(down|up|A|B|linear_layer)|\.lora\.(down|up)|_lora\.(down|up)|^(lora_unet|lora_te\d?|lycoris)_"
 )
 _MODELS = (
     (
@@ -100,7 +101,7 @@ def unknown_keys(path: Path, keys: Sequence[str]) -> AdapterFileError:
 
 def has_lora(keys: Iterable[str]) -> bool:
     """Tell whether any key is named as LoRA factors are."""
-    return any(_LORA.search(key) for key in keys)
+    return any(_LORA.search(key) or part_at_end(key) is not None for key in keys)
 
 
 def listing(keys: Sequence[str], limit: int = 3) -> str:

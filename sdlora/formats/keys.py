@@ -17,16 +17,18 @@ lycoris     ``lycoris_*`` in diffusers' U-Net names               SimpleTuner, L
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from ..adapters.canonical import ModuleKey
+from ..adapters.kinds.table import part_at_end
 from ..errors import AdapterFileError
 from ..families.facts import is_text_encoder
 from ..families.table import component_names
 from . import foreign, names
-from .kinds import MAGNITUDE
 
 _UNET = "unet"
 WEBUI_PREFIXES = {
@@ -39,19 +41,14 @@ _COMFYUI_TEXT = re.compile(r"^(?:text_encoders\.)?clip_(?P<which>[lgh])\.(?:tran
 _COMFYUI_UNET = re.compile(r"^(?:model\.)?diffusion_model\.(?P<path>.+)$")
 _CLIP = {"l": "text_encoder", "h": "text_encoder", "g": "text_encoder_2"}
 
-_PARTS: tuple[tuple[re.Pattern[str], str | None], ...] = (
-    (re.compile(r"\.lora_(?:down|A)(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"), "down"),
-    (re.compile(r"\.lora_(?:up|B)(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"), "up"),
-    (re.compile(r"(?:\.lora|_lora|\.lora_linear_layer)\.down\.weight$"), "down"),
-    (re.compile(r"(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight$"), "up"),
-    (re.compile(r"\.lora_mid\.weight$"), "mid"),
-    (re.compile(r"\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|dora_scale)$"), None),
-    (re.compile(r"\.lora_magnitude_vector(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"), MAGNITUDE),
-    (re.compile(r"\.alpha$"), "alpha"),
-    (re.compile(r"\.scale$"), "scale"),
-)
+_SCALES = (".alpha", ".scale")
+"""Parts that every kind may have: single numbers."""
 _OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _UNET_START = (*names.UNET_ROOTS, "input_blocks", "middle_block", "output_blocks")
+
+
+Groups = Mapping[ModuleKey, Mapping[str, str]]
+"""Module -> part -> key."""
 
 
 class ParsedKey(NamedTuple):
@@ -59,7 +56,7 @@ class ParsedKey(NamedTuple):
 
     Attributes:
         module: the layer.
-        part: ``down``, ``up``, ``mid``, ``alpha``, ``scale``, ``magnitude``, or what LyCORIS calls it.
+        part: ``alpha``, ``scale``, or a part of some kind, as its :class:`FilePart` is named.
         spelling: how the layer is spelled: ``webui``, ``diffusers``, ``comfyui`` or ``lycoris``.
     """
 
@@ -77,10 +74,11 @@ class ParsedName(NamedTuple):
 
 def parse_key(key: str) -> ParsedKey | None:
     """Return what a key of a LoRA says, or None where the layer or its part is not known."""
-    for pattern, part in _PARTS:
-        match = pattern.search(key)
-        if match is not None and (name := parse_name(key[: match.start()])) is not None:
-            return ParsedKey(name.module, part or match[1], name.spelling)
+    if (split := part_at_end(key)) is not None and (name := parse_name(split[0])) is not None:
+        return ParsedKey(name.module, split[1].name, name.spelling)
+    for scale in _SCALES:
+        if key.endswith(scale) and (name := parse_name(key.removesuffix(scale))) is not None:
+            return ParsedKey(name.module, scale.removeprefix("."), name.spelling)
     return None
 
 
@@ -93,38 +91,52 @@ def parse_name(name: str) -> ParsedName | None:
     return None
 
 
-def spellings(keys: Iterable[str]) -> list[str]:
-    """Return the spellings of the layers that keys name, the most frequent first."""
-    counts: dict[str, int] = {}
-    for key in keys:
-        if (parsed := parse_key(key)) is not None:
-            counts[parsed.spelling] = counts.get(parsed.spelling, 0) + 1
-    return sorted(counts, key=lambda spelling: (-counts[spelling], spelling))
+class FileKeys:
+    """The keys of one file, each taken apart once, when that is first asked for.
 
-
-def group_keys(path: Path, keys: Iterable[str]) -> dict[ModuleKey, dict[str, str]]:
-    """Return the key of every part of every module.
-
-    Raises:
-        AdapterFileError: listing the keys that name no known layer, or naming a part that is there twice.
+    Args:
+        names: the keys.
+        where: the file, for messages.
     """
-    groups: dict[ModuleKey, dict[str, str]] = {}
-    unknown: list[str] = []
-    for key in keys:
-        parsed = parse_key(key)
-        if parsed is None:
-            unknown.append(key)
-            continue
-        group = groups.setdefault(parsed.module, {})
-        if parsed.part in group:
-            raise AdapterFileError(
-                f"{path}: module `{parsed.module.component}.{parsed.module.path}` is there twice "
-                f"({foreign.listing([group[parsed.part], key])}); the file mixes two namings, export it again"
-            )
-        group[parsed.part] = key
-    if unknown:
-        raise foreign.unknown_keys(path, unknown)
-    return groups
+
+    def __init__(self, names: Iterable[str], where: Path | str = "") -> None:
+        self.names = tuple(names)
+        self._where = where
+
+    @cached_property
+    def parsed(self) -> Mapping[str, ParsedKey | None]:
+        """Key -> what it says, None where that is not known."""
+        return {key: parse_key(key) for key in self.names}
+
+    @cached_property
+    def spellings(self) -> Mapping[str, int]:
+        """Spelling of layers -> keys with it, the most frequent first."""
+        counts = Counter(parsed.spelling for parsed in self.parsed.values() if parsed is not None)
+        return {spelling: counts[spelling] for spelling in sorted(counts, key=lambda s: (-counts[s], s))}
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The key of every part of every module.
+
+        Raises:
+            AdapterFileError: listing the keys that name no known layer, or naming a part that is there twice.
+        """
+        groups: dict[ModuleKey, dict[str, str]] = {}
+        for key, parsed in self.parsed.items():
+            if parsed is None:
+                continue
+            group = groups.setdefault(parsed.module, {})
+            if parsed.part in group:
+                raise AdapterFileError(
+                    f"{self._where}: module `{parsed.module.component}.{parsed.module.path}` is there twice "
+                    f"({foreign.listing([group[parsed.part], key])}); the file mixes two namings, export it "
+                    "again"
+                )
+            group[parsed.part] = key
+        unknown = [key for key, parsed in self.parsed.items() if parsed is None]
+        if unknown:
+            raise foreign.unknown_keys(Path(self._where), unknown)
+        return groups
 
 
 def webui_module(name: str) -> ModuleKey | None:

@@ -1,32 +1,24 @@
 """From the parts of one module in a file to its update, whatever kind it is.
 
-Plain pairs are the business of :mod:`.folding`; here are LoHa, LoKr, LoCon with Tucker factors, and the
-magnitude that makes a DoRA of any of them. Parts and scale rules: formats.md 1.1 and 3.
+Which kind it is follows from the parts that are there, by the table of kinds. Parts and scale rules:
+formats.md 1.1 and 3.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
-from ..adapters.kinds import TITLES, DoRA, LoHa, LoKr, TuckerPair
+from ..adapters.kinds.dora import DoRA
+from ..adapters.kinds.kind import AdapterKind
+from ..adapters.kinds.table import KINDS, title_of
 from ..errors import AdapterFileError
 from ..families.facts import is_text_encoder
 from ..families.table import family_info
-from ..tensor_file import FLOAT_DTYPES
-from . import folding
-
-LOHA_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
-LOKR_PARTS = (
-    *("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
-    *("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-)
-DORA_SCALE = "dora_scale"
-MAGNITUDE = "magnitude"
-"""PEFT's ``lora_magnitude_vector``, which is always that of output rows."""
 
 _KERNELS = {
     **{ending: (3, 3) for ending in (".conv1", ".conv2", ".conv", "conv_in", "conv_out")},
@@ -53,19 +45,16 @@ def update_of(
     Raises:
         AdapterFileError: when parts are missing, belong to different kinds, or do not fit.
     """
-    direction = _direction(where, module, parts, alpha)
+    kind = _kind_of_parts(where, parts)
+    assert kind.build is not None
+    mine = {part.name: parts[part.name] for part in kind.parts if part.name in parts}
+    update: Update = kind.build(where, mine, alpha, _kernel(module))
     if scale is not None:
-        direction = dataclasses.replace(direction, alpha=scale * direction.rank)  # type: ignore[type-var]
-    if DORA_SCALE not in parts and MAGNITUDE not in parts:
-        return direction
-    magnitude = parts[DORA_SCALE] if DORA_SCALE in parts else parts[MAGNITUDE]
-    if MAGNITUDE in parts or magnitude.ndim == 1:
-        magnitude = magnitude.reshape(-1, *[1] * (len(direction.shape) - 1))
-    _check_floats(where, [magnitude])
-    try:
-        return DoRA(direction, magnitude)
-    except ValueError as error:
-        raise _does_not_fit(where, error) from None
+        update = dataclasses.replace(update, alpha=scale * update.rank)  # type: ignore[type-var]
+    for wrapper in KINDS.values():
+        if wrapper.wrap is not None and any(part.name in parts for part in wrapper.parts):
+            update = wrapper.wrap(where, update, parts)
+    return update
 
 
 def with_projections(weights: AdapterWeights, family: str | None) -> AdapterWeights:
@@ -77,7 +66,7 @@ def with_projections(weights: AdapterWeights, family: str | None) -> AdapterWeig
         return weights
     return AdapterWeights(
         {
-            key: _pointwise(update) if _is_projection(key.path) else update
+            key: update.pointwise() if _is_projection(key.path) else update
             for key, update in weights.updates.items()
         }
     )
@@ -139,7 +128,7 @@ def as_low_rank(
         pair = update.direction if isinstance(update, DoRA) else update
         if not isinstance(pair, LowRankPair):
             raise AdapterFileError(
-                f"{where}: `{module.component}.{module.path}` is {TITLES[pair.kind]}, which {format} "
+                f"{where}: `{module.component}.{module.path}` is {title_of(pair)}, which {format} "
                 "has no place for; export as webui, or convert the adapter to a plain LoRA first"
             )
         pairs[module] = pair
@@ -163,82 +152,24 @@ def as_low_rank(
     return AdapterWeights(pairs), magnitudes
 
 
-def _direction(where: str, module: ModuleKey, parts: Mapping[str, Tensor], alpha: float | None) -> Update:
-    plain = [part for part in ("down", "up", "mid") if part in parts]
-    loha = [part for part in LOHA_PARTS if part in parts]
-    lokr = [part for part in LOKR_PARTS if part in parts]
-    kinds = [group for group in (plain, loha, lokr) if group]
-    if len(kinds) > 1:
+def _kind_of_parts(where: str, parts: Mapping[str, Tensor]) -> AdapterKind[Any]:
+    """Return the kind that a module's parts make, those aside that come on top of another kind's.
+
+    Raises:
+        AdapterFileError: when they belong to different kinds.
+    """
+    present: dict[tuple[str, ...], AdapterKind[Any]] = {}
+    for kind in KINDS.values():
+        if kind.wrap is None and (names := tuple(part.name for part in kind.parts if part.name in parts)):
+            present.setdefault(names, kind)
+    # down and up are LoRA's, but with a core between them all three are Tucker's
+    most = [names for names in present if not any(set(names) < set(other) for other in present)]
+    if len(most) > 1:
         raise AdapterFileError(
-            f"{where}: mixes kinds (`{kinds[0][0]}` with `{kinds[1][0]}`); no program reads that, export it "
+            f"{where}: mixes kinds (`{most[0][0]}` with `{most[1][0]}`); no program reads that, export it "
             "again"
         )
-    if not loha and not lokr and "mid" not in parts:
-        return folding.pair_of(where, parts.get("down"), parts.get("up"), alpha)
-    factors = {part: parts[part] for part in (*plain, *loha, *lokr)}
-    _check_floats(where, factors.values())
-    try:
-        if loha:
-            return _loha(where, factors, alpha, _kernel(module))
-        return _lokr(where, factors, alpha, _kernel(module)) if lokr else _tucker(where, factors, alpha)
-    except ValueError as error:
-        raise _does_not_fit(where, error) from None
-
-
-def _loha(
-    where: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, int] | None
-) -> LoHa:
-    _require(where, parts, LOHA_PARTS[:4])
-    t1 = parts.get("hada_t1")
-    w1_b = parts["hada_w1_b"]
-    return LoHa(
-        parts["hada_w1_a"],
-        w1_b,
-        parts["hada_w2_a"],
-        parts["hada_w2_b"],
-        float(w1_b.shape[0]) if alpha is None else alpha,
-        t1,
-        parts.get("hada_t2"),
-        kernel if t1 is None else None,
-    )
-
-
-def _lokr(
-    where: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: tuple[int, int] | None
-) -> LoKr:
-    for side in ("lokr_w1", "lokr_w2"):
-        if side not in parts:
-            _require(where, parts, (f"{side}_a", f"{side}_b"))
-    flat = "lokr_w2_b" in parts and "lokr_t2" not in parts
-    named = {part.removeprefix("lokr_"): tensor for part, tensor in parts.items()}
-    update = LoKr(named.pop("w1", None), named.pop("w2", None), 1.0, **named, kernel=kernel if flat else None)
-    return dataclasses.replace(update, alpha=float(update.rank) if alpha is None else alpha)
-
-
-def _tucker(where: str, parts: Mapping[str, Tensor], alpha: float | None) -> TuckerPair:
-    _require(where, parts, ("down", "up"))
-    down = parts["down"]
-    return TuckerPair(down, parts["mid"], parts["up"], float(down.shape[0]) if alpha is None else alpha)
-
-
-def _require(where: str, parts: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    missing = [name for name in names if name not in parts]
-    if missing:
-        raise AdapterFileError(
-            f"{where}: its `{missing[0]}` factor is missing; the file is incomplete, export it again"
-        )
-
-
-def _check_floats(where: str, tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise AdapterFileError(f"{where}: has factors in {tensor.dtype}; save them as F16, BF16 or F32")
-        if tensor.numel() == 0:
-            raise AdapterFileError(f"{where}: has empty factors (rank 0); export the adapter again")
-
-
-def _does_not_fit(where: str, error: ValueError) -> AdapterFileError:
-    return AdapterFileError(f"{where}: {error}; the file is damaged, export it again")
+    return present[most[0]] if most else KINDS[LowRankPair.kind]
 
 
 def _kernel(module: ModuleKey) -> tuple[int, int] | None:
@@ -249,14 +180,3 @@ def _kernel(module: ModuleKey) -> tuple[int, int] | None:
 
 def _is_projection(path: str) -> bool:
     return path.endswith((".proj_in", ".proj_out"))
-
-
-def _pointwise(update: Update) -> Update:
-    if isinstance(update, DoRA):
-        return dataclasses.replace(update, direction=_pointwise(update.direction))
-    if isinstance(update, LowRankPair | TuckerPair) or len(update.shape) == 4:
-        return update
-    assert isinstance(update, LoHa | LoKr)
-    if isinstance(update, LoKr) and update.w2 is not None:
-        return dataclasses.replace(update, w2=update.w2[:, :, None, None])
-    return dataclasses.replace(update, kernel=(1, 1))

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.canonical import AdapterFile, AdapterWeights
+from ..adapters.kinds.table import KINDS
 from ..diffusion.prediction import PREDICTIONS
+from ..number_formats import named
 from ..tensor_file import entry_json
 from . import folding
 from .dataset_entries import dataset_entries, folder_name
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 SAI_MODEL_SPEC = "1.0.1"
 MAX_THUMBNAIL_BYTES = 64 * 1024
 _SGM = "https://github.com/Stability-AI/generative-models"
-_PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 _NOT_CARRIED = ("sshs_", "lora_adapter_metadata", folding.RECORDED_ALPHAS, "modelspec.hash_sha256")
 """Entries that describe one particular file, so that another file must not inherit them."""
 _NEVER_NONE = {
@@ -269,7 +270,7 @@ def _setting_entries(config: Config) -> dict[str, Any]:
         else training.batch_size * training.gradient_accumulation,
         "gradient_accumulation_steps": training.gradient_accumulation,
         "gradient_checkpointing": training.gradient_checkpointing,
-        "mixed_precision": _PRECISIONS.get(str(training.precision)),
+        "mixed_precision": named(training.precision).kohya if training.precision else None,
         "min_snr_gamma": training.min_snr_gamma or None,
         "noise_offset": training.noise_offset or None,
         "clip_skip": config.model.clip_skip if config.model.clip_skip > 1 else None,
@@ -343,7 +344,6 @@ def _shareable(config: Config) -> str:
 
 
 _KOHYA_MODULE, _LYCORIS_MODULE = "networks.lora", "lycoris.kohya"
-_LYCORIS_ALGORITHMS = {"tucker": "locon", "loha": "loha", "lokr": "lokr"}
 
 
 def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[str, str]:
@@ -355,11 +355,12 @@ def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[
     dimension = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     alpha = str(_plain(alphas.pop())) if len(alphas) == 1 else "Dynamic"
     arguments: dict[str, str] = {}
-    algorithms = [kind for kind in weights.kinds() if kind in _LYCORIS_ALGORITHMS]
+    kinds = [KINDS[name] for name in weights.kinds()]
+    algorithms = [kind.algorithm for kind in kinds if kind.algorithm]
     if algorithms:
-        arguments["algo"] = _LYCORIS_ALGORITHMS[algorithms[0]]
-    if "dora" in weights.kinds():
-        arguments["dora_wd"] = "True"
+        arguments["algo"] = algorithms[0]
+    for kind in kinds:
+        arguments |= kind.network_args
     if spatial:
         values: dict[str, set[float]] = {
             "conv_dim": {p.rank for p in spatial},

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 
+from ..families import ldm
 from ..families.facts import is_text_encoder
 
-TEXT_PREFIX = "text_model."
+TEXT_PREFIX = ldm.TEXT_ROOT
 
 _TOKENS = (
     # diffusers' U-Net
@@ -29,44 +30,12 @@ _TOKENS = (
 )
 _TOKEN = re.compile("(?:" + "|".join(sorted(_TOKENS, key=len, reverse=True)) + r"|\d{1,4})(?=_|$)")
 
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_LDM_RESNET = {ldm: name for name, ldm in _RESNET.items()}
-
-_NUM_LEVELS = 4  # SD1 and SD2 have four; SDXL uses the first three
-_LDM_BLOCKS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    **{f"down_blocks.{i}.resnets.{j}": f"input_blocks.{1 + 3 * i + j}.0" for i in range(4) for j in range(2)},
-    **{
-        f"down_blocks.{i}.attentions.{j}": f"input_blocks.{1 + 3 * i + j}.1"
-        for i in range(4)
-        for j in range(2)
-    },
-    **{f"down_blocks.{i}.downsamplers.0.conv": f"input_blocks.{3 * i + 3}.0.op" for i in range(_NUM_LEVELS)},
-    **{f"up_blocks.{i}.resnets.{j}": f"output_blocks.{3 * i + j}.0" for i in range(4) for j in range(3)},
-    **{f"up_blocks.{i}.attentions.{j}": f"output_blocks.{3 * i + j}.1" for i in range(4) for j in range(3)},
-    # 2: both SDXL blocks that have an upsampler have attention before it
-    **{f"up_blocks.{i}.upsamplers.0.conv": f"output_blocks.{3 * i + 2}.2.conv" for i in range(_NUM_LEVELS)},
-}
+_LDM_BLOCKS = ldm.unet_blocks()
 _DIFFUSERS_BLOCKS = {
-    **{ldm: name for name, ldm in _LDM_BLOCKS.items()},
     # SD1 and SD2: the first up-block has no attention, so its upsampler comes second
-    **{f"output_blocks.{3 * i + 2}.1.conv": f"up_blocks.{i}.upsamplers.0.conv" for i in range(_NUM_LEVELS)},
+    original: name
+    for blocks in (ldm.unet_blocks(attending=()), _LDM_BLOCKS)
+    for name, original in blocks.items()
 }
 _LDM_ROOTS = ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out")
 UNET_ROOTS = (
@@ -100,12 +69,12 @@ def is_ldm(path: str) -> bool:
 
 def to_ldm(path: str) -> str | None:
     """Return a diffusers U-Net path in the original code's names; None if it has none there."""
-    return _replace_block(path, _LDM_BLOCKS, _RESNET)
+    return ldm.to_ldm(path, _LDM_BLOCKS)
 
 
 def from_ldm(path: str) -> str | None:
     """Return the diffusers path of an original U-Net path; None if it has none."""
-    return _replace_block(path, _DIFFUSERS_BLOCKS, _LDM_RESNET)
+    return ldm.from_ldm(path, _DIFFUSERS_BLOCKS)
 
 
 def canonical_path(component: str, path: str) -> str:
@@ -118,19 +87,3 @@ def with_text_prefix(path: str) -> str:
     if path.startswith((TEXT_PREFIX, "text_projection")):
         return path
     return TEXT_PREFIX + path
-
-
-def _replace_block(path: str, blocks: dict[str, str], inside_resnet: dict[str, str]) -> str | None:
-    parts = path.split(".")
-    for count in range(len(parts), 0, -1):
-        block = blocks.get(".".join(parts[:count]))
-        if block is None:
-            continue
-        rest: str | None = ".".join(parts[count:])
-        is_resnet = "resnets" in parts[:count] or ".resnets." in f".{block}."
-        if is_resnet:
-            rest = inside_resnet.get(rest or "")
-            if rest is None:
-                return None
-        return f"{block}.{rest}" if rest else block
-    return None

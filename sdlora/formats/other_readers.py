@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,19 +17,20 @@ import torch
 from torch import nn
 
 from ..adapters.canonical import AdapterWeights, ModuleKey, Update
-from ..adapters.kinds import LoKr
+from ..adapters.kinds.dora import MAGNITUDE
+from ..adapters.kinds.table import kind_of
 from ..errors import AdapterFileError
 from ..families.facts import is_text_encoder
 from ..families.table import component_names
 from . import kinds, names
-from .adapter_files import read_outline
-from .peft import TEXT_CLASSES
 
 if TYPE_CHECKING:
     from ..families.facts import FamilyInfo
 
+TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 
-def through_diffusers(path: Path, info: FamilyInfo) -> AdapterWeights:
+
+def through_diffusers(path: Path, outline: AdapterWeights, info: FamilyInfo) -> AdapterWeights:
     """Return a WebUI or diffusers file as ``load_lora_weights`` of diffusers understands it.
 
     Raises:
@@ -38,7 +38,7 @@ def through_diffusers(path: Path, info: FamilyInfo) -> AdapterWeights:
     """
     from diffusers import loaders
 
-    standins = _standins(read_outline(path).weights)
+    standins = _standins(outline)
     parts: dict[str, Any] = {name: standins.get(name) for name in component_names() if is_text_encoder(name)}
     parts[info.denoiser.component] = standins.get(info.denoiser.component) or _denoiser({})
     pipeline = type(
@@ -53,7 +53,7 @@ def through_diffusers(path: Path, info: FamilyInfo) -> AdapterWeights:
     )
 
 
-def through_peft(folder: Path) -> AdapterWeights:
+def through_peft(folder: Path, outline: AdapterWeights, info: FamilyInfo) -> AdapterWeights:
     """Return the PEFT folders of an adapter, one a component, as ``PeftModel.from_pretrained`` loads them.
 
     Raises:
@@ -62,7 +62,7 @@ def through_peft(folder: Path) -> AdapterWeights:
     from peft import PeftModel
 
     pairs: dict[ModuleKey, Update] = {}
-    for component, standin in _standins(read_outline(folder).weights).items():
+    for component, standin in _standins(outline).items():
         inside = folder / component
         with _loading(inside, "PEFT"):
             model = PeftModel.from_pretrained(standin, str(inside if inside.is_dir() else folder))
@@ -176,18 +176,16 @@ def _loaded(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, Updat
             canonical = names.canonical_path(component, path)
             parts = {"down": down.detach(), "up": up.detach()}
             if name in any_layer.lora_magnitude_vector:
-                parts[kinds.MAGNITUDE] = any_layer.lora_magnitude_vector[name].weight.detach()
+                parts[MAGNITUDE.name] = any_layer.lora_magnitude_vector[name].weight.detach()
             module = ModuleKey(component, canonical)
             yield module, kinds.update_of(canonical, module, parts, alpha)
 
 
 def _lycoris(module: ModuleKey, layer: Any) -> Update:
-    """Return the LoHa or LoKr that PEFT's layer holds."""
+    """Return the update that PEFT's layer of one of LyCORIS' kinds holds."""
     held = {name: getattr(layer, name) for name in layer.adapter_layer_names}
     (inner,) = {inner for factors in held.values() for inner in factors}
     parts = {name: factors[inner].detach() for name, factors in held.items() if inner in factors}
     update = kinds.update_of(module.path, module, parts, float(layer.alpha[inner]))
-    scale = float(layer.scaling[inner])
-    if isinstance(update, LoKr) and update.w1 is not None and update.w2 is not None and scale != 1.0:
-        return replace(update, w1=update.w1 * scale)
-    return update
+    folder = kind_of(update).peft
+    return update if folder is None else folder.rescaled(update, float(layer.scaling[inner]))

@@ -11,43 +11,37 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
-from ..adapters.kinds import LoHa, LoKr
-from ..errors import AdapterFileError
+from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.kinds.table import KINDS, file_parts, kind_of
+from ..errors import AdapterFileError, OutputError
 from ..families.facts import is_text_encoder
 from ..families.table import component_names
-from ..tensor_file import MAX_ENTRY_CHARS, Header, Load, shown
-from . import folding, foreign, kinds, names, peft_lycoris
-from .peft_lycoris import PEFT_TYPES
+from ..files import replacing, write_json
+from ..tensor_file import MAX_ENTRY_CHARS, PICKLE_SUFFIXES, Header, Load, shown, write_tensors
+from . import folding, foreign, kinds, metadata, names
+from .clients import peft_reasons
+from .format_code import FormatCode, ReadBack
+from .keys import FileKeys, Groups
+from .other_readers import TEXT_CLASSES, through_peft
+
+if TYPE_CHECKING:
+    from ..families.facts import FamilyInfo
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_FACTOR = re.compile(
-    r"^base_model\.model\.(?P<path>.+?)\.(?:lora_(?P<part>A|B|magnitude_vector)|(?P<factor>(?:hada|lokr)_\w+))"
-    r"(?:\.(?!weight$)[A-Za-z]\w*)?(?:\.weight)?$"
-)
-_PARTS = {"A": "down", "B": "up", "magnitude_vector": kinds.MAGNITUDE} | {
-    name: name for name in (*kinds.LOHA_PARTS, *kinds.LOKR_PARTS)
-}
 _LITERAL_PATTERN = re.compile(r"^\^?[\w.\\-]+\$?$")
 _OPEN_CLIP_WIDTH = 1280
 """Width of SDXL's second text encoder, which no other encoder of these families has."""
-TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
-
-
-def matches(keys: Iterable[str]) -> bool:
-    """Tell whether keys are in this format."""
-    return any(key.startswith(PREFIX) for key in keys)
 
 
 def encode(
@@ -61,8 +55,8 @@ def encode(
     updates = weights.updates_of(component)
     spelled = {path: installed_name(component, path) for path in updates}
     tensors: dict[str, Tensor] = {}
-    if any(isinstance(update, LoHa | LoKr) for update in updates.values()):
-        settings = peft_lycoris.settings_of(f"{where}: {component}", updates, spelled)
+    if any(kind_of(update).peft is not None for update in updates.values()):
+        settings = other_settings(f"{where}: {component}", updates, spelled)
         for path, update in updates.items():
             at = f"{where}: module `{component}.{path}`"
             for name, factor in update.tensors().items():
@@ -121,25 +115,72 @@ def settings_of(
     }
 
 
-def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update]]:
-    """Yield every module of one PEFT folder with its update, in sorted order, holding one at a time.
+def other_settings(where: str, updates: Mapping[str, Update], spelled: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings with which PEFT makes factors of these shapes, for kinds other than plain pairs.
 
-    The component is the folder's name, or else follows from the modules.
+    PEFT knows no shapes of factors from a file; it makes them from its settings and then loads values into
+    them. So a folder can hold what those settings can say, and anything else is refused with the reason.
+
+    Args:
+        where: file and component, for messages.
+        updates: by canonical path, all of one kind.
+        spelled: canonical path -> name of the module in the model.
+
+    Raises:
+        AdapterFileError: for factors that PEFT's settings cannot describe.
+    """
+    (kind, *others) = {kind_of(update) for update in updates.values()}
+    folder = kind.peft
+    if others or folder is None:
+        raise AdapterFileError(
+            f"{where}: mixes kinds of layers, but a PEFT folder holds one kind; export as webui"
+        )
+    spatial = [update for update in updates.values() if update.shape[2:] not in ((), (1, 1))]
+    cores = {core for update in spatial if (core := folder.core(update)) is not None}
+    if len(cores) > 1:
+        raise AdapterFileError(
+            f"{where}: only some convolutions have Tucker factors, PEFT makes all or none; export as webui"
+        )
+    more = folder.more(where, updates)
+    ranks = {path: folder.rank(update) for path, update in updates.items()}
+    alphas = {path: _plain(folder.alpha(update)) for path, update in updates.items()}
+    rank, alpha = int(folding.common(ranks.values())), _plain(folding.common(alphas.values()))
+    return {
+        "peft_type": kind.peft_type,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "alpha": alpha,
+        "rank_dropout": 0.0,
+        "module_dropout": 0.0,
+        "use_effective_conv2d": True in cores,
+        "target_modules": sorted(spelled[path] for path in updates),
+        "rank_pattern": {f"^{spelled[path]}": value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{spelled[path]}": value for path, value in alphas.items() if value != alpha},
+        **more,
+    }
+
+
+def read_modules(header: Header, groups: Groups, load: Load) -> Iterator[tuple[ModuleKey, Update]]:
+    """Yield every module of one PEFT folder with its update, in sorted order, holding one at a time.
 
     Args:
         header: of the folder's tensors; the settings lie beside them.
+        groups: the key of every part of every module.
         load: gives the tensor of a key.
 
     Raises:
-        AdapterFileError: listing keys that belong to no module, or naming an incomplete module.
+        AdapterFileError: naming an incomplete module.
     """
     path = header.path
     config = read_config(path.with_name(CONFIG_FILE))
     kind = str(config.get("peft_type", "LORA"))
-    if kind not in PEFT_TYPES:
+    types = dict.fromkeys(known.peft_type for known in KINDS.values() if known.peft_type)
+    if kind not in types:
         raise AdapterFileError(
             f"{path.with_name(CONFIG_FILE)}: peft_type is `{shown(kind, 20)}`, not one of "
-            f"{', '.join(PEFT_TYPES)}; convert it to a LoRA with PEFT"
+            f"{', '.join(types)}; convert it to a LoRA with PEFT"
         )
     if kind != "LORA":
         config = {**config, "lora_alpha": config.get("alpha", 8)}
@@ -148,31 +189,36 @@ def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update
         str(path.with_name(CONFIG_FILE)),
         {"lora_alpha": config.get("r", 8), "alpha_pattern": config.get("rank_pattern")},
     )
-    for module, parts in sorted(_groups(header).items()):
+    for module, parts in sorted(groups.items()):
         where = f"{path}: module `{module.component}.{module.path}`"
         tensors = {part: load(key) for part, key in parts.items()}
         folding.check_sides(where, tensors)
         rank = tensors["down"].shape[0] if "down" in tensors else 1
         update = kinds.update_of(where, module, tensors, alphas.of(where, module, rank))
-        if update.kind not in PEFT_TYPES[kind]:
+        if kind_of(update).peft_type != kind:
             raise AdapterFileError(f"{where}: is not a {kind}, as its settings say; export the adapter again")
-        if isinstance(update, LoKr) and update.w1 is not None and update.w2 is not None:
-            # everyone else takes two whole factors as they are, PEFT scales them as well
-            scale = update.alpha / ranks.of(where, module, 1)
-            update = replace(update, w1=folding.scaled(update.w1, scale)) if scale != 1.0 else update
+        if (folder := kind_of(update).peft) is not None:
+            update = folder.rescaled(update, update.alpha / ranks.of(where, module, 1))
         yield module, update
 
 
-def _groups(header: Header) -> dict[ModuleKey, dict[str, str]]:
-    """Return the key of every part of every module."""
+def group_keys(header: Header, keys: FileKeys) -> Groups:
+    """Return the key of every part of every module; the component is the folder's name, or follows from them.
+
+    Raises:
+        AdapterFileError: listing keys that belong to no module, or naming a part that is there twice.
+    """
+    part_names = {part.peft: part.name for part in file_parts().values() if part.peft is not None}
+    factor = re.compile(  # the adapter's name may stand behind the part's
+        rf"^base_model\.model\.(?P<path>.+?)\.(?P<part>{'|'.join(part_names)})(?:\.(?!weight$)[A-Za-z]\w*)?(?:\.weight)?$"
+    )
     parts_by_path: dict[str, dict[str, str]] = {}
     unknown: list[str] = []
-    for key in header.tensors:
-        match = _FACTOR.match(key)
-        part = _PARTS.get(match["part"] or match["factor"], "") if match is not None else ""
-        if match is None or not part:
+    for key in keys.names:
+        match = factor.match(key)
+        if match is None:
             unknown.append(key)
-        elif part in parts_by_path.setdefault(match["path"], {}):
+        elif (part := part_names[match["part"]]) in parts_by_path.setdefault(match["path"], {}):
             raise AdapterFileError(
                 f"{header.path}: `{shown(match['path'])}` has two adapters "
                 f"({foreign.listing([parts_by_path[match['path']][part], key])}); save one of them alone"
@@ -323,3 +369,71 @@ def _plain(value: float) -> int | float:
 def components_in(folder: Path) -> list[str]:
     """Return the components that have a PEFT folder of their own inside ``folder``."""
     return [name for name in component_names() if (folder / name / CONFIG_FILE).is_file()]
+
+
+def tensor_files(path: Path) -> list[Path]:
+    """Return the tensor files of a PEFT folder, one a component; none if it is not one.
+
+    Raises:
+        AdapterFileError: for a folder whose weights are only there as a pickle.
+    """
+    folders = [path / component for component in components_in(path)] or [path]
+    if not (folders[0] / CONFIG_FILE).is_file():
+        return []
+    for folder in folders:
+        if not (folder / WEIGHTS_FILE).exists() and any(
+            file.suffix in PICKLE_SUFFIXES for file in folder.iterdir()
+        ):
+            raise AdapterFileError(
+                f"{folder}: has its weights only as a pickle (.bin), which can run code when opened; load it "
+                f"with peft and save_pretrained(..., safe_serialization=True) to get {WEIGHTS_FILE}"
+            )
+    return [folder / WEIGHTS_FILE for folder in folders]
+
+
+def write(adapter: AdapterFile, target: Path, dtype: torch.dtype, info: FamilyInfo) -> list[Path]:
+    """Write a folder for each component, atomically, and return the files."""
+    entries = metadata.for_file(adapter, info, {"format": "pt"})
+    files: list[Path] = []
+    with replacing(target) as folder:
+        for component in adapter.weights.components():
+            tensors, config = encode(str(target), adapter.weights, component, dtype)
+            write_tensors(folder / component / WEIGHTS_FILE, tensors, entries)
+            write_json(folder / component / CONFIG_FILE, config)
+            files += [target / component / CONFIG_FILE, target / component / WEIGHTS_FILE]
+        make_room(target)
+    return files
+
+
+def make_room(target: Path) -> None:
+    """Make room for a folder, but only where nothing but a PEFT adapter of ours would be lost.
+
+    Raises:
+        OutputError: when more would be.
+    """
+    if not target.exists():
+        return
+    ours = {target / c for c in component_names()} | {
+        target / c / file for c in component_names() for file in (CONFIG_FILE, WEIGHTS_FILE)
+    }
+    if not target.is_dir() or set(target.rglob("*")) - ours:
+        raise OutputError(
+            f"{target}: exists and holds other files; nothing was overwritten. Choose another --output"
+        )
+    shutil.rmtree(target)
+
+
+def _claims(keys: FileKeys) -> int:
+    return len(keys.names) if any(key.startswith(PREFIX) for key in keys.names) else 0
+
+
+CODE = FormatCode(
+    write,
+    _claims,
+    group_keys,
+    read_modules,
+    peft_reasons,
+    files=tensor_files,
+    make_room=make_room,
+    read_back=ReadBack("peft", through_peft),
+)

@@ -7,7 +7,7 @@ factor once to the file's number format.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
-from ..adapters.kinds import DoRA
+from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update, WrappedUpdate
 from ..errors import AdapterFileError
+from ..files import replacing
 from . import adapter_files
-from .clients import Support, client_support
-from .other_readers import through_diffusers, through_peft
+from .clients import Support
+from .support import client_support
+from .table import FORMATS
 
 if TYPE_CHECKING:
     from ..families.facts import FamilyInfo
@@ -55,45 +56,104 @@ class Proof:
         return {**asdict(self), "read_by": list(self.read_by)}
 
 
-def support_of(path: Path, format: str, info: FamilyInfo) -> tuple[Support, ...]:
+@dataclass(frozen=True)
+class Written:
+    """An adapter in its place.
+
+    Attributes:
+        files: all files written.
+        proof: the comparison; None where none was asked for.
+        model_hash: SHA-256 of the tensor data, as WebUI and kohya hash adapters.
+        clients: which programs load it fully.
+    """
+
+    files: tuple[Path, ...]
+    proof: Proof | None
+    model_hash: str
+    clients: tuple[Support, ...]
+
+
+def write_proven(
+    adapter: AdapterFile,
+    format: str,
+    target: Path,
+    dtype: torch.dtype,
+    info: FamilyInfo,
+    *,
+    verify: bool = True,
+) -> Written:
+    """Write an adapter under a temporary name, prove it, and only then put it in place.
+
+    Args:
+        adapter: what to write.
+        format: a key of :data:`sdlora.formats.table.FORMATS`, one that is written.
+        target: the file, or the folder; an adapter that is there is replaced.
+        dtype: number format of the factors.
+        info: the family.
+        verify: read it back and compare every update.
+
+    Raises:
+        AdapterFileError: when the format cannot hold it, or the proof fails (nothing is left then).
+        OutputError: when the place cannot be written.
+    """
+    with replacing(target) as temporary:
+        try:
+            written = adapter_files.write_adapter(adapter, format, temporary, dtype, info)
+            back = adapter_files.OpenAdapter(temporary)
+            proof: Proof | None = None
+            if verify:
+                proof, clients = prove(adapter.weights, back, dtype, info)
+            else:
+                clients = support_of(back, info)
+        except AdapterFileError as error:
+            raise AdapterFileError(str(error).replace(str(temporary), str(target))) from error
+        model_hash = back.data_hash()
+        FORMATS[format].code().make_room(target)
+    files = tuple(target / file.relative_to(temporary) if file != temporary else target for file in written)
+    return Written(files, proof, model_hash, clients)
+
+
+def support_of(written: adapter_files.OpenAdapter, info: FamilyInfo) -> tuple[Support, ...]:
     """Return what each client makes of a written adapter."""
-    keys = [key for header in adapter_files.read_headers(path) for key in header.tensors]
-    outline = adapter_files.read_outline(path)
-    return client_support(format, info.name, outline.weights, keys, outline.info.metadata)
+    outline = written.outline
+    return client_support(written.format, info.name, outline.weights, written.keys, outline.info.metadata)
 
 
 def prove(
-    weights: AdapterWeights, path: Path, format: str, dtype: torch.dtype, info: FamilyInfo
+    weights: AdapterWeights,
+    written: adapter_files.OpenAdapter,
+    dtype: torch.dtype,
+    info: FamilyInfo,
 ) -> tuple[Proof, tuple[Support, ...]]:
-    """Read an adapter back and compare every module with what it should be.
+    """Read a written adapter back and compare every module with what it should be.
 
-    WebUI and diffusers files are also loaded by diffusers itself, unless it is known to misread adapters of
-    this shape (then the second result says so), and PEFT folders by PEFT.
+    It is also loaded by the program its format names (diffusers itself, or PEFT), unless that is known to
+    misread adapters of this shape (then the second result says so).
 
     Raises:
         AdapterFileError: when a module is missing or differs by more than rounding.
     """
-    clients = support_of(path, format, info)
-    back = adapter_files.read_adapter(path).weights
+    clients = support_of(written, info)
+    path, back = written.path, written.read().weights
     largest, relative = compare(weights, back, dtype, str(path))
-    readers: dict[str, Callable[[], AdapterWeights]] = {}
-    if format == "peft":
-        readers["peft"] = lambda: through_peft(path)
-    elif next(support for support in clients if support.client == "diffusers").full:
-        readers["diffusers"] = lambda: through_diffusers(path, info)
-    for program, read in readers.items():
-        seen = read()
+    readers = ["sdlora"]
+    other = FORMATS[written.format].code().read_back
+    misread = {support.client for support in clients if not support.full}
+    if other is not None and other.program not in misread:
+        readers.append(other.program)
+        seen = other.load(path, written.outline.weights, info)
         # what it holds in the very same numbers has been compared already
         same = {
             key
             for key, update in seen.all_items()
             if key in back.updates and _identical(update, back.updates[key])
         }
-        more = compare(_without(weights, same), _without(seen, same), dtype, f"{path} (read by {program})")
+        where = f"{path} (read by {other.program})"
+        more = compare(_without(weights, same), _without(seen, same), dtype, where)
         largest, relative = max(largest, more[0]), max(relative, more[1])
-    num_keys = sum(len(header.tensors) for header in adapter_files.read_headers(path))
     tolerance = relative_rounding(dtype, max(weights.ranks()))
-    return Proof(len(back), num_keys, largest, relative, tolerance, ("sdlora", *readers)), clients
+    proof = Proof(len(back), len(written.keys.names), largest, relative, tolerance, tuple(readers))
+    return proof, clients
 
 
 def compare(
@@ -187,17 +247,19 @@ def largest_difference(wanted: Update, written: Update, dtype: torch.dtype) -> t
         return _largest_of(wanted, written, dtype)
     if _identical(wanted, written):
         return 0.0, math.inf, 1.0
-    if isinstance(wanted, DoRA) and isinstance(written, DoRA):
+    theirs = written.tensors()
+    if isinstance(wanted, WrappedUpdate) and isinstance(written, WrappedUpdate):
         of_direction = largest_difference(wanted.direction, written.direction, dtype)
         if not of_direction[0] <= of_direction[1]:
             return of_direction
-        other = _of_factors([(wanted.magnitude, written.magnitude)], dtype, 1)
+        inner = wanted.direction.tensors()
+        on_top = [(tensor, theirs[n]) for n, tensor in wanted.tensors().items() if n not in inner]
+        other = _of_factors(on_top, dtype, 1)
         return (
             other
             if of_direction[0] / of_direction[2] <= other[0] / other[2] or not other[0] <= other[1]
             else of_direction
         )
-    theirs = written.tensors()
     if wanted.scale != written.scale:
         return abs(wanted.scale - written.scale), 0.0, 1.0
     return _of_factors(

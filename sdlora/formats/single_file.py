@@ -9,34 +9,31 @@ leave the update as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.canonical import LowRankPair, ModuleKey, Update
-from ..adapters.kinds import DoRA
+from ..adapters.canonical import LowRankPair, ModuleKey, Update, WrappedUpdate
 from ..errors import AdapterFileError
 from ..families.table import component_names
 from ..tensor_file import Header, Load, entry_json
 from . import folding, kinds
-from .keys import group_keys
+from .folding import CONFIG_ENTRY
+from .keys import Groups
 from .peft import Alphas
 
-CONFIG_ENTRY = "lora_adapter_metadata"
 
-
-def read_modules(header: Header, load: Load) -> Iterator[tuple[ModuleKey, Update]]:
+def read_modules(header: Header, groups: Groups, load: Load) -> Iterator[tuple[ModuleKey, Update]]:
     """Yield every module of a file with its update, in sorted order, holding one module at a time.
 
     Args:
         header: of the file.
+        groups: the key of every part of every module.
         load: gives the tensor of a key.
 
     Raises:
-        AdapterFileError: listing keys that belong to no module, or naming an incomplete module.
+        AdapterFileError: naming an incomplete module.
     """
     path, metadata = header.path, header.metadata
-    groups = group_keys(path, header.tensors)
     settings = {
         component: Alphas(f"{path}: header entry `{CONFIG_ENTRY}`", config)
         for component, config in peft_settings(path, metadata).items()
@@ -76,8 +73,8 @@ def peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str
 def _restored(update: Update, module: ModuleKey, originals: Mapping[str, float]) -> Update:
     if isinstance(update, LowRankPair):
         return folding.restore(update, module, originals)
-    if isinstance(update, DoRA):
-        return replace(update, direction=_restored(update.direction, module, originals))
+    if isinstance(update, WrappedUpdate):
+        return update.around(_restored(update.direction, module, originals))
     return update
 
 

@@ -8,14 +8,20 @@ and one alpha per component wherever that costs nothing, because diffusers misre
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.kinds.table import file_parts
 from ..errors import AdapterFileError
-from . import folding, keys, kinds, names
+from ..tensor_file import write_tensors
+from . import folding, hashes, keys, metadata, names, single_file
+from .clients import webui_reasons
+from .format_code import FormatCode, ReadBack, grouped, spelled
+from .other_readers import through_diffusers
 
 if TYPE_CHECKING:
     from ..families.facts import FamilyInfo
@@ -32,6 +38,7 @@ def encode(
     tensors: dict[str, Tensor] = {}
     taken: set[str] = set()
     plain, folded = weights.only_plain(), False
+    wide = {part.factor for part in file_parts().values() if part.always_wide}
     for component in weights.components():
         pairs = plain.component(component)
         uniform, implied = _shared_alpha(pairs, dtype)
@@ -48,7 +55,7 @@ def encode(
                 alpha, folded = uniform, True
             at = f"{where}: module `{component}.{path}`"
             for name, factor in factors.items():
-                stored = torch.float32 if name == kinds.DORA_SCALE else dtype  # see DoRA.to
+                stored = torch.float32 if name in wide else dtype  # see DoRA.to
                 tensors[f"{module}.{name}"] = folding.fitting(at, factor, stored)
             if not (implied and path in pairs and update.rank == 1):
                 tensors[f"{module}.alpha"] = folding.stored_alpha(at, alpha)
@@ -97,3 +104,21 @@ def _module_name(where: str, component: str, path: str, info: FamilyInfo) -> str
             "export as diffusers or peft, or train without it"
         )
     return name
+
+
+def write(adapter: AdapterFile, target: Path, dtype: torch.dtype, info: FamilyInfo) -> list[Path]:
+    """Write a file atomically and return it."""
+    tensors, more = encode(str(target), adapter.weights, info, dtype)
+    entries = metadata.for_file(adapter, info, more)
+    write_tensors(target, tensors, hashes.with_hashes(tensors, entries))
+    return [target]
+
+
+CODE = FormatCode(
+    write,
+    spelled("webui"),
+    grouped,
+    single_file.read_modules,
+    webui_reasons,
+    read_back=ReadBack("diffusers", through_diffusers),
+)

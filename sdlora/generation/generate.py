@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import math
 import re
@@ -22,12 +21,13 @@ from ..adapters.strength import Strength
 from ..config.schema import Precision, SampleConfig
 from ..diffusion.samplers import find_sampler
 from ..errors import ConfigError, OutputError
+from ..families.base import DiffusionModel
 from ..families.loading import DEFAULT_OPTIONS, LoadOptions
 from ..files import replacing, write_problem
 from .grids import grid
 from .image_generator import ImageGenerator
 from .png_info import parameters_text, save_png
-from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
+from .render import GeneratedImage, GenerateRequest, Progress, check_request, render, usual_guidance
 
 __all__ = [
     "GenerateRequest",
@@ -37,9 +37,6 @@ __all__ = [
     "generate",
     "render",
 ]
-
-USUAL_GUIDANCE = 7.0
-"""Guidance for a base that recommends none."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +71,17 @@ def generate(
 ) -> GenerateResult:
     """Make images and write them as ``00001-SEED.png``, counting on from what the folder holds.
 
-    Every prompt gets the same ``count`` seeds, from ``seed`` upwards. What is left open follows the base:
-    its own size and recommended guidance, else the defaults of :class:`sdlora.config.schema.SampleConfig`.
+    Every prompt gets the same ``count`` seeds, from ``seed`` upwards. What is left open follows the base or
+    :class:`sdlora.config.schema.SampleConfig`, device and precision :mod:`sdlora.devices`.
 
     Args:
         base: ``mini``, a diffusers folder, a ``.safetensors`` file or a hub id.
         adapters: (file, strength) of each adapter; see :func:`parse_adapter`.
         prompts: what to show.
         output: folder for the images; made if missing, and nothing in it is overwritten.
-        strengths: sweep: each prompt and seed at each of these, and a labelled grid of all. A value takes
-            the place of the strength of a single adapter; several adapters, or one with separate U-Net
-            and text-encoder strengths, have their strengths multiplied by it.
+        strengths: each prompt and seed at each of these, and a grid of all; see :func:`swept`.
         merge: fold the adapters into the base's weights first.
         count: images a prompt (and strength).
-        device: see :func:`sdlora.devices.choose_device`.
-        precision: see :func:`sdlora.devices.choose_dtype`.
         options: how the base is loaded.
         progress: called after each denoising step.
 
@@ -98,43 +91,59 @@ def generate(
         AdapterFileError: for an adapter that cannot be read or does not fit.
         OutputError: for a folder that cannot be written.
     """
-    started = time.perf_counter()
-    folder, defaults = Path(output), SampleConfig()
-    sampler = sampler or defaults.sampler
+    started, folder = time.perf_counter(), Path(output)
+    sampler = sampler or SampleConfig().sampler
     _check_call(adapters, prompts, sampler, strengths, count)
     generator = ImageGenerator.load(base, device=device, precision=precision, options=options)
     model = generator.model
     given = {generator.add_adapter(Path(file)): strength for file, strength in adapters}
-    hashes = {name: tensor_hash(Path(file)) for name, (file, _) in zip(given, adapters, strict=True)}
-    recommended = float(model.base.recommended.get("sample.guidance", USUAL_GUIDANCE))
-    first_seed = defaults.seed if seed is None else seed
-    plain = GenerateRequest(
+    plain = _plain_request(model, negative_prompt, (height, width), steps, guidance, sampler, seed)
+    columns = [given] if strengths is None else [swept(given, value) for value in strengths]
+    requests = _requests(plain, prompts, count, columns)
+    for request in requests:
+        check_request(model, request)
+    make_folder(folder)  # after everything that can be wrong, before the long work
+    images = generator.generate(requests, merge=merge, progress=progress)
+    hashes = {name: generator.hash_of(name) for name in given}
+    texts = [parameters_text(image.request, model.base, hashes) for image in images]
+    files = [write_numbered(folder, image, text) for image, text in zip(images, texts, strict=True)]
+    sheet = None if strengths is None else _write_sweep(folder, images, strengths, given)
+    return GenerateResult(tuple(files), sheet, time.perf_counter() - started)
+
+
+def _plain_request(
+    model: DiffusionModel,
+    negative_prompt: str,
+    size: tuple[int | None, int | None],
+    steps: int | None,
+    guidance: float | None,
+    sampler: str,
+    seed: int | None,
+) -> GenerateRequest:
+    """Return what all requests share; ``size`` is (height, width) in px; what is open follows the base."""
+    defaults, (height, width) = SampleConfig(), size
+    return GenerateRequest(
         "",
         negative_prompt,
         height=model.facts.native_resolution if height is None else height,
         width=model.facts.native_resolution if width is None else width,
         steps=defaults.steps if steps is None else steps,
-        guidance=recommended if guidance is None else guidance,
+        guidance=usual_guidance(model) if guidance is None else guidance,
         sampler=sampler,
-        seed=first_seed,
+        seed=defaults.seed if seed is None else seed,
     )
-    columns = [given] if strengths is None else [swept(given, value) for value in strengths]
-    requests = [
-        dataclasses.replace(plain, prompt=prompt, seed=first_seed + i, strengths=column)
+
+
+def _requests(
+    plain: GenerateRequest, prompts: Sequence[str], count: int, columns: Sequence[Mapping[str, Strength]]
+) -> list[GenerateRequest]:
+    """Return a request for every prompt, seed and column of strengths, in this order."""
+    return [
+        dataclasses.replace(plain, prompt=prompt, seed=plain.seed + i, strengths=column)
         for prompt in prompts
         for i in range(count)
         for column in columns
     ]
-    for request in requests:
-        check_request(model, request)
-    make_folder(folder)  # after everything that can be wrong, before the long work
-    generated = generator.generate(requests, merge=merge, progress=progress)
-    files = [
-        write_numbered(folder, image, parameters_text(image.request, model.base, hashes))
-        for image in generated
-    ]
-    sheet = None if strengths is None else _write_sweep(folder, generated, strengths, given)
-    return GenerateResult(tuple(files), sheet, time.perf_counter() - started)
 
 
 def _check_call(
@@ -173,7 +182,11 @@ def _values(strength: Strength) -> list[float]:
 
 
 def swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
-    """Return the strengths of one column of a sweep."""
+    """Return the strengths of one column of a sweep.
+
+    A value takes the place of the strength of a single adapter; several adapters, or one with separate U-Net
+    and text-encoder strengths, have their strengths multiplied by it.
+    """
     if len(given) == 1 and all(isinstance(strength, int | float) for strength in given.values()):
         return dict.fromkeys(given, value)
     return {
@@ -182,18 +195,6 @@ def swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
         else {component: value * share for component, share in strength.items()}
         for name, strength in given.items()
     }
-
-
-def tensor_hash(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file's tensors, as WebUI does; empty for a folder."""
-    from ..tensor_file import read_header
-
-    path = path.expanduser()
-    if path.is_dir():
-        return ""
-    with path.open("rb") as stream:
-        stream.seek(read_header(path).data_offset)
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def make_folder(folder: Path) -> None:

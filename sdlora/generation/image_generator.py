@@ -16,6 +16,7 @@ from ..config.schema import Precision
 from ..devices import choose_device, choose_dtype, make_current, set_exactness
 from ..errors import AdapterFileError, ConfigError
 from ..families.loading import DEFAULT_OPTIONS, LoadOptions, load_model
+from ..formats.adapter_files import OpenAdapter
 from ..machine import idle_card_notice
 from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
 
@@ -32,6 +33,7 @@ class ImageGenerator:
         """Take over a loaded model; it must be left alone while this object is used."""
         self.model = model
         self._names: list[str] = []
+        self._files: dict[str, OpenAdapter] = {}
         self._merged: tuple[Merged, dict[str, Strength]] | None = None
         model.prepare(training=False)
 
@@ -76,7 +78,7 @@ class ImageGenerator:
             AdapterFileError: if it cannot be read, does not fit the base, or the name is taken.
         """
         self._refuse_while_merged("adding an adapter")
-        read, where, usual = _read(adapter)
+        read, where, usual, file = _read(adapter)
         name = name or _free_name(usual, self._names)
         if name in self._names:
             raise AdapterFileError(f"{where}: an adapter named `{name}` is loaded already; give another name")
@@ -92,7 +94,14 @@ class ImageGenerator:
             raise AdapterFileError(f"{where}: {str(error).removeprefix(f'{name}: ')}") from error
         set_strengths(self.model, {})
         self._names.append(name)
+        if file is not None:
+            self._files[name] = file
         return name
+
+    def hash_of(self, name: str) -> str:
+        """Return the SHA-256 (hex) of a loaded file's tensors, as WebUI does; empty for a folder."""
+        file = self._files.get(name)
+        return "" if file is None or file.path.is_dir() else file.data_hash()
 
     def remove_adapter(self, name: str) -> None:
         """Unload an adapter; the base is as if it had never been there.
@@ -104,6 +113,7 @@ class ImageGenerator:
         self._check_loaded([name])
         detach(self.model, name)
         self._names.remove(name)
+        self._files.pop(name, None)
 
     def generate(
         self, requests: Iterable[GenerateRequest], *, merge: bool = False, progress: Progress | None = None
@@ -204,15 +214,14 @@ def _shifted(progress: Progress, before: int, total: int) -> Progress:
     return lambda done, _: progress(before + done, total)
 
 
-def _read(adapter: str | Path | AdapterFile) -> tuple[AdapterFile, str, str]:
-    """Return the adapter, where it came from, and its usual name."""
+def _read(adapter: str | Path | AdapterFile) -> tuple[AdapterFile, str, str, OpenAdapter | None]:
+    """Return the adapter, where it came from, its usual name, and its file if it has one."""
     if isinstance(adapter, AdapterFile):
         name = adapter.info.name or "adapter"
-        return adapter, name, name
-    from ..formats.adapter_files import read_adapter
-
-    path = Path(adapter).expanduser()
-    return read_adapter(path), str(path), path.name if path.is_dir() else path.stem
+        return adapter, name, name, None
+    file = OpenAdapter(Path(adapter).expanduser())
+    name = file.path.name if file.path.is_dir() else file.path.stem
+    return file.read(), str(file.path), name, file
 
 
 def _free_name(wanted: str, taken: Iterable[str]) -> str:

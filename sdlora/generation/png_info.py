@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..adapters.strength import Strength, pair_of
 from ..errors import SdloraError
 from ..files import replacing
-from ..version import version
+from ..machine import version
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.strength import Strength
+from ..config.defaults import USUAL_GUIDANCE
 from ..diffusion.samplers import check_sampling, find_sampler, make_scheduler
 from ..errors import ConfigError, ModelError
 from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
@@ -53,6 +54,11 @@ class GenerateRequest:
     sampler: str
     seed: int
     strengths: Mapping[str, Strength] = field(default_factory=dict)
+
+
+def usual_guidance(model: DiffusionModel) -> float:
+    """Return the guidance scale that a base's author recommends, or else the usual one."""
+    return float(model.base.recommended.get("sample.guidance", USUAL_GUIDANCE))
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from ..adapters.canonical import AdapterWeights, ModuleKey, Update
 from ..errors import ConfigError
-from ..formats import adapter_files
-from ..formats.clients import Support, client_support
+from ..formats.adapter_files import OpenAdapter
+from ..formats.clients import Support
 from ..formats.detection import detect_family
 from ..formats.editing import edit_header
 from ..formats.folding import original_alpha
-from ..tensor_file import DTYPE_NAMES, Header, data_sha256, entry_json, shown
+from ..formats.support import client_support
+from ..number_formats import dtype_name
+from ..tensor_file import Header, entry_json, shown
 from .norms import BlockNorm, block_norms
 
 _SETTINGS = {
@@ -42,7 +44,6 @@ _SETTINGS = {
     "modelspec.date": "date",
     "modelspec.license": "licence",
 }
-_DTYPE_WORDS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,14 @@ class AdapterSummary:
 
     Attributes:
         path: the file or folder.
-        format: key of :data:`sdlora.formats.FORMATS`.
+        format: key of :data:`sdlora.formats.table.FORMATS`.
         family: ``sd1``, ``sd2``, ``sdxl`` or None.
         name: what prompts call it.
         base: the base it was trained on, by its header.
         num_bytes: size of the file or files.
         num_keys: tensors.
         modules: component -> adapted layers.
-        kinds: kind of update, a key of :data:`sdlora.adapters.kinds.TITLES` -> layers.
+        kinds: kind of update, a key of :data:`sdlora.adapters.kinds.table.KINDS` -> layers.
         ranks: rank -> layers.
         alphas: alpha -> layers.
         dtypes: number format -> tensors.
@@ -140,26 +141,24 @@ def inspect_adapter(path: Path, *, values: bool = True) -> AdapterSummary:
     Raises:
         AdapterFileError: when it cannot be read, or is not an adapter.
     """
-    headers = adapter_files.read_headers(path)
-    format = adapter_files.sniff(path)
-    outline = adapter_files.read_outline(path)
+    adapter = OpenAdapter(path)
+    headers, outline = adapter.headers, adapter.outline
     entries, weights = outline.info.metadata, outline.weights
     recorded = _known(entries, "sshs_model_hash")
     if values:
-        ranks, alphas, blocks = _measured(path)
-        digest = data_sha256(headers[0].path, headers[0].data_offset)
+        ranks, alphas, blocks = _measured(adapter)
+        digest = adapter.data_hash()
     else:
         ranks, alphas = _outlined(headers, weights)
         blocks, digest = (), recorded or ""
-    keys = [key for header in headers for key in header.tensors]
     return AdapterSummary(
         path=path,
-        format=format,
+        format=adapter.format,
         family=outline.info.family,
         name=outline.info.name,
         base=_known(entries, "ss_sd_model_name"),
         num_bytes=sum(header.num_bytes for header in headers),
-        num_keys=len(keys),
+        num_keys=len(adapter.keys.names),
         modules={c: len(weights.updates_of(c)) for c in weights.components()},
         kinds=weights.kinds(),
         ranks=dict(sorted(ranks.items())),
@@ -173,19 +172,19 @@ def inspect_adapter(path: Path, *, values: bool = True) -> AdapterSummary:
         model_hash=digest,
         hash_matches=None if not values or recorded is None or len(headers) > 1 else recorded == digest,
         blocks=blocks,
-        clients=client_support(format, outline.info.family, weights, keys, entries),
+        clients=client_support(adapter.format, outline.info.family, weights, adapter.keys, entries),
         entries=entries,
         has_values=values,
     )
 
 
-def _measured(path: Path) -> tuple[Counter[int], Counter[float], tuple[BlockNorm, ...]]:
+def _measured(adapter: OpenAdapter) -> tuple[Counter[int], Counter[float], tuple[BlockNorm, ...]]:
     """Return how often each rank and alpha occurs, and the norms of the blocks, module by module."""
     ranks: Counter[int] = Counter()
     alphas: Counter[float] = Counter()
 
     def counted() -> Iterator[tuple[ModuleKey, Update]]:
-        for module, update in adapter_files.read_modules(path):
+        for module, update in adapter.modules():
             ranks[update.rank] += 1
             alphas[update.alpha] += 1
             yield module, update
@@ -230,10 +229,10 @@ def edit_adapter(
         if not equals:
             raise ConfigError(f"--set {text}: give KEY=VALUE, e.g. --set modelspec.license=CC-BY-4.0")
         values[key.strip()] = value
-    adapter_files.sniff(path)
-    family = detect_family(adapter_files.read_outline(path).weights, {})
+    adapter = OpenAdapter(path)
+    family = detect_family(adapter.outline.weights, {})
     changes: dict[str, dict[str, str | None]] = {}
-    for header in adapter_files.read_headers(path):
+    for header in adapter.headers:
         edit = edit_header(header, values, removed, family)
         for key in (*edit.after, *removed):
             before, after = edit.before.get(key), edit.after.get(key)
@@ -250,8 +249,7 @@ def _dtypes(headers: Iterable[Header]) -> dict[str, int]:
     for header in headers:
         for key, spec in header.tensors.items():
             if not key.endswith((".alpha", ".scale")):
-                name = DTYPE_NAMES[spec.dtype]
-                counts[_DTYPE_WORDS.get(name, name)] += 1
+                counts[dtype_name(spec.dtype)] += 1
     return dict(counts.most_common())
 
 

@@ -7,10 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
-from ..adapters.canonical import LowRankPair, ModuleKey, Update
-from ..adapters.kinds import DoRA, LoHa, LoKr, TuckerPair
+from ..adapters.canonical import ModuleKey, Update
 from ..families.facts import component_order, is_text_encoder
 
 _UNET_BLOCK = re.compile(
@@ -39,38 +36,21 @@ class BlockNorm:
 def block_norms(updates: Iterable[tuple[ModuleKey, Update]]) -> tuple[BlockNorm, ...]:
     """Return the Frobenius norm of the updates of each block, the denoiser first.
 
+    The norm of an update that needs the base is that of its direction.
+
     Args:
         updates: in any order; each is let go before the next is taken.
     """
     squares: dict[tuple[str, str], list[float]] = {}
     for key, update in updates:
         block = _block(key.component, key.path)
-        squares.setdefault((key.component, block), []).append(delta_norm(update) ** 2)
+        squares.setdefault((key.component, block), []).append(update.norm() ** 2)
     order = sorted(squares, key=lambda at: (component_order(at[0]), _flow_order(at[1])))
     return tuple(
         BlockNorm(component, block, len(values), math.sqrt(math.fsum(values)))
         for component, block in order
         for values in [squares[component, block]]
     )
-
-
-def delta_norm(update: Update) -> float:
-    """Return the Frobenius norm of dW, where possible without building dW; of a DoRA that of its direction.
-
-    ``||up @ down||_F^2 = trace((up^T up) (down down^T))`` and ``||kron(a, b)|| = ||a|| ||b||``, in float64.
-    """
-    if isinstance(update, DoRA):
-        return delta_norm(update.direction)
-    if isinstance(update, LoKr):
-        sides = (side[0] if len(side) == 1 else side[0] @ side[1] for side in update.matrices())
-        return abs(update.scale) * math.prod(float(torch.linalg.norm(side.double())) for side in sides)
-    if isinstance(update, LoHa):
-        return float(torch.linalg.norm(update.delta().double()))
-    pair = update.merged() if isinstance(update, TuckerPair) else update
-    assert isinstance(pair, LowRankPair)
-    up, down = pair.up.flatten(1).double(), pair.down.flatten(1).double()
-    square = float(((up.T @ up) * (down @ down.T).T).sum())
-    return abs(pair.scale) * math.sqrt(max(square, 0.0))
 
 
 def _block(component: str, path: str) -> str:

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..adapters.kinds import TITLES
+from ..adapters.kinds.table import KINDS
 from ..errors import OutputError
 from ..families.facts import is_text_encoder
-from ..files import replacing
-from ..formats import adapter_files
+from ..files import replacing, size_text
 from ..formats.clients import Support
+from ..formats.table import FORMATS
 from ..tensor_file import shown
 from .inspection import AdapterSummary
 
@@ -99,14 +99,14 @@ def _fields(summary: AdapterSummary) -> list[tuple[str, str]]:
     hash_note = {True: "", False: " (the header says another!)", None: ""}[summary.hash_matches]
     if not summary.has_values and summary.model_hash:
         hash_note = " (by the header)"
-    title = adapter_files.READERS[summary.format].title
+    title = FORMATS[summary.format].title
     return [
         ("file", f"{summary.path} ({_size(summary.num_bytes)})"),
         ("format", f"{title}, {summary.num_keys} tensors, {_counts(summary.dtypes)}"),
         ("family", summary.family or "not stated in the file"),
         ("name", summary.name),
         ("base", summary.base or "not stated in the file"),
-        ("kind", _counts({TITLES[kind]: count for kind, count in summary.kinds.items()})),
+        ("kind", _counts({KINDS[kind].title: count for kind, count in summary.kinds.items()})),
         ("layers", layers),
         ("rank", _counts(summary.ranks)),
         ("alpha", _counts({f"{alpha:g}": count for alpha, count in summary.alphas.items()})),
@@ -163,7 +163,7 @@ def _verdict(support: Support) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
+    return size_text(num_bytes, 1) if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
 
 
 def _number(component: str) -> int:

@@ -164,11 +164,6 @@ class StyleRuler:
         return float(low), float(high)
 
 
-def style_score(base: Sequence[Image], true: Sequence[Image], generated: Sequence[Image]) -> StyleScore:
-    """Return the score of one set of generated images; see :class:`StyleRuler`."""
-    return StyleRuler(base, true).score(generated)
-
-
 # --- distance between sets -----------------------------------------------------------------------------
 
 

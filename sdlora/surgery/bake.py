@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..adapters.canonical import AdapterFile, LowRankPair, ModuleKey, Update
-from ..adapters.kinds import DoRA
+from ..adapters.kinds.table import title_of
 from ..adapters.strength import Strength
 from ..errors import AdapterFileError, ConfigError, ModelError, OutputError
 from ..families.facts import is_text_encoder
-from ..files import replacing
+from ..files import replacing, size_text
 from ..formats import adapter_files
 from ..tensor_file import DTYPE_NAMES, Header
 from .checkpoints import Checkpoint, Site, open_checkpoint, variant_of, wide_dtype
@@ -134,12 +134,7 @@ def bake_checkpoint(
         _plan(model, path, adapter, strength, sign, baking)
     if not baking.terms:
         raise ConfigError("every strength is 0, so the result would be the input; give another strength")
-    records = [
-        {**fingerprint, "strength": component_strengths(strength), **({"blocks": dict(b)} if b else {})}
-        for fingerprint, (_, strength), b in zip(
-            fingerprints([path for path, _ in adapters]), adapters, factors, strict=True
-        )
-    ]
+    records = _records(adapters, factors)
     notes = _notes(model, records, inverse)
     files = (
         [_bake_file(model, output, baking, records, inverse, progress)]
@@ -157,6 +152,17 @@ def bake_checkpoint(
     )
 
 
+def _records(
+    adapters: Sequence[tuple[Path, Strength]], blocks: Sequence[Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """Return what was baked in, for the header: by file names and hashes, without the user's folders."""
+    prints = fingerprints([path for path, _ in adapters])
+    return [
+        {**fingerprint, "strength": component_strengths(strength), **({"blocks": dict(b)} if b else {})}
+        for fingerprint, (_, strength), b in zip(prints, adapters, blocks, strict=True)
+    ]
+
+
 def _plan(
     model: Checkpoint,
     path: Path,
@@ -169,10 +175,10 @@ def _plan(
         value = sign * strength.of(module)
         if value == 0.0:
             continue
-        if sign < 0 and isinstance(update, DoRA):
+        if sign < 0 and update.needs_base:
             raise AdapterFileError(
-                f"{path}: is a DoRA, which rescales whole weights; it cannot be taken out again, use the "
-                "original checkpoint"
+                f"{path}: is a {title_of(update)}, which rescales whole weights; it cannot be taken out "
+                "again, use the original checkpoint"
             )
         sites = model.sites(module)
         if len({variant_of(site.header.path) for site in sites}) < len(model.variants(module.component)):
@@ -219,7 +225,7 @@ def _add(target: Tensor, terms: Sequence[_Term], weight: Tensor) -> Tensor:
     Args:
         target: (out, rest), float32 or float64.
         terms: of this module.
-        weight: the module's stored weight, (out, rest), for DoRA.
+        weight: the module's stored weight, (out, rest), for updates that need it.
     """
     dtype = target.dtype
     plain = [(t.update, t.strength) for t in terms if isinstance(t.update, LowRankPair)]
@@ -397,6 +403,6 @@ def _check_target(model: Checkpoint, output: Path, overwrite: bool, adapters: Se
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OutputError(
-            f"{output}: needs {needed / 2**30:.1f} GiB, but {parent} has {free / 2**30:.1f} GiB free; free "
-            "some space or choose another --output"
+            f"{output}: needs {size_text(needed)}, but {parent} has {size_text(free)} free; free some space "
+            "or choose another --output"
         )

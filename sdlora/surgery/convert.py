@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update
-from ..adapters.kinds import DoRA
+from ..adapters.kinds.table import title_of
 from ..adapters.plain import as_plain
 from ..config.schema import Precision
 from ..errors import AdapterFileError, ConfigError, ModelError
 from ..formats import adapter_files
 from ..formats.folding import own_dtype
+from ..number_formats import dtype_name
 from .checkpoints import open_checkpoint
 from .dense import cut_matrix
-from .factors import Cut, distance, factors_of
+from .factors import Cut, cut_of, distance, factors_of
 from .methods import layer_seed
 from .report import ModuleChange, SurgeryReport, relative, sorted_changes
 from .result import Part, cut_part, finish
@@ -31,7 +32,6 @@ from .sources import (
     Opened,
     Progress,
     check_target,
-    dtype_name,
     family_of,
     fingerprints,
     number_format,
@@ -65,9 +65,10 @@ def convert_adapter(
     Args:
         source: adapter file or folder of any format.
         output: the new file, or the folder for ``peft``.
-        format: a key of :data:`sdlora.formats.FORMATS`.
+        format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; the source's own when None.
-        to_lora: turn other kinds into plain LoRA: exactly, or cut to a size. DoRA needs ``base`` and a size.
+        to_lora: turn other kinds into plain LoRA: exactly, or cut to a size. Those that follow from the
+            base's weights, as DoRA, need ``base`` and a size.
         base: checkpoint or diffusers folder the adapter was trained on.
         rank: at most this rank in each module that is converted.
         energy: share of each update's sum of squared singular values to keep.
@@ -82,7 +83,7 @@ def convert_adapter(
         OutputError: when the file exists or cannot be written.
     """
     started = time.perf_counter()
-    cut = None if (rank, energy, error) == (None, None, None) else Cut(rank, energy, error)
+    cut = cut_of(rank, energy, error)
     if not to_lora and (cut is not None or base is not None):
         raise ConfigError(
             "a size or --base has an effect with --to-lora only; sdlora resize cuts a plain LoRA"
@@ -101,15 +102,9 @@ def convert_adapter(
     written = write_adapter(weights, info, family, output, format, number)
     if not to_lora:
         changes = _rounding(adapter, output, report, progress)
-    return SurgeryReport(
-        "convert",
-        written.files,
-        changes,
-        report,
-        time.perf_counter() - started,
-        proof=written.proof,
-        details={"dtype": dtype_name(number), "format": format, "kinds": weights.kinds()},
-    )
+    details = {"dtype": dtype_name(number), "format": format, "kinds": weights.kinds()}
+    seconds = time.perf_counter() - started
+    return SurgeryReport("convert", written.files, changes, report, seconds, (), written.proof, details)
 
 
 def plain_parts(
@@ -118,13 +113,13 @@ def plain_parts(
     """Yield each module's update as plain factors; what is plain already is not cut.
 
     Raises:
-        AdapterFileError: for DoRA without the base's weights or without a size.
+        AdapterFileError: for an update that needs the base, without the base's weights or without a size.
     """
 
     def reduced(item: tuple[ModuleKey, Update]) -> Part:
         module, update = item
-        if isinstance(update, DoRA):
-            return _dora_part(module, update, cut, base)
+        if update.needs_base:
+            return _part_on_base(module, update, cut, base)
         return cut_part(
             module, factors_of(as_plain(update).pair), None if isinstance(update, LowRankPair) else cut
         )
@@ -134,8 +129,9 @@ def plain_parts(
         progress(done, len(weights))
 
 
-def _dora_part(module: ModuleKey, update: DoRA, cut: Cut | None, base: BaseWeight | None) -> Part:
-    where = f"`{module.component}.{module.path}` is a DoRA"
+def _part_on_base(module: ModuleKey, update: Update, cut: Cut | None, base: BaseWeight | None) -> Part:
+    """Return the plain factors of an update that follows from the base's weight, cut to a size."""
+    where = f"`{module.component}.{module.path}` is a {title_of(update)}"
     if base is None:
         raise AdapterFileError(f"{where}, whose update depends on the base's weights; give --base")
     if cut is None:
@@ -159,8 +155,8 @@ def _plain(
 ) -> tuple[AdapterWeights, tuple[ModuleChange, ...]]:
     if opened.weights.is_plain:
         raise ConfigError(f"--to-lora: {opened.path} is a plain LoRA already; leave it out")
-    if base is not None and "dora" not in opened.weights.kinds():
-        raise ConfigError("--base: only DoRA depends on the base's weights; leave it out")
+    if base is not None and not any(update.needs_base for update in opened.weights.updates.values()):
+        raise ConfigError(f"--base: {opened.path} does not depend on the base's weights; leave it out")
     parts = plain_parts(opened.weights, cut, None if base is None else _weights_of(base), progress)
     return finish(parts, format, number, with_errors=report)
 
@@ -172,7 +168,7 @@ def _weights_of(base: Path) -> BaseWeight:
         sites = model.sites(module)
         if not sites:
             raise ModelError(
-                f"{base}: has no {module.component}.{module.path}; give the base that the DoRA was trained on"
+                f"{base}: has no {module.component}.{module.path}; give the base the adapter was trained on"
             )
         return sites[0].read()
 
@@ -199,7 +195,7 @@ def _measured(change: ModuleChange, update: Update, other: Update) -> ModuleChan
         first = factors_of(update)
         norm, error = first.norm(), distance(first, factors_of(other))
         return replace(change, rank_after=other.rank, norm=norm, error=relative(error, norm))
-    if isinstance(update, DoRA):
+    if update.needs_base:
         return change  # its update is not defined without the base
     first_delta, second_delta = update.delta().double().flatten(1), other.delta().double().flatten(1)
     norm = float(first_delta.norm())

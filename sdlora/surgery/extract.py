@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..adapters.canonical import AdapterInfo, ModuleKey
 from ..config.schema import AdapterConfig, Precision, Targets
 from ..errors import ConfigError, ModelError
 from ..families.facts import is_text_encoder
+from ..number_formats import dtype_name, dtype_of, writable_dtypes
 from ..tensor_file import Header, all_finite, shown
 from .checkpoints import Checkpoint, Site, open_checkpoint, read_tensor, variant_of
 from .dense import cut_matrix
@@ -29,7 +31,7 @@ from .factors import Cut
 from .methods import layer_seed
 from .report import SurgeryReport
 from .result import Part, finish
-from .sources import DTYPES, RECORD, Progress, check_target, dtype_name, silent, write_adapter
+from .sources import RECORD, Progress, check_target, silent, write_adapter
 from .workers import in_order
 
 
@@ -73,7 +75,7 @@ def extract_adapter(
         error: largest relative Frobenius error of each difference; instead of ``energy``.
         targets: ``attention``, ``linear`` or ``all`` layers of the U-Net; as in training when None.
         text_encoders: whether the text encoders' layers are extracted as well.
-        format: a key of :data:`sdlora.formats.FORMATS`.
+        format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; that of the tuned checkpoint when None.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
@@ -89,8 +91,7 @@ def extract_adapter(
     check_target(output, format, overwrite, [base, tuned])
     first, second = open_checkpoint(base), open_checkpoint(tuned)
     modules = extracted_modules(first, second, targets, text_encoders)
-    number = _number_format(dtype, second, modules)
-    unchanged: list[ModuleKey] = []
+    number, unchanged = _number_format(dtype, second, modules), list[ModuleKey]()
     parts = extracted(first, second, modules, cut, unchanged, progress)
     weights, changes = finish(parts, format, number, with_errors=report)
     if not weights.pairs:
@@ -99,34 +100,35 @@ def extract_adapter(
             "nothing to extract; give another checkpoint or more --targets"
         )
     left_out = what_is_left(first, second, modules) if first.layout == second.layout else None
+    info = _info(first, tuned, cut, output.stem)
+    written = write_adapter(weights, info, first.family, output, format, number)
+    covered = math.fsum((change.norm or 0.0) ** 2 for change in changes)
+    details = {"dtype": dtype_name(number), "format": format, "family": first.family.name}
+    details |= _details(unchanged, covered, left_out)
+    seconds, notes = time.perf_counter() - started, _notes(unchanged, covered, left_out)
+    return SurgeryReport("extract", written.files, changes, report, seconds, notes, written.proof, details)
+
+
+def _info(base: Checkpoint, tuned: Path, cut: Cut, name: str) -> AdapterInfo:
+    """Return what the header says of the result."""
     record = {
         "operation": "extract",
-        "base": base.name,
+        "base": base.path.name,
         "tuned": tuned.name,
         **{key: value for key, value in vars(cut).items() if value is not None},
     }
     entries = {RECORD: json.dumps([record], ensure_ascii=False, separators=(",", ":"))}
-    entries |= {"ss_sd_model_name": base.name}
-    info = AdapterInfo(family=first.family.name, name=output.stem, metadata=entries)
-    written = write_adapter(weights, info, first.family, output, format, number)
-    covered = math.fsum((change.norm or 0.0) ** 2 for change in changes)
-    return SurgeryReport(
-        "extract",
-        written.files,
-        changes,
-        report,
-        time.perf_counter() - started,
-        _notes(unchanged, covered, left_out),
-        written.proof,
-        {
-            "dtype": dtype_name(number),
-            "format": format,
-            "family": first.family.name,
-            "unchanged_modules": len(unchanged),
-            "covered_share": None if left_out is None else covered / (covered + left_out.squares),
-            "left_out": None if left_out is None else [list(site) for site in left_out.tensors],
-        },
-    )
+    entries |= {"ss_sd_model_name": base.path.name}
+    return AdapterInfo(family=base.family.name, name=name, metadata=entries)
+
+
+def _details(unchanged: Sequence[ModuleKey], covered: float, left_out: LeftOut | None) -> dict[str, Any]:
+    """Return what scripts want to know of all that was not extracted."""
+    return {
+        "unchanged_modules": len(unchanged),
+        "covered_share": None if left_out is None else covered / (covered + left_out.squares),
+        "left_out": None if left_out is None else [list(tensor) for tensor in left_out.tensors],
+    }
 
 
 def extracted_modules(
@@ -244,11 +246,9 @@ def _matrix(site: Site) -> Tensor:
 
 def _number_format(asked: Precision | None, tuned: Checkpoint, modules: Sequence[ModuleKey]) -> torch.dtype:
     if asked is not None:
-        if asked not in DTYPES:
-            raise ConfigError(f"--dtype {asked}: is not a number format; give one of {', '.join(DTYPES)}")
-        return DTYPES[asked]
+        return dtype_of(asked)
     dtypes = {tuned.sites(module)[0].spec.dtype for module in modules}
-    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES.values()) else torch.float32
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(writable_dtypes()) else torch.float32
 
 
 def _notes(unchanged: Sequence[ModuleKey], covered: float, left_out: LeftOut | None) -> tuple[str, ...]:

@@ -117,6 +117,11 @@ class Cut:
         return lost <= self.allowed_loss * total
 
 
+def cut_of(rank: int | None, energy: float | None, error: float | None) -> Cut | None:
+    """Return the cut that these sizes ask for, or None where none is given."""
+    return None if (rank, energy, error) == (None, None, None) else Cut(rank, energy, error)
+
+
 def factors_of(pair: LowRankPair, weight: float = 1.0) -> Factors:
     """Return ``weight * dW`` of a pair, all of ``weight * alpha / rank`` folded into ``up``."""
     # dW = (weight * alpha / rank * up) @ down: (out, R) @ (R, in * kh * kw)
@@ -236,13 +241,6 @@ def _turned(vectors: Tensor, sizes: Tensor, small: Tensor) -> Tensor:
     padded = small.new_zeros(vectors.shape[0], small.shape[1])
     padded[: small.shape[0]] = small
     return torch.ormqr(vectors, sizes, padded)
-
-
-def singular_values(update: Factors) -> Tensor:
-    """Return the singular values of an update, falling, at most R of them."""
-    up = torch.linalg.qr(update.up, mode="r").R
-    down = torch.linalg.qr(update.down.T, mode="r").R
-    return torch.linalg.svdvals(up @ down.T)
 
 
 def balanced(update: Factors) -> Factors:

@@ -11,15 +11,16 @@ from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from ..adapters.strength import Strength
 from ..config.schema import Precision
 from ..errors import ConfigError
+from ..number_formats import dtype_name
 from .dense import cut_matrix
-from .factors import Cut, common_shape, factors_of, joined
+from .factors import Cut, common_shape, cut_of, factors_of, joined
 from .methods import METHODS, combined, layer_seed
 from .report import SurgeryReport
 from .result import Part, cut_part, finish
 from .sources import (
+    Opened,
     Progress,
     check_target,
-    dtype_name,
     family_of,
     fingerprints,
     kind_notes,
@@ -94,9 +95,7 @@ def merge_adapters(
     report: bool = False,
     progress: Progress = silent,
 ) -> SurgeryReport:
-    """Merge adapters into one and write it.
-
-    Without a size asked for, ``linear`` gives the exact sum; its rank is the sum of the ranks.
+    """Merge adapters into one and write it; ``linear`` without a size gives the exact sum.
 
     Args:
         sources: (file, strength) of each adapter; strengths may be negative, and differ by component.
@@ -108,7 +107,7 @@ def merge_adapters(
         energy: share of each update's sum of squared singular values to keep.
         error: largest relative Frobenius error of each update; instead of ``energy``.
         blocks: block -> factor for each adapter; see :mod:`sdlora.surgery.strengths`.
-        format: a key of :data:`sdlora.formats.FORMATS`.
+        format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; the widest of the sources when None.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
@@ -120,42 +119,50 @@ def merge_adapters(
         OutputError: when the file exists or cannot be written.
     """
     started = time.perf_counter()
-    sizes = (rank, energy, error)
-    cut = None if sizes == (None, None, None) else Cut(*sizes)
-    how = MergeMethod(method, density, seed, cut)
+    how = MergeMethod(method, density, seed, cut_of(rank, energy, error))
+    adapters = _opened(sources, output, format, overwrite)
+    given = _weighted(adapters, sources, blocks)
+    number = number_format(dtype, adapters)
+    ranks = summed_ranks(given) if how.cut is None else None
+    weights, changes = finish(merged(given, how, progress), format, number, with_errors=report, ranks=ranks)
+    info = result_info(adapters, output.stem, _record(sources, blocks, how), keep_all=False)
+    written = write_adapter(weights, info, family_of(adapters), output, format, number)
+    seconds, notes = time.perf_counter() - started, (*kind_notes(adapters), *_gone(adapters, weights))
+    details = {"method": method, "dtype": dtype_name(number), "format": format}
+    return SurgeryReport("merge", written.files, changes, report, seconds, notes, written.proof, details)
+
+
+def _opened(
+    sources: Sequence[tuple[Path, Strength]], output: Path, format: str, overwrite: bool
+) -> list[Opened]:
+    """Return the adapters, once it is sure that a result can be written."""
     if not sources:
         raise ConfigError("merge needs adapters: give FILE:WEIGHT, e.g. style.safetensors:0.8")
     paths = [path for path, _ in sources]
     check_target(output, format, overwrite, paths)
     adapters = open_adapters(paths)
-    family = family_of(adapters)
+    family_of(adapters)
+    return adapters
+
+
+def _weighted(
+    adapters: Sequence[Opened],
+    sources: Sequence[tuple[Path, Strength]],
+    blocks: Sequence[Mapping[str, float]],
+) -> list[tuple[AdapterWeights, ModuleStrength]]:
+    """Return each adapter with its strength by module."""
     factors = blocks or [{}] * len(sources)
     strengths = [ModuleStrength(s, b) for (_, s), b in zip(sources, factors, strict=True)]
     given = [(adapter.weights, strength) for adapter, strength in zip(adapters, strengths, strict=True)]
     check_blocks(given)
-    number = number_format(dtype, adapters)
-    weights, changes = finish(
-        merged(given, how, progress),
-        format,
-        number,
-        with_errors=report,
-        ranks=summed_ranks(given) if cut is None else None,
-    )
-    info = result_info(adapters, output.stem, _record(sources, blocks, how), keep_all=False)
-    written = write_adapter(weights, info, family, output, format, number)
+    return given
+
+
+def _gone(adapters: Sequence[Opened], weights: AdapterWeights) -> list[str]:
+    """Return a note on modules that no adapter has a weight for."""
     every = {module for adapter in adapters for module in adapter.weights.pairs}
     gone = len(every) - len(weights)
-    notes = (f"{gone} modules have weight 0 in every adapter and were left out",) if gone else ()
-    return SurgeryReport(
-        "merge",
-        written.files,
-        changes,
-        report,
-        time.perf_counter() - started,
-        (*kind_notes(adapters), *notes),
-        written.proof,
-        {"method": method, "dtype": dtype_name(number), "format": format},
-    )
+    return [f"{gone} modules have weight 0 in every adapter and were left out"] if gone else []
 
 
 def merged(

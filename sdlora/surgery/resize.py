@@ -13,13 +13,13 @@ from pathlib import Path
 from ..adapters.canonical import AdapterWeights
 from ..config.schema import Precision
 from ..errors import ConfigError
+from ..number_formats import dtype_name
 from .factors import Cut, factors_of
 from .report import SurgeryReport
 from .result import Part, cut_part, finish
 from .sources import (
     Progress,
     check_target,
-    dtype_name,
     family_of,
     fingerprints,
     kind_notes,
@@ -53,7 +53,7 @@ def resize_adapter(
         rank: at most this rank in each module.
         energy: share of each update's sum of squared singular values to keep, e.g. 0.99.
         error: largest relative Frobenius error of each update, e.g. 0.05; instead of ``energy``.
-        format: a key of :data:`sdlora.formats.FORMATS`.
+        format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; the source's own when None.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.

@@ -10,6 +10,7 @@ import torch
 
 from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from ..errors import AdapterFileError
+from ..formats.table import FORMATS
 from ..tensor_file import all_finite
 from .factors import Cut, Factors, balanced, factors_of, pair_of, rounding_distance, spectrum
 from .report import ModuleChange, relative, sorted_changes
@@ -89,10 +90,10 @@ def finish(
 def file_alphas(ranks: Mapping[ModuleKey, int], format: str) -> dict[ModuleKey, float]:
     """Return the alpha of each module of a result: the new rank.
 
-    In WebUI files with mixed ranks it is the largest rank of the component for all its modules, since
-    diffusers takes one alpha a component (formats.md 4.3); the factors take up the difference.
+    Where clients take one alpha a component (as diffusers of WebUI files, formats.md 4.3), it is the
+    largest rank of the component for all its modules; the factors take up the difference.
     """
-    if format != "webui":
+    if not FORMATS[format].one_alpha:
         return {module: float(rank) for module, rank in ranks.items()}
     largest: dict[str, int] = {}
     for module, rank in ranks.items():

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair
-from ..adapters.kinds import TITLES
+from ..adapters.kinds.table import KINDS, title_of
 from ..adapters.plain import to_plain
 from ..config.schema import Precision
-from ..errors import AdapterFileError, ConfigError, OutputError
-from ..families.table import FAMILIES, family_info
-from ..files import replacing
+from ..errors import AdapterFileError, OutputError
 from ..formats import adapter_files
+from ..formats.detection import known_family
 from ..formats.folding import own_dtype
-from ..formats.proof import prove
-from ..tensor_file import DTYPE_NAMES, data_sha256
+from ..formats.proof import write_proven
+from ..formats.table import find_format
+from ..number_formats import dtype_name, dtype_of
 
 if TYPE_CHECKING:
     from ..families.facts import FamilyInfo
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Told (modules done, modules in all)."""
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 RECORD = "sdlora.surgery"
 """Header entry with what was done, as JSON."""
 _SHARED_ENTRIES = (
@@ -77,17 +72,19 @@ def open_adapters(paths: Sequence[Path]) -> list[Opened]:
     """Read adapters that are to be worked on; other kinds become plain pairs where that is exact.
 
     Raises:
-        AdapterFileError: when one cannot be read, has no exact plain form (DoRA), or two are for different
+        AdapterFileError: when one cannot be read, has no exact plain form, or two are for different
             families.
     """
     opened = []
     for path in paths:
         adapter = adapter_files.read_adapter(path)
         kinds = {kind: count for kind, count in adapter.weights.kinds().items() if kind != LowRankPair.kind}
-        if "dora" in kinds:
+        needy = next((update for update in adapter.weights.updates.values() if update.needs_base), None)
+        if needy is not None:
             raise AdapterFileError(
-                f"{path}: is a DoRA, whose update depends on the base's weights and is not of low rank; turn "
-                "it into a plain LoRA first: sdlora convert FILE --to-lora --base BASE --rank N"
+                f"{path}: is a {title_of(needy)}, whose update depends on the base's weights and is not of "
+                "low rank; turn it into a plain LoRA first: "
+                "sdlora convert FILE --to-lora --base BASE --rank N"
             )
         plain, _ = to_plain(adapter.weights)
         opened.append(Opened(path, plain, adapter.info, own_dtype(adapter.weights), kinds))
@@ -104,7 +101,7 @@ def open_adapters(paths: Sequence[Path]) -> list[Opened]:
 def kind_notes(adapters: Sequence[Opened]) -> tuple[str, ...]:
     """Return what was said of adapters that were of another kind than plain LoRA."""
     return tuple(
-        f"{adapter.path}: {count} {TITLES[kind]} modules were taken as plain LoRA of rank up to "
+        f"{adapter.path}: {count} {KINDS[kind].title} modules were taken as plain LoRA of rank up to "
         f"{max(adapter.weights.ranks())}, which loses nothing"
         for adapter in adapters
         for kind, count in adapter.converted.items()
@@ -117,19 +114,8 @@ def family_of(adapters: Sequence[Opened]) -> FamilyInfo:
     Raises:
         AdapterFileError: when none of them says, or this version does not know it.
     """
-    where = adapters[0].path
     name = next((adapter.info.family for adapter in adapters if adapter.info.family), None)
-    if name is None:
-        raise AdapterFileError(
-            f"{where}: does not tell which base model it is for (no cross-attention layers, no header entry "
-            "`ss_base_model_version`); export it with the program that trained it"
-        )
-    if name not in FAMILIES:
-        raise AdapterFileError(
-            f"{where}: is for the model family `{name}`, which this version cannot write; it knows "
-            f"{', '.join(FAMILIES)}"
-        )
-    return family_info(name)
+    return known_family(adapters[0].path, name)
 
 
 def number_format(asked: Precision | None, adapters: Sequence[Opened]) -> torch.dtype:
@@ -139,16 +125,9 @@ def number_format(asked: Precision | None, adapters: Sequence[Opened]) -> torch.
         ConfigError: for an unknown one.
     """
     if asked is not None:
-        if asked not in DTYPES:
-            raise ConfigError(f"--dtype {asked}: is not a number format; give one of {', '.join(DTYPES)}")
-        return DTYPES[asked]
+        return dtype_of(asked)
     dtypes = {adapter.dtype for adapter in adapters}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``fp32``, ``fp16`` or ``bf16``."""
-    return next((name for name, value in DTYPES.items() if value == dtype), DTYPE_NAMES[dtype])
 
 
 def check_target(target: Path, format: str, overwrite: bool, sources: Iterable[Path]) -> None:
@@ -158,15 +137,12 @@ def check_target(target: Path, format: str, overwrite: bool, sources: Iterable[P
         ConfigError: for an unknown format.
         OutputError: when the file exists, is one of the sources, or has the wrong kind of name.
     """
-    if format not in adapter_files.FORMATS:
-        raise ConfigError(
-            f"--format {format}: is not a format; give one of {', '.join(adapter_files.FORMATS)}"
-        )
+    is_folder = find_format(format).is_folder
     refuse_source(target, sources)
     is_file_name = target.suffix == ".safetensors"
-    if adapter_files.FORMATS[format].is_folder and is_file_name:
+    if is_folder and is_file_name:
         raise OutputError(f"{target}: {format} needs a folder; give --output without .safetensors")
-    if not adapter_files.FORMATS[format].is_folder and not is_file_name:
+    if not is_folder and not is_file_name:
         raise OutputError(f"{target}: give --output the name of the file, ending in .safetensors")
     if target.exists() and not overwrite:
         raise OutputError(f"{target}: exists; nothing was overwritten. Give another --output, or --overwrite")
@@ -199,22 +175,14 @@ def write_adapter(
         AdapterFileError: when the format cannot hold it, or the proof fails (nothing is left then).
         OutputError: when the place cannot be written.
     """
-    with replacing(target) as temporary:
-        try:
-            written = adapter_files.write_adapter(
-                AdapterFile(weights, info), format, temporary, dtype, family
-            )
-            proof, _ = prove(weights, temporary, format, dtype, family)
-        except AdapterFileError as error:
-            raise AdapterFileError(str(error).replace(str(temporary), str(target))) from error
-        if adapter_files.FORMATS[format].is_folder:
-            adapter_files.make_room(target)
-    files = tuple(target / file.relative_to(temporary) if file != temporary else target for file in written)
+    written = write_proven(AdapterFile(weights, info), format, target, dtype, family)
+    proof = written.proof
+    assert proof is not None
     line = (
         f"{proof.num_modules} modules read back by {' and '.join(proof.read_by)}, largest delta difference "
         f"{proof.largest_difference:.1e} in {dtype_name(dtype)}"
     )
-    return Written(files, line)
+    return Written(written.files, line)
 
 
 def result_info(
@@ -256,8 +224,7 @@ def fingerprints(paths: Sequence[Path]) -> list[dict[str, str]]:
     """Return the name and the hash of the tensor data of each source, for the record."""
     prints = []
     for path in paths:
-        header = adapter_files.read_headers(path)[0]
-        prints.append({"file": path.name, "sha256": data_sha256(header.path, header.data_offset)})
+        prints.append({"file": path.name, "sha256": adapter_files.OpenAdapter(path).data_hash()})
     return prints
 
 

@@ -14,7 +14,7 @@ from ..adapters.canonical import AdapterFile, AdapterInfo
 from ..exporting.export import write_finished
 from ..formats.adapter_files import write_adapter
 from ..formats.metadata import TrainingFacts, build_header
-from ..version import version
+from ..machine import version
 from .optimizers import optimizer_kind
 
 if TYPE_CHECKING:

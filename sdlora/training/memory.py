@@ -31,6 +31,7 @@ from ..diffusion.process import per_image_loss
 from ..errors import TrainingError
 from ..families.base import DiffusionModel, SizeHint
 from ..families.facts import AUTOENCODER
+from ..files import size_text
 from ..generation.render import most_at_once
 from .optimizers import optimizer_kind
 
@@ -79,16 +80,12 @@ class MemoryPlan:
 
     def render(self) -> str:
         """Return the plan in one line for people."""
-        parts = f"weights {gib(self.weights)}, adapter {gib(self.adapter)}, step {gib(self.activations)}"
+        counts = {"weights": self.weights, "adapter": self.adapter, "step": self.activations}
+        parts = ", ".join(f"{name} {size_text(count)}" for name, count in counts.items())
         step = self.phases["step"]
-        more = "".join(f"; {name} {gib(size)}" for name, size in self.others.items() if size > step)
-        free = "" if self.free is None else f"; {gib(self.free)} free"
-        return f"{gib(self.peak)} ({parts}{more}{free})"
-
-
-def gib(count: int) -> str:
-    """Return a number of bytes in GiB or MiB."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+        more = "".join(f"; {name} {size_text(size)}" for name, size in self.others.items() if size > step)
+        free = "" if self.free is None else f"; {size_text(self.free)} free"
+        return f"{size_text(self.peak)} ({parts}{more}{free})"
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -11,7 +11,7 @@ import torch
 
 from ..adapters.canonical import AdapterWeights
 from ..config.defaults import Default, OpenSettings, check_components, fill_data, fill_training
-from ..config.schema import Config, Precision
+from ..config.schema import Config
 from ..data.batching.prepare import Outline, base_facts, data_facts, outline_data
 from ..data.reading.holdout import divide
 from ..data.reading.items import Dataset
@@ -21,11 +21,10 @@ from ..devices import choose_device, choose_dtype, make_current, set_exactness
 from ..families.attention import Attentions, choose_attentions
 from ..families.base import DiffusionModel
 from ..machine import idle_card_notice
+from ..number_formats import dtype_name
 from .optimizers import check_rates, optimizer_kind
 from .processes import Processes
 from .warm_start import warm_start
-
-_NAMES: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -150,6 +149,6 @@ def _fill_compute(open_settings: OpenSettings, compute: Compute) -> None:
     kind, attention = compute.device.type, compute.attention.training
     why = "torch cannot use the card that is here" if compute.idle_card else "the fastest one here"
     open_settings.fill("training.device", kind, why, ask_base=False)
-    precision, reason = _NAMES[compute.dtype], f"fastest safe one on {kind}"
+    precision, reason = dtype_name(compute.dtype), f"fastest safe one on {kind}"
     open_settings.fill("training.precision", precision, reason, ask_base=False)
     open_settings.say("training.attention", attention.name, attention.reason)

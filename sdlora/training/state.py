@@ -24,8 +24,8 @@ from ..errors import ConfigError, TrainingError
 from ..events import Emitter, Notice
 from ..families.base import Conditioning, DiffusionModel
 from ..families.parallel import SplitPredictor
+from ..machine import version
 from ..run_folder import RunFolder, list_checkpoints
-from ..version import version
 from . import checkpoint, optimizer_state
 from .masters import ParameterGroup
 from .memory import MemoryPlan

@@ -26,7 +26,6 @@ from .masters import MasterWeights, ParameterGroup
 
 ADAPTER_NAME = "run"
 START_NAME = "run-start"
-_MAGNITUDE, _UP = "dora_scale", "lora_up.weight"
 
 
 @dataclasses.dataclass
@@ -116,9 +115,9 @@ def _groups(
     for layer in layers:
         component = layer.key.component
         for factor in layer.parameters:
-            plus = config.optimizer.lora_plus_ratio if factor == _UP else 1.0
+            plus = config.optimizer.lora_plus_ratio if factor in layer.form.up else 1.0
             times = value_for(config.optimizer.block_rates, layer.key, 1.0) * plus
-            members.setdefault((component, factor == _MAGNITUDE, times), []).append((layer, factor))
+            members.setdefault((component, factor in layer.form.undecayed, times), []).append((layer, factor))
     groups = []
     for component, magnitude, times in sorted(
         members, key=lambda group: (component_order(group[0]), group[1], group[2] != 1, group[2])

@@ -9,14 +9,14 @@ import torch
 
 from ..adapters.attach import target_modules
 from ..adapters.canonical import AdapterWeights
-from ..adapters.kinds import TITLES, TuckerPair
+from ..adapters.kinds.table import kind_of, titles
 from ..config.adapter import PART_KEYS
 from ..config.defaults import OpenSettings
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..families.base import DiffusionModel
 from ..families.fingerprint import file_digest
-from ..formats.adapter_files import read_adapter, read_headers
+from ..formats.adapter_files import OpenAdapter, read_adapter
 
 
 def warm_start(open_settings: OpenSettings, model: DiffusionModel) -> AdapterWeights:
@@ -32,10 +32,7 @@ def warm_start(open_settings: OpenSettings, model: DiffusionModel) -> AdapterWei
     path = config.adapter.from_file
     assert path is not None
     read = read_adapter(path)
-    updates = {
-        key: update.merged() if isinstance(update, TuckerPair) else update
-        for key, update in read.weights.all_items()
-    }
+    updates = {key: kind_of(update).warm(update) for key, update in read.weights.all_items()}
     weights = AdapterWeights(updates).to(torch.float32)
     _check_kind(config, path, weights)
     if read.info.family not in (None, model.info.name):
@@ -64,22 +61,21 @@ def warm_start(open_settings: OpenSettings, model: DiffusionModel) -> AdapterWei
 
 def digest_of(path: Path) -> str:
     """Return what identifies an adapter's files, to tell whether a run goes on from the same ones."""
-    return " ".join(file_digest(header.path) for header in read_headers(path))
+    return " ".join(file_digest(header.path) for header in OpenAdapter(path).headers)
 
 
 def _check_kind(config: Config, path: Path, weights: AdapterWeights) -> None:
     kinds = list(weights.kinds())
     if kinds == [config.adapter.kind]:
         return
-    titles = " and ".join(TITLES[kind] for kind in kinds)
     advice = (
         f"set adapter.kind={kinds[0]}"
         if len(kinds) == 1
         else "convert the file to a plain LoRA (sdlora convert)"
     )
     raise ConfigError(
-        f"`adapter.kind={config.adapter.kind}` contradicts `adapter.from_file={path}`, which holds {titles}; "
-        f"{advice}"
+        f"`adapter.kind={config.adapter.kind}` contradicts `adapter.from_file={path}`, which holds "
+        f"{titles(weights.kinds())}; {advice}"
     )
 
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from sdlora.adapters.canonical import LowRankPair, Update
-from sdlora.adapters.kinds import DoRA, LoHa, LoKr, TuckerPair
+from sdlora.adapters.kinds.dora import DoRA
+from sdlora.adapters.kinds.loha import LoHa
+from sdlora.adapters.kinds.lokr import LoKr
+from sdlora.adapters.kinds.tucker import TuckerPair
 
 Shape = tuple[int, ...]
 

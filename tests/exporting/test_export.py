@@ -31,7 +31,6 @@ from sdlora.config.schema import Config, Precision
 from sdlora.config.toml import save_config
 from sdlora.errors import AdapterFileError, ConfigError, OutputError
 from sdlora.exporting.export import (
-    DTYPES,
     export_adapter,
     find_lora_folder,
     open_source,
@@ -40,8 +39,12 @@ from sdlora.exporting.export import (
 from sdlora.families.facts import FamilyInfo
 from sdlora.families.sd1 import StableDiffusion1
 from sdlora.families.table import FAMILIES
-from sdlora.formats.adapter_files import FORMATS, read_adapter, write_adapter
+from sdlora.formats import webui
+from sdlora.formats.adapter_files import read_adapter, write_adapter
+from sdlora.formats.format_code import ReadBack
 from sdlora.formats.proof import compare
+from sdlora.formats.table import written_formats
+from sdlora.number_formats import PRECISIONS, dtype_of
 
 INFO = StableDiffusion1.info
 
@@ -85,8 +88,8 @@ def run_folder(folder: Path, weights: AdapterWeights, steps: tuple[int, ...], fi
     return folder
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("format", written_formats())
 def test_every_format_and_number_format_is_proven(
     format: str, dtype: Precision, source: Path, weights: AdapterWeights, tmp_path: Path
 ) -> None:
@@ -105,7 +108,7 @@ def test_every_format_and_number_format_is_proven(
     assert all(file.is_file() for file in report.files) and len(report.files) >= 1
     json.dumps(report.to_dict())
     adapter = report.files[0] if format != "peft" else tmp_path / "out" / "ink-peft"
-    compare(weights, read_adapter(adapter).weights, DTYPES[dtype], "here")
+    compare(weights, read_adapter(adapter).weights, dtype_of(dtype), "here")
     assert (
         sorted(p.name for p in (tmp_path / "out").iterdir())
         == {
@@ -143,14 +146,14 @@ def test_a_failed_proof_leaves_nothing_and_keeps_the_old_file(
     target = tmp_path / "out" / "ink.safetensors"
     target.parent.mkdir()
     target.write_bytes(b"old")
-    real = FORMATS["webui"].write
+    real = webui.write
 
     def damaged(adapter: AdapterFile, path: Path, dtype: torch.dtype, info: FamilyInfo) -> list[Path]:
         key, pair = next(iter(adapter.weights.items()))
         pairs = {**adapter.weights.pairs, key: LowRankPair(pair.down, pair.up * 1.5, pair.alpha)}
         return real(AdapterFile(AdapterWeights(pairs), adapter.info), path, dtype, info)
 
-    monkeypatch.setitem(FORMATS, "webui", dataclasses.replace(FORMATS["webui"], write=damaged))
+    monkeypatch.setattr(webui, "CODE", dataclasses.replace(webui.CODE, write=damaged))
     with pytest.raises(AdapterFileError, match=r"out/ink\.safetensors: the update of"):
         export_adapter(source, "webui", tmp_path / "out", overwrite=True)
     assert [p.name for p in target.parent.iterdir()] == ["ink.safetensors"] and target.read_bytes() == b"old"
@@ -317,17 +320,16 @@ def test_without_verifying_nothing_is_read_back(source: Path, tmp_path: Path) ->
 def test_a_reader_that_sees_other_numbers_stops_the_export(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdlora.formats import proof
-
-    def halved(path: Path, info: FamilyInfo) -> AdapterWeights:
+    def halved(path: Path, outline: AdapterWeights, info: FamilyInfo) -> AdapterWeights:
         seen = read_adapter(path).weights
         return AdapterWeights({k: LowRankPair(p.down, p.up, p.alpha / 2) for k, p in seen.items()})
 
-    def without_first(path: Path, info: FamilyInfo) -> AdapterWeights:
+    def without_first(path: Path, outline: AdapterWeights, info: FamilyInfo) -> AdapterWeights:
         return AdapterWeights(dict(list(read_adapter(path).weights.items())[1:]))
 
     for reader, message in ((halved, "differs by"), (without_first, "modules are not the same")):
-        monkeypatch.setattr(proof, "through_diffusers", reader)
+        code = dataclasses.replace(webui.CODE, read_back=ReadBack("diffusers", reader))
+        monkeypatch.setattr(webui, "CODE", code)
         with pytest.raises(AdapterFileError, match=rf"read by diffusers\).*{message}"):
             export_adapter(source, "webui", tmp_path / "out")
         assert list((tmp_path / "out").iterdir()) == []
@@ -351,7 +353,7 @@ def test_a_private_export_tells_nothing_of_the_images(weights: AdapterWeights, t
     notes = PngInfo()
     notes.add_text("parameters", "secret prompt, <lora:ink:1>")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "preview.png", pnginfo=notes)
-    for format in FORMATS:
+    for format in written_formats():
         out = tmp_path / format
         export_adapter(path, format, out, private=True, preview=tmp_path / "preview.png")
         files = [file for file in out.rglob("*") if file.is_file()]
@@ -373,19 +375,19 @@ def test_a_preview_that_is_there_under_another_name_stays_the_only_one(source: P
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", written_formats())
 @pytest.mark.parametrize("family", [SD1, SD2, SDXL], ids=lambda family: family.name)
 def test_every_family_goes_to_every_format_unchanged(
     family: FamilyInfo, format: str, dtype: Precision, tmp_path: Path
 ) -> None:
     whole = random_adapter(
-        models_of(family), EVERYTHING, ranks=(4, 2, 8), scales=(0.5, 1.0, 0.25), dtype=DTYPES[dtype]
+        models_of(family), EVERYTHING, ranks=(4, 2, 8), scales=(0.5, 1.0, 0.25), dtype=dtype_of(dtype)
     )
     attention = {key for key, _ in whole.items() if key.path.endswith(("_proj", "fc1"))}
     weights = AdapterWeights({k: p for n, (k, p) in enumerate(whole.items()) if k in attention or n % 5 == 0})
     source = tmp_path / "ink.safetensors"
     adapter = AdapterFile(weights, AdapterInfo(family.name, "ink", ("inkstyle",)))
-    write_adapter(adapter, "webui", source, DTYPES[dtype], family)
+    write_adapter(adapter, "webui", source, dtype_of(dtype), family)
     report = export_adapter(source, format, tmp_path / "out")
     assert report.dtype == dtype and report.proof is not None
     assert report.proof.largest_difference == 0.0 and report.proof.num_modules == len(weights)

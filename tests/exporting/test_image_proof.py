@@ -14,7 +14,8 @@ from sdlora.errors import ConfigError
 from sdlora.exporting.export import export_adapter
 from sdlora.exporting.image_proof import compare_images
 from sdlora.families.loading import load_model
-from sdlora.formats.adapter_files import FORMATS, read_adapter, write_adapter
+from sdlora.formats.adapter_files import read_adapter, write_adapter
+from sdlora.formats.table import written_formats
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def source(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", written_formats())
 def test_an_exact_file_draws_the_very_same_images(
     format: str, source: Path, tiny_base: Path, tmp_path: Path
 ) -> None:

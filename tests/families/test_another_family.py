@@ -33,7 +33,7 @@ from sdlora.families.facts import DenoiserInfo, FamilyInfo, HeaderWords, TextEnc
 from sdlora.families.latent_model import TEXT_TARGETS, LatentModel
 from sdlora.families.loading import ASSETS, load_model
 from sdlora.families.table import FAMILIES
-from sdlora.formats.adapter_files import read_adapter, sniff
+from sdlora.formats.adapter_files import OpenAdapter, read_adapter
 from sdlora.generation.image_generator import ImageGenerator
 from sdlora.generation.render import GenerateRequest
 from sdlora.inspecting.base_inspection import inspect_base
@@ -311,7 +311,7 @@ def test_it_trains_resumes_exactly_and_its_file_is_read_by_diffusers(make: Calla
     assert len(whole_state) > 4 and whole_state.keys() == resumed_state.keys()
     assert [name for name in whole_state if not torch.equal(whole_state[name], resumed_state[name])] == []
 
-    assert whole.adapter_file is not None and sniff(whole.adapter_file) == "diffusers"
+    assert whole.adapter_file is not None and OpenAdapter(whole.adapter_file).format == "diffusers"
     keys = list(load_file(whole.adapter_file))
     assert {key.split(".")[0] for key in keys} == {"transformer", "text_encoder"}
     adapter = read_adapter(whole.adapter_file)

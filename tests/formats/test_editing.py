@@ -16,7 +16,8 @@ from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, 
 from sdlora.commands.cli import main
 from sdlora.errors import AdapterFileError, ConfigError
 from sdlora.formats import editing
-from sdlora.formats.adapter_files import FORMATS, read_adapter, write_adapter
+from sdlora.formats.adapter_files import read_adapter, write_adapter
+from sdlora.formats.table import FORMATS
 from sdlora.inspecting.inspection import edit_adapter
 from sdlora.tensor_file import data_sha256, read_header
 

@@ -54,7 +54,7 @@ def test_a_crash_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(path: Path) -> None:
         raise IndexError("out of range")
 
-    for name in ("read_adapter", "read_outline", "inspect_adapter"):
+    for name in ("read_adapter", "OpenAdapter", "inspect_adapter"):
         monkeypatch.setattr(fuzz_readers, name, broken)
     outcomes = {run_case(number, FILES, tmp_path) for number in range(20)}
     assert any(outcome.startswith("CRASH: IndexError in test_fuzz.py") for outcome in outcomes)

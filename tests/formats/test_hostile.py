@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import AdapterFileError
-from sdlora.formats.adapter_files import read_adapter, sniff, write_adapter
+from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter
 from sdlora.tensor_file import MAX_HEADER_BYTES, read_header
 
 from .adapters import SD1, file_of, raw_file
@@ -339,7 +339,7 @@ def test_a_peft_factor_that_is_a_single_number(tmp_path: Path) -> None:
 
 def test_the_format_is_told_from_the_keys_not_the_name(tmp_path: Path) -> None:
     renamed = good_file(tmp_path).rename(tmp_path / "model.bin")
-    assert sniff(renamed) == "webui"
+    assert OpenAdapter(renamed).format == "webui"
 
 
 @given(data=st.data())

@@ -21,18 +21,12 @@ from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.errors import AdapterFileError
 from sdlora.families.facts import FamilyInfo
 from sdlora.formats import names
-from sdlora.formats.adapter_files import (
-    FORMATS,
-    READERS,
-    read_adapter,
-    read_modules,
-    read_outline,
-    sniff,
-    write_adapter,
-)
-from sdlora.formats.clients import CLIENTS, client_support
-from sdlora.formats.keys import parse_key, parse_name, spellings
+from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter
+from sdlora.formats.clients import CLIENTS
+from sdlora.formats.keys import FileKeys, parse_key, parse_name
 from sdlora.formats.peft import Alphas
+from sdlora.formats.support import client_support
+from sdlora.formats.table import FORMATS, written_formats
 
 from .adapters import EVERYTHING, SD1, SD2, SDXL, assert_same, file_of, models_of, random_adapter
 
@@ -138,7 +132,7 @@ def test_every_combination_of_names_and_parts_is_read(
     path = tmp_path / "a.safetensors"
     save_file(spelled(weights, lambda module: name_of(family, module), DOWN_UP[parts]), path)
     assert_same(read_adapter(path).weights, weights)
-    assert sniff(path) == format
+    assert OpenAdapter(path).format == format
 
 
 def test_every_layer_of_every_family_has_one_meaning_in_every_spelling(family: FamilyInfo) -> None:
@@ -179,7 +173,7 @@ def test_sdxl_files_may_mix_both_block_namings(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(tensors, path)
     assert_same(read_adapter(path).weights, weights)
-    outline = read_outline(path)
+    outline = OpenAdapter(path).outline
     assert outline.info.family == "sdxl"
     support = {client.client: client for client in client_support("webui", "sdxl", outline.weights, tensors)}
     assert not support["diffusers"].full and "both namings are mixed" in str(support["diffusers"].reasons)
@@ -191,7 +185,7 @@ def test_lycoris_wrapper_names_are_read(tmp_path: Path) -> None:
     save_file(
         spelled(weights, lambda m: "lycoris_" + names.to_underscores(m.path), DOWN_UP["lora_down"]), path
     )
-    assert sniff(path) == "lycoris"
+    assert OpenAdapter(path).format == "lycoris"
     assert_same(read_adapter(path).weights, weights)
 
 
@@ -230,9 +224,9 @@ def test_one_layer_under_two_names_is_refused(tmp_path: Path) -> None:
 
 def test_the_order_of_spellings_is_by_number_of_keys() -> None:
     keys = ["unet.mid_block.attentions.0.proj_in.lora_A.weight", "lora_unet_mid_block_x.alpha"]
-    assert spellings(keys) == ["diffusers"]
+    assert list(FileKeys(keys).spellings) == ["diffusers"]
     keys += [f"diffusion_model.middle_block.1.proj_in.{part}" for part in ("alpha", "lora_up.weight")]
-    assert spellings(keys) == ["comfyui", "diffusers"]
+    assert list(FileKeys(keys).spellings) == ["comfyui", "diffusers"]
 
 
 def test_who_reads_which_spelling() -> None:
@@ -256,16 +250,16 @@ def test_who_reads_which_spelling() -> None:
     assert {client.client for client in mixed if client.full} == {"ComfyUI", "Forge"}
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", written_formats())
 def test_reading_by_module_and_reading_the_outline_agree_with_reading_all(
     format: str, tmp_path: Path
 ) -> None:
     weights = adapter_for(SD1)
     target = tmp_path / ("a" if FORMATS[format].is_folder else "a.safetensors")
     write_adapter(file_of(weights), format, target, torch.float32, SD1)
-    modules_read = dict(read_modules(target))
+    modules_read = dict(OpenAdapter(target).modules())
     assert_same(AdapterWeights(modules_read), weights)
-    outline = read_outline(target)
+    outline = OpenAdapter(target).outline
     assert outline.info == read_adapter(target).info
     assert sorted(outline.weights.pairs) == sorted(weights.pairs)
     for module, pair in outline.weights.items():
@@ -286,7 +280,7 @@ def test_alphas_that_would_be_rounded_go_where_diffusers_keeps_them(tmp_path: Pa
     support = {
         client.client: client
         for client in client_support(
-            "diffusers", "sdxl", read_outline(target).weights, read_header(target).tensors
+            "diffusers", "sdxl", OpenAdapter(target).outline.weights, read_header(target).tensors
         )
     }
     assert support["diffusers"].full and "ignores the alphas" in str(support["ComfyUI"].reasons)
@@ -333,7 +327,7 @@ def test_names_of_peft_saved_as_one_file_are_explained(tmp_path: Path) -> None:
 
 
 def test_readers_know_every_spelling_that_keys_can_have() -> None:
-    assert {spelling for spelling, _ in NAMES.values()} | {"lycoris", "peft"} == set(READERS)
+    assert {spelling for spelling, _ in NAMES.values()} | {"lycoris", "peft"} == set(FORMATS)
 
 
 def test_alpha_patterns_mean_what_they_mean_to_peft() -> None:

@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey, Update
-from sdlora.adapters.initial import fresh
-from sdlora.adapters.kinds import DoRA, with_tensors
+from sdlora.adapters.kinds.dora import DoRA
+from sdlora.adapters.kinds.table import KINDS
 from sdlora.adapters.plain import to_plain
 from sdlora.config.schema import AdapterConfig
 from sdlora.errors import AdapterFileError
 from sdlora.exporting.export import export_adapter
 from sdlora.families.facts import FamilyInfo
-from sdlora.formats.adapter_files import read_adapter, read_headers, read_outline, write_adapter
-from sdlora.formats.clients import client_support
+from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter
 from sdlora.formats.proof import compare, prove
+from sdlora.formats.support import client_support
 from sdlora.inspecting.inspection import inspect_adapter
 from sdlora.inspecting.view import render
 
@@ -103,7 +103,7 @@ def test_webui_files_hold_every_kind_without_loss(
     for key, update in weights.all_items():
         weight = weight_of(family, key)
         assert torch.equal(back.weights.updates[key].delta(weight), update.delta(weight)), key
-    outline = read_outline(target).weights
+    outline = OpenAdapter(target).outline.weights
     assert {k: (u.kind, u.shape) for k, u in outline.all_items()} == {
         k: (u.kind, u.shape) for k, u in weights.all_items()
     }
@@ -116,7 +116,7 @@ def test_a_file_is_proven_factor_by_factor_and_a_wrong_unit_is_seen(tmp_path: Pa
     weights = mixture(SD1)
     target = tmp_path / "mixture.safetensors"
     write_adapter(file_of(weights, SD1), "webui", target, torch.float16, SD1)
-    proof, _ = prove(weights, target, "webui", torch.float16, SD1)
+    proof, _ = prove(weights, OpenAdapter(target), torch.float16, SD1)
     assert proof.num_modules == len(weights)
     assert 0 < proof.relative_difference <= proof.tolerance
     tensors = load_file(target)
@@ -134,7 +134,7 @@ def test_a_file_is_proven_factor_by_factor_and_a_wrong_unit_is_seen(tmp_path: Pa
 def lycoris_keys(path: Path, target: Path) -> Path:
     """Respell a WebUI file's U-Net as LyCORIS' wrapper does."""
     tensors = {key.replace("lora_unet_", "lycoris_"): value for key, value in load_file(path).items()}
-    save_file(tensors, target, read_headers(path)[0].metadata)
+    save_file(tensors, target, OpenAdapter(path).headers[0].metadata)
     return target
 
 
@@ -177,7 +177,7 @@ def test_dora_goes_to_diffusers_and_back(tmp_path: Path) -> None:
     target = tmp_path / "dora.safetensors"
     write_adapter(file_of(weights, SD1), "diffusers", target, torch.float32, SD1)
     assert_same(read_adapter(target).weights, weights)
-    proof, clients = prove(weights, target, "diffusers", torch.float32, SD1)
+    proof, clients = prove(weights, OpenAdapter(target), torch.float32, SD1)
     assert proof.read_by == ("sdlora", "diffusers")
     assert {support.client for support in clients if support.full} == {"diffusers"}
     with warnings.catch_warnings():
@@ -230,15 +230,17 @@ def test_what_is_trained_as_loha_or_lokr_goes_to_peft_and_back(kind: str, tmp_pa
     updates: dict[ModuleKey, Update] = {}
     for path, layer in model.named_modules():
         if path.endswith(EVERYTHING) and isinstance(layer, nn.Linear | nn.Conv2d):
-            start = fresh(settings, layer.weight, 3, 1.5, generator)
+            make = KINDS[settings.kind].start
+            assert make is not None
+            start: Update = make(settings, layer.weight, 3, 1.5, generator)
             moved = {name: 0.1 + tensor for name, tensor in start.tensors().items()}
-            updates[ModuleKey("unet", path)] = with_tensors(start, moved)
+            updates[ModuleKey("unet", path)] = start.with_tensors(moved)
     weights = AdapterWeights(updates)
     assert len(weights) > 100 and len({len(update.tensors()) for update in updates.values()}) == (
         2 if kind == "lokr" else 1
     )
     write_adapter(file_of(weights, SD2), "peft", tmp_path / "out", torch.float32, SD2)
-    proof, _ = prove(weights, tmp_path / "out", "peft", torch.float32, SD2)
+    proof, _ = prove(weights, OpenAdapter(tmp_path / "out"), torch.float32, SD2)
     assert proof.read_by == ("sdlora", "peft") and proof.largest_difference == 0.0
     back = read_adapter(tmp_path / "out").weights
     with warnings.catch_warnings():
@@ -308,8 +310,8 @@ def readers(updates: dict[ModuleKey, Update], tmp_path: Path) -> dict[str, tuple
     """What keeps each client from computing a WebUI file with these updates."""
     target = tmp_path / "one.safetensors"
     write_adapter(file_of(AdapterWeights(updates), SD1), "webui", target, torch.float32, SD1)
-    outline = read_outline(target)
-    keys = list(read_headers(target)[0].tensors)
+    outline = OpenAdapter(target).outline
+    keys = list(OpenAdapter(target).headers[0].tensors)
     return {
         support.client: support.reasons for support in client_support("webui", "sd1", outline.weights, keys)
     }

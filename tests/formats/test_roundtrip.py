@@ -15,9 +15,10 @@ from sdlora.adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, 
 from sdlora.errors import AdapterFileError, OutputError
 from sdlora.families.facts import FamilyInfo
 from sdlora.formats import names
-from sdlora.formats.adapter_files import FORMATS, read_adapter, sniff, write_adapter
+from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter
 from sdlora.formats.folding import alpha_value, own_dtype, stored_alpha
 from sdlora.formats.proof import compare, prove
+from sdlora.formats.table import FORMATS, written_formats
 
 from .adapters import (
     EVERYTHING,
@@ -56,7 +57,7 @@ def sd1_adapter() -> AdapterWeights:
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", written_formats())
 def test_mixed_ranks_alphas_and_convolutions_come_back_bit_for_bit(
     format: str, family: FamilyInfo, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -69,13 +70,13 @@ def test_mixed_ranks_alphas_and_convolutions_come_back_bit_for_bit(
     assert all(file.is_file() for file in files)
     adapter_read = read_adapter(target)
     assert_same(adapter_read.weights, weights)
-    assert sniff(target) == format
+    assert OpenAdapter(target).format == format
     assert adapter_read.info.family == family.name
     assert adapter_read.info.name == "test style"
     assert adapter_read.info.trigger_words == ("inkstyle", "ink, thick")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", written_formats())
 def test_an_alpha_that_is_no_power_of_two_of_the_rank_comes_back(format: str, tmp_path: Path) -> None:
     weights = random_adapter(models_of(SD1), LINEAR, ranks=(3,), scales=(12.7 / 3,))
     target = target_in(tmp_path, format)
@@ -94,8 +95,8 @@ def test_scaling_down_in_fp16_stays_within_rounding(tmp_path: Path) -> None:
     assert largest > 0 and 0 < relative < 2e-3
 
 
-@pytest.mark.parametrize("second", FORMATS)
-@pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.parametrize("second", written_formats())
+@pytest.mark.parametrize("first", written_formats())
 def test_converting_through_another_format_changes_nothing(
     first: str, second: str, sd1_adapter: AdapterWeights, tmp_path: Path
 ) -> None:
@@ -106,7 +107,7 @@ def test_converting_through_another_format_changes_nothing(
     assert_same(read_adapter(last).weights, sd1_adapter)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", written_formats())
 def test_equal_adapters_give_equal_bytes(format: str, sd1_adapter: AdapterWeights, tmp_path: Path) -> None:
     reversed_order = AdapterWeights(dict(reversed(list(sd1_adapter.pairs.items()))))
     contents = []
@@ -154,7 +155,7 @@ def test_ranks_by_block_load_right_in_every_client_where_values_are_rounded_anyw
     weights = random_adapter(models_of(SD1), LINEAR, ranks=(2, 12, 16), scales=(1.0,))
     target = tmp_path / "a.safetensors"
     write_adapter(file_of(weights), "webui", target, torch.float16, SD1)
-    proof, clients = prove(weights, target, "webui", torch.float16, SD1)
+    proof, clients = prove(weights, OpenAdapter(target), torch.float16, SD1)
     assert proof.read_by == ("sdlora", "diffusers") and all(support.full for support in clients)
     weights_read = read_adapter(target).weights
     assert {support.alpha for support in weights_read.pairs.values()} == {2.0, 12.0, 16.0}
@@ -221,7 +222,7 @@ def test_alphas_survive_as_typed(value: float, digits: int) -> None:
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     scale=st.sampled_from([1.0, 0.5, 2.0, 0.125, 1 / 3, 12.7]),
     seed=st.integers(0, 2**16),
-    format=st.sampled_from(sorted(FORMATS)),
+    format=st.sampled_from(written_formats()),
 )
 @settings(max_examples=60, deadline=None)
 def test_any_shape_comes_back(
@@ -285,12 +286,12 @@ def test_any_part_of_any_family_comes_back_through_any_two_formats(
     weights = AdapterWeights(dict(pairs))
     adapter, folder = file_of(weights), tmp_path_factory.mktemp("two")
     for step in ("first", "second"):
-        format = data.draw(st.sampled_from(sorted(FORMATS)), label=step)
+        format = data.draw(st.sampled_from(written_formats()), label=step)
         target = target_in(folder / step, format)
         write_adapter(adapter, format, target, dtype, family)
         adapter = read_adapter(target)
         assert_same(adapter.weights, weights)
-        assert sniff(target) == format
+        assert OpenAdapter(target).format == format
 
 
 def test_layers_without_a_webui_name_are_refused(tmp_path: Path) -> None:
@@ -309,7 +310,7 @@ def test_a_second_text_encoder_is_refused_for_a_family_with_one(tmp_path: Path) 
         write_adapter(file_of(weights), "webui", tmp_path / "a.safetensors", torch.float32, SD1)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", written_formats())
 def test_values_too_large_for_fp16_are_refused(format: str, tmp_path: Path) -> None:
     pair = LowRankPair(torch.full((1, 2), 1e5), torch.ones(2, 1), 1.0)
     weights = AdapterWeights({ModuleKey("unet", "mid_block.attentions.0.proj_in"): pair})
@@ -318,7 +319,7 @@ def test_values_too_large_for_fp16_are_refused(format: str, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", written_formats())
 def test_an_empty_adapter_is_refused(format: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="has no modules"):
         write_adapter(

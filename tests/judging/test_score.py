@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from sdlora.errors import SdloraError
-from sdlora.judging.score import MIN_IMAGES, StyleRuler, energy_distance, features_of_all, style_score
+from sdlora.judging.score import MIN_IMAGES, StyleRuler, energy_distance, features_of_all
 from sdlora.judging.style_features import FEATURES, features_of
 
 DATASETS = Path(__file__).parents[2] / "datasets"
@@ -120,7 +120,7 @@ def test_order_carries_nothing_and_a_score_repeats_exactly(ruler: StyleRuler) ->
     shuffled = [mixed[i] for i in np.random.default_rng(3).permutation(len(mixed))]
     assert ruler.score(shuffled) == ruler.score(mixed)
     assert StyleRuler(BASE[::-1], TRUE[::-1]).score(mixed) == ruler.score(mixed)
-    assert style_score(BASE, TRUE, mixed) == ruler.score(mixed)
+    assert StyleRuler(BASE, TRUE).score(mixed) == ruler.score(mixed)
 
 
 def test_features_in_the_rulers_units_give_its_distances(ruler: StyleRuler) -> None:

@@ -332,7 +332,7 @@ def test_a_disk_too_full_is_told_before_anything_is_written(
     adapter = saved_for(tmp_path, "sd1", "ink", adapter_for("sd1", states))
     usage = shutil.disk_usage(tmp_path)._replace(free=source.stat().st_size - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match="GiB free"):
+    with pytest.raises(OutputError, match="MiB free"):
         bake_checkpoint(source, [(adapter, 1.0)], tmp_path / "baked.safetensors")
     assert not (tmp_path / "baked.safetensors").exists()
 

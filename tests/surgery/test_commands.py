@@ -10,7 +10,7 @@ import torch
 
 import sdlora
 from sdlora.commands.cli import main
-from sdlora.formats.adapter_files import read_adapter, sniff
+from sdlora.formats.adapter_files import OpenAdapter, read_adapter
 from surgery.adapters import exact, mixed_adapter, relative_errors, saved
 from surgery.checkpoints import adapter_for, ldm_file, saved_for
 from surgery.conftest import Bases
@@ -74,7 +74,7 @@ def test_convert_writes_another_format(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["convert", str(source), "--format", "diffusers", "--dtype", "fp16", "--output", str(target)]
     assert main([*words, "--report", "--json"]) == 0
     result = last_json(capsys)
-    assert sniff(target) == "diffusers"
+    assert OpenAdapter(target).format == "diffusers"
     assert isinstance(result["largest_relative_error"], float)
     assert 0 < result["largest_relative_error"] < 1e-3
 

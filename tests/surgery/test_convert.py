@@ -11,7 +11,7 @@ from adapters import kinds
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey
 from sdlora.errors import AdapterFileError, ConfigError
 from sdlora.families.table import family_info
-from sdlora.formats.adapter_files import read_adapter, sniff, write_adapter
+from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter
 from sdlora.surgery.convert import convert_adapter, plain_parts
 from sdlora.surgery.factors import Cut
 from sdlora.surgery.result import finish
@@ -34,7 +34,7 @@ def test_a_conversion_keeps_every_update(tmp_path: Path, format: str) -> None:
     weights = mixed_adapter(scales=(0.5, 1.0, 2.0))
     target = tmp_path / ("new" if format == "peft" else "new.safetensors")
     report = convert_adapter(saved(tmp_path, "old", weights), target, format=format, report=True)
-    assert sniff(target) == format
+    assert OpenAdapter(target).format == format
     weights_read = read_adapter(target).weights
     assert max(relative_errors(weights_read, {m: exact(p) for m, p in weights.items()}).values()) < 2e-7
     assert report.total_error is not None and report.total_error < 2e-7

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sdlora.adapters.attach import attach, create_adapter, detach, set_strengths
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
-from sdlora.adapters.initial import split_side
-from sdlora.adapters.kinds import DoRA, LoHa, LoKr
+from sdlora.adapters.kinds.dora import DoRA
+from sdlora.adapters.kinds.loha import LoHa
+from sdlora.adapters.kinds.lokr import LoKr, split_side
 from sdlora.config.defaults import OpenSettings
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config, save_config

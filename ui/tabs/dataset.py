@@ -31,49 +31,8 @@ minutes, without a GPU or a download. It fills in everything; the next click sta
 
 def build(site: Site, shell: Shell) -> None:
     """Put the page into the current tab."""
-    gr.HTML(_WELCOME)
-    with gr.Row(elem_classes="sd-choose", equal_height=True):
-        with gr.Column(scale=3, min_width=280, elem_classes="sd-box"):
-            gr.HTML("<h3>Open a folder</h3>")
-            folder = gr.Dropdown(
-                choices(site.data_sets()),
-                value=None,
-                label="Folder of images",
-                info="One that you dropped, or the path of one on this machine",
-                allow_custom_value=True,
-                elem_id="dataset-folder",
-            )
-            look = gr.Button("Open folder", elem_id="open-folder")
-        with gr.Column(scale=3, min_width=280, elem_classes="sd-box"):
-            gr.HTML("<h3>Or drop images</h3>")
-            dropped = gr.File(
-                label="Images, with .txt captions if you have them, or a zip",
-                file_count="multiple",
-                elem_id="drop",
-                height=128,
-            )
-            named = gr.Textbox(
-                label="Name of the new folder", placeholder="my-images", elem_id="drop-name", max_lines=1
-            )
-        with gr.Column(scale=2, min_width=240, elem_classes="sd-box"):
-            gr.HTML(_DEMO)
-            demo = gr.Button("Try the demo", variant="primary", elem_id="demo")
-    with gr.Row(elem_id="dataset-bar", visible=False, equal_height=True) as bar:
-        trigger = gr.Textbox(
-            label="Trigger word",
-            info="The word that will call what is learned",
-            placeholder="none",
-            elem_id="dataset-trigger",
-            max_lines=1,
-        )
-        resolution = gr.Dropdown(
-            RESOLUTIONS,
-            value=64,
-            label="Show crops for",
-            info="What your base model is trained at",
-            elem_id="dataset-resolution",
-        )
-        go = gr.Button("Train on it", variant="primary", elem_id="train-on-it", size="lg")
+    folder, look, dropped, named, demo = _ways_in(site)
+    bar, trigger, resolution, go = _bar()
     view = gr.HTML("", elem_id="dataset-view")
 
     shown: list[Any] = [folder, trigger, resolution]
@@ -104,6 +63,59 @@ def build(site: Site, shell: Shell) -> None:
         lambda: _demo(site), None, [*opened, folder, trigger, shell.demo, shell.tabs], show_progress="minimal"
     )
     go.click(lambda: gr.Tabs(selected="train"), None, shell.tabs)
+
+
+def _ways_in(site: Site) -> tuple[gr.Dropdown, gr.Button, gr.File, gr.Textbox, gr.Button]:
+    """Return a folder to open and its button, images dropped and their name, and the demo's button."""
+    gr.HTML(_WELCOME)
+    with gr.Row(elem_classes="sd-choose", equal_height=True):
+        with gr.Column(scale=3, min_width=280, elem_classes="sd-box"):
+            gr.HTML("<h3>Open a folder</h3>")
+            folder = gr.Dropdown(
+                choices(site.data_sets()),
+                value=None,
+                label="Folder of images",
+                info="One that you dropped, or the path of one on this machine",
+                allow_custom_value=True,
+                elem_id="dataset-folder",
+            )
+            look = gr.Button("Open folder", elem_id="open-folder")
+        with gr.Column(scale=3, min_width=280, elem_classes="sd-box"):
+            gr.HTML("<h3>Or drop images</h3>")
+            dropped = gr.File(
+                label="Images, with .txt captions if you have them, or a zip",
+                file_count="multiple",
+                elem_id="drop",
+                height=128,
+            )
+            named = gr.Textbox(
+                label="Name of the new folder", placeholder="my-images", elem_id="drop-name", max_lines=1
+            )
+        with gr.Column(scale=2, min_width=240, elem_classes="sd-box"):
+            gr.HTML(_DEMO)
+            demo = gr.Button("Try the demo", variant="primary", elem_id="demo")
+    return folder, look, dropped, named, demo
+
+
+def _bar() -> tuple[gr.Row, gr.Textbox, gr.Dropdown, gr.Button]:
+    """Return the bar of an opened folder, its trigger word, size of crops, and the way on to training."""
+    with gr.Row(elem_id="dataset-bar", visible=False, equal_height=True) as bar:
+        trigger = gr.Textbox(
+            label="Trigger word",
+            info="The word that will call what is learned",
+            placeholder="none",
+            elem_id="dataset-trigger",
+            max_lines=1,
+        )
+        resolution = gr.Dropdown(
+            RESOLUTIONS,
+            value=64,
+            label="Show crops for",
+            info="What your base model is trained at",
+            elem_id="dataset-resolution",
+        )
+        go = gr.Button("Train on it", variant="primary", elem_id="train-on-it", size="lg")
+    return bar, trigger, resolution, go
 
 
 def _show(site: Site, path: str | None, word: str, px: int) -> tuple[Any, ...]:

@@ -11,18 +11,14 @@ from typing import Any
 import gradio as gr
 
 from sdlora.errors import ConfigError, SdloraError
+from sdlora.formats.table import FORMATS, written_formats
+from sdlora.number_formats import PRECISIONS
 
 from ..gallery.shapes import file_url
 from ..server.allowed_paths import program_folders
 from ..site import EXPORTED, Site
 from . import surgery
 from .shared import Shell, choices, hint, problem, working
-
-_FORMATS = [
-    ("WebUI, Forge, ComfyUI", "webui"),
-    ("diffusers", "diffusers"),
-    ("PEFT", "peft"),
-]
 
 
 def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
@@ -50,6 +46,11 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     shell.export_run.change(take, shell.export_run, [shell.tabs, source])
 
 
+def format_choices() -> list[tuple[str, str]]:
+    """Return (what it is for, name) of every format an adapter can be exported in."""
+    return [(FORMATS[name].programs or FORMATS[name].title, name) for name in written_formats()]
+
+
 def _sources(site: Site) -> list[tuple[str, str]]:
     runs = [(f"run {run.label}", run.path) for run in site.runs()]
     return runs + [(label, path) for label, path in choices(site.adapters())]
@@ -64,7 +65,7 @@ def _export(site: Site) -> gr.Dropdown:
         allow_custom_value=True,
         elem_id="export-source",
     )
-    form = gr.Radio(_FORMATS, value="webui", label="For", elem_id="export-format")
+    form = gr.Radio(format_choices(), value="webui", label="For", elem_id="export-format")
     named, others = program_folders(site.paths)
     webui = gr.Dropdown(
         [("none", ""), *((str(folder), str(folder)) for folder in named)],
@@ -82,7 +83,7 @@ def _export(site: Site) -> gr.Dropdown:
         with gr.Row():
             name = gr.Textbox(label="File name", placeholder="as the run", elem_id="export-name", max_lines=1)
             dtype = gr.Dropdown(
-                [("as trained", ""), "fp16", "bf16", "fp32"],
+                [("as trained", ""), *PRECISIONS],
                 value="",
                 label="Number format",
                 elem_id="export-dtype",

@@ -10,16 +10,15 @@ from typing import Any
 
 from sdlora.adapters.strength import Strength, by_role
 from sdlora.generation.generate import (
-    USUAL_GUIDANCE,
     GeneratedImage,
     GenerateRequest,
     ImageGenerator,
     make_folder,
     swept,
-    tensor_hash,
     write_numbered,
 )
 from sdlora.generation.png_info import parameters_text
+from sdlora.generation.render import usual_guidance
 from sdlora.run_folder import checkpoint_of
 
 from ..worker import Emit
@@ -42,7 +41,7 @@ class _Studio:
                 self.generator.remove_adapter(self.adapters.pop(old))
             name = self.generator.add_adapter(file, self._free(adapter_name(file)))
             self.adapters[key] = name
-            self.hashes[name] = tensor_hash(file)
+            self.hashes[name] = self.generator.hash_of(name)
         return self.adapters[key]
 
     def keep_only(self, names: Sequence[str]) -> None:
@@ -125,7 +124,7 @@ def _plain(generator: ImageGenerator, arguments: Mapping[str, Any]) -> GenerateR
     model = generator.model
     guidance = arguments.get("guidance")
     if guidance is None:
-        guidance = model.base.recommended.get("sample.guidance", USUAL_GUIDANCE)
+        guidance = usual_guidance(model)
     return GenerateRequest(
         str(arguments["prompt"]),
         str(arguments.get("negative") or ""),

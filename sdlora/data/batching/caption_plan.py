@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ...config.data import EncodeWhen
+from ...files import size_text
 from ..reading.items import ImageItem, Visit
 from ..reading.wording import Wording
 from .order import Order
@@ -86,11 +87,13 @@ def plan_captions(
         visits += 1
         if asked is None and len(texts) > most:
             reason = (
-                f"more than {most} different captions ({_size(_MOST_BYTES)} encoded); each is encoded at its "
-                "visit, and the text encoder stays in memory"
+                f"more than {most} different captions ({size_text(_MOST_BYTES, 1)} encoded); each is encoded "
+                "at its visit, and the text encoder stays in memory"
             )
             return CaptionPlan("in loop", plain, reason)
-    reason = f"{len(texts)} different captions in {visits} visits, {_size(len(texts) * bytes_each)} encoded"
+    reason = (
+        f"{len(texts)} different captions in {visits} visits, {size_text(len(texts) * bytes_each, 1)} encoded"
+    )
     return CaptionPlan("before", tuple(texts), reason)
 
 
@@ -99,7 +102,3 @@ def _visits(order: Order, steps: int) -> Iterator[Visit]:
         for rank in order.step(step):
             for micro_batch in rank:
                 yield from micro_batch
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

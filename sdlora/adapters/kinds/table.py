@@ -1,0 +1,60 @@
+"""All kinds of adapters; a new one is a line here. Looked up when it is asked for, never copied."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..canonical import Update
+from .dora import DORA
+from .kind import AdapterKind, FilePart
+from .loha import LOHA
+from .lokr import LOKR
+from .lora import LORA
+from .tucker import TUCKER
+
+KINDS: dict[str, AdapterKind[Any]] = {
+    "lora": LORA,
+    "tucker": TUCKER,
+    "dora": DORA,
+    "loha": LOHA,
+    "lokr": LOKR,
+}
+
+
+def kind_of(update: Update) -> AdapterKind[Any]:
+    """Return the record of an update's kind."""
+    return KINDS[update.kind]
+
+
+def title_of(update: Update) -> str:
+    """Return what users call an update's kind."""
+    return KINDS[update.kind].title
+
+
+def titles(names: Mapping[str, object]) -> str:
+    """Return what users call some kinds, joined for a message."""
+    return " and ".join(KINDS[name].title for name in names)
+
+
+def file_parts() -> dict[str, FilePart]:
+    """Return the parts of all kinds by the name that readers call them."""
+    return _parts(tuple(KINDS.values()))[0]
+
+
+def part_at_end(key: str) -> tuple[str, FilePart] | None:
+    """Return the module's name in a key of a file, and the part that the rest says; None if it says none."""
+    parts, pattern = _parts(tuple(KINDS.values()))
+    match = pattern.search(key)
+    if match is None or match.lastgroup is None:
+        return None
+    return key[: match.start()], parts[match.lastgroup]
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(kinds: tuple[AdapterKind[Any], ...]) -> tuple[dict[str, FilePart], re.Pattern[str]]:
+    """Return the parts of some kinds, and one expression that finds any of them, as a group of its name."""
+    parts = {part.name: part for kind in kinds for part in kind.parts}
+    return parts, re.compile("|".join(f"(?P<{name}>{part.spelling})" for name, part in parts.items()))

@@ -1,0 +1,9 @@
+"""Formats that are only read: every client reads their adapters better in another one."""
+
+from __future__ import annotations
+
+from . import clients, single_file
+from .format_code import FormatCode, grouped, spelled
+
+COMFYUI = FormatCode(None, spelled("comfyui"), grouped, single_file.read_modules, clients.comfyui_reasons)
+LYCORIS = FormatCode(None, spelled("lycoris"), grouped, single_file.read_modules, clients.lycoris_reasons)
