@@ -174,7 +174,7 @@ def why_idle(facts: MachineFacts) -> str | None:
         return None
     card = str((facts.present or facts.cards or (Card("an NVIDIA card"),))[0])
     if facts.usable:
-        return "; ".join(unserved(facts.architectures, one) or "" for one in facts.unsupported)
+        return "; ".join(unserved(facts.architectures, other) or "" for other in facts.unsupported)
     if facts.hidden is not None and facts.hidden.strip() in ("", "-1", "none", "NoDevFiles"):
         return f"{card} is hidden by the environment variable CUDA_VISIBLE_DEVICES={facts.hidden}"
     if facts.driver is None:

@@ -98,8 +98,8 @@ class AdapterConfig(Section):
 
     def rank_and_alpha(self, part: AdaptedPart) -> tuple[int, float]:
         """Return rank and alpha of that part's adapter: its own, or else the denoiser's. They must be set."""
-        own = [getattr(self, key.partition(".")[2]) for key in PART_KEYS[part][1:3]]
-        rank, alpha = own[0] or self.rank, own[1] or self.alpha
+        chosen = [getattr(self, key.partition(".")[2]) for key in PART_KEYS[part][1:3]]
+        rank, alpha = chosen[0] or self.rank, chosen[1] or self.alpha
         assert rank is not None and alpha is not None, "settings must be resolved first"
         return rank, alpha
 

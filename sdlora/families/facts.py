@@ -165,21 +165,21 @@ class FamilyInfo:
 
     def __post_init__(self) -> None:
         if is_text_encoder(self.denoiser.component) or not all(
-            is_text_encoder(one.component) for one in self.text_encoders
+            is_text_encoder(encoder.component) for encoder in self.text_encoders
         ):
             raise ValueError(f"{self.name}: text encoders, and only they, are named {_TEXT_ENCODER}...")
 
     @property
     def components(self) -> Mapping[str, ComponentInfo]:
         """All components by name, the denoiser first."""
-        return {one.component: one for one in (self.denoiser, *self.text_encoders)}
+        return {component.component: component for component in (self.denoiser, *self.text_encoders)}
 
     @property
     def targets(self) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
         """Component -> preset -> endings of module paths that get a LoRA."""
-        return {name: one.targets for name, one in self.components.items()}
+        return {name: component.targets for name, component in self.components.items()}
 
     @property
     def file_prefixes(self) -> Mapping[str, str]:
         """Component -> prefix of WebUI-format keys."""
-        return {name: one.file_prefix for name, one in self.components.items()}
+        return {name: component.file_prefix for name, component in self.components.items()}

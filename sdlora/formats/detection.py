@@ -38,8 +38,8 @@ def detect_family(weights: AdapterWeights, metadata: Mapping[str, str]) -> str |
 
 def _by_denoiser(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iterator[FamilyInfo]:
     """Yield the family whose text cross-attention reads, or else the one with such module paths."""
-    updates = {key.path: one for key, one in weights.all_items() if not is_text_encoder(key.component)}
-    widths = [one.shape[1] for path, one in updates.items() if path.endswith(_CONTEXT)]
+    updates = {key.path: update for key, update in weights.all_items() if not is_text_encoder(key.component)}
+    widths = [update.shape[1] for path, update in updates.items() if path.endswith(_CONTEXT)]
     known = {info.denoiser.context_width: info for info in fitting if info.denoiser.context_width}
     told = next((known[width] for width in widths if width in known), None)
     if told is not None:
@@ -55,8 +55,8 @@ def _by_header(metadata: Mapping[str, str]) -> Iterator[FamilyInfo]:
     """Yield the family of the version that the header states, or else of the architecture."""
     version, architecture = (metadata.get(e, "") for e in ("ss_base_model_version", "modelspec.architecture"))
     infos = [family.info for family in FAMILIES.values()]
-    found = [info for info in infos if version.startswith(info.header.version_start)]
-    yield from found or (i for i in infos if architecture.startswith(i.header.architecture_start))
+    stated = [info for info in infos if version.startswith(info.header.version_start)]
+    yield from stated or (i for i in infos if architecture.startswith(i.header.architecture_start))
 
 
 def _by_text_encoder(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iterator[FamilyInfo]:
@@ -64,7 +64,7 @@ def _by_text_encoder(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iter
     for info in fitting:
         for encoder in info.text_encoders:
             updates = weights.updates_of(encoder.component)
-            widths = {one.shape[1] for path, one in updates.items() if path.endswith(_TEXT_INPUTS)}
+            widths = {update.shape[1] for path, update in updates.items() if path.endswith(_TEXT_INPUTS)}
             if widths == {encoder.width}:
                 yield info
 

@@ -79,9 +79,9 @@ def unpack(
             "param_groups": [
                 {
                     **{key: _unpacked(value, tensors) for key, value in group.items()},
-                    "params": own["params"],
+                    "params": fresh_group["params"],
                 }
-                for group, own in zip(values["groups"], fresh, strict=True)
+                for group, fresh_group in zip(values["groups"], fresh, strict=True)
             ],
         }
     )

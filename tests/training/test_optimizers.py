@@ -103,8 +103,8 @@ def state_of(result: TrainResult) -> tuple[dict[str, torch.Tensor], Any]:
     return load_file(folder.optimizer_file), values
 
 
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def equal(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
 
 
 GROUPS = ("adapter.kind=dora", "adapter.text_encoder=true")  # masters of four groups, two of them no matrices
@@ -214,7 +214,7 @@ def test_any_state_goes_to_a_checkpoint_and_back() -> None:
     assert len(tensors) == 3
     restored = optimizer()
     optimizer_state.unpack(restored, ["unet"], tensors, json.loads(json.dumps(values)))
-    before, after = (plain(one.state_dict()) for one in (kept, restored))
+    before, after = (plain(state.state_dict()) for state in (kept, restored))
     assert before == after
 
 

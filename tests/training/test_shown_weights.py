@@ -148,14 +148,16 @@ def test_an_average_is_validated_previewed_kept_and_exported(
     show(monkeypatch, 0.0)  # an average that never moves: the start, at which the adapter changes nothing
     shown, still_losses, still_images = trained(settings("shown"))
     assert len(masters(plain)) == 3 and len(images) == len(losses) == 4
-    assert all(torch.equal(one, two) for one, two in zip(masters(plain), masters(shown), strict=True))
-    assert len({one.loss for one in losses}) == 4 and len(set(images)) > 1
-    assert {one.loss for one in still_losses} == {losses[0].loss}
+    assert all(
+        torch.equal(first, second) for first, second in zip(masters(plain), masters(shown), strict=True)
+    )
+    assert len({event.loss for event in losses}) == 4 and len(set(images)) > 1
+    assert {event.loss for event in still_losses} == {losses[0].loss}
     assert set(still_images) == {images[0]} and len(still_images) == 4
     learned, kept = adapters(plain), adapters(shown)
     assert len(kept) == 4
-    assert all(torch.equal(one, kept[0]) for one in kept)
-    assert not any(torch.equal(one, kept[0]) for one in learned)
+    assert all(torch.equal(tensor, kept[0]) for tensor in kept)
+    assert not any(torch.equal(tensor, kept[0]) for tensor in learned)
 
 
 def test_an_average_is_of_the_steps_and_resumes_exactly(
@@ -165,34 +167,36 @@ def test_an_average_is_of_the_steps_and_resumes_exactly(
     whole, _, _ = trained(settings("whole"))
     trained(settings("halves"), stop_at=2)
     halves, _, _ = trained(settings("halves"), resume=True)
-    one, other = adapters(whole), adapters(halves)
-    assert len(one) == 4 and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    first, other = adapters(whole), adapters(halves)
+    assert len(first) == 4 and all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     learned = masters(whole)
     folders = list_checkpoints(whole.folder / "checkpoints")
     means = [load_file(folder.optimizer_file)["shown.unet"] for folder in folders]
     for step in (1, 2):
         torch.testing.assert_close(means[step], (means[step - 1] + learned[step]) / 2)
-    assert torch.equal(one[2].sort().values, means[2].sort().values)  # the file orders them by layer
+    assert torch.equal(first[2].sort().values, means[2].sort().values)  # the file orders them by layer
 
 
 def test_an_optimizer_with_an_eval_mode_is_shown_in_it_and_stepped_out_of_it(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Anchored] = []
+    optimizers: list[Anchored] = []
 
     def make(groups: Sequence[OptimizerGroup], options: OptimizerConfig) -> Anchored:
-        made.append(Anchored(groups))
-        return made[-1]
+        optimizers.append(Anchored(groups))
+        return optimizers[-1]
 
     plain = OptimizerKind(make, lambda options: "Anchored", bytes_per_value=0)
     monkeypatch.setitem(OPTIMIZERS, "adamw", plain)
     reference, losses, _ = trained(settings("reference"))
-    assert made[-1].modes == []
+    assert optimizers[-1].modes == []
     monkeypatch.setitem(OPTIMIZERS, "adamw", OptimizerKind(make, plain.header, 0, has_eval_mode=True))
     result, shown_losses, images = trained(settings("run"))
-    assert made[-1].modes[0] == "train" and made[-1].modes.count("eval") >= 4
-    assert all(torch.equal(one, two) for one, two in zip(masters(reference), masters(result), strict=True))
-    assert len({one.loss for one in losses}) == 4
-    assert {one.loss for one in shown_losses} == {losses[0].loss}
+    assert optimizers[-1].modes[0] == "train" and optimizers[-1].modes.count("eval") >= 4
+    assert all(
+        torch.equal(first, second) for first, second in zip(masters(reference), masters(result), strict=True)
+    )
+    assert len({event.loss for event in losses}) == 4
+    assert {event.loss for event in shown_losses} == {losses[0].loss}
     assert len(images) == 4 and len(set(images)) == 1
     assert all(not tensor.any() for tensor in adapters(result))

@@ -83,11 +83,11 @@ def test_a_file_that_would_start_a_program_is_no_image(
 def test_pixels_count_and_broken_metadata_is_left_out(tmp_path: Path, case: str) -> None:
     file = put(tmp_path / "a.png", with_chunk(BROKEN_METADATA[case]))
     assert load_pixels(file).tobytes() == drawing(1).tobytes()
-    (item,) = (found := survey(tmp_path, trigger_word="t")).dataset.items
-    assert found.problems == ()
+    (item,) = (result := survey(tmp_path, trigger_word="t")).dataset.items
+    assert result.problems == ()
     if "does not unpack" not in case:  # Pillow passes these over by itself
         assert item.traits == ("damaged metadata",)
-        assert any("damaged metadata" in note for note in found.dataset.notes)
+        assert any("damaged metadata" in note for note in result.dataset.notes)
 
 
 def test_broken_metadata_is_mended_away(tmp_path: Path) -> None:
