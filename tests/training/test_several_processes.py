@@ -212,7 +212,7 @@ def test_accelerates_launcher_does_the_same(
     file = tmp_path / "run.toml"
     save_config(config, file)
     flags = [
-        "--cpu",
+        "--multi_gpu",  # with --cpu it starts one process, whatever their number
         "--num_processes",
         "2",
         "--num_machines",

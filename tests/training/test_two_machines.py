@@ -118,8 +118,9 @@ def start(machine: int, names: tuple[str, str], config: Config, *options: str) -
     launcher = [
         *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
         *("--rdzv-endpoint", f"{ADDRESSES[0]}:29500", "--rdzv-id", "test"),
-        # torchrun knows its own machine by its hostname, which says nothing in a namespace
-        *("--rdzv-conf", f"is_host={int(machine == 0)}", "--local-addr", ADDRESSES[machine]),
+        # torchrun knows its own machine by its hostname, which says nothing in a namespace, and asks the
+        # machine it cannot reach several times, a minute each
+        *("--rdzv-conf", f"is_host={int(machine == 0)},read_timeout=10", "--local-addr", ADDRESSES[machine]),
     ]
     command = [sys.executable, *launcher, "-m", "sdlora", "train", "--config", str(file), *options]
     with log_of(config).open("a", encoding="utf-8") as log:  # not a pipe: it would fill while nobody reads
