@@ -54,6 +54,25 @@ def is_on_card(value: object) -> bool:
     return isinstance(value, FakeTensor) and value.fake_device.type == "cuda"
 
 
+class ThreadedFakeMode(FakeTensorMode):
+    """Fake tensors that several threads use: whether a kernel runs is each thread's own matter.
+
+    While one runs, torch has its tensors say that they are on the meta device; another thread that asked
+    where a tensor is in that moment would believe it.
+    """
+
+    _threads = threading.local()
+
+    @property
+    def in_kernel_invocation(self) -> bool:  # type: ignore[override]
+        """Whether this thread runs a kernel."""
+        return getattr(self._threads, "running", False)
+
+    @in_kernel_invocation.setter
+    def in_kernel_invocation(self, running: bool) -> None:
+        self._threads.running = running
+
+
 class Pretending(TorchDispatchMode):
     """Within it, in this thread, "cuda" is the pretended cards; see :func:`install`."""
 
@@ -235,7 +254,7 @@ def install(cards: Cards) -> Pretending:
     cards.install()
     nn.Module._apply = _apply  # type: ignore[method-assign]
     functional.scaled_dot_product_attention = _attention(functional.scaled_dot_product_attention)
-    mode = Pretending(cards, FakeTensorMode(allow_non_fake_inputs=True), WeakIdKeyDictionary())
+    mode = Pretending(cards, ThreadedFakeMode(allow_non_fake_inputs=True), WeakIdKeyDictionary())
     threading.Thread.start = _start_within(mode, threading.Thread.start)  # type: ignore[method-assign]
     return mode
 
