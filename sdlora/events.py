@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from .files import parse_json
-from .run_folder import REQUESTS, SAMPLE, SAVE, STOP, RunFolder
+from .run_folder import REQUESTS, STOP, RunFolder
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,6 @@ class Control:
     def stopping(self) -> bool:
         """Whether :meth:`stop` was called, or Ctrl-C pressed, since the last :meth:`take`."""
         return STOP in self._requests
-
-    def save_now(self) -> None:
-        """Ask for a checkpoint after the current step."""
-        self._requests.add(SAVE)
-
-    def sample_now(self) -> None:
-        """Ask for previews after the current step."""
-        self._requests.add(SAMPLE)
 
     def take(self) -> frozenset[str]:
         """Return and forget the requests made since the last call: any of STOP, SAVE, SAMPLE."""
