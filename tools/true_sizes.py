@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sdlora.diffusion.ddpm import DDPM
+from sdlora.families.attention import choose_attentions
 from sdlora.families.base import BaseModelInfo
 from sdlora.families.ldm import StoredKey, text_key_map, unet_key_map, vae_key_map
 from sdlora.families.loading import ASSETS, load_parts
@@ -109,9 +110,9 @@ def blueprint(family: str) -> UNetModel:
     meta = torch.device("meta")
     process = DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon")
     base = BaseModelInfo("none", "none", recognised.path)
-    return FAMILIES[family](
-        base, load_parts(recognised, dtype=torch.float32, device=meta), process, device=meta
-    )
+    parts = load_parts(recognised, dtype=torch.float32, device=meta)
+    attention = choose_attentions("auto", meta, torch.float32)
+    return FAMILIES[family](base, parts, process, device=meta, attention=attention)
 
 
 def _weights(key: str, shape: tuple[int, ...], pool: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdlora.config.defaults import USUAL_GUIDANCE
 from sdlora.config.schema import SampleConfig
 from sdlora.data.batching.buckets import place, source_box, square_bucket
 from sdlora.data.reading.folder import ImageItem
 from sdlora.errors import ConfigError
 from sdlora.families.fingerprint import file_digest, module_fingerprint
 from sdlora.files import replacing
-from sdlora.generation.generate import USUAL_GUIDANCE
 from sdlora.generation.image_generator import ImageGenerator
 from sdlora.generation.render import GenerateRequest
 

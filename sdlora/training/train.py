@@ -229,7 +229,9 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
         options["lr"] = parameter_group.learning_rate * factor
     total, finite, count = 0.0, 0, 0
     names: list[str] = []
-    run.scaler.scale(torch.zeros((), device=run.model.device))  # its scale is made here, also without images
+    run.scaler.scale(
+        torch.zeros((), device=run.model.facts.device)
+    )  # its scale is made here, also without images
     batches = run.loader.step(run.step)
     for _ in range(run.order.rounds(run.step)):  # in each of them all processes add their gradients
         batch = next(batches, None)

@@ -17,7 +17,7 @@ from sdlora.adapters.kinds.kind import AdapterKind, Kernel, TrainedForm, plain_p
 from sdlora.adapters.kinds.table import KINDS
 from sdlora.config.adapter import AdapterConfig
 from sdlora.config.contradictions import contradictions
-from sdlora.config.defaults import BaseFacts, DataFacts, resolve_training
+from sdlora.config.defaults import BaseFacts, DataFacts, OpenSettings, fill_training
 from sdlora.config.kinds import KIND_RULES, KindRules
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
@@ -229,8 +229,9 @@ def test_parts_of_two_kinds_in_one_module_are_refused(tmp_path: Path) -> None:
 
 def test_its_defaults_and_contradictions_follow_from_its_rules(config: WiderConfig) -> None:
     facts = BaseFacts("base", {"adapter.alpha": 9.0}, 32, "cpu")
-    resolved, _ = resolve_training(config, facts, DataFacts(4, 4))
-    assert resolved.adapter.alpha == 0.5
+    open_settings = OpenSettings(config, facts)
+    fill_training(open_settings, DataFacts(4, 4))
+    assert open_settings.config.adapter.alpha == 0.5
     odd = config.with_values({"adapter.dropout": 0.1, "adapter.init": "pissa"})
     problems = contradictions(odd)
     assert len(problems) == 2 and all("which outer does not have" in problem for problem in problems)

@@ -69,7 +69,7 @@ def test_latents_equal_those_of_the_diffusers_pipeline(mini: DiffusionModel, nam
         vae=parts["vae"],
         text_encoder=parts["text_encoders"]["text_encoder"],
         tokenizer=parts["tokenizers"]["text_encoder"],
-        unet=parts["unet"],
+        unet=parts["denoiser"],
         scheduler=build(),
         safety_checker=None,
         feature_extractor=None,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.events import Emitter, Event, Notice, Sampled, Validated
-from sdlora.families import unet_model
+from sdlora.families import latent_model
 from sdlora.families.fingerprint import module_fingerprint
 from sdlora.generation.render import render
 from sdlora.run_folder import list_checkpoints
@@ -138,7 +138,7 @@ def test_the_encoders_are_read_once_for_training_and_held_out_images(
         read[id(module)] += 1
         return module_fingerprint(module, extra=extra)
 
-    monkeypatch.setattr(unet_model, "module_fingerprint", fingerprint)
+    monkeypatch.setattr(latent_model, "module_fingerprint", fingerprint)
     run = prepared(settings("run", "data.validation=1", "sample.prompts=[]"))
     with run.loader:
         assert len(run.validation.items) == 1
