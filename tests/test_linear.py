@@ -16,8 +16,7 @@ from sdlora.config.toml import load_config
 from sdlora.data.reading import wording
 from sdlora.data.reading.captions import with_trigger
 from sdlora.data.reading.items import ImageItem, Visit
-from sdlora.data.reading.metadata_files import read_row, rows_of
-from sdlora.data.reading.sidecars import read_focus
+from sdlora.data.reading.metadata_files import read_focus, read_row, rows_of
 from sdlora.data.reading.wording import Wording
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.families.emphasis import escape, layout, parse

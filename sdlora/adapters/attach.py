@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -198,6 +199,33 @@ def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> N
                 layer.set_adapter(held, inference_mode=True)
         for _, _, updates in all_hooks(module):
             updates.set_strengths(values)
+
+
+@contextmanager
+def adapters_disabled(model: DiffusionModel) -> Iterator[None]:
+    """Take the adapters that learn out of the computation, for the length of one prediction.
+
+    What the model gives then is the base's, bit for bit.
+
+    Only that: strengths, and what requires gradients, stay as they are, which
+    :func:`set_strengths` would change.
+    """
+    layers = [
+        layer
+        for module in model.components().values()
+        for layer in module.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    # peft's public switch, enable_adapters(False), also takes requires_grad from every adapter, and switching
+    # back gives it to all active ones, frozen or not; this attribute is all that its forward asks
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
 
 
 def detach(model: DiffusionModel, name: str) -> None:

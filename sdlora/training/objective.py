@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters.disable import adapters_disabled
+from ..adapters.attach import adapters_disabled
 from ..config.schema import Config
 from ..data.batching.batches import Batch
 from ..diffusion.process import draw_noise, per_image_loss

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdlora.adapters.disable import adapters_disabled
+from sdlora.adapters.attach import adapters_disabled
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.data.batching.batches import generator_for, make_batch

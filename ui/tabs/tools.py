@@ -14,7 +14,7 @@ from sdlora.errors import ConfigError, SdloraError
 from sdlora.formats.table import FORMATS, written_formats
 from sdlora.number_formats import PRECISIONS
 
-from ..gallery.shapes import file_url
+from ..gallery import file_url
 from ..server.allowed_paths import program_folders
 from ..site import EXPORTED, Site
 from . import surgery

@@ -1,25 +1,25 @@
-"""Image sizes -> bucket and crop geometry; pure arithmetic.
+"""Where every image of a run ends up: image sizes -> bucket and crop geometry; pure arithmetic.
 
 A bucket is a training size (height, width). An image goes to the bucket whose aspect ratio is nearest in
 log space, so portrait and landscape are mirror images of each other; it is resized until it just covers
-the bucket, and the middle is kept.
+the bucket, and the middle is kept. :func:`placer` is the one rule that training follows and the doctor shows.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import ConfigError
+from ..reading.items import ImageItem
 
 Size = tuple[int, int]
 """(height, width) in px."""
 
 MAX_ASPECT = 4.0
 """Longest side over shortest of a bucket; images beyond it are cropped to it."""
-
 
 NEGLIGIBLE_UPSCALE = 1.05
 """Images may be enlarged so much where enlarging is switched off: nobody sees a twentieth."""
@@ -40,6 +40,9 @@ class Placement:
     def cropped_share(self) -> float:
         """Share of the image's area that is cut away, 0 to below 1."""
         return 1 - math.prod(self.bucket) / math.prod(self.resized)
+
+
+Placer = Callable[[ImageItem], Placement]
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,46 @@ def _cover(height: int, width: int, bucket: Size) -> Size:
     if bucket_height * width >= bucket_width * height:
         return bucket_height, max(bucket_width, (2 * width * bucket_height + height) // (2 * height))
     return max(bucket_height, (2 * height * bucket_width + width) // (2 * width)), bucket_width
+
+
+def placer(resolution: int, multiple: int, *, grouped: bool = True, enlarge: bool = True) -> Placer:
+    """Return what places images at one resolution.
+
+    Args:
+        resolution: side of a square of the area trained at, px.
+        multiple: of all sides, px.
+        grouped: keep aspect ratios by buckets; off, crop to squares.
+        enlarge: enlarge images that are smaller than the resolution.
+
+    Raises:
+        ConfigError: when the resolution is smaller than the size multiple.
+    """
+    buckets = (make_buckets if grouped else square_bucket)(resolution, multiple)
+
+    def placed(item: ImageItem) -> Placement:
+        if enlarge:
+            return place(item.height, item.width, buckets, item.focus)
+        aspect = MAX_ASPECT if grouped else 1.0
+        return place_without_upscaling(
+            item.height, item.width, resolution, multiple, buckets, item.focus, aspect
+        )
+
+    return placed
+
+
+def further(item: ImageItem, usual: Placement, others: Iterable[Placer]) -> Iterator[Placement]:
+    """Yield the placements an image gets at further resolutions: those it is large enough for.
+
+    Args:
+        item: the image.
+        usual: its placement at the resolution of the run.
+        others: what places images at the further resolutions.
+    """
+    most = max(MAX_UPSCALE, upscale(item.height, item.width, usual))
+    for placed in others:
+        other = placed(item)
+        if other.bucket != usual.bucket and upscale(item.height, item.width, other) <= most:
+            yield other
 
 
 def flipped(placement: Placement) -> Placement:

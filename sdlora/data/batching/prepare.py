@@ -16,11 +16,10 @@ from ...families.emphasis import escape
 from ..reading.cache_folder import default_cache_folder
 from ..reading.items import Dataset, ImageItem
 from ..reading.wording import Wording
-from .buckets import MAX_UPSCALE, Placement, upscale
+from .buckets import MAX_UPSCALE, Placement, Placer, further, placer, upscale
 from .cache import EncodedDataset, EncoderPrints
 from .caption_plan import CaptionRun, plan_captions
 from .order import Order
-from .placing import Placer, further, placer
 from .views import AugmentationViews
 
 

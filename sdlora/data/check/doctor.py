@@ -14,8 +14,16 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from ..batching.buckets import BucketCount, Placement, count_buckets, source_box, upscale
-from ..batching.placing import Placer, further, placer
+from ..batching.buckets import (
+    BucketCount,
+    Placement,
+    Placer,
+    count_buckets,
+    further,
+    placer,
+    source_box,
+    upscale,
+)
 from ..reading.folder import Progress, survey
 from ..reading.items import ImageItem, Survey
 from ..reading.tokens import count_tokens

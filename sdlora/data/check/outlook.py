@@ -15,7 +15,7 @@ from ...config.defaults import OpenSettings, fill_data
 from ...config.schema import Config
 from ...errors import DatasetError
 from ...families.loading import load_model
-from ..batching.placing import placer
+from ..batching.buckets import placer
 from ..batching.prepare import base_facts
 from ..reading.holdout import divide
 from ..reading.items import Dataset, Survey

@@ -19,9 +19,8 @@ from .items import CaptionSource, Dataset, ImageItem, Point, Survey
 from .listing import FoundFile, Listing, clashes, list_files, no_images, sort_key
 from .masks import with_masks
 from .measure import Measured, Progress, measure_all
-from .metadata_files import name_key, read_metadata
+from .metadata_files import name_key, read_focus, read_metadata
 from .problems import Problem, listed
-from .sidecars import read_focus
 
 __all__ = [
     "CaptionSource",

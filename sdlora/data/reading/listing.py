@@ -13,9 +13,8 @@ from ...errors import DatasetError
 from ...run_folder import RunFolder, was_run
 from .captions import CAPTION_ENDINGS
 from .image_files import IMAGE_ENDINGS, UNREAD_IMAGE_ENDINGS
-from .metadata_files import METADATA_NAMES
+from .metadata_files import METADATA_NAMES, SIDECAR_ENDING
 from .problems import Problem
-from .sidecars import SIDECAR_ENDING
 
 _UTILITY_FOLDERS = frozenset({"__macosx", "@eadir"})  # thumbnails and forks left by macOS and Synology
 _NOT_CAPTIONS = frozenset(

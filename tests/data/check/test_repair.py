@@ -10,8 +10,7 @@ from drawings import animation, drawing, encoded, folder_of, put
 from PIL import Image, ImageChops
 
 from sdlora.commands.cli import main
-from sdlora.data.check.caption_text import to_utf8
-from sdlora.data.check.repair import Change, repair
+from sdlora.data.check.repair import Change, repair, to_utf8
 from sdlora.data.check.salvage import mend
 from sdlora.data.reading.folder import load_pixels, scan
 from sdlora.data.reading.problems import Unusable

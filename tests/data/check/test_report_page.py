@@ -12,8 +12,7 @@ import pytest
 from drawings import drawing, encoded, folder_of, put
 from PIL import Image
 
-from sdlora.data.batching.buckets import BucketCount
-from sdlora.data.batching.placing import placer
+from sdlora.data.batching.buckets import BucketCount, placer
 from sdlora.data.check.doctor import Treatment, diagnose, examine
 from sdlora.data.check.report_charts import bucket_chart, length_chart, tag_chart
 from sdlora.data.check.report_page import write_report_page

@@ -1,12 +1,30 @@
-"""The page's own elements, written as HTML with their data as one escaped attribute."""
+"""What was drawn: the list of images, and the strips, grids and comparisons that the page shows.
+
+The page's own elements are written as HTML, with their data as one escaped attribute.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+
+def list_images(folder: Path, limit: int) -> dict[str, Any]:
+    """Return the newest PNGs below a folder as ``{"total": n, "images": [{file, name, changed}]}``."""
+    dated = []
+    for file in folder.rglob("*.png") if folder.is_dir() else ():
+        if not file.name.startswith(".") and (state := file.stat()).st_size:
+            dated.append((state.st_mtime_ns, file))
+    dated.sort(reverse=True)
+    images = [
+        {"file": str(file), "name": str(file.relative_to(folder)), "changed": changed}
+        for changed, file in dated[:limit]
+    ]
+    return {"total": len(dated), "images": images}
 
 
 def file_url(path: str) -> str:
