@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdlora.config.schema import Config
+from sdlora.config.schema import USUAL_SCHEDULE, Config
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
 from sdlora.families.fingerprint import file_digest
@@ -179,7 +179,7 @@ def peer_settings(base: str, script: Path, config: Config) -> Settings:
         min_snr_gamma=config.training.min_snr_gamma,
         threads=os.cpu_count() or 1,
         peer_workers=0,
-        schedule=config.optimizer.schedule,
+        schedule=config.optimizer.schedule or USUAL_SCHEDULE,
         warmup_steps=config.optimizer.warmup_steps or 0,
     )
 
@@ -234,7 +234,7 @@ def _in_words(config: Config) -> str:
     adapter, rate = config.adapter, config.optimizer.learning_rate
     parts = [adapter.targets, f"rank {adapter.rank}", f"rate {rate:g}", f"batch {config.training.batch_size}"]
     kind = [] if adapter.kind == "lora" else [adapter.kind]
-    return ", ".join([*kind, *map(str, parts), config.optimizer.schedule])
+    return ", ".join([*kind, *map(str, parts), config.optimizer.schedule or USUAL_SCHEDULE])
 
 
 def _weights(base: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from .adapter import PART_KEYS
 from .data import DataConfig
 from .kinds import KIND_RULES
-from .schema import Config, OptimizerConfig
+from .schema import USUAL_SCHEDULE, Config, OptimizerConfig
 from .section import OnlyFor
 
 
@@ -36,13 +36,32 @@ def contradictions(config: Config) -> list[str]:
     problems += _about_data(config.data)
     if config.adapter.adapts_text and config.data.encode_captions is not None:
         problems.append("`data.encode_captions` has no effect with `adapter.text_encoder=true`")
-    steps, warmup = config.training.steps, config.optimizer.warmup_steps
-    if steps is not None and warmup is not None and warmup >= steps:
-        problems.append(
-            f"`optimizer.warmup_steps={warmup}` must be below `training.steps={steps}`, "
-            "or the full learning rate is never reached"
-        )
+    if (steps := config.training.steps) is not None:
+        problem = warmup_problem(config.optimizer, steps, f"`training.steps={steps}`")
+        problems += [problem] if problem else []
     return problems
+
+
+def warmup_problem(settings: OptimizerConfig, steps: int, length: str) -> str | None:
+    """Return what is wrong with a warm-up in a run of so many steps, if anything is.
+
+    Args:
+        settings: those of the optimizer; a warm-up that is still open is well.
+        steps: optimizer steps of the run.
+        length: of the run, in words.
+    """
+    if settings.warmup_steps is None and settings.warmup_share is None:
+        return None
+    key = "warmup_share" if settings.warmup_steps is None else "warmup_steps"
+    given, warmup = f"`optimizer.{key}={getattr(settings, key):g}`", settings.warmup(steps)
+    if warmup >= steps:
+        return f"{given} must be below {length}, or the full learning rate is never reached"
+    if settings.schedule == "inverse_sqrt" and warmup == 0:
+        return (
+            "`optimizer.schedule=inverse_sqrt` falls with the length of the warm-up as its measure, but "
+            f"{given} is no step of {length}; give more, or choose another schedule"
+        )
+    return None
 
 
 def _about_adapter(config: Config) -> list[str]:
@@ -91,9 +110,14 @@ def _about_optimizer(settings: OptimizerConfig) -> Iterator[str]:
     """Yield the settings that the chosen optimizer does not have."""
     for name, field in type(settings).model_fields.items():
         for mark in field.metadata:
-            foreign = isinstance(mark, OnlyFor) and settings.name not in mark.names
+            foreign = isinstance(mark, OnlyFor) and getattr(settings, mark.of) not in mark.names
             if foreign and getattr(settings, name) != field.default:  # a saved run names all of them
-                yield f"`optimizer.{name}` has no effect with `optimizer.name={settings.name}`"
+                chosen = getattr(settings, mark.of) or USUAL_SCHEDULE
+                yield f"`optimizer.{name}` has no effect with `optimizer.{mark.of}={chosen}`"
+    if settings.schedule == "constant" and settings.schedule_floor > 0:
+        yield "`optimizer.schedule_floor` has no effect with `optimizer.schedule=constant`, which never falls"
+    if settings.warmup_steps is not None and settings.warmup_share is not None:
+        yield "`optimizer.warmup_steps` and `optimizer.warmup_share` both fix the warm-up: give one of them"
 
 
 def _about_data(data: DataConfig) -> Iterator[str]:

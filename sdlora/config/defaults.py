@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ..errors import ConfigError, ModelError
 from .adapter import PART_KEYS, AdaptedPart
 from .kinds import KIND_RULES
-from .schema import Config, OptimizerConfig
+from .schema import USUAL_SCHEDULE, Config, OptimizerConfig, Schedule
 
 USUAL_GUIDANCE = 7.0
 """Guidance scale for a base that recommends none."""
@@ -79,12 +79,14 @@ class RateRule:
         reason: why, for people.
         follows_scale: whether it is divided by the adapter's scale, since the size of dW is scale * rate.
         one_rate: whether everything that is trained has to have the same rate.
+        schedule: how it goes where the user does not say.
     """
 
     rate: float = 1e-4
     reason: str = "the usual rate"
     follows_scale: bool = True
     one_rate: bool = False
+    schedule: Schedule = USUAL_SCHEDULE
 
 
 USUAL_RATE = RateRule()
@@ -244,6 +246,8 @@ def _for_processes(count: int) -> str:
 def _fill_rates(open_settings: OpenSettings, rule: RateRule) -> None:
     # what a base recommends was found with the usual optimizer
     usual = open_settings.config.optimizer.name == OptimizerConfig.model_fields["name"].default
+    why = "a quiet end" if rule.schedule == USUAL_SCHEDULE else "what this optimizer needs"
+    open_settings.fill("optimizer.schedule", rule.schedule, why, ask_base=usual)
     rate, reason = _rate(open_settings, rule)
     open_settings.fill("optimizer.learning_rate", rate, reason, ask_base=usual)
     chosen = open_settings.config.optimizer.learning_rate
@@ -279,9 +283,12 @@ def _fill_intervals(open_settings: OpenSettings, data: DataFacts) -> None:
     images_per_step = settings.batch_size * settings.gradient_accumulation * open_settings.facts.num_processes
     per_epoch = math.ceil(data.num_visits / images_per_step)
     steps = open_settings.config.total_steps(per_epoch)
-    open_settings.fill(
-        "optimizer.warmup_steps", min(100, steps // 20), "a twentieth of the steps, at most 100"
-    )
+    if open_settings.config.optimizer.warmup_share is None:
+        least = 1 if open_settings.config.optimizer.schedule == "inverse_sqrt" else 0
+        open_settings.fill(
+            *("optimizer.warmup_steps", max(least, min(100, steps // 20))),
+            "a twentieth of the steps, at most 100",
+        )
     every = max(10, min(250, steps // 5))
     open_settings.fill("training.checkpoint_every", every, "what a crash may cost at most")
     if data.num_held_out:

@@ -33,7 +33,11 @@ from .section import (
 )
 
 OptimizerName = Literal["adamw"]
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal[
+    "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "rex", "inverse_sqrt"
+]
+USUAL_SCHEDULE: Schedule = "cosine"
+"""Where the user says none and the optimizer needs no other."""
 SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
 PredictionType = Literal["epsilon", "v_prediction"]
 AttentionName = Literal["auto", "sdpa", "xformers"]
@@ -75,8 +79,18 @@ class OptimizerConfig(Section):
     """AdamW's guard against division by zero."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
-    schedule: Schedule = "cosine"
-    """How the learning rate falls after the warm-up."""
+    schedule: Schedule | None = None
+    """How the learning rate falls after the warm-up: in half a `cosine` (when left open), a straight line
+    (`linear`) or not at all (`constant`); `cosine_with_restarts` jumps up again, `polynomial` falls with
+    `schedule_power`, `rex` (Chen et al. 2021) stays high longest and suits short runs, `inverse_sqrt` never
+    ends (for runs whose length is not known)."""
+    schedule_cycles: Annotated[Positive, OnlyFor(("cosine_with_restarts",), "schedule")] = 1
+    """How many cosines of equal length `cosine_with_restarts` goes through."""
+    schedule_power: Annotated[PositiveFloat, OnlyFor(("polynomial",), "schedule")] = 1.0
+    """Exponent of `polynomial`: 1 is a straight line, 2 falls early, 0.5 late."""
+    schedule_floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the peak rate that the schedule falls to instead of to zero, e.g. 0.1 for runs that may be
+    gone on from."""
     lora_plus_ratio: PositiveFloat = 1.0
     """The up factors (B) learn this many times as fast as the down factors (A); LoRA+ (Hayou et al.
     2024) recommends 16 with a lower learning rate."""
@@ -85,8 +99,17 @@ class OptimizerConfig(Section):
     `adapter.block_ranks`."""
     warmup_steps: NonNegative | None = None
     """Steps over which the learning rate rises from zero."""
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the run's steps over which the learning rate rises, instead of `warmup_steps`."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients longer than this are shortened to it; 0 switches clipping off."""
+
+    def warmup(self, steps: int) -> int:
+        """Return the length of the warm-up in a run of so many steps; one of its settings is set."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        assert self.warmup_share is not None, "settings must be final"
+        return round(self.warmup_share * steps)
 
 
 class TrainingConfig(Section):

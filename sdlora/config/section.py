@@ -34,6 +34,12 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class OnlyFor:
-    """Marks a setting that only some values of the ``name`` beside it have a use for."""
+    """Marks a setting that only some values of another one beside it have a use for.
+
+    Attributes:
+        names: these values.
+        of: that other setting.
+    """
 
     names: tuple[str, ...]
+    of: str = "name"

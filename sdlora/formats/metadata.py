@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.canonical import AdapterFile, AdapterWeights
 from ..adapters.kinds.table import KINDS
+from ..config.schema import USUAL_SCHEDULE
 from ..diffusion.prediction import PREDICTIONS
 from ..number_formats import named
 from ..tensor_file import entry_json
@@ -55,6 +56,7 @@ class TrainingFacts:
         base_digest: SHA-256 (hex) of the base.
         config: the run's settings, resolved.
         optimizer: what made the steps, with its settings, as Python code would make it.
+        warmup_steps: of the learning rate, if the settings do not say it in steps.
         prediction_type: what the U-Net predicts; ``config`` may leave it to the base.
         zero_terminal_snr: whether the noise schedule ended in pure noise.
         native_resolution: px, where ``config.data.resolution`` is open.
@@ -85,6 +87,7 @@ class TrainingFacts:
     base_digest: str | None = None
     config: Config | None = None
     optimizer: str | None = None
+    warmup_steps: int | None = None
     prediction_type: str | None = None
     zero_terminal_snr: bool = False
     native_resolution: int | None = None
@@ -122,6 +125,8 @@ def build_header(facts: TrainingFacts) -> dict[str, str]:
     entries |= _data_entries(facts)
     if facts.config is not None:
         entries |= {"optimizer": facts.optimizer, **_setting_entries(facts.config)}
+        if facts.warmup_steps is not None:  # in steps, also where the settings say a share
+            entries["lr_warmup_steps"] = facts.warmup_steps
     texts = {
         f"ss_{key}": kohya_text(value)
         for key, value in entries.items()
@@ -261,7 +266,7 @@ def _setting_entries(config: Config) -> dict[str, Any]:
         "learning_rate": unet_rate,
         "unet_lr": unet_rate,
         "text_encoder_lr": optimizer.text_encoder_learning_rate if config.adapter.text_encoder else None,
-        "lr_scheduler": optimizer.schedule,
+        "lr_scheduler": optimizer.schedule or USUAL_SCHEDULE,
         "lr_warmup_steps": optimizer.warmup_steps,
         "max_grad_norm": optimizer.max_grad_norm,
         "batch_size_per_device": training.batch_size,

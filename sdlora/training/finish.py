@@ -51,6 +51,7 @@ def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
         base_digest=run.model.base.digest,
         config=config,
         optimizer=optimizer_kind(config.optimizer).header(config.optimizer),
+        warmup_steps=config.optimizer.warmup(run.steps),
         prediction_type=run.model.process.prediction.name,
         zero_terminal_snr=run.model.process.ends_in_noise,
         native_resolution=run.model.facts.native_resolution,

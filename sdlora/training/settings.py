@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapters.canonical import AdapterWeights
+from ..config.contradictions import warmup_problem
 from ..config.defaults import Default, OpenSettings, check_components, fill_data, fill_training
 from ..config.schema import Config
 from ..data.batching.prepare import Outline, base_facts, data_facts, outline_data
@@ -18,6 +19,7 @@ from ..data.reading.items import Dataset
 from ..data.reading.sources import by_role, gather, gather_held_out, joined
 from ..data.reading.wording import Wording, reworded
 from ..devices import choose_device, choose_dtype, make_current, set_exactness
+from ..errors import ConfigError
 from ..families.attention import Attentions, choose_attentions
 from ..families.base import DiffusionModel
 from ..machine import idle_card_notice
@@ -141,8 +143,16 @@ def finalise(config: Config, compute: Compute, blueprint: DiffusionModel, images
     fill_training(open_settings, data_facts(config, training, validation), rule)
     check_rates(open_settings.config, facts.parts)
     outline = outline_data(open_settings, training, blueprint, compute.num_processes)
+    _check_warmup(open_settings.config, outline.steps)
     defaults = tuple(open_settings.defaults)
     return Final(open_settings.final(), defaults, training, validation, outline, start)
+
+
+def _check_warmup(config: Config, steps: int) -> None:
+    epochs = config.training.epochs
+    length = f"the run's {steps} steps" + ("" if epochs is None else f" (`training.epochs={epochs}`)")
+    if problem := warmup_problem(config.optimizer, steps, length):
+        raise ConfigError(problem)
 
 
 def _fill_compute(open_settings: OpenSettings, compute: Compute) -> None:

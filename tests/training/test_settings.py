@@ -19,6 +19,7 @@ from sdlora.errors import ConfigError, ModelError
 from sdlora.events import Decided, Emitter, Event, Sampled, StepDone, Validated
 from sdlora.families import attention, loading
 from sdlora.training import memory, run, settings
+from sdlora.training.finish import adapter_file
 from sdlora.training.train import train
 
 Make = Callable[..., Config]
@@ -146,3 +147,29 @@ def test_a_resolution_the_base_cannot_work_at_is_refused_before_weights_are_read
     with pytest.raises(ConfigError, match=r"data\.resolution=4`: the base needs at least 8 px"):
         run.prepare_run(given, resume=False, emit=Emitter(()))
     assert calls["base on meta"] == 1 and calls["base on cpu"] == 0
+
+
+def test_a_warm_up_longer_than_the_run_is_refused_however_the_length_was_given(config: Make) -> None:
+    def problem(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            run.prepare_run(config("sample.prompts=[]", *overrides), resume=False, emit=Emitter(()))
+        return str(caught.value)
+
+    by_epochs = problem("training.epochs=2", "optimizer.warmup_steps=200")
+    assert "`optimizer.warmup_steps=200` must be below the run's" in by_epochs
+    assert by_epochs.endswith("(`training.epochs=2`), or the full learning rate is never reached")
+    by_default = problem("optimizer.warmup_steps=5000")
+    assert "`optimizer.warmup_steps=5000` must be below the run's 800 steps, or" in by_default
+    assert "`optimizer.warmup_share=0.99` must be below the run's" in problem(
+        "training.epochs=1", "optimizer.warmup_share=0.99"
+    )
+
+
+def test_a_warm_up_given_as_a_share_stays_one_and_the_schedule_is_decided(config: Make) -> None:
+    given = config("sample.prompts=[]", "training.steps=40", "optimizer.warmup_share=0.1")
+    prepared = run.prepare_run(given, resume=False, emit=Emitter(()))
+    optimizer = prepared.config.optimizer
+    assert (optimizer.warmup_share, optimizer.warmup_steps, optimizer.schedule) == (0.1, None, "cosine")
+    assert optimizer.warmup(prepared.steps) == 4
+    assert adapter_file(prepared).info.metadata["ss_lr_warmup_steps"] == "4"
+    assert load_config(prepared.folder.config_file) == prepared.config
