@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config.schema import Config
+    from .config.schema import Config, ModelConfig
     from .config.toml import load_config, save_config
     from .data.check.doctor import examine
     from .demonstration.demo import demo
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Config": "config.schema",
+    "ModelConfig": "config.schema",
     "load_config": "config.toml",
     "save_config": "config.toml",
     "examine": "data.check.doctor",
@@ -59,6 +60,7 @@ __all__ = [
     "Control",
     "GenerateRequest",
     "ImageGenerator",
+    "ModelConfig",
     "SdloraError",
     "TrainResult",
     "__version__",

@@ -31,7 +31,7 @@ from sdlora.adapters.kinds.lokr import LoKr
 from sdlora.adapters.kinds.tucker import TuckerPair
 from sdlora.errors import AdapterFileError
 from sdlora.families.facts import FamilyInfo
-from sdlora.families.loading import ASSETS
+from sdlora.families.locating import ASSETS
 from sdlora.families.table import FAMILIES, family_info
 from sdlora.formats import names
 from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdlora.config.schema import ModelConfig
 from sdlora.diffusion.ddpm import DDPM
 from sdlora.families.attention import choose_attentions
 from sdlora.families.base import BaseModelInfo
+from sdlora.families.components import load_parts
 from sdlora.families.ldm import StoredKey, text_key_map, unet_key_map, vae_key_map
-from sdlora.families.loading import ASSETS, load_parts
+from sdlora.families.locating import ASSETS
 from sdlora.families.recognition import Evidence, Recognised
 from sdlora.families.table import FAMILIES
 from sdlora.families.unet_model import UNetModel
@@ -112,7 +114,9 @@ def blueprint(family: str) -> UNetModel:
     base = BaseModelInfo("none", "none", recognised.path)
     parts = load_parts(recognised, dtype=torch.float32, device=meta)
     attention = choose_attentions("auto", meta, torch.float32)
-    return FAMILIES[family](base, parts, process, device=meta, attention=attention)
+    return FAMILIES[family](
+        base, parts, process, settings=ModelConfig(base=base.source), device=meta, attention=attention
+    )
 
 
 def _weights(key: str, shape: tuple[int, ...], pool: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The command line: parse -> settings -> one public function -> show what it tells.
 
 Each command is one line in :data:`COMMANDS`: a function that declares its arguments and one that runs
-it and returns (JSON result, exit code); they live in the ``*_commands`` modules. Everything meant for
+it and returns (JSON result, exit code); they live in the modules beside this one. Everything meant for
 people goes to stderr or is the plain answer on stdout; with ``--json`` the last line of stdout is one JSON
 object. Heavy imports happen inside the commands, so that ``--help`` and ``check`` answer at once.
 """
@@ -125,8 +125,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: for a line that means nothing.
     """
-    parser, commands = _parsers()
     wanted = next((word for word in words if not word.startswith("-")), None)
+    parser, commands = _parsers(wanted)
     if wanted is not None and wanted not in commands:
         parser.error(f"no command `{wanted}`{_nearest(wanted, commands)}")
     options, extra = parser.parse_known_args(words)
@@ -134,8 +134,12 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    """Return the parser of whole lines, and that of each command by its name."""
+def _parsers(wanted: str | None) -> tuple[_Parser, dict[str, _Parser]]:
+    """Return the parser of whole lines, and that of each command by its name.
+
+    Only the command that is wanted gets its arguments: those of others would cost a line that uses none of
+    them the reading of the settings' schema.
+    """
     parser = _Parser(
         prog="sdlora",
         description="Train a Stable Diffusion LoRA from a folder of images, see it at any strength, "
@@ -152,7 +156,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         )
         subparser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         subparser.more_help = command.more_help
-        command.declare(subparser)
+        if name == wanted:
+            command.declare(subparser)
     return parser, dict(commands.choices)
 
 

@@ -11,8 +11,8 @@ from typing import Any, TextIO
 
 from ..errors import ConfigError
 from ..files import find_settings
-from ..number_formats import PRECISIONS
 from ..run_folder import RunFolder
+from .flags import base_of, declare_base, declare_setting, settings_of
 
 Result = tuple[dict[str, Any], int]
 
@@ -20,12 +20,12 @@ Result = tuple[dict[str, Any], int]
 def declare_train(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora train``."""
     parser.add_argument("folder", nargs="?", help="folder of images, captions beside them")
-    parser.add_argument("--base", help="mini, a diffusers folder, a .safetensors file, or a hub id")
-    parser.add_argument("--name", help="name of the adapter and of its file")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default runs/NAME)")
+    declare_setting(parser, "model.base")
+    declare_setting(parser, "output.name")
+    declare_setting(parser, "output.folder", "--output", metavar="DIR")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument("--trigger", metavar="WORD", help="word that calls the style")
+    declare_setting(parser, "data.trigger_word", "--trigger", metavar="WORD")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="train on N cards here")
     parser.add_argument("--events", metavar="FILE", help="also write events as JSON lines (- for stdout)")
     parser.set_defaults(overrides=[])
@@ -49,22 +49,13 @@ def run_train(options: argparse.Namespace) -> Result:
         return _run_in_processes(options)
     from ..config.toml import load_config
 
-    file = options.config
+    file, given = options.config, settings_of(options)
     if file is None and options.resume:
-        if options.output is None:
+        if given["output.folder"] is None:
             raise ConfigError("--resume needs --output DIR, the run folder to go on with")
-        file = find_settings(options.output)
-    config = load_config(
-        file,
-        options.overrides,
-        {
-            "data.folder": options.folder and Path(options.folder),
-            "data.trigger_word": options.trigger,
-            "model.base": options.base,
-            "output.name": options.name,
-            "output.folder": options.output,
-        },
-    )
+        file = find_settings(given["output.folder"])
+    folder = options.folder and Path(options.folder)
+    config = load_config(file, options.overrides, {**given, "data.folder": folder})
     from ..events import Control, JsonlWriter, Listener
     from ..training.state import run_folder
     from ..training.train import train
@@ -127,7 +118,7 @@ def _is_main_process() -> bool:
 
 def declare_generate(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora generate``."""
-    parser.add_argument("--base", default="mini", help="mini, a folder, a .safetensors file, or a hub id")
+    declare_base(parser)
     parser.add_argument(
         "--adapter",
         action="append",
@@ -146,14 +137,8 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", help="DDIM, Euler, Euler a, DPM++ 2M, or DPM++ 2M Karras, the usual one")
     parser.add_argument("--strengths", metavar="A,B,...", help="render a sweep grid, e.g. 0,0.25,0.5,0.75,1")
     parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights first")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; the fastest when left out")
-    parser.add_argument("--precision", choices=PRECISIONS, help="number format")
-    parser.add_argument("--vae", metavar="FILE", help="another autoencoder: a file, a folder, or a hub id")
-    parser.add_argument("--clip-skip", type=int, default=1, help="n-th last layer of the text encoder (SD1)")
-    parser.add_argument("--family", metavar="NAME", help="family of the base (e.g. sd1), against its header")
-    parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what the U-Net predicts")
-    parser.add_argument("--zero-terminal-snr", action=argparse.BooleanOptionalAction, help="schedule's end")
-    parser.add_argument("--attention", choices=["auto", "sdpa", "xformers"], default="auto")
+    for key in ("training.device", "training.precision", "training.attention"):
+        declare_setting(parser, key)
     parser.add_argument("--offload", action="store_true", help="one component on the card at a time")
 
 
@@ -161,19 +146,19 @@ def run_generate(options: argparse.Namespace) -> Result:
     """Run ``sdlora generate``."""
     strengths = _numbers(options.strengths, "--strengths") if options.strengths else None
     width, height = _size(options.size) if options.size else (None, None)
-    for name, least in (("count", 1), ("steps", 1), ("seed", 0), ("clip_skip", 1)):
+    for name, least in (("count", 1), ("steps", 1), ("seed", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value}: must be {least} or more")
     from ..adapters.strength import parse_adapter
-    from ..families.loading import LoadOptions
     from ..generation.generate import generate
     from .display import progress_bar
 
     adapters = [parse_adapter(text) for text in options.adapter]
+    given = settings_of(options)
     with progress_bar("drawing") as progress:
         result = generate(
-            options.base,
+            base_of(options),
             adapters,
             options.prompt,
             negative_prompt=options.negative,
@@ -187,17 +172,10 @@ def run_generate(options: argparse.Namespace) -> Result:
             merge=options.merge,
             count=options.count,
             output=options.output,
-            device=options.device,
-            precision=options.precision,
-            options=LoadOptions(
-                family=options.family,
-                prediction_type=options.prediction,
-                zero_terminal_snr=options.zero_terminal_snr,
-                clip_skip=options.clip_skip,
-                vae=options.vae,
-                attention=options.attention,
-                offload=options.offload,
-            ),
+            device=given["training.device"],
+            precision=given["training.precision"],
+            attention=given["training.attention"] or "auto",
+            offload=options.offload,
             progress=progress,
         )
     for file in [*result.files, *([result.grid] if result.grid else [])]:

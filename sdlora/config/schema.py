@@ -221,6 +221,12 @@ def fields() -> Iterator[tuple[str, FieldInfo]]:
             yield f"{section}.{name}", field
 
 
+def choices_of(field: FieldInfo) -> list[str]:
+    """Return the words that a setting may be, empty where it is not a choice of words."""
+    values = [value for part in (field.annotation, *get_args(field.annotation)) for value in get_args(part)]
+    return [value for value in values if isinstance(value, str)]
+
+
 def names_files(field: FieldInfo) -> bool:
     """Return whether a setting's text may be the path of a file or folder."""
     return any(isinstance(mark, NamesFiles) for mark in (*field.metadata, *_marks(field.annotation)))

@@ -14,7 +14,14 @@ from pydantic import ValidationError
 from ..errors import ConfigError
 from ..files import parse_toml, write_text
 from .contradictions import contradictions
-from .schema import Config, fields
+from .schema import Config, choices_of, fields
+
+_PATTERNS = {
+    "output.name": 'must not hold any of \\ / : * ? " < > |',
+    "training.device": "must be cpu, cuda, cuda:1 or mps",
+    "data.background": "must be a colour such as #ffffff",
+}
+"""What to say where a text does not match the pattern of its setting."""
 
 
 def load_config(
@@ -22,7 +29,7 @@ def load_config(
     overrides: Iterable[str] = (),
     values: Mapping[str, Any] | None = None,
     *,
-    schema: type[Config] = Config,
+    schema: type[Config] | None = None,
 ) -> Config:
     """Read settings from a TOML file, then ``key=value`` texts, then ready values (last one wins).
 
@@ -47,12 +54,25 @@ def load_config(
     for key, value in (values or {}).items():
         if value is not None:
             _put(tree, key, value, problems)
-    config, more = _validate(tree, schema)
+    config, more = _validate(tree, schema or Config)
     problems += more
     if problems:
         raise ConfigError(_listing(problems, file))
     assert config is not None
     return config
+
+
+def read_value(key: str, text: str) -> Any:
+    """Return what a text says for one setting that is a word, a number or a path.
+
+    Raises:
+        ConfigError: for a value that it cannot have.
+    """
+    section, name = key.split(".")
+    try:
+        return Config.model_validate({section: {name: text}}).get(key)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(dict(item)) for item in error.errors())) from None
 
 
 def save_config(config: Config, file: Path) -> None:
@@ -146,18 +166,12 @@ def _explain(item: dict[str, Any]) -> str:
         return f"`{key}` is not a setting{_nearest(key)}"
     message = str(item["msg"]).removeprefix("Input ").removeprefix("Value error, ")
     if kind == "literal_error":
-        choices = _choices(key)
+        choices = choices_of(dict(fields())[key])
         close = difflib.get_close_matches(str(given), choices, 1)
         message = "must be one of " + ", ".join(choices) + (f" (did you mean {close[0]}?)" if close else "")
-    elif kind == "string_pattern_mismatch" and key == "output.name":
-        message = 'must not hold any of \\ / : * ? " < > |'
+    elif kind == "string_pattern_mismatch" and key in _PATTERNS:
+        message = _PATTERNS[key]
     return f"`{key}={given}`: {message}"
-
-
-def _choices(key: str) -> list[str]:
-    annotation = dict(fields())[key].annotation
-    values = [value for part in (annotation, *get_args(annotation)) for value in get_args(part)]
-    return [value for value in values if isinstance(value, str)]
 
 
 def _nearest(key: str) -> str:

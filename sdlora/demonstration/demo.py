@@ -184,7 +184,7 @@ def _draw(
     everyone = tuple(range(len(items)))
     shown = tuple(i for i, item in enumerate(items) if item.path.stem in SHOWN) or everyone[:8]
     generator = ImageGenerator.load(
-        config.model.base, device=config.training.device, precision=config.training.precision
+        config.model, device=config.training.device, precision=config.training.precision
     )
     assert trained.adapter_file is not None
     name = generator.add_adapter(trained.adapter_file)

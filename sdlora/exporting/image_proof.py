@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..config.schema import Precision, SampleConfig
+from ..config.schema import ModelConfig, Precision, SampleConfig
 from ..config.toml import load_config
 from ..errors import ConfigError
 from ..generation.image_generator import ImageGenerator
@@ -90,8 +90,8 @@ def compare_images(
         ModelError: when the base cannot be loaded.
     """
     trained = open_source(source).adapter
-    base, usual = _base_and_prompts(source, base, trained.info.trigger_words)
-    generator = ImageGenerator.load(base, device=device, precision=precision)
+    model_settings, usual = _base_and_prompts(source, base, trained.info.trigger_words)
+    generator = ImageGenerator.load(model_settings, device=device, precision=precision)
     generator.add_adapter(trained, _TRAINED)
     generator.add_adapter(written, _WRITTEN)
     model = generator.model
@@ -116,18 +116,22 @@ def compare_images(
 
 def _base_and_prompts(
     source: Path, base: str | None, trigger_words: Sequence[str]
-) -> tuple[str, tuple[str, ...]]:
-    """Return what to draw on and what to draw, by the settings of a run folder where they are open."""
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Return what to draw on and what to draw, by the settings of a run folder where they are open.
+
+    Another base than the run's own is taken as it is: what the run said of its base need not hold for it.
+    """
     usual = (", ".join(trigger_words) or "a picture",)
     if RunFolder(source).exists():
         config = load_config(RunFolder(source).config_file)
-        return base or config.model.base, config.sample.prompts or usual
+        other = base is not None and base != config.model.base
+        return ModelConfig(base=str(base)) if other else config.model, config.sample.prompts or usual
     if base is None:
         raise ConfigError(
             f"{source}: is not a run folder, so it does not tell which base to draw on; give --base with "
             "--verify-images"
         )
-    return base, usual
+    return ModelConfig(base=base), usual
 
 
 def _compared(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..config.schema import ModelConfig
 from ..diffusion.process import NoiseProcess
 from .attention import Attentions
 from .base import (
@@ -64,12 +65,12 @@ class LatentModel(DiffusionModel):
         parts: Parts,
         process: NoiseProcess,
         *,
+        settings: ModelConfig,
         device: torch.device,
-        clip_skip: int = 1,
         attention: Attentions,
         offload: bool = False,
     ) -> None:
-        self.base, self.process, self.clip_skip = base, process, clip_skip
+        self.base, self.process, self.settings = base, process, settings
         self.denoiser, self.vae = parts.denoiser, parts.vae
         self.text_encoders, self.tokenizers = dict(parts.text_encoders), dict(parts.tokenizers)
         self.attention = attention
@@ -126,7 +127,7 @@ class LatentModel(DiffusionModel):
         prints = [
             module_fingerprint(
                 encoder,
-                extra=f"{name} skip={self.clip_skip} pad={self.tokenizers[name].pad_token_id} "
+                extra=f"{name} skip={self.settings.clip_skip} pad={self.tokenizers[name].pad_token_id} "
                 f"tokens={sorted(self.tokenizers[name].get_vocab().items())}",
             )
             for name, encoder in self.text_encoders.items()
@@ -245,4 +246,4 @@ def one_encoder_states(model: LatentModel, captions: Sequence[str]) -> Tensor:
     """Return the states of the only text encoder, (B, 77 n, width), its final norm applied."""
     (name, encoder), *_ = model.text_encoders.items()
     ids, weights = chunk_tokens(model.tokenizers[name], captions)
-    return weigh_states(encode_chunks(encoder, ids.to(encoder.device), model.clip_skip), weights)
+    return weigh_states(encode_chunks(encoder, ids.to(encoder.device), model.settings.clip_skip), weights)

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters.strength import Strength
-from ..config.schema import Precision, SampleConfig
+from ..config.schema import AttentionName, ModelConfig, Precision, SampleConfig
 from ..diffusion.samplers import find_sampler
 from ..errors import ConfigError, OutputError
 from ..families.base import DiffusionModel
-from ..families.loading import DEFAULT_OPTIONS, LoadOptions
 from ..files import replacing, write_problem
 from .grids import grid
 from .image_generator import ImageGenerator
@@ -49,7 +48,7 @@ class GenerateResult:
 
 
 def generate(
-    base: str,
+    base: str | ModelConfig,
     adapters: Sequence[tuple[str | Path, Strength]],
     prompts: Sequence[str],
     output: str | Path,
@@ -66,23 +65,23 @@ def generate(
     count: int = 1,
     device: str | None = None,
     precision: Precision | None = None,
-    options: LoadOptions = DEFAULT_OPTIONS,
+    attention: AttentionName = "auto",
+    offload: bool = False,
     progress: Progress | None = None,
 ) -> GenerateResult:
     """Make images and write them as ``00001-SEED.png``, counting on from what the folder holds.
 
     Every prompt gets the same ``count`` seeds, from ``seed`` upwards. What is left open follows the base or
-    :class:`sdlora.config.schema.SampleConfig`, device and precision :mod:`sdlora.devices`.
+    :class:`sdlora.config.schema.SampleConfig`; how it is computed, see :meth:`ImageGenerator.load`.
 
     Args:
-        base: ``mini``, a diffusers folder, a ``.safetensors`` file or a hub id.
+        base: ``mini``, a diffusers folder, a ``.safetensors`` file or a hub id, or the settings of one.
         adapters: (file, strength) of each adapter; see :func:`parse_adapter`.
         prompts: what to show.
         output: folder for the images; made if missing, and nothing in it is overwritten.
         strengths: each prompt and seed at each of these, and a grid of all; see :func:`swept`.
         merge: fold the adapters into the base's weights first.
         count: images a prompt (and strength).
-        options: how the base is loaded.
         progress: called after each denoising step.
 
     Raises:
@@ -94,7 +93,9 @@ def generate(
     started, folder = time.perf_counter(), Path(output)
     sampler = sampler or SampleConfig().sampler
     _check_call(adapters, prompts, sampler, strengths, count)
-    generator = ImageGenerator.load(base, device=device, precision=precision, options=options)
+    generator = ImageGenerator.load(
+        base, device=device, precision=precision, attention=attention, offload=offload
+    )
     model = generator.model
     given = {generator.add_adapter(Path(file)): strength for file, strength in adapters}
     plain = _plain_request(model, negative_prompt, (height, width), steps, guidance, sampler, seed)
@@ -104,9 +105,7 @@ def generate(
         check_request(model, request)
     make_folder(folder)  # after everything that can be wrong, before the long work
     images = generator.generate(requests, merge=merge, progress=progress)
-    hashes = {name: generator.hash_of(name) for name in given}
-    texts = [parameters_text(image.request, model.base, hashes) for image in images]
-    files = [write_numbered(folder, image, text) for image, text in zip(images, texts, strict=True)]
+    files = _write_images(folder, images, generator)
     sheet = None if strengths is None else _write_sweep(folder, images, strengths, given)
     return GenerateResult(tuple(files), sheet, time.perf_counter() - started)
 
@@ -217,6 +216,12 @@ def write_numbered(folder: Path, generated: GeneratedImage, text: str) -> Path:
     with _giving_back(file):
         save_png(generated.image, file, text)
     return file
+
+
+def _write_images(folder: Path, images: Sequence[GeneratedImage], generator: ImageGenerator) -> list[Path]:
+    hashes = {name: generator.hash_of(name) for name in generator.adapters}
+    texts = [parameters_text(image.request, generator.model.base, hashes) for image in images]
+    return [write_numbered(folder, image, text) for image, text in zip(images, texts, strict=True)]
 
 
 def _write_sweep(

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Self
 from ..adapters.attach import Merged, attach, detach, set_strengths
 from ..adapters.canonical import AdapterFile
 from ..adapters.strength import Strength
-from ..config.schema import Precision
-from ..devices import choose_device, choose_dtype, make_current, set_exactness
+from ..config.schema import AttentionName, ModelConfig, Precision
 from ..errors import AdapterFileError, ConfigError
-from ..families.loading import DEFAULT_OPTIONS, LoadOptions, load_model
+from ..families.compute import Compute
+from ..families.loading import load_model
 from ..formats.adapter_files import OpenAdapter
-from ..machine import idle_card_notice
 from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
 
 if TYPE_CHECKING:
@@ -40,31 +39,39 @@ class ImageGenerator:
     @classmethod
     def load(
         cls,
-        base: str,
+        base: str | ModelConfig,
         *,
         device: str | None = None,
         precision: Precision | None = None,
-        options: LoadOptions = DEFAULT_OPTIONS,
+        attention: AttentionName = "auto",
+        offload: bool = False,
     ) -> Self:
-        """Load a base (``mini``, a folder, a .safetensors file or a hub id).
+        """Load a base.
 
         Args:
-            base: see :func:`sdlora.families.loading.load_model`.
+            base: ``mini``, a folder, a .safetensors file or a hub id; or the settings of one, with another
+                VAE, say.
             device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; the fastest one present by default.
             precision: ``fp32``, ``bf16`` or ``fp16``; the fastest safe one by default.
-            options: prediction type, VAE, attention and the like.
+            attention: see :func:`sdlora.families.attention.choose_attention`.
+            offload: keep in the device's memory only the component that works.
 
         Raises:
-            ConfigError: for a device that is not there.
+            ConfigError: for a device that is not there, or a setting that the base has no use for.
             ModelError: for a base that cannot be loaded.
         """
-        chosen = choose_device(device)
-        if device is None and chosen.type == "cpu" and (notice := idle_card_notice()):
-            warnings.warn(notice, stacklevel=2)
-        make_current(chosen)
-        dtype = choose_dtype(precision, chosen)
-        set_exactness(chosen, dtype)
-        return cls(load_model(base, dtype=dtype, device=chosen, **dataclasses.asdict(options)))
+        compute = Compute.choose(device, precision, attention)
+        if compute.idle_card:
+            warnings.warn(compute.idle_card, stacklevel=2)
+        return cls(
+            load_model(
+                base,
+                dtype=compute.dtype,
+                device=compute.device,
+                attention=compute.attention,
+                offload=offload,
+            )
+        )
 
     @property
     def adapters(self) -> tuple[str, ...]:

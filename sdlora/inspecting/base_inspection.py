@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterFileError
-from ..families.loading import is_hub_id, locate
+from ..families.locating import is_hub_id, locate
 from ..families.recognition import Recognised, is_checkpoint, recognise
 from ..families.table import family_info
 from ..tensor_file import read_header

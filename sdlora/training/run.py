@@ -22,6 +22,7 @@ from ..devices import choose_dtype
 from ..errors import ConfigError, OutputError, TrainingError
 from ..events import Decided, Emitter, Notice
 from ..families.base import Conditioning, DiffusionModel
+from ..families.compute import Compute
 from ..families.loading import load_model
 from ..families.parallel import SplitPredictor
 from ..files import refuse_used_folder
@@ -30,7 +31,7 @@ from ..run_folder import RunFolder, list_checkpoints
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
 from .optimizers import make_optimizer, optimizer_kind
 from .processes import Processes
-from .settings import Compute, Final, Images, finalise
+from .settings import Final, Images, finalise
 from .shown_weights import weights_to_show
 from .state import Run, check_alike, check_same, masters_digest, restore, run_folder
 from .trainable import make_trainable
@@ -50,11 +51,13 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
     processes = processes or Processes()
     if processes.is_main:  # the run folder is only looked at here: other machines need not have it
         _check_folder(folder, emit, resume=resume)
-    images, compute = Images.of(config), Compute.of(config, processes)
+    images, settings = Images.of(config), config.training
+    compute = Compute.choose(processes.device or settings.device, settings.precision, settings.attention)
     if compute.idle_card:
         emit(Notice(compute.idle_card))
     blueprint = _base(config, compute, _META)
-    final = finalise(config, compute, blueprint, images)  # from here on no setting changes
+
+    final = finalise(config, compute, blueprint, images, processes.count)
     for note in final.training.notes:
         emit(Notice(note))
     for default in final.defaults:
@@ -87,14 +90,9 @@ def _check_folder(folder: RunFolder, emit: Emitter, *, resume: bool) -> None:
 def _base(config: Config, compute: Compute, device: torch.device) -> DiffusionModel:
     """Return the base; on the meta device a blueprint of it, for which no weight is read."""
     return load_model(
-        config.model.base,
+        config.model,
         dtype=compute.dtype,
         device=device,
-        family=config.model.family,
-        prediction_type=config.model.prediction_type,
-        zero_terminal_snr=config.model.zero_terminal_snr,
-        clip_skip=config.model.clip_skip,
-        vae=config.model.vae,
         attention=compute.attention,
         denoiser_waits=True,
     )

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..adapters.canonical import AdapterWeights
 from ..config.contradictions import warmup_problem
 from ..config.defaults import Default, OpenSettings, check_components, fill_data, fill_training
@@ -18,49 +16,12 @@ from ..data.reading.holdout import divide
 from ..data.reading.items import Dataset
 from ..data.reading.sources import by_role, gather, gather_held_out, joined
 from ..data.reading.wording import Wording, reworded
-from ..devices import choose_device, choose_dtype, make_current, set_exactness
 from ..errors import ConfigError
-from ..families.attention import Attentions, choose_attentions
 from ..families.base import DiffusionModel
-from ..machine import idle_card_notice
+from ..families.compute import Compute
 from ..number_formats import dtype_name
 from .optimizers import check_rates, optimizer_kind
-from .processes import Processes
 from .warm_start import warm_start
-
-
-@dataclass(frozen=True)
-class Compute:
-    """What a run computes with.
-
-    Attributes:
-        device: where.
-        dtype: number format of the frozen base.
-        attention: how.
-        num_processes: that train together.
-        idle_card: a notice, if there is a card that torch cannot use.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    attention: Attentions
-    num_processes: int
-    idle_card: str | None = None
-
-    @classmethod
-    def of(cls, config: Config, processes: Processes) -> Compute:
-        """Return what settings ask for, or else the fastest here, and have torch use it.
-
-        Raises:
-            ConfigError: for what is not there.
-        """
-        device = processes.device or choose_device(config.training.device)
-        make_current(device)
-        dtype = choose_dtype(config.training.precision, device)
-        set_exactness(device, dtype)
-        attention = choose_attentions(config.training.attention, device, dtype)
-        idle = idle_card_notice() if config.training.device is None and device.type == "cpu" else None
-        return cls(device, dtype, attention, processes.count, idle)
 
 
 @dataclass(frozen=True)
@@ -111,7 +72,9 @@ class Final:
     start: AdapterWeights | None
 
 
-def finalise(config: Config, compute: Compute, blueprint: DiffusionModel, images: Images) -> Final:
+def finalise(
+    config: Config, compute: Compute, blueprint: DiffusionModel, images: Images, num_processes: int
+) -> Final:
     """Decide every setting that is open, each from what was decided before it.
 
     Args:
@@ -119,13 +82,14 @@ def finalise(config: Config, compute: Compute, blueprint: DiffusionModel, images
         compute: what the run computes with.
         blueprint: of the base; no weight is looked at.
         images: all there are.
+        num_processes: that train together.
 
     Raises:
         ConfigError: for settings that the base, the images or the file to go on from contradict.
         ModelError: for a base that recommends what cannot be.
         DatasetError: if no image is left to train on.
     """
-    facts = base_facts(blueprint, compute.device.type, compute.num_processes)
+    facts = base_facts(blueprint, compute.device.type, num_processes)
     check_components(config, facts)
     open_settings = OpenSettings(config, facts)
     _fill_compute(open_settings, compute)
@@ -142,7 +106,7 @@ def finalise(config: Config, compute: Compute, blueprint: DiffusionModel, images
     rule = optimizer_kind(config.optimizer).rate
     fill_training(open_settings, data_facts(config, training, validation), rule)
     check_rates(open_settings.config, facts.parts)
-    outline = outline_data(open_settings, training, blueprint, compute.num_processes)
+    outline = outline_data(open_settings, training, blueprint, num_processes)
     _check_warmup(open_settings.config, outline.steps)
     defaults = tuple(open_settings.defaults)
     return Final(open_settings.final(), defaults, training, validation, outline, start)

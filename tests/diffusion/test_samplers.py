@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdlora.config.schema import PredictionType
+from sdlora.config.schema import ModelConfig, PredictionType
 from sdlora.diffusion.ddpm import DDPM
 from sdlora.diffusion.samplers import SAMPLERS, find_sampler, make_scheduler
 from sdlora.errors import ConfigError
@@ -206,9 +206,8 @@ def test_names_are_found_in_any_case_and_misspellings_get_the_nearest() -> None:
 
 
 def test_the_tiny_base_runs_with_v_prediction(tiny_base: Path) -> None:
-    model = load_model(
-        str(tiny_base), dtype=torch.float32, device=torch.device("cpu"), prediction_type="v_prediction"
-    )
+    base = ModelConfig(base=str(tiny_base), prediction_type="v_prediction")
+    model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
     for name in SAMPLERS:
         request = GenerateRequest("a", height=32, width=32, steps=3, guidance=2.0, sampler=name, seed=0)
         assert bool(torch.isfinite(denoise(model, [request])).all())

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdlora.families.loading import ASSETS
+from sdlora.families.locating import ASSETS
 
 FAMILY_NAMES = ("sd1", "sd2", "sdxl")
 FORMS = ("folder", "file", "hub cache")
@@ -111,7 +111,7 @@ def in_form(
         save_file(as_ldm(family, states), file)
         # the shipped configs describe the true sizes; here the narrow base's stand in for them
         shutil.copytree(folder, room / "assets" / family)
-        monkeypatch.setattr("sdlora.families.loading.ASSETS", room / "assets")
+        monkeypatch.setattr("sdlora.families.components.ASSETS", room / "assets")
         return str(file)
     commit = "0" * 40
     model = room / "hub" / "models--somebody--narrow"

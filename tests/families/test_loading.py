@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sdlora.config.schema import ModelConfig
 from sdlora.errors import ConfigError, ModelError
-from sdlora.families.hub import wanted_files
-from sdlora.families.loading import ASSETS, load_model, load_parts
+from sdlora.families.components import load_parts
+from sdlora.families.loading import load_model
+from sdlora.families.locating import ASSETS, wanted_files
 from sdlora.families.recognition import recognise
 from sdlora.families.unet_model import UNetModel
 from sdlora.tensor_file import CONVERT
@@ -295,7 +297,7 @@ def test_damaged_missing_and_wrong_places_are_named(tmp_path: Path, tiny_base: P
 
 def test_clip_skip_is_refused_where_it_has_no_meaning(bases: Bases) -> None:
     with pytest.raises(ConfigError, match="clip_skip"):
-        load_model(str(bases["sdxl"][0]), dtype=torch.float32, device=CPU, clip_skip=2)
+        load_model(ModelConfig(base=str(bases["sdxl"][0]), clip_skip=2), dtype=torch.float32, device=CPU)
 
 
 def test_hub_id_without_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sdlora.config.schema import ModelConfig
 from sdlora.errors import ModelError
-from sdlora.families.loading import ASSETS, load_model
+from sdlora.families.loading import load_model
+from sdlora.families.locating import ASSETS
 from sdlora.families.recognition import recognise
 from sdlora.families.table import FAMILIES
 from tools.true_sizes import checkpoint_shapes
@@ -188,7 +190,11 @@ def test_a_single_file_of_sd2_has_the_resolution_of_its_kind(
     shapes = checkpoint_shapes("sd2")
     file = checkpoint(tmp_path / "m.safetensors", sd2_keys() | {PROBE: shapes[PROBE]})
     meta = torch.device("meta")
-    model = load_model(str(file), dtype=torch.float32, device=meta, prediction_type=prediction)  # type: ignore[arg-type]
+    model = load_model(
+        ModelConfig(base=str(file), prediction_type=prediction),  # type: ignore[arg-type]
+        dtype=torch.float32,
+        device=meta,
+    )
     assert model.facts.native_resolution == side
 
 
@@ -196,12 +202,8 @@ def test_zero_terminal_snr_with_epsilon_is_refused(tmp_path: Path) -> None:
     make_base(tmp_path / "base", "sd1", rescale_betas_zero_snr=True)
     with pytest.raises(ModelError, match="needs v-prediction"):
         load_model(str(tmp_path / "base"), dtype=torch.float32, device=torch.device("cpu"))
-    model = load_model(
-        str(tmp_path / "base"),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        prediction_type="v_prediction",
-    )
+    base = ModelConfig(base=str(tmp_path / "base"), prediction_type="v_prediction")
+    model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
     assert model.process.ends_in_noise
     assert float(model.process.alphas_cumprod[-1]) == 0.0
 

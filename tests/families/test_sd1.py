@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from sdlora.config.schema import ModelConfig
 from sdlora.families.base import stack_conditioning
 from sdlora.families.loading import load_model
 from sdlora.families.unet_model import UNetModel
@@ -20,8 +22,8 @@ def model() -> UNetModel:
     return load_model("mini", dtype=torch.float32, device=CPU)
 
 
-def loaded(base: Path, **options: object) -> UNetModel:
-    return load_model(str(base), dtype=torch.float32, device=CPU, **options)  # type: ignore[arg-type]
+def loaded(base: Path, **options: Any) -> UNetModel:
+    return load_model(ModelConfig(base=str(base), **options), dtype=torch.float32, device=CPU)
 
 
 def pipeline_of(model: UNetModel) -> StableDiffusionPipeline:

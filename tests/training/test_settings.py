@@ -17,7 +17,7 @@ from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError, ModelError
 from sdlora.events import Decided, Emitter, Event, Sampled, StepDone, Validated
-from sdlora.families import attention, loading
+from sdlora.families import attention, compute, loading
 from sdlora.training import memory, run, settings
 from sdlora.training.finish import adapter_file
 from sdlora.training.train import train
@@ -66,7 +66,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted(memory, "create_adapter", of_adapter)
     counted(settings, "finalise", lambda *args: "finalised")
     counted(run, "finalise", lambda *args: "finalised")
-    for module in (settings, loading):
+    for module in (compute, loading):
         counted(module, "choose_attentions", lambda *args: "attention")
     original = attention.choose_attention
 

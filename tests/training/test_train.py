@@ -431,7 +431,7 @@ def test_a_card_left_idle_is_told_and_the_cpu_is_not_called_the_fastest(
 ) -> None:
     card = Card("NVIDIA GeForce RTX 3060", (8, 6), 12 * 2**30)
     facts = MachineFacts("Windows", "python.exe", "2.13.0+cpu", driver="591.44", present=(card,))
-    monkeypatch.setattr("sdlora.training.settings.idle_card_notice", lambda: notice_of(facts))
+    monkeypatch.setattr("sdlora.families.compute.idle_card_notice", lambda: notice_of(facts))
     recorder = Recorder()
     config = settings("run").with_values({"training.device": None})
     run = prepare_run(config, resume=False, emit=Emitter((recorder,)))

@@ -256,11 +256,9 @@ def merged(*kinds: str) -> Play:
 def offloaded_and_merged(stage: Stage) -> None:
     """With ``--offload`` the denoiser is on the card when adapters are merged; it goes home with them."""
     import sdlora
-    from sdlora.families.loading import LoadOptions
 
     (file,) = _adapters(stage, "lora")
-    options = LoadOptions(offload=True)
-    generator = sdlora.ImageGenerator.load("mini", device="cuda", precision="bf16", options=options)
+    generator = sdlora.ImageGenerator.load("mini", device="cuda", precision="bf16", offload=True)
     generator.generate([_request("Euler")])
     name = generator.add_adapter(file)
     generator.merge({name: 1.0})
@@ -274,12 +272,9 @@ def offloaded_and_merged(stage: Stage) -> None:
 def offloaded(stage: Stage) -> None:
     """``--offload``: only the component that works is on the card, and it stays there while it works."""
     import sdlora
-    from sdlora.families.loading import LoadOptions
 
     (file,) = _adapters(stage, "lora")
-    generator = sdlora.ImageGenerator.load(
-        "mini", device="cuda", precision="bf16", options=LoadOptions(offload=True)
-    )
+    generator = sdlora.ImageGenerator.load("mini", device="cuda", precision="bf16", offload=True)
     name = generator.add_adapter(file)
     images = generator.generate([_request("Euler a", {name: 0.5}), _request("Euler a", {name: 0.5}, seed=2)])
     assert len(images) == 2

@@ -45,9 +45,7 @@ def examine_settings(
         ModelError: for a base that cannot be used.
         ConfigError: when the resolution is smaller than the size multiple.
     """
-    blueprint = load_model(
-        config.model.base, dtype=torch.float32, device=torch.device("meta"), vae=config.model.vae
-    )
+    blueprint = load_model(config.model, dtype=torch.float32, device=torch.device("meta"))
     facts = base_facts(blueprint, "cpu")
     multiple = multiple or blueprint.facts.size_multiple
     training_survey = survey_all(config.data, progress)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from sdlora.config.schema import ModelConfig
 from sdlora.data.batching.buckets import Placement, make_buckets, place
 from sdlora.data.batching.cache import EncodedDataset, to_pixels
 from sdlora.data.batching.views import AugmentationViews
@@ -98,7 +99,9 @@ def test_any_change_is_noticed(
         with torch.no_grad():
             used.vae.quant_conv.bias.add_(0.1)
     elif change == "encoder":
-        used = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"), clip_skip=2)
+        used = load_model(
+            ModelConfig(base=str(tiny_base), clip_skip=2), dtype=torch.float32, device=torch.device("cpu")
+        )
     data = encoded(dataset, used, cache, **options)
     if change == "geometry":
         placement = data.placements[0]

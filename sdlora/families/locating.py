@@ -1,6 +1,7 @@
-"""Fetches a model from the Hugging Face hub into its ordinary cache, taking no more files than are read.
+"""From what the user names (``mini``, a folder, a file, a hub id) to where it lies on this machine.
 
-Offline mode (``HF_HUB_OFFLINE=1``) and a missing network fall back to what the cache holds.
+A hub model is fetched into the hub's ordinary cache, taking no more files than are read. Offline mode
+(``HF_HUB_OFFLINE=1``) and a missing network fall back to what the cache holds.
 """
 
 from __future__ import annotations
@@ -9,10 +10,57 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ..errors import ModelError
+from ..tensor_file import CONVERT
 from .facts import AUTOENCODER
 from .table import FAMILIES, component_names
 
+ASSETS = Path(__file__).parent.parent / "assets"
+CODE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+"""Endings of files that can run code when they are opened, and so are not."""
 _VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
+
+
+def locate(source: str, *, fetch: bool = True) -> Path:
+    """Return the folder or file of a base model, fetched from the hub if it is a hub id.
+
+    Args:
+        source: see :func:`sdlora.families.loading.load_model`.
+        fetch: False for looking at nothing but the hub's cache.
+
+    Raises:
+        ModelError: if there is none, or it is a kind of file that is not read.
+    """
+    if source == "mini":
+        return ASSETS / "mini"
+    path = Path(source).expanduser()
+    if path.suffix.lower() in CODE_SUFFIXES:
+        raise ModelError(
+            f"{source}: {path.suffix} files can run code when opened and are not read; use the .safetensors "
+            f"version of this checkpoint, convert it in your WebUI (Checkpoint Merger), or {CONVERT}"
+        )
+    if path.is_file():
+        if path.suffix.lower() != ".safetensors":
+            raise ModelError(f"{source}: not a .safetensors file; give a .safetensors checkpoint or a folder")
+        return path
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ModelError(
+                f"{source}: no model_index.json inside, so this is not a diffusers model folder; "
+                "give the folder that holds model_index.json, or a .safetensors checkpoint"
+            )
+        return path
+    if is_hub_id(source):
+        return from_hub(source, fetch=fetch)
+    raise ModelError(f"{source}: no such base model; give `mini`, a folder, a .safetensors file or a hub id")
+
+
+def is_hub_id(source: str) -> bool:
+    """Tell whether a source is meant as ``owner/name`` on the hub rather than as a path."""
+    path = Path(source).expanduser()
+    local = path.exists() or path.is_absolute() or source.startswith((".", "~"))
+    return (
+        source.count("/") == 1 and not local and path.suffix.lower() not in (".safetensors", *CODE_SUFFIXES)
+    )
 
 
 def from_hub(source: str, *, vae: bool = False, fetch: bool = True) -> Path:
