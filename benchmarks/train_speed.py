@@ -41,7 +41,7 @@ class Side:
         wall_s: the whole process at the longer length.
         start_s: the part of it that is not steps.
         peak_bytes: most memory the process held.
-        loss: objective of its LoRA, see :mod:`adapter_loss`.
+        loss: objective of its LoRA, see :mod:`adapter_loss`; None if nobody measured it.
     """
 
     images_per_second: float
@@ -49,13 +49,13 @@ class Side:
     wall_s: float
     start_s: float
     peak_bytes: int
-    loss: float
+    loss: float | None
 
 
 Round = Mapping[Trainer, Side]
 
 
-def side(short: Measured, long: Measured, batch_size: int, loss: float) -> Side:
+def side(short: Measured, long: Measured, batch_size: int, loss: float | None) -> Side:
     """Return what two runs of different lengths say about a trainer.
 
     Raises:
@@ -88,11 +88,18 @@ def measure_round(
     return {name: (short, long) for name, (short, long) in runs.items()}
 
 
-def problems(rounds: Sequence[Round], base_loss: float, layouts: Mapping[Trainer, object]) -> list[str]:
-    """Return why the times are not worth comparing; empty if they are."""
+def problems(
+    rounds: Sequence[Round], base_loss: float | None, layouts: Mapping[Trainer, object]
+) -> list[str]:
+    """Return why the times are not worth comparing; empty if they are.
+
+    Without the base's loss nobody looked at what was learned.
+    """
     faults = []
     if layouts["sdlora"] != layouts["diffusers"]:
         faults.append("the two LoRA files differ in layers, ranks or scales")
+    if base_loss is None:
+        return faults
     gains = {
         name: base_loss - _median([round_measured[name].loss for round_measured in rounds])
         for name in TRAINERS
@@ -110,7 +117,7 @@ def problems(rounds: Sequence[Round], base_loss: float, layouts: Mapping[Trainer
     return faults
 
 
-def table(rounds: Sequence[Round], base_loss: float) -> str:
+def table(rounds: Sequence[Round], base_loss: float | None) -> str:
     """Return the result as a Markdown table: each cell is the median and the range over the rounds."""
     rows: list[tuple[str, str, float, int, bool]] = [
         ("images/s of a step", "images_per_second", 1.0, 1, True),
@@ -118,7 +125,7 @@ def table(rounds: Sequence[Round], base_loss: float) -> str:
         ("whole run, s", "wall_s", 1.0, 1, False),
         ("of it not steps, s", "start_s", 1.0, 1, False),
         ("peak memory, MiB", "peak_bytes", 1 / 2**20, 0, False),
-        ("objective after", "loss", 1.0, 4, False),
+        *([("objective after", "loss", 1.0, 4, False)] if base_loss is not None else []),
     ]
     lines = ["| | sdlora | diffusers | times better |", "|---|---|---|---|"]
     for title, attribute, factor, digits, more_is_better in rows:
@@ -131,9 +138,9 @@ def table(rounds: Sequence[Round], base_loss: float) -> str:
         if attribute != "loss":
             ratio = _spread([o / p if more_is_better else p / o for o, p in zip(ours, peers, strict=True)], 2)
         lines.append(f"| {title} | {cells[0]} | {cells[1]} | {ratio} |")
-    return "\n".join(
-        [*lines, "", f"Objective of the base without a LoRA: {base_loss:.4f} (lower is better)."]
-    )
+    if base_loss is not None:
+        lines += ["", f"Objective of the base without a LoRA: {base_loss:.4f} (lower is better)."]
+    return "\n".join(lines)
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -165,9 +172,20 @@ def _cpu_name() -> str:
 
 
 def compare(
-    settings: Settings, images: Path, folder: Path, rounds: int, steps: int, warm_up: int
+    settings: Settings,
+    images: Path,
+    folder: Path,
+    rounds: int,
+    steps: int,
+    warm_up: int,
+    *,
+    speed_only: bool = False,
 ) -> dict[str, Any]:
-    """Run the whole comparison below ``folder``; return the result as JSON values."""
+    """Run the whole comparison below ``folder``; return the result as JSON values.
+
+    Args:
+        speed_only: do not look at what was learned: with random weights there is nothing to learn.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
     from adapter_loss import LossMeter, layout
 
@@ -182,22 +200,24 @@ def compare(
             f"{name} {long.wall_s - short.wall_s:.1f} s" for name, (short, long) in runs[-1].items()
         )
         print(f"round {number + 1}/{rounds}: {steps} steps in {times}", file=sys.stderr, flush=True)
-    print("measuring what was learned", file=sys.stderr, flush=True)
-    meter = LossMeter(
-        settings.base,
-        prepared.folders["sdlora"],
-        prepared.captions,
-        resolution=settings.resolution,
-        min_snr_gamma=settings.min_snr_gamma,
-    )
+    base_loss, measure = None, _not_measured
+    if not speed_only:
+        print("measuring what was learned", file=sys.stderr, flush=True)
+        meter = LossMeter(
+            settings.base,
+            prepared.folders["sdlora"],
+            prepared.captions,
+            resolution=settings.resolution,
+            min_snr_gamma=settings.min_snr_gamma,
+        )
+        base_loss, measure = meter.measure(None), meter.measure
     measured = [
         {
-            name: side(short, long, settings.batch_size, meter.measure(long.adapter))
+            name: side(short, long, settings.batch_size, measure(long.adapter))
             for name, (short, long) in round_run.items()
         }
         for round_run in runs
     ]
-    base_loss = meter.measure(None)
     faults = problems(measured, base_loss, {name: layout(runs[-1][name][1].adapter) for name in TRAINERS})
     ratios = [
         round_measured["sdlora"].images_per_second / round_measured["diffusers"].images_per_second
@@ -216,6 +236,10 @@ def compare(
     }
 
 
+def _not_measured(adapter: Path | None) -> float | None:
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print the table, and write the JSON file if one is asked for."""
     options = _parser().parse_args(arguments)
@@ -230,11 +254,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         min_snr_gamma=5.0,
         threads=options.threads,
         peer_workers=options.peer_workers,
+        device=options.device,
     )
     try:
         with tempfile.TemporaryDirectory(prefix="train-speed-") as folder:
             result = compare(
-                settings, options.images, Path(folder), options.rounds, options.steps, options.warm_up
+                *(settings, options.images, Path(folder), options.rounds, options.steps, options.warm_up),
+                speed_only=options.speed_only,
             )
     except BenchmarkError as error:
         print(f"train_speed: {error}", file=sys.stderr)
@@ -273,6 +299,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--peer-workers", type=int, default=0, help="the peer's data loading processes")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--speed-only", action="store_true", help="do not measure what was learned")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     return parser
 

@@ -20,6 +20,7 @@ from typing import Literal
 from sdlora.data.reading.folder import load_pixels, scan
 
 Trainer = Literal["sdlora", "diffusers"]
+Device = Literal["cpu", "cuda"]
 TRAINERS: tuple[Trainer, Trainer] = ("sdlora", "diffusers")
 
 
@@ -44,6 +45,7 @@ class Settings:
         peer_workers: the peer's data loading processes.
         schedule: of the learning rate, a name that both know.
         warmup_steps: over which the rate rises.
+        device: of both.
     """
 
     base: Path
@@ -58,6 +60,7 @@ class Settings:
     peer_workers: int
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 0
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,12 @@ def run(
     """
     folder.mkdir(parents=True)
     command, adapter = (_ours if trainer == "sdlora" else _peers)(settings, images, folder, steps, seed)
-    wall, cpu, peak = measured(trainer, command, folder, adapter, settings.threads)
+    wall, cpu, peak = measured(trainer, command, folder, adapter, settings.threads, settings.device)
     return Measured(steps, wall, cpu, peak, adapter)
 
 
 def measured(
-    name: str, command: list[str], folder: Path, adapter: Path, threads: int
+    name: str, command: list[str], folder: Path, adapter: Path, threads: int, device: Device = "cpu"
 ) -> tuple[float, float, int]:
     """Run a trainer's command; return its wall and CPU seconds and the most memory it held, in bytes.
 
@@ -133,7 +136,7 @@ def measured(
     with log.open("wb") as output:
         began = time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(threads), cwd=folder
+            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(threads, device), cwd=folder
         )
         try:
             _, status, usage = os.wait4(process.pid, 0)
@@ -148,10 +151,10 @@ def measured(
     return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(threads: int, device: Device) -> dict[str, str]:
     return {
         **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
+        **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -179,7 +182,7 @@ def _ours(settings: Settings, images: Images, folder: Path, steps: int, seed: in
         "training.steps": steps,
         "training.batch_size": settings.batch_size,
         "training.precision": settings.precision,
-        "training.device": "cpu",
+        "training.device": settings.device,
         "training.seed": seed,
         "training.min_snr_gamma": settings.min_snr_gamma,
         "training.checkpoint_every": steps,

@@ -14,14 +14,17 @@ from .number_formats import dtype_of
 def choose_device(setting: str | None) -> torch.device:
     """Return the device asked for, or else the fastest one torch can use: CUDA, then MPS, then the CPU.
 
-    Where a card is present that torch cannot use, :func:`sdlora.machine.idle_card_notice` says so.
+    Of several cards it is the first that torch has kernels for. Where a card is present that torch cannot
+    use, :func:`sdlora.machine.idle_card_notice` says so.
 
     Raises:
         ConfigError: if the device asked for is not a device, or is not there.
     """
     if setting is None:
-        if torch.cuda.is_available() and lack_of_kernels(0) is None:
-            return torch.device("cuda")
+        if torch.cuda.is_available():
+            for index in range(torch.cuda.device_count()):
+                if lack_of_kernels(index) is None:
+                    return torch.device(f"cuda:{index}" if index else "cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(setting)
@@ -41,7 +44,8 @@ def choose_device(setting: str | None) -> torch.device:
 def choose_dtype(setting: str | None, device: torch.device) -> torch.dtype:
     """Return the number format asked for, or else the fastest one that is safe on ``device``.
 
-    CUDA: bf16 where the card computes in it, else fp16, but fp32 on a GTX 16xx, which gets NaN in fp16.
+    CUDA: bf16 where the card computes in it, else fp16, but fp32 on a GTX 16xx and its like, which get NaN
+    in fp16.
     MPS: fp32. CPU: bf16 only with AMX tiles; without them it is emulated and the mini base's denoiser takes
     1.4 to 1.6 times as long as in fp32 (measured on 2 cores with AVX-512 but no AMX: 204 against 136 ms at
     batch 2, 571 against 349 ms at batch 16).
@@ -49,15 +53,20 @@ def choose_dtype(setting: str | None, device: torch.device) -> torch.dtype:
     if setting is not None:
         return dtype_of(setting)
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        # asked of this card: torch's own function asks the current one
+        if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16
         return half_of_card(torch.cuda.get_device_name(device))
     return torch.bfloat16 if device.type == "cpu" and has_amx() else torch.float32
 
 
+# all cards with the chips TU116 and TU117: as GTX, for workstations, in notebooks, for miners
+_NAN_IN_FP16 = re.compile(r"\b(GTX 16\d\d|T(400|500|550|600|1000|1200|2000)|MX[45]50|CMP 30HX)\b")
+
+
 def half_of_card(name: str) -> torch.dtype:
     """Return the format for a card without bf16: fp16, but fp32 for those known to give NaN (GTX 16xx)."""
-    return torch.float32 if re.search(r"\bGTX 16\d\d\b", name) else torch.float16
+    return torch.float32 if _NAN_IN_FP16.search(name) else torch.float16
 
 
 def has_amx() -> bool:
@@ -80,6 +89,23 @@ def _check_cuda(setting: str, device: torch.device) -> None:
         )
     if lack := lack_of_kernels(device.index or 0):
         raise ConfigError(f"device `{setting}`: {lack}; `sdlora doctor` says which torch to install")
+
+
+_LACK_OF_MEMORY = (
+    *("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
+    *("not enough memory", "can't allocate memory", "cannot allocate memory"),
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a device's memory did not suffice; only CUDA's allocator has an error of its own for it.
+
+    cuBLAS and cuDNN, which take memory past that allocator, MPS and the CPU say so in words.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _LACK_OF_MEMORY)
 
 
 def make_current(device: torch.device) -> None:

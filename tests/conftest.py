@@ -180,12 +180,16 @@ def narrow_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def true_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family -> a single file of its true size: random weights, fp16, 2 to 7 GB, made once."""
+    """Family -> a single file of its true size: random weights, fp16, 2 to 7 GB, made once.
+
+    Those in $SDLORA_TRUE_BASES, if that is set, are taken from there and kept.
+    """
     import torch
 
     from tools.true_sizes import write_checkpoint
 
-    folder = tmp_path_factory.mktemp("true")
+    kept = os.environ.get("SDLORA_TRUE_BASES")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("true")
 
     def make(family: str) -> Path:
         file = folder / f"{family}.safetensors"

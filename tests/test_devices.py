@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdlora.config.schema import Precision
-from sdlora.devices import choose_device, choose_dtype, has_amx
+from sdlora.devices import choose_device, choose_dtype, has_amx, is_out_of_memory
 from sdlora.errors import ConfigError
 
 
@@ -31,6 +31,25 @@ def test_a_device_that_is_not_there_is_refused(setting: str) -> None:
 )
 def test_a_named_precision_is_taken(setting: Precision, dtype: torch.dtype) -> None:
     assert choose_dtype(setting, torch.device("cpu")) == dtype
+
+
+@pytest.mark.parametrize(
+    ("error", "lacking"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.87 GB)"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_lack_of_memory_is_told_from_other_errors(error: Exception, lacking: bool) -> None:
+    assert is_out_of_memory(error) == lacking
 
 
 def test_a_cpu_gets_bf16_only_with_amx() -> None:

@@ -170,6 +170,10 @@ def test_cards_on_the_bus_are_seen_without_a_driver(tmp_path: Path) -> None:
 def test_cards_that_give_nan_in_fp16_compute_in_fp32() -> None:
     assert half_of_card("NVIDIA GeForce GTX 1660 SUPER") == torch.float32
     assert half_of_card("NVIDIA GeForce GTX 1650") == torch.float32
+    for name in ("NVIDIA T1000 8GB", "Quadro T2000", "NVIDIA T400 4GB", "NVIDIA GeForce MX450", "CMP 30HX"):
+        assert half_of_card(name) == torch.float32, name
+    for name in ("Tesla T4", "Quadro RTX 4000", "NVIDIA GeForce GTX 1080 Ti", "Tesla V100-SXM2-16GB"):
+        assert half_of_card(name) == torch.float16, name
     assert half_of_card("NVIDIA GeForce RTX 2060") == torch.float16
     assert half_of_card("NVIDIA GeForce GTX 1080") == torch.float16
 

@@ -111,7 +111,7 @@ def _chosen() -> dict[str, str]:
     attention = choose_attention("auto", device, dtype, training=True)
     precision = str(dtype).removeprefix("torch.")
     return {
-        "training.device": device.type,
+        "training.device": str(device),
         "training.precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[precision],
         "training.attention": f"{attention.name} ({attention.reason})",
     }

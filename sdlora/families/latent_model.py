@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import ModelConfig
+from ..devices import is_out_of_memory
 from ..diffusion.process import NoiseProcess
 from .attention import Attentions
 from .base import (
@@ -152,8 +153,8 @@ class LatentModel(DiffusionModel):
         try:
             image: Tensor = self.vae.decode(unscaled).sample
             return image
-        except torch.OutOfMemoryError:
-            if self.vae.use_tiling:
+        except Exception as error:
+            if self.vae.use_tiling or not is_out_of_memory(error):
                 raise
             warnings.warn(
                 "not enough memory to decode an image at once: from here on they are decoded in tiles, "

@@ -10,6 +10,7 @@ import torch
 
 from ..data.batching.batches import make_batch
 from ..data.reading.items import Visit
+from ..devices import is_out_of_memory
 from ..errors import TrainingError
 from .objective import loss_of
 
@@ -44,7 +45,9 @@ def measure_cost(run: Run) -> Cost:
         _pass(run, visits)
         _wait_for(run.model.facts.device)
         seconds = time.perf_counter() - began
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingError(
             f"{run.model.facts.device}: not enough memory for training.batch_size={settings.batch_size} at "
             f"{run.config.data.resolution} px; use a smaller training.batch_size, "

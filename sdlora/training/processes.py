@@ -27,7 +27,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from ..devices import choose_device
+from ..devices import choose_device, is_out_of_memory
 from ..errors import ConfigError, OtherProcessError, SdloraError, TrainingError
 
 _WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -135,7 +135,9 @@ class Processes:
             return [make()]
         try:
             message = b"1" + make()
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             message = b"0"
         shares = self.exchange_bytes(message)
         if b"0" in shares:

@@ -122,7 +122,9 @@ def _check_warmup(config: Config, steps: int) -> None:
 def _fill_compute(open_settings: OpenSettings, compute: Compute) -> None:
     kind, attention = compute.device.type, compute.attention.training
     why = "torch cannot use the card that is here" if compute.idle_card else "the fastest one here"
-    open_settings.fill("training.device", kind, why, ask_base=False)
+    # which of several cards is to be told, but in a run of several processes each has another one
+    device = kind if compute.num_processes > 1 else str(compute.device)
+    open_settings.fill("training.device", device, why, ask_base=False)
     precision, reason = dtype_name(compute.dtype), f"fastest safe one on {kind}"
     open_settings.fill("training.precision", precision, reason, ask_base=False)
     open_settings.say("training.attention", attention.name, attention.reason)

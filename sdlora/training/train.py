@@ -21,6 +21,7 @@ import torch
 
 from ..config.schema import Config
 from ..data.batching.batches import Batch
+from ..devices import is_out_of_memory
 from ..errors import TrainingError
 from ..events import (
     CheckpointSaved,
@@ -208,8 +209,10 @@ def _if_it_fits(run: Run, what: str, work: Callable[[Run], Result]) -> Result | 
     """Do what training can do without; where the device's memory does not suffice, say so and go on."""
     try:
         return work(run)
-    except torch.OutOfMemoryError:
-        pass  # what it has reached is released with the error, below
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        # what it has reached is released with the error
     torch.cuda.empty_cache()
     run.emit(
         Notice(

@@ -96,8 +96,13 @@ def test_out_of_memory_in_previews_and_validation_is_a_notice(
             def lacking(*_: Any, **__: Any) -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
+            def lacking_elsewhere(*_: Any, **__: Any) -> None:
+                raise RuntimeError(
+                    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+                )
+
             monkeypatch.setattr("sdlora.training.previews.render", lacking)
-            monkeypatch.setattr("sdlora.training.validation._loss_of_image", lacking)
+            monkeypatch.setattr("sdlora.training.validation._loss_of_image", lacking_elsewhere)
         else:
             assert [text.partition(" has not enough memory for ")[2][:12] for text in skipped] == [
                 "validation; ",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,9 @@ from sdlora.training.train import train
 Make = Callable[..., Path]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PATIENT_SECONDS = 8  # what is waited for a process that does not report
+STEPS = 90
+TCP_RETRIES = 5  # some 13 s
+Rendezvous = Callable[[int], list[str]]
 
 
 def ip(*words: str) -> None:
@@ -74,6 +79,10 @@ def machines() -> Iterator[tuple[str, str]]:
         yield names
     finally:
         for name in names:
+            inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+            for process in inside.split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
@@ -92,7 +101,7 @@ def settings(tiny_base: Path, image_folder: Make, tmp_path: Path) -> Callable[..
                     "training.precision=fp32",
                 ),
                 *(
-                    "training.steps=90",
+                    f"training.steps={STEPS}",
                     "training.checkpoint_every=20",
                     "data.validation=0",
                     "sample.prompts=[]",
@@ -110,18 +119,26 @@ def settings(tiny_base: Path, image_folder: Make, tmp_path: Path) -> Callable[..
     return make
 
 
-def start(machine: int, names: tuple[str, str], config: Config, *options: str) -> subprocess.Popen[bytes]:
+def numbered(machine: int) -> list[str]:
+    """Torchrun's static rendezvous: each machine is told its number."""
+    return ["--node-rank", str(machine), "--master-addr", ADDRESSES[0], "--master-port", "29500"]
+
+
+def met(machine: int) -> list[str]:
+    """Torchrun's c10d rendezvous, which knows its machine by a hostname that says nothing in a namespace."""
+    endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29500", "--rdzv-id", "test"]
+    host = f"is_host={int(machine == 0)},read_timeout=10"
+    return [*endpoint, "--rdzv-conf", host, "--local-addr", ADDRESSES[machine]]
+
+
+def start(
+    machine: int, names: tuple[str, str], rendezvous: Rendezvous, config: Config, *options: str
+) -> subprocess.Popen[bytes]:
     """Start torchrun on one machine; each has its own run folder and cache."""
     assert config.output.folder is not None
     file = config.output.folder.with_suffix(".toml")
     save_config(config, file)
-    launcher = [
-        *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", f"{ADDRESSES[0]}:29500", "--rdzv-id", "test"),
-        # torchrun knows its own machine by its hostname, which says nothing in a namespace, and asks the
-        # machine it cannot reach several times, a minute each
-        *("--rdzv-conf", f"is_host={int(machine == 0)},read_timeout=10", "--local-addr", ADDRESSES[machine]),
-    ]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous(machine)]
     command = [sys.executable, *launcher, "-m", "sdlora", "train", "--config", str(file), *options]
     with log_of(config).open("a", encoding="utf-8") as log:  # not a pipe: it would fill while nobody reads
         return subprocess.Popen(
@@ -142,11 +159,16 @@ def steps_of(run: Path) -> int:
     return sum(event["event"] == "StepDone" for event in read_events(run))
 
 
+@pytest.mark.parametrize("rendezvous", [numbered, met])
 def test_a_cut_cable_ends_both_machines_and_the_run_goes_on_exactly(
-    settings: Callable[..., Config], machines: tuple[str, str], tmp_path: Path
+    rendezvous: Rendezvous, settings: Callable[..., Config], machines: tuple[str, str], tmp_path: Path
 ) -> None:
+    if rendezvous is met:  # its agents wait for each other until TCP gives up: by itself after 15 minutes
+        for name in machines:
+            give_up = f"echo {TCP_RETRIES} > /proc/sys/net/ipv4/tcp_retries2"
+            ip("netns", "exec", name, "sh", "-c", give_up)
     configs = [settings("first"), settings("second")]
-    running = [start(number, machines, config) for number, config in enumerate(configs)]
+    running = [start(number, machines, rendezvous, config) for number, config in enumerate(configs)]
     saved = tmp_path / "first" / "checkpoints"
     wait_for(lambda: list_checkpoints(saved) or any(process.poll() for process in running))
     assert list_checkpoints(saved), log_of(configs[0]).read_text(encoding="utf-8")[-3000:]
@@ -157,23 +179,27 @@ def test_a_cut_cable_ends_both_machines_and_the_run_goes_on_exactly(
         assert process.wait(PATIENCE) != 0
         ends.append(time.monotonic() - cut)
         text = log_of(config).read_text(encoding="utf-8")
+        assert "cannot be reached" in text and "--resume" in text
         print(f"--- ended {ends[-1]:.0f} s after the cut, at step {reached}:", text[-2500:], sep="\n")
     first = list_checkpoints(tmp_path / "first" / "checkpoints")
     assert first and not (tmp_path / "second").exists(), "only the main process writes"
     assert max(ends) < 120
 
     ip("-n", machines[0], "link", "set", "cable0", "up")
-    running = [start(number, machines, config, "--resume") for number, config in enumerate(configs)]
+    assert steps_of(tmp_path / "first") < STEPS
+    running = [
+        start(number, machines, rendezvous, config, "--resume") for number, config in enumerate(configs)
+    ]
     for process, config in zip(running, configs, strict=True):
         assert process.wait(2 * PATIENCE) == 0, log_of(config).read_text(encoding="utf-8")[-3000:]
+    print("--- resumed:", log_of(configs[0]).read_text(encoding="utf-8")[-1500:], sep="\n")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     train(settings("one", "training.gradient_accumulation=2"))
     torch.set_num_threads(before)
-    states = [
-        load_file(list_checkpoints(tmp_path / run / "checkpoints")[-1].optimizer_file)
-        for run in ("first", "one")
-    ]
+    last = [list_checkpoints(tmp_path / run / "checkpoints")[-1] for run in ("first", "one")]
+    assert [saved.step for saved in last] == [STEPS, STEPS]
+    states = [load_file(saved.optimizer_file) for saved in last]
     assert len(states[0]) >= 4
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
     assert (tmp_path / "first" / "lora.safetensors").is_file()

@@ -79,6 +79,8 @@ class Cards:
             assert hasattr(torch.cuda, name), f"torch.cuda has no {name}"
             setattr(torch.cuda, name, answer)
         torch.version.cuda = "12.8"
+        if not hasattr(torch._C, "_cuda_getCurrentRawStream"):  # bitsandbytes asks when it is imported
+            torch._C._cuda_getCurrentRawStream = lambda index: 0  # type: ignore[attr-defined]
 
     def _facts(self) -> dict[str, Callable[..., Any]]:
         def properties(device: Any = None) -> Any:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .ledger import ROOT
-from .scenarios import SCENARIOS, Stage
+from .scenarios import SCENARIOS
+from .stage import Stage
 
 
 def play(name: str, libraries: Path, folder: Path) -> dict[str, Any]:
