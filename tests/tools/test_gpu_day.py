@@ -100,6 +100,15 @@ def test_a_second_call_goes_on_with_what_did_not_fit(day: Callable[..., Day], tm
     assert list(report_of(tmp_path)["jobs"]) == ["base", "one", "cut", "long"]
 
 
+def test_a_rehearsals_report_is_not_gone_on_with_on_a_card(day: Callable[..., Day], tmp_path: Path) -> None:
+    first = day()
+    first.facts["on"] = "a rehearsal on cpu"
+    first.run([job("one", "pass")])
+    again = Day(tmp_path / "report", tmp_path / "work", time.monotonic() + 60, facts={"on": "a card"})
+    with pytest.raises(ValueError, match="is of a rehearsal on cpu; choose another --output"):
+        again.resume()
+
+
 def test_the_jobs_of_the_day_take_every_path_in_the_order_of_their_value(tmp_path: Path) -> None:
     jobs = all_jobs(Setting(tmp_path))
     names = [each.name for each in jobs if each.product is None]
@@ -159,8 +168,8 @@ def test_the_whole_day_is_rehearsed(kind: str, tmp_path: Path) -> None:
             pytest.skip(str(error))
     report = rehearse(kind, tmp_path, minutes=55.0)
     states = {name: result["state"] for name, result in report["jobs"].items()}
-    assert len(states) > 60 and set(states.values()) <= {"ok", "skipped"}
-    assert sum(state == "ok" for state in states.values()) > 50
+    assert len(states) > 40 and set(states.values()) <= {"ok", "skipped"}
+    assert sum(state == "ok" for state in states.values()) > 35
     if kind == "pretend":
         shares = report["jobs"]["train-sd1-bf16"]["answer"]["plan_by_allocated"]
         assert set(shares) == {"encoding", "placing", "step", "validation", "previews"}

@@ -18,17 +18,10 @@ from pathlib import Path
 from .jobs import ROOT, Setting, all_jobs, interpreter
 from .runner import Day
 
-_NEEDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pydantic", "imagehash")
-_NEEDED += (
-    "platformdirs",
-    "psutil",
-    "filelock",
-    "rich",
-    "matplotlib",
-    "tomli_w",
-    "tokenizers",
-    "PIL",
-    "numpy",
+_NEEDED = (
+    *("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy"),
+    *("pydantic", "imagehash", "platformdirs", "psutil", "filelock", "rich", "matplotlib", "tomli_w", "PIL"),
+    *("pytest", "xdist", "pytest_timeout", "hypothesis"),
 )
 
 
@@ -37,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     given = _parser().parse_args(arguments)
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        print(f"gpu_day: not installed: {', '.join(missing)}; run `pip install -e .` first", file=sys.stderr)
+        print(
+            f"gpu_day: not installed: {', '.join(missing)}; run `pip install -e '.[test]'` first",
+            file=sys.stderr,
+        )
         return 2
     environment = {"SDLORA_CACHE_FOLDER": str(given.work / "kept"), "SDLORA_TRUE_BASES": str(given.work)}
     libraries = None
@@ -51,8 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         environment |= {"LD_PRELOAD": str(libraries / PRELOAD), "OMP_NUM_THREADS": "1"}
     setting = Setting(
-        *(given.work.resolve(), given.rehearse, libraries),
-        *(given.peer_script and given.peer_script.resolve(), given.kohya and given.kohya.resolve()),
+        work=given.work.resolve(),
+        rehearsal=given.rehearse,
+        libraries=libraries,
+        peer=given.peer_script.resolve() if given.peer_script else None,
+        kohya=given.kohya.resolve() if given.kohya else None,
     )
     jobs = all_jobs(setting)
     if given.list:
@@ -67,12 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    given.output.mkdir(parents=True, exist_ok=True)
+    output = given.output or ROOT / "build" / "gpu-day" / (given.rehearse or "report")
+    output.mkdir(parents=True, exist_ok=True)
     setting.work.mkdir(parents=True, exist_ok=True)
     facts = {"commit": _commit(), "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-    facts |= {"rehearsed on": given.rehearse or "no: on a card", "minutes of this call": given.minutes}
-    day = Day(given.output.resolve(), setting.work, began + 60 * given.minutes, environment, facts)
-    day.resume(lambda state: given.again and state != "ok")
+    facts |= {
+        "on": f"a rehearsal on {given.rehearse}" if given.rehearse else "a card",
+        "minutes": given.minutes,
+    }
+    day = Day(output.resolve(), setting.work, began + 60 * given.minutes, environment, facts)
+    try:
+        day.resume(lambda state: given.again and state != "ok")
+    except ValueError as error:
+        print(f"gpu_day: {error}", file=sys.stderr)
+        return 2
     left = day.run(jobs, lambda name: not given.only or name in given.only)
     day.write(left)
     return _ended(day, left)
@@ -106,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_day", description=__doc__)
     parser.add_argument("--minutes", type=float, default=25.0, help="that this call may take")
     parser.add_argument(
-        "--output", type=Path, default=Path("build/gpu-day/report"), help="report.md, report.json, logs.zip"
+        "--output", type=Path, help="report.md, report.json, logs.zip; below build/gpu-day when left out"
     )
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "gpu-day", help="bases (10 GB), runs, logs"

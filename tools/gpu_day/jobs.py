@@ -99,7 +99,7 @@ def all_jobs(setting: Setting) -> list[Job]:
     ways = [path for path in paths.TRAINING if path != "bf16"]
     rest = [
         *(make.train("sdxl", path) for path in ways),
-        *(make.train("sd1", path) for path in ways),
+        *(make.train("sd1", path) for path in ways if not setting.rehearsal),  # narrow bases are alike
         *(make.draw(f, path) for path in paths.DRAWING for f in ("sdxl", "sd1")),
         make.growing_segments("sdxl"),
         make.tests("gpu-tests-true", "tests/gpu/test_true_sizes.py", seconds=180, limit=580),

@@ -17,7 +17,11 @@ def as_markdown(whole: Mapping[str, Any]) -> str:
     counts: dict[str, int] = {}
     for result in jobs.values():
         counts[result["state"]] = counts.get(result["state"], 0) + 1
-    lines = ["# A day with a card", "", *(f"- {name}: {value}" for name, value in whole["facts"].items())]
+    lines = ["# A day with a card", ""]
+    lines += [
+        f"- call {number}: {', '.join(f'{name} {value}' for name, value in call.items())}"
+        for number, call in enumerate(whole["calls"], start=1)
+    ]
     lines.append(f"- jobs: {', '.join(f'{count} {state}' for state, count in counts.items()) or 'none yet'}")
     if whole["left"]:
         lines.append(f"- left for another call with the same --output: {', '.join(whole['left'])}")

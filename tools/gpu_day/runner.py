@@ -26,7 +26,6 @@ from .jobs import ROOT, Job, interpreter
 from .report import as_markdown
 
 _TAIL = 40  # lines of a failed job's log that go into the report
-_ALWAYS = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 _MISSING = "pip install"  # a job that ends with such advice lacks something optional
 
 
@@ -40,6 +39,7 @@ class Day:
         deadline: by ``time.monotonic()``.
         environment: of the jobs, besides this process' own.
         facts: about this call, for the report's head.
+        calls: facts of this call and those before.
         results: job -> its result, of this call and those before.
         least: seconds that must be left for anything to be begun.
     """
@@ -49,15 +49,26 @@ class Day:
     deadline: float
     environment: Mapping[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    calls: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     least: float = 8.0
 
     def resume(self, again: Callable[[str], bool] = lambda state: False) -> None:
-        """Take over the results of earlier calls, but those in a state to be done again."""
+        """Take over the results of earlier calls, but those in a state to be done again.
+
+        Raises:
+            ValueError: if they were made on something else than this call's.
+        """
         file = self.output / "report.json"
         if file.is_file():
-            earlier = parse_json(file.read_bytes())["jobs"]
-            self.results = {name: result for name, result in earlier.items() if not again(result["state"])}
+            earlier = parse_json(file.read_bytes())
+            kinds = {call.get("on") for call in (*earlier["calls"], self.facts)}
+            if len(kinds) > 1:
+                raise ValueError(f"{file}: is of {earlier['calls'][-1].get('on')}; choose another --output")
+            self.calls = earlier["calls"]
+            jobs = earlier["jobs"].items()
+            self.results = {name: result for name, result in jobs if not again(result["state"])}
+        self.calls.append(self.facts)
 
     @property
     def left(self) -> float:
@@ -102,7 +113,7 @@ class Day:
             process = subprocess.Popen(
                 words,
                 **{"cwd": ROOT, "stdout": stream, "stderr": subprocess.STDOUT, "start_new_session": True},
-                env={**os.environ, **_ALWAYS, **self.environment, **job.environment},
+                env={**_always(), **self.environment, **job.environment},
             )
             try:
                 code: int | None = process.wait(max(0.1, bound))
@@ -115,7 +126,12 @@ class Day:
             print(f"{job.name}: cut off by the end of the time", flush=True)
             return False  # it is left for another call
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
-        result = {"seconds": seconds, "command": " ".join(words[1:]), "answer": _read(answer)}
+        result = {
+            "call": len(self.calls),
+            "seconds": seconds,
+            "command": " ".join(words[1:]),
+            "answer": _read(answer),
+        }
         result |= _outcome(code, result["answer"], tail, job.limit)
         return self._keep(job, result, log)
 
@@ -134,9 +150,15 @@ class Day:
 
     def write(self, left: Sequence[str] = ()) -> None:
         """Write the report as it is now."""
-        whole = {"facts": self.facts, "left": list(left), "jobs": self.results}
+        whole = {"calls": self.calls, "left": list(left), "jobs": self.results}
         write_text(self.output / "report.json", json.dumps(whole, indent=1, default=str))
         write_text(self.output / "report.md", as_markdown(whole))
+
+
+def _always() -> dict[str, str]:
+    """Return every job's environment; a checkout that is not installed is found, too."""
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def _there(job: Job) -> bool:
