@@ -26,9 +26,9 @@ from tools.gpu_day.runner import Day
 def day(tmp_path: Path) -> Callable[..., Day]:
     def make(seconds: float = 600.0) -> Day:
         (tmp_path / "report").mkdir(exist_ok=True)
-        made = Day(tmp_path / "report", tmp_path / "work", time.monotonic() + seconds, least=1.0)
-        made.resume()
-        return made
+        fresh = Day(tmp_path / "report", tmp_path / "work", time.monotonic() + seconds, least=1.0)
+        fresh.resume()
+        return fresh
 
     return make
 

@@ -152,18 +152,18 @@ class _Maker:
 
     def bases(self) -> list[Job]:
         """Return what makes the bases; they are made when something needs them."""
-        made = []
+        jobs = []
         for family in ("sd1", "sdxl"):
             product = Path(self.setting.base(family))
             if str(product) != "mini":
                 narrow = ["--narrow"] if self.setting.rehearsal else []
                 words = self._words("base", family, "--base", str(product), *narrow)
-                made.append(Job(f"base-{family}", words, 30, 300, product=product))
+                jobs.append(Job(f"base-{family}", words, 30, 300, product=product))
         if self.setting.rehearsal is None:
             folder = self.setting.work / "sd1"
             words = self._words("base", "sd1", "--base", str(folder), "--folder")
-            made.append(Job("base-sd1-folder", words, 20, 300, ("base-sd1",), folder))
-        return made
+            jobs.append(Job("base-sd1-folder", words, 20, 300, ("base-sd1",), folder))
+        return jobs
 
     def benchmarks(self) -> list[Job]:
         """Return the comparisons with other trainers: on the built-in base whole, on SD1.5 the speed."""

@@ -173,10 +173,10 @@ def _outcome(code: int | None, answer: Any, tail: list[str], limit: float) -> di
     if code == 0:
         return {"state": "ok"}
     faults = answer.get("faults") or answer.get("problems") if isinstance(answer, dict) else None
-    said = next((line for line in reversed(tail) if line.strip()), f"exit code {code}")
-    if not faults and _MISSING in said:
-        return {"state": "skipped", "why": said.strip()}
-    return {"state": "failed", "why": "; ".join(faults) if faults else said.strip(), "tail": tail}
+    last_words = next((line for line in reversed(tail) if line.strip()), f"exit code {code}")
+    if not faults and _MISSING in last_words and ("Error" in last_words or last_words.startswith("sdlora: ")):
+        return {"state": "skipped", "why": last_words.strip()}
+    return {"state": "failed", "why": "; ".join(faults) if faults else last_words.strip(), "tail": tail}
 
 
 def _why(result: Mapping[str, Any]) -> str:

@@ -174,10 +174,10 @@ def optimizers_resumed(stage: Stage) -> None:
     shapes = ((64, 32), (16, 4, 3, 3), (40,))
 
     def parameters() -> list[nn.Parameter]:
-        made = [nn.Parameter(torch.zeros(shape, device="cuda")) for shape in shapes]
-        for parameter in made:
+        tensors = [nn.Parameter(torch.zeros(shape, device="cuda")) for shape in shapes]
+        for parameter in tensors:
             parameter.grad = torch.ones_like(parameter)
-        return made
+        return tensors
 
     names = [f"part {number}" for number in range(len(shapes))]
     for title, make in _optimizers().items():
@@ -201,7 +201,7 @@ def _places(optimizer: Any) -> dict[str, list[str]]:
         for name, value in part.items():
             if name != "params" and hasattr(value, "device"):
                 places.setdefault(name, set()).add(str(value.device))
-    return {name: sorted(found) for name, found in places.items()}
+    return {name: sorted(devices) for name, devices in places.items()}
 
 
 def _optimizers() -> dict[str, Callable[[list[Any]], Any]]:
@@ -224,8 +224,8 @@ def _optimizers() -> dict[str, Callable[[list[Any]], Any]]:
         return makers
 
     def schedule_free(given: list[Any]) -> Any:
-        made = AdamWScheduleFree(given, lr=0.1)
-        made.train()
-        return made
+        optimizer = AdamWScheduleFree(given, lr=0.1)
+        optimizer.train()
+        return optimizer
 
     return {**makers, "schedule-free AdamW": schedule_free}
