@@ -123,7 +123,7 @@ def _fill_compute(open_settings: OpenSettings, compute: Compute) -> None:
     kind, attention = compute.device.type, compute.attention.training
     why = "torch cannot use the card that is here" if compute.idle_card else "the fastest one here"
     # which of several cards is to be told, but in a run of several processes each has another one
-    device = kind if compute.num_processes > 1 else str(compute.device)
+    device = kind if open_settings.facts.num_processes > 1 else str(compute.device)
     open_settings.fill("training.device", device, why, ask_base=False)
     precision, reason = dtype_name(compute.dtype), f"fastest safe one on {kind}"
     open_settings.fill("training.precision", precision, reason, ask_base=False)
