@@ -37,3 +37,9 @@ class TrainingError(SdloraError):
 
 class OtherProcessError(TrainingError):
     """Another process of the same run failed and has said why; this one ends without a word."""
+
+
+def shown(text: object, limit: int = 100) -> str:
+    """Return a key from a file fit for a one-line message: no control characters, not too long."""
+    clean = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
+    return clean if len(clean) <= limit else clean[: limit - 3] + "..."

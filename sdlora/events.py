@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import time
@@ -127,8 +128,16 @@ Listener = Callable[[Event], None]
 
 
 def to_json(event: Event) -> str:
-    """Return the event as one line of JSON with its kind under ``event``."""
-    return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}, default=str)
+    """Return the event as one line of JSON with its kind under ``event``.
+
+    A number that is not finite (the loss of a step that fp16 left out) becomes ``null``: JSON has none such.
+    """
+    values = {name: _plain(value) for name, value in dataclasses.asdict(event).items()}
+    return json.dumps({"event": type(event).__name__, **values}, default=str)
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Emitter:

@@ -1,22 +1,47 @@
-"""Writing so that a crash never leaves half a file: temporary name first, then rename."""
+"""Writing so that a crash never leaves half a file (temporary name first, then rename), reading with bounds.
+
+What comes from outside is parsed by :func:`parse_json` and :func:`parse_toml` alone: whatever the text holds,
+they take time and memory that grow as its length does, and give a value or a ValueError of one line.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 import tomllib
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
 from .errors import OutputError, TrainingError
 from .run_folder import RunFolder
+
+MAX_LEVELS = 64
+"""Of brackets inside brackets, and of names in a dotted key: more than anything real has, and few enough that
+whatever goes through the value level by level comes to its end."""
+MAX_TOML_CHARS = 2**19
+_MAX_DIGITS = 40  # of a whole number; 2**128 has 39
+# both match to the end of the text where a quote is never closed: else each quote would look for its end anew
+_JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+_TOML_STRING = re.compile(
+    r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*(?:"""|\\?\Z)'
+    r"|'''[^']*(?:'(?!'')[^']*)*(?:'''|\Z)"
+    r'|"[^"\\\n]*(?:\\.[^"\\\n]*)*(?:"|\\?(?=\n)|\\?\Z)'
+    r"|'[^'\n]*(?:'|(?=\n)|\Z)"
+    r"|\#[^\n]*",
+    re.DOTALL,
+)
+_NOT_BRACKETS = re.compile(r"[^\[\]{}]+")
+_DEEP_KEY = re.compile(rf"(?<![\w-])[\w-]+(?:[ \t]*\.[ \t]*[\w-]+){{{MAX_LEVELS}}}")
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 @contextmanager
@@ -122,25 +147,104 @@ def size_text(num_bytes: float, decimals: int = 0) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.{decimals}f} MiB"
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     """Return the value of a JSON text from outside.
 
+    Args:
+        text: bytes are UTF-8 (or UTF-16 or 32 by their first bytes, as JSON has it).
+        finite: refuse the words ``NaN`` and ``Infinity``, which are not JSON, and numbers beyond a float's.
+
     Raises:
-        ValueError: whatever is wrong with it, brackets nested too deeply and endless numbers included.
+        ValueError: whatever is wrong with it: also brackets nested deeper than :data:`MAX_LEVELS`, whole
+            numbers of more than 40 digits, a key given twice, and half characters (lone surrogates), which no
+            file can hold.
     """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("brackets are nested too deeply") from None
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text))
+    _check_levels(text, _JSON_STRING)
+    value = json.loads(
+        text,
+        object_pairs_hook=_without_repeated_keys,
+        parse_int=_whole_number,
+        parse_float=_finite_number if finite else float,
+        parse_constant=_no_number if finite else float,
+    )
+    if _HALF_CHARACTER.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("it holds half a character (a lone surrogate)") from None
+    return value
 
 
 def parse_toml(text: str) -> dict[str, Any]:
     """Return the tables of a TOML text from outside.
 
     Raises:
-        ValueError: whatever is wrong with it, brackets nested too deeply and endless numbers included.
+        ValueError: whatever is wrong with it: also brackets or dotted keys nested deeper than
+            :data:`MAX_LEVELS`, more than :data:`MAX_TOML_CHARS` characters, and endless numbers.
     """
+    if len(text) > MAX_TOML_CHARS:
+        raise ValueError(f"it has {len(text)} characters, more than {MAX_TOML_CHARS}")
+    _check_levels(text, _TOML_STRING)
+    if _DEEP_KEY.search(_TOML_STRING.sub("x", text)):
+        raise ValueError(f"a key has more than {MAX_LEVELS} parts")
     try:
-        return tomllib.loads(text)
+        tree = tomllib.loads(text, parse_float=_finite_or_said)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
+    except ValueError as error:
+        if "int_max_str_digits" in str(error):  # Python's words, meant for programmers
+            raise ValueError("a whole number has too many digits") from None
+        raise
+    waiting: list[Any] = [tree]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("a whole number is beyond the 64 bits that TOML has")
+    return tree
+
+
+def _check_levels(text: str, strings: re.Pattern[str]) -> None:
+    """Refuse brackets nested too deeply before a parser that calls itself sees them."""
+    if text.count("[") + text.count("{") <= MAX_LEVELS:
+        return
+    depth = 0
+    for bracket in _NOT_BRACKETS.sub("", strings.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_LEVELS:
+            raise ValueError(f"brackets are nested more than {MAX_LEVELS} deep")
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("it has the same key twice")
+    return tree
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a whole number has {len(digits)} digits")
+    return int(digits)
+
+
+def _finite_number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _finite_or_said(text: str) -> float:
+    """TOML has the words ``inf`` and ``nan``, but no number may become one by its size."""
+    value = float(text)
+    if math.isinf(value) and "inf" not in text:
+        raise ValueError("a number is too large")
+    return value
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not a number in JSON")

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import AdapterFileError
-from .files import replacing
+from .errors import AdapterFileError, shown
+from .files import parse_json, replacing
 from .number_formats import NUMBER_FORMATS
 
 MAX_HEADER_BYTES = 32 * 2**20
@@ -34,7 +34,6 @@ _SMALL_HEADER_BYTES = 2**20
 _MAX_STRINGS = 100_000
 _MAX_STRUCTURE_BYTES = 4 * 2**20
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 DTYPES = {known.file_name: known.dtype for known in NUMBER_FORMATS}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -97,12 +96,6 @@ class Header:
 
 Load = Callable[[str], Tensor]
 """Gives the tensor of a key."""
-
-
-def shown(text: object, limit: int = 100) -> str:
-    """Return a key from a file fit for a one-line message: no control characters, not too long."""
-    clean = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
-    return clean if len(clean) <= limit else clean[: limit - 3] + "..."
 
 
 def read_header(path: Path) -> Header:
@@ -285,46 +278,18 @@ def entry_json(text: str) -> object:
     """
     if len(text) > MAX_ENTRY_CHARS:
         raise ValueError(f"longer than {MAX_ENTRY_CHARS} characters")
-    try:
-        value: object = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    value: object = parse_json(text, finite=False)  # other trainers write NaN
     return value
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        tree = dict(pairs)
-        if len(tree) != len(pairs):
-            raise ValueError("the same key twice")
-        return tree
-
     try:
-        tree = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        tree = parse_json(raw.decode("utf-8"))
+    except ValueError as error:
         raise _broken(path, f"has a header that is not valid JSON ({shown(error)})") from None
     if not isinstance(tree, dict):
         raise _broken(path, f"has a header that is a JSON {type(tree).__name__}, not an object")
-    if _SURROGATE.search(raw) and _has_surrogate(tree):
-        raise _broken(path, "has a header with half characters (lone surrogates), which is not Unicode text")
     return tree
-
-
-def _has_surrogate(tree: dict[str, Any]) -> bool:
-    """Tell whether a key or a text entry cannot be written as UTF-8."""
-    entries = tree.get("__metadata__")
-    texts = (
-        [*tree, *(text for pair in entries.items() for text in pair)] if isinstance(entries, dict) else tree
-    )
-    return any(isinstance(text, str) and not _is_utf8(text) for text in texts)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _metadata(path: Path, entries: object) -> dict[str, str]:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import json
+import math
+import tomllib
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
+import sdlora
 from sdlora.errors import OutputError
-from sdlora.files import refuse_used_folder, replacing, size_text
+from sdlora.files import (
+    MAX_LEVELS,
+    MAX_TOML_CHARS,
+    parse_json,
+    parse_toml,
+    refuse_used_folder,
+    replacing,
+    size_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +59,111 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_done(tmp_pat
 def test_amounts_of_bytes_are_told_in_mebibytes_until_a_gibibyte() -> None:
     assert [size_text(5 * 2**20), size_text(5.26 * 2**20, 1)] == ["5 MiB", "5.3 MiB"]
     assert [size_text(2**30 - 1), size_text(3 * 2**30)] == ["1024 MiB", "3.0 GiB"]
+
+
+DEEP = [
+    "[" * 400_000,
+    "[" * 5_000 + "]" * 5_000,
+    '{"a":' * 5_000 + "1" + "}" * 5_000,
+    "9" * 5_000,
+    "-" + "9" * 400,
+]
+NOT_JSON = [
+    *DEEP,
+    '{"a": 1, "a": 2}',
+    "NaN",
+    "[-Infinity]",
+    "1e999",
+    '"\\ud800"',
+    '{"\\udfff": 1}',
+    '"' * 100_000,
+    "",
+]
+
+
+@pytest.mark.parametrize("text", NOT_JSON, ids=lambda text: text[:12] or "nothing")
+def test_json_that_is_too_much_is_one_line(text: str) -> None:
+    for given in (text, text.encode()):
+        with pytest.raises(ValueError) as caught:
+            parse_json(given)
+        assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 200
+
+
+def test_json_that_is_fine_is_what_python_reads() -> None:
+    deep = "[" * MAX_LEVELS + "]" * MAX_LEVELS
+    texts = [deep, '"' + "[" * 1000 + '"', '{"a\\"[[": [[1], {"b": -2.5e3}]}', '"\\ud83d\\ude00"', str(2**64)]
+    assert [parse_json(text) for text in texts] == [json.loads(text) for text in texts]
+    assert parse_json("[NaN, -Infinity, 1e999]", finite=False)[1:] == [-math.inf, math.inf]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"a = {value}" for value in DEEP),
+        "a." * 100_000 + "b = 1",
+        f"[{'a.' * 100}b]",
+        "'a' . " * 100 + "b = 1",
+        "a = 1e999",
+        f"a = {2**63}",
+        f"a = 0x{'f' * 100_000}",
+        'a = "' + "x" * MAX_TOML_CHARS + '"',
+        'a = """' + '""\\' * 10_000,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_toml_that_is_too_much_is_one_line(text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_toml(text)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 200
+
+
+def test_toml_that_is_fine_is_what_python_reads() -> None:
+    brackets = "[" * 500
+    text = f"""# {brackets}
+a = "{brackets}"  # {brackets}
+b = '''
+{brackets} ' ''
+'''
+c = '\\'
+d = "\\"{brackets}"
+e = inf
+[f.g.h]
+i = [[1, 2], [{{ j = "{"k." * 200}" }}]]
+"""
+    assert parse_toml(text) == tomllib.loads(text)
+
+
+PLAIN_PARSERS = {
+    "json": {"load", "loads", "JSONDecoder"},
+    "tomllib": {"load", "loads"},
+    "pickle": {"load", "loads"},
+}
+OWN_MESSAGES = {
+    "sdlora/files.py": "is where the bounds are",
+    "sdlora/training/processes.py": "between the processes of one run",
+    "sdlora/training/validation.py": "between the processes of one run",
+    "sdlora/training/checkpoint.py": "between the processes of one run",
+    "sdlora/surgery/checkpoints.py": "a file of this package",
+    "ui/worker.py": "between the server and its child",
+    "ui/worker_client.py": "between the server and its child",
+    "ui/machine_view.py": "between the server and its child",
+}
+"""Where plain parsers may stand: nothing that a stranger wrote comes there unparsed."""
+
+
+def test_what_comes_from_outside_is_parsed_with_bounds_everywhere() -> None:
+    root = Path(sdlora.__file__).parent.parent
+    found: set[str] = set()
+    files = [*root.glob("sdlora/**/*.py"), *root.glob("ui/**/*.py")]
+    assert len(files) > 150
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                plain = node.attr in PLAIN_PARSERS.get(node.value.id, ())
+            elif isinstance(node, ast.ImportFrom):
+                plain = any(alias.name in PLAIN_PARSERS.get(node.module or "", ()) for alias in node.names)
+            else:
+                plain = False
+            if plain:
+                found.add(file.relative_to(root).as_posix())
+    assert found == set(OWN_MESSAGES)

@@ -53,7 +53,8 @@ class RunView:
         kind = event["event"]
         if kind == "StepDone":
             self.step, self.steps = event["step"], event["steps"]
-            self.loss[event["step"]] = event["loss"]
+            if event["loss"] is not None:  # fp16 left the step out
+                self.loss[event["step"]] = event["loss"]
             self.rate, self.seconds_left = event["learning_rate"], event["seconds_left"]
             self.images_per_second = event["images_per_second"]
             self.preparing = None

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import ValidationError
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..files import parse_toml, write_text
 from .contradictions import contradictions
 from .schema import Config, choices_of, fields
@@ -22,6 +22,9 @@ _PATTERNS = {
     "data.background": "must be a colour such as #ffffff",
 }
 """What to say where a text does not match the pattern of its setting."""
+
+_LONGEST_NAME = 200  # of which a nearest one is looked for
+_MOST_PROBLEMS = 50  # explained at once: each is compared with the names of all settings
 
 
 def load_config(
@@ -47,8 +50,8 @@ def load_config(
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or key.count(".") != 1:
-            hint = _nearest(key)
-            problems.append(f"`{text}`: settings are given as section.name=value{hint}")
+            hint = _nearest(key[:_LONGEST_NAME])
+            problems.append(f"`{shown(text)}`: settings are given as section.name=value{hint}")
             continue
         _put(tree, key, _parse_value(value), problems)
     for key, value in (values or {}).items():
@@ -132,7 +135,7 @@ def _put(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> Non
     section, _, name = key.partition(".")
     group = tree.setdefault(section, {})
     if not isinstance(group, dict):
-        problems.append(f"`{section}` is a section, not a value")
+        problems.append(f"`{shown(section)}` is a section, not a value")
         return
     group[name] = value
 
@@ -142,7 +145,7 @@ def _validate(tree: dict[str, Any], schema: type[Config]) -> tuple[Config | None
     try:
         config = schema.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(dict(item)) for item in error.errors()]
+        problems = [_explain(dict(item)) for item in error.errors()[:_MOST_PROBLEMS]]
         rest = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
         for item in error.errors():
             location = item["loc"]
@@ -163,15 +166,23 @@ def _explain(item: dict[str, Any]) -> str:
         key += "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in location[2:])
     kind, given = item["type"], item.get("input")
     if kind == "extra_forbidden":
-        return f"`{key}` is not a setting{_nearest(key)}"
+        return f"`{shown(key)}` is not a setting{_nearest(key[:_LONGEST_NAME])}"
     message = str(item["msg"]).removeprefix("Input ").removeprefix("Value error, ")
     if kind == "literal_error":
         choices = choices_of(dict(fields())[key])
-        close = difflib.get_close_matches(str(given), choices, 1)
+        close = difflib.get_close_matches(_brief(given)[:_LONGEST_NAME], choices, 1)
         message = "must be one of " + ", ".join(choices) + (f" (did you mean {close[0]}?)" if close else "")
     elif kind == "string_pattern_mismatch" and key in _PATTERNS:
         message = _PATTERNS[key]
-    return f"`{key}={given}`: {message}"
+    return f"`{shown(key)}={shown(_brief(given))}`: {message}"
+
+
+def _brief(given: Any) -> str:
+    """Return a value that was given, as text; one that has no end only by its kind."""
+    try:
+        return str(given)
+    except (ValueError, RecursionError):
+        return type(given).__name__
 
 
 def _nearest(key: str) -> str:
@@ -199,4 +210,6 @@ def _listing(problems: list[str], file: Path | None) -> str:
     where = f" in {file} and the command line" if file else ""
     if len(problems) == 1:
         return f"settings{where}: {problems[0]}"
-    return f"{len(problems)} problems with the settings{where}:\n" + "\n".join(f"  - {p}" for p in problems)
+    listed = "\n".join(f"  - {p}" for p in problems[:_MOST_PROBLEMS])
+    count = f"{_MOST_PROBLEMS} or more" if len(problems) >= _MOST_PROBLEMS else f"{len(problems)}"
+    return f"{count} problems with the settings{where}:\n{listed}"

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
+from .base_files import component_config, read_json
 from .facts import DenoiserInfo
 from .latent_model import Parts
 from .ldm import VAE_PREFIX, StoredKey, text_key_map, unet_key_map, vae_key_map
 from .locating import ASSETS, CODE_SUFFIXES, from_hub
-from .recognition import Recognised, read_json
+from .recognition import Recognised
 from .table import FAMILIES
 from .weights import TensorSource, fill, weight_files, without_memory
 
@@ -192,22 +193,20 @@ def _new_denoiser(folder: Path, info: DenoiserInfo) -> Any:
     import diffusers
 
     with without_memory():
-        return getattr(diffusers, info.diffusers_class).from_config(
-            read_json(folder / info.component / "config.json")
-        )
+        return getattr(diffusers, info.diffusers_class).from_config(component_config(folder / info.component))
 
 
 def _new_vae(folder: Path, vae_folder: Path | None = None) -> Any:
     from diffusers import AutoencoderKL
 
     with without_memory():
-        return AutoencoderKL.from_config(read_json((vae_folder or folder / "vae") / "config.json"))
+        return AutoencoderKL.from_config(component_config(vae_folder or folder / "vae"))
 
 
 def _new_text_encoder(folder: Path, *, projected: bool) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = read_json(folder / "config.json")
+    config = component_config(folder)
     kind = CLIPTextModelWithProjection if projected else CLIPTextModel
     with without_memory():
         return kind(CLIPTextConfig.from_dict(config))

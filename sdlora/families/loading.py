@@ -17,14 +17,15 @@ import torch
 from ..config.schema import AttentionName, ModelConfig
 from ..diffusion.prediction import PREDICTIONS
 from ..diffusion.process import NoiseProcess
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, shown
 from .attention import Attentions, choose_attentions
 from .base import BaseModelInfo
+from .base_files import read_json
 from .components import load_parts, scheduler_config
 from .facts import FamilyInfo
 from .latent_model import LatentModel, Parts, vae_factor
 from .locating import locate
-from .recognition import Recognised, read_json, recognise
+from .recognition import Recognised, recognise
 from .table import FAMILIES
 from .weights import weight_files
 
@@ -121,7 +122,8 @@ def _loaded_parts(
     except ModelError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        said = str(error).strip() or type(error).__name__
+        reason = shown(said.splitlines()[0], 300)
         raise ModelError(
             f"{recognised.path}: cannot be loaded as a {FAMILIES[recognised.family].info.title} base "
             f"({reason}); check that the download is complete"
@@ -138,7 +140,14 @@ def _process(settings: ModelConfig, recognised: Recognised) -> NoiseProcess:
             "model.prediction_type=v_prediction if that is what it does"
         )
     kind = FAMILIES[recognised.family]
-    return kind.make_process(scheduler_config(recognised), prediction, ends_in_noise=rescaled)
+    schedule = scheduler_config(recognised)
+    try:
+        return kind.make_process(schedule, prediction, ends_in_noise=rescaled)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ModelError(
+            f"{recognised.path}: its scheduler/scheduler_config.json cannot be used "
+            f"({type(error).__name__}: {shown(error)}); download it again"
+        ) from None
 
 
 def _recommended(path: Path) -> dict[str, Any]:
@@ -161,13 +170,13 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     libraries = [transformers_logging, diffusers_logging]
-    shown = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in shown:
+    visible = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in visible:
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library in shown:
+        for library in visible:
             library.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -7,7 +7,6 @@ contradict each other are an error unless the user decides.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from typing import Any, Literal
 import torch
 
 from ..config.schema import PredictionType
-from ..errors import ModelError
-from ..tensor_file import Header, shown
+from ..errors import ModelError, shown
+from ..tensor_file import Header
+from .base_files import read_json
 from .facts import FamilyInfo
 from .ldm import UNET_PREFIX, VAE_PREFIX
 from .table import FAMILIES
@@ -301,7 +301,7 @@ def _starts(keys: Mapping[str, object], prefix: str) -> bool:
 
 def _recognise_folder(folder: Path) -> Recognised:
     index = read_json(folder / "model_index.json")
-    name = str(index.get("_class_name", "model"))
+    name = shown(index.get("_class_name", "model"))
     known = dict.fromkeys(family.info.denoiser.component for family in FAMILIES.values())
     there = [component for component in known if (folder / component / "config.json").is_file()]
     foreign = [component for component in _DENOISERS if component in index and component not in known]
@@ -333,8 +333,9 @@ def _family_of_configs(folder: Path, component: str, index: Mapping[str, Any]) -
     config = read_json(folder / component / "config.json")
     infos = [family.info for family in FAMILIES.values() if family.info.denoiser.component == component]
     channels = config.get("in_channels", infos[0].denoiser.channels)
-    if channels not in {info.denoiser.channels for info in infos}:
-        kind = _IMAGE_CHANNELS.get(channels, f"a {channels}-channel")
+    if not isinstance(channels, int) or channels not in {info.denoiser.channels for info in infos}:
+        named = _IMAGE_CHANNELS.get(channels) if isinstance(channels, int) else None
+        kind = named or f"a {shown(channels)}-channel"
         raise ModelError(f"{folder}: {kind} model; give a text-to-image model")
     built_as = str(config.get("_class_name", ""))
     if "motion" in built_as.lower() or "SpatioTemporal" in built_as:
@@ -346,7 +347,9 @@ def _family_of_configs(folder: Path, component: str, index: Mapping[str, Any]) -
                     f"{folder}: has no text_encoder (an SDXL refiner?); give a text-to-image model"
                 )
             return info
-    raise ModelError(f"{folder}: a {index.get('_class_name', 'model')} folder; give a folder of {_titles()}")
+    raise ModelError(
+        f"{folder}: a {shown(index.get('_class_name', 'model'))} folder; give a folder of {_titles()}"
+    )
 
 
 def _scheduler_config(folder: Path, family: FamilyInfo) -> Mapping[str, Any]:
@@ -370,17 +373,3 @@ def _prediction_of(scheduler: Mapping[str, Any]) -> str:
 
 def _titles() -> str:
     return ", ".join(family.info.title for family in FAMILIES.values())
-
-
-def read_json(file: Path) -> Any:
-    """Return a JSON file's value.
-
-    Raises:
-        ModelError: if it is not there or not JSON.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{file}: is missing; check that the download is complete") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read as JSON ({error}); download it again") from None

@@ -9,7 +9,6 @@ SDXL in bf16: 0.42 GiB beside the weights, against 0.14 with one buffer).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterFileError, ModelError
-from ..tensor_file import Header, TensorSpec, read_header, shown
+from ..errors import AdapterFileError, ModelError, shown
+from ..tensor_file import Header, TensorSpec, read_header
+from .base_files import shard_names
 from .ldm import StoredKey, by_key
 
 
@@ -100,8 +100,7 @@ def weight_files(folder: Path) -> list[Path]:
         for variant in ("", ".fp16", ".bf16"):
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if index.is_file():
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                return [folder / Path(name).name for name in sorted(names)]
+                return [folder / name for name in shard_names(index)]
             file = folder / f"{stem}{variant}.safetensors"
             if file.is_file():
                 return [file]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from ..adapters.canonical import AdapterWeights, ModuleKey
 from ..adapters.kinds.kind import EVERY_CLIENT
+from ..errors import shown
 from ..families.facts import FamilyInfo, is_text_encoder
 from ..families.table import family_info
-from ..tensor_file import shown
 from . import kinds
 from .client_kinds import is_refused, kind_reasons, quirks
 from .folding import CONFIG_ENTRY

@@ -21,11 +21,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..families.facts import FamilyInfo
 from ..families.table import FAMILIES, family_info
-from ..files import replacing
-from ..tensor_file import MAX_ENTRY_CHARS, MAX_HEADER_BYTES, Header, header_bytes, shown
+from ..files import parse_json, replacing
+from ..tensor_file import MAX_ENTRY_CHARS, MAX_HEADER_BYTES, Header, header_bytes
 from . import folding, hashes, metadata
 from .folding import CONFIG_ENTRY
 
@@ -124,7 +124,7 @@ def _following(values: dict[str, str], entries: Mapping[str, str]) -> dict[str, 
     if image is not None and not image.startswith("data:"):
         more["modelspec.thumbnail"] = metadata.thumbnail(Path(image))
     if "sdlora.trigger_words" in values:
-        words = json.loads(values["sdlora.trigger_words"])
+        words = parse_json(values["sdlora.trigger_words"])
         more.setdefault("modelspec.trigger_phrase", ", ".join(words))
     elif "modelspec.trigger_phrase" in values and "sdlora.trigger_words" in entries:
         words = metadata.trigger_words({"modelspec.trigger_phrase": values["modelspec.trigger_phrase"]})
@@ -222,8 +222,8 @@ def _contradiction(values: Mapping[str, str], entries: Mapping[str, str]) -> lis
 
 def _json(text: str) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         return None
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, WrappedUpdate
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, shown
 from ..number_formats import writable_dtypes
-from ..tensor_file import all_finite, entry_json, shown
+from ..tensor_file import all_finite, entry_json
 
 RECORDED_ALPHAS = "sdlora.alphas"
 """Our header entry with the alphas as trained."""

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..adapters.kinds.table import part_at_end
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, shown
 from ..families.table import component_names
-from ..tensor_file import TensorSpec, shown
+from ..tensor_file import TensorSpec
 
 _KINDS: tuple[tuple[str, str], ...] = (
     (r"\.oft_|\.boft_", "an OFT adapter"),

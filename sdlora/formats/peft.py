@@ -8,7 +8,6 @@ no ``text_model.`` in ``CLIPTextModel``), since PEFT finds modules by name; read
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 import shutil
@@ -21,11 +20,11 @@ from torch import Tensor
 
 from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.kinds.table import KINDS, file_parts, kind_of
-from ..errors import AdapterFileError, OutputError
+from ..errors import AdapterFileError, OutputError, shown
 from ..families.facts import is_text_encoder
 from ..families.table import component_names
-from ..files import replacing, write_json
-from ..tensor_file import MAX_ENTRY_CHARS, PICKLE_SUFFIXES, Header, Load, shown, write_tensors
+from ..files import parse_json, replacing, write_json
+from ..tensor_file import MAX_ENTRY_CHARS, PICKLE_SUFFIXES, Header, Load, write_tensors
 from . import folding, foreign, kinds, metadata, names
 from .clients import peft_reasons
 from .format_code import FormatCode, ReadBack
@@ -252,7 +251,7 @@ def read_config(path: Path) -> dict[str, Any]:
             raise AdapterFileError(
                 f"{path}: is far too large for settings; get the adapter from another source"
             )
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterFileError(
             f"{path}: is missing, and PEFT keeps alpha there; put it beside {WEIGHTS_FILE}"
@@ -261,7 +260,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterFileError(
             f"{path}: cannot be read ({error.strerror or error}); check its permissions"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise AdapterFileError(
             f"{path}: is not valid JSON ({shown(error)}); export the adapter again"
         ) from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..adapters.strength import Strength, pair_of
 from ..errors import SdloraError
-from ..files import replacing
+from ..files import parse_json, replacing
 from ..machine import version
 
 if TYPE_CHECKING:
@@ -177,6 +177,6 @@ def _unquoted(value: str) -> str:
     if len(value) < 2 or value[0] != '"' or value[-1] != '"':
         return value
     try:
-        return str(json.loads(value))
-    except json.JSONDecodeError:
+        return str(parse_json(value))
+    except ValueError:
         return value

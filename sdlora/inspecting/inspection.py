@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters.canonical import AdapterWeights, ModuleKey, Update
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..formats.adapter_files import OpenAdapter
 from ..formats.clients import Support
 from ..formats.detection import detect_family
@@ -16,7 +16,7 @@ from ..formats.editing import edit_header
 from ..formats.folding import original_alpha
 from ..formats.support import client_support
 from ..number_formats import dtype_name
-from ..tensor_file import Header, entry_json, shown
+from ..tensor_file import Header, entry_json
 from .norms import BlockNorm, block_norms
 
 _SETTINGS = {

@@ -13,12 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.kinds.table import KINDS
-from ..errors import OutputError
+from ..errors import OutputError, shown
 from ..families.facts import is_text_encoder
 from ..files import replacing, size_text
 from ..formats.clients import Support
 from ..formats.table import FORMATS
-from ..tensor_file import shown
 from .inspection import AdapterSummary
 
 _BAR = 32

@@ -24,7 +24,7 @@ from ..adapters.kinds.table import title_of
 from ..adapters.strength import Strength
 from ..errors import AdapterFileError, ConfigError, ModelError, OutputError
 from ..families.facts import is_text_encoder
-from ..files import replacing, size_text
+from ..files import parse_json, replacing, size_text
 from ..formats import adapter_files
 from ..tensor_file import DTYPE_NAMES, Header
 from .checkpoints import Checkpoint, Site, open_checkpoint, variant_of, wide_dtype
@@ -350,8 +350,8 @@ def entries_after(
 def baked_adapters(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return what a checkpoint's header says was baked in."""
     try:
-        tree = json.loads(metadata.get(RECORD, "[]"))
-    except (ValueError, RecursionError):
+        tree = parse_json(metadata.get(RECORD, "[]"), finite=False)
+    except ValueError:
         return []
     return [record for record in tree if isinstance(record, dict)] if isinstance(tree, list) else []
 

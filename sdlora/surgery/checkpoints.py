@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ..adapters.canonical import ModuleKey
-from ..errors import ModelError
+from ..errors import ModelError, shown
 from ..families.facts import FamilyInfo, TextEncoderInfo, component_order, is_text_encoder
 from ..families.ldm import UNET_PREFIX, StoredKey, text_key_map
 from ..families.table import FAMILIES, component_names, family_info
 from ..families.weights import checked_header
 from ..formats import names
-from ..tensor_file import FLOAT_DTYPES, Header, TensorSpec, shown
+from ..tensor_file import FLOAT_DTYPES, Header, TensorSpec
 
 _TEXT_LAYER_INSIDES = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),

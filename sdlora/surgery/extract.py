@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..adapters.canonical import AdapterInfo, ModuleKey
 from ..config.schema import AdapterConfig, Precision, Targets
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, shown
 from ..families.facts import is_text_encoder
 from ..number_formats import dtype_name, dtype_of, writable_dtypes
-from ..tensor_file import Header, all_finite, shown
+from ..tensor_file import Header, all_finite
 from .checkpoints import Checkpoint, Site, open_checkpoint, read_tensor, variant_of
 from .dense import cut_matrix
 from .factors import Cut

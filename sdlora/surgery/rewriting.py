@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, shown
 from ..files import replacing
-from ..tensor_file import DTYPE_NAMES, FLOAT_DTYPES, Header, all_finite, shown
+from ..tensor_file import DTYPE_NAMES, FLOAT_DTYPES, Header, all_finite
 from .checkpoints import read_into
 from .workers import in_order
 

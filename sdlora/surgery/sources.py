@@ -15,6 +15,7 @@ from ..adapters.kinds.table import KINDS, title_of
 from ..adapters.plain import to_plain
 from ..config.schema import Precision
 from ..errors import AdapterFileError, OutputError
+from ..files import parse_json
 from ..formats import adapter_files
 from ..formats.detection import known_family
 from ..formats.folding import own_dtype
@@ -230,7 +231,7 @@ def fingerprints(paths: Sequence[Path]) -> list[dict[str, str]]:
 
 def _history(text: str | None) -> list[object]:
     try:
-        tree = json.loads(text or "[]")
-    except (ValueError, RecursionError):
+        tree = parse_json(text or "[]", finite=False)
+    except ValueError:
         return []
     return tree if isinstance(tree, list) else []

@@ -127,7 +127,7 @@ def is_whole(folder: CheckpointFolder) -> bool:
 
 
 def _state_of(folder: CheckpointFolder) -> dict[str, Any]:
-    state = parse_json(folder.state_file.read_text(encoding="utf-8"))
+    state = parse_json(folder.state_file.read_text(encoding="utf-8"), finite=False)
     digests = state.get("digests") if isinstance(state, dict) else None
     if not isinstance(digests, dict) or folder.optimizer_file.name not in digests:
         raise ValueError(f"{folder.state_file.name} is not what was written")

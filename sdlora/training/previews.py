@@ -96,7 +96,7 @@ def draw_loss_curve(run: Run) -> None:
     training: dict[int, tuple[float, float]] = {}
     validation: dict[int, float] = {}
     for event in read_events(run.folder.path):
-        if event.get("event") == "StepDone":
+        if event.get("event") == "StepDone" and event.get("loss") is not None:
             training[event["step"]] = (event["loss"], event["learning_rate"])
         elif event.get("event") == "Validated":
             validation[event["step"]] = event["loss"]

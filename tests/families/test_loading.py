@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -419,3 +420,50 @@ def test_openclip_writer_of_these_tests_packs_what_it_should(bases: Bases) -> No
     packed = as_openclip("", states["text_encoder_2"])
     assert packed["transformer.resblocks.0.attn.in_proj_weight"].shape == (72, 24)
     assert packed["text_projection"].shape == (24, 20)
+
+
+def with_setting(folder: Path, file: str, key: str, value: Any) -> None:
+    place = folder / file
+    tree = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    place.write_text(json.dumps(tree | {key: value}), encoding="utf-8")
+
+
+HARMFUL_SETTINGS = [
+    ("unet/config.json", "layers_per_block", 10**9),
+    ("unet/config.json", "transformer_layers_per_block", [1, 10**7]),
+    ("unet/config.json", "block_out_channels", [8] * 5000),
+    ("unet/config.json", "in_channels", [4]),
+    ("unet/config.json", "cross_attention_dim", 10**30),
+    ("text_encoder/config.json", "num_hidden_layers", 10**8),
+    ("vae/config.json", "layers_per_block", 10**8),
+    ("scheduler/scheduler_config.json", "num_train_timesteps", 10**12),
+    ("scheduler/scheduler_config.json", "beta_start", "x"),
+    ("scheduler/scheduler_config.json", "beta_end", 5),
+    ("scheduler/scheduler_config.json", "beta_schedule", []),
+    ("unet/diffusion_pytorch_model.safetensors.index.json", "weight_map", []),
+    ("unet/diffusion_pytorch_model.safetensors.index.json", "weight_map", {"a": 1}),
+    ("unet/diffusion_pytorch_model.safetensors.index.json", "weight_map", {"a": "../../vae/x.safetensors"}),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), HARMFUL_SETTINGS)
+def test_settings_that_no_base_has_are_refused_at_once(
+    file: str, key: str, value: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    with_setting(folder, file, key, value)
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("text", ["[1]", "[" * 100_000, "{", "{} {}", '{"a":1,"a":1}', "\0", "null"])
+def test_json_files_of_a_base_that_are_none_are_named(text: str, tiny_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    names = ["model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))]
+    for name in [*names, "scheduler/scheduler_config.json", "sdlora.json"]:
+        before = (folder / name).read_bytes() if (folder / name).is_file() else b"{}"
+        (folder / name).write_text(text, encoding="utf-8")
+        with pytest.raises(ModelError, match=name):
+            load(folder)
+        (folder / name).write_bytes(before)

@@ -6,7 +6,8 @@ import re
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -14,7 +15,7 @@ from typing import IO
 from sdlora.data.reading.captions import CAPTION_ENDINGS
 from sdlora.data.reading.folder import load_pixels
 from sdlora.data.reading.image_files import IMAGE_ENDINGS
-from sdlora.errors import DatasetError, OutputError
+from sdlora.errors import DatasetError, OutputError, shown
 from sdlora.files import replacing
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -82,15 +83,37 @@ def unpack(archive: Path, folder: Path, left_out: list[str], budget: _Budget | N
         DatasetError: for a zip that is broken, encrypted, too large, or names places outside the folder.
     """
     budget = budget or _Budget()
+    with ExitStack() as stack:
+        with _reading(archive):
+            opened = stack.enter_context(zipfile.ZipFile(archive))
+        for info in opened.infolist():
+            if not info.is_dir():
+                inside = _safe_name(archive.name, info)
+                with _reading(archive):
+                    stream = stack.enter_context(opened.open(info))
+                _take(_Member(stream, archive), shown(info.filename), inside, folder, left_out, budget)
+                stream.close()
+
+
+@contextmanager
+def _reading(archive: Path) -> Iterator[None]:
+    """Turn whatever the libraries raise on a damaged zip into one error; there are a dozen kinds."""
     try:
-        with zipfile.ZipFile(archive) as opened:
-            for info in opened.infolist():
-                if not info.is_dir():
-                    inside = _safe_name(archive.name, info)
-                    with opened.open(info) as stream:
-                        _take(stream, info.filename, inside, folder, left_out, budget)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise DatasetError(f"{archive.name}: cannot be unpacked ({error}); make the zip again") from None
+        yield
+    except Exception as error:  # zlib.error, LZMAError, OSError (bz2, a bad offset), ...
+        why = shown(" ".join(str(error).split()) or type(error).__name__)
+        raise DatasetError(f"{archive.name}: cannot be unpacked ({why}); make the zip again") from None
+
+
+class _Member:
+    """A file in a zip: what goes wrong with reading it is told from what goes wrong with writing."""
+
+    def __init__(self, stream: IO[bytes], archive: Path) -> None:
+        self._stream, self._archive = stream, archive
+
+    def read(self, count: int) -> bytes:
+        with _reading(self._archive):
+            return self._stream.read(count)
 
 
 class _Budget:
@@ -115,20 +138,22 @@ class _Budget:
 
 def _safe_name(archive: str, info: zipfile.ZipInfo) -> PurePosixPath:
     if stat.S_ISLNK(info.external_attr >> 16):
-        raise DatasetError(f"{archive}: holds the link `{info.filename}`; make a zip of the files themselves")
+        raise DatasetError(
+            f"{archive}: holds the link `{shown(info.filename)}`; make a zip of the files themselves"
+        )
     if info.flag_bits & 1:
         raise DatasetError(f"{archive}: is encrypted; make a zip without a password")
     text = info.filename.replace("\\", "/")
     path = PurePosixPath(text)
     if path.is_absolute() or ".." in path.parts or re.match(r"^[A-Za-z]:", text) or "\0" in text:
         raise DatasetError(
-            f"{archive}: names a place outside its folder (`{info.filename}`); nothing was unpacked"
+            f"{archive}: names a place outside its folder (`{shown(info.filename)}`); nothing was unpacked"
         )
     return PurePosixPath(*(folder_name(part) for part in path.parts))
 
 
 def _take(
-    stream: IO[bytes],
+    stream: IO[bytes] | _Member,
     shown_name: str,
     inside: PurePosixPath,
     folder: Path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from ..server.png_import import ImportedSettings, from_parameters
 from ..settings import checked_base
 from ..site import Site
 from ..worker_client import CallCancelled
-from .shared import Shell, checked_number, choices, problem, working
+from .shared import Shell, checked_number, choices, problem, told, working
 
 NUM_SLOTS = 4
 _LOW, _HIGH, _STEP = -1.0, 2.0, 0.05
@@ -273,17 +272,16 @@ def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: g
     tab.select(refresh, [page.prompt, run, *files], [page.prompt, *files, run], show_progress="hidden")
 
     def use(message: str) -> list[Any]:
-        job = site.queue.get(json.loads(message)["id"])
+        job = site.queue.get(told(message, "id"))
         return [gr.Tabs(selected="generate"), *_use_run(site, job.run)]
 
     first = page.slots[0]
     shell.try_run.change(use, shell.try_run, [shell.tabs, page.base, page.prompt, first.file, run])
 
     def pick(message: str) -> tuple[Any, Any]:
-        cell = json.loads(message)
-        label = adapter_label(cell["file"])
+        file, strength = told(message, "file"), told(message, "strength")
         known = [("none", ""), *choices(site.adapters())]
-        return gr.Dropdown(choices=[*known, (label, cell["file"])], value=cell["file"]), cell["strength"]
+        return gr.Dropdown(choices=[*known, (adapter_label(file), file)], value=file), strength
 
     shell.chosen_cell.change(pick, shell.chosen_cell, [first.file, first.strength])
 
@@ -293,7 +291,7 @@ def _connect_sending(site: Site, shell: Shell, page: _Page, more: Mapping[str, A
     outputs = [*page.plain, *boxes, *(control for slot in page.slots for control in slot.controls)]
 
     def from_gallery(message: str) -> list[Any]:
-        return _imported(site, site.paths.readable(json.loads(message)["file"]), len(outputs))
+        return _imported(site, site.paths.readable(told(message, "file")), len(outputs))
 
     def from_file(file: str | None) -> list[Any]:
         return _imported(site, Path(file), len(outputs)) if file else [gr.skip()] * len(outputs)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import gradio as gr
 
 from sdlora.errors import ConfigError
+from sdlora.files import parse_json
 
 from ..forms import number
 from ..site import Choice
@@ -56,6 +58,18 @@ def checked_number(label: str, text: str, *, whole: bool = False) -> float | int
         return number(text, whole=whole)
     except ValueError as error:
         raise ConfigError(f"{label} `{text}`: {error}") from None
+
+
+def told(message: str, key: str) -> Any:
+    """Return what an element of the page says in a hidden field, e.g. the id of a job.
+
+    Raises:
+        ConfigError: when it says nothing of the kind, which the page itself never does.
+    """
+    try:
+        return parse_json(message)[key]
+    except (ValueError, LookupError, TypeError):
+        raise ConfigError("not a message of this page; reload it") from None
 
 
 def problem(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..gallery import file_url
 from ..server.allowed_paths import program_folders
 from ..site import EXPORTED, Site
 from . import surgery
-from .shared import Shell, choices, hint, problem, working
+from .shared import Shell, choices, hint, problem, told, working
 
 
 def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
@@ -40,7 +39,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     tab.select(refresh, source, [source, *files], show_progress="hidden")
 
     def take(message: str) -> list[Any]:
-        job = site.queue.get(json.loads(message)["id"])
+        job = site.queue.get(told(message, "id"))
         return [gr.Tabs(selected="tools"), gr.Dropdown(choices=_sources(site), value=str(job.run))]
 
     shell.export_run.change(take, shell.export_run, [shell.tabs, source])

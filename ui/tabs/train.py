@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..server.uploads import folder_name
 from ..settings import checked_config
 from ..site import Site
 from ..worker_client import CallCancelled
-from .shared import Shell, choices, hint, problem, working
+from .shared import Shell, choices, hint, problem, told, working
 
 _DRAFT = "train"
 _PAUSE = 0.4  # seconds without a key until the plan follows
@@ -112,7 +111,7 @@ def _connect(
         return list(from_config(config)[key] for key in keys)
 
     def clone(said_text: str) -> list[Any]:
-        job = site.queue.get(json.loads(said_text)["id"])
+        job = site.queue.get(told(said_text, "id"))
         config = load_config(site.queue.settings(job.id))
         raw = fill(config.with_values({"output.name": _free_name(site, job.name), "output.folder": None}))
         gr.Info("The job's settings are in the form, under a new name. Change them and start.")
@@ -121,7 +120,7 @@ def _connect(
     def fill_demo(said_text: str) -> list[Any]:
         from sdlora.demonstration.data import STYLE, demo_config
 
-        config = demo_config(site.paths.runs / STYLE, Path(json.loads(said_text)["folder"]).parent)
+        config = demo_config(site.paths.runs / STYLE, Path(told(said_text, "folder")).parent)
         return fill(config.with_values({"output.name": _free_name(site, STYLE), "output.folder": None}))
 
     # At once: a plan that waits for its turn would take a newer draft back.

@@ -7,7 +7,6 @@ both hold the same numbers, the last one wins.
 
 from __future__ import annotations
 
-import json
 import struct
 import zlib
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ...errors import OutputError
-from ...files import replacing
+from ...files import parse_json, replacing
 from ..reading.cache_folder import mark_used
 
 _CHECKSUM = "crc32"
@@ -83,7 +82,7 @@ def _intact(data: bytes) -> bool:
     if length > min(_MAX_HEADER, len(data) - 8):
         return False
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = parse_json(data[8 : 8 + length])
         noted = int(header["__metadata__"][_CHECKSUM], 16)
     except (ValueError, KeyError, TypeError):
         return False

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import PIL
 
+from ...files import parse_json
 from .image_files import PIXELS_VERSION, decode, read_file
 from .index import ImageIndex
 from .items import Trait
@@ -85,8 +86,9 @@ def _started(
     """Yield each file with its state before it is read, and its facts or their being found out."""
     for file in files:
         status = _status(file.path)
-        known = index.get(file.path, status) if status else None
-        yield file, status, _from_json(known) if known else pool.submit(_measure, file)
+        noted = index.get(file.path, status) if status else None
+        known = _from_json(noted) if noted else None
+        yield file, status, known or pool.submit(_measure, file)
 
 
 def _measure(file: FoundFile) -> Measured | Problem:
@@ -120,14 +122,18 @@ def _to_json(facts: Measured) -> str:
     )
 
 
-def _from_json(text: str) -> Measured:
-    facts = json.loads(text)
-    bits, mirrored = facts["hashes"]
-    return Measured(
-        facts["height"],
-        facts["width"],
-        facts["digest"],
-        tuple(facts["traits"]),
-        Likeness(bits, mirrored, base64.b64decode(facts["thumbnail"])),
-        tuple((side, variance) for side, variance in facts["detail"]),
-    )
+def _from_json(text: str) -> Measured | None:
+    """Return the facts of an entry of the index; None for one that is damaged, which is measured anew."""
+    try:
+        facts = parse_json(text)
+        bits, mirrored = facts["hashes"]
+        return Measured(
+            facts["height"],
+            facts["width"],
+            facts["digest"],
+            tuple(facts["traits"]),
+            Likeness(bits, mirrored, base64.b64decode(facts["thumbnail"])),
+            tuple((side, variance) for side, variance in facts["detail"]),
+        )
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import stat
 import zipfile
 from pathlib import Path
@@ -107,6 +108,29 @@ def test_a_broken_zip_is_an_error_with_words(tmp_path: Path) -> None:
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(DatasetError, match="cannot be unpacked"):
         import_files([tmp_path / "broken.zip"], tmp_path / "data", "set")
+
+
+COMPRESSIONS = {"deflate": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA}
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_a_damaged_member_is_an_error_with_words(tmp_path: Path, name: str) -> None:
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", COMPRESSIONS[name]) as writer:
+        writer.writestr("a.png", png() + random.Random(1).randbytes(500))
+        writer.writestr("a.txt", "a cat " * 100)
+    data, outcomes = whole.getvalue(), set()
+    for at in range(0, len(data), 3):
+        file = tmp_path / "case.zip"
+        file.write_bytes(data[:at] + bytes([data[at] ^ 0x5A]) + data[at + 1 :])
+        try:
+            import_files([file], tmp_path / "data", f"case{at}")
+            outcomes.add("taken")
+        except DatasetError as error:
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 400
+            outcomes.add("refused: cannot be unpacked" if "cannot be unpacked" in str(error) else "refused")
+    assert {"taken", "refused: cannot be unpacked"} <= outcomes
+    assert not [path for path in tmp_path.rglob(".*")]
 
 
 @pytest.mark.parametrize(
