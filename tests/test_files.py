@@ -153,7 +153,7 @@ OWN_MESSAGES = {
 
 def test_what_comes_from_outside_is_parsed_with_bounds_everywhere() -> None:
     root = Path(sdlora.__file__).parent.parent
-    found: set[str] = set()
+    plainly_parsed: set[str] = set()
     files = [*root.glob("sdlora/**/*.py"), *root.glob("ui/**/*.py")]
     assert len(files) > 150
     for file in files:
@@ -165,5 +165,5 @@ def test_what_comes_from_outside_is_parsed_with_bounds_everywhere() -> None:
             else:
                 plain = False
             if plain:
-                found.add(file.relative_to(root).as_posix())
-    assert found == set(OWN_MESSAGES)
+                plainly_parsed.add(file.relative_to(root).as_posix())
+    assert plainly_parsed == set(OWN_MESSAGES)

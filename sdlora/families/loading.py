@@ -122,8 +122,8 @@ def _loaded_parts(
     except ModelError:
         raise
     except Exception as error:
-        said = str(error).strip() or type(error).__name__
-        reason = shown(said.splitlines()[0], 300)
+        message = str(error).strip() or type(error).__name__
+        reason = shown(message.splitlines()[0], 300)
         raise ModelError(
             f"{recognised.path}: cannot be loaded as a {FAMILIES[recognised.family].info.title} base "
             f"({reason}); check that the download is complete"
