@@ -147,7 +147,7 @@ def train(row: Row) -> None:
 
 
 def resume(row: Row) -> None:
-    """A copy of the run as a crash after step 1 leaves it goes on, and ends with the same bits."""
+    """A copy of the run, as a crash after step 1 would leave it, is resumed and ends with the same bits."""
     run, again = row.folder / "run", row.folder / "again"
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints" / "step-000002")

@@ -41,7 +41,7 @@ class Side:
         wall_s: the whole process at the longer length.
         start_s: the part of it that is not steps.
         peak_bytes: most memory the process held.
-        loss: objective of its LoRA, see :mod:`adapter_loss`; None if nobody measured it.
+        loss: objective of its LoRA, see ``adapter_loss.py``; None if it was not measured.
     """
 
     images_per_second: float

@@ -1,4 +1,4 @@
-"""Where a model runs and in which number format when the user leaves it open, and what is set there."""
+"""Which device and number format a model gets if the user leaves them open, and how devices are set up."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def make_current(device: torch.device) -> None:
-    """Have torch's calls that name no card mean this one, and not open a context on the first one."""
+    """Let torch's calls that name no card use this one, instead of opening a context on the first card."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
@@ -117,10 +117,10 @@ def make_current(device: torch.device) -> None:
 def set_exactness(device: torch.device, dtype: torch.dtype) -> None:
     """Set how exactly a card computes, for the whole process.
 
-    float32 chosen as the base's format is computed as float32. In bf16 and fp16, what stays float32 (the
-    autoencoder) may use TF32: its error (2^-11) is below bf16's own, and on tensor cores it is several times
-    as fast. cuDNN takes only algorithms that give the same bits each time, and does not try out which are
-    fastest: buckets would make it try again for every shape, and its choice would differ from run to run.
+    If float32 is the base's format, everything is computed in float32. With bf16 and fp16, what stays float32
+    (the autoencoder) may use TF32: its error (2^-11) is below bf16's own, and on tensor cores it is several
+    times as fast. cuDNN may use only algorithms that give the same bits each time, and does not try out which
+    is fastest: with buckets it would try again for every shape, and its choice would differ from run to run.
     """
     if device.type != "cuda":
         return

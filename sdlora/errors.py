@@ -1,4 +1,4 @@
-"""What can go wrong for reasons a user can mend, as one short exception tree.
+"""What can go wrong for reasons that a user can correct, as one short tree of exceptions.
 
 Every error carries one message that says what is wrong (with the value), where (file, key or module)
 and how to fix it. The command line shows it without a traceback and exits with code 2.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class SdloraError(Exception):
-    """Something the user can mend; the message says what, where and how."""
+    """Something the user can correct; the message says what, where and how."""
 
 
 class ConfigError(SdloraError):
@@ -32,14 +32,14 @@ class OutputError(SdloraError):
 
 
 class TrainingError(SdloraError):
-    """A run that must not go on: a non-finite loss, or a checkpoint that cannot be resumed."""
+    """A run that must not continue: a non-finite loss, or a checkpoint that cannot be resumed."""
 
 
 class OtherProcessError(TrainingError):
-    """Another process of the same run failed and has said why; this one ends without a word."""
+    """Another process of the same run failed and has said why; this one ends without a message."""
 
 
 def shown(text: object, limit: int = 100) -> str:
-    """Return a key from a file fit for a one-line message: no control characters, not too long."""
+    """Return a key from a file as it fits into a one-line message: no control characters, not too long."""
     clean = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
     return clean if len(clean) <= limit else clean[: limit - 3] + "..."

@@ -1,7 +1,7 @@
-"""The events that a run emits while it goes on, and the three requests it takes.
+"""The events that a run emits, and the three requests it takes.
 
 Events are frozen facts; a listener cannot change training with them. One that raises is dropped after
-one warning. :class:`Control` is read once a step.
+one warning. :class:`Control` is read once per step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Decided(Event):
-    """A setting that was left open, and why it got its value."""
+    """A setting that was left open, the value it got, and why."""
 
     key: str
     value: Any
@@ -42,14 +42,14 @@ class Decided(Event):
 
 @dataclass(frozen=True)
 class Notice(Event):
-    """Something the user should know; training goes on."""
+    """Something the user should know; training continues."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Caching(Event):
-    """Encoding of images and captions before training."""
+    """Images and captions are being encoded before training."""
 
     done: int
     total: int
@@ -57,7 +57,7 @@ class Caching(Event):
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """The first step is about to be made; predictions in seconds and bytes, these also by phase."""
+    """The first step is about to be made; the expected time in seconds and memory in bytes, also by phase."""
 
     name: str
     steps: int
@@ -88,7 +88,7 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class Validated(Event):
-    """Loss on the held-out images with fixed noise and times."""
+    """Loss on the held-out images with fixed noise and timesteps."""
 
     step: int
     loss: float
@@ -114,7 +114,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class RunFinished(Event):
-    """The run ended by itself or was asked to stop."""
+    """The run reached its end or was asked to stop."""
 
     step: int
     stopped: bool
@@ -156,7 +156,7 @@ class Emitter:
 
 
 class JsonlWriter:
-    """Listener that appends each event to a file or stream, one JSON object a line."""
+    """Listener that appends each event to a file or stream, one JSON object per line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -167,7 +167,7 @@ class JsonlWriter:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Return the events of a run so far; the last line of a killed run may be cut and is left out then."""
+    """Return the events of a run so far, without a line that a killed process left incomplete."""
     file = RunFolder(folder).events_file
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [event for line in lines if (event := _parsed(line))]

@@ -1,7 +1,7 @@
 """Writing so that a crash never leaves half a file (temporary name first, then rename), reading with bounds.
 
-What comes from outside is parsed by :func:`parse_json` and :func:`parse_toml` alone: whatever the text holds,
-they take time and memory that grow as its length does, and give a value or a ValueError of one line.
+Texts from outside are parsed by :func:`parse_json` and :func:`parse_toml` only: whatever the text holds, their
+time and memory grow in proportion to its length, and they return a value or raise a ValueError of one line.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def replacing(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         raise OutputError(f"{target}: {write_problem(error)}") from error
-    except OutputError as error:  # told by what wrote below the temporary name, which means nothing to anyone
+    except OutputError as error:  # raised below the temporary name, which means nothing to a user
         raise OutputError(str(error).replace(str(temporary), str(target))) from error
     except SafetensorError as error:  # how safetensors reports a failed write, full disks included
         full = "os error 28" in str(error) or "No space" in str(error) or "os error 112" in str(error)
@@ -75,7 +75,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def write_problem(error: OSError) -> str:
-    """Return in plain words why writing failed and what to do."""
+    """Return why writing failed and what to do, in plain words."""
     if error.errno == errno.ENOSPC:
         return "the disk is full; free some space or choose another --output (nothing was half-written)"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -129,7 +129,7 @@ def refuse_used_folder(folder: Path, what: str) -> None:
 
 
 def find_settings(folder: Path) -> Path:
-    """Return the file of a run's settings, which going on with it needs.
+    """Return the file of a run's settings, which resuming it needs.
 
     Raises:
         TrainingError: when the folder holds no run.
@@ -137,13 +137,13 @@ def find_settings(folder: Path) -> Path:
     file = RunFolder(folder).config_file
     if not file.is_file():
         raise TrainingError(
-            f"{folder}: holds no run to go on with (no config.toml); check --output, or leave --resume out"
+            f"{folder}: holds no run to continue (no config.toml); check --output, or leave --resume out"
         )
     return file
 
 
 def size_text(num_bytes: float, decimals: int = 0) -> str:
-    """Return a number of bytes for people: MiB with so many decimals, GiB with one."""
+    """Return a number of bytes for people: MiB with that many decimals, GiB with one."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.{decimals}f} MiB"
 
 

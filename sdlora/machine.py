@@ -1,8 +1,8 @@
-"""What this machine has for computing, and what torch makes of it: facts, and conclusions from them alone.
+"""What this machine has for computing and what of it torch can use: facts, and conclusions from them.
 
-:func:`examine` looks; everything else is a function of :class:`MachineFacts`, so that it can be tried for
-machines one does not have. Which torch serves which card: PyTorch's support matrix (pytorch/pytorch#172352,
-#190385).
+:func:`examine` collects the facts; everything else is a function of :class:`MachineFacts`, so that it can be
+tried for machines one does not have. Which torch serves which card: PyTorch's support matrix
+(pytorch/pytorch#172352, #190385).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MachineFacts:
 
     Attributes:
         system: ``Linux``, ``Windows`` or ``Darwin``.
-        python: the interpreter that runs, as commands need it.
+        python: path of the running interpreter, for commands.
         torch: its version.
         cuda_build: CUDA version that torch is built with; None for a torch without CUDA.
         architectures: what torch has kernels for, e.g. ``sm_90``, ``compute_120``.
@@ -104,7 +104,7 @@ class MachineFacts:
 
     @property
     def card_lies_idle(self) -> bool:
-        """Whether there is a card and torch cannot compute on it."""
+        """Whether there is a card that torch cannot compute on."""
         if self.usable:
             return bool(self.cards) and len(self.unsupported) == len(self.cards)
         return bool(self.present or self.driver)
@@ -169,7 +169,7 @@ def lack_of_kernels(index: int) -> str | None:
 
 
 def why_idle(facts: MachineFacts) -> str | None:
-    """Return what keeps torch from the card that is here, in one line; None if nothing does."""
+    """Return what keeps torch from using this machine's card, in one line; None if nothing does."""
     if not facts.card_lies_idle:
         return None
     card = str((facts.present or facts.cards or (Card("an NVIDIA card"),))[0])
@@ -190,7 +190,7 @@ def why_idle(facts: MachineFacts) -> str | None:
 
 
 def remedies(facts: MachineFacts) -> list[str]:
-    """Return the commands that let torch compute on the card that is here, each for a line of a shell."""
+    """Return the shell commands that let torch compute on this machine's card, one per line."""
     if not facts.card_lies_idle:
         return []
     if facts.hidden is not None and facts.hidden.strip() in ("", "-1", "none", "NoDevFiles"):
@@ -203,7 +203,7 @@ def remedies(facts: MachineFacts) -> list[str]:
     if facts.cuda_build is not None and not facts.unsupported and _suits(facts):
         return ["nvidia-smi", *_restart(facts.system)]
     python = f'"{facts.python}"' if " " in facts.python else facts.python
-    # pip leaves a torch of the same version as it is, whichever kind it is: so it must go first
+    # pip keeps a torch of the same version, even one built for other devices: so it must be removed first
     wanted = '"torch<2.15"' if index == "cu126" else "torch"  # the last torch for CUDA 12.6 is 2.14
     return [
         f"{python} -m pip uninstall -y torch",
@@ -212,7 +212,7 @@ def remedies(facts: MachineFacts) -> list[str]:
 
 
 def wheel_index(facts: MachineFacts) -> str | None:
-    """Return which of PyTorch's package indexes serves card and driver; None: the driver is too old."""
+    """Return which package index of PyTorch serves card and driver; None if the driver is too old."""
     driver = _major(facts.driver)
     if driver is None:
         driver = _OLDEST_DRIVER
@@ -230,17 +230,17 @@ def wheel_index(facts: MachineFacts) -> str | None:
 
 @functools.cache
 def idle_card_notice() -> str | None:
-    """Return what people must hear before the CPU computes on a machine that has a card; else None."""
+    """Return the notice for users before the CPU computes on a machine that has a card; else None."""
     return notice_of(examine())
 
 
 def notice_of(facts: MachineFacts) -> str | None:
-    """Return why the card lies idle and the commands that mend it, in one line; None if none does."""
+    """Return why the card lies idle and the commands that correct it, in one line; None if no card does."""
     reason = why_idle(facts)
     if reason is None:
         return None
     steps = ", then ".join(f"`{command}`" for command in remedies(facts))
-    return f"THE CARD LIES IDLE, and a CPU is many times slower: {reason}; to mend it run {steps}"
+    return f"THE CARD LIES IDLE, and a CPU is many times slower: {reason}; to use it run {steps}"
 
 
 def _suits(facts: MachineFacts) -> bool:
@@ -276,7 +276,7 @@ def _install_driver(system: str) -> list[str]:
 
 
 def _distribution() -> str:
-    """Return what this Linux calls itself and what it is like, e.g. ``linuxmint ubuntu debian``."""
+    """Return this Linux distribution's name and those of its relatives, e.g. ``linuxmint ubuntu debian``."""
     with suppress(OSError):
         known = platform.freedesktop_os_release()
         return f"{known.get('ID', '')} {known.get('ID_LIKE', '')}"
@@ -315,7 +315,7 @@ def _ask_driver() -> tuple[str | None, tuple[Card, ...]]:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
         match = re.search(r"\b(\d{3}\.\d+(\.\d+)?)\b", text)
         return (match[1] if match else "unknown"), ()
-    return None, _cards_on_the_bus(Path("/sys/bus/pci/devices"))
+    return None, cards_on_the_bus(Path("/sys/bus/pci/devices"))
 
 
 def _nvidia_smi(query: str) -> str:
@@ -347,7 +347,7 @@ def parse_listing(text: str) -> tuple[str | None, tuple[Card, ...]]:
     return driver, tuple(cards)
 
 
-def _cards_on_the_bus(devices: Path) -> tuple[Card, ...]:
+def cards_on_the_bus(devices: Path) -> tuple[Card, ...]:
     """Return the NVIDIA cards that Linux lists, driver or not."""
     cards = []
     if not devices.is_dir():

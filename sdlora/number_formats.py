@@ -1,6 +1,6 @@
-"""The number formats there are: what people, torch, files and kohya's headers call each. Imports no torch.
+"""All number formats: what people, torch, files and kohya's headers call each. Imports no torch.
 
-A new one is an entry in :data:`NUMBER_FORMATS`; one that can be chosen is named in :data:`Precision`, too.
+A new one is an entry in :data:`NUMBER_FORMATS`; if it can be chosen, its name is in :data:`Precision`, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["fp32", "bf16", "fp16"]
-"""Those that models compute in and adapter files are written in."""
+"""The formats that models compute in and adapter files are written in."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
@@ -29,7 +29,7 @@ class NumberFormat:
         torch_name: of torch's own ``dtype``.
         file_name: in the header of safetensors files.
         kohya: what kohya's ``ss_mixed_precision`` calls training in it.
-        is_factor: whether an adapter's factors may come in it; others have too few operations, or none.
+        is_factor: whether an adapter's factors may have it; torch can hardly compute in the others.
     """
 
     name: str
@@ -65,7 +65,7 @@ NUMBER_FORMATS: tuple[NumberFormat, ...] = (
 
 
 def named(name: str) -> NumberFormat:
-    """Return the number format of a name for people."""
+    """Return the number format with that name for people."""
     return next(number_format for number_format in NUMBER_FORMATS if number_format.name == name)
 
 
@@ -77,12 +77,12 @@ def by_dtype() -> Mapping[torch.dtype, NumberFormat]:
 
 @functools.cache
 def writable_dtypes() -> tuple[torch.dtype, ...]:
-    """Return those that adapter files are written in."""
+    """Return the dtypes that adapter files are written in."""
     return tuple(named(name).dtype for name in PRECISIONS)
 
 
 def dtype_of(asked: str) -> torch.dtype:
-    """Return the dtype of a number format that is asked for.
+    """Return the dtype of the number format that a user asked for.
 
     Raises:
         ConfigError: when it is none of :data:`PRECISIONS`.

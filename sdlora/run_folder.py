@@ -1,7 +1,7 @@
-"""A run folder: every name and path in it, known in this one place by trainer, export, demo and web UI.
+"""A run folder: every name and path in it, defined here alone for trainer, export, demo and web UI.
 
-Names are read strictly: a copy called ``step-000020 copy``, a ``step-000040-best.png`` or anything else a
-person or a sync program left there is no checkpoint and no preview, and is passed over.
+Names are read strictly: a copy called ``step-000020 copy``, a ``step-000040-best.png`` or anything else that
+a person or a sync program left there is neither checkpoint nor preview, and is skipped.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 
 STOP, SAVE, SAMPLE = "STOP", "SAVE", "SAMPLE"
 REQUESTS = (STOP, SAVE, SAMPLE)
-"""Files with these names ask a run to stop, to save or to draw previews; it removes what it has seen."""
+"""Files with these names ask a run to stop, to save or to draw previews; it removes each when it reads it."""
 
 ADAPTER_SUFFIX = ".safetensors"
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-"""Endings of images that can lie beside an adapter as its preview."""
+"""Endings of the preview images that can lie beside an adapter."""
 _CHECKPOINT = re.compile(r"step-(\d{6,18})", re.ASCII)
 _PREVIEW = re.compile(r"step-(\d{6,18})-([1-9]\d{0,8})\.png", re.ASCII)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of one run; nothing has to exist.
+    """The paths of one run; none of them has to exist.
 
     Attributes:
         path: the folder itself.
@@ -33,17 +33,17 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
-        """All settings of the run, resolved."""
+        """All final settings of the run."""
         return self.path / "config.toml"
 
     @property
     def events_file(self) -> Path:
-        """What the run told, one JSON object a line."""
+        """The events of the run, one JSON object per line."""
         return self.path / "events.jsonl"
 
     @property
     def loss_curve(self) -> Path:
-        """The drawn curve."""
+        """The image of the loss curve."""
         return self.path / "loss.png"
 
     @property
@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of resumable states."""
+        """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     def exists(self) -> bool:
@@ -91,7 +91,7 @@ class RunFolder:
         return sorted(previews, key=lambda preview: (preview.step, preview.number))
 
     def newest_preview(self) -> Path | None:
-        """Return the newest image a run made: the last preview of its first prompt, else any it has."""
+        """Return the newest image of a run: the last preview of its first prompt, or else any other image."""
         if previews := [preview.file for preview in self.list_previews() if preview.number == 1]:
             return previews[-1]
         for folder, pattern in ((self.samples, "**/*"), (self.path, "*sweep*")):
@@ -145,7 +145,7 @@ def step_name(step: int) -> str:
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> CheckpointFolder:
-    """Return where the checkpoint of ``step`` lies below the folder of checkpoints."""
+    """Return the checkpoint of ``step`` below the folder of checkpoints."""
     return CheckpointFolder(checkpoints / step_name(step), step)
 
 
@@ -172,6 +172,6 @@ def checkpoint_of(adapter_file: Path) -> tuple[RunFolder, CheckpointFolder] | No
 
 
 def was_run(path: Path) -> bool:
-    """Return whether a folder is a run's: settings, and something that a run writes."""
+    """Return whether a folder is that of a run: it has settings, and something else that a run writes."""
     run = RunFolder(path)
     return run.exists() and any(part.exists() for part in (run.checkpoints, run.samples, run.events_file))

@@ -123,7 +123,7 @@ def test_a_split_at_separators_is_the_one_of_the_expression(separator: str) -> N
     expression = re.compile(rf"(\s*{re.escape(separator)}\s*)")
     for _ in range(2000):
         text = "".join(draw.choice("ab ,|\n") for _ in range(draw.randint(0, 14))).strip()
-        assert wording._split(text, separator) == expression.split(text), text
+        assert wording.split_words(text, separator) == expression.split(text), text
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sdlora.devices import half_of_card
 from sdlora.machine import (
     Card,
     MachineFacts,
-    _cards_on_the_bus,
+    cards_on_the_bus,
     examine,
     notice_of,
     parse_listing,
@@ -163,8 +163,8 @@ def test_cards_on_the_bus_are_seen_without_a_driver(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "vendor").write_text(f"{vendor}\n", encoding="ascii")
         (tmp_path / name / "class").write_text(f"{kind}\n", encoding="ascii")
-    assert _cards_on_the_bus(tmp_path) == (Card("an NVIDIA card (PCI 01:00.0)"),)
-    assert _cards_on_the_bus(tmp_path / "none") == ()
+    assert cards_on_the_bus(tmp_path) == (Card("an NVIDIA card (PCI 01:00.0)"),)
+    assert cards_on_the_bus(tmp_path / "none") == ()
 
 
 def test_cards_that_give_nan_in_fp16_compute_in_fp32() -> None:

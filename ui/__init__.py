@@ -1,5 +1,5 @@
-"""The web UI: a thin face on sdlora's public functions, started by ``sdlora ui``.
+"""The web UI: a thin layer on sdlora's public functions, started by ``sdlora ui``.
 
-What it trains are processes ``sdlora train --config run.toml``; what it draws, plans and exports runs in
-worker processes. The server itself imports no torch.
+Each training is a process ``sdlora train --config run.toml``; drawing, planning and exporting run in worker
+processes. The server itself imports no torch.
 """

@@ -33,7 +33,7 @@ def serve(
         paths: the folders that may be used.
         host: address to listen on.
         port: to listen on.
-        password: asked of everyone; required when others can reach the address.
+        password: everyone must give it; required when others can reach the address.
 
     Raises:
         ConfigError: for an open address without a password, or a port in use.
@@ -50,7 +50,7 @@ def serve(
 
 
 def refuse_open_door(host: str, password: str | None) -> None:
-    """Refuse to listen to others without a password, and a password that is guessed soon.
+    """Refuse to listen to others without a password, and a password that is soon guessed.
 
     Raises:
         ConfigError: when anyone on the network could use the server, or soon could.
@@ -83,7 +83,7 @@ def make_app(site: Site) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.router.routes.extend(routes(site.paths, site.queue))
     page = build(site)
-    # Gradio looks whether a file that a request names was uploaded only for pages started by its own launch()
+    # Gradio checks that a file named by a request was uploaded only for pages started by its own launch()
     page.has_launched = True
     web = Path(__file__).parent / "web"
     mounted: FastAPI = gr.mount_gradio_app(

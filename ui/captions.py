@@ -1,4 +1,4 @@
-"""Captions edited in the browser: written at once beside their images, every change can be undone."""
+"""Captions edited in the browser: written beside their images at once; every change can be undone."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _MAX_UNDO = 200
 
 
 def tidy(text: str) -> str:
-    """Return a caption without blank lines and needless spaces; its lines stay apart."""
+    """Return a caption without blank lines and needless spaces; its lines stay separate."""
     return "\n".join(line for part in text.splitlines() if (line := " ".join(part.split())))
 
 
 def _in_metadata(listing: Listing) -> set[str]:
-    """Return the images whose captions a metadata file holds: a text file as well would be an error."""
+    """Return the images whose captions a metadata file holds: an additional text file would be an error."""
     if not listing.metadata:
         return set()
     names = [file.name for file in listing.images]
@@ -38,7 +38,7 @@ def _in_metadata(listing: Listing) -> set[str]:
 
 
 class CaptionBook:
-    """The captions of folders, with one undo history a folder that survives the server."""
+    """The captions of folders, with one undo history for each folder, which survives the server."""
 
     def __init__(self, paths: AllowedPaths) -> None:
         """Keep the histories among the server's records."""
@@ -52,8 +52,8 @@ class CaptionBook:
         Args:
             folder: the data set.
             texts: image, by its path below the folder -> caption, its lines kept.
-            typing: saves with the same word, one after the other, are one change to undo: the page saves
-                while its user types.
+            typing: successive saves with the same word are one change to undo: the page saves while its
+                user types.
 
         Raises:
             PathRefused: when an image's real place is not in the folder.
@@ -141,7 +141,7 @@ class CaptionBook:
         return self.set(folder, wanted) if wanted else 0
 
     def _file(self, folder: Path, name: str, listing: Listing, elsewhere: Collection[str]) -> Path:
-        """Return the caption file of an image, there or not yet."""
+        """Return the caption file of an image, whether it exists or not."""
         image = self._paths.writable(folder / name)
         if not image.is_relative_to(folder) or image.suffix.lower() not in IMAGE_ENDINGS:
             raise DatasetError(f"{name}: is not an image of this folder")

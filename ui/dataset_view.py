@@ -27,7 +27,7 @@ _SMALL_MULTIPLE, _MULTIPLE = 16, 64
 
 
 def size_multiple(resolution: int) -> int:
-    """Return what image sides are multiples of: 64 px, on the mini base 16."""
+    """Return the multiple that image sides must be: 64 px, or 16 px for the mini base."""
     return _SMALL_MULTIPLE if resolution < _SMALL else _MULTIPLE
 
 
@@ -56,7 +56,7 @@ class DataSets:
         Args:
             folder: the data set.
             trigger: word the captions should hold.
-            resolution: px trained at.
+            resolution: training resolution in px.
             page: of 60 images each.
             only: ``findings``, ``held``, ``uncaptioned``, or everything.
 
@@ -84,7 +84,7 @@ class DataSets:
         return _summary(seen, resolution) | {"cards": shown, "matching": len(cards), "trigger": trigger}
 
     def progress(self, folder: Path) -> tuple[int, int] | None:
-        """Return how many of a folder's images were read so far, and how many there are; None at rest."""
+        """Return how many of a folder's images were read, and how many there are; None when not reading."""
         return self._progress.get(folder)
 
     def _look(self, folder: Path, trigger: str | None, resolution: int) -> _Seen:

@@ -18,7 +18,7 @@ from sdlora.errors import ConfigError
 from sdlora.files import parse_toml
 
 Kind = Literal["switch", "choice", "whole", "number", "text", "lines", "toml"]
-OPEN = "follows the data"
+OPEN = "decided from the data"
 
 SECTION_TITLES = {
     "model": "Base model",
@@ -41,8 +41,8 @@ class Setting:
         help: the docstring with range and default.
         kind: which control it gets.
         optional: whether it may be left open.
-        default: what holds when it is not touched.
-        choices: of a choice.
+        default: its value when it is not touched.
+        choices: the values of a choice.
         words: whether a value that is not TOML is meant as plain text, such as a path.
     """
 
@@ -196,13 +196,13 @@ def _toml(value: Any) -> str:
 
 
 def to_values(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings a form says, without those left at their default.
+    """Return the settings that a form gives, without those left at their default.
 
     Args:
         raw: dotted key -> what its control holds.
 
     Raises:
-        ConfigError: naming every control that holds no readable value.
+        ConfigError: naming every control whose value cannot be read.
     """
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -245,7 +245,7 @@ def _from_raw(setting: Setting, held: Any) -> Any:
 def number(text: str, *, whole: bool = False) -> float | int | None:
     """Return the number a text field holds; None for an empty one.
 
-    Fields that may be left open are text fields: Gradio's number fields turn emptiness into 0.
+    Optional settings are text fields because Gradio's number fields turn an empty field into 0.
 
     Raises:
         ValueError: when it holds something else.

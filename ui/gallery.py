@@ -1,4 +1,4 @@
-"""What was drawn: the list of images, and the strips, grids and comparisons that the page shows.
+"""The drawn images: their list, and the strips, grids and comparisons that the page shows.
 
 The page's own elements are written as HTML, with their data as one escaped attribute.
 """
@@ -28,7 +28,7 @@ def list_images(folder: Path, limit: int) -> dict[str, Any]:
 
 
 def file_url(path: str) -> str:
-    """Return where the server gives a file."""
+    """Return the URL of a file on this server."""
     return f"/sdlora/file?path={quote(path)}"
 
 
@@ -57,7 +57,7 @@ def strip_html(
 
 
 def compare_html(before: str, after: str, labels: tuple[str, str]) -> str:
-    """Return two images on each other with a line to move between them."""
+    """Return two images, one over the other, with a line between them that can be moved."""
     return _element("sd-compare", {"before": before, "after": after, "labels": labels})
 
 

@@ -1,4 +1,4 @@
-"""What memory a running job holds, of the machine and of its GPUs."""
+"""How much memory a running job holds, on the machine and on its GPUs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MemoryWatch:
         return {"process": held} | ({"gpu": on_gpu} if on_gpu else {})
 
     def _on_gpus(self) -> dict[int, int]:
-        """Return process id -> bytes, asked anew after some seconds; empty without NVIDIA's program."""
+        """Return process id -> bytes, asked again every few seconds; empty without NVIDIA's program."""
         program = shutil.which("nvidia-smi")
         if program is None:
             return {}
@@ -55,6 +55,6 @@ def _ask(program: str) -> dict[int, int]:
         output = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
         for line in output.splitlines():
             pid, _, mebibytes = line.partition(",")
-            with suppress(ValueError):  # "[N/A]" where the driver does not tell
+            with suppress(ValueError):  # "[N/A]" where the driver does not say
                 held[int(pid)] = held.get(int(pid), 0) + int(mebibytes) * 2**20
     return held

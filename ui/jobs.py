@@ -1,12 +1,12 @@
 """A queue of training jobs that survives the server: its state is on disk, its jobs are processes.
 
-Several servers may share it. Who starts a job holds the queue's lock, which the operating system takes
-back when its owner dies, and reads the states again under it. A job is marked as running before its
-process exists, so that a server killed in between leaves no second start behind: whoever finds such a job
+Several servers may share it. A server that starts a job holds the queue's lock, which the operating system
+releases when its owner dies, and reads the states again under it. A job is marked as running before its
+process exists, so that a server killed in between causes no second start: a server that finds such a job
 looks for a process with its command line, and takes it over or puts the job back.
 
 A job is a folder with ``run.toml`` (what ``sdlora train --config`` gets), ``events.jsonl``, ``log.txt``,
-``output.txt`` (the command's JSON result) and ``job.json``. One job trains at a time. A job goes on when
+``output.txt`` (the command's JSON result) and ``job.json``. One job trains at a time. A job continues when
 the server ends; the next server takes it over by its process id.
 """
 
@@ -43,7 +43,7 @@ _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 _AT_WORK: tuple[Status, ...] = ("running", "stopping")
 _START_SECONDS = 10.0
 _MAX_LOG = 200_000
-_LOST = "the process ended without a word: it was killed, or the machine ran out of memory; look at the log"
+_LOST = "the process ended without a message: it was killed, or memory ran out; look at the log"
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Job:
         run: run folder.
         created: seconds since 1970.
         status: see :data:`Status`.
-        resume: whether the next start goes on from a checkpoint.
+        resume: whether the next start continues from a checkpoint.
         pid: of its process.
-        process_started: when that process was created, which tells it from a later one with its id.
-        forced: whether it was killed instead of being asked.
-        error: what went wrong, in the command's words.
+        process_started: when that process was created; distinguishes it from a later one with the same id.
+        forced: whether it was killed instead of being asked to stop.
+        error: the command's error text.
     """
 
     id: str
@@ -83,12 +83,12 @@ class JobQueue:
     """The jobs below one state folder. Its methods may be called from any thread."""
 
     def __init__(self, folder: Path, home: Path, program: Sequence[str] | None = None) -> None:
-        """Take over what an earlier server left.
+        """Take over the jobs of an earlier server.
 
         Args:
-            folder: holds one folder a job.
+            folder: holds one folder for each job.
             home: working folder of the jobs' processes.
-            program: what runs a job's command; this Python's ``-m sdlora`` when None.
+            program: the program that runs a job's command; this Python's ``-m sdlora`` when None.
         """
         self._folder, self._home = folder, home
         self._program = tuple(program or (sys.executable, "-m", "sdlora"))
@@ -99,10 +99,10 @@ class JobQueue:
         folder.mkdir(parents=True, exist_ok=True)
         self._starting = FileLock(folder / "starting.lock", thread_local=False)
 
-    # --- what there is ---------------------------------------------------------------------------------
+    # --- reading ---------------------------------------------------------------------------------------
 
     def all(self) -> list[Job]:
-        """Return every job, the oldest first, as it stands now."""
+        """Return every job in its current state, the oldest first."""
         with self._lock:
             names = [path.name for path in self._folder.iterdir() if _ID.fullmatch(path.name)]
             jobs = [job for name in names if (job := self._read(name)) is not None]
@@ -112,7 +112,7 @@ class JobQueue:
         """Return one job.
 
         Raises:
-            ConfigError: when there is none of this id.
+            ConfigError: when no job has this id.
         """
         with self._lock:
             job = self._read(job_id) if _ID.fullmatch(job_id) else None
@@ -132,7 +132,7 @@ class JobQueue:
         return self._folder / self.get(job_id).id / "run.toml"
 
     def log(self, job_id: str) -> str:
-        """Return the end of what the job's process said."""
+        """Return the end of the log of the job's process."""
         file = self._folder / self.get(job_id).id / "log.txt"
         with suppress(OSError), file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - _MAX_LOG))
@@ -140,13 +140,13 @@ class JobQueue:
         return ""
 
     def command(self, job_id: str) -> list[str]:
-        """Return the shell command that does what this job does."""
+        """Return the shell command that is equivalent to this job."""
         job = self.get(job_id)
         if job.resume:
             return ["sdlora", "train", "--resume", "--output", str(job.run)]
         return ["sdlora", "train", "--config", str(self._folder / job_id / "run.toml")]
 
-    # --- what one may do -------------------------------------------------------------------------------
+    # --- changing --------------------------------------------------------------------------------------
 
     def add(self, config: Config) -> Job:
         """Queue a run with these settings; ``output.folder`` must be set.
@@ -170,7 +170,7 @@ class JobQueue:
             return self._write(job)
 
     def start(self, job_id: str) -> Job:
-        """Start a waiting job now, unless another one trains; return it as it stands.
+        """Start a waiting job now, unless another one trains; return its new state.
 
         Raises:
             ConfigError: when it is not waiting.
@@ -183,7 +183,7 @@ class JobQueue:
             return self._launch(job)
 
     def stop(self, job_id: str) -> Job:
-        """Ask a job to finish its step, save and end; a waiting one just leaves the queue.
+        """Ask a job to finish its step, save and end; a waiting one only leaves the queue.
 
         Raises:
             ConfigError: when it has ended already.
@@ -201,13 +201,13 @@ class JobQueue:
         """End a job's process at once; its last checkpoint remains.
 
         Raises:
-            ConfigError: when it does not run.
+            ConfigError: when it is not running.
         """
         with self._lock:
             job = self.get(job_id)
             process = process_of(job)
             if process is None:
-                raise ConfigError(f"{job.name}: does not run; reload the page")
+                raise ConfigError(f"{job.name}: is not running; reload the page")
             self._write(replace(job, forced=True))
             for member in [*process.children(recursive=True), process]:
                 with suppress(psutil.NoSuchProcess):
@@ -218,11 +218,11 @@ class JobQueue:
         """Ask a running job for a checkpoint (``SAVE``) or for previews (``SAMPLE``) after its current step.
 
         Raises:
-            ConfigError: when it is not at a step.
+            ConfigError: when it is not training.
         """
         job = self.get(job_id)
         if job.status != "running" or not self.view(job_id).started:
-            raise ConfigError(f"{job.name}: takes no step right now; try again while it trains")
+            raise ConfigError(f"{job.name}: is not training right now; try again while it trains")
         (job.run / what).touch()
 
     def resume(self, job_id: str) -> Job:
@@ -230,16 +230,16 @@ class JobQueue:
 
         Raises:
             ConfigError: when it has not ended, or is complete.
-            OutputError: when the run left something behind, but no checkpoint to go on from.
+            OutputError: when the run left files, but no checkpoint to continue from.
         """
         with self._lock:
             job = self.get(job_id)
             if job.status not in ("stopped", "failed"):
-                raise ConfigError(f"{job.name}: is {job.status}; only a stopped or failed job goes on")
-            # a run that ended before its first checkpoint begins anew, with the settings in its folder
+                raise ConfigError(f"{job.name}: is {job.status}; only a stopped or failed job can be resumed")
+            # a run that ended before its first checkpoint starts again, with the settings in its folder
             begun = RunFolder(job.run).exists()
             if not begun and job.run.exists() and any(job.run.iterdir()):
-                raise OutputError(f"{job.run}: holds no run to go on with; clone the job and start it anew")
+                raise OutputError(f"{job.run}: holds no run to continue; clone the job and start the clone")
             return self._write(replace(job, status="waiting", resume=begun, pid=None, error="", forced=False))
 
     def delete(self, job_id: str, *, with_run: bool) -> None:
@@ -260,7 +260,7 @@ class JobQueue:
             shutil.rmtree(self._folder / job.id)
             self._views.pop(job.id, None)
 
-    # --- keeping it going ------------------------------------------------------------------------------
+    # --- running the queue -----------------------------------------------------------------------------
 
     def tick(self) -> None:
         """Start the next waiting job if none runs."""
@@ -275,13 +275,13 @@ class JobQueue:
 
         def work() -> None:
             while not self._ended.wait(every):
-                with suppress(OSError, OutputError):  # a full disk now may have room at the next tick
+                with suppress(OSError, OutputError):  # a disk that is full now may have room at the next tick
                     self.tick()
 
         threading.Thread(target=work, name="job queue", daemon=True).start()
 
     def close(self) -> None:
-        """Let the queue rest; running jobs go on."""
+        """Stop the queue; running jobs continue."""
         self._ended.set()
 
     # --- on disk and in the process table ---------------------------------------------------------------
@@ -300,7 +300,7 @@ class JobQueue:
         return job
 
     def _half_started(self, job: Job) -> Job:
-        """Return a job that some server began to start: as it is while that server lives, else settled."""
+        """Return a job that a server began to start: unchanged while the server lives, else settled."""
         try:
             with self._starting.acquire(timeout=0):
                 process = self._process_of_command(job)
@@ -325,7 +325,7 @@ class JobQueue:
         return job
 
     def _launch(self, job: Job) -> Job:
-        """Start a job unless something runs, by this server or another one; return it as it stands."""
+        """Start a job unless one runs, by this server or another; return its new state."""
         try:
             with self._starting.acquire(timeout=_START_SECONDS):
                 jobs = {known.id: known for known in self.all()}
@@ -343,7 +343,7 @@ class JobQueue:
             arguments = ["--config", str(folder / "run.toml")]
             if job.resume:
                 arguments = ["--resume", "--output", str(job.run)]
-            for request in REQUESTS:  # left over when a run died before it looked
+            for request in REQUESTS:  # left over when a run died before it read them
                 (job.run / request).unlink(missing_ok=True)
             with (folder / "log.txt").open("ab") as log, (folder / "output.txt").open("wb") as output:
                 process = subprocess.Popen(
@@ -367,7 +367,7 @@ class JobQueue:
         return process_of(job) is not None
 
     def _outcome(self, job: Job) -> Job:
-        """Return a job whose process is gone with how it ended."""
+        """Return a job whose process has ended with its outcome."""
         result = _last_json(self._folder / job.id / "output.txt")
         if result is None:
             if job.forced or job.status == "stopping":
@@ -385,20 +385,20 @@ class JobQueue:
             return
         process = process_of(job)
         if process is not None:
-            # before the first step nothing is lost; on POSIX the run still ends by itself, saved
+            # before the first step nothing is lost; on POSIX the run still saves and ends by itself
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
 
 
 def _own_group() -> dict[str, Any]:
-    """Return what keeps a job alive when the server, or its terminal, goes away."""
+    """Return the options that keep a job alive when the server or its terminal ends."""
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}
     return {"start_new_session": True}
 
 
 def process_of(job: Job) -> psutil.Process | None:
-    """Return a job's process while it lives; a later one with its id is not taken for it."""
+    """Return a job's process while it lives; a later one with the same id is not mistaken for it."""
     if job.pid is None or job.process_started is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What this machine has to compute with, as the page shows it: `sdlora doctor` in a process of its own."""
+"""What this machine can compute with, as the page shows it: `sdlora doctor` in a separate process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from html import escape
 from typing import Any
 
 _SECONDS = 120
-_SIGNS = {True: "ok", False: "mend", None: ""}
+_SIGNS = {True: "ok", False: "problem", None: ""}
 
 
 def machine_html() -> str:
-    """Ask the doctor and return its page; torch, and what it takes of a card, stay out of this process."""
+    """Run the doctor and return its page; torch, and its memory on the card, stay out of this process."""
     command = [sys.executable, "-m", "sdlora", "doctor", "--json"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=_SECONDS)
@@ -27,7 +27,7 @@ def machine_html() -> str:
 
 
 def page_html(answer: Mapping[str, Any]) -> str:
-    """Return the doctor's answer as a table; commands that mend something stand below what they mend."""
+    """Return the doctor's answer as a table; commands that correct something stand below it."""
     rows = "".join(
         f"<tr><th scope='row'>{escape(row['topic'])}</th><td>{_SIGNS[row['good']]}</td>"
         f"<td>{escape(row['value'])}{_commands(row['remedies'])}</td></tr>"

@@ -1,4 +1,4 @@
-"""What a run would be, as the page shows it."""
+"""The plan of a run, as the page shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking the worker what a run would be, and remembering the answer for the moment of its start."""
+"""Asking the worker for the plan of a run, and remembering the answer until the run starts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .jobs import JobQueue
 from .worker_client import Answer, CallCancelled, CallFailed, WorkerClient
 
 _KEPT = 16
-_MAX_AGE = 120.0  # seconds; the memory that is free changes
+_MAX_AGE = 120.0  # seconds; the free memory changes
 _MEMORY = "TrainingError"
-"""Kind of the refusal of a run that does not fit into the memory that is free now."""
+"""Kind of the error for a run that does not fit into the memory that is free now."""
 
 
 @dataclass
 class Plans:
-    """The answers of late, by the settings they are about.
+    """The latest answers, by the settings they are about.
 
     Attributes:
-        worker: who is asked.
+        worker: the one that is asked.
         queue: the jobs, one of which may use the GPU's memory now.
-        device: the type of device that runs get, once a worker has told.
+        device: the type of device that runs get, once a worker has said it.
     """
 
     worker: WorkerClient
@@ -37,11 +37,11 @@ class Plans:
     device: str | None = None
 
     def ask(self, config: Config, *, replace: str | None) -> Iterator[Answer]:
-        """Yield what the worker emits about a run; the last answer has the plan.
+        """Yield the worker's answers about a run; the last one has the plan.
 
         Raises:
             CallCancelled: when a newer call took its place.
-            CallFailed: for a run that cannot be, in the words of the training command.
+            CallFailed: for a run that is not possible, in the words of the training command.
         """
         values = _values(config)
         folder = config.data.folder
@@ -60,17 +60,17 @@ class Plans:
             yield answer
 
     def would_disturb(self) -> bool:
-        """Return whether planning takes the GPU's memory from a job that trains on it."""
+        """Return whether planning would take GPU memory from a job that trains."""
         on_gpu = shutil.which("nvidia-smi") is not None if self.device is None else self.device == "cuda"
         return on_gpu and trains(self.queue)
 
     def refusals(self, config: Config) -> Iterator[Answer]:
-        """Yield the progress of finding out whether a run can be.
+        """Yield the progress of finding out whether a run is possible.
 
-        What another job's memory is needed for may fit when that job is done, so it is not refused then.
+        A run that lacks memory while another job trains is not refused: it may fit when that job is done.
 
         Raises:
-            CallFailed: when it cannot.
+            CallFailed: when it is not.
         """
         if self.would_disturb():
             return
@@ -91,6 +91,6 @@ def trains(queue: JobQueue) -> bool:
 
 
 def _values(config: Config) -> dict[str, Any]:
-    """Return the set values by dotted key, as JSON takes them."""
+    """Return the set values by dotted key, as JSON values."""
     tree = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     return {f"{section}.{name}": value for section, part in tree.items() for name, value in part.items()}

@@ -1,4 +1,4 @@
-"""What a job's events say, read as they are appended, in the form the page shows."""
+"""A job's events, read as they are appended, in the form the page shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 2**22
 
 
 class RunView:
-    """The state of a run, as its event file says; :meth:`refresh` reads only what is new."""
+    """The state of a run, from its event file; :meth:`refresh` reads only what is new."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._offset = file, 0
@@ -36,7 +36,7 @@ class RunView:
         self.seconds: float | None = None
 
     def refresh(self) -> None:
-        """Take in the lines written since the last call; a half-written last line waits."""
+        """Read the lines written since the last call; an incomplete last line waits for the next."""
         with suppress(OSError), self._file.open("rb") as stream:
             stream.seek(self._offset)
             while block := stream.read(_BLOCK):
@@ -81,13 +81,13 @@ class RunView:
             self.adapter_file, self.seconds, self.started = event["adapter_file"], event["seconds"], False
 
     def _forget_after(self, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint: the lost ones no longer count."""
+        """Forget the steps after a checkpoint, which a resumed run repeats."""
         self.step = step
         self.loss = {at: value for at, value in self.loss.items() if at <= step}
         self.validation = {at: value for at, value in self.validation.items() if at <= step}
 
     def brief(self) -> dict[str, Any]:
-        """Return what a line of the queue shows."""
+        """Return what the queue shows in a job's line."""
         recent = [self.loss[at] for at in sorted(self.loss)[-20:]]
         return {
             "step": self.step,

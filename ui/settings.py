@@ -1,4 +1,4 @@
-"""From what a form holds to settings that may be run: valid, and inside the folders the user named."""
+"""From a form's values to settings that may be run: valid, and inside the folders the user named."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def checked_config(paths: AllowedPaths, raw: Mapping[str, Any]) -> Config:
-    """Return the settings a form says, with absolute paths and the run folder filled in.
+    """Return the settings that a form gives, with absolute paths and the run folder filled in.
 
     Raises:
-        ConfigError: for anything that cannot be, all of it at once.
+        ConfigError: for all invalid settings at once.
         PathRefused: for a path outside the named folders.
     """
     values = to_values(raw)
@@ -55,12 +55,12 @@ def checked_base(paths: AllowedPaths, base: str) -> str:
 
 
 def checked_source(paths: AllowedPaths, what: str, source: str) -> str:
-    """Return a model that may be loaded: the built-in one, a hub id, or what may be read.
+    """Return a model that may be loaded: the built-in one, a hub id, or a path that may be read.
 
     Args:
-        paths: what may be read.
+        paths: the server's folders.
         what: the setting, for messages.
-        source: what it says.
+        source: its value.
 
     Raises:
         ConfigError: when nothing is named.
@@ -81,7 +81,7 @@ def checked_source(paths: AllowedPaths, what: str, source: str) -> str:
 
 
 def _paths(config: Config) -> Iterator[tuple[str, Path]]:
-    """Yield every path in the settings with its dotted key, those inside lists and tables too."""
+    """Yield every path in the settings with its dotted key, including those inside lists and tables."""
     for section in type(config).model_fields:
         part = getattr(config, section)
         for name in type(part).model_fields:

@@ -22,7 +22,7 @@ _TEND_EVERY = 5.0
 
 @dataclass(frozen=True)
 class Choice:
-    """Something to choose in a list: what is shown, and the path behind it."""
+    """An entry of a list to choose from: the text shown, and the path behind it."""
 
     label: str
     path: str
@@ -30,7 +30,7 @@ class Choice:
 
 @dataclass
 class Site:
-    """One server's parts.
+    """The parts of one server.
 
     The workers start when something needs torch: one draws, the other plans, exports and changes adapters.
     """
@@ -44,7 +44,7 @@ class Site:
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        """Make the workers, not yet started, and where forms are kept."""
+        """Make the workers, without starting them, and the store for forms."""
         self.draw, self.desk = WorkerClient(self.paths.home), WorkerClient(self.paths.home)
         self.plans = Plans(self.desk, self.queue)
         self.drafts = Drafts(self.paths.state / "forms")
@@ -57,7 +57,7 @@ class Site:
         return cls(paths, JobQueue(paths.state / "jobs", paths.home))
 
     def begin(self) -> None:
-        """Let the queue go on, and end workers that have nothing to do."""
+        """Run the queue, and end workers that have nothing to do."""
         self.queue.run_in_background()
 
         def tend() -> None:
@@ -68,14 +68,14 @@ class Site:
         threading.Thread(target=tend, name="tend workers", daemon=True).start()
 
     def end(self) -> None:
-        """Let go of everything; running jobs go on."""
+        """Stop the queue and the workers; running jobs continue."""
         self._ended.set()
         self.queue.close()
         for worker in (self.draw, self.desk):
             worker.close()
 
     def make_room(self) -> None:
-        """Stop planning, and on a GPU give its memory back: a job is about to start."""
+        """Stop planning, and on a GPU release its memory: a job is about to start."""
         self.desk.cancel("plan")
         if self.plans.device == "cuda":
             self.desk.close()
@@ -106,7 +106,7 @@ class Site:
         return choices
 
     def checkpoints(self, run: Path) -> list[Choice]:
-        """Return a run's checkpoints and its finished adapter, by step."""
+        """Return a run's checkpoints by step, and its finished adapter."""
         checkpoints = [Choice(f"step {saved.step}", str(saved.adapter_file)) for saved in _checkpoints(run)]
         finished = _finished(run)
         return [*checkpoints, Choice("finished", str(finished))] if finished else checkpoints

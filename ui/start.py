@@ -1,4 +1,4 @@
-"""What ``sdlora ui`` does: settle the folders, say where the page is, serve it."""
+"""What ``sdlora ui`` does: determine the folders, print where the page is, serve it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def start(
 ) -> None:
     """Serve the page until interrupted.
 
-    On this machine alone, the model folders of a WebUI or ComfyUI in the home folder may be read without
-    being named; when others can reach the page, only what was named. For others a password is needed; one is
-    made up and shown where none is given.
+    When only this machine can reach the page, the model folders of a WebUI or ComfyUI in the home folder may
+    be read without being named; when others can reach it, only named folders. Others need a password; where
+    none is given, one is generated and printed.
 
     Raises:
         ConfigError: without Gradio, for a short password, or a port in use.
@@ -47,13 +47,13 @@ def start(
     models = usual_model_folders() if host in _LOCAL else []
     paths = AllowedPaths.of(Path.cwd(), runs=runs, images=images, data=data, allowed=allowed, models=models)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    lines = [f"sdlora is at {url} (Ctrl-C ends the page; running jobs go on)"]
+    lines = [f"sdlora is at {url} (Ctrl-C ends the page; running jobs continue)"]
     lines += [f"  may read and write {folder}" for folder in paths.roots]
     lines += [f"  may read {folder}" for folder in paths.models]
     if host not in _LOCAL:
         lines.append("  others can reach it over plain HTTP: the password is not encrypted on the way")
     if made_up:
-        lines.append(f"  the password for this time: {password}")
+        lines.append(f"  password of this session: {password}")
     print("\n".join(lines), file=sys.stderr, flush=True)
     if browser:
         threading.Timer(0.7, webbrowser.open, (url,)).start()

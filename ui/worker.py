@@ -1,7 +1,7 @@
-"""The child process that does what needs torch: draws, plans, exports. One JSON object a line, both ways.
+"""The child process for tasks that need torch: draw, plan, export. One JSON object per line, both ways.
 
 In: ``{"id": 1, "task": "draw", "arguments": {...}}`` or ``{"cancel": 1}``. Out: ``{"id": 1, "progress":
-[done, total], "note": "..."}``, ``{"id": 1, "part": {...}}`` for something ready early, and at the end one of
+[done, total], "note": "..."}``, ``{"id": 1, "part": {...}}`` for an early part, and at the end one of
 ``{"id": 1, "result": {...}}``, ``{"id": 1, "error": "..."}``. It ends when its input does, so it never
 outlives its server.
 """
@@ -34,18 +34,18 @@ TASKS = {
 class Cancelled(BaseException):
     """Nobody waits for this task any more.
 
-    No :class:`Exception`: a task that cares for nobody's errors, as the events of a run do, must end, too.
+    Not an ``Exception``, so that a task that suppresses its listeners' errors, as a run does, ends too.
     """
 
 
 class Emit(Protocol):
-    """How a task speaks while it works; each call raises :class:`Cancelled` when nobody listens."""
+    """How a task reports while it works; each call raises :class:`Cancelled` when nobody waits for it."""
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        """Say how far it is."""
+        """Report how far the task is."""
 
     def part(self, value: Mapping[str, Any]) -> None:
-        """Hand over something that is ready before the rest."""
+        """Send a part of the result that is ready before the rest."""
 
 
 class _Voice:
@@ -66,7 +66,7 @@ class _Voice:
 
 
 def serve(incoming: TextIO, outgoing: TextIO) -> None:
-    """Do the tasks that come in, one after the other, until there are no more to come."""
+    """Do the incoming tasks, one after the other, until the input ends."""
     waiting: queue.Queue[dict[str, Any] | None] = queue.Queue()
     gone: set[int] = set()
     lock = threading.Lock()
@@ -103,11 +103,11 @@ def _do(message: Mapping[str, Any], voice: _Voice) -> Mapping[str, Any]:
         return answer | {"error": str(error), "kind": type(error).__name__}
     except Exception as error:  # the page must say something, and the next task must still be done
         traceback.print_exc()
-        return answer | {"error": f"something unforeseen: {type(error).__name__}: {error}"}
+        return answer | {"error": f"unexpected error: {type(error).__name__}: {error}"}
 
 
 def main() -> None:
-    """Serve on the standard streams; whatever else prints goes to stderr."""
+    """Serve on the standard streams; all other output goes to stderr."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     outgoing = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -19,13 +19,13 @@ from typing import Any
 from sdlora.errors import SdloraError
 
 _CRASHED = (
-    "the process that does this work ended: it was killed, or the machine ran out of memory; "
+    "the worker process ended: it was killed, or the machine ran out of memory; "
     "try a smaller size, or stop the training first (nothing was lost)"
 )
 
 
 class CallFailed(SdloraError):
-    """The worker answered with an error, in words for the user; ``kind`` is the error's class there."""
+    """The worker answered with an error text for the user; ``kind`` is the error's class there."""
 
     def __init__(self, text: str, kind: str = "") -> None:
         super().__init__(text)
@@ -33,7 +33,7 @@ class CallFailed(SdloraError):
 
 
 class CallCancelled(CallFailed):
-    """A newer call took this one's place."""
+    """A newer call replaced this one."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class WorkerClient:
 
         Args:
             home: working folder of the process.
-            idle_seconds: after so long without a call :meth:`end_if_idle` ends it.
-            program: what is started; :mod:`sdlora_ui.worker` when None.
+            idle_seconds: after this long without a call, :meth:`end_if_idle` ends it.
+            program: the program to start; :mod:`sdlora_ui.worker` when None.
         """
         self._home, self._idle = home, idle_seconds
         self._program = tuple(program or (sys.executable, "-m", "sdlora_ui.worker"))
@@ -72,13 +72,13 @@ class WorkerClient:
 
     @property
     def running(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process runs."""
         return self._child is not None and self._child.process.poll() is None
 
     def call(
         self, task: str, arguments: Mapping[str, Any], *, replace: str | None = None
     ) -> Iterator[Answer]:
-        """Yield what a task emits; the last answer has its result.
+        """Yield a task's answers; the last one has its result.
 
         Args:
             task: key of :data:`sdlora_ui.worker.TASKS`.
@@ -87,7 +87,7 @@ class WorkerClient:
 
         Raises:
             CallCancelled: when it was replaced.
-            CallFailed: with the task's own words.
+            CallFailed: with the task's own error text.
         """
         number, inbox = next(self._numbers), queue.Queue[dict[str, Any] | None]()
         with self._lock:
@@ -108,14 +108,14 @@ class WorkerClient:
             with self._lock:
                 child.inboxes.pop(number, None)
                 self._last = time.monotonic()
-                if not done:  # the one who asked went away
+                if not done:  # the caller no longer waits
                     self._send(child, {"cancel": number})
 
     def ask(self, task: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a task's result.
 
         Raises:
-            CallFailed: with the task's own words.
+            CallFailed: with the task's own error text.
         """
         for answer in self.call(task, arguments):
             if answer.result is not None:
@@ -129,7 +129,7 @@ class WorkerClient:
                 self._send(self._child, {"cancel": number})
 
     def end_if_idle(self) -> None:
-        """End the process when it has had nothing to do for a while: it holds a base in memory."""
+        """End the process when it has been idle for a while, because it holds a base in memory."""
         with self._lock:
             if self._child and not self._child.inboxes and time.monotonic() - self._last > self._idle:
                 self._end()
@@ -184,7 +184,7 @@ class WorkerClient:
                 inbox.put(None)
 
     def _send(self, child: _Child, message: Mapping[str, Any]) -> None:
-        with suppress(OSError, ValueError):  # a dead child: its listener informs everybody who waits
+        with suppress(OSError, ValueError):  # a dead child: its listener informs all callers
             assert child.process.stdin is not None
             child.process.stdin.write(json.dumps(message, default=str) + "\n")
             child.process.stdin.flush()

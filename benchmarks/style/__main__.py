@@ -4,7 +4,7 @@
     python -m benchmarks.style --output build/style --peer-script PATH/train_text_to_image_lora.py
     python -m benchmarks.style --output build/style --check --style ink --style blueprint --style openmoji
 
-README.md beside this file says what is measured. Interrupted, the same command goes on: runs that are
+README.md beside this file says what is measured. Interrupted, the same command continues: runs that are
 finished and images that are drawn are kept below the output folder, under names that tell what they were
 made from, so that another base never gets an old one's. Exit code 1: a check of the yardstick failed.
 """
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         required=True,
-        help="folder for runs, images and reports; kept and gone on with",
+        help="folder for runs, images and reports; kept and continued",
     )
     add("--base", default="mini", help="mini, a diffusers folder, a .safetensors file or a hub id")
     style = "ink, blueprint, openmoji, twemoji, or a folder of captioned images; several times for several"

@@ -100,7 +100,7 @@ def compare(
         strengths: at which adapters are drawn.
         judge: names subjects; without one that is not measured.
         icons: folder of icon packages, for other hands; without it there are none.
-        say: called with what goes on.
+        say: called with the progress.
     """
     subjects = [icon_sets.subject_of(item.path.stem) for item in items]
     say(f"{style.name}: drawing {len(items)} subjects with the base alone")

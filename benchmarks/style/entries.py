@@ -59,7 +59,7 @@ class Workshop:
         style: what is learned.
         folder: runs are kept here.
         seed: of the trainings.
-        say: called with what goes on.
+        say: called with the progress.
     """
 
     base: str

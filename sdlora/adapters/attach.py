@@ -1,10 +1,9 @@
-"""Adapters inside a model: put in, set strengths, read out, merge, take off again.
+"""Adapters inside a model: attach them, set their strengths, read them out, merge them, detach them.
 
 Plain low-rank pairs become layers of peft; other kinds are hooks on the base's layers
-(:mod:`sdlora.adapters.hooks`). Each attached adapter has a name; a model can carry any number of them.
-The adapter layers hold the number format of the frozen weights they sit beside; fp32 masters for training
-live beside it (:class:`sdlora.training.masters.MasterWeights`), which spares every cast in the
-forward pass.
+(:mod:`sdlora.adapters.hooks`). Each attached adapter has a name; a model can have any number of them.
+An adapter's layers have the number format of the frozen weights beside them, so no cast is needed in the
+forward pass; training keeps fp32 masters of them (:class:`sdlora.training.masters.MasterWeights`).
 """
 
 from __future__ import annotations
@@ -81,15 +80,15 @@ def target_modules(model: DiffusionModel, config: AdapterConfig) -> list[ModuleK
 
 
 def create_adapter(model: DiffusionModel, config: AdapterConfig, seed: int) -> AdapterWeights:
-    """Return a fresh adapter for ``model``, float32, as its kind starts.
+    """Return a new adapter for ``model``, float32, with the starting values of its kind.
 
     Each layer draws from its own generator, so the values depend only on the seed and the layer's name.
 
     Args:
-        config: resolved settings: rank and alpha of every adapted component are set.
+        config: final settings, in which rank and alpha of every adapted component are set.
 
     Raises:
-        ConfigError: if targets or block ranks match nothing, or leave nothing.
+        ConfigError: if targets or block ranks match no layer, or leave none to adapt.
     """
     start = KINDS[config.kind].start
     assert start is not None, "settings name only kinds that can be started"
@@ -123,7 +122,7 @@ def attach(
     for component in plain.components():
         module = model.components()[component]
         pairs = {installed_path(module, path): pair for path, pair in plain.component(component).items()}
-        with warnings.catch_warnings():  # peft takes a second adapter for a mishap; here it is meant
+        with warnings.catch_warnings():  # peft warns of a second adapter as of a mistake; here it is intended
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
             inject_adapter_in_model(peft_config(name, pairs, dropout), module, adapter_name=inner_name(name))
         module.requires_grad_(False)  # peft makes what it adds trainable; the masters say what learns
@@ -166,14 +165,14 @@ def updates_in(model: DiffusionModel, name: str) -> list[tuple[ModuleKey, Update
     for component, module in model.components().items():
         for path, layer, updates in all_hooks(module):
             if inner in updates.updates:
-                # a layer that peft has wrapped too stands inside the wrapper, under this name
+                # a layer that peft has wrapped, too, is inside the wrapper, under this name
                 key = ModuleKey(component, canonical_path(component, path.removesuffix(".base_layer")))
                 pairs_found.append((key, updates.on(inner, base_weight(layer).device)))
     return sorted(pairs_found, key=lambda pair: pair[0])
 
 
 def write_weights(layers: Sequence[AttachedLayer], weights: AdapterWeights) -> None:
-    """Copy an adapter's numbers into its layers, in the layers' number format."""
+    """Copy an adapter's values into its layers, in the layers' number format."""
     with torch.no_grad():
         for layer in layers:
             pair = weights.pairs[layer.key]
@@ -182,7 +181,7 @@ def write_weights(layers: Sequence[AttachedLayer], weights: AdapterWeights) -> N
 
 
 def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> None:
-    """Make exactly these adapters act, each at its strength; all others, and strength 0, leave no trace.
+    """Let exactly these adapters act, each at its strength; the others have no effect at all.
 
     Strength 0 takes the adapter out of the computation, so the result is the base's bit for bit.
     """
@@ -194,8 +193,8 @@ def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> N
                 held = [name for name in active if holds(layer, name)]
                 for name in held:
                     layer.set_scale(name, values[name])
-                # without inference_mode peft makes every adapter that it activates trainable, also one that
-                # must stay frozen (the start that PiSSA subtracts)
+                # without inference_mode, peft's set_adapter gives requires_grad to every adapter that it
+                # activates, also to one that must stay frozen (the start that PiSSA subtracts)
                 layer.set_adapter(held, inference_mode=True)
         for _, _, updates in all_hooks(module):
             updates.set_strengths(values)
@@ -203,12 +202,10 @@ def set_strengths(model: DiffusionModel, strengths: Mapping[str, Strength]) -> N
 
 @contextmanager
 def adapters_disabled(model: DiffusionModel) -> Iterator[None]:
-    """Take the adapters that learn out of the computation, for the length of one prediction.
+    """Take the trainable adapters out of the computation, for the length of one prediction.
 
-    What the model gives then is the base's, bit for bit.
-
-    Only that: strengths, and what requires gradients, stay as they are, which
-    :func:`set_strengths` would change.
+    The output is then the base's, bit for bit. Nothing else changes: strengths and ``requires_grad`` stay as
+    they are, unlike with :func:`set_strengths`.
     """
     layers = [
         layer
@@ -217,7 +214,7 @@ def adapters_disabled(model: DiffusionModel) -> Iterator[None]:
         if isinstance(layer, BaseTunerLayer)
     ]
     # peft's public switch, enable_adapters(False), also takes requires_grad from every adapter, and switching
-    # back gives it to all active ones, frozen or not; this attribute is all that its forward asks
+    # back gives it to all active ones, frozen or not; this attribute is all that its forward pass looks at
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -229,7 +226,7 @@ def adapters_disabled(model: DiffusionModel) -> Iterator[None]:
 
 
 def detach(model: DiffusionModel, name: str) -> None:
-    """Take an adapter off again; with the last one gone the model's own layers stand there again."""
+    """Remove an adapter; when the last one is gone, the model has its own layers back."""
     inner = inner_name(name)
     for module in model.components().values():
         for path, layer in list(module.named_modules()):
@@ -243,13 +240,13 @@ def detach(model: DiffusionModel, name: str) -> None:
         known: dict[str, LoraConfig] = getattr(module, "peft_config", {})
         known.pop(inner, None)
         if not known and hasattr(module, "peft_config"):
-            delattr(module, "peft_config")  # or peft would take the next adapter for a second one
+            delattr(module, "peft_config")  # else peft would treat the next adapter as a second one
 
 
 class Merged:
     """Adapters folded into the base's weights; :meth:`undo` restores every weight bit for bit.
 
-    The base's own weights wait in main memory: a card that holds the model once need not hold it twice.
+    The base's own weights are kept in main memory, so that a card need not hold the model twice.
     """
 
     def __init__(self, model: DiffusionModel, strengths: Mapping[str, Strength]) -> None:
@@ -272,7 +269,7 @@ class Merged:
         set_strengths(model, {})
 
     def undo(self) -> None:
-        """Put the base's own weights back; call :func:`set_strengths` to let adapters act again."""
+        """Put the base's own weights back; :func:`set_strengths` lets adapters act again."""
         with torch.no_grad():
             for key, original in self._originals.items():
                 base_weight(module_at(self._model, key)).copy_(original)

@@ -1,8 +1,8 @@
-"""Values for single blocks of a model: which pattern of a table is meant by which module.
+"""Values for single blocks of a model: which pattern of a table matches which module.
 
-A pattern is the beginning of a module's path, whole names at a time, with or without the component in front:
-``down_blocks.1`` means ``down_blocks.1.attentions.0...`` but not ``down_blocks.10``. ``*`` stands for one
-name. The pattern with the most names wins, of equally long ones the one with fewer ``*``, then the last.
+A pattern is the beginning of a module's path, in whole names, with or without the component in front:
+``down_blocks.1`` matches ``down_blocks.1.attentions.0...`` but not ``down_blocks.10``. ``*`` stands for one
+name. The pattern with the most names wins; of equally long ones the one with fewer ``*``, then the last.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def value_for(table: Mapping[str, Value], key: ModuleKey, default: Value) -> Val
 
 
 def check_patterns(setting: str, table: Mapping[str, object], keys: Iterable[ModuleKey]) -> None:
-    """Refuse a pattern that means no module.
+    """Refuse a pattern that matches no module.
 
     Args:
         setting: dotted name, for the message.
@@ -36,20 +36,20 @@ def check_patterns(setting: str, table: Mapping[str, object], keys: Iterable[Mod
         keys: the modules there are.
 
     Raises:
-        ConfigError: naming the pattern and some blocks that there are.
+        ConfigError: naming the pattern, and some blocks that exist.
     """
     modules = list(keys)
     for pattern in table:
         if not any(_specificity(pattern, key) is not None for key in modules):
             blocks = sorted({".".join(key.path.split(".")[:2]) for key in modules})
             raise ConfigError(
-                f"`{setting}`: `{pattern}` means no adapted layer; there are blocks such as "
+                f"`{setting}`: `{pattern}` matches no adapted layer; there are blocks such as "
                 f"{', '.join(blocks[:6])}, and components {', '.join(sorted({k.component for k in modules}))}"
             )
 
 
 def _specificity(pattern: str, key: ModuleKey) -> tuple[int, int] | None:
-    """Return how exactly a pattern means a module: (names, minus wildcards), or None if it does not."""
+    """Return how specific a pattern is for a module: (names, minus wildcards); None if it does not match."""
     names = pattern.split(".")
     bare = key.path.removeprefix(_TEXT_ROOT)
     spelled = (key.path, bare, f"{key.component}.{key.path}", f"{key.component}.{bare}")

@@ -32,11 +32,11 @@ class ModuleKey(NamedTuple):
 
 
 class Update(ABC):
-    """What an adapter adds to the weight of one layer, whatever it is made of.
+    """What an adapter adds to the weight of one layer, whatever factors it is made of.
 
     Attributes:
         kind: its kind's name, a key of :data:`sdlora.adapters.kinds.table.KINDS`.
-        needs_base: whether dW follows from the base's weight too, so that it is not known without.
+        needs_base: whether dW depends on the base's weight, too, and so cannot be computed without it.
         alpha: numerator of the scale, as files store it.
     """
 
@@ -64,7 +64,7 @@ class Update(ABC):
         """Return dW at strength 1, computed in float32 (float64 stays).
 
         Args:
-            weight: the base's weight; its shape is taken for the result.
+            weight: the base's weight; the result has its shape.
 
         Raises:
             ValueError: without ``weight``, if :attr:`needs_base`.
@@ -79,7 +79,7 @@ class Update(ABC):
         """Return an update of the same kind, alpha and shape with other factors.
 
         Args:
-            tensors: by the names of :meth:`tensors`, all of them; others are left alone.
+            tensors: all those of :meth:`tensors`, by their names; others are ignored.
         """
 
     def to(self, dtype: torch.dtype) -> Self:
@@ -93,11 +93,11 @@ class Update(ABC):
     def factors(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         """Return ``dW = scale * up @ down`` as (up, down, scale): (out, R) and (R, in * kh * kw), exact.
 
-        R is the layer's smaller side, unless the kind knows better: then dW is one factor, the other is
-        the identity.
+        If the kind has no low-rank factors, R is the layer's smaller side: dW itself is one factor, and the
+        identity the other.
 
         Args:
-            weight: the base's weight, where :attr:`needs_base`.
+            weight: the base's weight, if :attr:`needs_base`.
         """
         delta = self.delta(weight).flatten(1)
         identity = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
@@ -108,15 +108,15 @@ class Update(ABC):
         return float(torch.linalg.norm(self.delta().double()))
 
     def pointwise(self) -> Self:
-        """Return the update as that of a 1x1 convolution, where its factors do not tell."""
+        """Return the update as that of a 1x1 convolution, if its factors do not show the kernel."""
         return self
 
 
 class WrappedUpdate(Update):
-    """An update that is made of another one, whose rank, alpha and shape it has.
+    """An update that is made of another one, and has its rank, alpha and shape.
 
     Attributes:
-        direction: the other one.
+        direction: the other update.
     """
 
     direction: Update
@@ -155,7 +155,7 @@ class WrappedUpdate(Update):
 
 
 def check_factors(fits: bool, tensors: Mapping[str, Tensor], alpha: float) -> None:
-    """Raise a ValueError that shows all shapes where factors do not fit each other."""
+    """Raise a ValueError that shows all shapes if factors do not fit each other, or alpha is not finite."""
     if not fits:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"factors do not fit: {shapes}")
@@ -170,7 +170,7 @@ class LowRankPair(Update):
     Attributes:
         down: (rank, in) for a linear layer, (rank, in, kh, kw) for a convolution.
         up: (out, rank) for a linear layer, (out, rank, 1, 1) for a convolution.
-        alpha: numerator of the scale alpha / rank; never implied.
+        alpha: numerator of the scale alpha / rank; always given, never implied by the rank.
     """
 
     kind: ClassVar[str] = "lora"
@@ -222,6 +222,7 @@ class LowRankPair(Update):
     def norm(self) -> float:
         """Return ``|scale| sqrt(trace((up^T up) (down down^T)))``, without building dW."""
         up, down = self.up.flatten(1).double(), self.down.flatten(1).double()
+        # ||up @ down||^2 = trace(down^T up^T up down) = sum of (up^T up) * (down down^T)^T, both (rank, rank)
         square = float(((up.T @ up) * (down @ down.T).T).sum())
         return abs(self.scale) * math.sqrt(max(square, 0.0))
 
@@ -230,10 +231,10 @@ class LowRankPair(Update):
 class AdapterWeights:
     """All updates of one adapter, by module.
 
-    Code that only knows plain LoRA uses :attr:`pairs`, :meth:`items` and :meth:`component`, which refuse
-    an adapter of another kind instead of leaving modules out; :attr:`is_plain` tells beforehand, and
-    :func:`sdlora.adapters.plain.to_plain` converts. :attr:`updates`, :meth:`all_items` and
-    :meth:`updates_of` give every kind.
+    Code that only works on plain LoRA uses :attr:`pairs`, :meth:`items` and :meth:`component`, which refuse
+    an adapter of another kind instead of leaving modules out. :attr:`is_plain` says beforehand whether they
+    will, and :func:`sdlora.adapters.plain.to_plain` converts. :attr:`updates`, :meth:`all_items` and
+    :meth:`updates_of` give updates of every kind.
     """
 
     updates: Mapping[ModuleKey, Update]
@@ -310,7 +311,7 @@ class AdapterInfo:
     Attributes:
         family: name of the model family, e.g. ``sd1``.
         name: what prompts call it.
-        trigger_words: words that call the style.
+        trigger_words: words in a prompt that evoke the style.
         metadata: all text entries of the file's header, as read or as to be written.
     """
 

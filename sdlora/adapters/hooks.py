@@ -57,19 +57,19 @@ class UpdateHook:
         return update
 
     def attach_to(self, layer: nn.Module) -> None:
-        """Register with a layer, to be called after its own forward pass."""
+        """Register with a layer, whose forward pass then calls this hook at its end."""
         self._handle = layer.register_forward_hook(self)
         setattr(layer, _ATTRIBUTE, self)
 
     def detach_from(self, layer: nn.Module) -> None:
-        """Remove the hook; the layer is as it was before."""
+        """Remove the hook, which leaves the layer as it was before."""
         if self._handle is not None:
             self._handle.remove()
         delattr(layer, _ATTRIBUTE)
 
 
 def hook_update(layer: nn.Module, name: str, update: Update) -> None:
-    """Give a layer (a linear layer or 2-D convolution) an update that does not act yet."""
+    """Give a layer (linear, or a 2-D convolution) an update that does not act yet."""
     hook = hook_of(layer)
     if hook is None:
         hook = UpdateHook()

@@ -1,4 +1,4 @@
-"""Where the modules of an adapter are in a model: canonical and installed names, the layers there."""
+"""Where the modules of an adapter are in a model: canonical and installed module paths, and the layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEXT_ROOT = "text_model."
 
 
 def module_at(model: DiffusionModel, key: ModuleKey) -> Any:
-    """Return the layer a key means, or PEFT's layer around it."""
+    """Return the layer that a key names, or PEFT's layer around it."""
     root = model.components()[key.component]
     return root.get_submodule(installed_path(root, key.path))
 
@@ -34,14 +34,14 @@ def base_weight(layer: Any) -> Tensor:
 
 
 def canonical_path(component: str, path: str) -> str:
-    """Return an installed path as adapters call it: text encoders always start with ``text_model.``."""
+    """Return an installed path as adapters have it: in text encoders it starts with ``text_model.``."""
     if not is_text_encoder(component) or path.startswith(_TEXT_ROOT):
         return path
     return _TEXT_ROOT + path
 
 
 def installed_path(root: nn.Module, path: str) -> str:
-    """Return a canonical path as the installed transformers calls it."""
+    """Return a canonical path as the installed transformers has it (5.6 dropped ``text_model``)."""
     if path.startswith(_TEXT_ROOT) and not hasattr(root, "text_model"):
         return path.removeprefix(_TEXT_ROOT)
     return path
@@ -49,8 +49,8 @@ def installed_path(root: nn.Module, path: str) -> str:
 
 def inner_name(name: str) -> str:
     """Return the name PEFT knows an adapter by: no dots, and none of torch's own attribute names."""
-    # peft keeps adapters in ModuleDicts, which refuse dots (they part paths in a state_dict) and names that
-    # are attributes of theirs (`keys`, `train`). Doubled underscores keep `a.b` and `a_db` apart.
+    # peft keeps adapters in ModuleDicts. These refuse dots, which separate names in a state_dict, and names
+    # of their own attributes (`keys`, `train`). Doubled underscores keep `a.b` and `a_db` apart.
     return "adapter_" + name.replace("_", "__").replace(".", "_d")
 
 
@@ -60,7 +60,7 @@ def holds(layer: BaseTunerLayer, inner: str) -> bool:
 
 
 def check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> None:
-    """Refuse an adapter with modules that a model does not have, or has in another shape.
+    """Refuse an adapter with modules that a model lacks, or has in another shape.
 
     Raises:
         AdapterFileError: naming the first such module.
@@ -88,6 +88,6 @@ def check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> None
 
 
 def _is_flat(update: Update, wanted: tuple[int, ...]) -> bool:
-    """Tell whether an update is that of a 1x1 convolution, which LyCORIS files hold like a linear one."""
+    """Tell whether an update is that of a 1x1 convolution, stored like that of a linear layer (LyCORIS)."""
     flat = wanted[2:] == (1, 1) and update.shape == wanted[:2]
     return flat and not isinstance(update, LowRankPair)

@@ -1,9 +1,9 @@
 """Any update as a plain low-rank pair: exactly, or cut to a rank with the error reported.
 
 LoCon with Tucker factors keeps its rank. A LoHa of rank r is exactly a LoRA of rank r * r (the row-wise
-Khatri-Rao products of its factors), a LoKr one of rank(w1) * rank(w2) (Kronecker products of theirs). A
-DoRA needs the base's weight and is of full rank. Where an exact rank would reach the layer's smaller side,
-the update itself is one factor and the identity the other.
+Khatri-Rao products of its factors), a LoKr one of rank(w1) * rank(w2) (Kronecker products of their factors).
+A DoRA needs the base's weight and has full rank. If an exact rank reached the layer's smaller side, the
+update itself is one factor and the identity the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .kinds.table import title_of
 
 @dataclass(frozen=True)
 class PlainUpdate:
-    """A plain pair that stands for another update.
+    """A plain pair that replaces another update.
 
     Attributes:
         pair: float32 (or wider) factors, at the scale of the update.
@@ -38,11 +38,11 @@ def as_plain(update: Update, weight: Tensor | None = None, rank: int | None = No
 
     Args:
         update: of any kind.
-        weight: the base's weight of the layer, where the update needs it.
-        rank: largest rank allowed (cut by SVD, which is the closest of that rank); None for exactly.
+        weight: the base's weight of the layer, if the update needs it.
+        rank: largest rank allowed (cut by SVD, which gives the closest of that rank); None for exactly.
 
     Raises:
-        ValueError: without ``weight`` where the update needs it, or for a rank below 1.
+        ValueError: without ``weight`` if the update needs it, or for a rank below 1.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"a rank is 1 or more, not {rank}")
@@ -68,7 +68,7 @@ def to_plain(
 
     Args:
         weights: what to convert; plain pairs stay as they are, whatever their rank.
-        rank: largest rank of a converted module; None for exact conversion, whatever rank that takes.
+        rank: largest rank of a converted module; None for an exact conversion, at whatever rank it takes.
         base: gives the base's weight of a module, for kinds that need it.
 
     Raises:
@@ -93,7 +93,7 @@ def to_plain(
 def _cut(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Return the closest factors of that rank (Eckart and Young 1936), balanced, and the relative error.
 
-    Through QR of both factors, so the SVD is of a small square matrix.
+    The SVD is of a small square matrix: with up = Q1 R1 and down^T = Q2 R2, up @ down = Q1 (R1 R2^T) Q2^T.
     """
     left, right_up = torch.linalg.qr(up.double())
     right, right_down = torch.linalg.qr(down.double().T)

@@ -1,4 +1,4 @@
-"""How strongly an adapter acts, and how that is said on a command line; peft, slow to import, stays out."""
+"""How strongly an adapter acts, and how that is given on a command line; without peft, slow to import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..families.facts import is_text_encoder
 
 Strength = float | Mapping[str, float]
-"""One strength for all components, or one a component, by its name or role (missing ones count as 0)."""
+"""One strength for all components, or one for each by its name or role (missing ones count as 0)."""
 
 DENOISER, TEXT_ENCODERS = "denoiser", "text_encoders"
 """The roles, for strengths given before it is known which family they are for."""
@@ -30,10 +30,10 @@ def strength_of(strength: Strength, component: str) -> float:
 
 
 def pair_of(strength: Strength) -> tuple[float, float]:
-    """Return the strengths of the denoiser, whatever it is called, and of the (first) text encoder."""
+    """Return the strengths of the denoiser, whatever its name, and of the (first) text encoder."""
     if isinstance(strength, int | float):
         return strength, strength
-    named = [name for name in strength if not is_text_encoder(name)]  # the role's name is none, either
+    named = [name for name in strength if not is_text_encoder(name)]  # components and roles alike
     denoiser = strength[named[0]] if named else 0.0
     return float(denoiser), strength_of(strength, "text_encoder")
 

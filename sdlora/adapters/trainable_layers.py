@@ -1,8 +1,8 @@
 """Adapters of every kind as layers that learn, all of them PEFT's.
 
 Only one adapter learns at a time, so every kind can have PEFT's own tuner here; for using adapters see
-:mod:`sdlora.adapters.attach`. PEFT makes the layers, and the factors of the canonical update take the place
-of those it made up: so shapes, ranks and scales are the adapter's own, layer by layer.
+:mod:`sdlora.adapters.attach`. PEFT makes the layers; then the factors of the canonical update replace those
+that it initialised, so that shapes, ranks and scales are the adapter's own, layer by layer.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .module_paths import check_fit, inner_name, installed_path, module_at
 
 @dataclass(frozen=True)
 class TrainedLayer:
-    """One learning layer.
+    """One trainable layer.
 
     Attributes:
-        key: where it is.
-        update: what it started as.
+        key: its component and path.
+        update: the update that it started as.
         parameters: what learns, by the factor's name in :meth:`Update.tensors`.
     """
 
@@ -39,13 +39,13 @@ class TrainedLayer:
 
     @property
     def form(self) -> TrainedForm[Any]:
-        """What its kind says of such layers."""
+        """What its kind says about such layers."""
         form = KINDS[self.update.kind].trained
         assert form is not None
         return form
 
     def rebuilt(self, tensors: Mapping[str, Tensor]) -> Update:
-        """Return the update that these factors make, each in the shape of its parameter."""
+        """Return the update made of these factors, which have the shapes of the parameters."""
         shapes = {name: factor.shape for name, factor in self.update.tensors().items()}
         return self.update.with_tensors({n: t.reshape(shapes[n]) for n, t in tensors.items()})
 
@@ -55,8 +55,8 @@ def attach_for_training(
 ) -> list[TrainedLayer]:
     """Put an adapter of one kind into a model so that it can learn, and return its layers, sorted.
 
-    Factors are in the number format of the layer's weight, but for the magnitudes of DoRA: those are fp32,
-    as half a rounding step of bf16 would already be a change of the whole weight.
+    Factors are in the number format of the layer's weight, except for the magnitudes of DoRA: these are fp32,
+    as half a rounding step of bf16 would already change the whole weight.
 
     Raises:
         AdapterFileError: if a module is missing in the model, has another shape, or is of a kind that

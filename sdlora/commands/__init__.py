@@ -1,1 +1,1 @@
-"""Words typed in a shell: the table of commands and what each does; the only rooms that print."""
+"""The command line: the table of commands and what each does; only these modules print."""

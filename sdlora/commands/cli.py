@@ -1,4 +1,4 @@
-"""The command line: parse -> settings -> one public function -> show what it tells.
+"""The command line: parse -> settings -> one public function -> show its result.
 
 Each command is one line in :data:`COMMANDS`: a function that declares its arguments and one that runs
 it and returns (JSON result, exit code); they live in the modules beside this one. Everything meant for
@@ -62,27 +62,27 @@ class Command(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0 good, 1 found harmful, 2 an error the user can mend."""
-    # Threads that wait for each other by spinning cost 3-10 times when other programs want the cores.
+    """Run one command; return the exit code: 0 good, 1 found harmful, 2 an error the user can correct."""
+    # threads that wait by spinning make a run 3 to 10 times slower when other programs use the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):  # Windows consoles may not be UTF-8
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     words = sys.argv[1:] if arguments is None else list(arguments)
-    as_json = "--json" in words  # wherever it stands, and also when the line cannot be understood
+    as_json = "--json" in words  # anywhere on the line, and also when the line cannot be parsed
     try:
         options = _parse([word for word in words if word != "--json"])
         options.json, options.words = as_json, [word for word in words if word != "--json"]
         result, code = COMMANDS[options.command].run(options)
         as_json = options.json
         sys.stdout.flush()
-    except OtherProcessError as error:  # that process has told people
+    except OtherProcessError as error:  # the other process has reported it
         result, code = {"error": str(error), "kind": type(error).__name__}, 2
     except SdloraError as error:
         result, code = _refusal(str(error), type(error).__name__), 2
     except KeyboardInterrupt:
         result, code = _refusal("interrupted", "KeyboardInterrupt"), 130
-    except BrokenPipeError:  # whoever read our answer has seen enough
+    except BrokenPipeError:  # whoever reads our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         return 1
     except OSError as error:
@@ -94,28 +94,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refusal(message: str, kind: str) -> dict[str, Any]:
-    """Tell people why there is no result; return the same for scripts."""
+    """Print why there is no result; return the same for scripts."""
     print(f"sdlora: {message}", file=sys.stderr)
     return {"error": message, "kind": kind}
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are errors like all others: one line, with ``--json`` as JSON, too.
+    """A parser whose errors are like all others: one line, with ``--json`` also as JSON.
 
     Attributes:
-        more_help: makes the end of the help, when it is asked for and not before.
+        more_help: makes the end of the help text, only when the help is asked for.
     """
 
     more_help: Callable[[], str] | None = None
 
     def format_help(self) -> str:
-        """Return the help, with all that belongs to it."""
+        """Return the help text, with its end."""
         if self.more_help is not None:
             self.epilog = self.more_help()
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print below the usage, and exit with."""
+        """Raise the message that argparse would print before exiting."""
         raise ConfigError(f"{' '.join(message.split())} (see {self.prog} --help)")
 
 
@@ -123,7 +123,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Return the options of one command line.
 
     Raises:
-        ConfigError: for a line that means nothing.
+        ConfigError: for a line that cannot be parsed.
     """
     wanted = next((word for word in words if not word.startswith("-")), None)
     parser, commands = _parsers(wanted)
@@ -135,10 +135,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _parsers(wanted: str | None) -> tuple[_Parser, dict[str, _Parser]]:
-    """Return the parser of whole lines, and that of each command by its name.
+    """Return the parser for the whole line, and command -> its parser.
 
-    Only the command that is wanted gets its arguments: those of others would cost a line that uses none of
-    them the reading of the settings' schema.
+    Only the wanted command gets its arguments: declaring those of the others would make every command line
+    read the settings' schema.
     """
     parser = _Parser(
         prog="sdlora",
@@ -190,11 +190,11 @@ COMMANDS: dict[str, Command] = {
     "merge": Command("merge adapters into one", declare_merge, run_merge),
     "resize": Command("write an adapter with fewer ranks", declare_resize, run_resize),
     "bake": Command("add adapters to a checkpoint, or take them out", declare_bake, run_bake),
-    "extract": Command("make a LoRA of the difference of two checkpoints", declare_extract, run_extract),
+    "extract": Command("make a LoRA from the difference of two checkpoints", declare_extract, run_extract),
     "diff": Command("compare two adapters by block and layer", declare_diff, run_diff),
     "convert": Command("write an adapter in another format or kind", declare_convert, run_convert),
-    "check": Command("look for trouble in a folder of images", declare_check, run_check),
-    "doctor": Command("tell what this machine has for computing", declare_doctor, run_doctor),
+    "check": Command("look for problems in a folder of images", declare_check, run_check),
+    "doctor": Command("show what this machine can compute with", declare_doctor, run_doctor),
     "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
     "demo": Command("learn an ink style on the built-in base and show it", declare_demo, run_demo),
     "ui": Command("train, draw and export in the browser", declare_ui, run_ui),

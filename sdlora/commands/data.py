@@ -1,4 +1,4 @@
-"""The commands of the data side: check a folder of images, show and thin out the cache."""
+"""The commands for data: check a folder of images, show and thin out the cache."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="look at what these settings train on")
     parser.add_argument(
         "--base",
-        help="base that will be trained: its sizes are used (mini, a checkpoint, a folder, a hub id)",
+        help="base to be trained on: its image sizes are used (mini, a checkpoint, a folder, a hub id)",
     )
     parser.add_argument("--trigger", metavar="WORD", help="word the captions should hold")
-    parser.add_argument("--resolution", type=int, help="px trained at; 512 without a base")
+    parser.add_argument("--resolution", type=int, help="training resolution in px; 512 without a base")
     parser.add_argument(
         "--multiple", type=int, help="image sides are multiples of this many px; 64 without a base"
     )
     parser.add_argument("--batch-size", type=int, help="also count the batches of an epoch")
-    parser.add_argument("--flat", action="store_true", help="do not look into folders inside")
+    parser.add_argument("--flat", action="store_true", help="leave out subfolders")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every image's crop")
-    parser.add_argument("--fix", action="store_true", help="write a mended copy of the folder to --output")
+    parser.add_argument("--fix", action="store_true", help="write a repaired copy of the folder to --output")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where --fix puts the copy")
     parser.set_defaults(overrides=[])
     parser.usage = "sdlora check FOLDER [options] [data.name=value ...]"
@@ -55,7 +55,7 @@ def run_check(options: argparse.Namespace) -> Result:
     if options.fix != (options.output is not None):
         raise ConfigError("--fix and --output DIR belong together: the copy is written to DIR")
     if options.fix and (options.config is not None or options.overrides):
-        raise ConfigError("--fix mends one folder as it is: give it without --config and key=value")
+        raise ConfigError("--fix repairs one folder as it is: give it without --config and key=value")
     if options.folder is None and options.config is None and not options.overrides:
         raise ConfigError("no folder of images given: sdlora check FOLDER, or --config FILE")
     if options.html:
@@ -77,7 +77,7 @@ def run_check(options: argparse.Namespace) -> Result:
 
 
 def _examined(options: argparse.Namespace, folder: Path | None) -> Report:
-    """Look at a folder by itself, or at all that settings or a base make of it."""
+    """Examine a folder by itself, or with the settings or the base that are given."""
     from ..data.check.doctor import examine
     from .display import progress_bar
 
@@ -122,7 +122,7 @@ def _examined_settings(options: argparse.Namespace, folder: Path | None) -> Repo
 
 
 def _mend(options: argparse.Namespace) -> dict[str, Any]:
-    """Write the mended copy, say what is different in it and what is still wrong with it."""
+    """Write the repaired copy; print what was changed in it and what is still wrong with it."""
     from ..data.check.findings import SEVERITIES
     from ..data.check.repair import repair
     from ..data.check.report_text import print_changes
@@ -145,7 +145,7 @@ def _mend(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _refuse_to_replace(file: Path) -> None:
-    """Refuse a place where something else than an earlier page lies."""
+    """Refuse a file that exists, unless it is an earlier page of ``sdlora check``."""
     if file.is_dir():
         raise OutputError(f"--html {file}: is a folder; give the name of a file")
     if file.exists() and b"- sdlora check</title>" not in file.read_bytes()[:4096]:
@@ -156,15 +156,15 @@ def declare_cache(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora cache``."""
     parser.add_argument("--folder", type=Path, metavar="DIR", help="the cache; your own when left out")
     parser.add_argument("--prune", action="store_true", help="remove entries, after listing what would go")
-    parser.add_argument("--older-than", type=float, metavar="DAYS", help="only those unused for so long")
+    parser.add_argument("--older-than", type=float, metavar="DAYS", help="only entries unused for this long")
     parser.add_argument(
-        "--max-size", type=float, metavar="GB", help="the longest unused, until so much is left"
+        "--max-size", type=float, metavar="GB", help="the longest unused ones, until this much is left"
     )
     parser.add_argument("--yes", action="store_true", help="remove without asking")
 
 
 def run_cache(options: argparse.Namespace) -> Result:
-    """Run ``sdlora cache``: list what is kept, and remove on request what no run has needed for long."""
+    """Run ``sdlora cache``: list the entries, and on request remove those that no run has needed for long."""
     from ..data.reading.cache_folder import (
         CacheEntry,
         choose_entries,

@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
 
 
 class TrainingDisplay:
-    """Listener that shows a run on stderr: live bars on a terminal, a line now and then elsewhere."""
+    """Listener that shows a run on stderr: live bars on a terminal, occasional lines elsewhere."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -78,7 +78,7 @@ class TrainingDisplay:
         match event:
             case Decided():
                 if not self._announced:
-                    self._say("settings that follow the data (override any with key=value):")
+                    self._say("settings decided from the data (override any with key=value):")
                     self._announced = True
                 self._say(f"  {event.key} = {_short(event.value)}  ({event.reason})")
             case Notice():

@@ -1,4 +1,4 @@
-"""The commands of single files: export an adapter, inspect an adapter or a base model."""
+"""The commands for single files: export an adapter, inspect an adapter or a base model."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def declare_inspect(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change a header entry, e.g. modelspec.license=CC-BY-4.0; the tensors stay; may be repeated",
     )
-    parser.add_argument("--remove", action="append", default=[], metavar="KEY", help="take an entry out")
+    parser.add_argument("--remove", action="append", default=[], metavar="KEY", help="remove a header entry")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="also draw the norms by block as an image")
     parser.add_argument(
         "--header",
         action="store_true",
-        help="show every header entry and read no tensor: at once for any size, without norms and hash",
+        help="show every header entry and read no tensor: fast for any size, but without norms and hash",
     )
 
 

@@ -1,4 +1,4 @@
-"""``sdlora doctor``: one page on this machine."""
+"""``sdlora doctor``: one page about this machine."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Row:
     """One line of the page.
 
     Attributes:
-        topic: what it is about.
-        value: how it is.
-        good: whether that is well; None where it is a matter of taste.
-        remedies: commands that mend it, one after the other.
+        topic: what the line is about.
+        value: its state.
+        good: whether that is good; None where it is neither good nor bad.
+        remedies: commands that correct it, one after the other.
     """
 
     topic: str
@@ -36,7 +36,7 @@ def declare_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def run_doctor(options: argparse.Namespace) -> Result:
-    """Run ``sdlora doctor``; the exit code is 1 if a card lies idle."""
+    """Run ``sdlora doctor``; the exit code is 1 if something is wrong, e.g. a card cannot be used."""
     facts = examine()
     chosen = _chosen()
     rows = page(facts, chosen)
@@ -53,7 +53,7 @@ def run_doctor(options: argparse.Namespace) -> Result:
 
 
 def page(facts: MachineFacts, chosen: dict[str, str]) -> list[Row]:
-    """Return the page on a machine, given what sdlora would choose on it."""
+    """Return the page about a machine, given what sdlora would choose on it."""
     built = f"built for CUDA {facts.cuda_build}" if facts.cuda_build else "built without CUDA"
     rows = [
         Row("python", facts.python),
@@ -84,7 +84,7 @@ def _cards(facts: MachineFacts) -> list[Row]:
 
 
 def _packages(facts: MachineFacts) -> list[Row]:
-    """Return what is there of packages that are of use on an NVIDIA card only; nothing here needs them."""
+    """Return which packages for NVIDIA cards are installed; nothing here requires them."""
     uses = {
         "xformers": "another attention; torch's own is as good",
         "triton": "compiles kernels; comes with torch for CUDA on Linux",
@@ -98,7 +98,7 @@ def _packages(facts: MachineFacts) -> list[Row]:
 
 
 def _chosen() -> dict[str, str]:
-    """Return what training chooses here when all is left open."""
+    """Return what training chooses on this machine when nothing is set."""
     from ..devices import choose_device, choose_dtype
     from ..errors import ConfigError
     from ..families.attention import choose_attention

@@ -24,9 +24,9 @@ def declare_train(parser: argparse.ArgumentParser) -> None:
     declare_setting(parser, "output.name")
     declare_setting(parser, "output.folder", "--output", metavar="DIR")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     declare_setting(parser, "data.trigger_word", "--trigger", metavar="WORD")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="train on N cards here")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="train on N cards")
     parser.add_argument("--events", metavar="FILE", help="also write events as JSON lines (- for stdout)")
     parser.set_defaults(overrides=[])
     parser.usage = "sdlora train FOLDER [options] [section.name=value ...]"
@@ -38,7 +38,7 @@ def settings_help() -> str:
 
     lines = ["settings (section.name=value, or in the TOML file):"]
     for key, field in fields():
-        default = "follows the data" if field.default is None else f"{field.default}"
+        default = "decided from the data" if field.default is None else f"{field.default}"
         lines.append(f"  {key} [{default}]\n      {' '.join((field.description or '').split())}")
     return "\n".join(lines)
 
@@ -52,7 +52,7 @@ def run_train(options: argparse.Namespace) -> Result:
     file, given = options.config, settings_of(options)
     if file is None and options.resume:
         if given["output.folder"] is None:
-            raise ConfigError("--resume needs --output DIR, the run folder to go on with")
+            raise ConfigError("--resume needs --output DIR, the run folder to continue")
         file = find_settings(given["output.folder"])
     folder = options.folder and Path(options.folder)
     config = load_config(file, options.overrides, {**given, "data.folder": folder})
@@ -72,7 +72,7 @@ def run_train(options: argparse.Namespace) -> Result:
         options.json = False
     elif result.stopped:
         print(
-            f"stopped after step {result.step} and saved; go on with:\n"
+            f"stopped after step {result.step} and saved; continue with:\n"
             f"  sdlora train --resume --output {result.folder}"
         )
     else:
@@ -92,7 +92,7 @@ def run_train(options: argparse.Namespace) -> Result:
 
 
 def _run_in_processes(options: argparse.Namespace) -> Result:
-    """Start this command line in several processes; the first of them prints what there is to print."""
+    """Start this command line in several processes; only the first of them prints."""
     if options.processes < 1:
         raise ConfigError(f"--processes {options.processes}: must be 1 or more")
     from ..training.launch import train_in_processes
@@ -112,7 +112,7 @@ def _event_stream(place: str) -> AbstractContextManager[TextIO]:
 
 
 def _is_main_process() -> bool:
-    """Tell whether this is the process that speaks, of those a launcher started."""
+    """Tell whether this is the one of a launcher's processes that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -130,11 +130,11 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what to avoid")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the PNGs go")
     parser.add_argument("--seed", type=int, help="fixes the noise; 1 when left out")
-    parser.add_argument("--count", type=int, default=1, help="images a prompt, from consecutive seeds")
+    parser.add_argument("--count", type=int, default=1, help="images per prompt, from consecutive seeds")
     parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="in px; the base's own size when left out")
     parser.add_argument("--steps", type=int, help="denoising steps; 20 when left out")
     parser.add_argument("--guidance", type=float, help="guidance scale; the base's own when left out")
-    parser.add_argument("--sampler", help="DDIM, Euler, Euler a, DPM++ 2M, or DPM++ 2M Karras, the usual one")
+    parser.add_argument("--sampler", help="DDIM, Euler, Euler a, DPM++ 2M, or DPM++ 2M Karras (the default)")
     parser.add_argument("--strengths", metavar="A,B,...", help="render a sweep grid, e.g. 0,0.25,0.5,0.75,1")
     parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights first")
     for key in ("training.device", "training.precision", "training.attention"):
@@ -202,7 +202,7 @@ def declare_demo(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora demo``."""
     parser.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="run folder")
     parser.add_argument("--steps", type=int, help="train this many steps instead of the recommended number")
-    parser.add_argument("--resume", action="store_true", help="go on with a demo that was stopped")
+    parser.add_argument("--resume", action="store_true", help="continue a demo that was stopped")
 
 
 def run_demo(options: argparse.Namespace) -> Result:
@@ -221,9 +221,7 @@ def run_demo(options: argparse.Namespace) -> Result:
 def declare_ui(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora ui``."""
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="training runs")
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="where what is drawn goes (default: images)"
-    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where drawn images go (default: images)")
     # the option's earlier name
     parser.add_argument(
         "--pictures", dest="images", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS
@@ -240,7 +238,7 @@ def declare_ui(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="a further folder the page may read and write; may be repeated",
+        help="another folder the page may read and write; may be repeated",
     )
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
     parser.add_argument(
@@ -248,10 +246,10 @@ def declare_ui(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="0.0.0.0",
         metavar="ADDRESS",
-        help="let others reach it; they are asked for --password, or for one that is made up and shown",
+        help="let other machines reach it; they need --password, or a generated one that is printed",
     )
     parser.add_argument(
-        "--password", help="asked of everyone, 8 characters or more (or the variable SDLORA_UI_PASSWORD)"
+        "--password", help="everyone needs it; 8 characters or more (or the variable SDLORA_UI_PASSWORD)"
     )
     parser.add_argument("--browser", action="store_true", help="also open the page in the browser")
 

@@ -1,4 +1,4 @@
-"""The commands of adapter surgery: merge, resize, diff, extract, bake, convert."""
+"""The commands for adapter surgery: merge, resize, diff, extract, bake, convert."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def _declare_blocks(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[N:]BLOCK=WEIGHT,...",
-        help="factor for a block, of adapter N or of all; BLOCK is a component, the start of a module's "
+        help="factor for a block, for adapter N or for all; BLOCK is a component, the start of a module's "
         "path, or BASE, IN00-IN11, MID, OUT00-OUT11; may be repeated",
     )
 

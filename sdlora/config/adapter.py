@@ -14,15 +14,15 @@ from .section import Dropout, PositiveFloat, Section
 
 Targets = Literal["attention", "linear", "all"]
 AdapterKind = Literal["lora", "dora", "loha", "lokr"]
-"""Those of :data:`sdlora.config.kinds.KIND_RULES`."""
+"""The kinds in :data:`sdlora.config.kinds.KIND_RULES`."""
 Scaling = Literal["standard", "rslora"]
 Initialisation = Literal["default", "gaussian", "pissa", "olora"]
 AdaptedPart = Literal["denoiser", "text_encoder", "text_encoder_2"]
-"""A component of a base as settings know it; each family says which of its components is which."""
+"""A component of a base as settings name it; each family says which of its components that is."""
 
 
 class PartKeys(NamedTuple):
-    """The dotted keys of one part's adapter; ``switch`` is None for what is always adapted."""
+    """The dotted keys of one part's adapter; ``switch`` is None for a part that is always adapted."""
 
     switch: str | None
     rank: str
@@ -48,7 +48,7 @@ PART_KEYS: dict[AdaptedPart, PartKeys] = {
 
 
 class AdapterConfig(Section):
-    """The LoRA: what it is made of, where it is put and how large it is."""
+    """The LoRA: what it is made of, which layers get it and how large it is."""
 
     kind: AdapterKind = "lora"
     """What each layer's update is made of: two low-rank factors (`lora`), these and a learned size of
@@ -75,7 +75,7 @@ class AdapterConfig(Section):
     lokr_factor: Annotated[int, Field(ge=2)] | None = None
     """Side of LoKr's small factor; near the square root of the layer's sides when left open."""
     from_file: Path | None = None
-    """Go on from this adapter file: its layers, ranks and alphas are taken."""
+    """Continue from this adapter file: its layers, ranks and alphas are taken."""
     dropout: Dropout = 0.0
     """Share of the adapter's inputs set to zero in training."""
     text_encoder: bool = False
@@ -97,7 +97,7 @@ class AdapterConfig(Section):
         return {"denoiser": True, "text_encoder": self.text_encoder, "text_encoder_2": second}[part]
 
     def rank_and_alpha(self, part: AdaptedPart) -> tuple[int, float]:
-        """Return rank and alpha of that part's adapter: its own, or else the denoiser's. They must be set."""
+        """Return rank and alpha of that part's adapter, or else the denoiser's; these must be set by then."""
         chosen = [getattr(self, key.partition(".")[2]) for key in PART_KEYS[part][1:3]]
         rank, alpha = chosen[0] or self.rank, chosen[1] or self.alpha
         assert rank is not None and alpha is not None, "settings must be resolved first"
@@ -105,5 +105,5 @@ class AdapterConfig(Section):
 
     @property
     def adapts_text(self) -> bool:
-        """Whether any text encoder gets an adapter, so that captions must be encoded in every step."""
+        """Whether any text encoder gets an adapter; captions must then be encoded in every step."""
         return self.text_encoder or bool(self.text_encoder_2)

@@ -1,4 +1,4 @@
-"""What settings cannot be meant together, or would silently have no effect; it sees the whole tree."""
+"""Which settings contradict each other, or would silently have no effect; looks at the whole tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .section import OnlyFor
 
 
 def contradictions(config: Config) -> list[str]:
-    """Return what cannot be meant together, or would silently have no effect."""
+    """Return one line for each contradiction, and for each setting that would silently have no effect."""
     problems: list[str] = []
     if config.training.steps is not None and config.training.epochs is not None:
         problems.append("`training.steps` and `training.epochs` both fix the length: give one of them")
@@ -43,12 +43,12 @@ def contradictions(config: Config) -> list[str]:
 
 
 def warmup_problem(settings: OptimizerConfig, steps: int, length: str) -> str | None:
-    """Return what is wrong with a warm-up in a run of so many steps, if anything is.
+    """Return what is wrong with the warm-up of a run, if anything is.
 
     Args:
-        settings: those of the optimizer; a warm-up that is still open is well.
+        settings: of the optimizer; a warm-up that is still open is valid.
         steps: optimizer steps of the run.
-        length: of the run, in words.
+        length: the run's length in words.
     """
     if settings.warmup_steps is None and settings.warmup_share is None:
         return None
@@ -58,14 +58,14 @@ def warmup_problem(settings: OptimizerConfig, steps: int, length: str) -> str | 
         return f"{given} must be below {length}, or the full learning rate is never reached"
     if settings.schedule == "inverse_sqrt" and warmup == 0:
         return (
-            "`optimizer.schedule=inverse_sqrt` falls with the length of the warm-up as its measure, but "
-            f"{given} is no step of {length}; give more, or choose another schedule"
+            "`optimizer.schedule=inverse_sqrt` falls in proportion to the length of the warm-up, but "
+            f"{given} gives no step of {length}; give more, or choose another schedule"
         )
     return None
 
 
 def _about_adapter(config: Config) -> list[str]:
-    """Return what the adapter's kind, start and scaling do not go together with."""
+    """Return what contradicts the adapter's kind, start or scaling."""
     return [*_by_kind(config), *_by_start(config)]
 
 
@@ -121,7 +121,7 @@ def _about_optimizer(settings: OptimizerConfig) -> Iterator[str]:
 
 
 def _about_data(data: DataConfig) -> Iterator[str]:
-    """Yield what cannot be meant together, or would silently have no effect."""
+    """Yield one line for each contradiction, and for each setting that would silently have no effect."""
     held_out = data.validation or 0
     if not isinstance(held_out, Path) and held_out >= 1 and held_out != int(held_out):
         yield "`data.validation` from 1 up is a number of images and must be whole"

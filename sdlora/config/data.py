@@ -1,4 +1,4 @@
-"""The settings of the data side: which images are trained on, with which words, cut how.
+"""Settings of the data: which images are trained on, with which captions, cropped how.
 
 Part of :mod:`sdlora.config.schema`, where all settings meet.
 """
@@ -31,13 +31,13 @@ class SourceConfig(Section):
     recursive: bool | None = None
     """Also take images from folders inside it; as `data.recursive` when left open."""
     kohya_folders: bool | None = None
-    """Folders inside are named `N_words` as kohya's trainer has them; as `data.kohya_folders` when left
+    """Folders inside are named `N_words`, as kohya's trainer has them; as `data.kohya_folders` when left
     open."""
     trigger_word: str | None = None
     """Trigger word of this folder; as `data.trigger_word` when left open, `""` for none.
     Regularisation images never get one."""
     caption: str | None = None
-    """Caption of images that have none of their own, instead of the words of their file name."""
+    """Caption of images without one of their own, instead of the words of their file name."""
     weight: PositiveFloat = 1.0
     """Weight of these images in the loss."""
     regularisation: bool = False
@@ -71,7 +71,7 @@ class DataConfig(Section):
     """Captions come from `files` beside the images (or else the file name), or always from the
     `file name`."""
     caption_lines: CaptionLines = "joined"
-    """Captions of several lines: `joined` to one, or `one` of them a visit, in turn."""
+    """Captions of several lines: `joined` into one, or `one` line a visit, in turn."""
     trigger_word: str | None = None
     """Word that calls the style; put in front of captions that lack it, and the caption's start
     where there is no caption file."""
@@ -82,24 +82,24 @@ class DataConfig(Section):
     shuffle_tags: bool = False
     """Shuffle the tags of a caption at each visit."""
     keep_tags: NonNegative = 0
-    """This many tags at the start stay in front; a `|||` in a caption says it for that caption: what is
+    """This many tags at the start stay in front; a `|||` in a caption decides it for that caption: what is
     before the first and after the second stays in its place."""
     tag_separator: Annotated[str, Field(min_length=1)] = ","
-    """What stands between the tags of a caption."""
+    """The text between the tags of a caption."""
     tag_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the tags left out at each visit; kept ones and the trigger word are not."""
     wildcards: bool = False
-    """Of `{a|b}` in a caption one alternative is taken at each visit; `{{` and `}}` are plain braces."""
+    """`{a|b}` in a caption means one of these at each visit; `{{` and `}}` are plain braces."""
     emphasis: bool = False
-    """`(word:1.2)`, `(word)` and `[word]` in captions weigh words as in prompts. Off, the brackets are
+    """`(word:1.2)`, `(word)` and `[word]` in captions weight words as in prompts. Off, the brackets are
     ordinary characters, as in tags like `miku (vocaloid)`."""
     caption_dropout: Probability = 0.05
     """Share of visits that train on the empty caption, which guidance needs."""
     encode_captions: EncodeWhen | None = None
-    """Captions that vary are encoded `before` training, each variant once, or `in loop`; when left open
-    the variants of the run are counted and kept if they are few."""
+    """Captions that vary are encoded `before` training, each variant once, or `in loop`; when left open,
+    the variants of the run are counted, and encoded before training if there are few."""
     resolution: Resolution | None = None
-    """Side in px of a square of the area trained at; the base's own resolution when left open."""
+    """Side in px of a square with the area trained at; the base's own resolution when left open."""
     more_resolutions: tuple[Resolution, ...] = ()
     """Each image is also trained at these resolutions, as far as it is large enough for them."""
     repeats: Positive = 1
@@ -109,7 +109,7 @@ class DataConfig(Section):
     upscale: bool = True
     """Enlarge images that are smaller than the resolution; off: train them at their own size."""
     top_up: bool = False
-    """Fill up micro-batches that would be short with further visits, so that all are of one size."""
+    """Fill micro-batches that would be short with further visits, so that all have the same size."""
     crop: Crop = "centre"
     """Which part of an image is kept: the `centre` (or the point `focus` of a sidecar JSON file), or a
     `random` one at each visit that holds the focus, if there is one."""
@@ -126,9 +126,9 @@ class DataConfig(Section):
     mask_folder: Path | None = None
     """Folder of masks of the same names: white is trained, black is not, grey in between."""
     unmasked_weight: Probability = 0.0
-    """How much the loss counts where a mask is black."""
+    """Weight of the loss where a mask is black."""
     prior_preservation: NonNegativeFloat = 0.0
-    """Weight of a loss that keeps the adapter to what the base predicts by itself: on the regularisation
+    """Weight of a loss that keeps the adapter near what the base predicts by itself: on the regularisation
     images, or on the empty caption if there are none."""
     validation: Annotated[float | Path, AfterValidator(_amount_or_folder)] | None = None
     """Images held out to measure progress: a share below 1, a number of images, or a folder of
@@ -145,11 +145,11 @@ class DataConfig(Section):
 
     @property
     def varies_images(self) -> bool:
-        """Whether an image looks different from visit to visit, besides being mirrored."""
+        """Whether an image looks different from visit to visit, apart from being mirrored."""
         return self.crop == "random" or self.colour_jitter > 0
 
     @property
     def varies_captions(self) -> bool:
-        """Whether a caption reads different from visit to visit, besides being dropped as a whole."""
+        """Whether a caption differs from visit to visit, apart from being dropped as a whole."""
         one_line = self.caption_lines == "one"
         return self.shuffle_tags or self.tag_dropout > 0 or self.wildcards or one_line

@@ -1,4 +1,4 @@
-"""Settings the user left open follow the data and the base; each one comes with its reason."""
+"""Settings that the user left open follow the data and the base, each with its reason."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Default:
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the rules look at of the base and the machine.
+    """What the rules need to know about the base and the machine.
 
     Attributes:
         title: of the base.
         recommended: settings the base's author suggests, by dotted key.
         native_resolution: px.
         device: type of the device, e.g. ``cuda``.
-        parts: what can be adapted.
-        num_processes: that train together, each on micro-batches of its own.
+        parts: the parts of it that can be adapted.
+        num_processes: processes that train together, each on its own micro-batches.
     """
 
     title: str
@@ -55,13 +55,13 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the rules look at of the images.
+    """What the rules need to know about the images.
 
     Attributes:
         num_images: images that are learned from, without regularisation images and held-out ones.
         num_visits: visits of an epoch: the sum of the repeats, regularisation images included.
         num_held_out: images held out.
-        prompts: captions written as prompts, held-out ones first.
+        prompts: captions written as prompts, those of held-out images first.
     """
 
     num_images: int
@@ -72,14 +72,14 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class RateRule:
-    """The learning rate an optimizer starts from where the user gives none.
+    """The learning rate of an optimizer if the user gives none.
 
     Attributes:
-        rate: at which an adapter of scale 1 learns well.
+        rate: the rate at which an adapter of scale 1 learns well.
         reason: why, for people.
         follows_scale: whether it is divided by the adapter's scale, since the size of dW is scale * rate.
-        one_rate: whether everything that is trained has to have the same rate.
-        schedule: how it goes where the user does not say.
+        one_rate: whether everything that is trained must have the same rate.
+        schedule: the learning rate's schedule if the user gives none.
     """
 
     rate: float = 1e-4
@@ -93,12 +93,12 @@ USUAL_RATE = RateRule()
 
 
 class OpenSettings:
-    """Settings of which some are left open: filled one by one, later rules see earlier results.
+    """Settings of which some are left open; they are filled one by one, and later rules see earlier results.
 
     Attributes:
-        config: as far as it is decided.
+        config: the settings, as far as they are decided.
         facts: about the base.
-        defaults: what was decided, in its order.
+        defaults: what was decided, in the order of decision.
     """
 
     def __init__(self, config: Config, facts: BaseFacts) -> None:
@@ -107,10 +107,10 @@ class OpenSettings:
         self._given = config
 
     def fill(self, key: str, value: Any, reason: str, *, ask_base: bool = True) -> None:
-        """Set an open setting; one the base's author recommends wins over the general rule.
+        """Set an open setting; a value that the base's author recommends wins over the general rule.
 
         Raises:
-            ModelError: if what the base recommends cannot be.
+            ModelError: if the base recommends an impossible value.
         """
         if self.config.get(key) is not None:
             return
@@ -118,12 +118,12 @@ class OpenSettings:
             value, reason = self._recommended(key), f"recommended by the base {self.facts.title}"
         self.defaults.append(Default(key, value, reason))
         section, name = key.split(".")
-        # not validated here, as each rule's value is of the right kind; the whole is, once, in final()
+        # not validated here, as each rule's value has the right type; all are validated once, in final()
         changed = getattr(self.config, section).model_copy(update={name: value})
         self.config = self.config.model_copy(update={section: changed})
 
     def say(self, key: str, value: Any, reason: str) -> None:
-        """Tell a choice that is no setting."""
+        """Record a choice that is not a setting."""
         self.defaults.append(Default(key, value, reason))
 
     def final(self) -> Config:
@@ -138,8 +138,8 @@ class OpenSettings:
             return getattr(type(getattr(self.config, section)).model_validate({name: value}), name)
         except ValidationError as error:
             raise ModelError(
-                f"{self.facts.title}: its sdlora.json recommends `{key}={value}`, which cannot be "
-                f"({error.errors()[0]['msg']}); set {key} yourself, or mend that file"
+                f"{self.facts.title}: its sdlora.json recommends `{key}={value}`, which is impossible "
+                f"({error.errors()[0]['msg']}); set {key} yourself, or correct that file"
             ) from None
 
 
@@ -161,7 +161,7 @@ def check_components(config: Config, facts: BaseFacts) -> None:
 
 
 def fill_data(open_settings: OpenSettings, num_images: int) -> None:
-    """Fill the settings that preparing the images needs: resolution and hold-out."""
+    """Fill the settings needed to prepare the data: resolution and hold-out."""
     open_settings.fill("data.resolution", open_settings.facts.native_resolution, "the base's own resolution")
     open_settings.fill("data.validation", *hold_out(num_images))
 
@@ -174,10 +174,10 @@ def hold_out(num_images: int) -> tuple[int, str]:
 
 
 def fill_training(open_settings: OpenSettings, data: DataFacts, rule: RateRule = USUAL_RATE) -> None:
-    """Fill what follows the images that are trained on: the adapter's size, length, rates and intervals.
+    """Fill what follows from the images trained on: the adapter's size, the length, rates and intervals.
 
     Args:
-        open_settings: those of the data filled in.
+        open_settings: with those of the data filled in.
         data: about the images.
         rule: about the optimizer's learning rate.
     """
@@ -204,7 +204,7 @@ def _fill_adapter(open_settings: OpenSettings, num_images: int) -> None:
 
 
 def _usual_alpha(open_settings: OpenSettings, rank_key: str) -> tuple[float, str]:
-    """Return the alpha with which the usual learning rate fits, and why."""
+    """Return the alpha that fits the usual learning rate, and why."""
     rules = KIND_RULES[open_settings.config.adapter.kind]
     alpha = float(open_settings.config.get(rank_key)) if rules.alpha is None else rules.alpha
     return alpha, rules.alpha_reason
@@ -244,7 +244,7 @@ def _for_processes(count: int) -> str:
 
 
 def _fill_rates(open_settings: OpenSettings, rule: RateRule) -> None:
-    # what a base recommends was found with the usual optimizer
+    # the rates that a base recommends were found with the usual optimizer
     usual = open_settings.config.optimizer.name == OptimizerConfig.model_fields["name"].default
     why = "a quiet end" if rule.schedule == USUAL_SCHEDULE else "what this optimizer needs"
     open_settings.fill("optimizer.schedule", rule.schedule, why, ask_base=usual)
@@ -290,10 +290,10 @@ def _fill_intervals(open_settings: OpenSettings, data: DataFacts) -> None:
             "a twentieth of the steps, at most 100",
         )
     every = max(10, min(250, steps // 5))
-    open_settings.fill("training.checkpoint_every", every, "what a crash may cost at most")
+    open_settings.fill("training.checkpoint_every", every, "the most steps that a crash may cost")
     if data.num_held_out:
         open_settings.fill("training.validate_every", max(5, steps // 10), "about ten points on the curve")
-    # up to four: they show what was learned, not remembered, so held-out captions come first
+    # up to four; those of held-out images come first, as they show what was learned and not just remembered
     prompts = tuple(dict.fromkeys(prompt for prompt in data.prompts if prompt))[:4]
     open_settings.fill("sample.prompts", prompts, "captions of the images")
     if open_settings.config.sample.prompts:

@@ -1,4 +1,4 @@
-"""What settings mean for each kind of adapter: its usual size, what has no effect on it. Imports no torch."""
+"""What settings mean for each kind of adapter: its usual size, what does not affect it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class KindRules:
 
     Attributes:
         low_rank: whether it has up and down factors, which dropout, LoRA+ and other starts work on.
-        only_for: settings of the section ``adapter`` that no other kind has a use for.
-        no_subtracted_start: why no start at the base's own weight (PiSSA, OLoRA) is possible; empty if it is.
+        only_for: settings of the section ``adapter`` that no other kind uses.
+        no_subtracted_start: why it cannot start at the base's own weight (PiSSA, OLoRA); empty if it can.
         no_rslora: why ``adapter.scaling=rslora`` is not possible; empty if it is.
         lora_ranks: rank of a LoRA that takes as much room as one rank of this kind.
-        alpha: the usual alpha; the rank, for scale 1, when None.
+        alpha: the usual alpha; None for the rank, which gives scale 1.
         alpha_reason: why.
         rate_by_rank: whether the usual learning rate fits alpha / rank = 1; else it fits alpha = 1.
     """
@@ -38,7 +38,7 @@ class KindRules:
 KIND_RULES: dict[str, KindRules] = {
     "lora": KindRules(),
     "dora": KindRules(no_subtracted_start="cannot be undone in a DoRA file; use adapter.kind=lora"),
-    # a LoHa of alpha 1 changes about as much a step as a LoRA of scale 1
+    # at alpha 1, a step changes a LoHa about as much as a LoRA of scale 1
     "loha": KindRules(
         low_rank=False,
         lora_ranks=2,

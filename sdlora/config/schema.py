@@ -2,8 +2,8 @@
 
 One frozen typed tree serves the command line, Python and the UI. The docstring under a field is its
 help text everywhere (TOML comment, ``--help``, reference page). ``None`` means "follow the data": such
-settings are filled in by :mod:`sdlora.config.defaults`, with a reason that is printed before training starts.
-How the tree is read and written is in :mod:`sdlora.config.toml`, what cannot be meant together in
+settings are filled in by :mod:`sdlora.config.defaults`, with a reason that is shown before training starts.
+:mod:`sdlora.config.toml` reads and writes the tree; what contradicts itself in it is found by
 :mod:`sdlora.config.contradictions`. This package imports no torch.
 """
 
@@ -37,7 +37,7 @@ Schedule = Literal[
     "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "rex", "inverse_sqrt"
 ]
 USUAL_SCHEDULE: Schedule = "cosine"
-"""Where the user says none and the optimizer needs no other."""
+"""The schedule if the user gives none and the optimizer needs no other."""
 SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
 PredictionType = Literal["epsilon", "v_prediction"]
 AttentionName = Literal["auto", "sdpa", "xformers"]
@@ -49,7 +49,7 @@ class ModelConfig(Section):
     base: ModelSource = "mini"
     """The base: `mini` (ships with sdlora), a diffusers folder, a .safetensors file, or a hub id."""
     family: str | None = None
-    """Which family the base is of (e.g. `sd1`), where its header contradicts its weights; read from the base
+    """Family of the base (e.g. `sd1`), for a file whose header contradicts its weights; read from the base
     when left open."""
     prediction_type: PredictionType | None = None
     """What the U-Net predicts; read from the base when left open."""
@@ -85,14 +85,14 @@ class OptimizerConfig(Section):
     `schedule_power`, `rex` (Chen et al. 2021) stays high longest and suits short runs, `inverse_sqrt` never
     ends (for runs whose length is not known)."""
     schedule_cycles: Annotated[Positive, OnlyFor(("cosine_with_restarts",), "schedule")] = 1
-    """How many cosines of equal length `cosine_with_restarts` goes through."""
+    """Number of cosines of equal length in `cosine_with_restarts`."""
     schedule_power: Annotated[PositiveFloat, OnlyFor(("polynomial",), "schedule")] = 1.0
     """Exponent of `polynomial`: 1 is a straight line, 2 falls early, 0.5 late."""
     schedule_floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the peak rate that the schedule falls to instead of to zero, e.g. 0.1 for runs that may be
-    gone on from."""
+    """Share of the peak rate that the schedule falls to instead of to zero, e.g. 0.1 for a run that may be
+    continued later."""
     lora_plus_ratio: PositiveFloat = 1.0
-    """The up factors (B) learn this many times as fast as the down factors (A); LoRA+ (Hayou et al.
+    """The up factors (B) learn this many times as fast as the down factors (A). LoRA+ (Hayou et al.
     2024) recommends 16 with a lower learning rate."""
     block_rates: dict[str, PositiveFloat] = Field(default={})
     """Factors on the learning rate of single blocks, e.g. `{"mid_block" = 0.5}`; patterns as in
@@ -105,7 +105,7 @@ class OptimizerConfig(Section):
     """Gradients longer than this are shortened to it; 0 switches clipping off."""
 
     def warmup(self, steps: int) -> int:
-        """Return the length of the warm-up in a run of so many steps; one of its settings is set."""
+        """Return the number of warm-up steps in a run of ``steps``; the settings must be final."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         assert self.warmup_share is not None, "settings must be final"
@@ -132,11 +132,11 @@ class TrainingConfig(Section):
     attention: AttentionName = "auto"
     """How attention is computed: torch's own (`sdpa`), `xformers`, or the fastest one here (`auto`)."""
     min_snr_gamma: NonNegativeFloat = 5.0
-    """Limit of the signal-to-noise weight (Hang et al. 2023); 0 weighs all timesteps alike."""
+    """Limit of the signal-to-noise weight (Hang et al. 2023); 0 gives all timesteps the same weight."""
     noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Size of a constant added per channel to the noise, which helps very dark or bright styles."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: slower, far less memory."""
+    """Compute activations twice instead of keeping them: slower, but takes far less memory."""
     checkpoint_every: Positive | None = None
     """Steps between resumable checkpoints."""
     keep_checkpoints: Positive = 2
@@ -153,7 +153,7 @@ class SampleConfig(Section):
     negative_prompt: str = ""
     """What the previews should avoid."""
     every: Positive | None = None
-    """Steps between previews; one is always made before the first and after the last step."""
+    """Steps between previews; some are always made before the first and after the last step."""
     steps: Positive = 20
     """Denoising steps."""
     guidance: NonNegativeFloat | None = None

@@ -1,4 +1,4 @@
-"""What every group of settings is built from: the frozen base class and the kinds of numbers."""
+"""What all groups of settings are built from: the frozen base class, types of numbers, and marks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class NamesFiles:
-    """Marks a text that may be the path of a file or folder: who may read what is asked of it, too."""
+    """Marks a text that may be the path of a file or folder: the UI checks it against the allowed paths."""
 
 
 ModelSource = Annotated[str, NamesFiles()]
@@ -34,7 +34,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class OnlyFor:
-    """Marks a setting that only some values of another one beside it have a use for.
+    """Marks a setting that has an effect only for some values of another setting in its section.
 
     Attributes:
         names: these values.

@@ -1,4 +1,4 @@
-"""Settings read and written: TOML, ``key=value`` texts and ready values in, every problem at once out."""
+"""Reads and writes settings: TOML, ``key=value`` texts and ready values; reports all problems at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load_config(
         file: TOML file with the sections of :class:`Config`.
         overrides: texts such as ``training.steps=40``; the value is TOML, or else a plain string.
         values: dotted key to value, as the command line's own flags give them; ``None`` is skipped.
-        schema: the tree, where more is allowed than in the program's own (another optimizer, say).
+        schema: the tree of settings; another one may allow more than the program's own (an optimizer, say).
 
     Raises:
         ConfigError: naming every unknown key, bad value and contradiction at once.
@@ -121,7 +121,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error}); give a TOML file") from None
     except ValueError as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}; mend that line") from None
+        raise ConfigError(f"{file}: not valid TOML: {error}; correct that line") from None
 
 
 def _parse_value(text: str) -> Any:
@@ -141,7 +141,7 @@ def _put(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> Non
 
 
 def _validate(tree: dict[str, Any], schema: type[Config]) -> tuple[Config | None, list[str]]:
-    """Validate; on errors validate the rest again, so that contradictions show in the same report."""
+    """Validate; after errors also validate the rest, so that contradictions are in the same report."""
     try:
         config = schema.model_validate(tree)
     except ValidationError as error:

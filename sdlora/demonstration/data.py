@@ -1,4 +1,4 @@
-"""What the demo trains on and with which settings; no torch, so that the web UI can offer it at once."""
+"""The demo's data and settings; no torch, so that the web UI can offer it at once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def find_data() -> Path:
 def demo_config(
     output: Path, data: Path, *, base: str = "mini", steps: int | None = None, settings: Sequence[str] = ()
 ) -> Config:
-    """Return the training's settings: the base's recommended ones and the demo's few own."""
+    """Return the training's settings: the base's recommended ones and the few that the demo sets."""
     return load_config(
         None,
         (*SETTINGS, *settings),

@@ -1,9 +1,9 @@
 """The whole product in one call: learn an ink style on the built-in base, show it, score it, export it.
 
 The training goes through the same :func:`sdlora.config.toml.load_config` and
-:func:`sdlora.training.train.train` as any other; what is added here is what one would do next by hand:
-draw subjects the adapter never saw at several strengths, compare them with the true icons of these
-subjects, and export for WebUI.
+:func:`sdlora.training.train.train` as any other. This module adds what one would do next by hand: draw
+subjects the adapter never saw at several strengths, compare them with the true icons of these subjects, and
+export for WebUI.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from ..training.train import TrainResult
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-"""What the sweep shows."""
+"""Strengths in the sweep."""
 MEASURED = (0.75, 1.0, 1.25)
 """Strengths at which all held-out subjects are drawn and scored."""
 SHOWN = ("bicycle", "cat", "hamburger", "house", "mushroom", "sailboat", "teapot", "umbrella")
-"""Subjects of the sweep, chosen by name for their different outlines; all others are on the page, too."""
+"""Subjects of the sweep, chosen by name for their different outlines; the page also shows all others."""
 
 _DRAW_STEPS = 10
 _SEED = 1
@@ -57,18 +57,18 @@ def demo(
     """Train the ink style, draw and score held-out subjects, and export for WebUI.
 
     Args:
-        output: run folder; must be missing or empty, but to resume.
+        output: run folder; must be missing or empty, except to resume.
         base: the base model, as in ``model.base``.
         steps: optimizer steps; the base's recommended number when None.
         num_subjects: draw and score this many of the held-out subjects (4 or more); all when None.
         draw_steps: denoising steps of each image.
         settings: further ``key=value`` texts for the training.
         listeners: receive every event, those of the training among them.
-        resume: go on with a demo that was stopped: with its training where it was, and with the rest anew.
-            The settings are those in its folder, so ``base``, ``steps`` and ``settings`` mean nothing.
+        resume: continue a demo that was stopped: its training from where it stopped, the rest from the
+            start. The settings are those in its folder; ``base``, ``steps`` and ``settings`` are ignored.
 
     Raises:
-        SdloraError: for anything the user can mend, and when it is stopped: Ctrl-C loses nothing.
+        SdloraError: for anything the user can correct, and when it is stopped: Ctrl-C loses nothing.
     """
     begun = time.monotonic()
     data = find_data()
@@ -90,13 +90,13 @@ def demo(
 
 
 def _seconds_so_far(output: Path) -> float:
-    """Return the wall time of the trainings that were stopped; one that was killed emitted none."""
+    """Return the wall time of the trainings that were stopped; one that was killed recorded none."""
     finished = [event for event in read_events(output) if event.get("event") == RunFinished.__name__]
     return sum(float(event["seconds"]) for event in finished)
 
 
 def _go_on(output: Path) -> str:
-    return f"go on with: sdlora demo --resume --output {output}"
+    return f"continue with: sdlora demo --resume --output {output}"
 
 
 def _show(
@@ -142,7 +142,7 @@ def _show(
 
 
 def recommended_strength(scores: Mapping[float, StyleScore]) -> float:
-    """Return the weakest strength that is as good as the best one, within the best one's interval.
+    """Return the weakest strength whose score lies within the best one's interval.
 
     The weakest, because strength also costs something that the style score does not see: the subject.
     """
@@ -152,7 +152,7 @@ def recommended_strength(scores: Mapping[float, StyleScore]) -> float:
 
 
 def _train(config: Config, listeners: Sequence[Listener], *, resume: bool) -> tuple[TrainResult, int]:
-    """Return how the training ended and how many images it saw."""
+    """Train; return the result and the number of images."""
     from ..training.train import train
 
     counts: list[int] = []
@@ -162,7 +162,7 @@ def _train(config: Config, listeners: Sequence[Listener], *, resume: bool) -> tu
             counts.append(event.num_images)
 
     control = Control(config.output.folder)
-    with control.on_interrupt():  # Ctrl-C saves; what the demo draws afterwards has nothing to save
+    with control.on_interrupt():  # Ctrl-C saves the training; the drawing afterwards has nothing to save
         result = train(config, resume=resume, listeners=[count, *listeners], control=control)
     if result.adapter_file is None:
         raise TrainingError(f"stopped after step {result.step} and saved; {_go_on(result.folder)}")
@@ -237,7 +237,7 @@ def _request(
 
 
 def _progress_notices(emit: Emitter, num_images: int, steps: int) -> Callable[[int, int], None]:
-    """Return a progress function that says every eighth of the way how long it will take."""
+    """Return a progress function that says, at every eighth of the way, how long the rest will take."""
     begun, eighths = time.monotonic(), 0
 
     def progress(done: int, total: int) -> None:
@@ -265,5 +265,5 @@ def _export(output: Path, strength: float, drawn: Drawn, config: Config) -> Expo
         output / "webui",
         preview=preview,
         preferred_strength=strength,
-        overwrite=True,  # the demo's own, when it is resumed
+        overwrite=True,  # of the demo's own earlier files, when it is resumed
     )

@@ -34,7 +34,7 @@ class Swept:
 
 @dataclass(frozen=True)
 class Compared:
-    """A held-out subject: by the base, with the adapter, and its true image in the style."""
+    """A held-out subject: drawn by the base, drawn with the adapter, and its true image in the style."""
 
     subject: str
     base: Image
@@ -49,8 +49,8 @@ class Page:
     Attributes:
         title: headline.
         lead: one or two sentences under it.
-        facts: (value, what it is), the figures worth a large font.
-        strengths: of the sweep, ascending, beginning with 0.
+        facts: (value, what it is): the figures shown in large type.
+        strengths: of the sweep, ascending, starting at 0.
         chosen: the recommended one of them.
         sweep: subjects to play with.
         compared: all subjects that were scored.
@@ -124,7 +124,7 @@ def _image(image: Image, alt: str, extra: str = "") -> str:
 
 
 def _stage(page: Page) -> str:
-    """Return the large images the slider acts on; the script gives them those of the sweep."""
+    """Return the large images that the slider changes; the script takes their content from the sweep."""
     start = list(page.strengths).index(page.chosen)
     figures = []
     for number, row in enumerate(page.sweep):
@@ -297,7 +297,7 @@ _PAGE = Template("""<!doctype html>
 <h1>$title</h1><p class="lead">$lead</p>
 <div class="facts">$facts</div>
 <section><h2>Turn the style up and down</h2>
-<p class="sub">Subjects the adapter has never seen, each from one seed; only the strength changes.
+<p class="sub">Subjects the adapter has never seen, each drawn from one seed; only the strength changes.
 The small image is the true icon.</p>
 <div class="stage">$stage</div>
 <div class="dial"><output><b>$chosen</b><small>recommended</small></output>
@@ -307,11 +307,11 @@ aria-label="strength"><div class="ticks">$ticks</div></div>
 <section><h2>How far it came</h2>$scale<div class="two"><div>$notes</div><div>
 <h2>Score by strength</h2>$chart</div></div>$groups</section>
 <section><h2>The whole sweep</h2>
-<p class="sub">One row a subject, one column a strength, the true icon last.</p>
+<p class="sub">One row for each subject, one column for each strength, the true icon last.</p>
 <div class="sweep">$sweep</div></section>
 <section><h2>All $count held-out subjects</h2>
 <p class="sub">Base &middot; adapter at strength $chosen &middot; true icon.
-Nothing was picked out or left out.</p>
+None was left out.</p>
 <div class="all">$compared</div></section>
 <section><h2>How it was learned</h2><p class="sub">The loss of every step, and of held-out images.</p>
 <img class="loss" src="$loss" alt="loss curve"></section>

@@ -1,4 +1,4 @@
-"""What the demo shows: its result in a few lines, the sweep as one image, the before/after page."""
+"""The demo's output: its result in a few lines, the sweep as one image, the before/after page."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo left behind and what it measured.
+    """The files that the demo wrote and what it measured.
 
     Attributes:
         folder: the run folder.
         adapter_file: the WebUI file.
         grid: strength sweep.
         page: before/after page.
-        recommended: the weakest strength whose score is as good as the best one's within its interval.
+        recommended: the weakest strength whose score lies within the best one's interval.
         scores: strength -> score over all held-out subjects; 0 is the base.
         ceiling: score of true icons against other true icons.
         copying: whether training images were repeated.
@@ -37,7 +37,7 @@ class DemoResult:
         num_subjects: held-out subjects drawn.
         steps: optimizer steps.
         proof: line that says how exactly the exported file holds the adapter.
-        seconds: wall time of everything, without breaks between a stop and going on.
+        seconds: wall time of everything, without breaks between a stop and the continuation.
         training_seconds: of the training alone.
     """
 
@@ -101,7 +101,7 @@ class DemoResult:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The held-out subjects, drawn: strength -> one image a subject, and the true ones."""
+    """The held-out subjects, drawn: strength -> one image for each subject, and the true ones."""
 
     items: tuple[ImageItem, ...]
     images: Mapping[float, tuple[Image, ...]]
@@ -112,7 +112,7 @@ class Drawn:
 
 
 def _subject(item: ImageItem) -> str:
-    """Return what a caption is about: ``inkicon, an icon of a cat`` -> ``cat``."""
+    """Return an item's subject, by its file name: ``sea-gull.png`` -> ``sea gull``."""
     return item.path.stem.replace("-", " ")
 
 
@@ -122,7 +122,7 @@ def write_sweep(drawn: Drawn, file: Path) -> Path:
     labels = ["base" if strength == 0 else f"{strength:g}" for strength in drawn.sweep]
     images = [image for row in drawn.sweep.values() for image in row]
     images += [drawn.true[i] for i in drawn.shown]
-    title = "Subjects the adapter never saw, by strength; one seed a column"
+    title = "Subjects the adapter never saw, by strength; one seed for each column"
     sheet = grid(images, len(columns), [*labels, "true icon"], columns, title)
     with replacing(file) as temporary:
         sheet.save(temporary, format="PNG")
@@ -177,9 +177,9 @@ def _notes(result: DemoResult) -> list[str]:
     return [
         f"The score compares {result.num_subjects} generated images with the true icons of the same "
         "subjects, by hand-made measurements of colour, tone, edges, texture and strokes; no neural network "
-        "judges. 0 is the look of the base alone, 1 the true style, below 0 would be farther away still.",
+        "judges. 0 is the look of the base alone, 1 the true style; below 0 is farther away than the base.",
         f"With another choice of subjects it would probably lie between {result.score.low:.2f} and "
-        f"{result.score.high:.2f}. It says how the images are drawn, not whether one sees what they show.",
+        f"{result.score.high:.2f}. It says how the images are drawn, not whether they show their subjects.",
         "Copied? The likeness of a generated image to the nearest training image is "
         f"{copies.generated:.2f} on average; true icons that were not trained on reach {copies.true:.2f}. "
         f"{copies.share:.0%} of the generated images come closer to a training image than any of those.",

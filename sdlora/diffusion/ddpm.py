@@ -1,4 +1,4 @@
-"""The discrete diffusion of Stable Diffusion, and what its samplers must know of it.
+"""The discrete diffusion of Stable Diffusion, and what its samplers must know about it.
 
 Notation of Ho et al. 2020: ``alpha_bar_t`` is the kept share of signal variance, ``a = sqrt(alpha_bar)``,
 ``s = sqrt(1 - alpha_bar)``, noisy = a * clean + s * noise.
@@ -62,7 +62,7 @@ class DDPM:
             betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
         else:
             raise ValueError(f"unknown beta schedule {schedule!r}")
-        alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)  # alpha_bar_t = prod(1 - beta_i), i <= t: (T,)
         if zero_terminal_snr:
             roots = alphas_cumprod.sqrt()
             # shift a_T to 0, scale a_1 back to what it was
@@ -99,7 +99,7 @@ class DDPM:
             "num_train_timesteps": self.num_timesteps,
             "trained_betas": betas.tolist(),
             "prediction_type": self.prediction.name,
-            # our betas are rescaled already, which this repeats without effect; it also makes sigmas finite
+            # our betas are rescaled already, so they stay the same; but this keeps diffusers' sigmas finite
             "rescale_betas_zero_snr": self.ends_in_noise,
         }
 
@@ -125,7 +125,7 @@ class DDPM:
     def loss_weights(self, timesteps: Tensor, min_snr_gamma: float) -> Tensor:
         """Return the weight (B,) of each image's loss; all ones for gamma 0.
 
-        Min-SNR (Hang et al. 2023, section 3.4) weighs errors in the clean latents with min(snr, gamma).
+        Min-SNR (Hang et al. 2023, section 3.4) weights errors in the clean latents with min(snr, gamma).
         """
         if min_snr_gamma <= 0:
             return torch.ones(timesteps.shape, dtype=torch.float32, device=timesteps.device)

@@ -1,7 +1,7 @@
 """What a denoiser's output means: one object for each prediction type, with its formulae.
 
-All of them speak of noisy = a * clean + s * noise, snr = (a / s)^2; what else follows from the meaning of the
-output (weights of the loss, what it can say of pure noise) is derived from these formulae, nowhere else.
+In all of them noisy = a * clean + s * noise and snr = (a / s)^2. Whatever follows from the meaning of the
+output (weights of the loss, whether it says anything about pure noise) is derived here and nowhere else.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Prediction(ABC):
 
     @abstractmethod
     def error_ratio(self, snr: Tensor) -> Tensor:
-        """Return how large the squared error of the output is for one of 1 in the clean latents, (B,).
+        """Return the squared error of the output that a squared error of 1 in the clean latents means, (B,).
 
-        A loss in the clean latents of weight w(snr) is one in the output of weight w(snr) / this.
+        So a loss on the clean latents with weight w(snr) is a loss on the output with weight w(snr) / this.
         """
 
 
@@ -52,7 +52,7 @@ class Epsilon(Prediction):
     speaks_of_pure_noise = False
 
     def target(self, clean: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        return noise
+        return noise  # (B, C, h, w)
 
     def error_ratio(self, snr: Tensor) -> Tensor:
         return snr  # clean = (noisy - s * output) / a, so the ratio is (a / s)^2

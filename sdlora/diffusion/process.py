@@ -31,11 +31,11 @@ class Corrupted:
 
 
 class Scheduler(Protocol):
-    """What takes noise away step by step, as diffusers' schedulers do; one serves one batch.
+    """What takes noise away step by step, as diffusers' schedulers do; each one serves a single batch.
 
     Attributes:
-        timesteps: (steps,) what the denoiser is told at each step, from noise to image.
-        init_noise_sigma: what unit noise is multiplied with at the start.
+        timesteps: (steps,) the timestep that the denoiser is given at each step, from noise to image.
+        init_noise_sigma: factor on the unit noise at the start.
     """
 
     timesteps: Tensor
@@ -45,15 +45,15 @@ class Scheduler(Protocol):
         """Return the sample (B, C, h, w) as the denoiser takes it."""
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **more: Any) -> Any:
-        """Return the sample after this step, first of a tuple where ``return_dict=False`` is given."""
+        """Return the sample after this step, as the first of a tuple if ``return_dict=False`` is given."""
 
 
 MakeScheduler = Callable[[int], Scheduler]
-"""Makes a scheduler whose timesteps are set for so many steps, on the CPU."""
+"""Number of steps -> a scheduler whose timesteps are set for it, on the CPU."""
 
 
 class NoiseProcess(Protocol):
-    """How a base's images become noise. Timesteps (B,) are in the numbers that its denoiser is told."""
+    """How a base's images become noise. Timesteps (B,) are in the units that its denoiser takes."""
 
     @property
     def prediction(self) -> Prediction:
@@ -87,11 +87,11 @@ class NoiseProcess(Protocol):
 def draw_noise(shape: Sequence[int], generator: torch.Generator, *, noise_offset: float = 0.0) -> Tensor:
     """Draw float32 noise (B, C, h, w) from a CPU generator.
 
-    ``noise_offset`` adds one Gaussian constant per image and channel (Guttenberg 2023); the sum is
-    the noise, so it is part of the target too.
+    ``noise_offset`` adds one Gaussian constant per image and channel, with this deviation (Guttenberg 2023);
+    the sum is the noise, so it is part of the target, too.
     """
     noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
-    if noise_offset > 0:
+    if noise_offset > 0:  # (B, C, h, w) + offset * (B, C, 1, 1)
         noise = noise + noise_offset * torch.randn(
             (shape[0], shape[1], 1, 1), generator=generator, dtype=torch.float32
         )
@@ -104,8 +104,8 @@ def per_image_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = Non
     Args:
         prediction: (B, C, h, w).
         target: of the same shape.
-        mask: (B or 1, 1, h, w) from 0 to 1: the mean is weighted with it, so that an image of which little
-            counts weighs as much as any other. Where all of it is 0, the error is 0.
+        mask: (B or 1, 1, h, w) from 0 to 1: the mean is weighted with it, so that an image with a small
+            unmasked part weighs as much as any other. For a mask that is 0 everywhere, the error is 0.
     """
     errors = (prediction.float() - target.float()).square()
     if mask is None:

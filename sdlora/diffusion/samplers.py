@@ -1,9 +1,9 @@
-"""The samplers users know by name, and which scheduler each is on a discrete diffusion's own schedule.
+"""The samplers that users know by name, and the diffusers scheduler of each for a discrete diffusion.
 
-Which samplers a base can be drawn with, and on what schedule, its noise process says.
+A base's noise process says which samplers it can be drawn with, and on what schedule.
 
-The update rules are diffusers'; what is decided here is where on the noise schedule they step, and that
-follows A1111's WebUI, so that a preview shows what its users will get:
+The update rules are diffusers'. What is decided here is the timesteps they are applied at, and these follow
+A1111's WebUI, so that a preview shows what its users will get:
 
 * ``DDIM``: every (T // steps)-th timestep plus 1, ending at the first trained noise level. As everywhere
   with this rule, above 100 steps only numbers that divide T start from full noise.
@@ -14,7 +14,7 @@ follows A1111's WebUI, so that a preview shows what its users will get:
 A base whose schedule ends in pure noise (zero terminal SNR) is sampled from that last timestep on, in equal
 steps ("trailing", Lin et al. 2024, section 3.3); its infinite noise level is taken as 4096, as in diffusers.
 
-One scheduler serves one batch: it counts its steps.
+A scheduler counts its steps, so each one serves a single batch.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def find_sampler(name: str) -> Sampler:
 
 
 def make_scheduler(name: str, process: NoiseProcess, steps: int) -> Scheduler:
-    """Return a fresh scheduler of that sampler for a process, its timesteps set, on the CPU.
+    """Return a new scheduler of that sampler for a process, with its timesteps set, on the CPU.
 
     Args:
         name: one of :data:`SAMPLERS`.
@@ -74,13 +74,13 @@ def make_scheduler(name: str, process: NoiseProcess, steps: int) -> Scheduler:
     check_sampling(name, process, steps)
     scheduler = process.schedulers[_known(name)](steps)
     if hasattr(scheduler, "set_begin_index"):
-        # without it the first step is looked up by its timestep, wrongly where rounding repeats one
+        # else diffusers looks the first step up by its timestep, and of two equal ones takes the second
         scheduler.set_begin_index(0)
     return scheduler
 
 
 def check_sampling(name: str, process: NoiseProcess, steps: int) -> None:
-    """Raise ConfigError unless that sampler can make an image of the process's noise in so many steps."""
+    """Raise ConfigError unless that sampler can make an image of the process's noise in that many steps."""
     if _known(name) not in process.schedulers:
         raise ConfigError(
             f"sampler `{name}`: cannot take away the noise of a base that predicts "
@@ -93,7 +93,7 @@ def check_sampling(name: str, process: NoiseProcess, steps: int) -> None:
 
 
 def _known(name: str) -> SamplerName:
-    """Return the name as the table has it."""
+    """Return the name as it is spelled in the table."""
     known = {_plain(sampler): sampler for sampler in SAMPLERS}
     sampler = known.get(_plain(name))
     if sampler is not None:
@@ -136,7 +136,7 @@ def _euler_ancestral(shared: dict[str, Any], steps: int) -> Any:
 
 
 def _spacing(shared: dict[str, Any], usual: str) -> str:
-    """Return how timesteps are spaced: from the very last one if only that is pure noise."""
+    """Return how timesteps are spaced: from the very last one on if it alone is pure noise."""
     return "trailing" if shared["rescale_betas_zero_snr"] else usual
 
 
@@ -151,7 +151,7 @@ def _dpm(shared: dict[str, Any], steps: int) -> Any:
     scheduler = DPMSolverMultistepScheduler(**shared, **_DPM)
     count = shared["num_train_timesteps"]
     first = count / steps - 1 if _spacing(shared, "even") == "trailing" else 0
-    # given by number: diffusers' own "linspace" makes one more step and drops the first timestep
+    # given one by one: diffusers' own "linspace" makes one step more and drops the first timestep
     scheduler.set_timesteps(
         timesteps=torch.linspace(count - 1, first, steps, dtype=torch.float64).round().int().tolist()
     )
@@ -166,7 +166,7 @@ def _dpm_karras(shared: dict[str, Any], steps: int) -> Any:
     return scheduler
 
 
-# DPM-Solver++ of second order, multistep (Lu et al. 2022b, algorithm 2), first order into the clean image
+# DPM-Solver++ of second order, multistep (Lu et al. 2022b, algorithm 2); the last step is of first order
 _DPM: dict[str, Any] = {
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,

@@ -1,1 +1,1 @@
-"""Adapter files for other programs, proven, with what lies beside them."""
+"""Adapter files for other programs, proven, with the files that belong beside them."""

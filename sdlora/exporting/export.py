@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _PROGRAM_STEMS = {"adapter", "adapter_model", "pytorch_lora_weights"}
 _PLAIN = r'[^\\/:*?"<>|\x00-\x1f]'
 _NAME = re.compile(rf"^(?!\.)(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)){_PLAIN}{{1,100}}$(?<![. ])")
-"""File names that every system takes: no separators, none of Windows' devices, no dot or space at the end."""
+"""File names that every system takes: no separators, no Windows device names, no dot or space at the end."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter to export, with what its surroundings say.
+    """An adapter to export, with what the files around it say.
 
     Attributes:
-        adapter: the most exact numbers there are.
+        adapter: the most exact numbers that exist of it.
         path: where they came from.
         name: for the files.
         dtype: number format to write when none is asked for.
@@ -256,11 +256,11 @@ def _report(written: Written, format: str, dtype: torch.dtype, source: str) -> E
 
 
 def _lora_folder(format: str, webui_folder: Path | None) -> Path | None:
-    """Return a WebUI's folder of adapters, if one was named, for a format that can be written.
+    """Return a WebUI's folder for adapters, if one was named, after checking the format.
 
     Raises:
         ConfigError: for an unknown format, or one that WebUI does not read.
-        OutputError: when it is not a WebUI's folder.
+        OutputError: when it is not a WebUI folder.
     """
     has_card = find_format(format).has_card
     if webui_folder is None:
@@ -271,7 +271,7 @@ def _lora_folder(format: str, webui_folder: Path | None) -> Path | None:
 
 
 def _image_for(format: str, target: Path, preview: Path | None, private: bool) -> bytes | None:
-    """Return the image of the card, if there is to be one; one that is there already stays."""
+    """Return the image for the card; None if it gets none, or has a preview under another name already."""
     if not FORMATS[format].has_card:
         return None
     image = card_image(preview, private=private)
@@ -319,7 +319,7 @@ def _dtype(asked: Precision | torch.dtype | None, default: torch.dtype) -> torch
 def _check_name(name: str) -> str:
     if not _NAME.match(name):
         raise ConfigError(
-            f'--name {name!r}: must be a plain file name without \\ / : * ? " < > |, not a device of Windows'
+            f'--name {name!r}: must be a file name without \\ / : * ? " < > |, and not a Windows device name'
         )
     return name
 

@@ -1,6 +1,6 @@
-"""Proof by images: an adapter as it was trained against the file that was written, drawn from one noise.
+"""Proof by images: the adapter as trained and the file as written, drawn from the same noise.
 
-Comparing updates is the sharper test; this one shows that what remains of rounding cannot be seen.
+Comparing updates is the stricter test; this one shows that the rounding that remains cannot be seen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TRAINED, _WRITTEN = "trained", "written"
 
 @dataclass(frozen=True)
 class ImageProof:
-    """What comparing images gave; differences are of one channel of one pixel, of 0 to 255.
+    """The result of comparing images; differences are those of one channel of one pixel, from 0 to 255.
 
     Attributes:
         num_pairs: pairs of images that were compared.
@@ -75,13 +75,13 @@ def compare_images(
     Args:
         source: a run folder or an adapter file, as given to the export.
         written: the file or folder that was written.
-        base: to draw on; a run's own when left open.
-        prompts: what to draw; the run's own, or the trigger words, when left open.
+        base: the base to draw on; a run's own when left out.
+        prompts: what to draw; the run's own, or the trigger words, when left out.
         strengths: both are drawn at each of these.
         seed: of the noise.
-        steps: denoising steps; as for previews when left open.
+        steps: denoising steps; as for previews when left out.
         device: see :func:`sdlora.devices.choose_device`.
-        precision: of the drawing; with less than fp32, rounding of the model's own hides that of the file.
+        precision: of the drawing; with less than fp32, the model's own rounding hides that of the file.
         progress: called after each denoising step.
 
     Raises:
@@ -128,7 +128,7 @@ def _base_and_prompts(
         return ModelConfig(base=str(base)) if other else config.model, config.sample.prompts or usual
     if base is None:
         raise ConfigError(
-            f"{source}: is not a run folder, so it does not tell which base to draw on; give --base with "
+            f"{source}: is not a run folder, so it does not say which base to draw on; give --base with "
             "--verify-images"
         )
     return ModelConfig(base=base), usual

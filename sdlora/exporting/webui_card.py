@@ -1,4 +1,4 @@
-"""What lies beside an adapter file for WebUI: the preview image and the card with the trigger words.
+"""The files beside an adapter file for WebUI: the preview image and the card with the trigger words.
 
 Forge reads the same files. Source: formats.md 5.2.
 """
@@ -43,9 +43,9 @@ def write_card(adapter: AdapterFile, target: Path, info: FamilyInfo, image: byte
 
 
 def other_preview(target: Path) -> Path | None:
-    """Return a preview of the file that is there under another name than ours.
+    """Return an existing preview of the file under another name than ours.
 
-    WebUI takes any one of several, so a second one would show or not by chance.
+    WebUI takes any one of several, so chance would decide which of two it shows.
     """
     neighbours = (target.with_name(target.stem + ending) for ending in _PREVIEWS if ending != ".png")
     return next((file for file in neighbours if file.is_file()), None)
@@ -55,7 +55,7 @@ def card_image(file: Path | None, *, private: bool = False) -> bytes | None:
     """Return an image as PNG of a card's size; a small PNG as it is, with the settings stored in it.
 
     Args:
-        image: a file of any kind that Pillow reads, or None.
+        file: of any kind that Pillow reads, or None.
         private: leave out the settings, which hold the prompt and names of files.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Base models: what each family is, and from whatever users give to a loaded one."""
+"""Base models: what each family is, and how a base is recognised and loaded."""

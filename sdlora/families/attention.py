@@ -1,4 +1,4 @@
-"""Which attention a U-Net computes with: chosen once for a device and number format, and said.
+"""Which attention a U-Net computes with: chosen once for a device and number format, with the reason.
 
 All choices compute softmax(q k^T / sqrt(d)) v; they differ by rounding, speed and memory.
 """
@@ -29,7 +29,7 @@ class Attention:
     reason: str
 
     def apply(self, unet: Any) -> None:
-        """Have a diffusers U-Net compute its attention this way."""
+        """Make a diffusers U-Net compute its attention this way."""
         from diffusers.models.attention_processor import (
             AttnProcessor,
             AttnProcessor2_0,
@@ -42,14 +42,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class Attentions:
-    """What a U-Net computes its attention with: in training, and in drawing."""
+    """The attention a U-Net uses in training, and in drawing."""
 
     training: Attention
     drawing: Attention
 
 
 def choose_attentions(setting: AttentionName, device: torch.device, dtype: torch.dtype) -> Attentions:
-    """Return what :func:`choose_attention` does for both."""
+    """Return what :func:`choose_attention` chooses for training and for drawing."""
     training, drawing = (choose_attention(setting, device, dtype, training=both) for both in (True, False))
     return Attentions(training, drawing)
 
@@ -67,8 +67,8 @@ def choose_attention(
         return Attention("xformers", "asked for")
     if setting == "sdpa":
         return Attention("sdpa", "asked for")
-    # Measured on 2 AMX cores: the backward of torch's fused attention in bf16 takes 37 % of a step there;
-    # the classic bmm-softmax-bmm makes training 1.7x faster. Forward alone is as fast fused.
+    # Measured on 2 AMX cores: the backward pass of torch's fused attention in bf16 takes 37 % of a step; the
+    # classic bmm-softmax-bmm makes training 1.7x faster. The forward pass alone is as fast fused.
     if device.type == "cpu" and dtype == torch.bfloat16 and training:
         return Attention("classic", "torch's fused attention is slow backwards in bf16 on a CPU")
     return Attention("sdpa", f"torch's own fused attention is the fastest general one on {device.type}")
@@ -85,7 +85,7 @@ def _check_xformers(device: torch.device) -> None:
         )
     try:
         importlib.import_module("xformers.ops")
-    except Exception as error:  # built for another torch or CUDA, most often
+    except Exception as error:  # mostly one built for another torch or CUDA
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"`attention=xformers`: the xformers installed here cannot be loaded ({reason}); install the one "

@@ -1,4 +1,4 @@
-"""What a model family is: the interface every base model is driven through.
+"""What a model family is: the interface through which every base model is used.
 
 A family knows its components, how images and captions are encoded and how the denoiser is called.
 It knows neither adapters nor file formats; for those it only declares data (:mod:`sdlora.families.facts`).
@@ -23,7 +23,7 @@ from .facts import FamilyInfo
 from .fingerprint import file_digest
 
 Conditioning = dict[str, Tensor]
-"""Encoded captions: name -> (B, ...); what the names mean is the family's own business."""
+"""Encoded captions: name -> (B, ...); only the family knows what the names mean."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Posterior:
         """Draw latents (B, C, h, w) in float32 with noise from a CPU generator."""
         mean = self.mean.float()
         noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean.device)
+        # z = mean + deviation * noise, deviation = sqrt(exp(logvar)), (B, C, h, w); clamped as diffusers does
         return mean + torch.exp(0.5 * self.logvar.float().clamp(-30.0, 20.0)) * noise
 
 
@@ -78,8 +79,8 @@ class LatentSpace:
     Attributes:
         channels: C.
         factor: px of an image's side that one latent stands for.
-        scaling: deviations of the autoencoder's latents are brought near 1 with it.
-        shift: their mean is brought near 0 with it.
+        scaling: factor that brings the deviation of the autoencoder's latents near 1.
+        shift: subtracted first, which brings their mean near 0.
     """
 
     channels: int
@@ -92,7 +93,7 @@ class LatentSpace:
         return self.channels, height // self.factor, width // self.factor
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """Bring the autoencoder's latents (B, C, h, w) to the scale the denoiser works at."""
+        """Bring the autoencoder's latents (B, C, h, w) to the scale that the denoiser works at."""
         return (latents - self.shift) * self.scaling
 
     def unscaled(self, latents: Tensor) -> Tensor:
@@ -146,11 +147,11 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        """Encode prompts of any length; with gradients if the caller has them enabled.
+        """Encode prompts of any length, with gradients if the caller has enabled them.
 
-        Each is encoded as if it were alone; shorter ones are repeated (:func:`stack_conditioning`).
+        Each is encoded as if it were alone; states of shorter ones are repeated (:func:`stack_conditioning`).
 
-        Brackets weigh words (:mod:`sdlora.families.emphasis`); what is meant literally is escaped.
+        Brackets weight words (:mod:`sdlora.families.emphasis`); literal ones are escaped.
         """
 
     @abstractmethod
@@ -179,23 +180,23 @@ class DiffusionModel(ABC):
         keep_images: bool = False,
         lean: bool = False,
     ) -> None:
-        """Set modes, placement and the attention that is fastest for what comes next.
+        """Set modes, devices and the attention that is fastest for what comes next.
 
         Args:
-            training: train mode with the image encoder off the accelerator; else eval mode with all on it.
+            training: train mode, with the image encoder off the accelerator; else eval mode, with all on it.
             gradient_checkpointing: compute activations twice instead of keeping them.
             keep_text: keep the text encoders on the accelerator while training, or if lean.
-            keep_images: keep the image encoder there too.
-            lean: outside of training, have encoders that are not kept there only while they work, so that
-                previews take little more than the training itself.
+            keep_images: keep the image encoder there, too.
+            lean: when not training, bring encoders that are not kept to the accelerator only while they work,
+                so that previews take little more memory than training itself.
         """
 
 
 def stack_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
     """Join conditionings of single captions, each tensor without batch axis, into one of B captions.
 
-    Captions of different numbers of 75-token chunks are repeated to the longest, as cross-attention
-    to a repeated context equals attention to the original (softmax weights split evenly).
+    Captions with different numbers of 75-token chunks are repeated to a common length: cross-attention to a
+    repeated context equals attention to the original, as the softmax weights are split evenly.
     """
     joined: Conditioning = {}
     for name in parts[0]:

@@ -1,6 +1,6 @@
-"""Prompt encoding that all CLIP-conditioned families share: chunks of 75 tokens, weights, clip skip.
+"""Prompt encoding for all families with CLIP text encoders: chunks of 75 tokens, weights, clip skip.
 
-Prompts are read in the grammar of :mod:`.emphasis`, in training, previews and generation alike.
+Prompts have the grammar of :mod:`.emphasis`, in training, previews and generation alike.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def chunk_ids(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
 
 
 def chunk_tokens(tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return token ids and their weights, each (B, n, 77): n chunks of up to 75 tokens in BOS..EOS, padded.
+    """Return token ids and weights, each (B, n, 77): n chunks of up to 75 tokens between BOS and EOS, padded.
 
     Prompts shorter than the longest get chunks of the empty prompt, as A1111's WebUI pads them. BOS, EOS
     and padding have weight 1.
@@ -69,7 +69,7 @@ def encode_chunks(encoder: Any, ids: Tensor, clip_skip: int) -> Tensor:
 
 
 def encode_penultimate(encoder: Any, ids: Tensor, eos_token_id: int) -> tuple[Tensor, Tensor | None]:
-    """Encode ids (B, n, 77) to the last layer but one, without final norm, each chunk by itself.
+    """Encode ids (B, n, 77) to the states of the last layer but one, without final norm, chunk by chunk.
 
     Returns:
         states (B, 77 n, width), and the projected state (B, projection) of the first end token of the
@@ -82,7 +82,7 @@ def encode_penultimate(encoder: Any, ids: Tensor, eos_token_id: int) -> tuple[Te
     states = output.hidden_states[-2].reshape(batch, chunks * length, -1)
     if not hasattr(encoder, "text_projection"):
         return states, None
-    # found here, not by transformers: some configs name an end token that the tokenizer does not write
+    # found here, not by transformers: some configs name an end token that the tokenizer does not produce
     ends = (ids[:, 0] == eos_token_id).int().argmax(dim=-1)
     first = output.last_hidden_state.reshape(batch, chunks, length, -1)[:, 0]
     return states, encoder.text_projection(first[torch.arange(batch, device=ids.device), ends])
@@ -93,7 +93,9 @@ def checkpoint_text_encoder(encoder: Any, enabled: bool) -> None:
     prefix = "activation" if hasattr(encoder, "activation_checkpointing_enable") else "gradient"
     if enabled == bool(getattr(encoder, f"is_{prefix}_checkpointing")):
         return
-    if enabled:  # non-reentrant: the inputs of a frozen encoder need no gradient
+    if (
+        enabled
+    ):  # non-reentrant: the other kind needs inputs with gradients, which a frozen encoder does not have
         getattr(encoder, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(encoder, f"{prefix}_checkpointing_disable")()

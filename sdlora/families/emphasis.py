@@ -1,10 +1,10 @@
-"""Prompts as A1111's WebUI reads them: ``(word:1.2)``, ``(word)``, ``[word]``, ``BREAK``, escapes by ``\\``.
+"""Prompts as A1111's WebUI reads them: ``(word:1.2)``, ``(word)``, ``[word]``, ``BREAK``, ``\\`` to escape.
 
 One grammar for training, previews and generation, so that a caption means the same everywhere. A round
-bracket multiplies the weight of what it holds by 1.1 or by the number after a colon, a square bracket
-divides it by 1.1; brackets left open count to the end. Chunks of 75 tokens are filled as the WebUI fills
-them: an item between commas that would be cut moves to the next chunk as a whole, and ``BREAK`` begins
-a new one. (WebUI: modules/prompt_parser.py, sd_hijack_clip.py, sd_emphasis.py, behaviour only.)
+bracket multiplies the weight of its content by 1.1 or by the number after a colon; a square bracket divides
+it by 1.1; brackets that are not closed extend to the end. Chunks of 75 tokens are filled as in the WebUI: an
+item between commas that would be cut moves to the next chunk as a whole, and ``BREAK`` begins a new one.
+(WebUI: modules/prompt_parser.py, sd_hijack_clip.py, sd_emphasis.py, behaviour only.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TOKEN = re.compile(
 )
 _BREAK = re.compile(r"\bBREAK\b")
 _MAX_OPEN = 30
-"""Brackets that may be open at a place; further ones are characters (1.1 to the 30th is 17)."""
+"""Brackets that may be open at once; further ones are plain characters (1.1 to the 30th is 17)."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,17 @@ def parse(prompt: str) -> list[list[Fragment]]:
 
 
 def escape(text: str) -> str:
-    """Return the prompt that says ``text`` literally: brackets and backslashes without their meaning."""
+    """Return the prompt that means ``text`` literally: brackets and backslashes have no meaning in it."""
     return re.sub(r"([()\[\]\\])|\b(?=BREAK\b)", lambda match: f"\\{match[1] or ''}", text)
 
 
 def layout(prompt: str, tokenize: Callable[[str], Sequence[int]], comma: int | None) -> list[Chunk]:
-    """Return the chunks a prompt is encoded in; at least one, possibly empty.
+    """Return the chunks that a prompt is encoded in: at least one, which may be empty.
 
     Args:
         prompt: in the grammar of this module.
         tokenize: text to token ids, without the tokens for begin and end.
-        comma: the id of the comma, which chunks are preferably cut at.
+        comma: the id of the comma, where chunks are preferably cut; None if the tokenizer has no such token.
     """
     chunks: list[Chunk] = []
     for section in parse(prompt):
@@ -120,19 +120,19 @@ def layout(prompt: str, tokenize: Callable[[str], Sequence[int]], comma: int | N
 
 
 def weigh(states: Tensor, weights: Tensor) -> Tensor:
-    """Multiply the states of each token by its weight, and bring each chunk back to its mean.
+    """Multiply the states of each token by its weight, then scale each chunk so that its mean is as before.
 
     Args:
         states: (chunks, tokens, width) text states.
         weights: (chunks, tokens), 1 for begin, end and padding.
 
-    A mean that is next to nothing beside the states themselves cannot be brought back: the quotient of two
-    rounding errors would scale the whole chunk by chance. Such chunks keep the mean they get.
+    A mean that is tiny compared with the states cannot be restored: the quotient of two rounding errors would
+    scale the whole chunk by an arbitrary factor. Such chunks keep the mean that they get.
 
     Returns:
         (chunks, tokens, width); chunks whose weights are all 1 come back bit for bit.
     """
-    plain = (weights == 1).all(dim=1)  # asked where the weights come from: no waiting for the device
+    plain = (weights == 1).all(dim=1)  # asked on the weights' own device, so that nothing waits for the card
     if bool(plain.all()):
         return states
     weights, plain = weights.to(states.device), plain.to(states.device)
@@ -141,6 +141,7 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
     before, after = wide.mean(dim=(1, 2), keepdim=True), scaled.mean(dim=(1, 2), keepdim=True)
     size = wide.square().mean(dim=(1, 2), keepdim=True).sqrt()
     certain = torch.minimum(before.abs(), after.abs()) > _LEAST_MEAN * size
+    # states * weight * mean(states) / mean(states * weight), the means over tokens and width of each chunk
     ratio = torch.where(
         certain, before / after.where(certain, torch.ones_like(after)), torch.ones_like(after)
     )

@@ -1,8 +1,8 @@
 """What a family declares about itself; plain data, without torch.
 
-A family's components are its denoiser and its text encoders. They go by the names they have in diffusers'
-pipelines, where every text encoder is called ``text_encoder``, ``text_encoder_2``, ...: so where nothing but
-an adapter's module is known, the name alone tells the role and the order.
+A family's components are its denoiser and its text encoders. They have the names of diffusers' pipelines,
+where text encoders are called ``text_encoder``, ``text_encoder_2``, ...: so if only an adapter's module is
+known, the name alone tells role and order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_text_encoder(component: str) -> bool:
 
 
 def component_order(component: str) -> tuple[bool, str]:
-    """Return what sorts components: the denoiser first, then the text encoders by number."""
+    """Return the key that sorts components: the denoiser first, then the text encoders by number."""
     return is_text_encoder(component), component
 
 
@@ -53,10 +53,10 @@ class DenoiserInfo(ComponentInfo):
         title: what users call it.
         diffusers_class: class of diffusers that it is built with.
         channels: of its input, the latents.
-        config: settings of its config in a diffusers folder that only this family has together.
-        context_width: width of the text that its cross-attention reads, in the true models; 0 where it has
-            no cross-attention that would tell families apart.
-        module_path: a part of module paths that only this family has, where there is one.
+        config: settings in its config of a diffusers folder; no other family has this combination.
+        context_width: width of the text states that its cross-attention reads, in the true models; 0 if it
+            has no cross-attention that distinguishes families.
+        module_path: a part of module paths that only this family has, if there is one.
         webui_names: whose block names WebUI-format keys have.
         conv_projections: whether ``proj_in`` and ``proj_out`` are 1x1 convolutions, not linear layers.
     """
@@ -79,10 +79,10 @@ class TextEncoderInfo(ComponentInfo):
     Attributes:
         tokenizer: name of its tokenizer's folder.
         width: of its states, in the true models.
-        checkpoint_prefix: what its keys begin with in an LDM-layout checkpoint; empty where there are none.
+        checkpoint_prefix: beginning of its keys in an LDM-layout checkpoint; empty if there are none.
         checkpoint_layout: whose names follow: transformers' (``clip``) or OpenCLIP's.
-        projected: whether a projection gives one vector for the whole caption, too.
-        pad_token: what short captions are filled up with, where the files leave it out.
+        projected: whether a projection also gives one vector for the whole caption.
+        pad_token: token that short captions are padded with, if the files do not say it.
     """
 
     tokenizer: str
@@ -144,10 +144,10 @@ class FamilyInfo:
         predictions: names of the prediction types its bases may have, the usual one first.
         adapter_format: the file format a run writes its adapter in.
         diffusers_loader: class of diffusers that loads its adapters.
-        assets: folder of the component configs that single files leave out; empty where there are none.
+        assets: folder of the component configs that single files leave out; empty if there are none.
         clip_skip: whether an earlier layer of the text encoder may be used.
-        resolutions: prediction type -> px that single files of it were trained at, where that differs.
-        prediction_probe: checkpoint key of a vector that tells v-prediction from epsilon by its spread.
+        resolutions: prediction type -> px that its single files were trained at, if these differ.
+        prediction_probe: checkpoint key of a vector whose spread distinguishes v-prediction from epsilon.
     """
 
     name: str

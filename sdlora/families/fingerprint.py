@@ -1,4 +1,4 @@
-"""Digests that say whether two modules or files hold the same numbers."""
+"""Digests that are equal if two modules or files hold the same numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def module_fingerprint(module: nn.Module, *, extra: str = "") -> str:
     digest = hashlib.sha256(extra.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        # flat: a 1x1 kernel laid out channels last counts as contiguous, and has no bytes in a row to view
+        # flatten: a channels-last 1x1 kernel counts as contiguous, but torch refuses to view it as bytes
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

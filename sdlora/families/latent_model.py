@@ -1,7 +1,7 @@
-"""What all families that denoise the latents of a KL autoencoder, told by CLIP text encoders, share.
+"""What families share that denoise the latents of a KL autoencoder and have CLIP text encoders.
 
-Where modules are, how images and captions are encoded. A family adds its facts, how its text encoders are
-read, how its denoiser is called, and which noise it takes away.
+That is: where modules are, and how images and captions are encoded. A family adds its facts, how its text
+encoders are used, how its denoiser is called, and its noise process.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class LatentModel(DiffusionModel):
         self._lean = False
         self._visits: dict[int, Visit] = {}
         if offload:
-            # small cards: the autoencoder takes the most memory of all at the end
+            # for small cards: decoding takes the most memory of all
             self._decode_in_tiles()
 
     @classmethod
@@ -102,20 +102,20 @@ class LatentModel(DiffusionModel):
     def make_process(
         cls, scheduler: Mapping[str, Any], prediction: str, *, ends_in_noise: bool
     ) -> NoiseProcess:
-        """Return the noise a base was trained with.
+        """Return the noise process that a base was trained with.
 
         Args:
-            scheduler: config of the scheduler that lies with it.
+            scheduler: config of the scheduler in its folder.
             prediction: name of the prediction type.
             ends_in_noise: whether the schedule is rescaled to end in pure noise.
         """
 
     def _latent_multiple(self) -> int:
-        """Return what the sides of latents must be multiples of."""
+        """Return the number that the sides of latents must be multiples of."""
         raise NotImplementedError
 
     def _set_attention(self, *, training: bool) -> None:
-        """Have the denoiser compute its attention the way that was chosen; torch's own by default."""
+        """Make the denoiser compute its attention the chosen way; by default it keeps torch's own."""
 
     def components(self) -> Mapping[str, nn.Module]:
         return {self.info.denoiser.component: self.denoiser, **self.text_encoders, AUTOENCODER: self.vae}
@@ -145,7 +145,7 @@ class LatentModel(DiffusionModel):
     def decode_latents(self, latents: Tensor) -> Tensor:
         with self._working(self.vae):
             unscaled = self.facts.latents.unscaled(latents.to(self.vae.device, self.vae.dtype))
-            # one at a time: decoding takes more memory than all else, and gains nothing from company
+            # one at a time: decoding takes more memory than all else, and a batch is no faster
             images = [self._decode(latent[None]) for latent in unscaled]
         return torch.cat(images).float().clamp(-1.0, 1.0)
 
@@ -157,7 +157,7 @@ class LatentModel(DiffusionModel):
             if self.vae.use_tiling or not is_out_of_memory(error):
                 raise
             warnings.warn(
-                "not enough memory to decode an image at once: from here on they are decoded in tiles, "
+                "not enough memory to decode a whole image: from now on they are decoded in tiles, "
                 "which may differ by a shade at their seams",
                 stacklevel=2,
             )
@@ -167,13 +167,13 @@ class LatentModel(DiffusionModel):
         return image
 
     def _decode_in_tiles(self) -> None:
-        """Have images above 512 px decoded in parts: at 1024 px that takes 0.8 instead of 3 GiB."""
+        """Decode images above 512 px in parts: at 1024 px that takes 0.8 instead of 3 GiB."""
         self.vae.enable_tiling()
         self.vae.tile_sample_min_size = _TILE
         self.vae.tile_latent_min_size = _TILE // vae_factor(self.vae)
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
-        groups: dict[int, list[int]] = {}  # those of one length go together, so that company changes nothing
+        groups: dict[int, list[int]] = {}  # by length: padding to another caption's length changes the states
         tokenizer = next(iter(self.tokenizers.values()))
         for row, caption in enumerate(captions):
             groups.setdefault(count_chunks(tokenizer, caption), []).append(row)
@@ -187,7 +187,7 @@ class LatentModel(DiffusionModel):
         return stack_conditioning([encoded[row] for row in range(len(captions))])
 
     def _encode_text(self, captions: Sequence[str]) -> Conditioning:
-        """Return what :meth:`encode_text` returns, the text encoders being where they work."""
+        """Return what :meth:`encode_text` returns; the text encoders are on their device by then."""
         raise NotImplementedError
 
     def prepare(
@@ -214,12 +214,12 @@ class LatentModel(DiffusionModel):
             all_there = not training and not lean
             places = [(self.vae, keep_images or all_there), (self.denoiser, True)]
             places += [(encoder, keep_text or all_there) for encoder in self.text_encoders.values()]
-            for module, there in sorted(places, key=lambda place: place[1]):  # first away, then there
+            for module, there in sorted(places, key=lambda place: place[1]):  # make room first
                 module.to(self.facts.device if there else "cpu")
 
     @contextmanager
     def _working(self, *modules: nn.Module) -> Iterator[None]:
-        """Have these modules on the device: alone if offloading, for this time if lean, else as they are."""
+        """Have modules on the device: no others if offloading, within the block if lean, else unchanged."""
         if self._offload:
             self._only(modules)
         visitors = [
@@ -229,7 +229,7 @@ class LatentModel(DiffusionModel):
             yield
 
     def _only(self, modules: Sequence[nn.Module]) -> None:
-        """Have these modules on the device and no others; they stay there until others are asked for."""
+        """Have these modules and no others on the device; they stay there until others are needed."""
         wanted = {id(module) for module in modules}
         for key in [key for key in self._visits if key not in wanted]:
             self._visits.pop(key).end_with_guests()
@@ -244,7 +244,7 @@ def vae_factor(vae: Any) -> int:
 
 
 def one_encoder_states(model: LatentModel, captions: Sequence[str]) -> Tensor:
-    """Return the states of the only text encoder, (B, 77 n, width), its final norm applied."""
+    """Return the states of the only text encoder with its final norm applied, (B, 77 n, width)."""
     (name, encoder), *_ = model.text_encoders.items()
     ids, weights = chunk_tokens(model.tokenizers[name], captions)
     return weigh_states(encode_chunks(encoder, ids.to(encoder.device), model.settings.clip_skip), weights)

@@ -1,10 +1,10 @@
-"""Names between diffusers' layout and the original one (LDM), in which users own single-file checkpoints.
+"""Names in diffusers' layout and in the original one (LDM), which users' single-file checkpoints have.
 
-Every tensor of a component has one place in a checkpoint. Nearly all are renamed only; the exceptions are
-the autoencoder's attention (1x1 convolutions there, linear layers here) and OpenCLIP text encoders, which
-hold query, key and value as thirds of one matrix and the projection transposed. Only names decide, so
-narrow or shallow models of the same build are mapped too. Source: formats.md 1.3, checked there against
-ComfyUI's models, and the weight names of CompVis' and Stability's published checkpoints.
+Every tensor of a component has one place in a checkpoint. Nearly all are only renamed. The exceptions are the
+autoencoder's attention (1x1 convolutions there, linear layers here) and OpenCLIP text encoders, which hold
+query, key and value as thirds of one matrix, and the projection transposed. Only names count, so narrow or
+shallow models of the same structure are mapped, too. Source: formats.md 1.3, checked there against ComfyUI's
+models, and the weight names of the checkpoints that CompVis and Stability published.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class StoredKey:
     transposed: bool = False
 
     def take(self, stored: Tensor, shape: Iterable[int]) -> Tensor:
-        """Return the tensor of that shape out of the one stored under :attr:`key`; a view if possible.
+        """Return the tensor of that shape from the one stored under :attr:`key`; a view if possible.
 
         Raises:
-            ValueError: if the stored tensor does not hold as many numbers.
+            ValueError: if the stored tensor has another number of values.
         """
         if self.third is not None:
             if stored.shape[0] % 3:
@@ -114,7 +114,7 @@ class StoredKey:
 
 
 def unet_key_map(names: Iterable[str]) -> dict[str, StoredKey]:
-    """Return the key map of a ``UNet2DConditionModel``: diffusers name -> where the tensor lies.
+    """Return the key map of a ``UNet2DConditionModel``: diffusers' name -> where the tensor is.
 
     Raises:
         ModelError: for a name that such checkpoints have no place for.
@@ -140,14 +140,14 @@ def unet_key_map(names: Iterable[str]) -> dict[str, StoredKey]:
 def unet_blocks(layers: int = 2, levels: int = 4, attending: Container[int] = range(4)) -> dict[str, str]:
     """Return diffusers' name of each block of a U-Net -> the original's.
 
-    The one table for checkpoints and adapters. What is left open is as in SD1, SD2 and SDXL (which has three
-    levels of the four).
+    This table serves checkpoints and adapters. The defaults are those of SD1, SD2 and SDXL (which has three
+    of the four levels).
 
     Args:
-        layers: residual layers of a level of the way down; one more on the way up.
-        levels: of sizes.
-        attending: levels of the way up with attention: an upsampler comes after the residual layer and,
-            where there is one, the attention.
+        layers: residual layers of a level on the way down; on the way up there is one more.
+        levels: number of resolutions.
+        attending: levels on the way up that have attention: an upsampler follows the residual layer and, if
+            there is one, the attention.
     """
     blocks = dict(_OUTSIDE_LEVELS)
     for i in range(levels):
@@ -205,7 +205,7 @@ def vae_key_map(names: Iterable[str], prefix: str = VAE_PREFIX) -> dict[str, Sto
     last = max((int(m[1]) for n in known if (m := re.match(r"decoder\.up_blocks\.(\d+)\.", n))), default=0)
 
     def stored(name: str) -> StoredKey:
-        # the original counts the decoder's blocks from the finest one
+        # the original numbers the decoder's blocks from the finest one
         renamed = re.sub(
             r"^decoder\.up_blocks\.(\d+)\.resnets\.", lambda m: f"decoder.up.{last - int(m[1])}.block.", name
         )

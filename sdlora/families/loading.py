@@ -44,15 +44,15 @@ def load_model(
     Args:
         base: which, and what is said of it besides; a text is one of which nothing else is said.
         dtype: number format of denoiser and text encoders; the autoencoder is always float32, since fp16
-            overflows in SDXL's and it runs once an image.
+            overflows in SDXL's and it runs once per image.
         device: where the denoiser works.
         attention: see :func:`sdlora.families.attention.choose_attention`, or what it chose already.
-        offload: keep in ``device``'s memory only the component that works (for drawing on small cards).
+        offload: keep only the component that is working in ``device``'s memory (to draw on small cards).
         denoiser_waits: leave the denoiser in main memory until :meth:`LatentModel.prepare`, so that encoding
             the images and captions before training has the device to itself.
 
     Raises:
-        ModelError: if it is not there, not a supported family, damaged, or contradicts itself.
+        ModelError: if it is missing, damaged, of no supported family, or contradicts itself.
         ConfigError: for a setting that the family has no use for.
     """
     settings = base if isinstance(base, ModelConfig) else ModelConfig(base=base)
@@ -62,15 +62,15 @@ def load_model(
     _check_clip_skip(settings, family.info)
     process = _process(settings, recognised)
     chosen = attention if isinstance(attention, Attentions) else choose_attentions(attention, device, dtype)
-    # An offloaded model waits in main memory.
+    # An offloaded model stays in main memory until it works.
     encoder_device = torch.device("cpu") if offload else device
     waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else encoder_device
     parts = _loaded_parts(recognised, dtype, encoder_device, waiting, settings.vae)
     if recognised.layout == "file" and process.prediction.name in family.info.resolutions:
         side = family.info.resolutions[process.prediction.name]  # the shipped config can name only one
         parts.denoiser.register_to_config(sample_size=side // vae_factor(parts.vae))
-    # Measured on 2 AVX-512 cores: channels-last takes 5-10 % off a training step on the CPU. CUDA's
-    # group norm forces the other layout, so there it would cost.
+    # Measured on 2 AVX-512 cores: channels-last makes a training step 5-10 % shorter on the CPU. CUDA's group
+    # norm forces the other layout, so there it would cost time.
     if device.type == "cpu":
         parts.denoiser.to(memory_format=torch.channels_last)
     described = _described(settings.base, path, recognised)
@@ -113,7 +113,7 @@ def _loaded_parts(
     denoiser_device: torch.device,
     vae: str | None,
 ) -> Parts:
-    """Return the components; whatever the libraries say of damaged input becomes one clear error."""
+    """Return the components; whatever the libraries raise for damaged input becomes one clear error."""
     try:
         with _quiet():
             return load_parts(
@@ -151,7 +151,7 @@ def _process(settings: ModelConfig, recognised: Recognised) -> NoiseProcess:
 
 
 def _recommended(path: Path) -> dict[str, Any]:
-    """Return settings the base's author suggests, from ``sdlora.json`` in its folder."""
+    """Return the settings that the base's author suggests, from ``sdlora.json`` in its folder."""
     file = path / "sdlora.json"
     if not file.is_file():
         return {}
@@ -161,7 +161,7 @@ def _recommended(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' own progress bars and notices out of ours; real errors are raised."""
+    """Silence the libraries' progress bars and warnings; errors are still raised."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

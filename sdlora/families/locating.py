@@ -68,8 +68,8 @@ def from_hub(source: str, *, vae: bool = False, fetch: bool = True) -> Path:
 
     Args:
         source: ``owner/name``.
-        vae: only an autoencoder is wanted, which may be all the model is.
-        fetch: False for looking at nothing but the cache.
+        vae: whether only an autoencoder is wanted; the model may be nothing else.
+        fetch: False to look only into the cache.
 
     Raises:
         ModelError: if neither the hub nor the cache gives it.
@@ -98,7 +98,7 @@ def from_hub(source: str, *, vae: bool = False, fetch: bool = True) -> Path:
 
 
 def wanted_files(names: Sequence[str], *, vae: bool = False) -> list[str]:
-    """Return those files of a hub model that loading reads: of several precisions only one."""
+    """Return the files of a hub model that loading reads; of several precisions only one."""
     parts = (AUTOENCODER,) if vae else _folders()
     at_top = (
         ("config.json", "diffusion_pytorch_model.safetensors") if vae else ("model_index.json", "sdlora.json")

@@ -1,4 +1,4 @@
-"""On a CPU, a batch is denoised as one part a core, each part on a single thread.
+"""On a CPU, a batch is denoised in parts, one for each core and each on a single thread.
 
 The layers of a small U-Net are too small to be split over cores: measured on 2 cores, one batch of 8 on
 two threads takes 1.5 to 2.3 times as long as two parts of 4 on one thread each, forward and backward.
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class SplitPredictor:
-    """Calls :meth:`DiffusionModel.predict` on parts of a batch at once; results keep their order.
+    """Calls :meth:`DiffusionModel.predict` on parts of a batch at the same time; results keep their order.
 
     The parts' gradients are added in the order of the parts, so a step repeats bit for bit.
     """
@@ -51,7 +51,7 @@ class SplitPredictor:
     def predict_with_gradients(
         self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Sequence[SizeHint]
     ) -> Tensor:
-        """Return the prediction as a leaf; after a backward to it, :meth:`backward` goes on from there."""
+        """Return the prediction as a leaf; after backward through the loss, :meth:`backward` continues."""
         self._outputs = self._run(noisy, timesteps, text, sizes, gradients=True)
         self._leaf = torch.cat([output.detach() for output in self._outputs]).requires_grad_()
         return self._leaf

@@ -1,7 +1,7 @@
-"""What a base model is, told from a file's header or a folder's configs alone, in milliseconds.
+"""What a base model is, by a file's header or a folder's configs alone, in milliseconds.
 
-Nothing is guessed in silence: every fact about the prediction type carries where it was read, and two that
-contradict each other are an error unless the user decides.
+Nothing is guessed silently: every fact about family and prediction type says where it was read, and facts
+that contradict each other are an error unless the user decides.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .weights import TensorSource, checked_header
 _FIRST_CONV = f"{UNET_PREFIX}input_blocks.0.0.weight"
 _CONTEXT = ".attn2.to_k.weight"
 _PROBE_LIMIT = 0.09
-_DENOISERS = ("unet", "transformer")  # what pipelines of diffusers call theirs
+_DENOISERS = ("unet", "transformer")  # their names in diffusers' pipelines
 _FLOW = "flow"
 
-# markers of other kinds of files, the more telling ones first
+# markers of other kinds of files, the most specific ones first
 _OTHER_KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lora_", ".lora_A.", "hada_", "lokr_", "oft_"), "an adapter file, not a base model"),
     (("time_stack", "motion_modules", "temporal_transformer", "time_mixer"), "a video model"),
@@ -54,7 +54,7 @@ _IMAGE_CHANNELS = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """One place that says something: where, and what."""
+    """A statement: where it was read, and what it says."""
 
     where: str
     value: Any
@@ -67,17 +67,17 @@ class Recognised:
     Attributes:
         path: the file or folder.
         layout: ``file`` (one LDM-layout checkpoint) or ``folder`` (diffusers).
-        family: name of the family, as the weights have it.
-        families: what says which family it is of, the weights first.
+        family: name of the family, by the weights.
+        families: evidence for the family, that of the weights first.
         title: what people call it.
-        predictions: what says which prediction type it has; the last resort is the family's default.
-        terminal_snr: what says whether the noise schedule ends in pure noise.
+        predictions: evidence for the prediction type; without any, the family's default.
+        terminal_snr: evidence for whether the noise schedule ends in pure noise.
         missing: parts it lacks: ``vae``, ``text_encoder``.
         formats: number format -> share of the U-Net's tensors, e.g. ``{"float16": 1.0}``.
-        has_ema: whether averaged weights are in it, too (they are not used).
+        has_ema: whether it also holds averaged weights (which are not used).
         num_bytes: size on disk.
-        short_hash: the 8 hex digits older WebUIs showed for a checkpoint; "" for a folder.
-        stated_hash: SHA-256 its header states, if any.
+        short_hash: the 8 hex digits that older WebUIs show for a checkpoint; "" for a folder.
+        stated_hash: SHA-256 in its header, if there is one.
         metadata: text entries of its header.
     """
 
@@ -97,7 +97,7 @@ class Recognised:
     metadata: Mapping[str, str] | None = None
 
     def check_family(self, override: str | None = None) -> None:
-        """Refuse a base whose header, or the user, names another family than its weights are of.
+        """Refuse a base if its header or the user names another family than that of its weights.
 
         Raises:
             ModelError: naming both sides.
@@ -111,7 +111,7 @@ class Recognised:
             )
 
     def prediction_type(self, override: PredictionType | None = None) -> str:
-        """Return the prediction type: the user's, or else what the base says of itself.
+        """Return the prediction type: the user's, or else the one that the base states.
 
         Raises:
             ModelError: if the base says two things, naming both.
@@ -146,7 +146,7 @@ def recognise(path: Path) -> Recognised:
     Reads the header and at most two small tensors of a file, the configs of a folder.
 
     Raises:
-        ModelError: for anything that is not a base model of a known family, named by what it is.
+        ModelError: for anything that is not a base model of a known family, saying what it is.
     """
     return _recognise_folder(path) if path.is_dir() else _recognise_file(path)
 
@@ -186,7 +186,7 @@ def _recognise_file(path: Path) -> Recognised:
 
 
 def _family_of_keys(path: Path, header: Header) -> tuple[FamilyInfo, tuple[str, ...]]:
-    """Return the family and what the file lacks; raise ModelError for every other kind, by its name."""
+    """Return the family and the missing parts; raise a ModelError that names any other kind of file."""
     kind = _other_kind(header)
     if kind:
         raise ModelError(f"{path}: {kind}; give a text-to-image checkpoint of {_titles()}")
@@ -212,7 +212,7 @@ def _other_kind(header: Header) -> str | None:
     channels = keys[_FIRST_CONV].shape[1] if len(keys[_FIRST_CONV].shape) == 4 else 0
     if channels != 4:
         return f"{_IMAGE_CHANNELS.get(channels, f'a {channels}-channel')} checkpoint"
-    # the refiner reads one text encoder, the larger one, in the first place
+    # the refiner has only the larger text encoder, in the place of the first
     if _starts(keys, "conditioner.embedders.0.model."):
         return "an SDXL refiner checkpoint"
     return None
@@ -232,7 +232,7 @@ def _without_unet(header: Header) -> str:
 
 
 def _family_of_width(path: Path, header: Header) -> FamilyInfo:
-    """Tell the family by the width of what its cross-attention reads, where no text encoder tells it."""
+    """Return the family by the width that its cross-attention reads, for files without text encoders."""
     widths = {spec.shape[-1] for key, spec in header.tensors.items() if key.endswith(_CONTEXT)}
     for family in FAMILIES.values():
         if widths == {family.info.denoiser.context_width}:
@@ -241,7 +241,7 @@ def _family_of_width(path: Path, header: Header) -> FamilyInfo:
 
 
 def _families(header: Header, family: FamilyInfo, *, whole: bool) -> tuple[Evidence, ...]:
-    """Return what the weights and the header's architecture say, e.g. `stable-diffusion-v1`."""
+    """Return what the weights and the header's architecture (e.g. `stable-diffusion-v1`) say."""
     weights = "its text encoders' keys" if whole else "the width of its cross-attention"
     evidence = [Evidence(weights, family.name)]
     stated = header.metadata.get("modelspec.architecture", "")
@@ -268,7 +268,7 @@ def _predictions(path: Path, header: Header, family: FamilyInfo) -> tuple[Eviden
 
 
 def _probed(path: Path, key: str) -> Evidence:
-    """Tell a family's two kinds apart by one trained vector, as ComfyUI does: the spread of a norm's bias."""
+    """Distinguish the two kinds of a family by the spread of one norm's bias, as ComfyUI does."""
     (_, bias), *_ = TensorSource([path]).read([key])
     spread = float(torch.std(bias.float(), unbiased=False))
     value = "v_prediction" if spread > _PROBE_LIMIT else "epsilon"
@@ -286,7 +286,7 @@ def _terminal_snr(header: Header) -> tuple[Evidence, ...]:
 
 
 def short_hash(path: Path) -> str:
-    """Return the first 8 hex digits of SHA-256 over 64 KiB at 1 MiB, an old WebUI's hash of a file."""
+    """Return the first 8 hex digits of the SHA-256 of 64 KiB at 1 MiB, which old WebUIs show as the hash."""
     with path.open("rb") as stream:
         stream.seek(0x100000)
         return hashlib.sha256(stream.read(0x10000)).hexdigest()[:8]
@@ -365,7 +365,7 @@ def _scheduler_config(folder: Path, family: FamilyInfo) -> Mapping[str, Any]:
 
 
 def _prediction_of(scheduler: Mapping[str, Any]) -> str:
-    """Return the prediction type that a scheduler's config says: flow matching by its class."""
+    """Return the prediction type in a scheduler's config; its class tells flow matching."""
     if "FlowMatch" in str(scheduler.get("_class_name", "")):
         return _FLOW
     return str(scheduler.get("prediction_type", "epsilon"))

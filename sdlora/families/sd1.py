@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x: one CLIP text encoder, a U-Net with cross-attention, a KL autoencoder.
 
-Also the layout of the mini base, whose smaller sizes all come from its component configs.
+The mini base has this layout, too; all of its smaller sizes are in its component configs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stable Diffusion 2.x: the U-Net of 1.x with linear projections, and OpenCLIP's ViT-H text encoder.
 
-The text encoder's penultimate layer is read: its last one is left out of the 23-layer module, so there is
-no layer to skip. Checkpoints of 768 px predict v, those of 512 px the noise.
+The states are those of the text encoder's penultimate layer: the module is stored with 23 of its 24 layers,
+so there is no layer to skip. Checkpoints of 768 px predict v, those of 512 px the noise.
 """
 
 from __future__ import annotations

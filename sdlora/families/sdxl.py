@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders side by side, a pooled caption vector, and pixel sizes as input.
+"""Stable Diffusion XL: two text encoders, a pooled caption vector, and pixel sizes as further inputs.
 
 States are both encoders' penultimate layers, without the final norm, side by side (768 + 1280 wide in the
 true model). The pooled vector is the second encoder's projection at the first end token of the first chunk.
@@ -73,7 +73,7 @@ class StableDiffusionXL(UNetModel):
             ids, weights = chunk_tokens(self.tokenizers[name], captions)
             ids = ids.to(encoder.device)
             hidden, last = encode_penultimate(encoder, ids, self.tokenizers[name].eos_token_id)
-            # each encoder's own states are weighed; the pooled vector is not
+            # the states of each encoder are weighted by themselves; the pooled vector is not
             states.append(weigh_states(hidden, weights))
             pooled = last if last is not None else pooled
         assert pooled is not None, "one of the text encoders has a projection"

@@ -1,6 +1,6 @@
-"""What all families with a U-Net share: where adapters go in it, how it is called, the noise it takes away.
+"""What all families with a U-Net share: which layers get adapters, how it is called, the noise process.
 
-A family adds its facts, how its text encoders are read, and what its U-Net is told besides the text.
+A family adds its facts, how its text encoders are used, and further inputs of its U-Net.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNET = DenoiserInfo(
     targets=UNET_TARGETS,
     file_prefix="lora_unet",
 )
-"""What all U-Nets have in common; each family adds what tells its own."""
+"""What all U-Nets have in common; each family adds what distinguishes its own."""
 
 
 class UNetModel(LatentModel):
@@ -53,7 +53,7 @@ class UNetModel(LatentModel):
 
     @property
     def unet(self) -> Any:
-        """The denoiser by the name it has in diffusers."""
+        """The denoiser, by its name in diffusers."""
         return self.denoiser
 
     def _latent_multiple(self) -> int:
@@ -76,5 +76,5 @@ class UNetModel(LatentModel):
         return output[0].float()
 
     def _added(self, text: Conditioning, sizes: Sequence[SizeHint]) -> dict[str, Tensor] | None:
-        """Return what the U-Net is told besides the states of the text, if anything."""
+        """Return the U-Net's inputs besides the states of the text, if there are any."""
         return None

@@ -1,10 +1,10 @@
-"""Tensors from safetensors files straight into a model: one at a time, in its format, on its device.
+"""Tensors from safetensors files straight into a model, one at a time, in its format and on its device.
 
 A model is built without memory (on torch's meta device) and filled tensor by tensor in the order of the
-file, so that the peak is the finished weights and one tensor more. The file is read, not mapped: mapped
-pages of a 7 GB checkpoint count as this process's memory, and reading in order is as fast. All tensors
-pass through one buffer: buffers that come and go between the finished tensors leave gaps (measured with
-SDXL in bf16: 0.42 GiB beside the weights, against 0.14 with one buffer).
+file, so that the peak is the finished weights and one more tensor. The file is read, not mapped: mapped
+pages of a 7 GB checkpoint count as this process's memory, and reading in order is as fast. All tensors go
+through one buffer: buffers allocated between the finished tensors would leave gaps when they are freed
+(measured with SDXL in bf16: 0.42 GiB beside the weights, against 0.14 with one buffer).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .ldm import StoredKey, by_key
 
 
 class TensorSource:
-    """The tensors of one safetensors file, or of the shards of one model; read when asked for.
+    """The tensors of one safetensors file, or of the shards of one model; read when they are asked for.
 
     Args:
-        files: one or more files; no key may be in two of them.
+        files: one or more files; no two of them have a key in common.
 
     Raises:
         ModelError: for a file that is not a whole safetensors file.
@@ -43,7 +43,7 @@ class TensorSource:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All keys, in the order their tensors lie on disk."""
+        """All keys, in the order of their tensors on disk."""
         return tuple(self._specs)
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ class TensorSource:
     def read(self, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (key, tensor) of the wanted keys in the order of the files.
 
-        A tensor lies in a buffer that the next one overwrites: copy what shall last.
+        A tensor is in a buffer that the next one overwrites: copy what has to last.
         """
         chosen = set(wanted)
         sizes = [spec.end - spec.start for key, (_, spec) in self._specs.items() if key in chosen]
@@ -71,7 +71,7 @@ def checked_header(file: Path) -> Header:
     """Return a file's header.
 
     Raises:
-        ModelError: if it is missing, damaged or no safetensors file.
+        ModelError: if it is missing, damaged or not a safetensors file.
     """
     try:
         return read_header(file)
@@ -91,7 +91,7 @@ def _read(stream: BinaryIO, header: Header, spec: TensorSpec, buffer: Tensor) ->
 def weight_files(folder: Path) -> list[Path]:
     """Return the weights of one component of a diffusers folder: a file, or shards.
 
-    The full-precision file wins over variants, the EMA-free ``non_ema`` one is never taken.
+    The full-precision file is preferred to its variants; ``non_ema`` ones are never used.
 
     Raises:
         ModelError: if there are none that can be read.
@@ -115,7 +115,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Have modules made inside take no memory; :func:`fill` gives them their weights."""
+    """Within the block, new modules take no memory; :func:`fill` gives them their weights."""
     with torch.device("meta"):
         yield
 
@@ -134,7 +134,7 @@ def fill(
     On the meta device nothing is read: the module is a blueprint, for counting.
 
     Args:
-        module: all of its tensors must have a place.
+        module: the key map has a place for all of its tensors.
         key_map: name in the module -> where the source keeps it.
         source: what is read.
         dtype: number format to round to.
@@ -146,7 +146,7 @@ def fill(
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if device.type == "meta":
-        nn.Module.to(module, dtype)  # diffusers' own would warn about formats it keeps
+        nn.Module.to(module, dtype)  # the ``to`` of diffusers' models would warn about layers kept in fp32
         return
     users = by_key({name: key_map[name] for name in wanted})
     missing = sorted(set(users) - set(source.keys))
@@ -179,7 +179,7 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _compute_buffers(module: nn.Module, device: torch.device) -> None:
-    """Make the buffers that files leave out because they follow from the settings."""
+    """Compute the buffers that files leave out because they follow from the settings."""
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
             parent, _, child = name.rpartition(".")

@@ -1,7 +1,7 @@
 """Adapter files in every format, to and from the canonical adapter, by the table of formats.
 
-Which format a file has is told from its keys, never from its name. Each file's header is read once and its
-keys are taken apart once (:class:`OpenAdapter`), whatever is asked of it then.
+A file's format follows from its keys, never from its name. Each file's header is read once and its keys are
+parsed once (:class:`OpenAdapter`), whatever is asked for afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class OpenAdapter:
-    """An adapter's files: one header for a file, one a component for a PEFT folder.
+    """An adapter's files: a file has one header, a PEFT folder one for each component.
 
     Args:
         path: the file or folder.
@@ -54,7 +54,7 @@ class OpenAdapter:
 
     @cached_property
     def format(self) -> str:
-        """The format, told by the keys inside.
+        """The format, by the keys in the file.
 
         Raises:
             AdapterFileError: when it is of a kind that is not supported, or not an adapter.
@@ -62,7 +62,7 @@ class OpenAdapter:
         return _sniff(self.headers[0], self._keys[0])
 
     def modules(self) -> Iterator[tuple[ModuleKey, Update]]:
-        """Yield the modules with their updates, holding one of them at a time.
+        """Yield the modules with their updates; only one of them is in memory at a time.
 
         Raises:
             AdapterFileError: for keys that belong to no module, or an incomplete module.
@@ -85,8 +85,8 @@ class OpenAdapter:
     def outline(self) -> AdapterFile:
         """The adapter without its values: meta tensors for factors, and the alphas the file itself holds.
 
-        The alphas are those that other programs find, not those we recorded. Reads single numbers only, so it
-        is quick for files of any size.
+        The alphas are those that other programs see, not those in our own header entry. Only single numbers
+        are read, so it is quick for files of any size.
 
         Raises:
             AdapterFileError: as :meth:`modules`.
@@ -158,7 +158,7 @@ def write_adapter(
     Args:
         adapter: what to write; its ``info.metadata`` goes into the header.
         format: a key of :data:`sdlora.formats.table.FORMATS`, one that is written.
-        target: the file, or for ``peft`` the folder; an adapter that is there is replaced.
+        target: the file, or the folder for ``peft``; an existing adapter is replaced.
         dtype: number format of the factors.
         info: the family, for names and version entries.
 

@@ -9,7 +9,7 @@ from ..adapters.kinds.table import KINDS
 
 
 def kind_reasons(client: str, weights: AdapterWeights) -> list[str]:
-    """Return what keeps a client from computing an adapter in WebUI keys right; nothing for plain LoRA."""
+    """Return why a client does not compute an adapter in WebUI keys correctly; nothing for plain LoRA."""
     reasons = [reason for kind, count in weights.kinds().items() for reason in _unread(client, kind, count)]
     inside = [
         update.direction.kind for update in weights.updates.values() if isinstance(update, WrappedUpdate)
@@ -21,7 +21,7 @@ def kind_reasons(client: str, weights: AdapterWeights) -> list[str]:
 
 
 def quirks(client: str, format: str, weights: AdapterWeights) -> list[str]:
-    """Return what a client that reads a format's keys computes otherwise."""
+    """Return what a client that reads a format's keys computes differently."""
     reasons = []
     for name, kind in KINDS.items():
         if updates := [update for update in weights.updates.values() if update.kind == name]:
@@ -30,7 +30,7 @@ def quirks(client: str, format: str, weights: AdapterWeights) -> list[str]:
 
 
 def is_refused(client: str, kinds: Iterable[str]) -> bool:
-    """Tell whether a client does not compute some kind of layers at all."""
+    """Tell whether there is a kind of layers that a client does not compute at all."""
     return any(client not in KINDS[kind].clients for kind in kinds)
 
 

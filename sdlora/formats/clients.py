@@ -1,7 +1,7 @@
 """Which programs load an adapter file fully, and what the others leave out.
 
-The rules are facts about those programs' loaders, each found by running it or reading it (formats.md
-sections 1 to 5). A file that "loads" with layers missing counts as not loaded fully.
+The rules are facts about those programs' loaders, found by running them or reading their code (formats.md
+sections 1 to 5). A file that "loads" with layers missing does not count as loaded fully.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _UNSEEN_BY_KOHYA = ("conv_in", "conv_out", "conv_norm_out", "time_embedding", "a
 
 @dataclass(frozen=True)
 class Support:
-    """What one client makes of a file.
+    """How one client reads a file.
 
     Attributes:
         client: one of :data:`CLIENTS`.
-        full: whether every layer takes effect at the right scale.
+        full: whether every layer acts, at the right scale.
         reasons: why not.
-        hint: what else its users stumble over, if anything.
+        hint: another obstacle for its users, if there is one.
     """
 
     client: str
@@ -48,7 +48,7 @@ class Support:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the rules look at of a file.
+    """The facts about a file that the rules need.
 
     Attributes:
         format: a key of :data:`sdlora.formats.table.FORMATS`.
@@ -87,11 +87,11 @@ class Facts:
 
     @property
     def denoiser(self) -> str:
-        """The component that is no text encoder, if it has modules."""
+        """The component that is not a text encoder, if it has modules."""
         return next((name for name in self.weights.components() if not is_text_encoder(name)), "")
 
     def with_alpha(self) -> list[ModuleKey]:
-        """Return the modules that have an alpha of their own."""
+        """Return the modules that have their own alpha."""
         parsed = self.file_keys.parsed.values()
         return [key.module for key in parsed if key is not None and key.part == "alpha"]
 
@@ -106,7 +106,7 @@ class Facts:
 
     @property
     def scaled_rank_one(self) -> bool:
-        """Whether a module of rank 1 has an alpha of its own."""
+        """Whether some module of rank 1 has its own alpha."""
         return 1 in {self.weights.updates[module].rank for module in self.with_alpha()}
 
     @property
@@ -139,7 +139,7 @@ def webui_reasons(client: str, facts: Facts) -> list[str]:
 
 
 def hint(client: str, facts: Facts) -> str:
-    """WebUI files an adapter by two header entries and hides it beside checkpoints of another version."""
+    """Return a warning if WebUI's two header entries make it hide the adapter beside its own checkpoints."""
     if client != "WebUI" or facts.format != "webui" or not facts.entries or facts.info is None:
         return ""
     stated = facts.entries.get("ss_base_model_version", "")
@@ -174,7 +174,7 @@ def _names(client: str, facts: Facts) -> list[str]:
 
 
 def _shapes(client: str, facts: Facts) -> list[str]:
-    """What follows from how factors and scales are stored."""
+    """Return reasons that follow from how factors and scales are stored."""
     reasons = []
     if client in ("kohya sd-scripts", "diffusers") and facts.family is not None:
         for path, pair in facts.weights.only_plain().component(facts.denoiser).items():
@@ -218,15 +218,15 @@ def _layers(client: str, facts: Facts) -> list[str]:
     if client == "stable-diffusion.cpp":
         reasons += _fused(facts)
         if facts.scaled_rank_one:
-            reasons.append("takes rank 1 for the input width, so those layers come out far too weak")
+            reasons.append("takes the input width for a rank of 1, so those layers come out far too weak")
     return reasons
 
 
 def _is_misscaled(facts: Facts, component: str) -> bool:
-    """Tell whether diffusers scales some layers wrongly.
+    """Tell whether diffusers gives some layers the wrong scale.
 
-    It gives the most frequent alpha of a component to the U-Net's attention, to all layers of text encoders,
-    and to layers without an alpha of their own (formats.md 4.3).
+    It uses the most frequent alpha of a component for the U-Net's attention, for all layers of text encoders,
+    and for layers without their own alpha (formats.md 4.3).
     """
     updates = facts.weights.updates_of(component)
     stored = {module.path for module in facts.with_alpha() if module.component == component}
@@ -244,7 +244,7 @@ def _is_misscaled(facts: Facts, component: str) -> bool:
 
 
 def _fused(facts: Facts) -> list[str]:
-    """stable-diffusion.cpp keeps OpenCLIP's query, key and value as one matrix where the checkpoint does."""
+    """Return what stable-diffusion.cpp loses because it may keep OpenCLIP's q, k and v as one matrix."""
     blocks: dict[str, set[str]] = {}
     for path in facts.weights.updates_of(facts.open_clip):
         block, _, name = path.rpartition(".")
@@ -334,5 +334,5 @@ def peft_reasons(client: str, facts: Facts) -> list[str]:
 
 
 BY_KEY = ("ComfyUI", "Forge")
-"""They look up every key on its own, so that spellings may be mixed."""
+"""Clients that look up every key by itself, so that spellings may be mixed."""
 _KOHYA_SUFFIXES = ("kohya sd-scripts", "diffusers")

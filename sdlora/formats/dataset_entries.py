@@ -1,7 +1,7 @@
 """Header entries about the training images, as kohya's scripts write them and WebUI's card reads them.
 
-Once flat, as for a single folder, and once as ``ss_datasets``, which tools that show several data sets
-read (kohya sd-scripts, ``train_network.py``). Folders appear by their last name only.
+They are written twice: flat, as for a single folder, and as ``ss_datasets``, which is read by tools that show
+several data sets (kohya sd-scripts, ``train_network.py``). Folders appear with their last name only.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ Value = TypeVar("Value")
 
 
 def folder_name(name: str) -> str:
-    """Return the last part of a folder's path, in either system's spelling."""
+    """Return the last part of a folder's path, with slashes or backslashes."""
     return PureWindowsPath(name).name if "\\" in name else (PurePosixPath(name).name or "images")
 
 
 def by_folder_name(folders: Mapping[str, Value]) -> dict[str, Value]:
-    """Return a mapping by last names; equal ones are told apart by a number, as kohya does."""
+    """Return the mapping by the folders' last names; equal names get a number, as kohya gives them."""
     by_name: dict[str, Value] = {}
     for path, value in folders.items():
         name = folder_name(path)
@@ -42,18 +42,18 @@ def dataset_entries(
     batch_size: int | None,
     flip: bool,
 ) -> dict[str, Any]:
-    """Return the ``ss_*`` entries (without the prefix) that tell of folders, tags and buckets.
+    """Return the ``ss_*`` entries (without the prefix) about folders, tags and buckets.
 
     Args:
         images: folder -> training images.
         reg_images: folder -> regularisation images.
         tags: folder -> tag or caption -> count.
         buckets: (height, width) px -> images.
-        side: px of the square of the area trained at.
+        side: px of a square with the area trained at.
         repeats: of each image in an epoch.
-        folder_repeats: folder -> repeats, where they are others.
+        folder_repeats: folder -> repeats, where they differ from ``repeats``.
         batch_size: images a step and process.
-        flip: whether mirror images are trained on too.
+        flip: whether mirror images are trained on, too.
     """
     times = by_folder_name({path: folder_repeats.get(path, repeats) for path in images})
     reg_times = by_folder_name({path: folder_repeats.get(path, 1) for path in reg_images})

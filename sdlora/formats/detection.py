@@ -1,6 +1,6 @@
-"""Which model family an adapter was made for, told from its layers and, failing that, its header.
+"""Which model family an adapter was made for: by its layers or, if they do not tell, by its header.
 
-What tells the families apart, they declare themselves (:class:`sdlora.families.facts.FamilyInfo`).
+The families declare what distinguishes them (:class:`sdlora.families.facts.FamilyInfo`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TEXT_INPUTS = (".q_proj", ".k_proj", ".v_proj")
 
 
 def detect_family(weights: AdapterWeights, metadata: Mapping[str, str]) -> str | None:
-    """Return the name of a family or None; what the layers say goes before what the header says."""
+    """Return the name of a family or None; the layers take precedence over the header."""
     fitting = [
         family.info
         for family in FAMILIES.values()
@@ -37,7 +37,7 @@ def detect_family(weights: AdapterWeights, metadata: Mapping[str, str]) -> str |
 
 
 def _by_denoiser(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iterator[FamilyInfo]:
-    """Yield the family whose text cross-attention reads, or else the one with such module paths."""
+    """Yield the family with such a width of cross-attention, or else those with such module paths."""
     updates = {key.path: update for key, update in weights.all_items() if not is_text_encoder(key.component)}
     widths = [update.shape[1] for path, update in updates.items() if path.endswith(_CONTEXT)]
     known = {info.denoiser.context_width: info for info in fitting if info.denoiser.context_width}
@@ -60,7 +60,7 @@ def _by_header(metadata: Mapping[str, str]) -> Iterator[FamilyInfo]:
 
 
 def _by_text_encoder(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iterator[FamilyInfo]:
-    """Yield the families whose text encoders are as wide: 768 is both SD1's and SDXL's first one."""
+    """Yield the families with text encoders of that width: 768 is that of both SD1 and SDXL's first one."""
     for info in fitting:
         for encoder in info.text_encoders:
             updates = weights.updates_of(encoder.component)
@@ -70,14 +70,14 @@ def _by_text_encoder(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iter
 
 
 def known_family(where: Path, family: str | None) -> FamilyInfo:
-    """Return the family of an adapter that is to be written.
+    """Return the family of an adapter that will be written.
 
     Args:
         where: the adapter, for messages.
         family: as :func:`detect_family` found it.
 
     Raises:
-        AdapterFileError: when it is not known, or not to this version.
+        AdapterFileError: when it is unknown, or not one of this version's families.
     """
     if family is None:
         raise AdapterFileError(

@@ -1,10 +1,10 @@
 """Writing the diffusers format: ``unet.<module>.lora_A.weight``, all keys of one spelling.
 
-One spelling because diffusers decides by the first key it sees (formats.md 4.2). The format has no alphas.
-Where it costs no more than the rounding that the number format asks for anyway, the scale alpha / rank is
-multiplied into ``lora_B``, so that every release and every other client computes the same update (4.3);
-the alphas as trained then go into our own header entry. Where it would cost more, the values stay as they
-are and the alphas go where diffusers itself keeps them since 0.34, into ``lora_adapter_metadata``.
+One spelling, because diffusers goes by the first key it sees (formats.md 4.2). The format has no alphas. If
+it costs no more than the rounding that the number format needs anyway, the scale alpha / rank goes into
+``lora_B``, so that every release and every other client computes the same update (4.3); the alphas as trained
+are then kept in our own header entry. If it would cost more, the values stay as they are, and the alphas go
+where diffusers itself has kept them since 0.34, into ``lora_adapter_metadata``.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def encode(
 def _settings(weights: AdapterWeights, dora: Collection[str]) -> str:
     """Return the PEFT settings of all components, as diffusers 0.34 and later write them.
 
-    Text-encoder modules go without ``text_model.``: PEFT matches the end of a name, so that they are found
-    both by releases that have it and by those that do not.
+    Text-encoder modules are named without ``text_model.``: PEFT matches the end of a name, so releases of
+    transformers with that prefix and those without it both find them.
     """
     entries: dict[str, object] = {}
     for component in weights.components():

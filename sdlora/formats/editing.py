@@ -1,7 +1,7 @@
-"""Editing the header of an adapter file: the tensors stay as they are, byte for byte.
+"""Editing the header of an adapter file; the tensors stay the same, byte for byte.
 
-What follows from the tensors or the family cannot be set, and what clients would stumble over is refused,
-since WebUI parses some entries without looking (formats.md 5.1). Hashes are brought up to date.
+Entries that follow from the tensors or the family cannot be set, and values that break clients are refused,
+as WebUI parses some entries without checking them (formats.md 5.1). Hashes are updated.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FIXED: tuple[tuple[str, str], ...] = (
 )
 _HASHES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}
 _NEEDED = ("ss_base_model_version", "ss_v2", "modelspec.architecture")
-"""Without these WebUI and Forge put the file with another family and hide it."""
+"""Without these, WebUI and Forge take the file for one of another family and hide it."""
 _TABLES = ("ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_bucket_info")
 
 
@@ -74,7 +74,7 @@ def edit_header(
         header: of the file, as it is now.
         values: entry -> new value; for ``modelspec.thumbnail`` it may be the path of an image.
         removed: entries to take out.
-        family: name of the family where the layers tell it, else None.
+        family: name of the family if the layers tell it, else None.
 
     Raises:
         ConfigError: naming every entry that may not be changed, is unknown, or has a broken value.
@@ -90,9 +90,7 @@ def edit_header(
         for key in removed
         if key not in header.metadata
     ]
-    problems += [
-        f"`{key}` is what programs find the family by; set it instead" for key in removed if key in _NEEDED
-    ]
+    problems += [f"`{key}` tells programs the family; set it instead" for key in removed if key in _NEEDED]
     if not problems:
         problems = [problem for key, text in values.items() if (problem := _broken(key, text, family))]
     if not problems:
@@ -118,7 +116,7 @@ def _fixed(key: str) -> str | None:
 
 
 def _following(values: dict[str, str], entries: Mapping[str, str]) -> dict[str, str]:
-    """Return entries that say the same as changed ones, and the thumbnail of an image."""
+    """Return further entries that must agree with the changed ones, and the thumbnail of an image."""
     more: dict[str, str] = {}
     image = values.get("modelspec.thumbnail")
     if image is not None and not image.startswith("data:"):
@@ -133,7 +131,7 @@ def _following(values: dict[str, str], entries: Mapping[str, str]) -> dict[str, 
 
 
 def _rewrite(header: Header, entries: dict[str, str]) -> None:
-    """Write header and tensors anew beside the file and put that in its place."""
+    """Write the new header and the tensors to a file beside this one, then replace this one."""
     stored = {
         key: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         for key, spec in sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].end))
@@ -143,7 +141,7 @@ def _rewrite(header: Header, entries: dict[str, str]) -> None:
         with header.path.open("rb") as source, temporary.open("wb") as target:
             if "sshs_legacy_hash" in entries:
                 entries["sshs_legacy_hash"] = _legacy_hash(header, stored, entries, source)
-            # of the final length, so that the header can be written over once the data have been read
+            # placeholders of the final length: the header is written again when the hashes are known
             entries |= {key: prefix + "0" * 64 for key, prefix in hashes.items()}
             start = header_bytes(stored, entries)
             if len(start) - 8 > MAX_HEADER_BYTES:
@@ -183,7 +181,7 @@ def _broken(key: str, text: str, family: str | None) -> str | None:
     if any(ord(c) < 32 and c not in "\n\t" for c in text) or any(0xD800 <= ord(c) < 0xE000 for c in text):
         return f"`{key}`: holds control characters; give plain text"
     if text.startswith("{") and _json(text) is None:
-        return f"`{key}`: starts with a brace but is not JSON, which WebUI would try to read; mend it"
+        return f"`{key}`: starts with a brace but is not JSON, which WebUI would try to read; correct it"
     rule = _RULES.get(key)
     if rule is not None and (wanted := rule(text)) is not None:
         return f"`{key}={shown(text, 60)}`: {wanted}"
@@ -198,7 +196,7 @@ def _broken(key: str, text: str, family: str | None) -> str | None:
 
 
 def _families_by_text(key: str) -> dict[str, FamilyInfo]:
-    """Return the family that each value of an entry means; nothing for entries that tell none."""
+    """Return the family for each value of an entry; nothing for entries that do not tell it."""
     infos = [family.info for family in FAMILIES.values()]
     if key == "ss_base_model_version":
         return {word: info for info in infos for word in info.header.versions}
@@ -208,7 +206,7 @@ def _families_by_text(key: str) -> dict[str, FamilyInfo]:
 
 
 def _contradiction(values: Mapping[str, str], entries: Mapping[str, str]) -> list[str]:
-    """Return a problem where the entries by which programs find the family say different things."""
+    """Return a problem if the entries that tell programs the family disagree."""
     stated = [table[entries[key]] for key in _NEEDED if entries.get(key) in (table := _families_by_text(key))]
     touched = [key for key in _NEEDED if key in values]
     differ = len({info.name for info in stated}) > 1 or any(
@@ -285,7 +283,7 @@ def _pattern(pattern: str, wanted: str) -> Callable[[str], str | None]:
 
 def _alias(text: str) -> str | None:
     if text.lower() in ("none", "addams"):
-        return "is a name that WebUI cannot call; choose another"
+        return "is a name that WebUI cannot use; choose another"
     if not text or len(text) > 100 or re.search(r'[\\/:*?"<>|\n\t]', text):
         return 'must be a short name without \\ / : * ? " < > |, as prompts call the adapter by it'
     return None

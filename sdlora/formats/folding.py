@@ -1,8 +1,8 @@
 """Moving a module's scale between ``alpha`` and the values of ``up``.
 
-Some formats hold no alpha, and diffusers misreads files with several alphas in one component. There the
-scale is multiplied into ``up``. The alphas as trained are kept in the header entry
-:data:`RECORDED_ALPHAS`, so that our own reader gives back what was trained.
+Some formats hold no alpha, and diffusers misreads files with several alphas in one component. In these cases
+the scale is multiplied into ``up``. The alphas as trained are kept in the header entry
+:data:`RECORDED_ALPHAS`, from which our own reader restores what was trained.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIG_ENTRY = "lora_adapter_metadata"
 
 
 def check_sides(where: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a factor that is a single number, before its rank is asked for.
+    """Refuse a factor that is a single number, before code that asks for its rank.
 
     Raises:
         AdapterFileError: naming the part.
@@ -41,9 +41,9 @@ def check_sides(where: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def alpha_value(where: str, tensor: Tensor) -> float:
-    """Return the number in an alpha tensor, in the shortest decimal form that stores to the same float32.
+    """Return the number in an alpha tensor, as the shortest decimal number with the same float32 value.
 
-    12.7 comes back as 12.7 and not as 12.69999980926514, so that settings survive a round trip.
+    So 12.7 is read as 12.7 and not as 12.69999980926514, and settings survive a round trip.
 
     Raises:
         AdapterFileError: when it is not one finite number other than zero.
@@ -67,7 +67,7 @@ def stored_alpha(where: str, alpha: float) -> Tensor:
     """Return alpha as a 0-dim float32 tensor (clients call ``.item()``; half formats would round it).
 
     Raises:
-        AdapterFileError: when float32 holds it only as zero or infinity.
+        AdapterFileError: when it becomes zero or infinity in float32.
     """
     tensor = torch.tensor(alpha, dtype=torch.float32)
     if tensor == 0 or not bool(torch.isfinite(tensor)):
@@ -81,10 +81,10 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 
 def own_dtype(weights: AdapterWeights) -> torch.dtype:
-    """Return the number format that an adapter's factors are stored in, float32 where they differ.
+    """Return the number format that an adapter's factors are stored in; float32 if there are several.
 
-    Of pairs ``down`` tells: ``up`` may be wider than it was stored, once a scale is taken out of it again.
-    Magnitudes on top of another update are float32 always and tell nothing.
+    For pairs it is that of ``down``: ``up`` may have been widened to divide a folded scale out of it again.
+    Magnitudes on top of another update are always float32 and tell nothing.
     """
     dtypes: set[torch.dtype] = set()
     for update in weights.updates.values():
@@ -100,7 +100,7 @@ def is_power_of_two(value: float) -> bool:
 
 
 def unfold(up: Tensor, factor: float) -> Tensor:
-    """Return ``up / factor``: in its own number format where that is exact, else in float32."""
+    """Return ``up / factor``: in its own number format if that is exact, else in float32."""
     wide = scaled(up, 1.0 / factor) if is_power_of_two(factor) else up.to(torch.float32) / factor
     narrow = wide.to(up.dtype)
     if is_power_of_two(factor) and torch.equal(scaled(narrow, factor), scaled(up, 1.0)):
@@ -109,7 +109,7 @@ def unfold(up: Tensor, factor: float) -> Tensor:
 
 
 def folds_exactly(up: Tensor, factor: float, dtype: torch.dtype) -> bool:
-    """Tell whether ``up`` in ``dtype`` times ``factor`` can be stored and undone without any rounding."""
+    """Tell whether ``up`` in ``dtype`` can be multiplied by ``factor`` and back without any rounding."""
     if not is_power_of_two(factor):
         return False
     stored = up.to(dtype)
@@ -118,9 +118,9 @@ def folds_exactly(up: Tensor, factor: float, dtype: torch.dtype) -> bool:
 
 
 def folds_freely(up: Tensor, factor: float, dtype: torch.dtype) -> bool:
-    """Tell whether ``up * factor`` stored in ``dtype`` is rounded no more than ``up`` itself would be.
+    """Tell whether storing ``up * factor`` in ``dtype`` rounds no more than storing ``up`` itself does.
 
-    So it is where no rounding is needed, and where ``up`` has to be rounded anyway.
+    This is so if neither needs rounding, and if ``up`` has to be rounded anyway.
     """
     if factor == 1.0:
         return True
@@ -130,7 +130,7 @@ def folds_freely(up: Tensor, factor: float, dtype: torch.dtype) -> bool:
 
 
 def common(values: Iterable[float]) -> float:
-    """Return the most frequent value, the largest of equally frequent ones."""
+    """Return the most frequent value; of equally frequent ones the largest."""
     counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value))
 
@@ -146,7 +146,7 @@ def recorded_alphas(weights: AdapterWeights) -> str:
 
 
 def original_alpha(path: Path, metadata: Mapping[str, str]) -> Mapping[str, float]:
-    """Return what :func:`recorded_alphas` wrote, or nothing.
+    """Return the alphas that :func:`recorded_alphas` wrote; empty if there are none.
 
     Raises:
         AdapterFileError: when the entry is not what we write.
@@ -176,7 +176,7 @@ def restore(pair: LowRankPair, module: ModuleKey, originals: Mapping[str, float]
     if alpha is None or alpha == pair.alpha:
         return pair
     if _is_float32(alpha, float(torch.tensor(pair.alpha, dtype=torch.float32))):
-        return LowRankPair(pair.down, pair.up, alpha)  # the file's float32 is this very value
+        return LowRankPair(pair.down, pair.up, alpha)  # the same value, as far as the file's float32 tells
     return LowRankPair(pair.down, unfold(pair.up, alpha / pair.alpha), alpha)
 
 

@@ -1,4 +1,4 @@
-"""What a safetensors file holds when it is not a plain LoRA, told from its keys, with what to do about it."""
+"""What a safetensors file holds if it is not a LoRA that sdlora reads, by its keys, and what to do then."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def unsupported(path: Path, kind: str, keys: Sequence[str]) -> AdapterFileError:
 
 
 def unknown_keys(path: Path, keys: Sequence[str]) -> AdapterFileError:
-    """Return the error for keys that fit no module name, so that nothing is dropped in silence."""
+    """Return the error for keys that fit no module name: nothing is dropped silently."""
     return AdapterFileError(
         f"{path}: {len(keys)} keys are unknown to sdlora ({listing(keys)}); reading the rest would change "
         "the adapter, so export it again for Stable Diffusion or remove these keys"
@@ -100,7 +100,7 @@ def unknown_keys(path: Path, keys: Sequence[str]) -> AdapterFileError:
 
 
 def has_lora(keys: Iterable[str]) -> bool:
-    """Tell whether any key is named as LoRA factors are."""
+    """Tell whether any key has the name of a LoRA factor."""
     return any(_LORA.search(key) or part_at_end(key) is not None for key in keys)
 
 

@@ -1,4 +1,4 @@
-"""What the module of a file format provides: writing, reading, telling it from its keys, who reads it."""
+"""What the module of a file format provides: writing, reading, recognising it by keys, who reads it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def same_file(path: Path) -> list[Path]:
 
 
 def nothing_there(target: Path) -> None:
-    """Leave what is there to be replaced as it is."""
+    """Leave it to the writer to replace what is there."""
 
 
 @dataclass(frozen=True)
 class ReadBack:
-    """Another program that loads a written file, for the proof.
+    """Another program that loads a written file as part of the proof.
 
     Attributes:
-        program: its name; where it is one of the clients, it is asked only if it reads the file fully.
+        program: its name; if it is one of the clients, it is used only if it reads the file fully.
         load: (path, outline of the adapter, family) -> the adapter as that program understands it.
     """
 
@@ -46,13 +46,13 @@ class FormatCode:
 
     Attributes:
         write: (adapter, target, dtype, family) -> the files written; None for formats that are only read.
-        claims: how many of a file's keys are spelled as in this format; the format with most is the file's.
+        claims: number of a file's keys that are spelled as in this format; the format with most keys wins.
         group: (header, its keys) -> the key of every part of every module; raises an AdapterFileError that
             lists keys which belong to no module.
         read: (header, groups, loader of tensors) -> modules and their updates, sorted, one at a time.
         reasons: (client, facts) -> why that client does not load such a file fully.
         files: the adapter's tensor files in a folder or at a path; none if it is not of this format.
-        make_room: takes away an adapter that is to be replaced; raises an OutputError if more would be lost.
+        make_room: removes an adapter that is to be replaced; raises an OutputError if more would be lost.
         read_back: another program to prove a written file with.
     """
 

@@ -1,4 +1,4 @@
-"""The hashes of an adapter file that stand in its own header: kohya's two, and modelspec's."""
+"""The hashes of an adapter file that its own header holds: kohya's two, and that of modelspec."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def with_hashes(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> di
 def legacy_hash(
     tensors: Mapping[str, Tensor], entries: Mapping[str, str], data: Callable[[str], bytes]
 ) -> str:
-    """Return ``sshs_legacy_hash``: of 64 KiB at 1 MiB of a file whose header holds only the ``ss_*`` entries.
+    """Return ``sshs_legacy_hash``: that of 64 KiB at 1 MiB of a file whose header has only ``ss_*`` entries.
 
-    As in kohya sd-scripts (``train_util.precalculate_safetensors_hashes``), which lays the file out anew.
+    As in kohya sd-scripts (``train_util.precalculate_safetensors_hashes``), which lays out such a file.
 
     Args:
         tensors: of the file; only shapes and number formats are looked at.
@@ -54,7 +54,7 @@ def legacy_hash(
 
 
 def _feed(digest: Any, block: bytes, position: int) -> None:
-    """Add to the digest what of ``block``, which lies at ``position``, falls into the legacy window."""
+    """Add to the digest the part of ``block`` (at ``position`` in the file) inside the legacy window."""
     first = max(_LEGACY_START - position, 0)
     last = _LEGACY_START + _LEGACY_LENGTH - position
     if last > first:

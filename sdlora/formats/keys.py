@@ -1,7 +1,7 @@
 """Keys of LoRA files: which layer and which part of it each one names, in every spelling that is in use.
 
-A key is a module name and a part of the module (``.lora_down.weight``). Both are spelled in several ways,
-and programs combine them freely, so each is recognised on its own. Sources: formats.md 1, 4.1 and 5.4.
+A key is a module name and a part of the module (``.lora_down.weight``). Both have several spellings, which
+programs combine freely, so each is recognised by itself. Sources: formats.md 1, 4.1 and 5.4.
 
 ==========  ====================================================  ======================================
 spelling    module names                                          written by
@@ -56,7 +56,7 @@ class ParsedKey(NamedTuple):
 
     Attributes:
         module: the layer.
-        part: ``alpha``, ``scale``, or a part of some kind, as its :class:`FilePart` is named.
+        part: ``alpha``, ``scale``, or a part of some kind, see :class:`sdlora.adapters.kinds.kind.FilePart`.
         spelling: how the layer is spelled: ``webui``, ``diffusers``, ``comfyui`` or ``lycoris``.
     """
 
@@ -73,7 +73,7 @@ class ParsedName(NamedTuple):
 
 
 def parse_key(key: str) -> ParsedKey | None:
-    """Return what a key of a LoRA says, or None where the layer or its part is not known."""
+    """Return what a key of a LoRA says, or None if the layer or its part is unknown."""
     if (split := part_at_end(key)) is not None and (name := parse_name(split[0])) is not None:
         return ParsedKey(name.module, split[1].name, name.spelling)
     for scale in _SCALES:
@@ -92,7 +92,7 @@ def parse_name(name: str) -> ParsedName | None:
 
 
 class FileKeys:
-    """The keys of one file, each taken apart once, when that is first asked for.
+    """The keys of one file, each parsed once, when this is first needed.
 
     Args:
         names: the keys.
@@ -105,7 +105,7 @@ class FileKeys:
 
     @cached_property
     def parsed(self) -> Mapping[str, ParsedKey | None]:
-        """Key -> what it says, None where that is not known."""
+        """Key -> what it says, or None if that is unknown."""
         return {key: parse_key(key) for key in self.names}
 
     @cached_property
@@ -119,7 +119,7 @@ class FileKeys:
         """The key of every part of every module.
 
         Raises:
-            AdapterFileError: listing the keys that name no known layer, or naming a part that is there twice.
+            AdapterFileError: listing the keys that name no known layer, or naming a part that occurs twice.
         """
         groups: dict[ModuleKey, dict[str, str]] = {}
         for key, parsed in self.parsed.items():
@@ -182,7 +182,7 @@ def _diffusers_module(name: str) -> ModuleKey | None:
     if not is_text_encoder(component):
         return ModuleKey(component, path)
     parent, _, last = path.rpartition(".")
-    # the oldest files call text projections as the U-Net's: `...self_attn.to_q_lora.down.weight`
+    # the oldest files name text projections like the U-Net's: `...self_attn.to_q_lora.down.weight`
     path = f"{parent}.{_OLD_TEXT_NAMES[last]}" if last in _OLD_TEXT_NAMES else path
     return ModuleKey(component, names.with_text_prefix(path))
 
@@ -195,7 +195,7 @@ def _unet(path: str) -> ModuleKey | None:
 
 
 def _current(path: str) -> str:
-    """Return a dotted U-Net path of the time of attention processors as it is called now."""
+    """Return the present name of a dotted U-Net path, which may have that of attention processors."""
     path = path.replace(".processor.", ".")
     return path + ".0" if path.endswith(".to_out") else path
 

@@ -1,6 +1,6 @@
-"""From the parts of one module in a file to its update, whatever kind it is.
+"""From the parts of one module in a file to its update, whatever its kind.
 
-Which kind it is follows from the parts that are there, by the table of kinds. Parts and scale rules:
+The kind follows from the parts that are present, by the table of kinds. Parts and scale rules:
 formats.md 1.1 and 3.
 """
 
@@ -33,14 +33,14 @@ def update_of(
     alpha: float | None,
     scale: float | None = None,
 ) -> Update:
-    """Return the update that a module's parts make.
+    """Return the update that a module's parts make up.
 
     Args:
         where: file and module, for messages.
-        module: whose name tells the kernel of a convolution with flat factors.
+        module: its name tells the kernel of a convolution with flat factors.
         parts: tensors by part.
         alpha: as stored; None means the rank.
-        scale: takes the place of alpha / rank.
+        scale: used instead of alpha / rank, if given.
 
     Raises:
         AdapterFileError: when parts are missing, belong to different kinds, or do not fit.
@@ -58,9 +58,9 @@ def update_of(
 
 
 def with_projections(weights: AdapterWeights, family: str | None) -> AdapterWeights:
-    """Return LoHa and LoKr of ``proj_in`` and ``proj_out`` as 1x1 convolutions where the family has these.
+    """Return LoHa and LoKr of ``proj_in`` and ``proj_out`` as 1x1 convolutions if the family has these.
 
-    Files hold the factors of a 1x1 convolution like those of a linear layer; in SD1 these are convolutions.
+    Files hold the factors of a 1x1 convolution like those of a linear layer; in SD1 they are convolutions.
     """
     if weights.is_plain or family is None or not family_info(family).denoiser.conv_projections:
         return weights
@@ -73,10 +73,10 @@ def with_projections(weights: AdapterWeights, family: str | None) -> AdapterWeig
 
 
 def as_in_base(weights: AdapterWeights, family: str | None) -> AdapterWeights:
-    """Return an adapter with layers that are or could be 1x1 convolutions in their family's own dimensions.
+    """Return an adapter whose ``proj_in`` and ``proj_out`` have the number of dimensions of its family.
 
     ``proj_in`` and ``proj_out`` are convolutions in SD1 and linear in SD2 and SDXL. Some programs write the
-    factors of one like those of the other: the WebUIs reshape them, kohya and diffusers refuse the file
+    factors of one like those of the other: the WebUIs reshape them, but kohya and diffusers refuse the file
     (formats.md 1.2).
     """
     weights = with_projections(weights, family)
@@ -93,7 +93,7 @@ def as_in_base(weights: AdapterWeights, family: str | None) -> AdapterWeights:
 
 
 def wrong_dimensions(path: str, shape: tuple[int, ...], family: str) -> bool:
-    """Tell whether an update is that of a linear layer where the family has a 1x1 convolution, or reverse."""
+    """Tell whether an update is linear but its layer in the family is a 1x1 convolution, or vice versa."""
     convolves = family_info(family).denoiser.conv_projections
     if path.endswith(".conv_shortcut") or (_is_projection(path) and convolves):
         return len(shape) == 2
@@ -109,7 +109,7 @@ def _other_dimensions(pair: LowRankPair) -> LowRankPair:
 def as_low_rank(
     where: str, format: str, weights: AdapterWeights
 ) -> tuple[AdapterWeights, dict[ModuleKey, Tensor]]:
-    """Return an adapter as PEFT holds it: plain pairs, and the magnitudes that make them DoRA.
+    """Return an adapter as PEFT stores it: plain pairs, and the magnitudes that make them DoRA.
 
     Args:
         where: file, for messages.
@@ -120,7 +120,7 @@ def as_low_rank(
         The pairs, and by module PEFT's ``lora_magnitude_vector``: (out,), for convolutions (1, out, 1, 1).
 
     Raises:
-        AdapterFileError: for what the format has no place for, with the reason.
+        AdapterFileError: for what the format cannot hold, with the reason.
     """
     pairs: dict[ModuleKey, LowRankPair] = {}
     magnitudes: dict[ModuleKey, Tensor] = {}
@@ -153,7 +153,7 @@ def as_low_rank(
 
 
 def _kind_of_parts(where: str, parts: Mapping[str, Tensor]) -> AdapterKind[Any]:
-    """Return the kind that a module's parts make, those aside that come on top of another kind's.
+    """Return the kind that a module's parts make, apart from parts that come on top of another kind's.
 
     Raises:
         AdapterFileError: when they belong to different kinds.
@@ -162,7 +162,7 @@ def _kind_of_parts(where: str, parts: Mapping[str, Tensor]) -> AdapterKind[Any]:
     for kind in KINDS.values():
         if kind.wrap is None and (names := tuple(part.name for part in kind.parts if part.name in parts)):
             present.setdefault(names, kind)
-    # down and up are LoRA's, but with a core between them all three are Tucker's
+    # down and up alone are LoRA's; with a core, all three are Tucker's
     most = [names for names in present if not any(set(names) < set(other) for other in present)]
     if len(most) > 1:
         raise AdapterFileError(

@@ -42,43 +42,43 @@ _NEVER_NONE = {
     *("min_bucket_reso", "max_bucket_reso"),
     *("base_model_version", "v2", "output_name"),
 }
-"""WebUI takes these for tables or numbers without looking, so that ``None`` would break its card."""
+"""WebUI parses these as tables or numbers without checking, so ``None`` would break its card."""
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What is known about the training of an adapter; everything may be left open.
+    """What is known about the training of an adapter; everything is optional.
 
     Attributes:
         family: the base's family.
         name: what prompts call the adapter; file name without suffix.
         base_title: the base for people, e.g. ``Stable Diffusion 1.5``.
         base_digest: SHA-256 (hex) of the base.
-        config: the run's settings, resolved.
-        optimizer: what made the steps, with its settings, as Python code would make it.
-        warmup_steps: of the learning rate, if the settings do not say it in steps.
+        config: the run's final settings.
+        optimizer: the optimizer with its settings, as a Python expression.
+        warmup_steps: of the learning rate, if the settings do not give it in steps.
         prediction_type: what the U-Net predicts; ``config`` may leave it to the base.
         zero_terminal_snr: whether the noise schedule ended in pure noise.
-        native_resolution: px, where ``config.data.resolution`` is open.
+        native_resolution: px, for a ``config`` that leaves ``data.resolution`` open.
         steps: optimizer steps done.
         epochs: passes over the images done.
         num_images: training images.
         num_batches_per_epoch: micro-batches in one epoch.
         buckets: (height, width) px -> images.
-        folder_images: folder -> images, where there are several folders.
+        folder_images: folder -> images, if there are several folders.
         reg_folder_images: folder -> regularisation images.
-        folder_repeats: folder -> repeats of its images, where ``config`` does not tell.
+        folder_repeats: folder -> repeats of its images, where they differ from ``config``.
         tag_frequency: folder name -> tag or caption -> count.
         started_at: seconds since 1970, UTC.
         finished_at: seconds since 1970, UTC.
         final_loss: training loss at the end, smoothed.
         validation_loss: loss on held-out images at the end.
-        trigger_words: words that call the style.
-        preferred_strength: what looks best, if it was measured.
+        trigger_words: words that evoke the style.
+        preferred_strength: the strength that looks best, if it was measured.
         preview: image for the thumbnail.
         author: who made it.
         sdlora_version: of this program.
-        seed: where ``config`` is missing.
+        seed: the seed, if there is no ``config``.
     """
 
     family: FamilyInfo | None = None
@@ -116,7 +116,7 @@ def build_header(facts: TrainingFacts) -> dict[str, str]:
     """Return all header entries known before the tensors: ``ss_*``, ``modelspec.*``, ``sdlora.*``.
 
     The network's rank and alpha and the hashes follow from the tensors; writing a file adds them. With
-    ``output.private`` nothing tells of folders, captions and files.
+    ``output.private`` there is nothing about folders, captions and files.
 
     Raises:
         OutputError: when the preview cannot be read as an image.
@@ -138,17 +138,17 @@ def build_header(facts: TrainingFacts) -> dict[str, str]:
 
 
 def kohya_text(value: object) -> str:
-    """Return a value as kohya's scripts store it: JSON for structures, Python's own text for the rest."""
+    """Return a value as kohya's scripts store it: JSON for structures, ``str`` for the rest."""
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
 
 
 def for_file(adapter: AdapterFile, info: FamilyInfo, more: Mapping[str, str]) -> dict[str, str]:
-    """Return the header of one file: the adapter's entries, what clients cannot do without, and ``more``.
+    """Return the header of one file: the adapter's entries, those that clients need, and ``more``.
 
-    Without ``ss_base_model_version`` WebUI files an SDXL adapter under SD1 and hides it, and Forge goes by
-    ``modelspec.architecture``; so these are set even for an adapter that comes without any entries.
+    Without ``ss_base_model_version``, WebUI takes an SDXL adapter for one of SD1 and hides it, and Forge goes
+    by ``modelspec.architecture``; so these are set even for an adapter without any entries.
     """
     texts = {key: value for key, value in adapter.info.metadata.items() if not key.startswith(_NOT_CARRIED)}
     texts.pop("format", None)
@@ -170,7 +170,7 @@ def for_file(adapter: AdapterFile, info: FamilyInfo, more: Mapping[str, str]) ->
 
 
 def trigger_words(entries: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the words that call the style, from our own entry or from ``modelspec.trigger_phrase``."""
+    """Return the words that evoke the style, from our own entry or from ``modelspec.trigger_phrase``."""
     stored = entries.get("sdlora.trigger_words")
     if stored is not None:
         try:
@@ -214,7 +214,7 @@ def _base_entries(facts: TrainingFacts) -> dict[str, Any]:
     version = header.version if header else None
     if header is not None and header.v_version and _prediction(facts) == "v":
         version = header.v_version
-    # kohya's are whole numbers, and tools read them as such; the steps tell exactly
+    # kohya writes whole numbers and tools expect them; the exact length is in the number of steps
     epochs = None if facts.epochs is None else math.ceil(facts.epochs - 1e-9)
     session = f"{facts.name} {facts.started_at} {facts.base_digest} {facts.seed}".encode()
     return {
@@ -352,7 +352,7 @@ _KOHYA_MODULE, _LYCORIS_MODULE = "networks.lora", "lycoris.kohya"
 
 
 def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[str, str]:
-    """Return rank and alpha of the linear layers (3x3 convolutions apart, as kohya does)."""
+    """Return the entries with rank and alpha of the linear layers; 3x3 convolutions have their own."""
     linear = [p for p in weights.updates.values() if p.shape[2:] in ((), (1, 1))]
     spatial = [p for p in weights.updates.values() if p.shape[2:] not in ((), (1, 1))]
     pairs = linear or spatial
@@ -373,7 +373,7 @@ def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[
         }
         arguments |= {k: str(_plain(v.pop())) if len(v) == 1 else "Dynamic" for k, v in values.items()}
     module = texts.get("ss_network_module", _KOHYA_MODULE)
-    if module in (_KOHYA_MODULE, _LYCORIS_MODULE):  # of the source, which may have been of another kind
+    if module in (_KOHYA_MODULE, _LYCORIS_MODULE):  # that of the source, whose kind may have been another
         module = _LYCORIS_MODULE if algorithms else _KOHYA_MODULE
     return {
         "ss_network_module": module,
@@ -388,7 +388,7 @@ def _implementation(info: FamilyInfo) -> str:
 
 
 def _architecture(info: FamilyInfo, predicts_v: bool) -> str:
-    """Return the model specification's word: of SD2 it knows a 512 px and a 768 px, v-predicting kind."""
+    """Return modelspec's word for a family; it has two for SD2, 512 px and 768 px with v-prediction."""
     words = info.header
     return words.v_architecture if predicts_v and words.v_architecture else words.architecture
 

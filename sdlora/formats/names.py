@@ -1,4 +1,4 @@
-"""Module names in files: tables, and the two functions that follow from each.
+"""Module names in files: tables, and for each of them a function in either direction.
 
 A canonical path uses diffusers' dotted names (``down_blocks.0.attentions.0...``) or, for text encoders,
 transformers' with ``text_model.`` in front. Files spell them with underscores, and SDXL files use the
@@ -50,7 +50,7 @@ def to_underscores(path: str) -> str:
 
 
 def to_dots(name: str) -> str | None:
-    """Undo :func:`to_underscores` by the table of known words; None if the name holds an unknown one."""
+    """Undo :func:`to_underscores` with the table of known words; None if the name has an unknown one."""
     words: list[str] = []
     position = 0
     while position < len(name):
@@ -78,7 +78,7 @@ def from_ldm(path: str) -> str | None:
 
 
 def canonical_path(component: str, path: str) -> str:
-    """Return a module's path in a component as adapters call it, whatever release wrote it."""
+    """Return a module's path in a component as adapters have it, whatever release wrote it."""
     return with_text_prefix(path) if is_text_encoder(component) else path
 
 

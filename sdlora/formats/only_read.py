@@ -1,4 +1,4 @@
-"""Formats that are only read: every client reads their adapters better in another one."""
+"""Formats that are only read: every client reads adapters better in another format."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""An adapter as diffusers and PEFT themselves load it, for comparing with what was meant.
+"""An adapter as diffusers and PEFT themselves load it, to be compared with what was written.
 
-Their own loading runs whole: ``load_lora_weights`` of the pipeline's class and ``PeftModel.from_pretrained``.
-What they load into are stand-ins: modules of the right names and shapes whose weights take no memory.
+Their own loading code runs: ``load_lora_weights`` of the pipeline's class, ``PeftModel.from_pretrained``.
+They load into stand-ins: modules with the right names and shapes, whose weights take no memory.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def through_diffusers(path: Path, outline: AdapterWeights, info: FamilyInfo) -> 
     with _loading(path, "diffusers"):
         pipeline().load_lora_weights(str(path), local_files_only=True)
     return AdapterWeights(
-        {key: pair for name, model in standins.items() for key, pair in _loaded(name, model)}
+        {key: pair for name, model in standins.items() for key, pair in loaded_updates(name, model)}
     )
 
 
 def through_peft(folder: Path, outline: AdapterWeights, info: FamilyInfo) -> AdapterWeights:
-    """Return the PEFT folders of an adapter, one a component, as ``PeftModel.from_pretrained`` loads them.
+    """Return the PEFT folders of an adapter, one per component, as ``PeftModel.from_pretrained`` loads them.
 
     Raises:
         AdapterFileError: when PEFT refuses one.
@@ -66,13 +66,13 @@ def through_peft(folder: Path, outline: AdapterWeights, info: FamilyInfo) -> Ada
         inside = folder / component
         with _loading(inside, "PEFT"):
             model = PeftModel.from_pretrained(standin, str(inside if inside.is_dir() else folder))
-        pairs |= _loaded(component, model.base_model.model)
+        pairs |= loaded_updates(component, model.base_model.model)
     return AdapterWeights(pairs)
 
 
 @contextmanager
 def _loading(path: Path, program: str) -> Iterator[None]:
-    """Keep the program quiet (what it leaves out is found by comparing), and name it where it refuses."""
+    """Silence the program (comparing finds what it leaves out), and name it in the error if it refuses."""
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
@@ -103,7 +103,7 @@ def _standins(weights: AdapterWeights) -> dict[str, nn.Module]:
 
 
 def _denoiser(pairs: Mapping[str, Update]) -> nn.Module:
-    """Return a tree of modules named as the adapter's, with the loader of diffusers' own models."""
+    """Return a tree of modules named like the adapter's, with the loader of diffusers' own models."""
     from diffusers.loaders import PeftAdapterMixin
 
     class Denoiser(nn.Module, PeftAdapterMixin):
@@ -122,7 +122,7 @@ def _denoiser(pairs: Mapping[str, Update]) -> nn.Module:
 
 
 def _text_encoder(kind: str, pairs: Mapping[str, Update]) -> nn.Module:
-    """Return a real text encoder, tiny but for the layers that are adapted."""
+    """Return a real text encoder, tiny except for the layers that are adapted."""
     import transformers
 
     numbers = [int(part) for path in pairs for part in path.split(".") if part.isdecimal()]
@@ -147,7 +147,7 @@ def _text_encoder(kind: str, pairs: Mapping[str, Update]) -> nn.Module:
 
 
 def _layer(update: Update) -> nn.Module:
-    """Return a layer that such an update fits, with a weight of a single number seen as many."""
+    """Return a layer that such an update fits; its weight is one number expanded, so it takes no memory."""
     out, width, *kernel = update.shape
     if kernel:
         layer: nn.Module = nn.Conv2d(width, out, (kernel[0], kernel[1]), bias=False, device="meta")
@@ -157,8 +157,8 @@ def _layer(update: Update) -> nn.Module:
     return layer
 
 
-def _loaded(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, Update]]:
-    """Yield what PEFT's layers in a model hold."""
+def loaded_updates(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey, Update]]:
+    """Yield the module and update of each of PEFT's layers in a model."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lycoris_utils import LycorisLayer
 

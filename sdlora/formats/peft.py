@@ -1,4 +1,4 @@
-"""PEFT folders: one folder for each component, with ``adapter_config.json`` beside the tensors.
+"""PEFT folders: one for each component, with ``adapter_config.json`` beside the tensors.
 
 Ranks and alphas that differ between modules go into ``rank_pattern`` and ``alpha_pattern`` under full
 module names. Text encoders are named as the installed transformers names them (releases from 5.6 on have
@@ -40,7 +40,7 @@ PREFIX = "base_model.model."
 
 _LITERAL_PATTERN = re.compile(r"^\^?[\w.\\-]+\$?$")
 _OPEN_CLIP_WIDTH = 1280
-"""Width of SDXL's second text encoder, which no other encoder of these families has."""
+"""Width of SDXL's second text encoder; no other encoder of these families has it."""
 
 
 def encode(
@@ -49,7 +49,7 @@ def encode(
     """Return the tensors and the settings of one component's folder.
 
     Raises:
-        AdapterFileError: for what PEFT has no settings for, or values that do not fit the number format.
+        AdapterFileError: for what PEFT's settings cannot describe, or values too large for the format.
     """
     updates = weights.updates_of(component)
     spelled = {path: installed_name(component, path) for path in updates}
@@ -86,7 +86,7 @@ def settings_of(
     Args:
         pairs: by canonical path.
         spelled: canonical path -> name of the module in the model.
-        anchor: what patterns start with; ``^`` lets them match whole names only.
+        anchor: what patterns start with; with ``^`` they match whole names only.
     """
     rank = int(folding.common(pair.rank for pair in pairs.values()))
     alpha = folding.common(pair.alpha for pair in pairs.values())
@@ -117,8 +117,8 @@ def settings_of(
 def other_settings(where: str, updates: Mapping[str, Update], spelled: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings with which PEFT makes factors of these shapes, for kinds other than plain pairs.
 
-    PEFT knows no shapes of factors from a file; it makes them from its settings and then loads values into
-    them. So a folder can hold what those settings can say, and anything else is refused with the reason.
+    PEFT does not take the shapes of factors from a file: it makes factors from its settings, then loads
+    values into them. So a folder can hold what those settings can describe; anything else is refused.
 
     Args:
         where: file and component, for messages.
@@ -202,13 +202,13 @@ def read_modules(header: Header, groups: Groups, load: Load) -> Iterator[tuple[M
 
 
 def group_keys(header: Header, keys: FileKeys) -> Groups:
-    """Return the key of every part of every module; the component is the folder's name, or follows from them.
+    """Return the key of every part of every module; the component is the folder's name or follows from keys.
 
     Raises:
-        AdapterFileError: listing keys that belong to no module, or naming a part that is there twice.
+        AdapterFileError: listing keys that belong to no module, or naming a part that occurs twice.
     """
     part_names = {part.peft: part.name for part in file_parts().values() if part.peft is not None}
-    factor = re.compile(  # the adapter's name may stand behind the part's
+    factor = re.compile(  # the adapter's name may follow that of the part
         rf"^base_model\.model\.(?P<path>.+?)\.(?P<part>{'|'.join(part_names)})(?:\.(?!weight$)[A-Za-z]\w*)?(?:\.weight)?$"
     )
     parts_by_path: dict[str, dict[str, str]] = {}
@@ -270,10 +270,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class Alphas:
-    """The alpha of every module by one component's settings, found without trying pattern by pattern.
+    """The alpha of every module by one component's settings, without trying the patterns one by one.
 
-    PEFT tries ``(.*\\.)?PATTERN$`` for each pattern in turn. Only plain names are taken here: a regular
-    expression from a stranger's file can run for ever.
+    PEFT tries ``(.*\\.)?PATTERN$`` for each pattern in turn. Only plain names are accepted here: a regular
+    expression from a stranger's file can take for ever.
     """
 
     def __init__(self, where: str, config: Mapping[str, Any]) -> None:
@@ -299,9 +299,9 @@ class Alphas:
             table.setdefault(literal, (number, value))
 
     def of(self, where: str, module: ModuleKey, rank: int) -> float:
-        """Return the alpha for which alpha / rank is the scale that PEFT would use.
+        """Return the alpha with which alpha / rank is the scale that PEFT would use.
 
-        rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023), so its alpha counts sqrt(rank) times.
+        rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023), so its alpha is multiplied by sqrt(rank).
 
         Raises:
             AdapterFileError: for a value that is not a number other than 0.
@@ -332,7 +332,7 @@ def installed_name(component: str, path: str) -> str:
 
 @functools.cache
 def _has_text_model(component: str) -> bool:
-    """Tell whether the installed transformers nests this encoder in ``text_model``; asks the real class."""
+    """Tell whether the installed transformers nests this encoder in ``text_model``; builds a tiny one."""
     import transformers
 
     settings = transformers.CLIPTextConfig(
@@ -350,7 +350,7 @@ def _has_text_model(component: str) -> bool:
 
 
 def _component_of(header: Header, parts_by_path: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the component that modules belong to, by their names, and by their width for text encoders."""
+    """Return the component that modules belong to, by their names and, for text encoders, their width."""
     if any(path.split(".", 1)[0] in names.UNET_ROOTS for path in parts_by_path):
         return "unet"
     widths = {
@@ -366,15 +366,15 @@ def _plain(value: float) -> int | float:
 
 
 def components_in(folder: Path) -> list[str]:
-    """Return the components that have a PEFT folder of their own inside ``folder``."""
+    """Return the components that have their own PEFT folder inside ``folder``."""
     return [name for name in component_names() if (folder / name / CONFIG_FILE).is_file()]
 
 
 def tensor_files(path: Path) -> list[Path]:
-    """Return the tensor files of a PEFT folder, one a component; none if it is not one.
+    """Return the tensor files of a PEFT folder, one for each component; none for another folder.
 
     Raises:
-        AdapterFileError: for a folder whose weights are only there as a pickle.
+        AdapterFileError: for a folder that has its weights only as a pickle.
     """
     folders = [path / component for component in components_in(path)] or [path]
     if not (folders[0] / CONFIG_FILE).is_file():
@@ -405,10 +405,10 @@ def write(adapter: AdapterFile, target: Path, dtype: torch.dtype, info: FamilyIn
 
 
 def make_room(target: Path) -> None:
-    """Make room for a folder, but only where nothing but a PEFT adapter of ours would be lost.
+    """Make room for a folder, but only if nothing except a PEFT adapter would be lost.
 
     Raises:
-        OutputError: when more would be.
+        OutputError: when more would be lost.
     """
     if not target.exists():
         return

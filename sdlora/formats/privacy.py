@@ -1,8 +1,7 @@
-"""What a header may tell when the maker of an adapter wants to keep the training images to themselves.
+"""What a header may tell if the maker of an adapter wants to keep the training images private.
 
-Everything is dropped but what is listed here: what loaders need, numbers, and what the maker wrote for the
-public. So folder names, tags, captions, prompts and file names go, those of other trainers' own entries
-included.
+Only what is listed here is kept: what loaders need, numbers, and what the maker wrote for the public. So
+folder names, tags, captions, prompts and file names are dropped, also those in entries of other trainers.
 """
 
 from __future__ import annotations
@@ -41,5 +40,5 @@ KEPT = frozenset(
 
 
 def without_private(entries: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries that tell nothing of images, captions and files."""
+    """Return only the entries that tell nothing about images, captions and files."""
     return {key: value for key, value in entries.items() if key in KEPT}

@@ -33,13 +33,13 @@ _BLOCK_ELEMENTS = 2**18
 
 @dataclass(frozen=True)
 class Proof:
-    """What comparing a written adapter with its source gave.
+    """The result of comparing a written adapter with its source.
 
     Attributes:
         num_modules: modules compared, which is all of them.
         num_keys: tensors in the file or files.
-        largest_difference: of any element of any update, absolute.
-        relative_difference: largest difference of a module over the largest |scale| |up| |down| in it.
+        largest_difference: largest absolute difference of any element of any update.
+        relative_difference: largest difference in a module over the largest |scale| |up| |down| in it.
         tolerance: relative difference that rounding to the number format allows.
         read_by: the readers the file was loaded through.
     """
@@ -62,7 +62,7 @@ class Written:
 
     Attributes:
         files: all files written.
-        proof: the comparison; None where none was asked for.
+        proof: the comparison; None if none was asked for.
         model_hash: SHA-256 of the tensor data, as WebUI and kohya hash adapters.
         clients: which programs load it fully.
     """
@@ -82,18 +82,18 @@ def write_proven(
     *,
     verify: bool = True,
 ) -> Written:
-    """Write an adapter under a temporary name, prove it, and only then put it in place.
+    """Write an adapter under a temporary name, prove it, and only then put it into its place.
 
     Args:
         adapter: what to write.
         format: a key of :data:`sdlora.formats.table.FORMATS`, one that is written.
-        target: the file, or the folder; an adapter that is there is replaced.
+        target: the file or the folder; an existing adapter is replaced.
         dtype: number format of the factors.
         info: the family.
         verify: read it back and compare every update.
 
     Raises:
-        AdapterFileError: when the format cannot hold it, or the proof fails (nothing is left then).
+        AdapterFileError: when the format cannot hold it, or the proof fails (then no file is left).
         OutputError: when the place cannot be written.
     """
     with replacing(target) as temporary:
@@ -114,7 +114,7 @@ def write_proven(
 
 
 def support_of(written: adapter_files.OpenAdapter, info: FamilyInfo) -> tuple[Support, ...]:
-    """Return what each client makes of a written adapter."""
+    """Return how each client reads a written adapter."""
     outline = written.outline
     return client_support(written.format, info.name, outline.weights, written.keys, outline.info.metadata)
 
@@ -127,8 +127,8 @@ def prove(
 ) -> tuple[Proof, tuple[Support, ...]]:
     """Read a written adapter back and compare every module with what it should be.
 
-    It is also loaded by the program its format names (diffusers itself, or PEFT), unless that is known to
-    misread adapters of this shape (then the second result says so).
+    It is also loaded by the program that its format names (diffusers itself, or PEFT), unless that program is
+    known to misread such adapters (then the second result says so).
 
     Raises:
         AdapterFileError: when a module is missing or differs by more than rounding.
@@ -142,7 +142,7 @@ def prove(
     if other is not None and other.program not in misread:
         readers.append(other.program)
         seen = other.load(path, written.outline.weights, info)
-        # what it holds in the very same numbers has been compared already
+        # modules that it read as the very same numbers have been compared already
         same = {
             key
             for key, update in seen.all_items()
@@ -188,7 +188,7 @@ def _compare_modules(
                 f"instead of {update.kind} of {_shapes(update)}; this is a fault of sdlora, please report it"
             )
         difference, allowed, tolerable = largest_difference(update, other, dtype)
-        if not difference <= allowed:  # also when one of them is NaN
+        if not difference <= allowed:  # so that NaN fails, too
             raise AdapterFileError(
                 f"{where}: the update of `{module.component}.{module.path}` differs by {difference:.3g} "
                 f"from the source, rounding allows {allowed:.3g}; nothing was kept. This is a fault of "
@@ -220,14 +220,14 @@ def _largest_of(wanted: LowRankPair, written: LowRankPair, dtype: torch.dtype) -
         return 0.0, math.inf, 1.0
     ours, theirs = _scaled_factors(wanted), _scaled_factors(written)
     if all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True)):
-        return 0.0, math.inf, 1.0  # only the scale lies elsewhere; multiplying out would add noise of its own
+        return 0.0, math.inf, 1.0  # the scale is only elsewhere; multiplying out would add rounding errors
     bound_up, bound_down = rounding_bound(written, dtype)
     num_rows = max(1, _BLOCK_ELEMENTS // ours[1].shape[1])
     largest = tolerable = 0.0
     for start in range(0, len(ours[0]), num_rows):
         rows = slice(start, start + num_rows)
-        # two products of one kind: a fused multiply-subtract rounds differently on some processors, and
-        # equal factors would differ from themselves
+        # two products of the same kind: a fused multiply-subtract rounds differently on some processors, so
+        # that equal factors would differ
         difference = (theirs[0][rows] @ theirs[1]).sub_(ours[0][rows] @ ours[1]).abs_()
         bound = bound_up[rows] @ bound_down
         if not bool((difference <= bound).all()):
@@ -240,8 +240,8 @@ def _largest_of(wanted: LowRankPair, written: LowRankPair, dtype: torch.dtype) -
 def largest_difference(wanted: Update, written: Update, dtype: torch.dtype) -> tuple[float, float, float]:
     """Return (difference, allowed, tolerable) of one module, as :func:`_largest_of` does.
 
-    What is not a plain pair is compared factor by factor, as files hold them unscaled and without folding:
-    each value may differ by one rounding, and where the scale is in the file it is the same.
+    What is not a plain pair is compared factor by factor, as files hold these factors unscaled and unfolded:
+    each value may differ by one rounding, and the scale must be equal.
     """
     if isinstance(wanted, LowRankPair) and isinstance(written, LowRankPair):
         return _largest_of(wanted, written, dtype)
@@ -280,7 +280,7 @@ def _of_factors(
             worst = int((difference - bound).argmax())
             return float(difference.flatten()[worst]), float(bound.flatten()[worst]), 1.0
         largest = max(largest, float(difference.max()))
-        # in the terms of a whole update, whose bound is relative_rounding times the largest value
+        # in the same terms as for a whole update, whose bound is relative_rounding times the largest value
         tolerable = max(tolerable, float(ours.abs().max()) * relative_rounding(dtype, rank))
     return largest, math.inf, tolerable or 1.0
 
@@ -323,11 +323,11 @@ def relative_rounding(dtype: torch.dtype, rank: int) -> float:
 
 
 def rounding_bound(pair: LowRankPair, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return matrices (out, rank + 2) and (rank + 2, in) whose product bounds each element's difference.
+    """Return matrices (out, rank + 2) and (rank + 2, in) whose product bounds the difference of each element.
 
-    Every stored factor x stands for a number within ``u |x| + tiny / 2`` of it, where tiny is the smallest
-    subnormal number; expanding the product of the two factors gives the bound: the relative part times
-    ``|scale| |up| |down|``, and the sums of rows and columns for the absolute part.
+    Every stored value x stands for a number within ``u |x| + tiny / 2`` of it, where tiny is the smallest
+    subnormal number. Expanding the product of the two factors gives the bound: the relative part times
+    ``|scale| |up| |down|``, plus sums of rows and columns for the absolute part.
     """
     numbers = torch.finfo(dtype)
     unit, half_step = numbers.eps / 2, numbers.smallest_normal * numbers.eps / 2

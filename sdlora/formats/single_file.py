@@ -1,9 +1,8 @@
 """Reading a LoRA kept in one file, in any spelling or mixture of spellings, module by module.
 
-Everything that :mod:`.keys` recognises is read the same way. What scales an update is, in this order: the
-file's ``scale``, its ``alpha``, the PEFT settings that diffusers puts into the header, or nothing, which
-means alpha = rank. The alphas that we recorded when a scale had to be folded come on top of that, and
-leave the update as it is.
+Everything that :mod:`.keys` recognises is read the same way. An update's scale comes from the first of these:
+the file's ``scale``, its ``alpha``, the PEFT settings that diffusers puts into the header; else alpha = rank.
+After that, the alphas that we recorded when folding a scale are restored, which does not change the update.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .peft import Alphas
 
 
 def read_modules(header: Header, groups: Groups, load: Load) -> Iterator[tuple[ModuleKey, Update]]:
-    """Yield every module of a file with its update, in sorted order, holding one module at a time.
+    """Yield every module of a file with its update, in sorted order, with one in memory at a time.
 
     Args:
         header: of the file.

@@ -1,4 +1,4 @@
-"""What each client makes of an adapter file, by the file's format."""
+"""How each client reads an adapter file, by the file's format."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def client_support(
     keys: Iterable[str] | FileKeys,
     entries: Mapping[str, str] | None = None,
 ) -> tuple[Support, ...]:
-    """Return what each client makes of a file.
+    """Return how each client reads a file.
 
     Args:
         format: the file's format, a key of :data:`sdlora.formats.table.FORMATS`.
         family: ``sd1``, ``sd2``, ``sdxl`` or None.
         weights: the adapter in it, with the alphas that the file itself holds; values are not looked at.
         keys: the file's keys, whose spelling decides for some clients.
-        entries: the header's text entries; what follows from them is left out where they are not given.
+        entries: the header's text entries; if they are not given, rules about them are skipped.
     """
     file_keys = keys if isinstance(keys, FileKeys) else FileKeys(keys)
     facts = Facts(format, family, weights, file_keys, entries)

@@ -24,7 +24,7 @@ class Format:
         title: what users call it.
         code: gives what writes, reads and judges it.
         file_name: of an adapter called ``{name}``; None for formats that are only read.
-        programs: whom it is for, to choose by.
+        programs: the programs it is for, to help users choose.
         is_folder: whether an adapter is a folder rather than one file.
         has_card: whether WebUI shows such a file with a preview and a card beside it.
         one_alpha: whether clients take one alpha for all modules of a component.

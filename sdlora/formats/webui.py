@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def encode(
     where: str, weights: AdapterWeights, info: FamilyInfo, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a WebUI file, and header entries that undo foldings.
+    """Return the tensors of a WebUI file, and the header entries that undo folded scales.
 
     Raises:
         AdapterFileError: for a module that the format has no name for, or values that do not fit.
@@ -65,11 +65,11 @@ def encode(
 def _shared_alpha(pairs: Mapping[str, LowRankPair], dtype: torch.dtype) -> tuple[float | None, bool]:
     """Return the alpha that all modules can share at no cost, and whether rank 1 goes without.
 
-    No cost means no rounding, or none beyond what the number format asks of the values anyway.
+    No cost means no rounding, or none beyond the rounding that the number format needs anyway.
 
-    stable-diffusion.cpp takes rank 1 for the input width when a module has an alpha (formats.md 5.7), and
-    every client takes a missing alpha for the rank. So where all can share alpha 1, rank 1 goes without.
-    Else it is the smallest alpha, so that factors only grow: shrinking would make some fp16 values subnormal.
+    stable-diffusion.cpp takes the input width for the rank of a rank-1 module with an alpha (formats.md 5.7),
+    and every client takes a missing alpha for the rank. So if all can share alpha 1, rank-1 modules get none.
+    Otherwise it is the smallest alpha, so that factors only grow: shrinking would make fp16 values subnormal.
     """
 
     def shares(alpha: float) -> bool:

@@ -1,4 +1,4 @@
-"""From prompts, and adapters at strengths, to images in a folder.
+"""From prompts, and adapters with their strengths, to images in a folder.
 
 The denoising loop is :mod:`sdlora.generation.render`; :class:`ImageGenerator` keeps a base loaded while
 adapters and their strengths change; :func:`generate` is the whole of ``sdlora generate``: it names and
@@ -69,7 +69,7 @@ def generate(
     offload: bool = False,
     progress: Progress | None = None,
 ) -> GenerateResult:
-    """Make images and write them as ``00001-SEED.png``, counting on from what the folder holds.
+    """Make images and write them as ``00001-SEED.png``, numbered on from those in the folder.
 
     Every prompt gets the same ``count`` seeds, from ``seed`` upwards. What is left open follows the base or
     :class:`sdlora.config.schema.SampleConfig`; how it is computed, see :meth:`ImageGenerator.load`.
@@ -78,14 +78,14 @@ def generate(
         base: ``mini``, a diffusers folder, a ``.safetensors`` file or a hub id, or the settings of one.
         adapters: (file, strength) of each adapter; see :func:`parse_adapter`.
         prompts: what to show.
-        output: folder for the images; made if missing, and nothing in it is overwritten.
+        output: folder for the images; created if it is missing, and nothing in it is overwritten.
         strengths: each prompt and seed at each of these, and a grid of all; see :func:`swept`.
         merge: fold the adapters into the base's weights first.
         count: images a prompt (and strength).
         progress: called after each denoising step.
 
     Raises:
-        ConfigError: for settings that contradict each other or cannot be met.
+        ConfigError: for settings that contradict each other or are impossible.
         ModelError: for a base that cannot be loaded.
         AdapterFileError: for an adapter that cannot be read or does not fit.
         OutputError: for a folder that cannot be written.
@@ -103,7 +103,7 @@ def generate(
     requests = _requests(plain, prompts, count, columns)
     for request in requests:
         check_request(model, request)
-    make_folder(folder)  # after everything that can be wrong, before the long work
+    make_folder(folder)  # after all checks, before the long work
     images = generator.generate(requests, merge=merge, progress=progress)
     files = _write_images(folder, images, generator)
     sheet = None if strengths is None else _write_sweep(folder, images, strengths, given)
@@ -119,7 +119,7 @@ def _plain_request(
     sampler: str,
     seed: int | None,
 ) -> GenerateRequest:
-    """Return what all requests share; ``size`` is (height, width) in px; what is open follows the base."""
+    """Return what all requests share; ``size`` is (height, width) in px; what is None follows the base."""
     defaults, (height, width) = SampleConfig(), size
     return GenerateRequest(
         "",
@@ -152,7 +152,7 @@ def _check_call(
     strengths: Sequence[float] | None,
     count: int,
 ) -> None:
-    """Refuse, before anything is loaded, what cannot be made."""
+    """Refuse impossible requests before anything is loaded."""
     problems: list[str] = []
     if not prompts:
         problems.append("no prompt given; say what to show with --prompt")
@@ -183,8 +183,8 @@ def _values(strength: Strength) -> list[float]:
 def swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
     """Return the strengths of one column of a sweep.
 
-    A value takes the place of the strength of a single adapter; several adapters, or one with separate U-Net
-    and text-encoder strengths, have their strengths multiplied by it.
+    A value replaces the strength of a single adapter; the strengths of several adapters, or the separate
+    U-Net and text-encoder strengths of one, are multiplied by it.
     """
     if len(given) == 1 and all(isinstance(strength, int | float) for strength in given.values()):
         return dict.fromkeys(given, value)
@@ -197,10 +197,10 @@ def swept(given: Mapping[str, Strength], value: float) -> dict[str, Strength]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder for images if it is missing.
+    """Create the folder for images if it is missing.
 
     Raises:
-        OutputError: when it is a file, or cannot be made.
+        OutputError: when it is a file, or cannot be created.
     """
     if folder.is_file():
         raise OutputError(f"{folder}: is a file, but images need a folder; choose another --output")
@@ -211,7 +211,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_numbered(folder: Path, generated: GeneratedImage, text: str) -> Path:
-    """Write an image with its settings as ``00001-SEED.png``, counting on; return the file."""
+    """Write an image with its settings as ``00001-SEED.png``, with the next free number; return the file."""
     file = _reserve(folder, r"(\d{5,})-\d+\.png", lambda number: f"{number:05d}-{generated.request.seed}.png")
     with _giving_back(file):
         save_png(generated.image, file, text)
@@ -244,7 +244,7 @@ def _write_sweep(
 
 
 def _reserve(folder: Path, pattern: str, name: Callable[[int], str]) -> Path:
-    """Return a new empty file whose number follows the highest one there; another process gets another."""
+    """Create an empty file with the number after the highest one; no other process can get the same."""
     try:
         numbers = [int(match[1]) for file in folder.iterdir() if (match := re.fullmatch(pattern, file.name))]
         for number in itertools.count(max(numbers, default=0) + 1):

@@ -1,4 +1,4 @@
-"""Images about images: labelled grids and the loss curve. Pillow and matplotlib load on use."""
+"""Labelled grids of images, and the loss curve. Pillow and matplotlib are imported on use."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def grid(
     column_labels: Sequence[str] = (),
     title: str | None = None,
 ) -> Image:
-    """Return images laid out in rows, with labels that can be read.
+    """Return images laid out in rows, with legible labels.
 
     Small images are enlarged by a whole factor of at most 3; all cells are as large as the largest
-    image. Long labels are wrapped, and shortened with an ellipsis where even that is not enough.
+    image. Long labels are wrapped, and shortened with an ellipsis if even that is not enough.
 
     Args:
         images: the images, row by row; the last row may be short.
         columns: images in a row.
-        row_labels: none, or one a row, shown at the left.
-        column_labels: none, or one a column, shown on top.
+        row_labels: none, or one for each row, shown at the left.
+        column_labels: none, or one for each column, shown at the top.
         title: one line above everything.
 
     Raises:
-        ValueError: if there is nothing to show, or a wrong number of labels.
+        ValueError: if there is nothing to show, or the number of labels is wrong.
     """
     from PIL import Image as Pil
     from PIL import ImageDraw
@@ -84,7 +84,7 @@ def grid(
 
 
 def steps_by_prompts(rows: Mapping[int, Sequence[Image]], prompts: Sequence[str], file: Path) -> None:
-    """Write a PNG of a run's previews: one row a step, one column a prompt.
+    """Write a PNG of a run's previews: a row for each step, a column for each prompt.
 
     Args:
         rows: optimizer step -> its previews in the order of ``prompts``.
@@ -105,8 +105,8 @@ def loss_curve(
 ) -> None:
     """Write a PNG of the loss, raw and smoothed, with held-out measurements, above the learning rate.
 
-    The smooth line is a mean that forgets with a length of a twentieth of the run, corrected for its
-    start (Kingma and Ba 2015, section 3); the loss axis ends where almost all raw points lie below.
+    The smooth line is an exponential mean over a twentieth of the run, corrected for its start (Kingma and Ba
+    2015, section 3). The loss axis ends just above 99 % of the raw points.
 
     Args:
         points: (step, loss, learning rate) of every step, ascending.
@@ -211,7 +211,7 @@ def _widest(labels: Sequence[Sequence[str]], font: Font) -> int:
 
 
 def _wrap(text: str, font: Font, width: int, most_lines: int) -> list[str]:
-    """Break a text at blanks into at most ``most_lines`` lines of ``width`` px; shorten what is left over."""
+    """Break a text at spaces into at most ``most_lines`` lines of ``width`` px, shortened where needed."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word

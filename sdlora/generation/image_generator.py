@@ -1,4 +1,4 @@
-"""A base that stays loaded while adapters come, go and change their strengths."""
+"""A base that stays loaded while adapters are added, removed, and given other strengths."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class ImageGenerator:
-    """A loaded base that makes images with any adapters, at strengths that may change every call."""
+    """A loaded base that makes images with any adapters, at strengths that may differ at each call."""
 
     def __init__(self, model: DiffusionModel) -> None:
-        """Take over a loaded model; it must be left alone while this object is used."""
+        """Take over a loaded model, which nothing else may use together with this object."""
         self.model = model
         self._names: list[str] = []
         self._files: dict[str, OpenAdapter] = {}
@@ -106,12 +106,12 @@ class ImageGenerator:
         return name
 
     def hash_of(self, name: str) -> str:
-        """Return the SHA-256 (hex) of a loaded file's tensors, as WebUI does; empty for a folder."""
+        """Return the SHA-256 (hex) of a loaded file's tensors, as WebUI computes it; empty for a folder."""
         file = self._files.get(name)
         return "" if file is None or file.path.is_dir() else file.data_hash()
 
     def remove_adapter(self, name: str) -> None:
-        """Unload an adapter; the base is as if it had never been there.
+        """Unload an adapter; the base is as it was without it.
 
         Raises:
             ConfigError: if no such adapter is loaded, or adapters are merged.
@@ -131,7 +131,7 @@ class ImageGenerator:
 
         Args:
             requests: what to make; those with equal strengths are made together.
-            merge: fold the adapters into the base's weights for the time of each group.
+            merge: fold the adapters into the base's weights while each group is drawn.
             progress: called after each denoising step.
 
         Raises:
@@ -153,7 +153,7 @@ class ImageGenerator:
         return [GeneratedImage(images[i], request) for i, request in enumerate(asked)]
 
     def merge(self, strengths: Mapping[str, Strength]) -> None:
-        """Fold adapters into the base's weights: no cost while generating, and rounding-equal images.
+        """Fold adapters into the base's weights: they then cost no time, and images differ only by rounding.
 
         Raises:
             ConfigError: for an adapter that is not loaded, or if adapters are merged already.
@@ -163,7 +163,7 @@ class ImageGenerator:
         self._merged = Merged(self.model, strengths), dict(strengths)
 
     def unmerge(self) -> None:
-        """Undo :meth:`merge`: every weight of the base is back bit for bit. Without a merge: nothing."""
+        """Undo :meth:`merge`: every weight of the base is restored bit for bit. No effect without a merge."""
         if self._merged is not None:
             self._merged[0].undo()
             self._merged = None
@@ -176,7 +176,7 @@ class ImageGenerator:
 
     @contextlib.contextmanager
     def _acting(self, strengths: Mapping[str, Strength], merge: bool) -> Iterator[None]:
-        """Let adapters act at these strengths: already merged, merged for now, or beside the weights."""
+        """Let adapters act at these strengths: merged before, merged within the block, or as layers."""
         if self._merged is not None:
             yield
             return

@@ -27,8 +27,8 @@ _KEY = "parameters"
 _NEGATIVE = "Negative prompt:"
 _NAME_PART = re.compile(r"[\w \-/]")
 MAX_TEXT = 1_000_000
-"""Characters of a ``parameters`` text that is read; what WebUI writes has some thousand."""
-_LEAST_PAIRS = 3  # WebUI takes a last line with fewer pairs for a part of the prompt
+"""Longest ``parameters`` text that is read, in characters; those that WebUI writes have a few thousand."""
+_LEAST_PAIRS = 3  # WebUI takes a last line with fewer pairs as part of the prompt
 
 
 def parameters_text(
@@ -36,11 +36,11 @@ def parameters_text(
 ) -> str:
     """Return a request as WebUI's text.
 
-    The prompt stands as it was rendered: sdlora gives brackets no weight, WebUI does.
+    The prompt is written as it was rendered: brackets weight words here as they do in WebUI.
 
     Args:
         request: what was rendered; adapters become ``<lora:NAME:STRENGTH>``, or
-            ``<lora:NAME:TEXT ENCODER:U-NET>`` where the two strengths differ.
+            ``<lora:NAME:TEXT ENCODER:U-NET>`` if the two strengths differ.
         base: the base model, for its name and hash.
         hashes: adapter name -> SHA-256 (hex) of the file's tensors, as WebUI computes it.
     """
@@ -66,7 +66,7 @@ def parameters_text(
 
 
 def lora_tag(name: str, strength: Strength) -> str:
-    """Return an adapter as WebUI's users write it in a prompt."""
+    """Return an adapter as users of WebUI write it in a prompt."""
     denoiser, text = pair_of(strength)
     return f"<lora:{name}:{denoiser:g}>" if denoiser == text else f"<lora:{name}:{text:g}:{denoiser:g}>"
 
@@ -123,8 +123,8 @@ def parse_parameters(text: str) -> dict[str, str]:
 def _pairs(line: str) -> Iterator[tuple[str, str]]:
     """Yield the ``Name: value`` pairs of a line.
 
-    They are those of the expression that WebUI searches with (``_RE_PARAM`` in the test), which looks at each
-    place of a line again and again: 20 kB of blanks took it 13 s.
+    They are the matches of the expression that WebUI searches with (``_RE_PARAM`` in the test), which takes
+    quadratic time: 13 s for 20 kB of spaces.
     """
     start = 0
     while (colon := line.find(":", start)) >= 0:
@@ -144,7 +144,7 @@ def _pairs(line: str) -> Iterator[tuple[str, str]]:
 
 
 def _name_before(line: str, start: int, colon: int) -> str | None:
-    """Return the name that ends at a colon: letters, digits, blanks, ``-`` and ``/``, two at least."""
+    """Return the name that ends at a colon: two or more letters, digits, spaces, ``-`` or ``/``."""
     first = colon
     while first > start and _NAME_PART.match(line, first - 1):
         first -= 1
@@ -154,7 +154,7 @@ def _name_before(line: str, start: int, colon: int) -> str | None:
 
 
 def _end_of_quoted(line: str, begin: int) -> int | None:
-    """Return where a text in quotes ends that begins here and fills its place up to a comma; else None."""
+    """Return the end of a quoted text that begins here and ends before a comma or line end; else None."""
     if not line.startswith('"', begin):
         return None
     at = begin + 1

@@ -41,7 +41,7 @@ class GenerateRequest:
         guidance: how far to go from the negative prompt to the prompt; 1 or less: no guidance.
         sampler: a name of :data:`sdlora.diffusion.samplers.SAMPLERS`.
         seed: fixes the noise, whatever else is in the batch.
-        strengths: adapter name -> strength; adapters that are not named do not act.
+        strengths: adapter name -> strength; other adapters do not act.
     """
 
     prompt: str
@@ -57,19 +57,19 @@ class GenerateRequest:
 
 
 def usual_guidance(model: DiffusionModel) -> float:
-    """Return the guidance scale that a base's author recommends, or else the usual one."""
+    """Return the guidance scale that the base's author recommends, or else the usual one."""
     return float(model.base.recommended.get("sample.guidance", USUAL_GUIDANCE))
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """An image with the request that made it."""
+    """An image and the request for it."""
 
     image: Image
     request: GenerateRequest
 
 
-@torch.no_grad()  # not inference_mode: training goes on with this model, which must hold no such tensors
+@torch.no_grad()  # not inference_mode: training continues with this model, and inference tensors forbid that
 def render(
     model: DiffusionModel,
     requests: Sequence[GenerateRequest],
@@ -77,7 +77,7 @@ def render(
     progress: Progress | None = None,
     encoded: Mapping[str, Conditioning] | None = None,
 ) -> list[Image]:
-    """Return the images of ``requests``, in their order, with the adapters acting as the model has them.
+    """Return the images of ``requests``, in their order, with the adapters as they act in the model now.
 
     Requests that differ only in prompts and seed share batches. Each image draws all its noise from its
     own CPU generator and each prompt is encoded by itself, so a batch changes an image only by rounding.
@@ -86,7 +86,7 @@ def render(
     Args:
         model: see :func:`denoise`.
         requests: what to make.
-        progress: told after every denoising step.
+        progress: called after every denoising step.
         encoded: prompts encoded before (:func:`encode_prompts`); the others are encoded now.
 
     Raises:
@@ -145,7 +145,7 @@ def _batches(model: DiffusionModel, requests: Sequence[GenerateRequest]) -> Iter
 
 
 def most_at_once(model: DiffusionModel, height: int, width: int) -> int:
-    """Return how many images of a size in px share a batch at most."""
+    """Return how many images of a size in px may share a batch."""
     _, rows, columns = model.facts.latents.shape(height, width)
     return max(1, min(MAX_BATCH, MAX_BATCH_LATENTS // (rows * columns)))
 
@@ -161,7 +161,7 @@ def denoise(
     """Return clean scaled latents (B, C, h, w) float32 of requests that share all but prompts and seed.
 
     Args:
-        model: in eval mode, its adapters set as they shall act.
+        model: in eval mode, with its adapters' strengths set.
         requests: one batch.
         tick: called after every denoising step.
         encoded: see :func:`render`.
@@ -176,7 +176,7 @@ def denoise(
     )
     latents = noise.to(model.facts.device) * float(scheduler.init_noise_sigma)
     guided = first.guidance > 1.0
-    text = _conditioning(model, requests, guided, encoded)
+    text = conditioning_of(model, requests, guided, encoded)
     copies = 2 if guided else 1
     pixels = (first.height, first.width)
     sizes = [SizeHint(original=pixels, crop=(0, 0), target=pixels)] * (count * copies)
@@ -193,7 +193,7 @@ def denoise(
     return latents
 
 
-def _conditioning(
+def conditioning_of(
     model: DiffusionModel,
     requests: Sequence[GenerateRequest],
     guided: bool,

@@ -102,6 +102,6 @@ def inspect_base(source: str) -> BaseSummary:
     """Describe a base model without loading it, and without fetching it from the hub.
 
     Raises:
-        ModelError: if it is none, by what it is instead.
+        ModelError: if it is not a base model; the text says what it is instead.
     """
     return BaseSummary(recognise(locate(source, fetch=False)))

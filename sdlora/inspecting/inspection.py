@@ -135,8 +135,8 @@ def inspect_adapter(path: Path, *, values: bool = True) -> AdapterSummary:
 
     Args:
         path: the file or folder.
-        values: read the tensors, for the hash and the norms; without, only headers and single numbers are
-            touched, so that it takes no longer for a large file than for a small one.
+        values: read the tensors, for the hash and the norms. Otherwise only headers and single numbers are
+            read, so that a large file takes no longer than a small one.
 
     Raises:
         AdapterFileError: when it cannot be read, or is not an adapter.
@@ -194,7 +194,7 @@ def _measured(adapter: OpenAdapter) -> tuple[Counter[int], Counter[float], tuple
 
 
 def _outlined(headers: Sequence[Header], weights: AdapterWeights) -> tuple[Counter[int], Counter[float]]:
-    """Return the same counts by an outline, with the alphas that a header says were trained."""
+    """Return the same counts from an outline, with the alphas that a header says were trained."""
     trained: dict[str, float] = {}
     for header in headers:
         trained |= original_alpha(header.path, header.metadata)
@@ -220,7 +220,7 @@ def edit_adapter(
 
     Raises:
         AdapterFileError: when it cannot be read, or is not an adapter.
-        ConfigError: for what may not be changed so.
+        ConfigError: for an entry that may not be changed this way.
         OutputError: when it cannot be written.
     """
     values: dict[str, str] = {}
@@ -244,7 +244,7 @@ def edit_adapter(
 
 
 def _dtypes(headers: Iterable[Header]) -> dict[str, int]:
-    """Count the factors by number format; alphas are always fp32 and say nothing."""
+    """Count the factors by number format; alphas are always fp32, so they are left out."""
     counts: Counter[str] = Counter()
     for header in headers:
         for key, spec in header.tensors.items():

@@ -36,7 +36,7 @@ class BlockNorm:
 def block_norms(updates: Iterable[tuple[ModuleKey, Update]]) -> tuple[BlockNorm, ...]:
     """Return the Frobenius norm of the updates of each block, the denoiser first.
 
-    The norm of an update that needs the base is that of its direction.
+    For an update that needs the base, it is the norm of its direction.
 
     Args:
         updates: in any order; each is let go before the next is taken.

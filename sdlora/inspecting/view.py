@@ -23,7 +23,7 @@ from .inspection import AdapterSummary
 _BAR = 32
 _COLOURS = ("cyan", "magenta", "yellow", "green")
 _CHART_COLOURS = ("#1f77b4", "#d62728", "#ff7f0e", "#2ca02c")
-"""Of the denoiser, and of the text encoders by number."""
+"""For the denoiser, and for the text encoders by number."""
 
 
 def render(summary: AdapterSummary, *, width: int = 140, colour: bool = False, plain: bool = False) -> str:
@@ -144,7 +144,7 @@ def _table(rows: Iterable[tuple[str, str]], indent: int = 0) -> Table:
 
 
 def _short(value: str) -> str:
-    """Return a value of the header fit for a table: long decimal fractions are rounded."""
+    """Return a header value in a form fit for a table: long decimal fractions are rounded."""
     if not re.fullmatch(r"-?\d+\.\d{6,17}", value):
         return shown(value, 120)
     return f"{float(value):.5g}"
@@ -166,7 +166,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _number(component: str) -> int:
-    """Return 0 for a denoiser, and for text encoders their number."""
+    """Return 0 for a denoiser, and its number for a text encoder."""
     if not is_text_encoder(component):
         return 0
     return min(int(component.rpartition("_")[2]) if component[-1].isdigit() else 1, len(_COLOURS) - 1)

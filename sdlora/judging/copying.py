@@ -1,8 +1,8 @@
-"""How alike two images are in what they show where, and whether generated images repeat trained ones.
+"""How alike two images are in what they show where, and whether generated images repeat training images.
 
 Unlike the style score, which compares sets, this compares single images: the correlation of their
 lightness at 16 x 16 px, the best one over small moves. A copy that was mirrored, moved a little or drawn
-a little larger is still a copy, and the same latitude is given to the images it is judged against.
+a little larger is still a copy; the same moves are allowed for the images it is judged against.
 Numpy and Pillow only.
 """
 
@@ -32,7 +32,7 @@ class Copying:
 
     Attributes:
         generated: mean over the generated images of the likeness to the nearest training image.
-        true: the same for true images that were not trained on: what chance and style alone give.
+        true: the same for true images that were not trained on: the likeness by chance and style alone.
         share: share of the generated images nearer to a training image than any of these is.
     """
 
@@ -84,7 +84,7 @@ def _lightness(image: Image) -> Array:
 
 
 def _views(image: Image) -> Iterator[Array]:
-    """Yield the image's views as flat vectors; beyond its edge, the edge goes on."""
+    """Yield the image's views as flat vectors; beyond its edge, the edge's pixels are repeated."""
     from PIL import Image as Pil
 
     side, margin = _SIDE * _FINE, 8

@@ -125,7 +125,7 @@ class StyleRuler:
     def ceiling(self) -> float:
         """Return the mean score of one half of the true images against the other: about 1.
 
-        How far it is from 1 is what the number of images leaves open.
+        Its distance from 1 is the uncertainty that the number of images leaves.
         """
         return float(np.mean(self.splits()))
 
@@ -144,7 +144,7 @@ class StyleRuler:
         for group, columns in _columns().items():
             unit = energy_distance(self._base[:, columns], self._true[:, columns])
             distance = energy_distance(generated[:, columns], self._true[:, columns])
-            # a group in which base and style agree has no way to go: full marks for not leaving it
+            # where base and style agree in a group there is no way to go: the full score for staying there
             scores[group] = 1 - distance / max(unit, _FLOOR)
         return scores
 
@@ -185,7 +185,7 @@ def _weighted_energy(first: Array, second: Array, weights: Array, others: Array)
     """Return the distance (draws,) for each row of weights, (draws, n) and (draws, m).
 
     An image drawn twice must not count as two images at distance 0, so pairs of an image with
-    itself are left out of the weights' sum, too.
+    itself are left out of the sum of the weights as well.
     """
     across = np.einsum("bi,ij,bj->b", weights, distances(first, second), others, optimize=True)
     across /= weights.sum(1) * others.sum(1)
@@ -203,7 +203,7 @@ def distances(first: Array, second: Array) -> Array:
 
 
 def _scale(base: Array, true: Array) -> Array:
-    """Return what to divide each feature by: the spread inside the sets, and its share of its group."""
+    """Return each feature's divisor, (d,): the spread inside the sets times the root of its group's size."""
     spread = np.sqrt((base.var(0, ddof=1) + true.var(0, ddof=1)) / 2)
     sizes = np.concatenate([np.full(len(names), len(names)) for names in FEATURES.values()])
     scale: Array = np.maximum(spread, _FLOOR) * np.sqrt(sizes)

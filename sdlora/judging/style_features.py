@@ -171,7 +171,7 @@ def _strokes(ink: Mask) -> list[float]:
     for share in _WIDTHS:
         width = max(2, round(share * side))
         wide.append(float(_opened(ink, width).sum()) / area if area else 0.0)
-        # of the ground, what no square of that width fits into: fine lines left white
+        # the part of the ground into which no square of that width fits: fine lines left white
         narrow.append(float((~ink & ~_opened(~ink, width)).sum()) / ink.size)
     least = _SPECK * ink.size
     pieces = [size for size in _pieces(ink) if size >= least]

@@ -133,7 +133,7 @@ def bake_checkpoint(
     for (path, _), adapter, strength in zip(adapters, opened, strengths, strict=True):
         _plan(model, path, adapter, strength, sign, baking)
     if not baking.terms:
-        raise ConfigError("every strength is 0, so the result would be the input; give another strength")
+        raise ConfigError("every strength is 0, so the result would equal the input; give another strength")
     records = _records(adapters, factors)
     notes = _notes(model, records, inverse)
     files = (
@@ -261,7 +261,7 @@ def _bake_folder(
     progress: Progress,
     notes: list[str],
 ) -> list[Path]:
-    """Write a new folder: weights of changed components again, everything else copied."""
+    """Write a new folder: the changed components' weights are rewritten, everything else is copied."""
     changed = {path for path, _ in baking.terms}
     components = {path.parent for path in changed}
     left_out: list[str] = []
@@ -324,7 +324,7 @@ def _rewrite(
 def entries_after(
     metadata: Mapping[str, str], records: Sequence[Mapping[str, Any]], inverse: bool
 ) -> dict[str, str]:
-    """Return a checkpoint's header entries after baking: all it had but stale hashes, and what was done."""
+    """Return a checkpoint's header entries after baking: all but stale hashes, and what was done."""
     entries = {key: value for key, value in metadata.items() if key not in _STALE}
     baked = baked_adapters(metadata)
     names = [part.strip() for part in entries.get("modelspec.merged_from", "").split(",") if part.strip()]

@@ -1,8 +1,8 @@
 """Where a checkpoint keeps the weights that adapters change: LDM single files and diffusers folders.
 
-A module's weight is a tensor of its own, or a third of the rows of one: OpenCLIP text encoders of
-LDM files hold query, key and value as one matrix. Names alone decide, so nothing is loaded; each tensor is
-read when it is asked for.
+A module's weight is a whole tensor or a third of a tensor's rows: OpenCLIP text encoders of LDM files hold
+query, key and value as one matrix. Names alone decide, so nothing is loaded; each tensor is read when it
+is asked for.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_tensor(header: Header, key: str) -> Tensor:
-    """Return one tensor of a file, in memory of its own.
+    """Return one tensor of a file as a copy in memory.
 
     Raises:
         ModelError: when the file became shorter meanwhile.
@@ -187,7 +187,7 @@ def read_into(header: Header, start: int, block: Tensor) -> None:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the number format to compute in: float64 for itself, float32 for all narrower ones."""
+    """Return the number format to compute in: float64 for float64, float32 for all narrower ones."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -201,7 +201,7 @@ def component_files(folder: Path) -> list[Path]:
 
 
 def variant_of(file: Path) -> str:
-    """Return which variant of a component's weights a file belongs to, e.g. ``fp16``; usually none."""
+    """Return which variant of a component's weights a file belongs to, e.g. ``fp16``; usually ``""``."""
     match = _VARIANT.match(file.name.removesuffix(".safetensors"))
     return (match["variant"] or "") if match else ""
 
@@ -258,7 +258,7 @@ def _sites_of_file(header: Header) -> dict[ModuleKey, tuple[Site, ...]]:
 def _key_map(header: Header, encoder: TextEncoderInfo, assets: str) -> Iterator[tuple[str, StoredKey]]:
     """Yield (transformers name, place) of the matrices of a text encoder that are in the file.
 
-    SD2's checkpoints have a layer more than is used; no adapter has it.
+    SD2's checkpoints hold one layer more than is used; no adapter has that layer.
     """
     config = json.loads((_ASSETS / assets / encoder.component / "config.json").read_text(encoding="utf-8"))
     last = int(config["num_hidden_layers"])

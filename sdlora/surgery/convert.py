@@ -1,7 +1,8 @@
 """Converting adapters: to another file format, number format, or from other kinds to plain LoRA.
 
-A format or number format changes no update but by rounding, which is proven after writing. LoCon with
-Tucker factors, LoHa and LoKr have an exact plain form of a higher rank, which a size cuts by SVD.
+Another format or number format changes an update by rounding only, which is proven after writing. LoCon
+with Tucker factors, LoHa and LoKr have an exact plain form of a higher rank; where a size is given, SVD
+cuts it to that size.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def convert_adapter(
         output: the new file, or the folder for ``peft``.
         format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; the source's own when None.
-        to_lora: turn other kinds into plain LoRA: exactly, or cut to a size. Those that follow from the
-            base's weights, as DoRA, need ``base`` and a size.
+        to_lora: turn other kinds into plain LoRA: exactly, or cut to a size. Kinds whose update depends on
+            the base's weights, such as DoRA, need ``base`` and a size.
         base: checkpoint or diffusers folder the adapter was trained on.
         rank: at most this rank in each module that is converted.
         energy: share of each update's sum of squared singular values to keep.
@@ -78,7 +79,7 @@ def convert_adapter(
         progress: called after each module.
 
     Raises:
-        AdapterFileError: when the source cannot be read, or the result not be held by the format.
+        AdapterFileError: when the source cannot be read, or the format cannot hold the result.
         ConfigError: for settings that contradict each other or have no effect.
         OutputError: when the file exists or cannot be written.
     """
@@ -110,7 +111,7 @@ def convert_adapter(
 def plain_parts(
     weights: AdapterWeights, cut: Cut | None, base: BaseWeight | None, progress: Progress = silent
 ) -> Iterator[Part]:
-    """Yield each module's update as plain factors; what is plain already is not cut.
+    """Yield each module's update as plain factors; an update that is plain already is not cut.
 
     Raises:
         AdapterFileError: for an update that needs the base, without the base's weights or without a size.
@@ -130,7 +131,7 @@ def plain_parts(
 
 
 def _part_on_base(module: ModuleKey, update: Update, cut: Cut | None, base: BaseWeight | None) -> Part:
-    """Return the plain factors of an update that follows from the base's weight, cut to a size."""
+    """Return the plain factors of an update that depends on the base's weight, cut to a size."""
     where = f"`{module.component}.{module.path}` is a {title_of(update)}"
     if base is None:
         raise AdapterFileError(f"{where}, whose update depends on the base's weights; give --base")

@@ -22,10 +22,10 @@ _SMALL_SIDE = 96
 
 
 def cut_matrix(matrix: Tensor, shape: tuple[int, ...], cut: Cut, seed: int) -> tuple[Factors, float, float]:
-    """Return the low-rank update of a matrix, the matrix's Frobenius norm, and that of what was cut away.
+    """Return a matrix's low-rank update, the matrix's Frobenius norm, and the norm of what was cut away.
 
-    The update is ``U U^T M`` for orthonormal columns U near the leading left singular vectors, the best
-    there is in their span; so the loss is measured, not estimated.
+    The update is ``U U^T M`` for orthonormal columns U near the leading left singular vectors: the best
+    approximation of M in their span. So the loss is measured, not estimated.
 
     Args:
         matrix: (out, in * kh * kw), float32 or float64.
@@ -74,7 +74,7 @@ def _randomised(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[
 
 
 def _whole(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return all left singular vectors and values; through the right ones where that is the smaller side."""
+    """Return all left singular vectors and values, by way of the right ones where those are fewer."""
     wide = matrix.double()
     if min(matrix.shape) <= _SMALL_SIDE:
         left, values, _ = torch.linalg.svd(wide, full_matrices=False)

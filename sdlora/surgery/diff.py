@@ -1,8 +1,8 @@
 """Comparing two adapters: cosine, norms and distance of their updates, by module and by block.
 
-All from the factors: ``<dW1, dW2> = trace((U1^T U2) (D2 D1^T))`` takes two matrices of rank x rank, in
-float64; no update is built. A cosine of 1 means the same direction at any strength, 0 nothing in common,
--1 the opposite.
+Everything is computed from the factors: ``<dW1, dW2> = trace((U1^T U2) (D2 D1^T))`` takes two matrices of
+rank x rank, in float64; no update is built. A cosine of 1 means the same direction at any strength, 0
+nothing in common, -1 the opposite.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AdapterDiff:
         sources: the two files.
         modules: module -> comparison.
         with_modules: whether people asked for each module.
-        only_in: modules that the first, and the second, has alone.
+        only_in: number of modules that only the first has, and that only the second has.
         image: the heat map, if one was drawn.
         seconds: wall time.
         notes: what the user should know.

@@ -37,7 +37,7 @@ from .workers import in_order
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What two checkpoints differ in beside the extracted modules.
+    """What else differs between two checkpoints besides the extracted modules.
 
     Attributes:
         squares: sum of the squared differences.
@@ -110,7 +110,7 @@ def extract_adapter(
 
 
 def _info(base: Checkpoint, tuned: Path, cut: Cut, name: str) -> AdapterInfo:
-    """Return what the header says of the result."""
+    """Return what the header says about the result."""
     record = {
         "operation": "extract",
         "base": base.path.name,
@@ -123,7 +123,7 @@ def _info(base: Checkpoint, tuned: Path, cut: Cut, name: str) -> AdapterInfo:
 
 
 def _details(unchanged: Sequence[ModuleKey], covered: float, left_out: LeftOut | None) -> dict[str, Any]:
-    """Return what scripts want to know of all that was not extracted."""
+    """Return what scripts want to know about everything that was not extracted."""
     return {
         "unchanged_modules": len(unchanged),
         "covered_share": None if left_out is None else covered / (covered + left_out.squares),
@@ -134,7 +134,7 @@ def _details(unchanged: Sequence[ModuleKey], covered: float, left_out: LeftOut |
 def extracted_modules(
     base: Checkpoint, tuned: Checkpoint, targets: Targets | None, text_encoders: bool
 ) -> list[ModuleKey]:
-    """Return the modules that both checkpoints have and that the targets name, as the files lie.
+    """Return the modules that both checkpoints have and the targets name, in the order of the files.
 
     Raises:
         ModelError: when the checkpoints are of different families or shapes.
@@ -198,7 +198,7 @@ def extracted(
 
 
 def what_is_left(base: Checkpoint, tuned: Checkpoint, modules: Sequence[ModuleKey]) -> LeftOut:
-    """Return what two checkpoints of one layout differ in beside these modules, VAE and averages aside."""
+    """Return what else differs between two checkpoints of one layout; VAE and averaged weights aside."""
     taken = {(site.header.path, site.stored_key.key) for m in modules for site in tuned.sites(m)[:1]}
     differences: dict[str, float] = {}
     for base_header, other in _matching(base, tuned):
@@ -219,7 +219,7 @@ def what_is_left(base: Checkpoint, tuned: Checkpoint, modules: Sequence[ModuleKe
 
 
 def _matching(base: Checkpoint, tuned: Checkpoint) -> list[tuple[Header, Header]]:
-    """Return the files of two checkpoints of one layout that go together, one variant of each component."""
+    """Return the matching files of two checkpoints of one layout, one variant of each component."""
     if base.layout == "file":
         return [(base.headers[0], tuned.headers[0])]
     by_place = {(h.path.parent.name, h.path.name): h for h in base.headers}

@@ -23,7 +23,7 @@ _CANCELLED = 1e-5
 
 @dataclass(frozen=True)
 class Factors:
-    """One layer's ``dW = up @ down``, with nothing left to multiply.
+    """One layer's ``dW = up @ down``, with every scale folded in.
 
     Attributes:
         up: (out, R) float64.
@@ -108,7 +108,7 @@ class Cut:
         return max(1, min(enough, most))
 
     def is_met(self, values: Tensor, total: float) -> bool:
-        """Tell whether the largest ``values`` suffice, of a spectrum whose squares sum to ``total``."""
+        """Tell whether the largest ``values`` of a spectrum suffice; all its squares sum to ``total``."""
         if self.rank is not None and len(values) >= self.rank:
             return True
         if self.allowed_loss is None:
@@ -123,7 +123,7 @@ def cut_of(rank: int | None, energy: float | None, error: float | None) -> Cut |
 
 
 def factors_of(pair: LowRankPair, weight: float = 1.0) -> Factors:
-    """Return ``weight * dW`` of a pair, all of ``weight * alpha / rank`` folded into ``up``."""
+    """Return ``weight * dW`` of a pair, with the whole ``weight * alpha / rank`` folded into ``up``."""
     # dW = (weight * alpha / rank * up) @ down: (out, R) @ (R, in * kh * kw)
     up = pair.up.flatten(1).double() * (weight * pair.alpha / pair.rank)
     return Factors(up, pair.down.flatten(1).double(), (pair.up.shape[0], *pair.down.shape[1:]))
@@ -169,7 +169,7 @@ def inner_product(first: Factors, other: Factors) -> float:
 def distance(first: Factors, other: Factors) -> float:
     """Return the Frobenius norm of ``dW1 - dW2``, right to float64 rounding of the larger of the two.
 
-    Of nearly equal updates ``|dW1|^2 - 2 <dW1, dW2> + |dW2|^2`` loses half the digits. There the triangular
+    For nearly equal updates ``|dW1|^2 - 2 <dW1, dW2> + |dW2|^2`` loses half the digits. There the triangular
     factors of ``[U1 -U2]`` and ``[D1; D2]``, the factors of the difference, carry its norm without loss.
     """
     whole = inner_product(first, first) + inner_product(other, other)
@@ -237,14 +237,14 @@ def _reduced(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _turned(vectors: Tensor, sizes: Tensor, small: Tensor) -> Tensor:
-    """Return Q @ small of the Q that :func:`_reduced` gives, (rows, columns of small)."""
+    """Return ``Q @ small`` for the Q that :func:`_reduced` gives, (rows, columns of small)."""
     padded = small.new_zeros(vectors.shape[0], small.shape[1])
     padded[: small.shape[0]] = small
     return torch.ormqr(vectors, sizes, padded)
 
 
 def balanced(update: Factors) -> Factors:
-    """Return the same update with each row of ``down`` and its column of ``up`` of like sizes.
+    """Return the same update with each row of ``down`` and its column of ``up`` of similar size.
 
     Only powers of two move between them, so no product changes. It matters in float16, where a small scale
     folded into one factor would push its values below 6e-5, under which precision falls.

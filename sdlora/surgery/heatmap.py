@@ -30,7 +30,7 @@ def draw_heatmap(modules: Mapping[ModuleKey, Likeness], names: tuple[str, str], 
     Args:
         modules: the comparison by module.
         names: of the two adapters, for the titles.
-        image: the PNG.
+        file: the PNG.
 
     Raises:
         OutputError: when it cannot be written.

@@ -135,7 +135,7 @@ def merge_adapters(
 def _opened(
     sources: Sequence[tuple[Path, Strength]], output: Path, format: str, overwrite: bool
 ) -> list[Opened]:
-    """Return the adapters, once it is sure that a result can be written."""
+    """Return the adapters after checking that a result can be written."""
     if not sources:
         raise ConfigError("merge needs adapters: give FILE:WEIGHT, e.g. style.safetensors:0.8")
     paths = [path for path, _ in sources]

@@ -1,6 +1,6 @@
 """Ways to merge that resolve conflicts between adapters: TIES and DARE, on the updates themselves.
 
-Both papers work on task vectors, the difference of the fine-tuned from the base weights: here each layer's
+Both papers work on task vectors, the fine-tuned weights minus the base's weights: here each layer's
 dW. peft's ``add_weighted_adapter`` applies them to the factors A and B one by one, where signs and sizes
 mean nothing: ``(up G, G^-1 down)`` is the same adapter for every invertible G, but another sign pattern.
 So merged results would depend on how an adapter happens to be written. On dW they do not; the price is
@@ -21,14 +21,14 @@ METHODS = ("linear", "ties", "dare", "dare-ties")
 
 
 def trimmed(delta: Tensor, density: float) -> Tensor:
-    """Return a task vector with its largest entries only, the rest zero (TIES, step 1).
+    """Return a task vector with only its largest entries, the rest zero (TIES, step 1).
 
     The paper trims a whole model at once; here each layer keeps its share, as in peft, so that layers with
     small updates are not emptied.
 
     Args:
         delta: any shape.
-        density: share of the entries kept, above 0 and at most 1; equal ones at the border all stay.
+        density: share of the entries kept, above 0 and at most 1; ties with the smallest kept one stay too.
 
     Source: Yadav et al. 2023, "TIES-Merging", section 4.2.
     """
@@ -41,7 +41,7 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
 
 
 def elected(deltas: Sequence[Tensor]) -> Tensor:
-    """Return the mean, entry by entry, of the task vectors that share the winning sign (TIES, steps 2, 3).
+    """Return, entry by entry, the mean of the task vectors that have the winning sign (TIES, steps 2, 3).
 
     The sign with the larger total size wins. The weights are in the vectors already, so a negative weight
     votes against; with one weight for all this is the paper's ``lambda * tau_m``.
@@ -60,10 +60,10 @@ def elected(deltas: Sequence[Tensor]) -> Tensor:
 def dropped(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Return a task vector with entries dropped at random and the rest scaled by 1 / density (DARE).
 
-    The expectation of every entry stays.
+    The expectation of every entry stays the same: ``density * delta / density``.
 
     Args:
-        density: probability of an entry to stay, above 0 and at most 1.
+        density: probability that an entry stays, above 0 and at most 1.
 
     Source: Yu et al. 2024, "Language Models are Super Mario", equation 3.
     """

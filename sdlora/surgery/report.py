@@ -23,7 +23,7 @@ class ModuleChange:
 
     Attributes:
         module: which one.
-        rank_before: rank that went in; for several adapters their sum; None for a full weight.
+        rank_before: rank that went in, summed over several adapters; None for a full weight.
         rank_after: rank that came out; None for a full weight.
         norm: Frobenius norm of the exact result.
         error: norm of (what was written - the exact result) over ``norm``; None when it was not asked for.
@@ -152,7 +152,7 @@ def counts(values: Iterable[int]) -> dict[str, int]:
 
 
 def relative(error: float, norm: float) -> float:
-    """Return error / norm; 0 for nothing out of nothing, infinity for something out of nothing."""
+    """Return error / norm; where the norm is 0: 0 without an error, infinity with one."""
     if norm == 0.0:
         return 0.0 if error == 0.0 else math.inf
     return error / norm

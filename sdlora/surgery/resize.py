@@ -60,7 +60,7 @@ def resize_adapter(
         progress: called after each module.
 
     Raises:
-        AdapterFileError: when the source cannot be read, or the result not be held by the format.
+        AdapterFileError: when the source cannot be read, or the format cannot hold the result.
         ConfigError: for sizes that are missing, contradict each other or change nothing.
         OutputError: when the file exists or cannot be written.
     """

@@ -36,7 +36,7 @@ class Part:
 
 
 def cut_part(module: ModuleKey, update: Factors, cut: Cut | None) -> Part:
-    """Return a module's update, cut if asked for; one that has no more rank than wanted stays as it is."""
+    """Return a module's update, cut if asked for; one of no higher rank than wanted stays as it is."""
     kept = cut is None or (cut.allowed_loss is None and cut.rank is not None and update.rank <= cut.rank)
     if kept or cut is None:
         return Part(module, update, update.rank, update.norm())
@@ -58,12 +58,12 @@ def finish(
     """Return the adapter that is written, and what became of each module.
 
     Args:
-        parts: one a module; taken one by one if ``ranks`` are given, so that only one is in memory.
-        format: of the file, which decides on the alphas.
+        parts: one for each module; taken one by one if ``ranks`` are given, so that only one is in memory.
+        format: of the file; decides the alphas.
         dtype: number format that the factors are rounded to, once.
         with_errors: measure each module's error, rounding included. Cut and rounding error are added as
             squares: what a cut takes away is orthogonal to what is kept.
-        ranks: of the results, where they are known before.
+        ranks: of the results, where they are known beforehand.
 
     Raises:
         AdapterFileError: when a value does not fit the number format.
@@ -90,8 +90,8 @@ def finish(
 def file_alphas(ranks: Mapping[ModuleKey, int], format: str) -> dict[ModuleKey, float]:
     """Return the alpha of each module of a result: the new rank.
 
-    Where clients take one alpha a component (as diffusers of WebUI files, formats.md 4.3), it is the
-    largest rank of the component for all its modules; the factors take up the difference.
+    Where clients take one alpha for each component (as diffusers does for WebUI files, formats.md 4.3), it
+    is the component's largest rank for all its modules; the factors take up the difference.
     """
     if not FORMATS[format].one_alpha:
         return {module: float(rank) for module, rank in ranks.items()}

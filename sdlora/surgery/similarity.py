@@ -1,4 +1,4 @@
-"""How two adapters' updates compare: cosine, norms and distance, of a module or of many together."""
+"""How two adapters' updates compare: cosine, norms and distance, for one module or many together."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..families.facts import FamilyInfo
 
 Progress = Callable[[int, int], None]
-"""Told (modules done, modules in all)."""
+"""Called with (modules done, modules in all)."""
 
 RECORD = "sdlora.surgery"
 """Header entry with what was done, as JSON."""
@@ -100,7 +100,7 @@ def open_adapters(paths: Sequence[Path]) -> list[Opened]:
 
 
 def kind_notes(adapters: Sequence[Opened]) -> tuple[str, ...]:
-    """Return what was said of adapters that were of another kind than plain LoRA."""
+    """Return a note on each adapter of another kind than plain LoRA."""
     return tuple(
         f"{adapter.path}: {count} {KINDS[kind].title} modules were taken as plain LoRA of rank up to "
         f"{max(adapter.weights.ranks())}, which loses nothing"
@@ -120,7 +120,7 @@ def family_of(adapters: Sequence[Opened]) -> FamilyInfo:
 
 
 def number_format(asked: Precision | None, adapters: Sequence[Opened]) -> torch.dtype:
-    """Return the number format to write: what is asked for, else that of the sources, float32 if mixed.
+    """Return the number format to write: the one asked for, else that of the sources, float32 if mixed.
 
     Raises:
         ConfigError: for an unknown one.
@@ -150,7 +150,7 @@ def check_target(target: Path, format: str, overwrite: bool, sources: Iterable[P
 
 
 def refuse_source(target: Path, sources: Iterable[Path]) -> None:
-    """Check that a result is not written over what it is made of.
+    """Check that a result is not written over one of the files it is made from.
 
     Raises:
         OutputError: when it would be.
@@ -196,10 +196,10 @@ def result_info(
     """Return name, trigger words and header entries of a result.
 
     Args:
-        adapters: what it was made of.
+        adapters: what it was made from.
         name: of the result.
         record: what was done.
-        keep_all: keep all entries of the one source; else only those that all sources agree on and that
+        keep_all: keep all entries of the single source; else only those that all sources agree on and that
             still hold for a combination.
     """
     words = tuple(dict.fromkeys(word for a in adapters for word in a.info.trigger_words))

@@ -44,7 +44,7 @@ class ModuleStrength:
 
 
 def check_blocks(adapters: Sequence[tuple[AdapterWeights, ModuleStrength]]) -> None:
-    """Check that every named block holds a module of an adapter it is for: no setting is without effect.
+    """Check that every named block holds a module of an adapter it is for, so that no setting is ignored.
 
     Raises:
         ConfigError: naming the block that does not, and some that do.
@@ -73,7 +73,7 @@ def is_in_block(module: ModuleKey, name: str) -> bool:
 
 
 def webui_block(module: ModuleKey) -> str | None:
-    """Return the block of a module as WebUI's extensions number it, None for what they do not number."""
+    """Return a module's block as WebUI's extensions number it; None for modules that they do not number."""
     if is_text_encoder(module.component):
         return "BASE"
     path = names.to_ldm(module.path)

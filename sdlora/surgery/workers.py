@@ -1,4 +1,4 @@
-"""Modules are worked on side by side, one a core, each on a single thread.
+"""Work on modules side by side: one for each core, each on a single thread.
 
 The matrices are too small to be split over cores: measured on 2 cores, QR of two 1280 x 128 factors takes
 12 ms on one thread and 55 ms or more on two that wait for each other.

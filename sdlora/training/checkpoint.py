@@ -1,8 +1,8 @@
-"""Resumable run state on disk: save atomically, find the newest good one, prune the old ones.
+"""The resumable state of a run on disk: saved atomically, the newest good one found, old ones pruned.
 
 A checkpoint is a folder ``step-000040`` with ``adapter.safetensors`` (fp32, WebUI format: usable by
 itself), ``optimizer.safetensors`` (masters and moments) and ``state.json`` (step, digests of the other
-two). The folder appears under its name only when all of it is written.
+two). The folder gets its name only when everything in it is written.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def save_checkpoint(
     """
     target = checkpoint_folder(root, step).path
     if target.exists():
-        if is_whole(CheckpointFolder(target, step)):  # asked for twice at one step: the content is the same
+        if is_whole(CheckpointFolder(target, step)):  # saved already at this step: the content is the same
             return target
         shutil.rmtree(target)
     with replacing(target) as temporary:
@@ -72,7 +72,7 @@ def save_checkpoint(
 
 
 def load_newest(root: Path, notice: Callable[[str], None]) -> Checkpoint:
-    """Load the newest checkpoint whose files are whole; ``notice`` is called for damaged ones passed over.
+    """Load the newest checkpoint whose files are intact; ``notice`` is called for each damaged one skipped.
 
     Raises:
         TrainingError: if there is none.
@@ -92,12 +92,12 @@ def load_checkpoint(folder: CheckpointFolder) -> Checkpoint:
     state = _state_of(folder)
     for name, digest in state.pop("digests").items():
         if file_digest(folder.path / name) != digest:
-            raise ValueError(f"{name} is not what was written")
+            raise ValueError(f"{name} differs from what was written")
     return Checkpoint(int(state.pop("step")), load_file(folder.optimizer_file), state, folder.path)
 
 
 def micro_batches(root: Path) -> int | None:
-    """Return of how many micro-batches a step was made before the newest checkpoint, if that is recorded."""
+    """Return how many micro-batches made up a step when the newest checkpoint was written, if it says."""
     for folder in reversed(list_checkpoints(root)):
         with suppress(OSError, ValueError, KeyError):
             return int(_state_of(folder)["micro_batches"])
@@ -118,7 +118,7 @@ def unpacked(content: bytes) -> Checkpoint:
 
 
 def is_whole(folder: CheckpointFolder) -> bool:
-    """Return whether a checkpoint's files are what was written."""
+    """Return whether a checkpoint's files are as they were written."""
     try:
         digests = _state_of(folder)["digests"]
         return all(file_digest(folder.path / name) == digests[name] for name in digests)
@@ -130,12 +130,12 @@ def _state_of(folder: CheckpointFolder) -> dict[str, Any]:
     state = parse_json(folder.state_file.read_text(encoding="utf-8"), finite=False)
     digests = state.get("digests") if isinstance(state, dict) else None
     if not isinstance(digests, dict) or folder.optimizer_file.name not in digests:
-        raise ValueError(f"{folder.state_file.name} is not what was written")
+        raise ValueError(f"{folder.state_file.name} differs from what was written")
     return state
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest; the newest is never removed, nor the last that is whole."""
+    """Remove all but the ``keep`` newest; never the newest one, nor the newest intact one."""
     folders = list_checkpoints(root)
     old, kept = folders[: -max(1, keep)], folders[-max(1, keep) :]
     if not any(is_whole(folder) for folder in reversed(kept)):
@@ -143,5 +143,5 @@ def prune_checkpoints(root: Path, keep: int) -> None:
         old = [folder for folder in old if folder != spared]
     for folder in old:
         shutil.rmtree(folder.path, ignore_errors=True)
-    for leftover in root.glob(".*"):  # half-written when a process was killed
+    for leftover in root.glob(".*"):  # half-written by a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)

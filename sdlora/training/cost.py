@@ -1,4 +1,4 @@
-"""What a step costs: its time is measured on the real model with a real batch before the first step."""
+"""What a step costs; its time is measured on the real model with a real batch before the first step."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Cost:
 
 
 def measure_cost(run: Run) -> Cost:
-    """Run forward and backward of the largest micro-batch twice, and throw the gradients away.
+    """Run the largest micro-batch forward and backward twice, and discard the gradients.
 
-    The first pass warms up, the second is timed. The memory is the plan's, made before any weight was read.
+    The first pass warms up, the second is timed. The memory is that of the plan made before loading the base.
 
     Raises:
-        TrainingError: if the device's memory does not suffice.
+        TrainingError: if the device does not have enough memory.
     """
     settings = run.config.training
     micros = [micro for rank in run.order.step(run.step) for micro in rank if micro]
     visits = max(micros, key=lambda micro: len(micro))
     try:
         _pass(run, visits)
-        # or the second pass would be charged with what is left of the first
+        # kernels run asynchronously: without waiting, the rest of the first pass would be timed as well
         _wait_for(run.model.facts.device)
         began = time.perf_counter()
         _pass(run, visits)

@@ -1,4 +1,4 @@
-"""From a run's weights to adapter files, with everything known about their making in the header."""
+"""From a run's weights to adapter files, with everything known about their training in the header."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def finish_run(run: Run, losses: Sequence[float]) -> Path:
 
 
 def write_checkpoint_adapter(run: Run, target: Path) -> None:
-    """Write the fp32 masters as a checkpoint keeps them."""
+    """Write the fp32 masters as an adapter file for a checkpoint."""
     info = run.model.info
     write_adapter(adapter_file(run), info.adapter_format, target, torch.float32, info)
 
 
 def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
-    """Return the adapter as it is to be shown now, with its header."""
+    """Return the adapter as it now stands (averaged, if the run averages), with its header."""
     config, items = run.config, run.dataset.items
     triggers = (config.data.trigger_word,) if config.data.trigger_word else ()
     learned = _by_folder(item for item in items if not item.regularisation)

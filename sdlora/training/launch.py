@@ -1,4 +1,4 @@
-"""``sdlora train --processes N``: the same command N times on this machine, by torchrun's launcher."""
+"""``sdlora train --processes N``: the same command N times on this machine, with torchrun's launcher."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def train_in_processes(words: Sequence[str], count: int) -> int:
         count: of the processes.
 
     Returns:
-        The exit code: that of the first process that failed, or 128 and the number of the signal that
-        ended all.
+        The exit code: that of the first process that failed, or 128 plus the number of the signal that
+        ended them all.
 
     Raises:
         ConfigError: on Windows.
-        TrainingError: if a process was killed, as it could not tell so itself.
+        TrainingError: if a process was killed, since it could not say so itself.
     """
     if sys.platform == "win32":
         raise ConfigError(
-            "--processes: NVIDIA's NCCL, through which cards talk, is not on Windows; use one card, or WSL"
+            "--processes: NVIDIA's NCCL, through which cards talk, is not for Windows; use one card, or WSL"
         )
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -66,7 +66,7 @@ def train_in_processes(words: Sequence[str], count: int) -> int:
             name = signal.Signals(-failure.exitcode).name
             raise TrainingError(
                 f"process {rank + 1} of {count} was ended by {name} (the system does that when memory runs "
-                "out, too); --resume goes on from the last checkpoint"
+                "out, too); --resume continues from the last checkpoint"
             ) from None
         return int(failure.exitcode)
     return 0

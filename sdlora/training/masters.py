@@ -1,6 +1,6 @@
 """fp32 master weights over a model in any number format.
 
-All adapter parameters of one learning rate live in one flat buffer: clipping, stepping, zeroing and
+All adapter parameters with the same learning rate lie in one flat buffer: clipping, stepping, zeroing and
 publishing to the model are then a few kernels, however many layers there are.
 """
 
@@ -47,7 +47,7 @@ class MasterWeights:
     def collect(self, add: Callable[[Tensor, Tensor], object] = Tensor.add_) -> None:
         """Add the model's gradients to the master's and clear them; call after each backward.
 
-        ``add`` adds its second argument to its first, and those of other processes, too.
+        ``add(sum, gradient)`` adds in place; with several processes it adds the gradients of the others, too.
         """
         assert self.flat.grad is not None
         add(self.flat.grad, self._compute_grad)
@@ -68,7 +68,7 @@ class MasterWeights:
     def optimized(self, *, shaped: bool) -> list[nn.Parameter]:
         """Return what an optimizer steps: the flat buffer, or views into it of the parameters' shapes.
 
-        The views share the buffer's values and gradients, so nobody else sees a difference.
+        The views share the buffer's values and gradients, so the rest of the program sees no difference.
         """
         if not shaped:
             return [self.flat]
@@ -102,7 +102,7 @@ class ParameterGroup:
         master: the values.
         learning_rate: at its peak.
         slots: module and factor of each parameter, in the master's order.
-        decays: whether weight decay pulls them to zero (DoRA's magnitudes are not to be pulled there).
+        decays: whether weight decay pulls them to zero (DoRA's magnitudes must not be).
     """
 
     name: str
@@ -113,10 +113,12 @@ class ParameterGroup:
 
 
 def clip_(groups: Sequence[ParameterGroup], max_norm: float) -> float:
-    """Shorten the joint gradient to ``max_norm`` (0: leave it); return its norm before."""
+    """Shorten the joint gradient to at most ``max_norm`` (0: leave it as it is); return its norm before."""
     gradients = [group.master.flat.grad for group in groups if group.master.flat.grad is not None]
+    # the norm over all groups together: the root of the sum of the groups' squared norms
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
     if max_norm > 0:
+        # g <- g * min(1, max_norm / norm); the small number keeps a norm of 0 from dividing by 0
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(factor)

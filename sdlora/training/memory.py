@@ -1,10 +1,10 @@
 """How much memory a training run will take, counted before any weight is read.
 
 Each phase of a run (encoding, placing, step, validation, previews) is really run on torch's meta device:
-tensors of the true shapes and formats that hold no numbers. Every allocation and release is counted as it
-happens, so the peak is that of the true graph, with no table of guesses. What the count cannot see is the
-scratch space inside single kernels; the memory of the libraries themselves (a CUDA context takes 0.3 to 0.8
-GiB) is taken already when a card is asked what it has free.
+with tensors of the true shapes and formats that hold no numbers. Every allocation and release is counted as
+it happens, so the peak is that of the true graph, with no table of guesses. The count cannot see the scratch
+space inside single kernels. The memory of the libraries themselves (a CUDA context takes 0.3 to 0.8 GiB) is
+already taken when a card is asked how much it has free.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..generation.render import most_at_once
 from .optimizers import optimizer_kind
 
 GIB = 2**30
-_TOLERANCE = 0.85  # the count may be 15 % too high; below this share of it a run cannot fit
+_TOLERANCE = 0.85  # the count may be 15 % too high; with less free than this share of it, a run cannot fit
 VALIDATION_TIMESTEPS = 4  # at which each held-out image is measured
 _SPARED = ("validation", "previews")  # phases that are skipped where they do not fit
 
@@ -48,9 +48,9 @@ class MemoryPlan:
     Attributes:
         weights: the frozen components that stay on the device.
         adapter: the adapter's fp32 masters, its copy in the base's format, gradients and optimizer's state.
-        activations: the most that is alive at once during a step, besides the above.
-        free: what the device has free before the run, if that is known.
-        others: what is alive at once in the other phases: name -> bytes.
+        activations: the largest amount alive at once during a step, besides the above.
+        free: how much the device has free before the run, if that is known.
+        others: the largest amount alive at once in each other phase: name -> bytes.
     """
 
     weights: int
@@ -61,21 +61,21 @@ class MemoryPlan:
 
     @property
     def phases(self) -> Mapping[str, int]:
-        """What each phase of the run has alive at once."""
+        """The largest amount alive at once in each phase of the run."""
         return {"step": self.weights + self.adapter + self.activations, **self.others}
 
     @property
     def peak(self) -> int:
-        """The most that is alive at once in the whole run."""
+        """The largest amount alive at once in the whole run."""
         return max(self.phases.values())
 
     @property
     def needed(self) -> int:
-        """The most that is alive at once in what training cannot do without."""
+        """The largest amount alive at once in the phases that training cannot do without."""
         return max(size for name, size in self.phases.items() if name not in _SPARED)
 
     def fits(self) -> bool | None:
-        """Return whether what is needed fits into what is free; None if that is not known."""
+        """Return whether the needed memory fits into the free memory; None if the latter is not known."""
         return None if self.free is None else self.needed <= self.free
 
     def render(self) -> str:
@@ -91,23 +91,23 @@ class MemoryPlan:
 def free_memory(device: torch.device) -> int | None:
     """Return how many bytes ``device`` has free for this process, or None where it does not say."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])  # asking opens the context, so that is off already
+        return int(torch.cuda.mem_get_info(device)[0])  # asking opens the context: its memory is off already
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory()) - int(torch.mps.driver_allocated_memory())
     return int(psutil.virtual_memory().available)
 
 
 def validation_rows(config: Config) -> int:
-    """Return how many timesteps validation predicts together: no more than there are images in a step.
+    """Return how many timesteps validation predicts together: at most as many as a step has images.
 
-    So measuring takes less memory than training, whatever fits there.
+    So validation takes less memory than training and fits wherever training does.
     """
     assert config.training.batch_size is not None
     return min(VALIDATION_TIMESTEPS, config.training.batch_size)
 
 
 def plan_memory(config: Config, blueprint: Callable[[], DiffusionModel], *, free: int | None) -> MemoryPlan:
-    """Count what each phase of a resolved run takes.
+    """Count the memory that each phase of a resolved run takes.
 
     Args:
         config: resolved settings.
@@ -120,7 +120,7 @@ def plan_memory(config: Config, blueprint: Callable[[], DiffusionModel], *, free
 
 @dataclass(frozen=True)
 class _Question:
-    """What is asked of :func:`_count`; equal for equal structure, so that no step is counted twice."""
+    """The argument of :func:`_count`; equal for equal structure, so that no step is counted twice."""
 
     structure: str
     config: Config = field(compare=False)
@@ -153,7 +153,7 @@ def _side(config: Config) -> int:
 
 
 def _keeps_text(config: Config) -> bool:
-    """Tell whether the text encoders may be needed while training; what is not decided yet counts."""
+    """Tell whether the text encoders may be needed while training; an open setting counts as yes."""
     varying = config.data.varies_captions and config.data.encode_captions != "before"
     return config.adapter.adapts_text or varying
 
@@ -164,7 +164,7 @@ def _keeps_images(config: Config) -> bool:
 
 
 def _priors(config: Config) -> tuple[bool, bool]:
-    """Return whether the base predicts in every step, too, and whether all for the empty caption."""
+    """Return whether the base predicts in every step, too, and whether always for the empty caption."""
     wanted = config.data.prior_preservation > 0
     return wanted, wanted and not config.data.has_regularisation
 
@@ -174,7 +174,7 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
     """Return bytes of weights, adapter and step, and (phase, bytes) of the others."""
     config, model = question.config, question.blueprint()
     device = torch.device(config.training.device or "cpu")
-    waiting = device.type == "cpu"  # what waits in main memory then waits in the same memory
+    waiting = device.type == "cpu"  # components that wait in main memory then take the same memory
     sizes = {name: _bytes_of(module) for name, module in model.components().items()}
     denoiser, images = sizes.pop(model.info.denoiser.component), sizes.pop(AUTOENCODER)
     text = sum(sizes.values())
@@ -235,7 +235,7 @@ def refuse_what_cannot_fit(
 
 
 def _remedy(config: Config, again: Callable[[Config], MemoryPlan]) -> str | None:
-    """Return the first of ever stronger changes with which the run fits."""
+    """Return the mildest change of settings with which the run fits."""
     batch, resolution = config.training.batch_size, _side(config)
     assert batch is not None
     accumulate = config.training.gradient_accumulation * batch
@@ -277,7 +277,7 @@ def _rounded(model: DiffusionModel, side: int) -> int:
 
 @torch.no_grad()
 def _encoding_bytes(model: DiffusionModel, config: Config) -> int:
-    """Encode one image of the largest size, and one caption; return the most that is alive."""
+    """Encode one image of the largest size, and one caption; return the largest amount alive."""
     side = _rounded(model, _side(config))
     vae: Any = model.components()[AUTOENCODER]
     pixels = torch.empty((1, 3, side, side), device="meta", dtype=vae.dtype)
@@ -291,7 +291,7 @@ def _encoding_bytes(model: DiffusionModel, config: Config) -> int:
 
 @torch.no_grad()
 def _forward_bytes(model: DiffusionModel, side: int, rows: int) -> int:
-    """Predict for some rows without gradients; return the most that is alive."""
+    """Predict for some rows without gradients; return the largest amount alive."""
     side = _rounded(model, side)
     shape = (rows, *model.facts.latents.shape(side, side))
     latents, timesteps = torch.empty(shape, device="meta"), torch.zeros(rows, dtype=torch.long, device="meta")
@@ -303,7 +303,7 @@ def _forward_bytes(model: DiffusionModel, side: int, rows: int) -> int:
 
 @torch.no_grad()
 def _preview_bytes(model: DiffusionModel, config: Config, visiting: int) -> int:
-    """Predict for the previews, then decode one of them, its decoder being there for that time."""
+    """Predict for the previews, then decode one of them with the decoder on the device for that time."""
     assert config.data.resolution is not None
     side = _rounded(model, config.data.resolution)
     count, guided = _preview(config)
@@ -316,7 +316,7 @@ def _preview_bytes(model: DiffusionModel, config: Config, visiting: int) -> int:
 
 def _attach(model: DiffusionModel, config: AdapterConfig) -> int:
     """Put a fresh adapter of the same kind and shapes on the blueprint; return how many numbers it has."""
-    # starts that are worked out from the base's weights have the shapes of any other
+    # starting values computed from the base's weights have the same shapes as any others
     with torch.device("meta"):  # no number is drawn
         fresh = create_adapter(model, config.model_copy(update={"init": "default"}), 0)
     count = 0
@@ -335,7 +335,7 @@ def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
     rows = 2 * count if blank else count
     shape = (rows, *model.facts.latents.shape(side, side))
     sizes = [SizeHint((side, side), (0, 0), (side, side))] * rows
-    captions = [""] * rows  # one chunk of tokens, as nearly all captions
+    captions = [""] * rows  # one chunk of tokens, like nearly all captions
     latents, timesteps = torch.empty(shape, device=device), torch.zeros(rows, dtype=torch.long, device=device)
     with _fused_attention(), torch.enable_grad():
         with torch.set_grad_enabled(adapts_text):
@@ -362,14 +362,14 @@ def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
 
 @dataclass
 class MemoryCount:
-    """What is alive now and was at most, in bytes, of tensors made while counting."""
+    """How many bytes of the tensors made while counting are alive, and the largest such amount so far."""
 
     alive: int = 0
     peak: int = 0
     _known: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def see(self, tensor: Tensor) -> None:
-        """Count the memory of a tensor unless it is known, and its release."""
+        """Count the memory of a tensor, unless it was counted already, and later its release."""
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
@@ -417,8 +417,8 @@ class _Counting(TorchDispatchMode):
 def _fused_attention() -> Iterator[None]:
     """Keep fused attention one kernel on the meta device, where torch would unfold it.
 
-    The function is replaced for the time, not intercepted by a mode: checkpointing calls it again in the
-    backward pass, where modes do not reach. Other devices' calls pass through.
+    The function is replaced for this time, not intercepted by a dispatch mode: gradient checkpointing calls
+    it again in the backward pass, where modes do not reach. Calls on other devices pass through.
     """
     original = functional.scaled_dot_product_attention
 

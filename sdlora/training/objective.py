@@ -1,4 +1,4 @@
-"""What training minimises, to be read top to bottom in one place."""
+"""What training minimises; read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ..diffusion.process import draw_noise, per_image_loss
 from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
 
 Predict = Callable[[Tensor, Tensor, Conditioning, Sequence[SizeHint]], Tensor]
+"""(noisy latents, timesteps, text, sizes) -> the denoiser's output, as :meth:`DiffusionModel.predict`."""
 
 
 class _Inputs(NamedTuple):
-    """What the denoiser is given."""
+    """What the denoiser is given: B rows of each."""
 
     noisy: Tensor
     timesteps: Tensor
@@ -59,7 +60,7 @@ def loss_of(
     count = len(batch.names)
     noise, timesteps = _drawn(model, batch, settings.noise_offset)
     corrupted = model.process.corrupt(batch.latents, noise, timesteps)
-    # only this card's generator: to keep those of all cards would open a context on each of them
+    # only this card's generator: saving the state of every card's would open a CUDA context on each of them
     cards = [model.facts.device] if model.facts.device.type == "cuda" else []
     with torch.random.fork_rng(cards, enabled=config.adapter.dropout > 0):
         if config.adapter.dropout > 0:  # torch's dropout draws from the global generator

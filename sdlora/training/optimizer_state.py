@@ -1,8 +1,8 @@
 """The whole state of any torch optimizer as named tensors and JSON values, and back.
 
-Nothing is known of what an optimizer keeps: whatever its ``state_dict`` holds is written, the numbers of
-its groups too (Prodigy keeps its estimate of the rate there), and its own ``load_state_dict`` takes it
-back, which knows where each tensor has to lie.
+Nothing is assumed about what an optimizer keeps. Whatever its ``state_dict`` holds is written, including the
+numbers of its groups (Prodigy keeps its estimate of the rate there). Its own ``load_state_dict`` takes it
+back, which knows on which device and in which number format each tensor has to be.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def pack(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[s
     """Return an optimizer's tensors by name, and everything else as JSON that says where each belongs.
 
     Args:
-        names: of its parameters, in the order of its groups; they begin the names of the tensors.
+        names: names of its parameters, in the order of its groups; the tensors' names begin with them.
 
     Raises:
-        TrainingError: if it keeps something that is neither a tensor, a number, a text nor made of these.
+        TrainingError: if it keeps something other than tensors, numbers, texts, and lists or dicts of them.
     """
     tensors: dict[str, Tensor] = {}
     state = optimizer.state_dict()
@@ -55,18 +55,18 @@ def unpack(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
 ) -> None:
-    """Give an optimizer the state that :func:`pack` returned of one of the same making.
+    """Give an optimizer the state that :func:`pack` returned for one made with the same settings.
 
     Raises:
-        TrainingError: if it was of another making.
+        TrainingError: if that one had other parameters or groups.
     """
     fresh = optimizer.state_dict()["param_groups"]
     unknown = sorted(values["parameters"].keys() - set(names))
     if unknown or len(values["groups"]) != len(fresh):
         raise TrainingError(
             "the checkpoint holds the optimizer's state for other parameters"
-            f"{': ' if unknown else ''}{', '.join(unknown)}; it cannot be resumed by this version of sdlora, "
-            "but its adapter.safetensors can be gone on from as adapter.from_file"
+            f"{': ' if unknown else ''}{', '.join(unknown)}; this version of sdlora cannot resume it, but a "
+            "new run can start from its adapter.safetensors with adapter.from_file"
         )
     optimizer.load_state_dict(
         {
@@ -90,7 +90,7 @@ def unpack(
 def of_plain_tensors(
     optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Return the JSON for tensors named ``NAME.KEY`` alone, as checkpoints up to sdlora 0.1 hold them."""
+    """Return the JSON that :func:`unpack` takes for tensors named ``NAME.KEY``, all that sdlora 0.1 wrote."""
     groups = optimizer.state_dict()["param_groups"]
     parameters: dict[str, dict[str, Any]] = {}
     for full_name in tensors:

@@ -23,17 +23,18 @@ OptimizerGroup = dict[str, Any]
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """What is to be known of an optimizer.
+    """What the program has to know about an optimizer.
 
     Attributes:
         make: returns it over groups of parameters; the settings are those that all groups share.
-        header: what ``ss_optimizer`` says of it in a file.
+        header: the text that ``ss_optimizer`` holds in an adapter file.
         bytes_per_value: memory of its state for each trained number, besides the fp32 value and gradient.
-        rate: the learning rate where the user gives none, and whether all components must have the same.
+        rate: the learning rate if the user gives none, and whether all components must have the same.
         looks_at_shapes: whether it tells matrices from vectors; it then gets each factor in its shape
             instead of one flat buffer.
-        has_eval_mode: whether the values it steps are not those to be used: ``eval()`` puts these into the
-            parameters and ``train()`` takes them out again (schedule-free kinds, Defazio et al. 2024).
+        has_eval_mode: whether the values it steps differ from those to be used: ``eval()`` puts the latter
+            into the parameters and ``train()`` takes them out again (schedule-free optimizers, Defazio et
+            al. 2024).
     """
 
     make: Callable[[Sequence[OptimizerGroup], OptimizerConfig], torch.optim.Optimizer]
@@ -63,8 +64,8 @@ def _adamw_header(settings: OptimizerConfig) -> str:
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(_adamw, _adamw_header, bytes_per_value=8),  # two fp32 moments
 }
-"""By the name in ``optimizer.name``; a new one is an entry here, its name in ``config/schema.py`` and its
-settings there, marked as its own."""
+"""By the name in ``optimizer.name``; a new one is an entry here, its name in ``config/schema.py``, and its
+settings there, marked with ``OnlyFor``."""
 
 
 def optimizer_kind(settings: OptimizerConfig) -> OptimizerKind:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def preview(run: Run) -> None:
     """Render the preview prompts with the adapter as it is, and redraw the grid of all steps so far.
 
-    The sampler, size and prompt layout are those of generation. Each process draws its share, the main one
+    The sampler, size and prompt layout are those of generation. Each process draws its share; the main one
     writes them.
 
     Raises:
@@ -31,7 +31,7 @@ def preview(run: Run) -> None:
     prompts = run.config.sample.prompts
     if not prompts:
         return
-    requests = [_request(run, prompt, number) for number, prompt in enumerate(prompts)]
+    requests = [preview_request(run, prompt, number) for number, prompt in enumerate(prompts)]
     count = run.processes.count
     shares = run.processes.together(lambda: _pixels(run, requests[run.processes.rank :: count]))
     if not run.processes.is_main:
@@ -64,7 +64,8 @@ def _pixels(run: Run, requests: Sequence[GenerateRequest]) -> bytes:
     return b"".join(image.convert("RGB").tobytes() for image in images)
 
 
-def _request(run: Run, prompt: str, number: int) -> GenerateRequest:
+def preview_request(run: Run, prompt: str, number: int) -> GenerateRequest:
+    """Return the request for the preview of the ``number``-th prompt (from 0)."""
     settings = run.config.sample
     assert settings.guidance is not None and run.config.data.resolution is not None
     multiple = run.model.facts.size_multiple

@@ -1,12 +1,12 @@
-"""The processes of one run: which of them this is, what they tell each other, gradients added in one order.
+"""The processes of one run: which one this is, the messages between them, gradients added in a fixed order.
 
 Launchers (torchrun, ``accelerate launch``, MPI, ``sdlora train --processes``) say in the environment which
-process this is; accelerate joins them. They exchange messages with :meth:`Processes.exchange`, which waits as
-long as it takes, but not for a process that is gone. A process that fails sends its error as its next
-message, wherever the others wait, so that all end at once and the run says once what was wrong.
+process this is; accelerate connects them. They exchange messages with :meth:`Processes.exchange`, which
+waits as long as necessary, but not for a process that has ended. A process that fails sends its error as its
+next message, wherever the others wait, so that all end at once and the run says once what was wrong.
 
-Gradients are added in the order of the ranks, not in whatever order a ring brings them: so the sum is that of
-one process which makes the same micro-batches one after the other, bit for bit.
+Gradients are added in the order of the ranks, not in whatever order a ring brings them. So the sum equals,
+bit for bit, that of one process which computes the same micro-batches one after the other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _AS_LONG_AS_IT_TAKES = timedelta(days=7)
 _TO_JOIN = timedelta(minutes=10)
 _LAST_WORDS = timedelta(seconds=20)  # how long a failing process tries to tell the others why
-_PIECE = 2**24  # values sent at once: 64 MiB in fp32, so that the gradients are not held twice
+_PIECE = 2**24  # values sent at once: 64 MiB in fp32, so that no second copy of all gradients is held
 _FRAME = 1024  # bytes; messages up to this length are sent in one go
 _LENGTH = 8  # bytes that say how long a message is
 _LEAST_PATIENCE = 120.0  # seconds
@@ -49,7 +49,7 @@ class Processes:
         rank: number of this process, from 0; process 0 writes and speaks.
         count: of the processes.
         device: where this process computes, if a launcher decides that.
-        patience: seconds to wait for the others' next step, before they are believed to be unreachable.
+        patience: seconds to wait for the others' next step before they count as unreachable.
         one_machine: all processes are on this machine.
     """
 
@@ -59,7 +59,7 @@ class Processes:
     patience: float = _LEAST_PATIENCE
     one_machine: bool = True
     _messages: Any = field(default=None, repr=False)  # a gloo group: on the CPU, with time-outs of its own
-    _gradients: Any = field(default=None, repr=False)  # a group for what all begin at once, so it is timed
+    _gradients: Any = field(default=None, repr=False)  # for what all begin at once, so with a short time-out
 
     @property
     def is_main(self) -> bool:
@@ -68,7 +68,7 @@ class Processes:
 
     @classmethod
     def join(cls, device: str | None) -> Processes:
-        """Return this process among those that a launcher started; alone, if there was none.
+        """Return this process as one of those that a launcher started; without a launcher it is alone.
 
         Args:
             device: as in ``training.device``.
@@ -82,7 +82,7 @@ class Processes:
         _check_environment(count)
         on_cpu = _choose_kind(device) == "cpu"
         _choose_interface()
-        from accelerate import PartialState  # several seconds, and of no use to one process
+        from accelerate import PartialState  # takes several seconds, and one process does not need it
 
         state = PartialState(cpu=on_cpu, timeout=_TO_JOIN)
         if state.num_processes != count:
@@ -92,12 +92,12 @@ class Processes:
             )
         messages = distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
         gradients = distributed.new_group(timeout=timedelta(seconds=_patience()))
-        # accelerate says cpu:0, where the CPU is but one; tensors moved "there" would be other tensors
+        # accelerate says cpu:0, which torch takes for another device than cpu: moving a tensor would copy it
         place = torch.device("cpu") if on_cpu else state.device
         return cls(state.process_index, count, place, _patience(), _one_machine(), messages, gradients)
 
     def leave(self) -> None:
-        """Take leave of the others; nothing can be exchanged afterwards."""
+        """Disconnect from the others; nothing can be exchanged afterwards."""
         if self.count > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
 
@@ -106,11 +106,11 @@ class Processes:
 
         Args:
             message: anything JSON can hold; floats arrive exactly.
-            at_once: all are about to come here: do not wait for longer than :attr:`patience`.
+            at_once: all processes are about to get here, so wait no longer than :attr:`patience`.
 
         Raises:
-            OtherProcessError: if another process failed, which tells so itself.
-            TrainingError: if another process failed, in the main process; or if it is gone.
+            OtherProcessError: if another process failed, which says so itself.
+            TrainingError: if another process failed, in the main process; or if one has ended.
         """
         if self.count == 1:
             return [message]
@@ -126,7 +126,7 @@ class Processes:
         return [frame[1:] for frame in frames]
 
     def together(self, make: Callable[[], bytes]) -> list[bytes]:
-        """Return what the processes make, each its share, by rank.
+        """Return the shares that the processes make, by rank.
 
         Raises:
             torch.OutOfMemoryError: in all processes, if one of them lacks memory.
@@ -145,7 +145,7 @@ class Processes:
         return [share[1:] for share in shares]
 
     def from_main(self, make: Callable[[], bytes]) -> bytes:
-        """Return in every process what the main one makes."""
+        """Return in every process the bytes that the main one makes."""
         content = make() if self.is_main else b""
         if self.count == 1:
             return content
@@ -158,13 +158,13 @@ class Processes:
         return whole.numpy().tobytes()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this process ends, and raise what it has to say itself.
+        """Tell the others why this process ends; raise instead where this one is not to say it.
 
-        All processes may fail at once, for the same reason: then the first one speaks.
+        All processes may fail at once, for the same reason: then only the first one reports it.
 
         Raises:
-            OtherProcessError: if the message is told by another process.
-            TrainingError: if a process is gone.
+            OtherProcessError: if another process reports the error.
+            TrainingError: if a process has ended.
         """
         if self.count == 1 or isinstance(error, OtherProcessError | _Heard):
             return
@@ -172,7 +172,7 @@ class Processes:
             raise self._gone(error) from None
         try:
             frames = self._gathered(b"-" + (str(error) or type(error).__name__).encode(), _LAST_WORDS)
-        except _Heard:  # the others are gone; what is wrong here is told all the same
+        except _Heard:  # the others have ended; this process reports its own error all the same
             return
         first = next(rank for rank, frame in enumerate(frames) if frame.startswith(b"-"))
         if first != self.rank:
@@ -192,12 +192,12 @@ class Processes:
             self._add_piece(sums, piece)
 
     def _add_piece(self, sums: Tensor, piece: Tensor) -> None:
-        """Each process adds its share of the places, and then gives it to the others."""
+        """Add one piece: each process sums its share of the values and then sends the sums to the others."""
         share = -(-piece.numel() // self.count)
         sent = piece.new_zeros(share * self.count)
         sent[: piece.numel()] = piece
         received = torch.empty_like(sent)
-        # as bytes: not every backend sends every number format so
+        # as bytes: not every backend can send every number format this way
         distributed.all_to_all_single(
             received.view(torch.uint8), sent.view(torch.uint8), group=self._gradients
         )
@@ -246,31 +246,31 @@ class Processes:
                 )
 
     def _gone(self, error: BaseException) -> TrainingError:
-        # a message without answer keeps a thread of gloo waiting, which would hold up the end of this process
+        # gloo keeps a thread waiting for a message without an answer, which would delay this process's end
         atexit.register(_end_at_once)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return _Heard(
             f"process {self.rank + 1} of {self.count}: another process ended without a word, or its machine "
-            f"cannot be reached ({reason[:160]}); look at its own output, then go on with --resume"
+            f"cannot be reached ({reason[:160]}); look at its output, then continue with --resume"
         )
 
 
 def _end_at_once() -> None:
-    """End this process as after any error that people were told of."""
+    """End this process with the exit code of any error that was reported."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(2)
 
 
 class _Heard(TrainingError):
-    """An error that the others know of, or cannot be told of any more."""
+    """An error that the others know about, or can no longer be told about."""
 
 
 def world_size(environment: Mapping[str, str]) -> int:
     """Return how many processes a launcher says there are; 1 without a launcher.
 
     Raises:
-        ConfigError: if that is no number.
+        ConfigError: if that is not a number.
     """
     for name in _WORLD:
         if text := environment.get(name):
@@ -311,16 +311,16 @@ def _choose_kind(setting: str | None) -> str:
     if kind == "cuda" and local > torch.cuda.device_count():
         raise ConfigError(
             f"{local} processes were started on this machine, which has {torch.cuda.device_count()} GPU(s) "
-            "that torch can use; start one process a card, or use training.device=cpu"
+            "that torch can use; start one process for each card, or use training.device=cpu"
         )
     return kind
 
 
 def _choose_interface() -> None:
-    """Tell gloo through which network interface the others are reached, if nobody has.
+    """Tell gloo through which network interface to reach the others, unless the user has.
 
-    By itself it takes the address of the host's name, which on Debian and Ubuntu is 127.0.1.1: there another
-    machine finds nobody. On one machine the loopback does, with or without a network.
+    By default it takes the address of the host's name, which on Debian and Ubuntu is 127.0.1.1: no other
+    machine can connect to that. On one machine the loopback works, with or without a network.
     """
     if os.environ.get("GLOO_SOCKET_IFNAME") or os.name == "nt":
         return
@@ -336,8 +336,8 @@ def _one_machine() -> bool:
 
 
 def _address_towards(host: str) -> str | None:
-    """Return this machine's address as another one sees it; nothing is sent for that."""
-    for target in (host, "192.0.2.1"):  # the second is nobody's: by it the default route is found
+    """Return this machine's address as another one sees it, without sending anything."""
+    for target in (host, "192.0.2.1"):  # the second belongs to nobody (RFC 5737): it gives the default route
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((target, 9))
             address = str(probe.getsockname()[0])

@@ -40,10 +40,10 @@ _META = torch.device("meta")
 
 
 def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Processes | None = None) -> Run:
-    """Make a run ready to step; ``processes`` are those that train together, by default one alone.
+    """Make a run ready to step; ``processes`` says which ones train together, by default one alone.
 
     Raises:
-        SdloraError: for anything the user can mend; nothing has been overwritten then.
+        SdloraError: for anything the user can correct; nothing has been overwritten then.
     """
     folder = run_folder(config)
     if config.data.folder is None and not config.data.sources:
@@ -74,21 +74,21 @@ def _check_folder(folder: RunFolder, emit: Emitter, *, resume: bool) -> None:
     saved = bool(list_checkpoints(folder.checkpoints))
     if resume and not saved and not folder.exists():
         raise TrainingError(
-            f"{folder.path}: holds no run to go on with; check --output, or start without --resume"
+            f"{folder.path}: holds no run to continue; check --output, or start without --resume"
         )
     if resume and not saved:
-        emit(Notice(f"{folder.path}: ended before its first checkpoint, so it begins anew"))
+        emit(Notice(f"{folder.path}: ended before its first checkpoint, so it starts again"))
     if resume:
         return
     if saved or folder.exists():
         raise OutputError(
-            f"{folder.path}: already holds a run; add --resume to go on with it, or choose another --output"
+            f"{folder.path}: already holds a run; add --resume to continue it, or choose another --output"
         )
     refuse_used_folder(folder.path, "a training run")
 
 
 def _base(config: Config, compute: Compute, device: torch.device) -> DiffusionModel:
-    """Return the base; on the meta device a blueprint of it, for which no weight is read."""
+    """Return the base; on the meta device only its blueprint, for which no weight is read."""
     return load_model(
         config.model,
         dtype=compute.dtype,
@@ -99,9 +99,9 @@ def _base(config: Config, compute: Compute, device: torch.device) -> DiffusionMo
 
 
 def _plan_memory(config: Config, compute: Compute, blueprint: DiffusionModel, emit: Emitter) -> MemoryPlan:
-    """Return what a step will take; warn or refuse if the device does not have that much.
+    """Return the memory that a run will take; warn or refuse if the device does not have that much.
 
-    The blueprint that the settings were decided on is used up: the plan puts an adapter into it. Only if
+    The blueprint on which the settings were decided is used up: the plan puts an adapter into it. Only if
     the run does not fit are others made, for the settings that are tried instead.
     """
     free, unused = free_memory(compute.device), [blueprint]
@@ -172,7 +172,7 @@ def _assemble(
 
 
 def _preview_text(config: Config, model: DiffusionModel) -> dict[str, Conditioning]:
-    """Encode what the previews need while the text encoders are there; nothing if they will change."""
+    """Encode the previews' prompts while the text encoders are there; none if the encoders will change."""
     if not config.sample.prompts or config.adapter.adapts_text:
         return {}
     encoded = encode_prompts(model, [config.sample.negative_prompt, *config.sample.prompts])

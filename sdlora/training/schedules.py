@@ -1,4 +1,4 @@
-"""How the learning rate goes over a run: a warm-up, then one of a table of functions.
+"""How the learning rate changes over a run: a warm-up, then one of a table of functions.
 
 ``docs/training.md`` shows them all; ``tools/draw_schedules.py`` draws that image.
 """
@@ -12,9 +12,9 @@ from ..config.schema import OptimizerConfig
 from ..errors import ConfigError
 
 Course = Callable[[float, OptimizerConfig], float]
-"""What the peak rate is multiplied by when a share (0 to 1) of the steps after the warm-up is done.
+"""(share done of the steps after the warm-up, 0 to 1; settings) -> what the peak rate is multiplied by.
 
-The settings it is given hold the warm-up both ways: ``warmup_steps``, and ``warmup_share`` of all steps.
+The settings hold the warm-up both ways: ``warmup_steps``, and ``warmup_share`` of all steps.
 """
 
 
@@ -23,6 +23,7 @@ def _constant(done: float, settings: OptimizerConfig) -> float:
 
 
 def _linear(done: float, settings: OptimizerConfig) -> float:
+    """A straight line from 1 to 0."""
     return 1.0 - done
 
 
@@ -70,11 +71,12 @@ SCHEDULES: dict[str, Course] = {
 def schedule_factor(settings: OptimizerConfig, step: int, steps: int) -> float:
     """Return what the peak learning rate is multiplied by at ``step`` (0-based) of ``steps``.
 
-    The warm-up rises in a line, (step + 1) / (warm-up + 1), and never reaches 1 by itself. After it the
-    schedule goes from 1 to ``schedule_floor``: floor + (1 - floor) * course.
+    The warm-up rises linearly, (step + 1) / (warm-up + 1), and never reaches 1 itself; the first step after
+    it has the full rate. From there the schedule goes from 1 to ``schedule_floor``:
+    floor + (1 - floor) * course.
 
     Raises:
-        ConfigError: for a schedule that there is not.
+        ConfigError: for a schedule that is not in the table.
     """
     course, warmup = SCHEDULES.get(settings.schedule or ""), settings.warmup(steps)
     if course is None:
@@ -83,6 +85,7 @@ def schedule_factor(settings: OptimizerConfig, step: int, steps: int) -> float:
         )
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    told = settings.model_copy(update={"warmup_steps": warmup, "warmup_share": warmup / max(1, steps)})
+    known = settings.model_copy(update={"warmup_steps": warmup, "warmup_share": warmup / max(1, steps)})
     floor = settings.schedule_floor
-    return floor + (1.0 - floor) * course((step - warmup) / max(1, steps - warmup), told)
+    # share done = (step - warmup) / (steps - warmup), 0 at the first step after the warm-up
+    return floor + (1.0 - floor) * course((step - warmup) / max(1, steps - warmup), known)

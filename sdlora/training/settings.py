@@ -1,4 +1,4 @@
-"""Where the settings of a run become final: what was left open follows the machine, the base and the images.
+"""Where the settings of a run become final: open ones are decided by the machine, the base and the images.
 
 :func:`finalise` is called once; after it no setting changes.
 """
@@ -26,10 +26,10 @@ from .warm_start import warm_start
 
 @dataclass(frozen=True)
 class Images:
-    """The images that settings name, read and worded, not divided yet.
+    """The images that the settings name, with their captions, not yet divided into training and validation.
 
     Attributes:
-        learned: what is to be learned.
+        learned: the images to learn from.
         priors: regularisation images.
         held_out: those of a hold-out folder, if there is one.
     """
@@ -53,15 +53,15 @@ class Images:
 
 @dataclass(frozen=True)
 class Final:
-    """A run's settings, and what was worked out on the way to them.
+    """A run's settings, and what was computed in deciding them.
 
     Attributes:
-        config: with nothing open that training needs.
+        config: every setting that training needs is decided.
         defaults: what was decided, with its reason.
         training: the images trained on.
         validation: the images held out.
         outline: which image when.
-        start: the adapter to go on from, if there is one.
+        start: the adapter to continue from, if there is one.
     """
 
     config: Config
@@ -85,8 +85,8 @@ def finalise(
         num_processes: that train together.
 
     Raises:
-        ConfigError: for settings that the base, the images or the file to go on from contradict.
-        ModelError: for a base that recommends what cannot be.
+        ConfigError: for settings that contradict the base, the images or the file to continue from.
+        ModelError: for a base whose recommended settings are invalid.
         DatasetError: if no image is left to train on.
     """
     facts = base_facts(blueprint, compute.device.type, num_processes)

@@ -1,9 +1,9 @@
 """Which of the adapter's values validation, previews, checkpoints and the exported file use.
 
-What a step changes need not be what is worth showing: an average over steps often is better, and
-schedule-free optimizers step other values than those that are to be used. Everybody who uses the adapter
-in mid-run does so within :meth:`ShownWeights.in_model`; resuming goes on from the learned values, which
-come back bit for bit.
+The values that a step changes need not be the best ones to show: an average over steps is often better, and
+schedule-free optimizers step other values than those that are to be used. Everything that uses the adapter
+during a run does so within :meth:`ShownWeights.in_model`; resuming continues from the learned values, which
+are put back bit for bit.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .optimizers import OptimizerKind
 
 
 class ShownWeights(Protocol):
-    """What is to be shown of what a run learns."""
+    """Says which values of an adapter that is being learned are to be shown."""
 
     def step_done(self) -> None:
-        """Take note of the masters after an optimizer step."""
+        """Note what the masters hold after an optimizer step."""
 
     def in_model(self) -> AbstractContextManager[None]:
         """Have the masters and the model hold the values to show; afterwards the learned ones again."""
@@ -55,7 +55,7 @@ class AsLearned:
 
 
 class OfEvalMode(AsLearned):
-    """What the optimizer's own ``eval()`` makes of the learned values; its state is the optimizer's."""
+    """What the optimizer's own ``eval()`` makes of the learned values; all state is the optimizer's."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup]) -> None:
         self._optimizer, self._groups = optimizer, groups
@@ -74,9 +74,9 @@ class OfEvalMode(AsLearned):
 
 @contextmanager
 def putting_back(groups: Sequence[ParameterGroup]) -> Iterator[None]:
-    """Give the masters and the model their values back at the end, bit for bit.
+    """Put the values of masters and model back at the end, bit for bit.
 
-    Working out the learned values from those shown would round: a run that was looked at would differ.
+    Computing the learned values back from those shown would round, so a run with previews would differ.
     """
     kept = [group.master.flat.data.clone() for group in groups]
     try:
@@ -95,5 +95,5 @@ def publish(groups: Sequence[ParameterGroup]) -> None:
 def weights_to_show(
     kind: OptimizerKind, optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup]
 ) -> ShownWeights:
-    """Return what a run shows."""
+    """Return the weights that a run with this optimizer shows."""
     return OfEvalMode(optimizer, groups) if kind.has_eval_mode else AsLearned()

@@ -1,4 +1,4 @@
-"""A run: its parts, what of it a checkpoint holds, taking that back, and what must not change in between."""
+"""A run: its parts, what a checkpoint holds of it, restoring that, and what must not change in between."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Run:
 
     Attributes:
         step: optimizer steps done.
-        step_seconds: that they took.
+        step_seconds: seconds that these steps took.
         start: digest of the masters before the first step.
         learned: some step had a gradient.
         skipped: steps in a row whose fp16 gradients overflowed.
-        overflowed: how often the loss of an image was not finite.
+        overflowed: how often the loss of each image was not finite, by its name.
     """
 
     config: Config
@@ -105,7 +105,7 @@ class Run:
         return self.config.adapter.adapts_text or self.config.data.encode_captions == "in loop"
 
     def ready_to_train(self) -> None:
-        """Have modes and placement as the steps need them."""
+        """Set the modules' modes and devices as training steps need them."""
         self.model.prepare(
             training=True,
             gradient_checkpointing=self.config.training.gradient_checkpointing,
@@ -152,10 +152,10 @@ def run_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore(run: Run) -> None:
-    """Bring a run to its newest checkpoint; one that has none stays at its beginning.
+    """Bring a run to its newest checkpoint; a run without checkpoints stays at its beginning.
 
     Raises:
-        TrainingError: if there is none that is whole, or it belongs to other images.
+        TrainingError: if there are some but none is whole, or if it belongs to other images.
     """
     saved = _newest(run)
     if saved is None:
@@ -185,7 +185,7 @@ def restore(run: Run) -> None:
 
 
 def _newest(run: Run) -> checkpoint.Checkpoint | None:
-    """Return the newest checkpoint, in every process that of the main one's disk; None if none was made."""
+    """Return the newest checkpoint on the main process's disk, in every process; None if there is none."""
     root = run.folder.checkpoints
 
     def load() -> checkpoint.Checkpoint | None:
@@ -243,7 +243,7 @@ def masters_digest(run: Run) -> str:
 
 
 def refuse_unchanged(run: Run) -> None:
-    """Refuse a run that made steps and learned nothing, whatever the reason.
+    """Refuse a run that made steps but learned nothing, whatever the reason.
 
     Raises:
         TrainingError: if no step had a gradient, or the adapter is bit for bit what it was.
@@ -259,7 +259,7 @@ def refuse_unchanged(run: Run) -> None:
 
 
 def check_alike(config: Config, dataset: Dataset, base: DiffusionModel, processes: Processes) -> None:
-    """Refuse processes that would train on different things; the machines may hold different files.
+    """Refuse processes that would train on different things: their machines may hold different files.
 
     Raises:
         ConfigError: naming what differs from the main process.
@@ -281,7 +281,7 @@ def check_alike(config: Config, dataset: Dataset, base: DiffusionModel, processe
 
 
 def _settings_that_count(config: Config) -> dict[str, Any]:
-    """Return the settings that change the numbers, by their dotted keys."""
+    """Return the settings that affect the numbers, by their dotted keys."""
     tree = config.model_dump(mode="json")
     keys = {f"{section}.{name}": value for section, values in tree.items() for name, value in values.items()}
     return {key: value for key, value in keys.items() if not key.startswith(_FREE_ON_RESUME)}

@@ -51,8 +51,8 @@ from .validation import validate
 
 Result = TypeVar("Result")
 
-_MOST_SKIPPED = 16  # in a row: the scale then is that of no scaling at all
-_PATIENT_STEPS = 20  # a process that took so many times the usual is believed to be gone
+_MOST_SKIPPED = 16  # in a row: by then the scaler's 2^16 is halved down to 1, which is no scaling at all
+_PATIENT_STEPS = 20  # a process that takes as long as this many usual steps is believed to be gone
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ def train(
 
     Args:
         config: settings; those left open follow the data.
-        resume: go on from the newest checkpoint in the run folder.
+        resume: continue from the newest checkpoint in the run folder.
         listeners: receive every :class:`sdlora.events.Event`.
         control: asks the run to stop, save or preview; by default files in the run folder do.
 
     Raises:
-        SdloraError: for anything the user can mend.
+        SdloraError: for anything the user can correct.
     """
     control = control or Control(run_folder(config).path)
     processes = Processes.join(config.training.device)
@@ -135,7 +135,7 @@ def _train(
 
 
 class _BeforeTheFirstStep(Emitter):
-    """Ends a run that is asked to stop while images are still encoded: no step is to be finished then."""
+    """Ends a run at once that is asked to stop while images are encoded: there is no step to finish yet."""
 
     def __init__(self, listeners: tuple[Listener, ...], control: Control) -> None:
         super().__init__(listeners)
@@ -146,7 +146,7 @@ class _BeforeTheFirstStep(Emitter):
         if self._control.stopping:
             raise TrainingError(
                 "stopped before the first step, so there was nothing to save; what was encoded is kept, and "
-                "the same command goes on from there"
+                "the same command continues from there"
             )
 
 
@@ -206,7 +206,7 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
 
 
 def _if_it_fits(run: Run, what: str, work: Callable[[Run], Result]) -> Result | None:
-    """Do what training can do without; where the device's memory does not suffice, say so and go on."""
+    """Do what training can do without; if the device lacks memory, say so and continue."""
     try:
         return work(run)
     except Exception as error:
@@ -216,9 +216,9 @@ def _if_it_fits(run: Run, what: str, work: Callable[[Run], Result]) -> Result | 
     torch.cuda.empty_cache()
     run.emit(
         Notice(
-            f"step {run.step}: {run.model.facts.device} has not enough memory for {what}; skipped, and "
-            "training goes on. It fits with a smaller data.resolution, or switch it off: sample.prompts=[], "
-            "data.validation=0"
+            f"step {run.step}: {run.model.facts.device} does not have enough memory for {what}; skipped, and "
+            "training continues. It fits with a smaller data.resolution, or switch it off: "
+            "sample.prompts=[], data.validation=0"
         )
     )
     return None
@@ -232,11 +232,10 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
         options["lr"] = parameter_group.learning_rate * factor
     total, finite, count = 0.0, 0, 0
     names: list[str] = []
-    run.scaler.scale(
-        torch.zeros((), device=run.model.facts.device)
-    )  # its scale is made here, also without images
+    # torch makes a scaler's scale at its first use: a rank without images in this step needs one, too
+    run.scaler.scale(torch.zeros((), device=run.model.facts.device))
     batches = run.loader.step(run.step)
-    for _ in range(run.order.rounds(run.step)):  # in each of them all processes add their gradients
+    for _ in range(run.order.rounds(run.step)):  # in each round all processes add their gradients
         batch = next(batches, None)
         report = (0.0, 0, 0) if batch is None else (*_backward(run, batch), len(batch.names))
         names += () if batch is None else batch.names
@@ -251,14 +250,14 @@ def train_step(run: Run) -> tuple[float, float, float, int]:
 
 
 def _backward(run: Run, batch: Batch) -> tuple[float, int]:
-    """Make the gradients of a micro-batch; return the sum of its finite losses, and how many these are."""
+    """Compute the gradients of a micro-batch; return the sum of its finite losses, and their number."""
     split = run.splitter
     predict = split.predict_with_gradients if split else None
     weighted, plain = loss_of(run.model, batch, run.config, predict)
     good = torch.isfinite(weighted.detach()).tolist()
     if not all(good):
         _note_non_finite(run, [name for name, fine in zip(batch.names, good, strict=True) if not fine])
-    # A full step's number of images, also in a short step: each image weighs the same in an epoch.
+    # The number of images of a full step, also in a short step: so each image weighs the same in an epoch.
     run.scaler.scale(weighted.sum() / run.images_per_step).backward()
     if split:
         split.backward(run.parameters())
@@ -317,9 +316,9 @@ def _apply(run: Run, names: Sequence[str]) -> float:
 
 
 def _note_non_finite(run: Run, names: Sequence[str]) -> None:
-    """Refuse a loss that is not finite; in fp16 only when it comes again for an image.
+    """Refuse a loss that is not finite; in fp16 only if it happens again for the same image.
 
-    A scaler is there for numbers that overflow: it leaves the step out by itself, and scales down.
+    Overflows are what a scaler is for: by itself it leaves the step out and scales down.
     """
     run.overflowed.update(names)
     again = [name for name in names if run.overflowed[name] > 1]
@@ -330,7 +329,7 @@ def _note_non_finite(run: Run, names: Sequence[str]) -> None:
 
 
 def _note_overflow(run: Run, names: Sequence[str]) -> None:
-    """Refuse a gradient that is not finite; in fp16 only when it stays so however it is scaled."""
+    """Refuse a gradient that is not finite; in fp16 only if it stays so at every scale."""
     if run.scaler.is_enabled() and run.skipped < _MOST_SKIPPED:
         scale = run.scaler.get_scale() * run.scaler.get_backoff_factor()
         text = (
@@ -347,12 +346,12 @@ def _not_finite(what: str, step: int, names: Sequence[str]) -> str:
     return (
         f"step {step + 1}: {what} is not a finite number for {', '.join(names)}; the adapter's weights were "
         "not touched. Lower optimizer.learning_rate or use training.precision=bf16 or fp32, and look at "
-        "these images; --resume goes on from the last checkpoint"
+        "these images; --resume continues from the last checkpoint"
     )
 
 
 def _agreed(run: Run, requests: frozenset[str]) -> frozenset[str]:
-    """Return what any process was asked for, so that all stop at one step."""
+    """Return what any of the processes was asked for, so that all of them stop after the same step."""
     shares = run.processes.exchange(sorted(requests), at_once=True)
     return frozenset(request for share in shares for request in share)
 

@@ -1,9 +1,9 @@
-"""What a run learns: the adapter's layers, their fp32 masters in groups of one rate, and where they started.
+"""What a run learns: the adapter's layers, their fp32 masters grouped by rate, and where they started.
 
-A group holds what has one learning rate, one number format and one treatment by weight decay: usually one
-group a component; LoRA+, rates of single blocks and DoRA's magnitudes make more. PiSSA and OLoRA start at a
-part of the base's own weight. It is taken off again by a second, frozen adapter at strength -1, so the base
-itself is never touched, and what is written is the difference of the two.
+The values of a group share their learning rate, their number format and whether they decay: usually there is
+one group per component; LoRA+, rates of single blocks and DoRA's magnitudes add more. PiSSA and OLoRA start
+at a part of the base's own weight. A second, frozen adapter at strength -1 subtracts it again, so the base is
+never touched, and what is written is the difference of the two.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TrainableAdapter:
     Attributes:
         layers: in the order of the components.
         groups: masters by learning rate.
-        start: where the masters of each group started, if that is subtracted again (PiSSA, OLoRA).
+        start: the values each group's masters started at, if these are subtracted again (PiSSA, OLoRA).
     """
 
     layers: list[TrainedLayer]
@@ -47,7 +47,7 @@ class TrainableAdapter:
         return [parameter for group in self.groups for parameter in group.master.parameters]
 
     def masters(self) -> AdapterWeights:
-        """Return what was learned so far, fp32, as copies on the CPU; relative to the base as it is."""
+        """Return what was learned so far, relative to the unchanged base: fp32 copies on the CPU."""
         now = self._weights({group.name: group.master.flat.data for group in self.groups})
         return now if self.start is None else difference(now, self._weights(self.start))
 
@@ -56,7 +56,7 @@ class TrainableAdapter:
         return {f"{name}.start": flat for name, flat in (self.start or {}).items()}
 
     def restore_start(self, model: DiffusionModel, flats: Mapping[str, Tensor]) -> None:
-        """Take the starting values of a checkpoint instead of those worked out again."""
+        """Take the starting values from a checkpoint, instead of the newly computed ones."""
         if self.start is not None:
             self.start = {name: flat.clone() for name, flat in flats.items()}
             write_weights(list(attached_layers(model, START_NAME)), self._weights(self.start))
@@ -75,16 +75,16 @@ def make_trainable(model: DiffusionModel, config: Config, weights: AdapterWeight
 
     Args:
         model: gets the adapter.
-        config: resolved settings.
+        config: final settings.
         weights: where to start, float32.
 
     Raises:
-        ConfigError: if a pattern of ``optimizer.block_rates`` means no layer.
+        ConfigError: if a pattern of ``optimizer.block_rates`` matches no layer.
         AdapterFileError: if the adapter does not fit the model.
     """
     check_patterns("optimizer.block_rates", config.optimizer.block_rates, weights.updates)
     subtracted = config.adapter.init in ("pissa", "olora")
-    if subtracted:  # both adapters hold the very same numbers, so that nothing is changed at first
+    if subtracted:  # round first: both adapters then hold the very same numbers and cancel out exactly
         weights = weights.to(model.facts.dtype).to(torch.float32)
     layers = attach_for_training(model, weights, ADAPTER_NAME, dropout=config.adapter.dropout)
     if subtracted:
@@ -97,11 +97,12 @@ def make_trainable(model: DiffusionModel, config: Config, weights: AdapterWeight
 
 
 def difference(now: AdapterWeights, start: AdapterWeights) -> AdapterWeights:
-    """Return the plain LoRA of the sum of both ranks that holds the difference of two, exactly."""
+    """Return a plain LoRA that is exactly the difference of two; its rank is the sum of theirs."""
     updates: dict[ModuleKey, Update] = {}
     for key, pair in now.items():
         other = start.pairs[key]
         down = torch.cat([pair.down, other.down])
+        # up now (out, 2r) and down (2r, in): up @ down = up_now @ down_now - up_start @ down_start
         up = torch.cat([pair.up, -other.up], 1)
         updates[key] = LowRankPair(down, up, pair.scale * down.shape[0])
     return AdapterWeights(updates)
@@ -110,7 +111,7 @@ def difference(now: AdapterWeights, start: AdapterWeights) -> AdapterWeights:
 def _groups(
     config: Config, infos: Mapping[str, ComponentInfo], layers: Sequence[TrainedLayer]
 ) -> list[ParameterGroup]:
-    """Return the groups, those of the plain rate of each component first."""
+    """Return the groups by component, in each of them the group of the plain rate first."""
     members: dict[tuple[str, bool, float], list[tuple[TrainedLayer, str]]] = {}
     for layer in layers:
         component = layer.key.component

@@ -51,7 +51,7 @@ def _loss_of_image(run: Run, index: int) -> float:
     encoded = run.validation.image(index)
     timesteps = model.process.spread_timesteps(VALIDATION_TIMESTEPS)
     clean = model.facts.latents.scaled(encoded.posterior.mean.float()).repeat(VALIDATION_TIMESTEPS, 1, 1, 1)
-    # by content, not by seed or step
+    # the noise follows from the image's content, not from seed or step, so that losses are comparable
     noise = draw_noise(clean.shape, generator_for("validation", item.digest))
     corrupted = model.process.corrupt(clean, noise, timesteps)
     if run.validation.encode_captions:

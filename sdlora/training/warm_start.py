@@ -1,4 +1,4 @@
-"""Going on from an existing adapter file: what it must be, and which settings follow from it."""
+"""Continuing from an existing adapter file: what it must hold, and which settings follow from it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ..formats.adapter_files import OpenAdapter, read_adapter
 
 
 def warm_start(open_settings: OpenSettings, model: DiffusionModel) -> AdapterWeights:
-    """Fill in the ranks and alphas of the file to go on from, and return its weights in float32.
+    """Fill in the ranks and alphas of the file to continue from, and return its weights in float32.
 
-    LoCon with Tucker factors goes on as a plain LoRA of the same ranks and alphas, which it is exactly.
+    LoCon with Tucker factors continues as a plain LoRA of the same ranks and alphas, which it equals exactly.
 
     Raises:
         AdapterFileError: if the file cannot be read.
@@ -60,7 +60,7 @@ def warm_start(open_settings: OpenSettings, model: DiffusionModel) -> AdapterWei
 
 
 def digest_of(path: Path) -> str:
-    """Return what identifies an adapter's files, to tell whether a run goes on from the same ones."""
+    """Return the digests of an adapter's files, to tell whether a run continues from the same ones."""
     return " ".join(file_digest(header.path) for header in OpenAdapter(path).headers)
 
 
@@ -88,7 +88,7 @@ def _check_modules(config: Config, path: Path, weights: AdapterWeights, model: D
         if switch is None:
             raise ConfigError(
                 f"`adapter.from_file={path}`: has no {model.info.denoiser.title} layers, so there is nothing "
-                "to go on from"
+                "to continue from"
             )
         advice = f"set {switch}={str(has).lower()}"
         what = "also adapts" if has else "does not adapt"

@@ -178,7 +178,7 @@ def test_stopped_anywhere_it_says_how_to_go_on_and_ends_the_same(
 
 
 def test_going_on_where_nothing_was_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="holds no run to go on with"):
+    with pytest.raises(TrainingError, match="holds no run to continue"):
         demo(tmp_path, resume=True)
     assert list(tmp_path.iterdir()) == []
 

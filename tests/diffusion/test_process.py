@@ -114,3 +114,14 @@ def test_noise_offset_has_the_size_it_is_given(size: float) -> None:
     # 2048 draws: their deviation is known to within 2 % (one sigma)
     assert float(constants.std()) == pytest.approx(size, rel=0.08)
     assert abs(float(constants.mean())) < 0.1 * size
+    # each image and each channel has its own
+    assert float((constants[:, :1] - constants[:, 1:]).abs().min()) > 0
+    assert float((constants[:1] - constants[1:]).abs().min()) > 0
+
+
+def test_every_timestep_is_drawn_as_often_as_any_other() -> None:
+    short = DDPM.from_betas(0.00085, 0.012, "scaled_linear", 10, "epsilon")
+    drawn = short.draw_timesteps(5000, torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn, minlength=10)
+    # 500 each, known to within 21 (one sigma)
+    assert len(counts) == 10 and int(counts.min()) > 400 and int(counts.max()) < 600

@@ -66,7 +66,7 @@ def test_another_adapter_is_seen(source: Path, tiny_base: Path, tmp_path: Path) 
 
 
 def test_a_file_alone_does_not_tell_its_base(source: Path) -> None:
-    with pytest.raises(ConfigError, match="does not tell which base"):
+    with pytest.raises(ConfigError, match="does not say which base"):
         compare_images(source, source)
 
 

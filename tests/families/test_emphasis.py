@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sdlora.families.base import DiffusionModel
 from sdlora.families.emphasis import Chunk, Fragment, escape, layout, parse, weigh
 from sdlora.families.loading import load_model
-from sdlora.generation.render import GenerateRequest, _conditioning
+from sdlora.generation.render import GenerateRequest, conditioning_of
 
 
 def fragments(prompt: str) -> list[list[tuple[str, float]]]:
@@ -199,7 +199,7 @@ def test_training_previews_and_generation_read_a_prompt_alike(model: DiffusionMo
     request = GenerateRequest(
         prompt=prompt, height=32, width=32, steps=1, guidance=1.0, sampler="Euler", seed=0, strengths={}
     )
-    drawn = _conditioning(model, [request], False)["states"][0]
+    drawn = conditioning_of(model, [request], False)["states"][0]
     assert trained.shape == (154, 16)
     torch.testing.assert_close(trained, drawn)
     literal = EncodedDataset((), AugmentationViews((), ()), model, tmp_path).caption(prompt)["states"]

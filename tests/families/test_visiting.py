@@ -50,7 +50,7 @@ def test_what_is_changed_or_added_during_a_visit_comes_home(monkeypatch: pytest.
     def copy(original: Tensor, device: torch.device) -> Tensor:  # the meta device keeps no numbers
         return nn.Parameter(original.detach().clone(), False)
 
-    monkeypatch.setattr(visiting, "_copy", copy)
+    monkeypatch.setattr(visiting, "copied_to", copy)
     module = nn.Sequential(nn.Linear(2, 2, bias=False)).requires_grad_(False)
     weight = module[0].weight
     visit = Visit(module, META)

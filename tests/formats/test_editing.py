@@ -152,7 +152,7 @@ REFUSED = {
     "modelspec.architecture=stable-diffusion-xl-v1-base/lora": "the layers are those of sd1",
     "ss_training_started_at=yesterday": "must be a number",
     "ss_output_name=../../evil": "short name",
-    "ss_output_name=None": "WebUI cannot call",
+    "ss_output_name=None": "WebUI cannot use",
     "sdlora.trigger_words=ink": "JSON list of words",
     "sdlora.preferred_strength=20": "between 0 and 10",
     "sdlora.preferred_strength=nan": "finite",
@@ -204,7 +204,7 @@ def test_entries_that_tell_the_family_are_set_together_where_the_layers_do_not(t
 def test_all_problems_are_told_together(sd1_file: Path) -> None:
     with pytest.raises(ConfigError, match="3 problems") as caught:
         edit_adapter(sd1_file, ["format=x"], ["missing", "ss_v2"])
-    for part in ("how the tensors are stored", "is not in", "programs find the family by"):
+    for part in ("how the tensors are stored", "is not in", "tells programs the family"):
         assert part in str(caught.value)
 
 

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdlora.adapters.canonical import AdapterWeights
 from sdlora.families.table import family_info
 from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter
-from sdlora.formats.other_readers import _loaded, through_diffusers
+from sdlora.formats.other_readers import loaded_updates, through_diffusers
 from sdlora.formats.proof import compare, prove
 
 from .adapters import EVERYTHING, LINEAR, file_of, random_adapter
@@ -121,7 +121,7 @@ def test_a_real_pipeline_of_true_shapes_loads_every_delta(family: str, format: s
         warnings.simplefilter("error", RuntimeWarning)  # PEFT's word for keys it could not place
         pipeline.load_lora_weights(str(target))
     loaded = AdapterWeights(
-        {key: pair for name, model in models.items() for key, pair in _loaded(name, model)}
+        {key: pair for name, model in models.items() for key, pair in loaded_updates(name, model)}
     )
     largest, _ = compare(weights, loaded, torch.float32, "the pipeline")
     assert largest == 0.0

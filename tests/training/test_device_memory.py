@@ -62,7 +62,9 @@ def test_prompts_of_previews_are_encoded_once_before_the_first_step(
     run = prepared(config, events)
     with run.loader:
         run.model.prepare(training=False, lean=True)
-        requests = [previews._request(run, text, i) for i, text in enumerate(config.sample.prompts or ())]
+        requests = [
+            previews.preview_request(run, text, i) for i, text in enumerate(config.sample.prompts or ())
+        ]
         expected = render(run.model, requests)
 
         def refuse(captions: Sequence[str]) -> Any:
@@ -104,7 +106,7 @@ def test_out_of_memory_in_previews_and_validation_is_a_notice(
             monkeypatch.setattr("sdlora.training.previews.render", lacking)
             monkeypatch.setattr("sdlora.training.validation._loss_of_image", lacking_elsewhere)
         else:
-            assert [text.partition(" has not enough memory for ")[2][:12] for text in skipped] == [
+            assert [text.partition(" does not have enough memory for ")[2][:12] for text in skipped] == [
                 "validation; ",
                 "the previews",
             ] * 2

@@ -172,5 +172,5 @@ def test_a_warm_up_as_long_as_the_run_is_a_problem_in_steps_and_as_a_share() -> 
     )
     assert (problem(10, warmup_share=0.97) or "").startswith("`optimizer.warmup_share=0.97` must be below 10")
     none = problem(10, schedule="inverse_sqrt", warmup_share=0.01) or ""
-    assert "`optimizer.warmup_share=0.01` is no step of 10 steps; give more" in none
+    assert "`optimizer.warmup_share=0.01` gives no step of 10 steps; give more" in none
     assert problem(10, schedule="inverse_sqrt", warmup_share=0.1) is None

@@ -133,7 +133,9 @@ def test_what_a_base_recommends_is_checked_and_named(config: Make, tiny_base: Pa
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
     (base / "sdlora.json").write_text(json.dumps({"recommended": {"adapter.rank": "many"}}), encoding="utf-8")
-    with pytest.raises(ModelError, match=r"base.*recommends `adapter\.rank=many`, which cannot be .*integer"):
+    with pytest.raises(
+        ModelError, match=r"base.*recommends `adapter\.rank=many`, which is impossible.*integer"
+    ):
         run.prepare_run(config(base=base), resume=False, emit=Emitter(()))
     prepared = run.prepare_run(config("adapter.rank=3", base=base), resume=False, emit=Emitter(()))
     assert prepared.config.adapter.rank == 3

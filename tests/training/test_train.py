@@ -39,6 +39,7 @@ from sdlora.formats.adapter_files import read_adapter
 from sdlora.machine import Card, MachineFacts, notice_of
 from sdlora.run_folder import RunFolder, list_checkpoints
 from sdlora.training.checkpoint import load_checkpoint
+from sdlora.training.masters import clip_
 from sdlora.training.objective import loss_of
 from sdlora.training.run import prepare_run
 from sdlora.training.state import Run
@@ -175,7 +176,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(
     recorder = Recorder()
     resumed = train(config, resume=True, listeners=[recorder])
     notices = [event.message for event in recorder.events if isinstance(event, Notice)]
-    assert any("ended before its first checkpoint, so it begins anew" in notice for notice in notices)
+    assert any("ended before its first checkpoint, so it starts again" in notice for notice in notices)
     assert_equal_tensors(final_state(whole), final_state(resumed))
 
 
@@ -200,15 +201,13 @@ def test_interrupt_finishes_the_step_saves_and_says_how_to_go_on(
     """Ctrl-C comes in the middle of step 3: while its gradients are summed."""
     taken: list[int] = []
 
-    def interrupted(run: Run, names: Any) -> float:
-        taken.append(run.step + 1)
+    def interrupted(groups: Any, most: float) -> float:
+        taken.append(len(taken) + 1)
         if taken[-1] == 3:
             signal.raise_signal(number)
-        return apply(run, names)
+        return clip_(groups, most)
 
-    module = sys.modules["sdlora.training.train"]
-    apply = module._apply
-    monkeypatch.setattr(module, "_apply", interrupted)
+    monkeypatch.setattr(sys.modules["sdlora.training.train"], "clip_", interrupted)
     before = signal.getsignal(number)
     save_config(settings("run", "training.steps=9"), tmp_path / "run.toml")
     code = main(["train", "--config", str(tmp_path / "run.toml"), "--json"])

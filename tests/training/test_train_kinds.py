@@ -325,9 +325,11 @@ def test_settings_without_effect_are_errors(overrides: tuple[str, ...], message:
         load_config(None, overrides)
 
 
-def test_a_pattern_that_means_no_layer_is_an_error_with_the_blocks_there_are(settings: Settings) -> None:
+def test_a_pattern_that_matches_no_layer_is_an_error_with_the_blocks_there_are(settings: Settings) -> None:
     for key in ("adapter.block_ranks", "optimizer.block_rates"):
-        with pytest.raises(ConfigError, match=rf"{key}`: `down_blocks.7` means no adapted layer.*mid_block"):
+        with pytest.raises(
+            ConfigError, match=rf"{key}`: `down_blocks.7` matches no adapted layer.*mid_block"
+        ):
             prepared(settings("run", f'{key}={{"down_blocks.7" = 1}}'))
     with pytest.raises(ConfigError, match="leaves no layer to adapt"):
         prepared(settings("run", "adapter.block_ranks={unet = 0}"))

@@ -13,11 +13,11 @@ from sdlora_ui.app import make_app
 from sdlora_ui.dataset_view import DataSets
 from sdlora_ui.server.allowed_paths import AllowedPaths
 from sdlora_ui.site import Site
-from sdlora_ui.tabs.dataset import _demo
+from sdlora_ui.tabs.dataset import demo_folder
 
 site = Site.open(AllowedPaths.of(Path.cwd(), runs=Path("runs"), images=Path("out"), data=Path("data")))
 make_app(site)
-_demo(site)
+demo_folder(site)
 DataSets().look(site.paths.data / "ink-icons", trigger="inkicon", resolution=64)
 site.bases(), site.adapters(), site.runs()
 print([name for name in ("torch", "diffusers", "transformers") if name in sys.modules])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from processes import end_marked, marked, new_mark, with_mark
 from sdlora_ui.job_memory import MemoryWatch
 from sdlora_ui.jobs import Job, JobQueue, process_of
@@ -305,13 +306,20 @@ def read_events_of(tmp_path: Path, job: Job) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def written(tmp_path: Path, job: Job) -> None:
+    """Write a job's file, as the server that died did."""
+    file = tmp_path / "jobs" / job.id / "job.json"
+    assert file.is_file()
+    file.write_text(json.dumps(job.to_dict()), encoding="utf-8")
+
+
 def test_a_job_whose_server_died_before_its_process_began_waits_again(
     make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
 ) -> None:
     queue = make()
     job = queue.add(settings(tmp_path, "a", 2))
     (tmp_path / "jobs" / job.id / "claim").touch()  # what earlier versions left behind
-    queue._write(replace(queue.get(job.id), status="running"))
+    written(tmp_path, replace(queue.get(job.id), status="running"))
     after = make()
     assert after.get(job.id).status == "waiting"
     after.tick()
@@ -325,7 +333,7 @@ def test_a_job_whose_server_died_before_it_wrote_the_process_down_is_taken_over(
     job = queue.add(settings(tmp_path, "a", 4))
     queue.tick()
     pid = queue.get(job.id).pid
-    queue._write(replace(queue.get(job.id), pid=None, process_started=None))
+    written(tmp_path, replace(queue.get(job.id), pid=None, process_started=None))
     after = make()
     assert (after.get(job.id).status, after.get(job.id).pid) == ("running", pid)
     after.tick()
@@ -337,10 +345,10 @@ def test_a_job_whose_server_died_before_it_wrote_the_process_down_is_taken_over(
 def test_a_lock_that_another_server_holds_leaves_its_job_alone(
     make: Callable[[], JobQueue], tmp_path: Path
 ) -> None:
-    queue, other = make(), make()
+    queue = make()
     job = queue.add(settings(tmp_path, "a", 2))
-    with other._starting:
-        queue._write(replace(queue.get(job.id), status="running"))
+    with FileLock(tmp_path / "jobs" / "starting.lock", thread_local=False):
+        written(tmp_path, replace(queue.get(job.id), status="running"))
         assert queue.get(job.id).status == "running"
     assert queue.get(job.id).status == "waiting"
 

@@ -1,6 +1,6 @@
 """What a card would have been asked to do, by the line of the program that asked.
 
-Everything is counted under a :class:`Place`: the phase of a run, and the innermost line of sdlora or its UI
+Everything is counted under a place: the phase of a run, and the innermost line of sdlora or its UI
 on the stack. The backward pass runs in a thread of torch's own, which no line of ours is on: it counts for
 the phase that was last seen.
 """

@@ -1,1 +1,1 @@
-"""The server: who may talk to it, which paths it may read, what may be handed in, what it answers."""
+"""The server: who may connect, which paths may be used, what may be uploaded, and the answers."""

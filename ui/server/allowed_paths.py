@@ -1,7 +1,7 @@
-"""Which folders the server may read and write, whatever a request says.
+"""The folders that the server may read and write, whatever a request says.
 
-Everything a browser names goes through :meth:`AllowedPaths.readable` or :meth:`AllowedPaths.writable`. They
-follow links and ``..`` first and compare afterwards, so the answer is about the real path.
+Every path that a browser names goes through :meth:`AllowedPaths.readable` or :meth:`AllowedPaths.writable`.
+They resolve links and ``..`` first and compare afterwards, so the answer is about the real path.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class AllowedPaths:
     Attributes:
         home: where relative paths start.
         runs: training runs; the queue's state lies in it.
-        images: what is drawn.
-        data: where dropped images are put.
+        images: drawn images.
+        data: uploaded data sets.
         allowed: further folders to read and write, as given with ``--allow``.
         models: folders with checkpoints and adapters, to read only.
     """
@@ -67,7 +67,7 @@ class AllowedPaths:
         allowed: Iterable[Path] = (),
         models: Iterable[Path] = (),
     ) -> AllowedPaths:
-        """Return the places with every path made absolute and its links followed.
+        """Return the folders as absolute paths with their links followed.
 
         Raises:
             PathRefused: when an allowed folder does not exist.
@@ -110,7 +110,7 @@ class AllowedPaths:
         return path
 
     def shown(self, path: Path) -> str:
-        """Return a path as people would type it: relative to the home where it lies in it."""
+        """Return a path as people would type it: relative to the home folder where it lies in it."""
         return str(path.relative_to(self.home)) if path.is_relative_to(self.home) else str(path)
 
     def _inside(self, text: str | Path, roots: tuple[Path, ...], verb: str) -> Path:
@@ -125,7 +125,7 @@ class AllowedPaths:
         return path
 
     def _resolve(self, text: str) -> Path | None:
-        # a Windows share named by a request would make this machine log in to it
+        # Windows would log in to a network share that a request names
         if not text or text.startswith(("\\\\", "//")):
             return None
         try:

@@ -1,10 +1,10 @@
-"""Passwords: long enough, compared without telling anything, guessed slowly.
+"""Passwords: long enough, compared in constant time, guessed slowly.
 
-A guess counts when its text has arrived, not when its connection opened: between looking at the count and
-raising it nothing waits, so a thousand connections at once get no more guesses than one after another. Who
-guesses wrongly waits, each time twice as long, by address; and all strangers together have a budget, so that
-many addresses do not help either. Neither reaches those who are in: a session is not asked again, and an
-address that has logged in before does not wait for strangers.
+A guess counts when its text has arrived, not when its connection opened: nothing is awaited between reading
+the count and raising it, so a thousand simultaneous connections get no more guesses than successive ones. An
+address that guesses wrongly must wait, each time twice as long; and all unknown addresses together have a
+budget, so that using many addresses does not help either. Neither affects those who have logged in: a
+session is not asked again, and an address that has logged in before does not wait for the unknown ones.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from sdlora.errors import ConfigError
 
 LEAST_CHARACTERS = 8
 FREE_GUESSES = 3
-"""Wrong guesses of an address before it has to wait."""
+"""Wrong guesses that an address may make before it has to wait."""
 FIRST_WAIT, LONGEST_WAIT = 2.0, 900.0  # seconds
 STRANGERS, STRANGERS_WINDOW = 30, 60.0
-"""Wrong guesses of all strangers together in so many seconds."""
+"""Wrong guesses that all unknown addresses together may make, and in how many seconds."""
 _MOST_ADDRESSES = 10_000
-_ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # nothing that looks like something else
+_ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # no characters that look alike
 
 
 def check_password(password: str) -> None:
-    """Refuse a password that is guessed too soon.
+    """Refuse a password that is soon guessed.
 
     Raises:
         ConfigError: when it is too short.
@@ -43,19 +43,19 @@ def check_password(password: str) -> None:
 
 
 def new_passphrase() -> str:
-    """Return four groups of five characters, about 99 bits by chance."""
+    """Return four groups of five random characters, about 99 bits."""
     groups = ("".join(secrets.choice(_ALPHABET) for _ in range(5)) for _ in range(4))
     return "-".join(groups)
 
 
 def same_password(given: str, password: str) -> bool:
-    """Compare in a time that depends on neither of them."""
+    """Compare two passwords in a time that depends on neither."""
     digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in (given, password)]
     return hmac.compare_digest(*digests)
 
 
 def network_of(address: str) -> str:
-    """Return what counts as one address: an IPv6 customer has a whole /64 of them."""
+    """Return the network that counts as one address: one IPv6 customer has a whole /64."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -77,7 +77,7 @@ class Guesses:
         self._known: OrderedDict[str, None] = OrderedDict()
 
     def wait_for(self, address: str) -> float:
-        """Return how many seconds an address has to wait before its next guess is looked at; 0 if none."""
+        """Return how many seconds an address has to wait before its next guess; 0 if none."""
         address, now = network_of(address), self._clock()
         _, free_at = self._wrong.get(address, (0, 0.0))
         if free_at > now:
@@ -103,7 +103,7 @@ class Guesses:
             self._strangers.append(now)
 
     def right(self, address: str) -> None:
-        """Forget the wrong guesses of an address that logged in, and know it from now on."""
+        """Forget the wrong guesses of an address that logged in, and count it as known from now on."""
         address = network_of(address)
         self._wrong.pop(address, None)
         self._known.pop(address, None)

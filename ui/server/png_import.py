@@ -1,4 +1,4 @@
-"""The settings inside an image, as the form takes them."""
+"""The settings stored in an image, in the form's terms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TAG = re.compile(r"<lora:([^:>]+):([^:>]+)(?::([^>]{1,64}))?>")
 
 @dataclass(frozen=True)
 class ImportedSettings:
-    """What an image says; None where it says nothing usable.
+    """The settings stored in an image; None where it has no usable value.
 
     Attributes:
         adapters: name, strength of the U-Net, strength of the text encoder.

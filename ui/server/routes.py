@@ -1,4 +1,4 @@
-"""What the page's own elements ask for: files, thumbnails, data sets, captions, jobs. Below ``/sdlora/``.
+"""The routes for the page's own elements, below ``/sdlora/``: files, thumbnails, data sets, captions, jobs.
 
 Every path in a request goes through :class:`sdlora_ui.server.allowed_paths.AllowedPaths`.
 """
@@ -68,7 +68,7 @@ def _reading(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
 def _writing(
     handler: Callable[[Request, dict[str, Any]], dict[str, Any]],
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Take JSON only, with a header that no form of another site can send."""
+    """Accept only JSON, with a header that a form of another site cannot send."""
 
     @functools.wraps(handler)
     async def answer(request: Request) -> Response:
@@ -94,11 +94,11 @@ def _answered(handler: Handler, request: Request) -> Response:
     except SdloraError as error:
         return JSONResponse({"error": str(error)}, 422)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return JSONResponse({"error": f"cannot be done: {error}"}, 400)
+        return JSONResponse({"error": f"invalid request: {error}"}, 400)
 
 
 class _Own:
-    """The handlers, around what they share."""
+    """The handlers, with the objects they share."""
 
     def __init__(self, paths: AllowedPaths, queue: JobQueue) -> None:
         self.paths, self.queue = paths, queue
@@ -139,7 +139,7 @@ class _Own:
         return seen | {"undo": self.book.changes(folder)}
 
     def reading(self, request: Request) -> dict[str, Any]:
-        """Say how far looking at a folder is; when nobody looks, whether it changed."""
+        """Return how far the reading of a folder is; when it is not being read, its version."""
         folder = self.paths.readable(request.query_params.get("folder", ""))
         progress = self.sets.progress(folder)
         return {"progress": progress, "version": None if progress else version_of(folder)}
@@ -163,7 +163,7 @@ class _Own:
         elif what == "undo":
             changed = self.book.undo(folder)
         else:
-            raise ConfigError(f"{what}: nothing of this name can be done with captions")
+            raise ConfigError(f"{what}: is not an action for captions")
         return {"changed": changed, "undo": self.book.changes(folder)}
 
     def jobs(self, request: Request) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class _Own:
         job_id, action = request.path_params["id"], request.path_params["action"]
         if action == "delete":
             if body.get("confirmed") is not True:
-                raise ConfigError("deleting asks for a confirmation")
+                raise ConfigError("deleting needs a confirmation")
             self.queue.delete(job_id, with_run=body.get("with_run") is True)
             return {"deleted": job_id}
         if action in ("save", "sample"):
@@ -201,7 +201,7 @@ class _Own:
             "resume": self.queue.resume,
         }
         if action not in known:
-            raise ConfigError(f"{action}: nothing of this name can be done with a job")
+            raise ConfigError(f"{action}: is not an action for a job")
         return self._brief(known[action](job_id))
 
     def _brief(self, job: Job) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class _Own:
 
 @functools.lru_cache(maxsize=2000)
 def _thumbnail(path: Path, changed: int, side: int) -> bytes:
-    """Return a small WebP of an image; ``changed`` keeps an old one from being shown for a new file."""
+    """Return a small WebP of an image; ``changed`` is part of the cache's key: a new file gets a new one."""
     image = load_small(path, side)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=82)

@@ -1,13 +1,13 @@
-"""Who may talk to the server, and what leaves it: an ASGI layer around everything.
+"""Who may talk to the server, and what it sends: an ASGI layer around everything.
 
-- The ``Host`` must be one of ours, so that no name of a stranger's can point here (DNS rebinding).
-- A request that another site's page makes is refused, read or write; only following a link to the page
-  itself is fine.
-- With a password, everything but the login needs its cookie.
-- Bodies are bounded while they come in.
-- Of Gradio's addresses only those that the page itself uses are served, and no event may name an address of
-  the network as a file: Gradio would fetch it.
-- The page is told to load nothing from elsewhere, and Gradio's references to other sites are taken out.
+- The ``Host`` must be one of ours, so that a foreign domain name cannot point here (DNS rebinding).
+- A request that another site's page makes is refused, whether it reads or writes; only following a link to
+  the page itself is allowed.
+- With a password, everything except the login needs the session's cookie.
+- The size of bodies is limited while they arrive.
+- Of Gradio's routes only those that the page itself uses are served, and no event may name a URL as a file,
+  because Gradio would fetch it.
+- The page's policy forbids loading anything from elsewhere; Gradio's references to other sites are removed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _USED = re.compile(
     r"|gradio_api/(?:startup-events|app_id|info|heartbeat/.*|queue/join|queue/data|cancel|reset/?|upload"
     r"|upload_progress|file=(?!https?:).*))"
 )
-"""What the page asks for; Gradio has more: runs by name, proxies, an editor."""
+"""The routes that the page uses; Gradio has more: runs by name, proxies, an editor."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _MOST_SESSIONS = 1000
 _POLICY = (
@@ -60,7 +60,7 @@ _HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
-# whole tags that name another site: Gradio's page has scripts, fonts and images of a CDN in it
+# whole tags that name another site: Gradio's page refers to scripts, fonts and images on a CDN
 _FOREIGN_TAG = re.compile(
     r"<(?:script|link|meta|img)\b[^>]*?(?:src|href|content)\s*=\s*[\"'](?:https?:)?//[^\"']*[\"'][^>]*?>"
     r"(?:\s*</script>)?",
@@ -69,7 +69,7 @@ _FOREIGN_TAG = re.compile(
 
 
 class Refused(Exception):
-    """An answer without asking the application: status and words."""
+    """An answer given without asking the application: status and text."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -80,7 +80,7 @@ class SecurityMiddleware:
     """The ASGI application around another one."""
 
     def __init__(self, app: App, *, host: str, password: str | None = None) -> None:
-        """Wrap ``app``; ``host`` is the address listened on, ``password`` asks everyone to log in."""
+        """Wrap ``app``; ``host`` is the address listened on; with a ``password`` everyone must log in."""
         self.app = app
         self._password = password
         self._names = _own_names(host)
@@ -141,7 +141,7 @@ class SecurityMiddleware:
             await _answer(send, 200, _login_page(""), "text/html; charset=utf-8")
             return
         body = (await _body(receive, 4096)).decode("utf-8", "replace")
-        # from here to the count nothing waits: see passwords.py
+        # nothing is awaited from here to the count: see passwords.py
         client = scope.get("client") or ("", 0)
         address = str(client[0])
         if (wait := self._guesses.wait_for(address)) > 0:
@@ -192,7 +192,7 @@ def _is_address(host: str) -> bool:
 
 
 def _place_of(origin: str) -> str | None:
-    """Return host and port of an origin; None for one that is no address."""
+    """Return host and port of an origin; None for an invalid one."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
@@ -214,7 +214,7 @@ def _check_origin(scope: Scope, headers: MutableMapping[str, str]) -> None:
 
 
 class _Body:
-    """A request's body that is refused above a limit, whatever its header promised."""
+    """A request's body that is refused above a limit, whatever length its header states."""
 
     def __init__(self, receive: Receive, headers: MutableMapping[str, str], limit: int) -> None:
         announced = headers.get("content-length", "0")
@@ -231,7 +231,7 @@ class _Body:
         return message
 
     def refusing(self, send: Send) -> Send:
-        """Return a ``send`` that drops what the application says about being cut off."""
+        """Return a ``send`` that drops the application's answer to a body that was cut off."""
 
         async def refuse(message: Message) -> None:
             if not self._over:
@@ -244,7 +244,7 @@ class _Body:
 
 
 def _cleaned(send: Send, path: str) -> Send:
-    """Return a ``send`` that adds our headers and takes other sites out of the page."""
+    """Return a ``send`` that adds our headers and removes references to other sites from the page."""
     start: Message | None = None
     page = bytearray()
 
@@ -285,7 +285,7 @@ def _without_addresses(body: bytes) -> bytes:
     """Return an event's body.
 
     Raises:
-        Refused: when a file in it is an address of the network.
+        Refused: when a file in it is a URL.
     """
     try:
         waiting = [parse_json(body or b"{}")]
@@ -296,7 +296,7 @@ def _without_addresses(body: bytes) -> bytes:
         if isinstance(value, dict):
             path = value.get("path")
             if isinstance(path, str) and re.match(r"\s*[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
-                raise Refused(403, "refused: a file must be uploaded, not named by an address")
+                raise Refused(403, "refused: a file must be uploaded, not named by a URL")
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
@@ -304,7 +304,7 @@ def _without_addresses(body: bytes) -> bytes:
 
 
 def _replayed(body: bytes) -> Receive:
-    """Return a ``receive`` that gives a body that was read already."""
+    """Return a ``receive`` that yields a body that was read already."""
     message: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
     async def receive() -> Message:
@@ -354,6 +354,6 @@ form {{ display: grid; gap: .8rem; width: min(20rem, 86vw) }}
 input, button {{ font: inherit; padding: .6rem .8rem; border-radius: .5rem; border: 1px solid #8888 }}
 button {{ background: #4338ca; color: white; border: 0; cursor: pointer }} p {{ color: #dc2626; margin: 0 }}
 </style></head><body><form method="post" action="/sdlora/login"><h1>sdlora</h1>
-<label for="password">Password, as given to <code>sdlora ui --password</code></label>
+<label for="password">The password of this server, printed when <code>sdlora ui</code> started</label>
 <input id="password" name="password" type="password" autofocus autocomplete="current-password">{alert}
 <button>Log in</button></form></body></html>"""

@@ -1,4 +1,4 @@
-"""A server that answers at once: it says that it is starting while Gradio is still being imported."""
+"""A server that answers at once: a page says that it is starting while Gradio is still imported."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ body{display:grid;place-items:center;min-height:90vh;margin:0}</style></head>
 
 
 class Splash:
-    """An ASGI application that is replaced by the real one as soon as that is made."""
+    """An ASGI application that is replaced by the real one as soon as that is ready."""
 
     def __init__(self, make: Callable[[], Starlette]) -> None:
-        """Take what makes the real application; it is called in a thread when the server starts."""
+        """Take the function that makes the real application; a thread calls it when the server starts."""
         self._make = make
         self._app: App | None = None
         self._ended = asyncio.Event()
@@ -54,7 +54,7 @@ class Splash:
             async with app.router.lifespan_context(app):
                 self._app = app
                 await self._ended.wait()
-        except Exception:  # the page must say so instead of starting for ever
+        except Exception:  # the page must show the problem instead of starting for ever
             self.problem = traceback.format_exc()
             logging.getLogger(__name__).error("the page could not be made:\n%s", self.problem)
 

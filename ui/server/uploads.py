@@ -1,4 +1,4 @@
-"""What a browser may hand in: images, captions, and zips of them; checked, bounded, never overwriting."""
+"""Uploads from a browser: images, captions, and zips of them; checked, limited, never overwriting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Imported:
-    """Where images were put, how many, and what was left out and why."""
+    """The folder of an upload, its number of images, and what was left out and why."""
 
     folder: Path
     num_images: int
@@ -37,7 +37,7 @@ class Imported:
 
 
 def folder_name(text: str, fallback: str = "images") -> str:
-    """Return a plain folder name made from what a user typed or dropped."""
+    """Return a valid folder name made from what a user typed or dropped."""
     name = _NAME.sub("-", text).strip(" .-")[:80]
     return name or fallback
 
@@ -47,11 +47,11 @@ def import_files(
 ) -> Imported:
     """Put images, captions and the contents of zips into a new folder below ``parent``.
 
-    Every image is decoded in full; what is not an image is left out and named. The folder appears when
+    Every image is decoded in full; other files are left out and listed. The folder appears when
     everything is in it.
 
     Raises:
-        DatasetError: when nothing usable is left, or a zip is hostile or too large.
+        DatasetError: when nothing usable is left, or a zip is malicious or too large.
         OutputError: when the folder cannot be written.
     """
     target = _free(parent, folder_name(name))
@@ -77,7 +77,7 @@ def import_files(
 
 
 def unpack(archive: Path, folder: Path, left_out: list[str], budget: _Budget | None = None) -> None:
-    """Write a zip's images and captions below ``folder``, counting the bytes that really come out.
+    """Write a zip's images and captions below ``folder``, counting the bytes that are really unpacked.
 
     Raises:
         DatasetError: for a zip that is broken, encrypted, too large, or names places outside the folder.
@@ -117,7 +117,7 @@ class _Member:
 
 
 class _Budget:
-    """Counts what was taken, so that no upload fills the disk."""
+    """Counts files and bytes, so that no upload fills the disk."""
 
     def __init__(self) -> None:
         self.files, self.bytes = 0, 0
@@ -206,13 +206,13 @@ def _free(parent: Path, name: str) -> Path:
         target = parent / (name if number == 1 else f"{name}-{number}")
         if not target.exists():
             return target
-    raise OutputError(f"{parent / name}: there are a thousand of them; choose another name")
+    raise OutputError(f"{parent / name}: a thousand folders have this name already; choose another name")
 
 
 def copy_folder(
     source: Path, parent: Path, endings: Iterable[str] = (*IMAGE_ENDINGS, *CAPTION_ENDINGS)
 ) -> Path:
-    """Return a copy of a data set's own files below ``parent``; one that is there already is kept."""
+    """Return a copy of a data set's files below ``parent``; an existing folder is kept as it is."""
     target, wanted = parent / source.name, set(endings) | {".md"}
     if target.is_dir():
         return target

@@ -1,1 +1,1 @@
-"""The pages: each module builds one and connects it to the site."""
+"""The pages: each module builds one page and connects it to the site."""

@@ -1,4 +1,4 @@
-"""Page 1: a folder of images, or images dropped here; captions, findings, crops."""
+"""Page 1: a folder of images, or images dropped onto the page; captions, findings, crops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PROGRESS = gr.Progress()
 _WELCOME = """<div class="sd-hero"><h2>Teach Stable Diffusion a style or a subject</h2>
 <p>From a folder of images to a LoRA with a strength slider. Nothing leaves this machine.</p></div>"""
 _DEMO = """<h3>See it work first</h3><p class="sd-dim">48 ink icons on the built-in base: a LoRA in a few
-minutes, without a GPU or a download. It fills in everything; the next click starts it.</p>"""
+minutes, without a GPU or a download. This fills in everything; the next click starts it.</p>"""
 
 
 def build(site: Site, shell: Shell) -> None:
@@ -60,13 +60,16 @@ def build(site: Site, shell: Shell) -> None:
 
     dropped.upload(take, [dropped, named, trigger, resolution], [*opened, folder, dropped])
     demo.click(
-        lambda: _demo(site), None, [*opened, folder, trigger, shell.demo, shell.tabs], show_progress="minimal"
+        lambda: demo_folder(site),
+        None,
+        [*opened, folder, trigger, shell.demo, shell.tabs],
+        show_progress="minimal",
     )
     go.click(lambda: gr.Tabs(selected="train"), None, shell.tabs)
 
 
 def _ways_in(site: Site) -> tuple[gr.Dropdown, gr.Button, gr.File, gr.Textbox, gr.Button]:
-    """Return a folder to open and its button, images dropped and their name, and the demo's button."""
+    """Return the folder field and its button, the drop area and its name field, and the demo's button."""
     gr.HTML(_WELCOME)
     with gr.Row(elem_classes="sd-choose", equal_height=True):
         with gr.Column(scale=3, min_width=280, elem_classes="sd-box"):
@@ -75,7 +78,7 @@ def _ways_in(site: Site) -> tuple[gr.Dropdown, gr.Button, gr.File, gr.Textbox, g
                 choices(site.data_sets()),
                 value=None,
                 label="Folder of images",
-                info="One that you dropped, or the path of one on this machine",
+                info="One that you dropped, or the path of a folder on this machine",
                 allow_custom_value=True,
                 elem_id="dataset-folder",
             )
@@ -98,11 +101,11 @@ def _ways_in(site: Site) -> tuple[gr.Dropdown, gr.Button, gr.File, gr.Textbox, g
 
 
 def _bar() -> tuple[gr.Row, gr.Textbox, gr.Dropdown, gr.Button]:
-    """Return the bar of an opened folder, its trigger word, size of crops, and the way on to training."""
+    """Return the bar of an opened folder, its trigger word, size of crops and training button."""
     with gr.Row(elem_id="dataset-bar", visible=False, equal_height=True) as bar:
         trigger = gr.Textbox(
             label="Trigger word",
-            info="The word that will call what is learned",
+            info="The word that will call up the style or subject",
             placeholder="none",
             elem_id="dataset-trigger",
             max_lines=1,
@@ -111,7 +114,7 @@ def _bar() -> tuple[gr.Row, gr.Textbox, gr.Dropdown, gr.Button]:
             RESOLUTIONS,
             value=64,
             label="Show crops for",
-            info="What your base model is trained at",
+            info="The resolution your base model is trained at",
             elem_id="dataset-resolution",
         )
         go = gr.Button("Train on it", variant="primary", elem_id="train-on-it", size="lg")
@@ -152,7 +155,8 @@ def _take(
     return (*_show(site, str(taken.folder), word, px), listed, None)
 
 
-def _demo(site: Site) -> tuple[Any, ...]:
+def demo_folder(site: Site) -> tuple[Any, ...]:
+    """Copy the demo's images into the data folder; return the values of the components that follow."""
     from sdlora.demonstration.data import STYLE, demo_config, find_data
 
     folder = copy_folder(find_data() / STYLE, site.paths.data)

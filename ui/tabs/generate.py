@@ -52,7 +52,7 @@ class _Slot:
 
 @dataclass
 class _Page:
-    """The controls of the page that functions read."""
+    """The page's controls whose values are read."""
 
     base: gr.Dropdown
     prompt: gr.Textbox
@@ -130,7 +130,7 @@ def _controls(site: Site) -> tuple[_Page, dict[str, Any]]:
 
 
 def _more_controls(site: Site, prompt: gr.Textbox, slots: list[_Slot]) -> tuple[_Page, gr.File, gr.Button]:
-    """Return the page with what is folded away, the place for a PNG, and the button for a new seed."""
+    """Return the page with the folded controls, the drop area for a PNG, and the button for a new seed."""
     defaults = SampleConfig()
     placeholder = "the base's own"
     title = "More settings: base, negative prompt, seed, size, sampler"
@@ -234,7 +234,7 @@ def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
 
 
 def _connect_keeping(site: Site, page: _Page) -> None:
-    """Give a page that is opened what was last drawn with."""
+    """Fill a newly opened page with the values last drawn with."""
 
     def again() -> list[Any]:
         kept = site.drafts.kept(_DRAFT).get("held")
@@ -262,7 +262,7 @@ def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: g
         extra = [[] if file in paths else [(adapter_label(file), file)] for file in chosen]
         lists = [gr.Dropdown(choices=[*shown, *more]) for more in extra]
         text = gr.skip()
-        if not any(chosen) and not (prompt or "").strip() and known:  # the first look at the page
+        if not any(chosen) and not (prompt or "").strip() and known:  # the page is opened for the first time
             lists[0] = gr.Dropdown(choices=shown, value=known[0][1])
             text = _first_prompt(Path(known[0][1]).parent)
         runs = choices(site.runs())
@@ -327,14 +327,14 @@ def _use_run(site: Site, run: Path) -> list[Any]:
 
 
 def _first_prompt(run: Path) -> str:
-    """Return what a run's previews show first; nothing for a folder that is not a run."""
+    """Return the first prompt of a run's previews; an empty text for a folder that is not a run."""
     file = run / "config.toml"
     prompts = load_config(file).sample.prompts if file.is_file() else None
     return prompts[0] if prompts else ""
 
 
 def adapter_label(file: str) -> str:
-    """Return how an adapter that is in no list is shown: a checkpoint by its run and step."""
+    """Return the label of an adapter that is in no list: a checkpoint's is its run and step."""
     path = Path(file)
     if path.name == "adapter.safetensors":
         return f"{path.parents[2].name} ({path.parent.name.replace('-', ' ')})"
@@ -342,12 +342,12 @@ def adapter_label(file: str) -> str:
 
 
 def _filled(site: Site, imported: ImportedSettings) -> list[Any]:
-    """Return every control as an image's settings say."""
+    """Return the value of every control according to an image's settings."""
     by_label = {label: path for label, path in choices(site.adapters())}
     by_label |= {Path(path).stem: path for path in by_label.values()}
     missing = [name for name, _, _ in imported.adapters if name not in by_label]
     if missing:
-        gr.Warning(f"not found here: {', '.join(missing)}; the rest of the settings is set")
+        gr.Warning(f"not found here: {', '.join(missing)}; all other settings were set")
     given = [
         (by_label[name], denoiser, text) for name, denoiser, text in imported.adapters if name in by_label
     ][:NUM_SLOTS]
@@ -358,7 +358,7 @@ def _filled(site: Site, imported: ImportedSettings) -> list[Any]:
     boxes = [gr.Group(visible=number < max(1, len(given))) for number in range(NUM_SLOTS)]
     bases = {Path(base.path).stem: base.path for base in site.bases()}
     if imported.model and imported.model not in bases:
-        gr.Warning(f"the base `{imported.model}` is not found here; the one chosen stays")
+        gr.Warning(f"the base `{imported.model}` was not found here; the chosen one stays")
     plain = [
         bases.get(imported.model or ""),
         imported.prompt,
@@ -417,9 +417,9 @@ def _drawn(
     shape: Callable[[Sequence[Mapping[str, Any]], int], str],
     rows: Sequence[Sequence[Mapping[str, Any]]] | None = None,
 ) -> Iterator[Any]:
-    """Draw, and yield (what goes on, what to show): progress, parts that are ready, the whole.
+    """Draw, and yield (status, content): progress, parts that are ready, the whole.
 
-    What this browser tab asked for before is given up: its sliders may move faster than images are drawn.
+    An earlier request of the same browser tab is cancelled: sliders may move faster than images are drawn.
     """
     parts: list[Mapping[str, Any]] = []
     try:

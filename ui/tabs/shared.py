@@ -1,4 +1,4 @@
-"""How the pages send to each other: fields that one page sets and another listens to."""
+"""How the pages send to each other: fields that one page sets and another reads; shared bits of HTML."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Shell:
 
     Attributes:
         tabs: to switch between pages.
-        folder: the data set chosen, for the training page.
+        folder: the chosen data set, for the training page.
         trigger: its trigger word.
         demo: set when the demo's images were chosen.
-        try_run: job whose adapter is to be drawn with.
+        try_run: job whose adapter is to be used for drawing.
         export_run: job whose adapter is to be exported.
         clone_run: job whose settings are to be copied into the form.
-        chosen_cell: checkpoint and strength pressed in a grid.
-        sent_image: image of the gallery whose settings are to be used.
+        chosen_cell: checkpoint and strength clicked in a grid.
+        import_png: image of the gallery whose settings are to be used.
     """
 
     tabs: gr.Tabs
@@ -44,7 +44,7 @@ class Shell:
 
 
 def choices(listed: Iterable[Choice]) -> list[tuple[str, str]]:
-    """Return choices as a dropdown takes them."""
+    """Return choices in the form a dropdown takes."""
     return [(choice.label, choice.path) for choice in listed]
 
 

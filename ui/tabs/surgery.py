@@ -1,4 +1,4 @@
-"""The part of page 4 that changes adapters: merge, resize, bake; each with the command's own report."""
+"""The part of page 4 that changes adapters: merge, resize, bake; each with the report of its command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MINI = Path(sdlora.__file__).parent / "assets" / "mini"
 
 
 def build(site: Site) -> list[gr.Dropdown]:
-    """Put the tools into the current column; return the lists of adapters, for keeping them fresh."""
+    """Put the tools into the current column; return the lists of adapters, so that they can be updated."""
     with gr.Accordion("Merge adapters into one", open=False, elem_id="merge-box"):
         merged = _merge(site)
     with gr.Accordion("Resize: fewer ranks", open=False, elem_id="resize-box"):
@@ -155,7 +155,7 @@ def _target(site: Site, name: str, ending: str = ".safetensors") -> str:
 
 
 def _done(site: Site, task: str, arguments: Any) -> Iterator[str]:
-    """Do a task in the worker, and show its progress and its report."""
+    """Run a task in the worker, and show its progress and its report."""
     try:
         for answer in site.desk.call(task, arguments()):
             if answer.progress is not None:

@@ -1,4 +1,4 @@
-"""Page 4: an adapter to other programs, with its proof; what a file holds."""
+"""Page 4: export an adapter for other programs, with proof; inspect a file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
 
 
 def format_choices() -> list[tuple[str, str]]:
-    """Return (what it is for, name) of every format an adapter can be exported in."""
+    """Return (programs, name) of every format an adapter can be exported to."""
     return [(FORMATS[name].programs or FORMATS[name].title, name) for name in written_formats()]
 
 
@@ -89,7 +89,7 @@ def _export(site: Site) -> gr.Dropdown:
             )
         preview = gr.Textbox(
             label="Preview image",
-            info="What WebUI shows on the adapter's card",
+            info="The image that WebUI shows on the adapter's card",
             placeholder="the run's newest preview",
             elem_id="export-preview",
             max_lines=1,
@@ -119,19 +119,19 @@ def _export(site: Site) -> gr.Dropdown:
 
 
 def _webui_info(named: Sequence[Path], others: Sequence[Path]) -> str:
-    """Return how to export straight into another program, for the folders there are."""
+    """Return how to export straight into another program, for the folders that exist."""
     if named:
         return "Copied into its folder of adapters, with preview and card"
     if others:
         return f"Found {others[0]}; to write there, start with: sdlora ui --allow {others[0]}"
-    return "None was named; to write into one, start with: sdlora ui --allow FOLDER"
+    return "No folder was named; to write into one, start with: sdlora ui --allow FOLDER"
 
 
 def _exported(site: Site, values: Mapping[str, Any]) -> Iterator[str]:
     try:
         if not values["source"]:
             raise ConfigError("run or adapter file: choose one")
-        # text fields that are folded away say None
+        # Gradio gives None for text fields that are folded away
         text = {key: str(values[key] or "").strip() for key in ("output", "webui", "name", "preview")}
         arguments = dict(values) | {
             "source": str(site.paths.readable(values["source"])),

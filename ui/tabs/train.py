@@ -1,4 +1,4 @@
-"""Page 2: a base, a name, a trigger word; everything else filled in; the queue and the running job."""
+"""Page 2: base, name and trigger word, everything else filled in; the queue and the running job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..worker_client import CallCancelled
 from .shared import Shell, choices, hint, problem, told, working
 
 _DRAFT = "train"
-_PAUSE = 0.4  # seconds without a key until the plan follows
+_PAUSE = 0.4  # seconds without a key press before the plan is made
 _NO_FOLDER = "Choose a folder of images on the first page; time, memory and settings then appear here."
 _LATER = "Time and memory are worked out when a setting changes."
 _FIRST = ("model.base", "data.folder", "output.name", "data.trigger_word")
@@ -48,7 +48,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                 )
             machine.expand(machine_html, None, report, show_progress="hidden")
             with gr.Accordion("More settings", open=False, elem_id="more"):
-                gr.HTML(hint("What you leave empty follows your images and the base, as listed above."))
+                gr.HTML(hint("Empty settings are decided from your images and the base, as listed above."))
                 for section, title in SECTION_TITLES.items():
                     settings_here = [
                         s for s in known.values() if s.key.startswith(f"{section}.") and s.key not in controls
@@ -62,7 +62,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
 
 
 def _first(site: Site, known: Mapping[str, Setting]) -> dict[str, Any]:
-    """Return the few controls that are always seen."""
+    """Return the few controls that are always visible."""
     base = gr.Dropdown(
         choices(site.bases()),
         value="mini",
@@ -123,7 +123,7 @@ def _connect(
         config = demo_config(site.paths.runs / STYLE, Path(told(said_text, "folder")).parent)
         return fill(config.with_values({"output.name": _free_name(site, STYLE), "output.folder": None}))
 
-    # At once: a plan that waits for its turn would take a newer draft back.
+    # without a queue: a plan that waits for its turn would overwrite a newer draft
     at_once: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 32}
     edits = [shown_control.input for shown_control in shown]
     gr.on(edits, edited, shown, plan, trigger_mode="multiple", **at_once)
@@ -138,7 +138,7 @@ def _connect(
 
 
 def _connect_keeping(site: Site, tab: gr.Tab, controls: Mapping[str, Any], plan: gr.HTML) -> None:
-    """Give a page that is opened what the form held when it was last edited."""
+    """Fill a newly opened page with what the form held when it was last edited."""
     keys, shown = list(controls), list(controls.values())
     known = {setting.key: setting for setting in settings()}
 
@@ -161,12 +161,12 @@ def _connect_keeping(site: Site, tab: gr.Tab, controls: Mapping[str, Any], plan:
 
 
 def _fits(setting: Setting, held: Any) -> bool:
-    """Return whether a control takes a value that an older version of the form may have held."""
+    """Return whether a control accepts a value that an older version of the form may have held."""
     return setting.kind != "choice" or held in ("", *setting.choices)
 
 
 def _predict(site: Site, raw: Mapping[str, Any]) -> Iterator[str]:
-    """Say what the run would be, or why it cannot be."""
+    """Yield the run's plan, or why the run is not possible."""
     if not str(raw["data.folder"] or "").strip():
         yield hint(_NO_FOLDER)
         return
@@ -184,21 +184,21 @@ def _predict(site: Site, raw: Mapping[str, Any]) -> Iterator[str]:
                 part = answer.part
             elif answer.result is not None:
                 yield plan_html(answer.result)
-    except CallCancelled:  # by a newer edit, which will say more, or by the start of a job
+    except CallCancelled:  # by a newer edit, which makes its own plan, or by the start of a job
         yield plan_html(part) if part else hint(_LATER)
     except SdloraError as error:
         yield problem(str(error))
 
 
 def _begin(site: Site, raw: Mapping[str, Any]) -> Iterator[Any]:
-    """Queue the run, or say why it cannot be."""
+    """Queue the run, or say why it is not possible."""
     try:
         config = _config(site, raw)
         _refuse_bad_images(config)
         for answer in site.plans.refusals(config):
             assert answer.progress is not None
             done, total, note = answer.progress
-            yield working(done, total, f"checking that it can work: {note}")
+            yield working(done, total, f"checking that it is possible: {note}")
         job = site.queue.add(config)
         site.make_room()
         site.queue.tick()

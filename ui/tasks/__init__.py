@@ -1,1 +1,1 @@
-"""What the worker process does; these modules import torch."""
+"""The tasks of the worker process; these modules import torch."""

@@ -26,7 +26,7 @@ from ..worker import Emit
 
 @dataclass
 class _Studio:
-    """The loaded base and the adapters in it, by file and the time it was changed."""
+    """The loaded base and the adapters in it, by file and time of its last change."""
 
     base: str
     generator: ImageGenerator
@@ -34,10 +34,10 @@ class _Studio:
     hashes: dict[str, str]
 
     def adapter(self, file: Path) -> str:
-        """Return the name of an adapter that is loaded now at the latest."""
+        """Return the name of an adapter, which is loaded if it is not yet."""
         key = file, file.stat().st_mtime_ns if file.exists() else 0
         if key not in self.adapters:
-            for old in [loaded for loaded in self.adapters if loaded[0] == file]:  # trained on, or replaced
+            for old in [loaded for loaded in self.adapters if loaded[0] == file]:  # changed since
                 self.generator.remove_adapter(self.adapters.pop(old))
             name = self.generator.add_adapter(file, self._free(adapter_name(file)))
             self.adapters[key] = name
@@ -45,7 +45,7 @@ class _Studio:
         return self.adapters[key]
 
     def keep_only(self, names: Sequence[str]) -> None:
-        """Unload what was not used, when there are many: adapters take memory, too."""
+        """Unload unused adapters when there are many, because they take memory, too."""
         if len(self.adapters) > 12:
             for key, name in list(self.adapters.items()):
                 if name not in names:
@@ -63,7 +63,7 @@ _studio: list[_Studio] = []
 
 
 def adapter_name(file: Path) -> str:
-    """Return what an adapter is called; a checkpoint after its run and step."""
+    """Return an adapter's name; a checkpoint's is its run and step."""
     belongs = checkpoint_of(file)
     if belongs is not None:
         run, checkpoint = belongs
@@ -72,7 +72,7 @@ def adapter_name(file: Path) -> str:
 
 
 def draw(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
-    """Draw ``rows`` x ``strengths`` images and write each with its settings.
+    """Draw ``rows`` x ``strengths`` images and write each one with its settings.
 
     Args:
         arguments: ``base``, ``prompt``, ``negative``, ``seed``, ``width``, ``height``, ``steps``,
@@ -105,7 +105,7 @@ def draw(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
 def _loaded(base: str, emit: Emit) -> _Studio:
     if not _studio or _studio[0].base != base:
         emit.progress(0, 1, f"loading {Path(base).name}")
-        _studio.clear()  # first, so that two bases are never in memory together
+        _studio.clear()  # before loading, so that two bases are never in memory together
         _studio.append(_Studio(base, ImageGenerator.load(base), {}, {}))
     return _studio[0]
 

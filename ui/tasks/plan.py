@@ -1,8 +1,7 @@
-"""What a run would be: the settings left open with their reasons, its time and its memory.
+"""The plan of a run: the open settings with their reasons, its time and its memory.
 
-The run is made ready by :func:`sdlora.training.run.prepare_run`, as for training, in a folder that is
-thrown away; what a step costs is measured by its trial step, again only when a setting changed that could
-change it.
+The run is prepared by :func:`sdlora.training.run.prepare_run`, as for training, in a temporary folder. The
+cost of a step is measured by a trial step, and again only when a setting changed that can affect it.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def plan(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
 
     Args:
         arguments: ``values``: settings by dotted key, as the form has them.
-        emit: takes what is going on; the defaults come early, as a part.
+        emit: takes the progress; the defaults come early, as a part.
     """
     config = load_config(values=dict(arguments["values"]))
     defaults: list[list[Any]] = []
@@ -59,7 +58,7 @@ def plan(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         elif isinstance(event, Caching):
             emit.progress(event.done, event.total, "encoding the images")
 
-    emit.progress(0, 3, f"looking at the base {Path(config.model.base).name} and the images")
+    emit.progress(0, 3, f"reading the base {Path(config.model.base).name} and the images")
     with tempfile.TemporaryDirectory(prefix="sdlora-plan-") as place:
         trial = config.with_values({"output.folder": Path(place) / "trial"})
         run = prepare_run(trial, resume=False, emit=Emitter((hear,)))

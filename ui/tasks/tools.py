@@ -31,7 +31,7 @@ def export(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
 
 
 def inspect(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
-    """Return everything an adapter file holds, and the text the command line shows."""
+    """Return everything about an adapter file, and the text that the command line shows."""
     emit.progress(0, 1, "reading")
     summary = inspect_adapter(Path(arguments["file"]))
     return {"text": render(summary, width=100), **summary.to_dict()}

@@ -4,14 +4,14 @@ import "./jobs.js";
 import "./images.js";
 import { button } from "./base.js";
 
-// Gradio's sliders hear only a pointer being let go; arrow keys must count as well.
+// Gradio's sliders react only to a released pointer; arrow keys must count as well.
 document.addEventListener("keyup", (event) => {
   if (event.target.matches?.('input[type="range"]') && /^(Arrow|Page|Home|End)/.test(event.key)) {
     event.target.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
   }
 });
 
-// A Gradio choice that has the focus keeps its old words when its value is set, as by a dropped image.
+// A focused Gradio dropdown keeps its old text when its value is set, e.g. by a dropped image.
 document.addEventListener(
   "change",
   (event) => {
@@ -20,7 +20,7 @@ document.addEventListener(
   true,
 );
 
-// Light or dark: as the system says, until someone presses the button.
+// Light or dark: the system's setting, until someone presses the button.
 const STORED = "sdlora-theme";
 const isDark = () => document.body.classList.contains("dark");
 class Theme extends HTMLElement {

@@ -1,4 +1,4 @@
-// What the page's own elements share: building nodes from data (never from HTML text), asking the server.
+// Shared by the page's own elements: building nodes from data (never from HTML text), asking the server.
 
 export function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -31,7 +31,7 @@ export async function ask(path, body, extra = {}) {
   try {
     response = await fetch(`/sdlora/${path}`, options);
   } catch {
-    throw new Error("the server does not answer; start it again with `sdlora ui` (running jobs go on)");
+    throw new Error("the server does not answer; start it again with `sdlora ui` (running jobs continue)");
   }
   const text = await response.text();
   let value;
@@ -59,7 +59,7 @@ export async function attempt(work) {
   try { return await work(); } catch (error) { say(error.message, "error"); return undefined; }
 }
 
-// Python hears of something through a hidden text field: its value is set as if typed.
+// Sends a value to Python through a hidden text field, as if it were typed there.
 export function sendToPython(id, value) {
   const field = document.querySelector(`#${id} textarea, #${id} input`);
   if (!field) return;
@@ -80,8 +80,8 @@ export function duration(seconds) {
 export const bytes = (count) =>
   count === null || count === undefined ? "" : count < 2 ** 30 ? `${Math.round(count / 2 ** 20)} MiB` : `${(count / 2 ** 30).toFixed(1)} GiB`;
 
-// An element drawn from its attributes. Gradio patches the page: it changes the attributes of an element that
-// is there and takes away its children, so every change draws it again, when the patching is over.
+// An element drawn from its attributes. Gradio patches the page: it changes the attributes of an existing
+// element and removes its children, so every change draws it again, when the patching is over.
 export class Drawn extends HTMLElement {
   connectedCallback() { this.soon(); }
   attributeChangedCallback() { this.soon(); }
@@ -92,7 +92,7 @@ export class Drawn extends HTMLElement {
   }
 }
 
-// An element that knows whether it can be seen, so that hidden tabs ask the server nothing.
+// An element that refreshes only while it is visible, so that hidden tabs send no requests.
 export class Live extends HTMLElement {
   connectedCallback() {
     this.start();

@@ -1,16 +1,16 @@
-// The data set: images with their captions edited in place, what the doctor finds, crops, buckets, tags.
+// The data set: images, captions edited in place, the doctor's findings, crops, buckets, tags.
 
 import { ask, attempt, button, el, Live, say, thumbUrl } from "./base.js";
 
 const PAGE = 60;
-const SAVE_AFTER = 250; // ms without a key
+const SAVE_AFTER = 250; // ms without a key press
 const WRITTEN = ["txt", "caption", "metadata"];
 const tidy = (text) => text.split("\n").map((line) => line.split(/\s+/).filter(Boolean).join(" ")).filter(Boolean).join("\n");
 const plural = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
 
 class DataSet extends Live {
   static observedAttributes = ["folder", "trigger", "resolution"];
-  // Another folder or another question: Gradio changed the attributes and took the children away.
+  // Another folder or other options: Gradio changed the attributes and removed the children.
   attributeChangedCallback() {
     if (!this.parts || this.asked) return;
     this.asked = true;
@@ -46,7 +46,7 @@ class DataSet extends Live {
     const part = (name) => encodeURIComponent(this.getAttribute(name) || "");
     return `dataset?${this.where}&trigger=${part("trigger")}&resolution=${part("resolution")}&page=${this.page}&only=${this.only}`;
   }
-  // Called again and again: looks whether another tab or program changed the folder.
+  // Called regularly: checks whether another tab or program changed the folder.
   async refresh() {
     if (!this.folder || this.loading) return;
     if (!this.state) { await this.load(); return; }
@@ -101,7 +101,7 @@ class DataSet extends Live {
   summary(state) {
     const fact = (value, what) => el("div", { class: "sd-fact" }, el("strong", {}, value), el("span", {}, what));
     const { error, warning, note } = state.counts;
-    const verdict = error ? ["bad", "Not ready"] : warning ? ["soso", "Can be trained"] : ["good", "Ready to train"];
+    const verdict = error ? ["bad", "Not ready"] : warning ? ["soso", "Ready, with warnings"] : ["good", "Ready to train"];
     return el("div", { class: "sd-facts" },
       el("div", { class: `sd-fact sd-verdict ${verdict[0]}` }, el("strong", {}, verdict[1]),
         el("span", {}, [plural(error, "error"), plural(warning, "warning"), plural(note, "note")].join(", "))),
@@ -155,7 +155,7 @@ class DataSet extends Live {
       el("div", { class: "sd-tool" }, field("Trigger word", "sd-trigger", state.trigger || ""),
         button("Put in front of all", () => post("trigger", { word: read("sd-trigger") }, (n) => `put in front of ${captions(n)}`), "", { id: "sd-add-trigger" })),
       el("div", { class: "sd-tool" }, el("label", { class: "sd-field" }, el("span", {}, "Show"), choose),
-        button("Undo", () => post("undo", {}, (n) => `${captions(n)} as before`), "", { id: "sd-undo" })));
+        button("Undo", () => post("undo", {}, (n) => `${captions(n)} restored`), "", { id: "sd-undo" })));
   }
   drawTools(state) { this.showUndo(state.undo); }
   showUndo(count) {
@@ -172,7 +172,7 @@ class DataSet extends Live {
   }
 }
 
-// One image. Its caption is saved while one types; what could not be saved is tried again.
+// One image. Its caption is saved while the user types; a failed save is tried again.
 class Card {
   constructor(owner) {
     this.owner = owner;
@@ -187,20 +187,20 @@ class Card {
   get dirty() { return this.data && this.data.path && this.text.value !== this.data.caption; }
   update(data) {
     const keep = this.dirty || tidy(this.text.value) === (data.caption ?? "");
-    if (!this.dirty && keep) data = { ...data, caption: this.text.value }; // spaces of someone who types
+    if (!this.dirty && keep) data = { ...data, caption: this.text.value }; // keep the spaces the user is typing
     const image = `${data.path}|${data.changed}|${JSON.stringify(data.crop)}`;
     if (image !== this.image) { this.image = image; this.parts.image.replaceChildren(this.frame(data)); }
     if (!keep) this.text.value = data.caption ?? "";
     this.data = this.dirty ? { ...data, caption: this.data.caption } : data;
     this.text.hidden = !data.path;
     this.text.readOnly = data.source === "metadata";
-    this.text.title = this.text.readOnly ? "This caption stands in a metadata file of the folder" : "";
+    this.text.title = this.text.readOnly ? "This caption is in a metadata file of the folder" : "";
     this.text.setAttribute("aria-label", `Caption of ${data.name}`);
     this.text.dataset.name = data.name;
     this.node.classList.toggle("held", data.held);
     this.parts.meta.replaceChildren(el("span", { class: "sd-name", title: data.name }, data.name),
       data.path ? el("span", {}, `${data.width} × ${data.height}`) : "",
-      data.held ? el("b", { class: "sd-chip held", title: "Not trained on: its loss tells whether the LoRA learns or memorises" }, "held out") : "",
+      data.held ? el("b", { class: "sd-chip held", title: "Not trained on: its loss shows whether the LoRA learns or memorises" }, "held out") : "",
       data.path && !WRITTEN.includes(data.source) ? el("b", { class: "sd-chip", title: "No caption file: typing here makes one" }, `from ${data.source}`) : "", this.mark);
     this.parts.hints.replaceChildren(...data.findings.filter((one) => one.kind !== "no caption file").map((one) => el("p", { class: `sd-hint ${one.severity}` }, one.what,
       one.severity === "note" ? "" : el("span", { class: "sd-fix" }, ` → ${one.fix}`))));

@@ -1,10 +1,10 @@
-// Images: a strip of strengths to scrub, before and after, a grid to choose from, the gallery.
+// Images: a strip of strengths with a slider, before and after, a grid to choose from, the gallery.
 
 import { ask, attempt, button, Drawn, el, fileUrl, Live, say, sendToPython, thumbUrl } from "./base.js";
 
 const given = (element) => JSON.parse(element.getAttribute("data") || "{}");
 
-// All images of the strip lie on each other; scrubbing only changes which one is seen.
+// All images of the strip lie on top of each other; the slider only changes which one is visible.
 class Strip extends Drawn {
   static observedAttributes = ["data"];
   render() {
@@ -74,7 +74,7 @@ class Grid extends Drawn {
         "aria-label": `Use ${row.label} at strength ${strength}` }, el("img", { src: fileUrl(cell), alt: "" })));
     })));
     this.replaceChildren(el("div", { class: "sd-scroll" }, el("table", { class: "sd-grid" }, el("thead", {}, head), el("tbody", {}, lines))),
-      el("p", { class: "sd-dim" }, "Press an image to use its checkpoint and strength."));
+      el("p", { class: "sd-dim" }, "Click an image to use its checkpoint and strength."));
   }
 }
 
@@ -96,7 +96,7 @@ class Gallery extends Live {
     this.shown = key;
     this.more.hidden = answer.total <= answer.images.length;
     this.list.replaceChildren(...(answer.images.length ? answer.images.map((image) => this.card(image))
-      : [el("p", { class: "sd-dim" }, "Nothing drawn yet. What you draw is kept here, with its settings in each PNG.")]));
+      : [el("p", { class: "sd-dim" }, "Nothing drawn yet. Your images are kept here, each PNG with its settings.")]));
   }
   card(image) {
     return el("button", { type: "button", class: "sd-thumb", onclick: () => this.open(image), title: image.name,

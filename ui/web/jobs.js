@@ -1,4 +1,4 @@
-// The queue and the run that is looked at: progress, curves, previews, log.
+// The queue and the selected run: progress, curves, previews, log.
 
 import { ask, attempt, button, bytes, duration, el, fileUrl, Live, svg, sendToPython } from "./base.js";
 
@@ -24,7 +24,7 @@ class Jobs extends Live {
       if (!jobs.some((job) => job.id === this.selected)) this.selected = newest;
       this.drawQueue(jobs);
       if (this.selected) this.drawRun(await ask(`jobs/${this.selected}`));
-      else this.fill("detail", "none", [el("div", { class: "sd-none" }, el("strong", {}, "No training yet"), el("p", { class: "sd-dim" }, "Choose a folder and a name, then press Start training. Its curves and previews appear here; it goes on when this page is closed."))]);
+      else this.fill("detail", "none", [el("div", { class: "sd-none" }, el("strong", {}, "No training yet"), el("p", { class: "sd-dim" }, "Choose a folder and a name, then press Start training. Its curves and previews appear here; it continues when this page is closed."))]);
       this.lost = false;
     } catch (error) {
       if (!this.lost) this.fill("queue", error.message, [el("p", { class: "sd-problem", role: "alert" }, error.message)]);
@@ -78,7 +78,7 @@ class Jobs extends Live {
     const can = (label, what, kind = "") => button(label, act(what), kind, { "data-what": what });
     const ended = ["stopped", "failed", "finished"].includes(run.status);
     return [el("div", { class: "sd-row" },
-      run.status === "waiting" ? [can("Start now", "start", "primary"), can("Take out of the queue", "stop")] : null,
+      run.status === "waiting" ? [can("Start now", "start", "primary"), can("Remove from the queue", "stop")] : null,
       run.status === "running" ? [can("Stop and save", "stop", "primary"), run.started ? can("Preview now", "sample") : null, run.started ? can("Save now", "save") : null] : null,
       run.status === "stopping" ? can("Stop without saving", "kill", "danger") : null,
       ["stopped", "failed"].includes(run.status) ? can("Resume", "resume", "primary") : null,
@@ -88,14 +88,14 @@ class Jobs extends Live {
       button("Log", () => this.showLog(run), "", { "data-what": "log" }),
       ended || run.status === "waiting" ? button("Delete", () => this.confirmDelete(run), "danger", { "data-what": "delete" }) : null)];
   }
-  // Follows the log while it is open, and keeps to its end unless someone scrolled up.
+  // Follows the log while it is open, and stays at its end unless the user scrolled up.
   async showLog(run) {
     const text = el("pre", { class: "sd-log", tabindex: "0" }, "reading …");
     this.dialog.replaceChildren(el("h3", {}, `Log of ${run.name}`), text, el("div", { class: "sd-row" }, button("Close", () => this.dialog.close())));
     this.dialog.showModal();
     while (this.dialog.open && text.isConnected) {
       const answer = await ask(`jobs/${run.id}/log`).catch((error) => ({ text: error.message }));
-      const said = answer.text || "(nothing said yet)";
+      const said = answer.text || "(empty so far)";
       const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
       if (text.textContent !== said) { text.textContent = said; if (atEnd) text.scrollTop = text.scrollHeight; }
       await new Promise((later) => setTimeout(later, 1000));
@@ -110,7 +110,7 @@ class Jobs extends Live {
       await this.refresh();
     });
     this.dialog.replaceChildren(el("h3", {}, `Delete the job ${run.name}?`),
-      el("p", {}, "It leaves the queue. The run folder stays where it is, unless you say otherwise:"),
+      el("p", {}, "It is removed from the queue. The run folder stays, unless you tick this box:"),
       el("label", { class: "sd-check" }, also, ` also delete ${run.shown_run} with its checkpoints and adapter, for good`),
       el("div", { class: "sd-row" }, button("Delete", remove, "danger", { id: "sd-confirm" }), button("Keep it", () => this.dialog.close())));
     this.dialog.showModal();
@@ -138,8 +138,8 @@ class Jobs extends Live {
     const pair = (name, value) => value ? [el("dt", {}, name), el("dd", {}, value)] : [];
     const reasons = run.defaults.map(([key, value, reason]) => el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, String(value)), el("td", {}, reason)));
     const open = this.parts.facts.querySelector("details")?.open ?? false;
-    return [el("details", { class: "sd-panel", open }, el("summary", {}, "Settings, speed and the same in a shell"),
-      el("dl", {}, pair("the same in a shell", el("code", {}, run.command)), pair("run folder", el("code", {}, run.shown_run)),
+    return [el("details", { class: "sd-panel", open }, el("summary", {}, "Settings, speed and the shell command"),
+      el("dl", {}, pair("shell command", el("code", {}, run.command)), pair("run folder", el("code", {}, run.shown_run)),
         pair("learning rate", run.rate?.toPrecision(3)), pair("speed", LIVE.includes(run.status) && run.images_per_second ? `${run.images_per_second.toFixed(1)} images/s` : ""),
         pair("memory expected", bytes(run.expected_bytes))),
       reasons.length ? el("div", { class: "sd-scroll" }, el("table", { class: "sd-reasons" }, el("tbody", {}, reasons))) : null)];

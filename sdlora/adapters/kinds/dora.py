@@ -1,6 +1,6 @@
 """DoRA (Liu et al. 2024): a learned norm for every row or column of the whole weight, over another update.
 
-Scale rules are those that every client agrees on (formats.md 3.3); about the norms they do not agree.
+All clients agree on the scale of the update (formats.md 3.3), but not on the axis of the norms.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 SCALE = FilePart("dora_scale", "dora_scale", r"\.dora_scale$", always_wide=True)
-"""By output row or input column, which its shape tells."""
+"""One value an output row or an input column; its shape tells which."""
 MAGNITUDE = FilePart(
     "magnitude",
     "dora_scale",
     r"\.lora_magnitude_vector(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$",
     "lora_magnitude_vector",
 )
-"""PEFT's, which is always that of output rows."""
+"""PEFT's, always one value an output row."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def take_over(layer: Any, inner: str, update: DoRA) -> dict[str, nn.Parameter]:
 
 
 def quirks(client: str, format: str, updates: Sequence[DoRA]) -> list[str]:
-    """Return how a client computes it otherwise, in WebUI keys or diffusers keys (formats.md 3.3)."""
+    """Return how a client deviates with such a file, in WebUI keys or diffusers keys (formats.md 3.3)."""
     if format == "diffusers":
         if client == "diffusers":
             return []
@@ -199,7 +199,7 @@ DORA = AdapterKind(
     trained=TrainedForm(
         peft_config,
         take_over,
-        undecayed=frozenset({"dora_scale"}),  # 0 is no natural size of a row
+        undecayed=frozenset({"dora_scale"}),  # a row's norm has no reason to tend to 0
         up=frozenset({"lora_up.weight"}),
     ),
     peft_type="LORA",

@@ -1,4 +1,4 @@
-"""What a kind of adapter is: one record that says how it starts, learns, lies in files, and who reads it.
+"""What a kind of adapter is: one record that says how it starts, learns and is stored, and who reads it.
 
 A new kind is a file with its :class:`~sdlora.adapters.canonical.Update` and its :class:`AdapterKind`, a line
 in :data:`sdlora.adapters.kinds.table.KINDS`, and one in :data:`sdlora.config.kinds.KIND_RULES` if it can be
@@ -35,7 +35,7 @@ class FilePart:
     Attributes:
         name: what readers call it.
         factor: its name in :meth:`Update.tensors`, which WebUI files have behind the module's name.
-        spelling: regular expression of all that may stand behind the module's name, in any file of one piece.
+        spelling: regular expression of all that may follow the module's name, in any single-file format.
         peft: its name in PEFT's folders; None if PEFT has no such thing.
         always_wide: whether it is stored in fp32, whatever the file's number format.
     """
@@ -71,7 +71,7 @@ class TrainedForm(Generic[U]):
 
 
 def no_more(where: str, updates: Mapping[str, Any]) -> dict[str, Any]:
-    """Return no more settings."""
+    """Return no further settings."""
     return {}
 
 
@@ -84,9 +84,9 @@ class PeftFolder(Generic[U]):
     Attributes:
         rank: the rank for which PEFT makes factors of this update's shapes.
         alpha: PEFT's alpha at that rank.
-        core: whether it has a Tucker core; None where PEFT would make none either way.
-        more: (file and component, canonical path -> update) -> further settings.
-        rescaled: (update, PEFT's scale) -> what PEFT computes, where everyone else takes no scale.
+        core: whether it has a Tucker core; None if PEFT makes none whatever is said.
+        more: (file and component, for messages; canonical path -> update) -> further settings.
+        rescaled: (update, PEFT's scale) -> the update as PEFT computes it, if it alone applies a scale.
     """
 
     rank: Callable[[U], int]
@@ -97,12 +97,12 @@ class PeftFolder(Generic[U]):
 
 
 def itself(update: Any) -> Any:
-    """Return what is given."""
+    """Return the update unchanged."""
     return update
 
 
 def no_quirks(client: str, format: str, updates: Sequence[Any]) -> list[str]:
-    """Return no reason."""
+    """Return no deviation."""
     return []
 
 
@@ -112,19 +112,19 @@ class AdapterKind(Generic[U]):
 
     Attributes:
         title: what users call it.
-        parts: of a module in files. Kinds may share parts: what holds most of those that are there is meant.
+        parts: of a module in files. Kinds may share parts; a module is of the kind with most of its parts.
         build: (file and module, its parts, alpha or None for the rank, kernel of a convolution whose factors
             are flat) -> update; raises an AdapterFileError. None for a kind that wraps another.
-        wrap: the same for a kind whose parts come on top of another's: (file and module, the other, parts).
+        wrap: the same for a kind whose parts come on top of another's: (file and module, that update, parts).
         start: (settings, base's weight, rank, alpha as files hold it, generator) -> where training starts,
             float32 on the CPU; None if it cannot be started afresh.
         trained: the layers it learns in; None if it cannot be trained.
-        warm: what training from a file of it goes on with.
+        warm: update of a file -> the update that a warm start from it trains.
         peft_type: the type of the PEFT folders that hold it; empty if none do.
         peft: the settings of these folders; None where they are those of plain pairs.
         clients: who computes it from WebUI keys.
-        others_do: what the others do with such layers (diffusers refuses the file).
-        quirks: (client, format, its updates) -> why that client computes them otherwise.
+        others_do: what the other clients do with such layers (diffusers refuses the file).
+        quirks: (client, format, its updates) -> how that client deviates in computing them.
         algorithm: what LyCORIS calls it in headers.
         network_args: further entries of ``ss_network_args``.
     """
@@ -159,7 +159,7 @@ def require_parts(where: str, parts: Mapping[str, Tensor], names: Iterable[str])
 
 
 def check_floats(where: str, tensors: Iterable[Tensor]) -> None:
-    """Refuse factors that hold no values, or none that can be computed with.
+    """Refuse factors that are empty, or in a number format that cannot be computed with.
 
     Raises:
         AdapterFileError: naming the number format.
@@ -188,6 +188,6 @@ def take_over_factors(layer: Any, inner: str, update: Update) -> dict[str, nn.Pa
         getattr(layer, name)[inner] = parameters[name]
     layer.scaling[inner] = layer.alpha[inner] = update.scale
     layer.r[inner] = 1
-    # PEFT skips a layer when a random number is not above this; 0 itself would skip one now and then
+    # PEFT skips a layer whose random number in [0, 1) is not above this: 0 would skip one now and then
     layer.module_dropout[inner] = -1.0
     return parameters

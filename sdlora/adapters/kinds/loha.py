@@ -1,6 +1,6 @@
 """LoHa: the element-wise product of two low-rank matrices (Hyeon-Woo et al. 2022, FedPara).
 
-As LyCORIS defined it, and every client that reads it computes it; scale rules: formats.md 3.1.
+LyCORIS defined it, and every client that reads it computes it so; scale rules: formats.md 3.1.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class LoHa(Update):
         return super().factors(weight)
 
     def pointwise(self) -> LoHa:
-        """Return it as that of a 1x1 convolution, unless it has a kernel already."""
+        """Return it as the update of a 1x1 convolution, unless it has a kernel already."""
         return self if len(self.shape) == 4 else replace(self, kernel=(1, 1))
 
 
@@ -151,7 +151,7 @@ def build(where: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: 
 
 
 def start(config: AdapterConfig, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> LoHa:
-    """LyCORIS' start: ``w1_a`` of deviation 0.1, both ``b`` of 1, ``w2_a`` zero."""
+    """LyCORIS' start: ``w1_a`` normal with deviation 0.1, both ``b`` with 1, ``w2_a`` zero (so dW = 0)."""
     out, width = weight.shape[0], math.prod(weight.shape[1:])
     w1_b, w2_b = (torch.randn((rank, width), generator=generator) for _ in range(2))
     w1_a = 0.1 * torch.randn((out, rank), generator=generator)

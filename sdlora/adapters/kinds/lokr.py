@@ -1,6 +1,6 @@
 """LoKr: a Kronecker product (Yeh et al. 2024, LyCORIS).
 
-Every client that reads it computes it so; scale rules: formats.md 3.1.
+Every client that reads it computes it the same way; scale rules: formats.md 3.1.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class LoKr(Update):
         return abs(self.scale) * math.prod(float(torch.linalg.norm(side.double())) for side in sides)
 
     def pointwise(self) -> LoKr:
-        """Return it as that of a 1x1 convolution, unless it has a kernel already."""
+        """Return it as the update of a 1x1 convolution, unless it has a kernel already."""
         if len(self.shape) == 4:
             return self
         if self.w2 is not None:
@@ -200,7 +200,7 @@ def _product(factors: Sequence[Tensor]) -> Tensor:
 
 
 def _two(factors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Return a matrix as two factors of its smaller side, if it is not two already."""
+    """Return a matrix as two factors, the one on its smaller side an identity; two factors as they are."""
     if len(factors) == 2:
         return factors[0], factors[1]
     (matrix,) = factors
@@ -226,9 +226,9 @@ def build(where: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: 
 
 
 def start(config: AdapterConfig, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> LoKr:
-    """LyCORIS' start: uniform as a linear layer's, the last factor of ``w2`` zero.
+    """LyCORIS' start: uniform as in a linear layer, the last factor of ``w2`` zero (so dW = 0).
 
-    ``w2`` is decomposed where the rank is below half of its larger side.
+    ``w2`` is decomposed if the rank is below half of its larger side.
     """
     factor = config.lokr_factor
     (rows, k), (columns, n) = split_side(weight.shape[0], factor), split_side(weight.shape[1], factor)
@@ -248,9 +248,9 @@ def start(config: AdapterConfig, weight: Tensor, rank: int, alpha: float, genera
 
 
 def split_side(size: int, factor: int | None) -> tuple[int, int]:
-    """Return two factors of a layer's side, the first for LoKr's small matrix.
+    """Return two numbers whose product is a layer's side; the first is that of LoKr's small matrix.
 
-    The first is ``factor`` if that divides the side, else the largest divisor below it and below the
+    The first is ``factor`` if that divides the side, else the largest divisor up to it and up to the
     square root.
     """
     if factor is not None and size % factor == 0:
@@ -278,7 +278,7 @@ def quirks(client: str, format: str, updates: Sequence[LoKr]) -> list[str]:
 
 
 def _folder_rank(update: LoKr) -> int:
-    """Return PEFT's rank; where the second factor is full, one that makes PEFT leave it whole."""
+    """Return PEFT's rank; if the second factor is full, one so large that PEFT leaves it whole."""
     return update.rank if update.w2 is None else max(update.w2.shape[:2])
 
 
@@ -292,7 +292,7 @@ def _folder_more(where: str, updates: Mapping[str, LoKr]) -> dict[str, Any]:
 
 
 def _decompose_factor(where: str, updates: Mapping[str, LoKr]) -> int:
-    """Return the setting with which PEFT splits the sides of all layers as they are split here."""
+    """Return the ``decompose_factor`` with which PEFT splits the sides of all layers as these are split."""
     from peft.tuners.lokr.layer import factorization
 
     split: Callable[[int, int], tuple[int, int]] = factorization
@@ -309,7 +309,7 @@ def _decompose_factor(where: str, updates: Mapping[str, LoKr]) -> int:
         if all(split(size, factor)[0] == first for _, size, first in sides):
             return _checked(where, updates, factor)
     path = next(path for path, size, first in sides if split(size, -1)[0] != first)
-    raise AdapterFileError(f"{where}: `{path}` is split otherwise than PEFT would split it; export as webui")
+    raise AdapterFileError(f"{where}: `{path}` is not split as PEFT would split it; export as webui")
 
 
 def _checked(where: str, updates: Mapping[str, LoKr], factor: int) -> int:
@@ -326,7 +326,7 @@ def _checked(where: str, updates: Mapping[str, LoKr], factor: int) -> int:
 
 
 def _rescaled(update: LoKr, scale: float) -> LoKr:
-    """Everyone else takes two whole factors as they are, PEFT scales them as well."""
+    """Return what PEFT computes: it scales even two whole factors, which everyone else takes as they are."""
     if not update.is_full or scale == 1.0:
         return update
     assert update.w1 is not None

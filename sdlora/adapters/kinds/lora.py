@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _ADAPTER_NAME = r"(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"
-"""PEFT may write the adapter's name behind that of a part."""
+"""PEFT may append the adapter's name to that of a part."""
 _OLD = r"(?:\.lora|_lora|\.lora_linear_layer)"
 DOWN = FilePart(
     "down", "lora_down.weight", rf"\.lora_(?:down|A){_ADAPTER_NAME}|{_OLD}\.down\.weight$", "lora_A"
@@ -66,7 +66,7 @@ def peft_config(name: str, pairs: Mapping[str, LowRankPair], dropout: float) -> 
     from peft import LoraConfig  # slow to import, and needed only in a model
 
     (rank, alpha), _ = Counter((pair.rank, pair.alpha) for pair in pairs.values()).most_common(1)[0]
-    # peft takes a key for the end of a path, re.match(r"(.*\.)?(KEY)$"): ^ and [.] keep it to this one module
+    # peft matches a key with the end of a path, re.match(r"(.*\.)?(KEY)$"): ^ and [.] make it this one module
     odd = {
         f"^{path.replace('.', r'[.]')}": p for path, p in pairs.items() if (p.rank, p.alpha) != (rank, alpha)
     }

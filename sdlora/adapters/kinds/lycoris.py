@@ -14,7 +14,7 @@ from .kind import Kernel
 
 
 def merged_core(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return (out, rank) and (rank, in * kh * kw), whose product is the factors' with their core."""
+    """Return (out, rank) and (rank, in * kh * kw), whose product is that of both factors and their core."""
     if core is None:
         return a, b
     # (rank, out) -> (out, rank), as torch.kron fails on transposed views;
@@ -23,17 +23,17 @@ def merged_core(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Tensor, Tens
 
 
 def with_kernel(out: int, width: int, kernel: Kernel | None) -> tuple[int, ...]:
-    """Return the shape of a layer's weight whose factors have the kernel flat, if it has one."""
+    """Return the shape of a layer's weight; the factors of a convolution have its kernel flattened."""
     return (out, width) if kernel is None else (out, width // math.prod(kernel), *kernel)
 
 
 def renamed(update: Update, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return an update's factors by the names of its attributes: ``hada_w1_a`` is ``w1_a``."""
+    """Return an update's factors by the names of its attributes: ``hada_w1_a`` as ``w1_a``."""
     return {name.partition("_")[2]: tensors[name] for name in update.tensors()}
 
 
 def uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Return values as a linear layer of this shape starts with."""
+    """Return the values that a linear layer of this shape starts with."""
     tensor = torch.empty(shape)
     nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
     return tensor

@@ -1,4 +1,4 @@
-"""All kinds of adapters; a new one is a line here. Looked up when it is asked for, never copied."""
+"""All kinds of adapters; a new one is a line here. The table is read at each use and never copied."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def titles(names: Mapping[str, object]) -> str:
 
 
 def file_parts() -> dict[str, FilePart]:
-    """Return the parts of all kinds by the name that readers call them."""
+    """Return the parts of all kinds by the names that readers have for them."""
     return _parts(tuple(KINDS.values()))[0]
 
 
 def part_at_end(key: str) -> tuple[str, FilePart] | None:
-    """Return the module's name in a key of a file, and the part that the rest says; None if it says none."""
+    """Return the module's name in a key of a file, and the part that the rest names; None if none."""
     parts, pattern = _parts(tuple(KINDS.values()))
     match = pattern.search(key)
     if match is None or match.lastgroup is None:
@@ -55,6 +55,6 @@ def part_at_end(key: str) -> tuple[str, FilePart] | None:
 
 @functools.lru_cache(maxsize=4)
 def _parts(kinds: tuple[AdapterKind[Any], ...]) -> tuple[dict[str, FilePart], re.Pattern[str]]:
-    """Return the parts of some kinds, and one expression that finds any of them, as a group of its name."""
+    """Return the parts of some kinds, and one expression with a named group for each of them."""
     parts = {part.name: part for kind in kinds for part in kind.parts}
     return parts, re.compile("|".join(f"(?P<{name}>{part.spelling})" for name, part in parts.items()))

@@ -1,6 +1,6 @@
-"""LoCon with Tucker factors: a convolution's kernel in a small core between the factors (``lora_mid``).
+"""LoCon with Tucker factors: the kernel of a convolution is a small core between them (``lora_mid``).
 
-Read and converted only: training from such a file goes on with the plain pair that it is. Scale rules are
+Only read and converted: a warm start from such a file trains the plain pair that equals it. Scale rules are
 those that every client agrees on (formats.md 1.1).
 """
 
@@ -78,11 +78,11 @@ class TuckerPair(Update):
         return TuckerPair(down, mid, up, self.alpha)
 
     def factors(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-        """Return those of the plain pair that it is."""
+        """Return those of the plain pair that equals it."""
         return self.merged().factors()
 
     def norm(self) -> float:
-        """Return the norm of the plain pair that it is."""
+        """Return the norm of the plain pair that equals it."""
         return self.merged().norm()
 
 

@@ -1,4 +1,4 @@
-"""(seed, visits) -> :class:`Batch`: everything random about an image follows from the seed and its visit.
+"""(seed, visits) -> :class:`Batch`: everything random about an image follows from the seed and the visit.
 
 Nothing has to be saved to resume: asking again gives the same images, mirrors, dropped captions, latents,
 noise and timesteps. Nor does it matter which other images share the micro-batch, or which process makes it.
@@ -76,7 +76,7 @@ def make_batch(
 ) -> Batch:
     """Gather one micro-batch; each posterior is sampled with its visit's generator.
 
-    Where a mask is black, the loss counts ``unmasked_weight``.
+    Where a mask is black, the loss has the weight ``unmasked_weight``.
     """
     latents, captions, sizes, names, masks = [], [], [], [], []
     for visit in visits:
@@ -108,7 +108,7 @@ def make_batch(
 
 
 def caption_at(data: EncodedDataset, visit: Visit, seed: int, caption_dropout: float) -> str:
-    """Return the caption of one visit: as its wording has it, or empty where it is dropped."""
+    """Return the caption of one visit: worded as the settings say, or empty if it is dropped."""
     if draw_for(seed, "caption", visit) < caption_dropout:
         return ""
     item = data.items[visit.index]

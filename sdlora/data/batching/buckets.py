@@ -22,9 +22,9 @@ MAX_ASPECT = 4.0
 """Longest side over shortest of a bucket; images beyond it are cropped to it."""
 
 NEGLIGIBLE_UPSCALE = 1.05
-"""Images may be enlarged so much where enlarging is switched off: nobody sees a twentieth."""
+"""Images may be enlarged this much even if enlarging is switched off: nobody sees a twentieth."""
 MAX_UPSCALE = 1.5
-"""Images enlarged more than this are warned of."""
+"""There is a warning for images that are enlarged more than this."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Placement:
     bucket: Size
     resized: Size
     crop: tuple[int, int]
-    """Corner of the bucket inside the RESIZED image, which is what SDXL is told."""
+    """Corner of the bucket inside the RESIZED image, which is what SDXL is given."""
 
     @property
     def cropped_share(self) -> float:
@@ -47,7 +47,7 @@ Placer = Callable[[ImageItem], Placement]
 
 @dataclass(frozen=True)
 class BucketCount:
-    """How many images, and how many visits of an epoch, a bucket gets."""
+    """How many images a bucket has, and how many visits in an epoch."""
 
     bucket: Size
     num_images: int
@@ -73,7 +73,7 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float = MAX_ASPECT)
 
 
 def square_bucket(resolution: int, multiple: int) -> list[Size]:
-    """Return the only bucket there is when bucketing is switched off: the largest square.
+    """Return the only bucket if bucketing is switched off: the largest square.
 
     Raises:
         ConfigError: when the resolution is smaller than the size multiple.
@@ -166,7 +166,7 @@ def _placement(height: int, width: int, bucket: Size, focus: tuple[float, float]
 
 
 def _cover(height: int, width: int, bucket: Size) -> Size:
-    """Return the smallest size of the image's aspect ratio that is nowhere smaller than the bucket."""
+    """Return the smallest size with the image's aspect ratio that covers the bucket."""
     bucket_height, bucket_width = bucket
     if bucket_height * width >= bucket_width * height:
         return bucket_height, max(bucket_width, (2 * width * bucket_height + height) // (2 * height))
@@ -223,7 +223,7 @@ def source_box(height: int, width: int, placement: Placement) -> tuple[float, fl
     """Return the kept part as (left, top, right, bottom) in px of the image before resizing.
 
     Fits Pillow: ``image.resize((w, h), box=source_box(...))`` resizes and crops at once, and so never
-    makes a giant of an image that is extremely long.
+    makes a huge image of one that is extremely long.
     """
     down, across = height / placement.resized[0], width / placement.resized[1]
     top, left = placement.crop
@@ -232,12 +232,12 @@ def source_box(height: int, width: int, placement: Placement) -> tuple[float, fl
 
 
 def upscale(height: int, width: int, placement: Placement) -> float:
-    """Return how many times larger the image gets; below 1 it is made smaller."""
+    """Return the factor by which the image is enlarged; below 1 it is made smaller."""
     return max(placement.resized[0] / height, placement.resized[1] / width)
 
 
 def count_buckets(placements: Iterable[Placement], repeats: Iterable[int]) -> list[BucketCount]:
-    """Return what each used bucket gets, from portrait to landscape."""
+    """Return the counts of each used bucket, from portrait to landscape."""
     images: Counter[Size] = Counter()
     visits: Counter[Size] = Counter()
     for placement, times in zip(placements, repeats, strict=True):

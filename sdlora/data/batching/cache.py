@@ -51,11 +51,11 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class EncoderPrints:
-    """What the encoders are, as part of every key; the encoders' weights are read for it.
+    """Fingerprints of the encoders, a part of every key; the encoders' weights are read for them.
 
     Attributes:
         images: of the image encoder.
-        captions: of the text encoders; empty where captions are not encoded beforehand.
+        captions: of the text encoders; empty if captions are not encoded before training.
     """
 
     images: str
@@ -63,7 +63,7 @@ class EncoderPrints:
 
     @classmethod
     def of(cls, model: DiffusionModel, *, captions: bool) -> Self:
-        """Read them off a model."""
+        """Compute those of a model."""
         return cls(
             model.encoder_fingerprint("images"), model.encoder_fingerprint("captions") if captions else ""
         )
@@ -87,10 +87,10 @@ class EncodedDataset:
         model: encodes; needs its encoders on the device until :meth:`encode_all` has run.
         folder: where encodings are kept, shared between runs.
         background: colour behind transparent images.
-        encode_captions: off when the text encoder is trained, whose outputs change.
+        encode_captions: off if the text encoder is trained, as its outputs change then.
         captions: how they vary from visit to visit, and where they are encoded.
-        alpha_mask: what is transparent is masked; else images may have masks of their own.
-        prints: of the model's encoders, where they are known already.
+        alpha_mask: whether transparency is the mask; if not, images may have mask files.
+        prints: fingerprints of the model's encoders, if they are known already.
     """
 
     def __init__(
@@ -129,10 +129,10 @@ class EncodedDataset:
     def encode_all(
         self, emit: Callable[[int, int], None] = lambda done, total: None, share: tuple[int, int] = (0, 1)
     ) -> None:
-        """Encode what is not kept yet; ``emit`` gets (done, total).
+        """Encode what is not on disk yet; ``emit`` gets (done, total).
 
-        Images are decoded ahead on all cores, so that the encoder does not wait for them. Of several
-        processes each encodes its share, (its number, how many).
+        Images are decoded ahead on all cores, so that the encoder does not wait for them. With several
+        processes each encodes its ``share``: (its number from 0, number of processes).
 
         Raises:
             DatasetError: if latents are not finite, or a mask lets nothing through, naming the file.
@@ -168,13 +168,13 @@ class EncodedDataset:
     def _started(
         self, pool: ThreadPoolExecutor, views: Sequence[tuple[int, AugmentationView]]
     ) -> Iterator[tuple[int, AugmentationView, Future[Tensor] | None]]:
-        """Yield each view, with its pixels on their way where it must be encoded."""
+        """Yield each view, with a future of its pixels if it must be encoded."""
         for index, view in views:
             kept = self._is_kept("images", self._image_key(index, view))
             yield index, view, None if kept else pool.submit(self._pixels, index, view)
 
     def image(self, index: int, view: AugmentationView | None = None) -> EncodedImage:
-        """Return one encoded image, by default in its view without chance.
+        """Return one encoded image, by default in its view without random parts.
 
         Raises:
             DatasetError: if its latents are not finite, naming the file.
@@ -202,7 +202,7 @@ class EncodedDataset:
         return self._tensors("captions", self._caption_key(text), encode, what, keep=keep)
 
     def _keep(self, index: int, view: AugmentationView, pixels: Future[Tensor] | None) -> EncodedImage:
-        """Return one encoded image, from pixels that are decoded already if there are any."""
+        """Return one encoded image, made from ``pixels`` if they are given."""
         item, used = self.items[index], view.placement
 
         def encode() -> dict[str, Tensor]:
@@ -239,7 +239,7 @@ class EncodedDataset:
         return self._tensors("images", key, make, f"{item.path}: its mask is", keep=keep)["mask"]
 
     def _is_fleeting(self, index: int, view: AugmentationView) -> bool:
-        """Tell whether a view is made for one visit only, so that keeping it would fill the disk."""
+        """Tell whether a view is used for one visit only, so that keeping it would just fill the disk."""
         return self.views.in_loop and view != self.views.plain(index)
 
     def _pixels(self, index: int, view: AugmentationView) -> Tensor:
@@ -272,7 +272,7 @@ class EncodedDataset:
         if file in self._memory:
             return self._memory[file]
         tensors = read_entry(file)
-        if tensors is None:  # not there, thinned out, or damaged by something else than us
+        if tensors is None:  # missing, pruned, or damaged by something else
             tensors = dict(make())
             _refuse_non_finite(tensors, what)  # before it is written: a cache must not keep it
             if not keep:
@@ -286,7 +286,7 @@ class EncodedDataset:
 
 
 def _way(view: AugmentationView) -> str:
-    """Return all that a view changes, as part of a key."""
+    """Return everything about a view that affects the pixels, as part of a key."""
     used = view.placement
     way = f"{used.resized} {used.crop} {used.bucket} {view.mirror}"
     return f"{way} {view.colours}" if view.colours else way

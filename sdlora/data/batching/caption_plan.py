@@ -1,4 +1,4 @@
-"""Captions that vary: encoded before training, each variant once, or in the loop; chosen by what it costs."""
+"""Captions that vary: encoded before training, each variant once, or in the loop, whichever costs less."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..reading.wording import Wording
 from .order import Order
 
 _MOST_BYTES = 1 << 30
-"""Encoded captions of one run may take this much room on the disk."""
+"""The encoded captions of one run may take this much space on the disk."""
 _MOST_VISITS = 2_000_000
-"""Visits whose captions are written out to count the different ones; a second or two per 100,000."""
+"""Most visits whose captions are generated to count the different ones; 100,000 take a second or two."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class CaptionPlan:
 
 @dataclass(frozen=True)
 class CaptionRun:
-    """How the captions of a run come to the denoiser.
+    """How the captions of a run reach the denoiser.
 
     Attributes:
         wording: what varies; None if nothing does.
-        emphasis: brackets weigh words, else they are ordinary characters.
-        in_loop: captions are encoded at each visit and not kept.
+        emphasis: whether brackets weight words; if not, they are ordinary characters.
+        in_loop: whether captions are encoded at each visit and not kept.
         texts: what is encoded before training besides the plain captions.
     """
 
@@ -70,7 +70,7 @@ def plan_captions(
         order: which image is visited when.
         steps: optimizer steps of the run.
         seed: of the run.
-        bytes_each: room that one encoded caption takes.
+        bytes_each: size of one encoded caption.
         asked: what the user wants, if anything.
     """
     most = max(1, _MOST_BYTES // bytes_each)

@@ -1,8 +1,8 @@
-"""One cached encoding on disk: written whole or not at all, and believed only when its checksum fits.
+"""One cached encoding on disk: written as a whole or not at all, and used only if its checksum is right.
 
-A killed run leaves at most a file with a hidden temporary name; a lost power supply may leave a file of
-the right length full of zeros, which only the checksum tells. Two processes may write one entry at once:
-both hold the same numbers, the last one wins.
+A killed run leaves at most a file with a hidden temporary name; a power cut may leave a file of the right
+length full of zeros, which only the checksum reveals. Two processes may write one entry at the same time:
+both write the same numbers, and the last one wins.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_entry(file: Path, tensors: Mapping[str, Tensor]) -> None:
         except OutputError as error:
             if read_entry(file) is not None:  # another process was faster, and holds it open (Windows)
                 return
-            # thinning out removes folders that became empty, also between our making one and using it
+            # pruning removes empty folders, perhaps between our creating one and writing to it
             if attempt + 1 < _ATTEMPTS:
                 continue
             where = "set data.cache_folder, or free space with `sdlora cache --prune`"

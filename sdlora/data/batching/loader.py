@@ -1,4 +1,4 @@
-"""Makes the next micro-batches while the current one is trained on, and measures the wait.
+"""Makes the next micro-batches while the current one is trained on, and measures the time spent waiting.
 
 What a batch holds follows from its visits alone, so making it early changes nothing. One thread
 makes them one after the other; it is far from busy, unless images must be read from a slow disk.
@@ -28,12 +28,12 @@ class BatchLoader:
         rank: number of the process.
         steps: where the run ends.
         make: (step, micro-batch, visits) -> what is loaded; called in the loader's own thread.
-        single_threaded: torch uses one core in that thread, and leaves the others to the training.
-        clock: gives the seconds that waiting is measured with; read before and after each wait.
+        single_threaded: whether torch uses one core in that thread, and leaves the others to training.
+        clock: gives seconds; it is read before and after each wait.
     """
 
     waited: float
-    """Seconds that :meth:`step` has waited for data in all."""
+    """Seconds that :meth:`step` has waited for data in total."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class BatchLoader:
             yield loaded
 
     def settle(self) -> None:
-        """Wait until nothing is being made, so that the model may be moved or used otherwise."""
+        """Wait until no batch is being made, so that the model may be moved or used for something else."""
         wait(self._pending.values())
 
     def _look_ahead(self, step: int, micro: int) -> None:

@@ -1,9 +1,9 @@
 """Which image when: a pure function of (seed, step), hence resumable without saved state.
 
-In an epoch every image is visited exactly ``repeats`` times, none dropped and none twice in its place.
-A micro-batch holds images of one bucket. It is full except for at most one per bucket and epoch; these
-short ones are spread over the epoch, and micro-batches over its steps, as evenly as they go. On request
-they are topped up: then some images, others each epoch, are visited once more.
+In an epoch every image is visited exactly ``repeats`` times; none is dropped or replaced by another.
+A micro-batch holds images of one bucket, and is full except for at most one per bucket and epoch. These
+short ones are spread over the epoch, and micro-batches over its steps, as evenly as possible. On request
+they are topped up: then some images, different ones in each epoch, are visited once more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MicroBatch = tuple[Visit, ...]
 
 
 class Order:
-    """The order of visits of a whole training; the answers do not depend on what was asked before.
+    """The order of visits of a whole run; the answers do not depend on what was asked before.
 
     Args:
         bucket_of: the bucket of each image (anything hashable).
@@ -26,7 +26,7 @@ class Order:
         accumulation: micro-batches per rank and optimizer step.
         world_size: number of processes.
         seed: fixes the order.
-        top_up: fill short micro-batches with further visits of their bucket.
+        top_up: whether short micro-batches are filled with further visits to images of their bucket.
 
     Raises:
         ValueError: when there are no images, or a number is below 1.
@@ -35,7 +35,7 @@ class Order:
     steps_per_epoch: int
     """Optimizer steps in which every visit of an epoch is made."""
     images_per_epoch: int
-    """Visits of an epoch: the sum of the repeats, and what tops up."""
+    """Visits of an epoch: the sum of the repeats, and those that top up."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Order:
     def step(self, step: int) -> list[list[MicroBatch]]:
         """Return the micro-batches of an optimizer step as ``[rank][micro]``.
 
-        Every rank gets ``accumulation`` of them; where there are not enough, the last are empty.
+        Every rank gets ``accumulation`` of them; if there are not enough, the last ones are empty.
         """
         epoch, local = divmod(step, self.steps_per_epoch)
         plan = self._epoch(epoch)
@@ -88,7 +88,7 @@ class Order:
         return ranks
 
     def rounds(self, step: int) -> int:
-        """Return how many micro-batches the rank that has most of them makes at a step."""
+        """Return the largest number of micro-batches that any rank has at a step."""
         return max(sum(map(bool, micros)) for micros in self.step(step))
 
     def _epoch(self, epoch: int) -> list[MicroBatch]:
@@ -123,7 +123,7 @@ class Order:
     def _extra(
         self, members: Sequence[int], visits: Sequence[Visit], epoch: int, draw: Callable[[], float]
     ) -> list[Visit]:
-        """Return the visits that fill a bucket's last micro-batch, of images not in it if there are any."""
+        """Return the visits that fill a bucket's last micro-batch, of images not in it if possible."""
         remainder = len(visits) % self._batch_size
         if not remainder:
             return []
@@ -143,7 +143,7 @@ class Order:
 def _interleaved(
     full: list[tuple[float, MicroBatch]], short: list[tuple[float, MicroBatch]], shift: float
 ) -> list[MicroBatch]:
-    """Return both kinds in their drawn order, the short ones at even distances from a random start."""
+    """Return both kinds in their drawn order, the short ones evenly spaced from a random start."""
     placed: list[tuple[float, MicroBatch]] = []
     for kind, offset in ((full, 0.5), (short, shift)):
         kind.sort(key=lambda pair: pair[0])

@@ -1,4 +1,4 @@
-"""From images to what the loop is fed: placed, ordered, encoded; what it costs is said beforehand."""
+"""Prepares data: images are placed, ordered and encoded for the loop, with notices of what that costs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .views import AugmentationViews
 
 @dataclass(frozen=True)
 class Outline:
-    """Which image is seen when, where it is cut, and with which words.
+    """Which image is seen when, how it is cropped, and with which caption.
 
     Attributes:
         items: the images trained on, once for each resolution.
         placements: of each of them.
         order: which image when.
         steps: optimizer steps of the run.
-        captions: how captions come to the denoiser.
+        captions: how captions reach the denoiser.
     """
 
     items: tuple[ImageItem, ...]
@@ -44,7 +44,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Everything the loop is fed from, encoded as far as it can be beforehand.
+    """Everything the loop reads from, encoded as far as possible.
 
     Attributes:
         training: the images trained on, once for each resolution.
@@ -60,7 +60,7 @@ class PreparedData:
 
 
 def base_facts(model: DiffusionModel, device: str, num_processes: int = 1) -> BaseFacts:
-    """Return what the defaults look at of a base, loaded or a blueprint, and of a type of device."""
+    """Return the facts that defaults follow, of a base (loaded or a blueprint) and of a type of device."""
     base = model.base
     parts = tuple(dict.fromkeys(component.part for component in model.info.components.values()))
     return BaseFacts(
@@ -69,7 +69,7 @@ def base_facts(model: DiffusionModel, device: str, num_processes: int = 1) -> Ba
 
 
 def data_facts(config: Config, training: Dataset, validation: Dataset) -> DataFacts:
-    """Return what the defaults look at of the images.
+    """Return the facts about the images that defaults follow.
 
     Captions become prompts for previews, held-out ones first: brackets that are ordinary characters in
     captions are escaped.
@@ -88,7 +88,7 @@ def outline_data(
         open_settings: all others are decided.
         training: the images trained on.
         model: the base, or a blueprint of it.
-        num_processes: that train together.
+        num_processes: number of processes that train together.
 
     Raises:
         ConfigError: for a resolution the base cannot work at.
@@ -125,11 +125,11 @@ def prepare_data(
 
     Args:
         config: final settings.
-        outline: which images, where they are cut, with which words.
+        outline: which images, how they are cropped, with which captions.
         validation: the images held out.
         model: the base.
-        emit: told what is noteworthy.
-        share: number of this process, and how many there are: each encodes a part.
+        emit: gets notices and progress.
+        share: (number of this process from 0, number of processes): each encodes a part.
         meet: waits for the other processes.
 
     Raises:
@@ -152,7 +152,7 @@ def prepare_data(
         meet()
         for part in (encoded, held_out):
             if part.items:
-                part.encode_all()  # what others encoded into a cache that is not this machine's
+                part.encode_all()  # what processes on other machines encoded into their own caches
     return PreparedData(encoded, held_out, outline.order, outline.steps)
 
 
@@ -267,7 +267,7 @@ def _notice_views(views: AugmentationViews, model: DiffusionModel, emit: Emitter
     if not views.varies or not views.items:
         return
     if views.in_loop:
-        emit(Notice("data.variants=0: each image is encoded anew at each visit; nothing is kept"))
+        emit(Notice("data.variants=0: each image is encoded again at each visit; nothing is kept"))
         return
     counts = [len(views.to_encode(index)) for index in range(len(views.items))]
     latent = [model.facts.latents.shape(*placement.bucket) for placement in views.placements]

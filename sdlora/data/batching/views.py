@@ -1,7 +1,7 @@
-"""Augmentation views: which part of an image is seen at one visit, mirrored or not, in which colours.
+"""Augmentation views: which part of an image is seen at a visit, mirrored or not, in which colours.
 
 Everything is a function of (seed, epoch, image, repeat). Random crops and colours come either from a
-few variants an image, encoded beforehand and taken in turn, or anew at each visit.
+few variants of each image, encoded before training and taken in turn, or encoded again at each visit.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class AugmentationView:
 
 @dataclass(frozen=True)
 class AugmentationViews:
-    """The augmentation views of a dataset's images, by settings; see those of the same names.
+    """The augmentation views of a dataset's images, by the settings of the same names.
 
     Attributes:
-        placements: of each image, without chance.
+        placements: of each image, without random parts.
         random_crop: the crop moves.
         colour_jitter: largest relative change of brightness, contrast and saturation.
         variants: random views of each image; 0 for a new one at each visit.
@@ -66,7 +66,7 @@ class AugmentationViews:
         return self.varies and self.variants == 0
 
     def plain(self, index: int, *, mirror: bool = False) -> AugmentationView:
-        """Return the view without chance."""
+        """Return the view without random parts."""
         placement = self.placements[index]
         return AugmentationView(flipped(placement) if mirror else placement, mirror)
 
@@ -120,7 +120,7 @@ def draw_for(seed: int, what: str, visit: Visit) -> float:
 
 
 def random_crop(placement: Placement, focus: Point | None, draw: Callable[[], float]) -> Placement:
-    """Return the placement with its crop anywhere in the image, such that it holds the focus."""
+    """Return the placement with its crop anywhere in the image, but so that the focus is inside it."""
     corner = []
     for axis, share in ((0, focus[1] if focus else None), (1, focus[0] if focus else None)):
         kept, whole = placement.bucket[axis], placement.resized[axis]
@@ -133,7 +133,7 @@ def random_crop(placement: Placement, focus: Point | None, draw: Callable[[], fl
 
 
 def shown(image: Image.Image, view: AugmentationView) -> Image.Image:
-    """Return an image mirrored, cut, resized and coloured as the view says, in the size of its bucket."""
+    """Return an image mirrored, cropped, resized and coloured as the view says, in the size of its bucket."""
     image = _cut(ImageOps.mirror(image) if view.mirror else image, view.placement, Image.Resampling.LANCZOS)
     if view.colours is None:
         return image
@@ -148,7 +148,7 @@ def shown(image: Image.Image, view: AugmentationView) -> Image.Image:
 
 
 def shown_mask(mask: Image.Image, view: AugmentationView, height: int, width: int) -> Image.Image:
-    """Return a mask cut as its image, reduced to (height, width): each value is the mean of its area."""
+    """Return a mask cropped like its image, reduced to (height, width) by the means of areas."""
     mask = ImageOps.mirror(mask) if view.mirror else mask
     box = source_box(mask.height, mask.width, view.placement)
     return mask.resize((width, height), Image.Resampling.BOX, box=box)

@@ -1,1 +1,1 @@
-"""What is wrong or odd with an image folder, shown and mended in a copy; no torch."""
+"""What is wrong or odd with an image folder, shown, and repaired in a copy; no torch."""

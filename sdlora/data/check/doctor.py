@@ -1,8 +1,8 @@
-"""The doctor: everything known about a folder of images before any time is spent on training it.
+"""The doctor: everything known about a folder of images before any time is spent on training.
 
 Reads a folder once and changes nothing. :mod:`sdlora.data.check.findings` holds what it looks for,
 :mod:`sdlora.data.check.report_text` and :mod:`sdlora.data.check.report_page` how it is shown, and
-:mod:`sdlora.data.check.repair` what can be mended in a copy.
+:mod:`sdlora.data.check.repair` what can be repaired in a copy.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ class CaptionStats:
 
 
 Role = Literal["trained", "regularisation", "held out", "not used"]
-"""What an image is for; ``not used`` are those too like a training image to measure progress."""
+"""What an image is for; ``not used`` are those too similar to a training image to measure progress."""
 TRAINED: tuple[Role, ...] = ("trained", "regularisation")
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done with the images.
+    """How training will treat the images.
 
     Attributes:
-        placed: where each ends up.
-        resolution: side of a square of the area trained at, px.
-        further: what places images at further resolutions, with these.
-        words: what its caption says at a visit without chance.
+        placed: gives each image its bucket and crop.
+        resolution: side in px of a square with the area trained at.
+        further: further resolutions, each with its own ``placed``.
+        words: gives an image's caption without random changes.
         roles: by name, of images that are not simply trained on.
         base: title of the base that is trained; empty where none was given.
-        alpha_mask: only what is not transparent is trained on.
-        crops_move: each visit shows another part of an image.
+        alpha_mask: whether transparent parts are masked out.
+        crops_move: whether each visit crops another part of an image.
     """
 
     placed: Placer
@@ -93,7 +93,7 @@ class Treatment:
 
 @dataclass(frozen=True)
 class ExaminedImage:
-    """One usable image: what it is, which part of it is trained on, what is said of it."""
+    """One usable image: its file, the part of it that is trained on, and its caption."""
 
     item: ImageItem
     placement: Placement
@@ -101,9 +101,9 @@ class ExaminedImage:
     caption: str
     role: Role = "trained"
     further: tuple[Placement, ...] = ()
-    """At further resolutions."""
+    """Its placements at further resolutions."""
     masked: bool = False
-    """Only a part of it is trained on."""
+    """Whether a mask blocks a part of it."""
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -135,7 +135,7 @@ class ExaminedImage:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is known about a folder after looking at every file in it."""
+    """Everything known about a folder after reading every file in it."""
 
     folder: Path
     recursive: bool
@@ -151,13 +151,13 @@ class Report:
     captions: CaptionStats
     findings: tuple[Finding, ...]
     tags: tuple[tuple[str, int], ...] = ()
-    """(tag, captions it is in), the commonest first."""
+    """(tag, number of captions that have it), the commonest first."""
     base: str = ""
     """Title of the base that is trained; empty where none was given."""
     more_resolutions: tuple[int, ...] = ()
     num_held_out: int = 0
     crops_move: bool = False
-    """Each visit shows another part of an image than the one in the middle."""
+    """Whether each visit crops another part of an image, not always the middle."""
     images: tuple[ExaminedImage, ...] = field(default=(), repr=False)
 
     @property
@@ -186,11 +186,11 @@ class Report:
         return sum(finding.severity == severity for finding in self.findings)
 
     def verdict(self) -> str:
-        """Return what it comes to, in one sentence."""
+        """Return the conclusion in one sentence."""
         if self.harmful:
-            return "Not ready: mend the errors first."
+            return "Not ready: correct the errors first."
         if self.count("warning"):
-            return "Can be trained; the warnings make the result worse."
+            return "Ready to train, but what the warnings name makes the result worse."
         return "Ready to train."
 
 
@@ -218,7 +218,7 @@ def examine(
 def diagnose(
     survey_result: Survey, treatment: Treatment, *, recursive: bool = True, batch_size: int | None = None
 ) -> Report:
-    """Return the report about images that were read, treated as training would treat them."""
+    """Return the report about images that were read, treated as in training."""
     dataset = survey_result.dataset
     captions = [treatment.words(item) for item in dataset.items]
     tokens = count_tokens(captions)
@@ -292,7 +292,7 @@ def _examined(item: ImageItem, treatment: Treatment, caption: str, tokens: int) 
 
 
 def _trained_buckets(images: Sequence[ExaminedImage]) -> list[BucketCount]:
-    """Return what each bucket gets in an epoch, at all resolutions."""
+    """Return what each bucket gets in an epoch, over all resolutions."""
     trained = [image for image in images if image.role in TRAINED]
     placed = [(place, image.item.repeats) for image in trained for place in (image.placement, *image.further)]
     return count_buckets([place for place, _ in placed], [repeats for _, repeats in placed])

@@ -1,6 +1,6 @@
 """What can be wrong or odd with a folder of images: the rules, each a small function.
 
-An error is what training refuses; a warning is what makes the result worse; a note is good to know.
+Training refuses a folder with an error; a warning makes the result worse; a note is good to know.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FEW = 5  # images up to which a tag must be in every caption to count as stuck
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found: how bad, of which kind, what, where, and how to fix it."""
+    """One finding: its severity and kind, what, where, and how to fix it."""
 
     severity: Severity
     kind: str
@@ -38,7 +38,7 @@ class Finding:
 
 
 def about_problems(problems: Sequence[Problem]) -> Iterator[Finding]:
-    """Yield what training refuses."""
+    """Yield the problems for which training refuses the folder."""
     for problem in problems:
         cut_short = is_cut_short(problem)
         kind = "truncated" if cut_short else problem.kind
@@ -62,7 +62,7 @@ def about_sizes(
         sharpness = focus(item.detail, min(placement.resized))
         if sharpness is not None and sharpness < BLURRED:
             what = f"is blurred at the {min(placement.resized)} px it is trained at"
-            fix = "use a sharp original; if it was enlarged before, take it as it was"
+            fix = "use a sharp original; if it was enlarged before, use it at its original size"
             yield Finding("warning", "blurred", what, item.name, fix)
         yield from _about_shape(item, placement, size)
 
@@ -81,7 +81,7 @@ def _about_shape(item: ImageItem, placement: Placement, size: str) -> Iterator[F
 
 
 def about_copies(items: Sequence[ImageItem]) -> Iterator[Finding]:
-    """Yield images that are there more than once, exactly or nearly."""
+    """Yield images that occur more than once, exactly or nearly."""
     first_of: dict[str, ImageItem] = {}
     for item in items:
         first = first_of.setdefault(item.digest, item)
@@ -107,14 +107,13 @@ def about_captions(dataset: Dataset, tokens: Sequence[int]) -> Iterator[Finding]
             fix = "write what it shows into a .txt file of the same name"
             yield Finding("note", "no caption file", f"is captioned `{item.caption}`", item.name, fix)
         elif not has_words:
-            effect = (
-                f"the caption is the trigger word `{trigger}` alone" if trigger else "it trains without words"
-            )
-            fix = "write what it shows, or leave it so on purpose"
+            only = f"its caption is only the trigger word `{trigger}`"
+            effect = only if trigger else "it trains without a caption"
+            fix = "write what it shows, or leave it empty on purpose"
             yield Finding("warning", "empty caption", f"has an empty caption file: {effect}", item.name, fix)
         if count > CHUNK_TOKENS:
             what = f"has a caption of {count} tokens; the text encoder sees {CHUNK_TOKENS} at once"
-            fix = "shorten it: what follows is read apart from the start, and counts least"
+            fix = "shorten it: the rest is encoded separately, and counts least"
             yield Finding("warning", "long caption", what, item.name, fix)
         if trigger and item.trigger_added and item.caption_source != "file name" and has_words:
             what = f"has a caption without `{trigger}`; it is put in front"
@@ -128,7 +127,7 @@ def _about_shared_words(dataset: Dataset) -> Iterator[Finding]:
         return
     where = f"all {len(captions)} images"
     if len(set(captions)) == 1:
-        what = f"have one caption, `{captions[0]}`, so everything in them becomes part of it"
+        what = f"have the same caption, `{captions[0]}`, so it comes to mean everything in them"
         yield Finding("warning", "one caption", what, where, "say in each caption what that image shows")
         return
     least = len(captions) if len(captions) <= _FEW else _STUCK_SHARE * len(captions)
@@ -152,20 +151,20 @@ def count_tags(dataset: Dataset) -> list[tuple[str, int]]:
 
 
 def about_files(dataset: Dataset) -> Iterator[Finding]:
-    """Yield files that are not used, or used otherwise than one might think."""
+    """Yield files that are not used, or not as one might expect."""
     for name in dataset.orphans:
         fix = "name it after its image (cup.txt for cup.png), or delete it"
         yield Finding("warning", "orphan caption", "belongs to no image and is not used", name, fix)
     for item in dataset.items:
         if "transparent" in item.traits:
             fix = "set data.background, or give it a background of its own"
-            yield Finding("note", "transparent", "is laid on the colour of data.background", item.name, fix)
+            yield Finding("note", "transparent", "is placed on the colour of data.background", item.name, fix)
         if "animated" in item.traits:
             fix = "save the frame you want as PNG"
             yield Finding("note", "animated", "only the first frame is taken", item.name, fix)
     for note in dataset.notes:
         where, _, what = note.partition(": ")
         if not what:
-            yield Finding("note", "remark", note, str(dataset.folder), "nothing, if that is meant")
+            yield Finding("note", "remark", note, str(dataset.folder), "nothing, if that is intended")
         elif "animated" not in what:
-            yield Finding("note", "remark", what, where, "nothing, if that is meant")
+            yield Finding("note", "remark", what, where, "nothing, if that is intended")

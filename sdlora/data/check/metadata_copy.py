@@ -1,4 +1,4 @@
-"""Metadata files of a mended copy: they name its images as they are called there, and only those."""
+"""Metadata files of a repaired copy: they name only its images, by their names in the copy."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..reading.problems import Problem
 def mended_metadata(
     text: str, name: str, written: Mapping[str, str | None], captioned: Collection[str]
 ) -> tuple[str, list[str]]:
-    """Return the text of a metadata file for the copy, and what is different in it.
+    """Return the text of a metadata file for the copy, and what was changed in it.
 
-    Lines that need nothing stay as they are.
+    Lines that need no change stay as they are.
 
     Args:
         text: of the metadata file.
-        name: its name from the folder, with forward slashes; the same in the copy.
+        name: its path below the folder, with forward slashes; the same in the copy.
         written: an image's key (see :func:`image_key`) -> its name in the copy, None if left out.
         captioned: keys of images that have a caption file, which the copy keeps.
     """
@@ -42,7 +42,7 @@ def _kept(
     captioned: Collection[str],
     done: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the lines to keep, and count in ``done`` what was done about the others."""
+    """Yield the lines to keep, and count in ``done`` what was done with the others."""
     seen: set[str] = set()
     for number, values in rows_of(text, name):
         row = read_row(values, f"{name} line {number}", None)

@@ -1,6 +1,6 @@
-"""What settings make of their images: placed for the base, worded and held out as training would.
+"""What settings do with their images: placed for the base, captioned and held out as in training.
 
-Reads no weight: the base is looked at as a blueprint.
+No weight is read: the base is used as a blueprint only.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def examine_settings(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Return everything found in the folders that settings train on, and what each image is for.
+    """Return the findings in the folders that settings train on, and what each image is used for.
 
     Args:
-        config: the settings; what they leave open is decided as for training.
+        config: the settings; open ones are decided as for training.
         multiple: image sides are multiples of this many px; the base's own when None.
         batch_size: also count the batches of an epoch; that of the settings when None.
         progress: called after each file.
@@ -77,7 +77,7 @@ def examine_settings(
 def _with_roles(
     config: Config, training_survey: Survey, validation_survey: Survey | None
 ) -> tuple[Survey, Mapping[str, Role]]:
-    """Return the images of all folders, and by their names what those not trained on are for."""
+    """Return the images of all folders, and name -> role of those not trained on."""
     learned, priors = by_role(training_survey.dataset)
     if not learned.items:  # all are broken, which the problems say
         return training_survey, {}
@@ -88,7 +88,7 @@ def _with_roles(
     except DatasetError:
         if not training_survey.problems:
             raise
-        # too few images are left to hold out any; what broke the others comes first
+        # too few images are left to hold any out; the problems of the others are reported first
         return training_survey, {}
     if validation_survey is None:
         dataset = replace(training_survey.dataset, notes=training.notes)

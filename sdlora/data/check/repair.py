@@ -1,6 +1,6 @@
-"""A mended copy of a folder of images: what can be put right is, what cannot is left out, all of it reported.
+"""A repaired copy of a folder of images: files are repaired or left out, and every change is reported.
 
-The folder itself is never changed. Files that need nothing are copied byte for byte. Only images and
+The folder itself is never changed. Files that need no repair are copied byte for byte. Only images and
 what describes them are copied: captions, metadata and sidecars.
 """
 
@@ -33,7 +33,7 @@ _BYTE_ORDER_MARKS = (
 
 @dataclass(frozen=True)
 class Change:
-    """What was done about a file; ``written`` is its name in the copy, None when it was left out."""
+    """What was done with a file; ``written`` is its name in the copy, None when it was left out."""
 
     name: str
     what: str
@@ -43,7 +43,7 @@ class Change:
 def repair(
     folder: Path, output: Path, *, recursive: bool = True, progress: Progress | None = None
 ) -> list[Change]:
-    """Write a mended copy of a folder and return what is different in it.
+    """Write a repaired copy of a folder and return what was changed in it.
 
     Raises:
         DatasetError: when the folder is missing or is a file.
@@ -51,7 +51,7 @@ def repair(
     """
     folder, output = Path(folder), Path(output)
     listing = list_files(folder, recursive)
-    refuse_used_folder(output, "a mended copy")
+    refuse_used_folder(output, "a repaired copy")
     if output.resolve().is_relative_to(folder.resolve()):
         raise OutputError(
             f"{output}: lies inside {folder}, which would then hold it; choose another --output"
@@ -144,7 +144,7 @@ class _Copy:
         return str(wanted)
 
     def _beside(self, image: FoundFile, written: PurePosixPath) -> None:
-        """Copy what describes an image under the image's new name."""
+        """Copy an image's captions and sidecar under the image's new name."""
         sidecar = self._listing.sidecars.get(image.key)
         wrong = read_focus(sidecar.path, sidecar.name) if sidecar else None
         if isinstance(wrong, Problem):
@@ -178,10 +178,10 @@ class _Copy:
 
 
 def to_utf8(data: bytes, name: str) -> tuple[bytes, str]:
-    """Return a text as UTF-8, and what was changed (empty when it is as it was).
+    """Return a text as UTF-8, and what was changed (empty when nothing was).
 
-    A byte order mark tells UTF-16 and UTF-32; so do zero bytes in every second place. What else is not
-    UTF-8 is taken for Windows-1252, the common encoding of western European systems.
+    A byte order mark identifies UTF-16 and UTF-32; zero bytes in every second place, UTF-16. Anything else
+    that is not UTF-8 is taken for Windows-1252, the common encoding of western European systems.
 
     Raises:
         Unusable: when it is not text at all.

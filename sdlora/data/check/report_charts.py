@@ -17,7 +17,7 @@ _LABEL = 26  # characters of a tag that are shown
 
 
 def bucket_chart(buckets: Sequence[BucketCount]) -> str:
-    """Return one row a bucket: its shape, its size, how many images it has."""
+    """Return one row for each bucket: its shape, its size, how many images it has."""
     chosen = sorted(buckets, key=lambda bucket: -bucket.num_images)[:_MOST_BUCKETS]
     rows = [bucket for bucket in buckets if bucket in chosen]
     most = max((bucket.num_images for bucket in rows), default=1)
@@ -30,7 +30,7 @@ def bucket_chart(buckets: Sequence[BucketCount]) -> str:
             f'<rect class="shape" x="{14 - width * scale / 2:.1f}" y="{middle - height * scale / 2:.1f}" '
             f'width="{width * scale:.1f}" height="{height * scale:.1f}" rx="1.5"/>'
         )
-        visits = f", {bucket.num_visits} visits an epoch" if bucket.num_visits != bucket.num_images else ""
+        visits = f", {bucket.num_visits} visits per epoch" if bucket.num_visits != bucket.num_images else ""
         title = f"{width} x {height} px: {bucket.num_images} images{visits}"
         parts.append(
             shape + _bar_row(f"{width} {_TIMES} {height}", 36, 128, middle, bucket.num_images, most, title)
@@ -39,7 +39,7 @@ def bucket_chart(buckets: Sequence[BucketCount]) -> str:
 
 
 def tag_chart(tags: Sequence[tuple[str, int]], num_images: int) -> str:
-    """Return one row a tag: in how many of the captions it is, in two columns."""
+    """Return one row for each tag with the number of captions that have it, in two columns."""
     half = (min(len(tags), _MOST_TAGS) + 1) // 2
     columns = (tags[:half], tags[half:_MOST_TAGS])
     return "".join(_tag_column(column, num_images) for column in columns if column)
@@ -56,7 +56,7 @@ def _tag_column(tags: Sequence[tuple[str, int]], num_images: int) -> str:
 
 
 def length_chart(tokens: Sequence[int]) -> str:
-    """Return a histogram of caption lengths with the 75 tokens that the text encoder sees at once."""
+    """Return a histogram of caption lengths, with a line at the 75 tokens the text encoder sees at once."""
     longest = max((*tokens, CHUNK_TOKENS + 4))
     step = 5 * math.ceil((longest + 1) / _MOST_BINS / 5)
     counts = [0] * (longest // step + 1)

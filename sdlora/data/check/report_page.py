@@ -1,7 +1,7 @@
 """The doctor's report as one HTML file that works offline, light and dark, on paper and on a phone.
 
-Every image is shown with the exact part that training keeps. Without JavaScript everything is there but
-the filter of the images.
+Every image is shown with the exact part that training keeps. Without JavaScript only the filter of the
+images is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from .thumbnails import thumbnails
 
 _ASSETS = Path(__file__).parents[2] / "assets" / "report"
 _SIDE = 300  # px of the longer side of a thumbnail
-_MOST_IMAGES, _MOST_ROWS, _MOST_BUTTONS = 600, 300, 10
+MOST_IMAGES = 600
+"""Images shown on a page; those with findings come first."""
+_MOST_ROWS, _MOST_BUTTONS = 300, 10
 _TONES: dict[Severity, str] = {"error": "error", "warning": "warning", "note": "note"}
 
 
@@ -65,7 +67,7 @@ def write_report_page(report: Report, file: Path, progress: Progress | None = No
 
 
 def _about(report: Report) -> str:
-    """Return what the images are prepared for."""
+    """Return the base and resolution that the images are prepared for."""
     base = report.base or "no base was named, so the sizes are those usual for Stable Diffusion 1"
     return f"{base}, {report.resolution} px"
 
@@ -76,11 +78,11 @@ def _sizes(report: Report) -> str:
 
 
 def _legend(report: Report) -> Iterator[str]:
-    yield "What lies inside the line is trained on; what is dark is cut away."
+    yield "The part inside the line is trained on; the dark part is cut away."
     if report.crops_move:
-        yield "The line shows the middle: data.crop=random moves it at each visit."
+        yield "The line shows the middle crop; data.crop=random moves it at each visit."
     if any(examined.masked for examined in report.images):
-        yield "What is tinted is masked out."
+        yield "Tinted parts are masked out."
     if any(examined.item.focus for examined in report.images):
         yield "The dot is the point that the crop keeps."
 
@@ -89,7 +91,7 @@ def _chosen_images(report: Report) -> list[ExaminedImage]:
     """Return the images to show in their own order, those with findings preferred."""
     findings = _by_image(report.findings)
     ranked = sorted(report.images, key=lambda examined: examined.item.name not in findings)
-    names = {examined.item.name for examined in ranked[:_MOST_IMAGES]}
+    names = {examined.item.name for examined in ranked[:MOST_IMAGES]}
     return [examined for examined in report.images if examined.item.name in names]
 
 
@@ -112,11 +114,11 @@ def _facts(report: Report) -> Iterator[str]:
         values.append((tone, f"{count:,}", severity if count == 1 else f"{severity}s"))
     values.append(("", f"{len(report.buckets)}", "bucket" if len(report.buckets) == 1 else "buckets"))
     if report.num_visits != report.num_trained:
-        values.append(("", f"{report.num_visits:,}", "visits an epoch"))
+        values.append(("", f"{report.num_visits:,}", "visits per epoch"))
     if report.num_batches is not None:
-        short = f"batches an epoch, {report.num_short_batches} short"
+        short = f"batches per epoch, {report.num_short_batches} short"
         values.append(("", f"{report.num_batches:,}", short))
-    values.append(("", f"{report.captions.mean_tokens:g}", "tokens a caption"))
+    values.append(("", f"{report.captions.mean_tokens:g}", "tokens per caption"))
     for tone, value, name in values:
         kind = f' class="tone {tone}"' if tone else ""
         yield f"<div{kind}><b>{value}</b><span>{escape(name)}</span></div>"
@@ -161,7 +163,7 @@ def _caption_line(report: Report) -> str:
 
 
 def _kinds(examined: ExaminedImage, findings: Sequence[Finding]) -> list[str]:
-    """Return what an image can be filtered by: what it is for, if not simply trained on, and findings."""
+    """Return the words an image can be filtered by: its role, if not simply trained on, and its findings."""
     role = [examined.role] if examined.role != "trained" else []
     return [*role, *dict.fromkeys(finding.kind for finding in findings)]
 
@@ -186,7 +188,7 @@ def _card(examined: ExaminedImage, image: str | None, findings: Sequence[Finding
         for finding in findings
     )
     words = escape(examined.caption)
-    caption = f'<p title="{words}">{words}</p>' if words else '<p class="empty">no words</p>'
+    caption = f'<p title="{words}">{words}</p>' if words else '<p class="empty">no caption</p>'
     text = escape(f"{item.name} {examined.caption}".lower())
     kinds = escape("|".join(_kinds(examined, findings)))
     return (
@@ -199,7 +201,7 @@ def _card(examined: ExaminedImage, image: str | None, findings: Sequence[Finding
 
 
 def _size_line(examined: ExaminedImage) -> str:
-    """Return the image's size, those it is trained at, what is cut away and how often it counts."""
+    """Return an image's size, the sizes it is trained at, the share cut away and how often it counts."""
     item, placement = examined.item, examined.placement
     buckets = dict.fromkeys([placement.bucket, *(other.bucket for other in examined.further)])
     line = f"{item.width} &times; {item.height} &rarr; "
@@ -207,11 +209,11 @@ def _size_line(examined: ExaminedImage) -> str:
     if placement.cropped_share >= 0.005:
         line += f", {placement.cropped_share:.0%} cut away"
     often = item.repeats > 1 and examined.role in TRAINED
-    return line + (f", {item.repeats} visits an epoch" if often else "")
+    return line + (f", {item.repeats} visits per epoch" if often else "")
 
 
 def _frame(examined: ExaminedImage, image: str | None) -> str:
-    """Return the image with what is cut away darkened, and a line around what is kept."""
+    """Return the image with the part that is cut away darkened, and a line around the part that is kept."""
     if image is None:
         return '<span class="gone">changed since the check</span>'
     item = examined.item
@@ -226,7 +228,7 @@ def _frame(examined: ExaminedImage, image: str | None) -> str:
 
 
 def _dot(examined: ExaminedImage) -> str:
-    """Return a mark at the point of interest: a line of no length, as round and thick at any size."""
+    """Return a mark at the point of interest: a line of length 0, so that it is a round dot at any size."""
     item = examined.item
     if item.focus is None:
         return ""

@@ -36,16 +36,16 @@ def render_report(report: Report, width: int = _LEAST_WIDTH) -> str:
 
 
 def print_changes(output: Path, changes: Sequence[Change]) -> None:
-    """Show on stdout what is different in a mended copy."""
+    """Show on stdout what was changed in a repaired copy."""
     table = Table(
-        title=Text(f"mended copy: {output}", style="bold"), title_justify="left", box=box.SIMPLE_HEAD
+        title=Text(f"repaired copy: {output}", style="bold"), title_justify="left", box=box.SIMPLE_HEAD
     )
     for head in ("file", "what was done", "in the copy"):
         table.add_column(head, overflow="fold")
     for change in changes:
         table.add_row(Text(change.name), Text(change.what), Text(change.written or "-"))
     if not changes:
-        table.add_row("", "nothing needed mending", "")
+        table.add_row("", "nothing needed repair", "")
     _print(table)
 
 
@@ -53,7 +53,7 @@ def _print(what: RenderableType) -> None:
     console = Console(highlight=False)
     if console.is_terminal:
         console.print(what)
-    else:  # a file or a pipe has no width of its own
+    else:  # a file or a pipe has no width
         console.print(Text(_plain(what, _LEAST_WIDTH)), soft_wrap=True)
 
 
@@ -76,7 +76,7 @@ def _summary(report: Report) -> Table:
     captions = report.captions
     unusable = f", {report.num_unusable} unusable" if report.num_unusable else ""
     table = Table.grid(padding=(0, 2, 0, 0))
-    visits = f", {report.num_visits} visits an epoch" if report.num_visits != report.num_images else ""
+    visits = f", {report.num_visits} visits per epoch" if report.num_visits != report.num_images else ""
     table.add_row("  images", f"{report.num_images}{unusable}{visits}")
     if report.base:
         table.add_row("  base", report.base)
@@ -102,7 +102,7 @@ def _some_names(report: Report, role: Role) -> Text:
 
 
 def _sizes(report: Report) -> str:
-    """Return what the buckets are for."""
+    """Return the resolutions of the buckets."""
     also = "".join(f" and {resolution}" for resolution in report.more_resolutions)
     guess = "" if report.base else "; --base shows those of your base"
     return f"{report.resolution}{also} px (width x height{guess})"

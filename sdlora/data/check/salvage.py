@@ -1,4 +1,4 @@
-"""One image file mended, if it needs it: rotated upright, without a lost end, without further frames."""
+"""One image file repaired, if needed: rotated upright, cut where its end is lost, with one frame only."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..reading.problems import Unusable, is_cut_short
 
 _LEAST_INTACT = 0.9
 _JPEG_QUALITY = 97
-_BY_ROWS = ("JPEG", "PNG")  # stored from top to bottom, so that a lost end is lost rows
+_BY_ROWS = ("JPEG", "PNG")  # stored from top to bottom, so that a lost end means lost rows at the bottom
 _BLOCK = 16
 
 
 @dataclass(frozen=True)
 class Mended:
-    """An image file as it should be: its bytes, the ending they need if it is another, what was done."""
+    """An image file as it should be: its bytes, their new file ending, if any, and what was done."""
 
     data: bytes
     suffix: str | None = None
@@ -29,10 +29,10 @@ class Mended:
 
 
 def mend(data: bytes, name: str) -> Mended:
-    """Return an image that training takes as it is.
+    """Return an image file that training accepts.
 
     Raises:
-        Unusable: when it cannot be mended.
+        Unusable: when it cannot be repaired.
     """
     try:
         with decoded_image(data, name) as loaded:
@@ -50,9 +50,9 @@ def mend(data: bytes, name: str) -> Mended:
 
 
 def _without_lost_end(data: bytes, error: Unusable) -> Mended:
-    """Return the rows of a truncated image that are there, if they are nearly all."""
+    """Return the rows of a truncated image that were decoded, if they are nearly all."""
     if not is_cut_short(error.problem):
-        raise error  # damaged somewhere else, and who knows where
+        raise error  # damaged otherwise: which pixels are wrong is not known
     with _lenient():
         try:
             image = Image.open(io.BytesIO(data), formats=_BY_ROWS)
@@ -89,7 +89,7 @@ def _saved(image: Image.Image, format: str) -> bytes:
 
 @contextmanager
 def _lenient() -> Iterator[None]:
-    """Let Pillow give what there is of a truncated file; it knows this for all files at once only."""
+    """Let Pillow decode as much of a truncated file as there is; its switch is global, for all files."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:

@@ -24,10 +24,10 @@ _BLOCKED, _TINT = "#d6336c", 0.6
 def thumbnails(
     items: Sequence[tuple[ImageItem, bool]], side: int, progress: Progress | None = None
 ) -> Iterator[str | None]:
-    """Yield each image, reduced to ``side`` px, as a data URL; None where it cannot be read any more.
+    """Yield each image, reduced to ``side`` px, as a data URL; None where it can no longer be read.
 
     Args:
-        items: the images, and whether a mask covers them: what it blocks is tinted.
+        items: the images, and whether they have a mask: the parts that it blocks are tinted.
         side: px of the longer side.
         progress: called after each image.
     """

@@ -1,7 +1,7 @@
-"""Where encodings and the index of images are kept, what lies there, and how it is thinned out.
+"""Where encodings and the index of images are kept, what it holds, and how it is pruned.
 
-Needs no torch. An entry's time of modification is the time of its last use, so that what no run has
-needed for long goes first. Removing is always safe: a run that misses an entry encodes again.
+Needs no torch. An entry's time of modification is the time of its last use, so that pruning removes first
+what no run has needed for long. Removing entries is always safe: a run that misses one encodes it again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def index_file(folder: Path | None = None) -> Path:
 
 
 def list_entries(folder: Path) -> list[CacheEntry]:
-    """Return all entries of a cache, the longest unused first; ``leftovers`` were never finished."""
+    """Return all entries of a cache, the longest unused first; ``leftovers`` are unfinished files."""
     return sorted(_entries(folder), key=lambda entry: (entry.used, entry.path))
 
 
@@ -59,8 +59,8 @@ def choose_entries(
 
     Args:
         entries: as :func:`list_entries` gives them.
-        older_than_days: remove what was not used for so many days.
-        max_bytes: remove the longest unused until the rest is no larger.
+        older_than_days: remove what was not used for that many days.
+        max_bytes: remove the longest unused until the rest is no larger than this.
         now: seconds since 1970; the present time when left out.
 
     Without a limit everything is chosen, except for files that a run may be writing right now.
@@ -80,7 +80,7 @@ def choose_entries(
 
 
 def remove_entries(entries: Sequence[CacheEntry]) -> int:
-    """Delete entries; return the bytes freed. Those another process removed or holds open are passed over."""
+    """Delete entries, except those that another process removed or holds open; return the bytes freed."""
     freed = 0
     for entry in entries:
         with suppress(OSError):
@@ -93,7 +93,7 @@ def remove_entries(entries: Sequence[CacheEntry]) -> int:
 
 def mark_used(file: Path) -> None:
     """Note that an entry was used now, for :func:`list_entries`."""
-    with suppress(OSError):  # a cache that may only be read still serves
+    with suppress(OSError):  # a cache without write permission can still be read
         os.utime(file)
 
 

@@ -25,12 +25,12 @@ class Caption:
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """What gives an image its caption where several things could.
+    """What an image's caption is taken from if there are several possibilities.
 
     Attributes:
-        from_files: text and metadata files count; off, only names do.
+        from_files: whether text and metadata files count; if not, only names do.
         fallback: caption of images without one of their own, instead of the words of their name.
-        wordless: an empty caption is good enough (there is a trigger word).
+        wordless: whether an empty caption will do, because there is a trigger word.
     """
 
     from_files: bool = True
@@ -74,12 +74,12 @@ def caption_of(
     folder_words: str | None,
     rules: CaptionRules,
 ) -> Caption | Problem:
-    """Return an image's caption: from its file, the metadata, the setting, its folder's or its own name.
+    """Return an image's caption, from the first of: its file, metadata, setting, folder's name, its own name.
 
     Args:
         name: the image's name from the folder, with forward slashes.
         files: path and name of the caption files beside it.
-        metadata: what a metadata file says of it, and where.
+        metadata: what a metadata file says about it, and where.
         folder_words: what its folder's name says.
         rules: which of these count.
     """

@@ -1,4 +1,4 @@
-"""The one door through which images come in.
+"""The only place where image files are opened.
 
 Pillow chooses a decoder by a file's content, whatever its name says, and one of them starts another program
 (EPS: Ghostscript). So every image of the project is opened here: only by decoders on a list, never with more
@@ -27,7 +27,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from ...errors import SdloraError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")
-"""What Pillow may decode; none of these starts another program."""
+"""The formats that Pillow may decode; none of their decoders starts another program."""
 MAX_FILE_BYTES = 2**30
 MAX_PIXELS_AT_ONCE = 96_000_000
 """Pixels being decoded by all threads together; at 4 bytes a pixel and one copy, about 0.8 GB."""
@@ -45,9 +45,9 @@ class Plugin:
         title: what users call it.
         package: what pip installs.
         module: what is imported.
-        register: the function that has to be called then, or None.
+        register: the function of the module that has to be called, or None.
         endings: of file names.
-        starts: (offset, bytes) of which such a file has one.
+        starts: (offset, bytes); such a file has one of these.
     """
 
     format: str
@@ -105,7 +105,7 @@ class LoadedImage:
         format: Pillow's name of the file's format.
         animated: whether there are further frames.
         turned: whether camera data said that it was to be rotated or mirrored, which was done.
-        damaged_metadata: whether texts, a profile or camera data were left out, as they cannot be read.
+        damaged_metadata: whether texts, a profile or camera data were left out, because they cannot be read.
     """
 
     image: Image.Image
@@ -115,8 +115,8 @@ class LoadedImage:
     damaged_metadata: bool
 
 
-class _Budget:
-    """Pixels that may be in work at the same time; a larger image waits until it has them to itself."""
+class PixelBudget:
+    """Pixels that may be decoded at the same time; a larger image waits until nothing else is decoded."""
 
     def __init__(self, pixels: int) -> None:
         self._pixels, self._taken = pixels, 0
@@ -137,7 +137,7 @@ class _Budget:
                 self._condition.notify_all()
 
 
-_budget = _Budget(MAX_PIXELS_AT_ONCE)
+_budget = PixelBudget(MAX_PIXELS_AT_ONCE)
 
 
 def read_image_bytes(path: Path) -> bytes:
@@ -148,7 +148,7 @@ def read_image_bytes(path: Path) -> bytes:
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a named pipe would be waited for without end
+        if not stat.S_ISREG(status.st_mode):  # reading a named pipe would wait for ever
             raise ImageFileError(str(path), "is not a file", "give an image file")
         if status.st_size > MAX_FILE_BYTES:
             raise ImageFileError(str(path), f"has {status.st_size} bytes, more than 1 GiB", "save it smaller")
@@ -162,7 +162,7 @@ def read_image_bytes(path: Path) -> bytes:
 
 @contextmanager
 def opened_image(path: Path) -> Iterator[LoadedImage]:
-    """Give a decoded image; what is done with it inside counts towards the memory for decoding.
+    """Give a decoded image; until the block ends, its pixels count towards the memory for decoding.
 
     Raises:
         ImageFileError: as :func:`decoded_image` and :func:`read_image_bytes`.
@@ -173,7 +173,7 @@ def opened_image(path: Path) -> Iterator[LoadedImage]:
 
 @contextmanager
 def decoded_image(data: bytes, name: str, least_side: int | None = None) -> Iterator[LoadedImage]:
-    """Give a decoded image from its bytes; leave with what you need of it, and soon.
+    """Give a decoded image from its bytes; keep the block short, as other images may wait for its end.
 
     Args:
         data: the whole file.
@@ -261,7 +261,7 @@ def _decoded(
 
 def _loaded(image: Image.Image, name: str, stripped: bool, least_side: int | None) -> LoadedImage:
     format = image.format or ""
-    # Phones store a second, smaller view in MPO files, and HEIC files several: that is not an animation.
+    # Phones store a second, smaller image in MPO files, and several in HEIC files: these are no animations.
     animated = format not in ("MPO", "HEIF") and bool(getattr(image, "is_animated", False))
     if animated:
         image.seek(0)
@@ -276,7 +276,7 @@ def _loaded(image: Image.Image, name: str, stripped: bool, least_side: int | Non
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    except Exception:  # camera data that is no such thing: SyntaxError, struct.error, KeyError, ...
+    except Exception:  # broken camera data: SyntaxError, struct.error, KeyError, ...
         damaged = True
     if image.mode in ("I", "F"):
         what = f"has 32 bits per value (mode {image.mode})"
@@ -291,12 +291,12 @@ def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             return Image.open(io.BytesIO(data), formats=formats)
-        except KeyError:  # what Pillow before 11.3 raises on coming to AVIF, which it does not know
+        except KeyError:  # raised by Pillow before 11.3, which does not know the name AVIF in ``formats``
             raise UnidentifiedImageError from None
 
 
 def _formats_for(data: bytes, name: str) -> tuple[str, ...]:
-    """Return the formats a file may have; a package that reads it is loaded on the way.
+    """Return the formats that a file may have; loads the package that reads it, if it needs one.
 
     Raises:
         ImageFileError: naming the package that would read it, if it is not installed.

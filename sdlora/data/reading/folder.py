@@ -1,8 +1,8 @@
-"""Image folder -> :class:`Dataset`: which files count, what each image shows and says, what is wrong.
+"""Image folder -> :class:`Dataset`: which files count, each image's size and caption, and all problems.
 
 Every image is read and decoded once in full, because a truncated file has a perfect header. The order
 of the items depends on names only, never on the file system. Nothing is left out silently: what is not
-taken is a problem or a note. No torch: ``sdlora check`` must answer at once.
+used is a problem or a note. No torch: ``sdlora check`` must answer at once.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Reading:
     """How a folder is read, beyond the common case.
 
     Attributes:
-        kohya_folders: whether folders inside are named ``N_words``; when None, if all are.
+        kohya_folders: whether folders inside are named ``N_words``; None: those named so are read so.
         metadata_caption: column of a metadata file with the caption; the first known one when None.
-        captions_from_files: off, captions come from file names only.
+        captions_from_files: whether captions come from files, too; if not, only from file names.
         fallback_caption: caption of images without one of their own.
         weight: of these images in the loss.
-        regularisation: they show the class in general.
-        mask_folder: masks of the same names.
+        regularisation: whether they show the class in general.
+        mask_folder: folder with masks of the same names.
     """
 
     kohya_folders: bool | None = None
@@ -99,7 +99,7 @@ def survey(
     reading: Reading | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Return the usable images and the problems of the rest, as :func:`scan` without stopping at them.
+    """Return the usable images and the problems of the rest: :func:`scan` without an error for these.
 
     Raises:
         DatasetError: when the folder is missing, is a file, or holds no images.
@@ -142,7 +142,7 @@ def survey(
 
 
 class _Words:
-    """What files and names beside the images of a folder say about them."""
+    """What the files beside a folder's images, and their names, say about them."""
 
     def __init__(self, root: Path, listing: Listing, trigger_word: str | None, reading: Reading) -> None:
         names = [file.name for file in listing.images]

@@ -1,4 +1,4 @@
-"""Images kept out of training to measure progress: chosen by content, near duplicates on one side.
+"""Images held out of training to measure progress: chosen by content, with near duplicates on one side.
 
 The choice is made once and gives both sides, so that nothing can be in both; it depends on the seed and
 on the images' content only, not on their names, their order or the machine.
@@ -53,7 +53,7 @@ def divide(
 def split(
     dataset: Dataset, validation: float, seed: int, always_trained: Sequence[ImageItem] = ()
 ) -> tuple[Dataset, Dataset]:
-    """Return (training, held out): a share of the images below 1, or a number of them; 0 holds out none.
+    """Return (training, held out); ``validation`` is a share below 1 or a number of images, 0 for none.
 
     Near duplicates stay on one side, so the hold-out does not leak. The choice depends on the seed and on
     the images' content, so adding an image changes little. What nearly equals an image of
@@ -75,10 +75,10 @@ def split(
 def keep_apart(
     dataset: Dataset, validation: Dataset, always_trained: Sequence[ImageItem] = ()
 ) -> tuple[Dataset, Dataset]:
-    """Return (training, held out) when the images to hold out have a folder of their own.
+    """Return (training, held out) if the images to hold out have their own folder.
 
-    Where that folder lies inside the training folder, its images are not trained on. A held-out image
-    that nearly equals a training image would measure memory, not learning: it is left out of the
+    If that folder is inside the training folder, its images are not trained on. A held-out image
+    that nearly equals a training image would measure memory, not learning, so it is left out of the
     measurement, and a note of the training side says so.
 
     Raises:
@@ -110,7 +110,7 @@ def keep_apart(
 def _choose(
     items: Sequence[ImageItem], always_trained: Sequence[ImageItem], wanted: int, seed: int
 ) -> set[int]:
-    """Return indices of about ``wanted`` images, whole groups of near duplicates only."""
+    """Return the indices of about ``wanted`` images: only whole groups of near duplicates."""
     if wanted < 1:
         return set()
     total = len(items)
@@ -127,14 +127,14 @@ def _choose(
     for group in sorted(groups, key=rank):
         if len(held) + len(group) <= wanted:
             held.update(group)
-    if not held and groups:  # every group is larger than what was asked for: rather a few more than none
+    if not held and groups:  # every group is larger than was asked for: a few more are better than none
         smallest = min(groups, key=lambda group: (len(group), rank(group)))
         held.update(smallest if 2 * len(smallest) <= len(items) else ())
     return held
 
 
 def _parted(dataset: Dataset, away: set[int]) -> tuple[Dataset, Dataset]:
-    """Return the dataset without the images of those indices, and the dataset of these alone."""
+    """Return the dataset without the images of those indices, and a dataset of them."""
     kept = tuple(item for index, item in enumerate(dataset.items) if index not in away)
     taken = tuple(item for index, item in enumerate(dataset.items) if index in away)
     return replace(dataset, items=kept), replace(dataset, items=taken, notes=(), orphans=())

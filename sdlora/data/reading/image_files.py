@@ -14,7 +14,7 @@ from .items import ImageItem, Trait
 from .problems import Problem, Unusable
 
 PIXELS_VERSION = "2"
-"""Part of what identifies encoded images: raise it when the same file gives other pixels."""
+"""Part of the key of encoded images: raise it when the same file gives other pixels."""
 
 
 IMAGE_ENDINGS = frozenset(
@@ -41,10 +41,10 @@ UNREAD_IMAGE_ENDINGS = frozenset(
 )
 _PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 
-_WHOLE_PIXELS = 2**24
-"""Up to this many pixels an image is converted in one go, above in bands: a 9,400 x 9,400 image with
-transparency took 2.1 GiB at once."""
-_BAND_PIXELS = 2**22
+WHOLE_PIXELS = 2**24
+"""Up to this many pixels an image is converted as a whole, larger ones in bands: 9,400 x 9,400 px with
+transparency took 2.1 GiB as a whole."""
+BAND_PIXELS = 2**22  # of one band
 
 
 def load_pixels(image: ImageItem | Path, background: str = "#ffffff") -> Image.Image:
@@ -77,7 +77,7 @@ def load_small(path: Path, side: int) -> Image.Image:
                 info = image.info
                 image = image.convert("L").reduce(factor) if image.mode == "1" else image.reduce(factor)
                 image.info = info
-            rgb, _ = _to_rgb(image, "#ffffff")
+            rgb, _ = to_rgb(image, "#ffffff")
     except (Unusable, ImageFileError) as error:
         raise DatasetError(str(error)) from error
     rgb.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -85,7 +85,7 @@ def load_small(path: Path, side: int) -> Image.Image:
 
 
 def load_alpha(path: Path) -> Image.Image | None:
-    """Return how opaque an image is (mode L, upright), or None where it is opaque everywhere.
+    """Return how opaque an image is (mode L, upright), or None if it is opaque everywhere.
 
     Raises:
         DatasetError: when the file cannot be read or decoded.
@@ -106,7 +106,7 @@ def read_file(path: Path, name: str, limit: int | None = None) -> bytes:
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a named pipe would be waited for without end
+        if not stat.S_ISREG(status.st_mode):  # reading a named pipe would wait for ever
             raise Unusable(Problem("unreadable", name, "is not a regular file", "delete it"))
         if limit is not None and status.st_size > limit:
             what = f"has {status.st_size} bytes, too many for a caption"
@@ -126,7 +126,7 @@ def decode(data: bytes, name: str, background: str) -> tuple[Image.Image, tuple[
     """
     try:
         with decoded_image(data, name) as loaded:
-            rgb, transparent = _to_rgb(loaded.image, background)
+            rgb, transparent = to_rgb(loaded.image, background)
     except ImageFileError as error:
         raise unusable(error, name) from error
     except MemoryError:
@@ -145,15 +145,15 @@ def unusable(error: ImageFileError, name: str) -> Unusable:
     return Unusable(Problem("undecodable", name, error.what, error.fix))
 
 
-def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
+def to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
     """Return an image as sRGB on ``background``, and whether it was transparent anywhere.
 
-    Each pixel is converted by itself, so a large image goes through in bands: the result is the same, but
-    the copies on the way are small.
+    Each pixel is converted by itself, so a large image is converted in bands: the result is the same, but
+    the copies in between are small.
     """
-    if image.width * image.height <= _WHOLE_PIXELS:
+    if image.width * image.height <= WHOLE_PIXELS:
         return _converted(image, background)
-    rows = max(1, _BAND_PIXELS // image.width)
+    rows = max(1, BAND_PIXELS // image.width)
     whole = Image.new("RGB", image.size)
     transparent = False
     for top in range(0, image.height, rows):
@@ -186,7 +186,7 @@ def _converted(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Return an opaque image as RGB, its colours brought from its own profile to sRGB.
 
-    A profile that is damaged or meant for another kind of image is disregarded, as viewers do.
+    A profile that is damaged or meant for another kind of image is ignored, as image viewers do.
     """
     plain = image if image.mode == "RGB" else image.convert("RGB")
     if not profile or image.mode not in _PROFILE_SPACES:

@@ -1,9 +1,9 @@
-"""What earlier runs learned about image files, so that a second run need not read them again.
+"""Facts about image files from earlier runs, so that a second run need not read the files again.
 
 A file is recognised by its path, size, times of modification and change, and inode. An entry is kept
-only when the file had been at rest for a while before it was read: a file system may give two versions
-written shortly after each other the same time. So a changed file is never trusted, and a lost or damaged
-index costs time only.
+only if the file had not been changed for a while before it was read: a file system may give the same time to
+two versions written shortly after each other. So a changed file is never trusted, and a lost or damaged
+index costs only time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 REST_SECONDS = 2.5  # FAT stores times in steps of 2 s, the coarsest in use
-_WAIT_SECONDS = 10.0  # for another process to finish writing
+WAIT_SECONDS = 10.0  # for another process to finish writing
 _BATCH = 500  # entries written at once: a killed run keeps the rest
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, state TEXT NOT NULL, version TEXT NOT NULL, "
@@ -36,11 +36,11 @@ def state_of(status: os.stat_result) -> str:
 class ImageIndex:
     """Facts about files on disk, as JSON texts; safe to share between processes.
 
-    Every trouble with the index file itself (damage, locks, no permission, full disk) only makes it
-    forget: one warning is given, and the caller reads the images as if there were no index.
+    If the index file itself cannot be used (damage, locks, no permission, full disk), there is one warning,
+    and the caller reads the images as if there were no index.
 
     Args:
-        file: the index, made when missing; None for an index that remembers nothing.
+        file: the index, created if it is missing; None for an index that remembers nothing.
         version: of the facts; entries of other versions are not used.
         clock: gives the seconds since 1970.
     """
@@ -73,7 +73,7 @@ class ImageIndex:
         return str(row[0]) if row else None
 
     def put(self, path: Path, status: os.stat_result, facts: str) -> None:
-        """Remember facts about a file, if it was at rest; ``status`` is from before it was read."""
+        """Remember facts about a file unless it changed just before it was read; ``status`` is of then."""
         touched = max(status.st_mtime, status.st_ctime)
         if self._connection is None or self._clock() - touched < REST_SECONDS:
             return
@@ -116,12 +116,12 @@ def _key(path: Path) -> str:
 
 
 def _connect(file: Path) -> sqlite3.Connection | None:
-    """Open the index; a damaged one is thrown away, as all of it can be found out again."""
+    """Open the index; a damaged one is deleted, as everything in it can be measured again."""
     for attempt in (1, 2):
         connection = None
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(file, timeout=_WAIT_SECONDS)
+            connection = sqlite3.connect(file, timeout=WAIT_SECONDS)
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute(_TABLE)
             connection.execute("SELECT path, state, version, facts FROM files LIMIT 1").fetchone()

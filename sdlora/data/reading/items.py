@@ -1,4 +1,4 @@
-"""What a folder yields: images with their captions, in an order that depends on names only."""
+"""What reading a folder gives: images with their captions, in an order that depends on names only."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ class ImageItem:
     likeness: Likeness | None = field(default=None, repr=False)
     detail: Detail = field(default=(), repr=False)
     lines: tuple[str, ...] = ()
-    """The caption's own lines, without trigger word; what varies at each visit is made from them."""
+    """The caption's own lines, without trigger word; captions that vary are made from them."""
     trigger_word: str | None = None
     focus: Point | None = None
-    """What a crop should keep."""
+    """The point that a crop should keep."""
     weight: float = 1.0
     """How much the image counts in the loss."""
     regularisation: bool = False
     """Shows the class in general; never held out, without trigger word."""
     mask: Path | None = None
-    """Where it is white, the image is trained on."""
+    """Image file that is white where this image is trained on."""
     mask_digest: str = ""
     """SHA-256 of the mask's bytes."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The images of a folder in the order of their names, with remarks about what was not taken."""
+    """The images of a folder in the order of their names, with notes about what was not used."""
 
     folder: Path
     items: tuple[ImageItem, ...]

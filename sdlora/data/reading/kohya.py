@@ -34,7 +34,7 @@ def kohya_folders(images: Iterable[str], asked: bool | None) -> Mapping[str, Koh
 
     Args:
         images: names with forward slashes from the folder.
-        asked: whether folders are to be read so; when None, those named so are, and the rest is not.
+        asked: whether folders are to be read this way; None: those with such names are, the others not.
     """
     if asked is False:
         return {}
@@ -56,7 +56,7 @@ def outside(images: Iterable[str], folders: Mapping[str, KohyaFolder]) -> list[P
 def notes(
     root: Path, folders: Mapping[str, KohyaFolder], asked: bool | None, images: Iterable[str]
 ) -> list[str]:
-    """Return in words how the folders are taken, and what lies beside them."""
+    """Return notes that say how the folders are read, and what lies beside them."""
     root_folder = parse_name(root.name) if asked is None and not folders else None
     if root_folder is not None:
         return [

@@ -1,10 +1,10 @@
-"""Images that show nearly the same: a perceptual hash finds candidates, small thumbnails confirm them.
+"""Images that are nearly the same: a perceptual hash finds candidates, small thumbnails confirm them.
 
-The hash alone joins unrelated drawings on a plain ground; the thumbnails of such pairs hardly correlate,
+The hash alone would join unrelated drawings on a plain ground. The thumbnails of such pairs hardly correlate,
 while resizing, JPEG and brightening leave the correlation above 0.99. Mirror images count as nearly the
-same: with ``data.flip`` training shows them. The hash is imagehash's difference hash: on 96 drawings,
-resizing, JPEG, blur, brightness and contrast changed at most 9 of its 64 bits, but up to 22 of its
-perceptual (DCT) hash, which moreover takes a quarter of a second to import.
+same, because with ``data.flip`` training shows them. The hash is imagehash's difference hash: on 96 drawings,
+resizing, JPEG, blur, brightness and contrast changed at most 9 of its 64 bits, but up to 22 bits of
+imagehash's perceptual (DCT) hash, which also takes a quarter of a second to import.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def likeness_of(image: Image.Image) -> Likeness:
 def near_duplicates(items: Sequence[Imaged]) -> list[tuple[int, ...]]:
     """Return groups (two or more indices, ascending) of images that are equal or nearly so.
 
-    Recognises copies that were resized, recompressed, brightened, mirrored or slightly cropped; likeness
-    is carried on: if A is like B and B like C, they are one group.
+    Recognises copies that were resized, recompressed, brightened, mirrored or slightly cropped. Likeness
+    carries over: if A is like B and B is like C, all three are one group.
     """
     groups = _Groups(len(items))
     first_of: dict[str, int] = {}
@@ -83,8 +83,8 @@ def near_duplicates(items: Sequence[Imaged]) -> list[tuple[int, ...]]:
     distinct = [index for index in first_of.values() if items[index].likeness is not None]
     if len(distinct) > 1:
         likenesses = [likeness for index in distinct if (likeness := items[index].likeness) is not None]
-        pairs = _pairs_of_few(likenesses) if len(likenesses) <= _FEW else None
-        for first, second in _like_pairs(likenesses) if pairs is None else pairs:
+        pairs = pairs_of_few(likenesses) if len(likenesses) <= _FEW else None
+        for first, second in like_pairs(likenesses) if pairs is None else pairs:
             groups.join(distinct[first], distinct[second])
     return groups.of_several()
 
@@ -112,8 +112,8 @@ class _Groups:
         return [tuple(group) for group in members.values() if len(group) > 1]
 
 
-def _pairs_of_few(likenesses: Sequence[Likeness]) -> list[tuple[int, int]] | None:
-    """Return what :func:`_like_pairs` yields, without numpy; None where too many images look alike."""
+def pairs_of_few(likenesses: Sequence[Likeness]) -> list[tuple[int, int]] | None:
+    """Return the pairs of :func:`like_pairs`, without numpy; None if too many images look alike."""
     thumbnails = [_Thumbnail(likeness.thumbnail) for likeness in likenesses]
     pairs: list[tuple[int, int]] = []
     candidates = 0
@@ -162,7 +162,8 @@ class _Thumbnail:
         return [value - mean for band, mean in bands for value in band.tobytes()]
 
 
-def _like_pairs(likenesses: Sequence[Likeness]) -> Iterator[tuple[int, int]]:
+def like_pairs(likenesses: Sequence[Likeness]) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of images that are nearly the same, as ascending indices, found with numpy."""
     import numpy as np
 
     bits = np.array([likeness.bits for likeness in likenesses], dtype=np.uint64)

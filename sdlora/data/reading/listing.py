@@ -73,7 +73,7 @@ class Listing:
 
 
 def list_files(root: Path, recursive: bool, left_out: Sequence[Path] = ()) -> Listing:
-    """Return what lies in a folder, and in the folders inside it if ``recursive``, but not in ``left_out``.
+    """Return the files in a folder, and in the folders inside it if ``recursive``, but not in ``left_out``.
 
     Raises:
         DatasetError: when the folder is missing or is a file.
@@ -97,7 +97,7 @@ def list_files(root: Path, recursive: bool, left_out: Sequence[Path] = ()) -> Li
         if real in apart:
             folders[:] = []
             continue
-        if real in seen:  # a link in a circle, or two links to one place
+        if real in seen:  # links that form a circle, or two links to one place
             listing.notes.append(f"{_relative(here, root)}/: leads to a folder already read; taken once")
             folders[:] = []
             continue
@@ -132,7 +132,7 @@ def _sort_files(listing: Listing, files: Iterable[FoundFile], unread: Counter[st
 
 
 def _folders_to_enter(here: Path, root: Path, names: Iterable[str], listing: Listing) -> list[str]:
-    """Return the folders that hold data; what a run of ours wrote, or the system, is not training data."""
+    """Return the folders with data, without those that a run of ours or the operating system wrote."""
     wanted = []
     inside_run = was_run(here)
     for name in sorted(names, key=sort_key):
@@ -180,7 +180,7 @@ def no_images(folder: Path, listing: Listing, recursive: bool) -> str:
 
 
 def clashes(listing: Listing) -> list[Problem]:
-    """Return images that differ in their ending only: they would share a caption."""
+    """Return images whose names differ only in the ending, and which would share a caption."""
     by_key: dict[tuple[str, str], list[str]] = {}
     for image in listing.images:
         by_key.setdefault(image.key, []).append(image.name)
@@ -196,5 +196,5 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def sort_key(name: str) -> tuple[str, str]:
-    """Return what names are ordered by, the same on every system."""
+    """Return the key that names are sorted by, the same on every system."""
     return unicodedata.normalize("NFC", name).casefold(), name

@@ -1,4 +1,4 @@
-"""Work started before its result is needed, a bounded way ahead, results in order."""
+"""Work started before its result is needed, a bounded number of items ahead, with results in order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
-    """Yield each item once ``count`` more were taken from the iterator (all of them, near its end).
+    """Yield each item after ``count`` further ones were taken from the iterator, or all that are left.
 
     With a generator that starts work and yields futures, this keeps ``count`` of them running, and
     memory does not grow with the number of items.

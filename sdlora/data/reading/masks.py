@@ -24,9 +24,9 @@ _MAX_ASPECT_DIFFERENCE = 0.02
 
 
 def with_masks(items: Sequence[ImageItem], folder: Path) -> tuple[list[ImageItem], list[Problem], list[str]]:
-    """Return the images with their masks, what is wrong with masks, and notes.
+    """Return the images with their masks, the problems with masks, and notes.
 
-    A mask has its image's name in its image's place inside ``folder``, with any ending. Images
+    A mask has its image's name and relative place inside ``folder``, with any ending. Images
     without one are trained as a whole; a note says how many.
 
     Raises:
@@ -72,7 +72,7 @@ def _check(item: ImageItem, mask: FoundFile | None) -> ImageItem | Problem:
 
 
 def load_mask(item: ImageItem, *, alpha: bool) -> Image.Image | None:
-    """Return an image's mask (mode L, as large as the image), or None where all of it is trained.
+    """Return an image's mask (mode L, as large as the image), or None if all of it is trained.
 
     Args:
         item: the image.
@@ -92,7 +92,7 @@ def load_mask(item: ImageItem, *, alpha: bool) -> Image.Image | None:
 
 
 def refuse_empty(item: ImageItem, share: float) -> None:
-    """Check that something of an image is trained.
+    """Check that some part of an image is trained.
 
     Raises:
         DatasetError: if the share of it that the mask lets through is 0.
@@ -101,5 +101,5 @@ def refuse_empty(item: ImageItem, share: float) -> None:
         what = "its mask" if item.mask is not None else "it is transparent where it is kept: its mask"
         raise DatasetError(
             f"{item.path}: {what} lets nothing through in the part of the image that is kept; "
-            "mend the mask, or say with a `focus` which part to keep"
+            "correct the mask, or give a `focus` that says which part to keep"
         )

@@ -1,7 +1,7 @@
-"""What each image file holds, found out by decoding it in full, on all cores, once for each content.
+"""The facts about each image file, from decoding it in full: on all cores, once for each content.
 
 A truncated file has a perfect header, so only decoding tells. Pillow, hashing and numpy work without
-Python's lock, so threads use all cores. What was found is remembered in the index; memory holds one
+Python's lock, so threads use all cores. The facts are remembered in the index; memory holds one
 decoded image a thread, however many files there are.
 """
 
@@ -32,9 +32,9 @@ from .sharpness import Detail, detail_of
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) while a folder is read."""
 
-# Raise it when what is measured, or what decoding accepts, changes; another Pillow may decode otherwise.
+# Raise it when other facts are measured or other files accepted; another Pillow may decode differently.
 _FACTS = "2"
-_AHEAD = 4  # files a thread has waiting for it
+_AHEAD = 4  # files that wait for each thread
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Measured:
 def measure_all(
     files: Sequence[FoundFile], progress: Progress | None = None, index_file: Path | None = None
 ) -> list[Measured | Problem]:
-    """Return what each file holds, or why it cannot be used, in the order of ``files``.
+    """Return the facts about each file, or why it cannot be used, in the order of ``files``.
 
     Args:
         files: images to read.
@@ -83,7 +83,7 @@ def measure_all(
 def _started(
     files: Sequence[FoundFile], index: ImageIndex, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[FoundFile, os.stat_result | None, Future[Measured | Problem] | Measured]]:
-    """Yield each file with its state before it is read, and its facts or their being found out."""
+    """Yield each file with its state before it is read, and its facts or the future that gives them."""
     for file in files:
         status = _status(file.path)
         noted = index.get(file.path, status) if status else None

@@ -31,7 +31,7 @@ _CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
 _MAX_BYTES = 512 * 1024 * 1024
 SIDECAR_ENDING = ".json"
 _MAX_SIDECAR_BYTES = 1024 * 1024
-_FIX = "mend that line"
+_FIX = "correct that line"
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class MetadataCaptions:
     """What metadata files say: image -> the lines of its caption, with problems and notes."""
 
     captions: Mapping[str, tuple[tuple[str, ...], str]]
-    """Image's name (see :func:`name_key`) -> (lines of its caption, where that stands)."""
+    """Image's name (see :func:`name_key`) -> (lines of its caption, file and line it is in)."""
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
 
 
 def name_key(name: str) -> str:
-    """Return an image's name in the one spelling that file systems may give it."""
+    """Return an image's name with its letters composed (NFC): file systems give either form."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -136,7 +136,7 @@ def image_key(metadata: str, image: str) -> str:
 
     Args:
         metadata: name of the metadata file from the folder, with forward slashes.
-        image: as it stands in the file, relative to it.
+        image: as written in the file, relative to it.
     """
     return name_key(posixpath.normpath(posixpath.join(posixpath.dirname(metadata), image)))
 
@@ -190,7 +190,7 @@ def read_focus(path: Path, name: str) -> Point | Problem | None:
     try:
         value: Any = parse_json(data.decode("utf-8-sig"))
     except ValueError as error:
-        return Problem("bad sidecar", name, f"is not valid JSON ({error})", "mend it, or delete it")
+        return Problem("bad sidecar", name, f"is not valid JSON ({error})", "correct it, or delete it")
     focus = value.get("focus") if isinstance(value, dict) else None
     if focus is None:
         return None

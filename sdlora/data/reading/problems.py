@@ -1,4 +1,4 @@
-"""What must be mended in a folder before training, and how it is reported."""
+"""What must be corrected in a folder before training, and how it is reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CUT_SHORT = re.compile(r"truncat|unexpected end|end of (file|data|image)|premat
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that must be mended before training: what, where and how."""
+    """Something that must be corrected before training: what, where and how."""
 
     kind: ProblemKind
     where: str
@@ -29,12 +29,12 @@ class Problem:
 
 
 def is_cut_short(problem: Problem) -> bool:
-    """Return whether an image was being decoded well until its file ended."""
+    """Return whether an image could be decoded until its file ended too early."""
     return problem.kind == "undecodable" and _CUT_SHORT.search(problem.what) is not None
 
 
 class Unusable(Exception):
-    """A file that cannot be used, on its way to being reported."""
+    """Raised for a file that cannot be used, and caught where problems are collected."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))

@@ -1,12 +1,12 @@
-"""How much fine detail an image has at each size, for telling blurred images from sharp ones.
+"""How much fine detail an image has at each size, to tell blurred images from sharp ones.
 
 The variance of the Laplacian by itself says more about the motif than about the focus: a plain sky is
-sharp and has none. Its ratio between a size and half that size does not depend on how many edges there
-are. A sharp edge stays one at half the size, so the ratio is 0.5 or more; an edge blurred wider than a
-pixel has a Laplacian that grows fourfold, so the ratio falls towards 1/16. Measured on drawings, discs
+sharp, yet has no variance. The ratio of the variances at a size and at half that size does not depend on the
+number of edges. A sharp edge is still sharp at half the size: the ratio is 0.5 or more. The Laplacian of an
+edge blurred wider than a pixel grows fourfold, so the ratio falls towards 1/16. Measured on drawings, discs
 and noise with the spectrum of photographs: 0.48 and more when sharp, 0.13 to 0.16 for a blur of 1 px,
-0.09 to 0.10 for 1.5 px, 0.07 to 0.10 for 2 px, with or without JPEG. A drawing of a few large areas can
-be blurred unnoticed: its edges are too few to rise above the rounding of the values.
+0.09 to 0.10 for 1.5 px, 0.07 to 0.10 for 2 px, with or without JPEG. Blur goes unnoticed in a drawing of a
+few large areas: it has too few edges to rise above the rounding of the values.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def detail_of(image: Image.Image) -> Detail:
 
 
 def focus(detail: Detail, shorter_side: int) -> float | None:
-    """Return how sharp an image is when its shorter side is resized to so many px.
+    """Return how sharp an image is when its shorter side is resized to ``shorter_side`` px.
 
-    Below :data:`BLURRED` it is blurred by more than a pixel. Where half the size shows hardly any detail
-    either, the first smaller size that does is compared with, step by step. None where it cannot be
-    told: the image is tiny, or has hardly any detail at any size.
+    Below :data:`BLURRED` it is blurred by more than a pixel. If half the size shows hardly any detail either,
+    the comparison is with the first smaller size that does. None if sharpness cannot be told, as the image is
+    tiny or has hardly any detail at any size.
     """
     if len(detail) < 2:
         return None

@@ -17,7 +17,7 @@ from .problems import listed
 def gather(data: DataConfig, progress: Progress | None = None) -> Dataset:
     """Return the images of ``data.folder`` and ``data.sources``, in this order.
 
-    With several folders, an image's name begins with its folder's. Regularisation images without
+    With several folders, an image's name begins with that of its folder. Regularisation images without
     repeats of their own are repeated until they are about as many as the images to be learned.
 
     Raises:
@@ -162,7 +162,7 @@ def _reading(source: SourceConfig, data: DataConfig) -> Reading:
 
 
 def _named(parts: Sequence[Dataset]) -> list[Dataset]:
-    """Return the parts with the folder's name in front of every name, numbered where two are alike."""
+    """Return the parts with the folder's name before every name, numbered if two folders have one name."""
     bases = [part.folder.resolve().name or "folder" for part in parts]
     alike = Counter(bases)
     names = [f"{base}#{n}" if alike[base] > 1 else base for n, base in enumerate(bases, start=1)]
@@ -178,7 +178,7 @@ def _named(parts: Sequence[Dataset]) -> list[Dataset]:
 
 
 def _balanced(sources: Sequence[SourceConfig], parts: Sequence[Dataset]) -> tuple[list[Dataset], list[str]]:
-    """Return the parts with the repeats that regularisation images were left open with."""
+    """Return the parts with repeats for those regularisation images whose repeats were left open."""
     wanted = sum(
         part.num_visits for source, part in zip(sources, parts, strict=True) if not source.regularisation
     )

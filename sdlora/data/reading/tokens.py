@@ -17,7 +17,7 @@ CHUNK_TOKENS = 75
 """Tokens of a caption that the text encoder sees at once."""
 
 _FOLDER = Path(__file__).parents[2] / "assets" / "sd1" / "tokenizer"
-# Words as CLIP's own tokenizer cuts them (openai/CLIP, simple_tokenizer.py), special tokens aside.
+# Words as CLIP's own tokenizer splits them (openai/CLIP, simple_tokenizer.py), special tokens apart.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -31,7 +31,7 @@ def count_tokens(captions: Sequence[str]) -> list[int]:
 
 @cache
 def _tokenizer() -> Tokenizer:
-    """Load it on first use: it takes longer than everything else a small check does."""
+    """Load the tokenizer on first use: it takes longer than everything else that a small check does."""
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 

@@ -1,4 +1,4 @@
-"""What a caption says at one visit: lines, wildcards, shuffled and left-out tags, prefix, trigger word.
+"""What a caption says at one visit: lines, wildcards, shuffled and dropped tags, prefix, trigger word.
 
 Everything is a function of (seed, epoch, image, repeat); only ``Random.random`` is used, whose numbers
 are the same in every Python version. The order of the rules: one line of several; wildcards; the head
@@ -18,7 +18,7 @@ from .captions import with_trigger
 from .items import Dataset, ImageItem, Visit
 
 KEEP_MARK = "|||"
-"""What is before the first and after the second stays in its place."""
+"""What is before the first mark and after the second one stays in its place."""
 GROUP_MARK = ";;;"
 """Joins tags that stay together."""
 
@@ -54,7 +54,7 @@ class Wording:
         )
 
     def plain(self, item: ImageItem) -> str:
-        """Return the caption without chance: first line and alternatives, all tags in their order."""
+        """Return the caption without random parts: first line and alternatives, all tags in their order."""
         text = (item.lines[0] if item.lines else "") if self.one_line else " ".join(item.lines)
         text = _choose(text, lambda: 0.0) if self.wildcards else text
         return self._finished(self._joined(*self._parts(text)), item)
@@ -90,7 +90,7 @@ class Wording:
         return self._trimmed(str(kept)), Tags(tags.words[self.keep :], tags.between[self.keep :]), ""
 
     def _tags(self, text: str) -> Tags:
-        pieces = _split(text.strip(), self.separator)
+        pieces = split_words(text.strip(), self.separator)
         words = [(word, pieces[at + 1 : at + 2]) for at, word in enumerate(pieces) if at % 2 == 0 and word]
         return Tags(tuple(word for word, _ in words), tuple(gap[0] for _, gap in words if gap))
 
@@ -109,7 +109,7 @@ class Wording:
         return with_trigger(words, item.trigger_word)
 
     def _joint(self, words: str, part: str) -> str:
-        """Return both; where a separator begins the second, it stands there once, as one writes it."""
+        """Join two parts; if the second begins with a separator, it follows the first without a space."""
         mark = self.separator.strip()
         if words and mark and part.startswith(mark):
             return words.removesuffix(mark).rstrip() + part
@@ -117,13 +117,13 @@ class Wording:
 
 
 def reworded(dataset: Dataset, wording: Wording) -> Dataset:
-    """Return the dataset with the captions that the settings give without chance."""
+    """Return the dataset with the captions that the settings give without random parts."""
     return replace(dataset, items=tuple(replace(item, caption=wording.plain(item)) for item in dataset.items))
 
 
 @dataclass(frozen=True)
 class Tags:
-    """Tags, and the separators as they were written between them."""
+    """Tags, and the separators between them as they were written."""
 
     words: tuple[str, ...]
     between: tuple[str, ...]
@@ -133,10 +133,10 @@ class Tags:
         return "".join(word + gap for word, gap in zip(self.words, gaps, strict=False))
 
 
-def _split(text: str, separator: str) -> list[str]:
-    """Return words and, between them, the separators with the blanks around them, as they stand.
+def split_words(text: str, separator: str) -> list[str]:
+    """Return words and, between them, the separators with the spaces around them, unchanged.
 
-    That is ``re.split(rf"(\\s*{separator}\\s*)", text)``, which tries each blank of a long run again.
+    Like ``re.split(rf"(\\s*{separator}\\s*)", text)``, which takes quadratic time for a long run of spaces.
     """
     if not separator.strip():
         return re.split(rf"(\s*{re.escape(separator)}\s*)", text)

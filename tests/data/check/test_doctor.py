@@ -117,9 +117,9 @@ def test_a_caption_without_the_trigger_word_is_noted_and_an_empty_one_warned_abo
         Finding(
             "warning",
             "empty caption",
-            "has an empty caption file: the caption is the trigger word `ink` alone",
+            "has an empty caption file: its caption is only the trigger word `ink`",
             "x.png",
-            "write what it shows, or leave it so on purpose",
+            "write what it shows, or leave it empty on purpose",
         ),
         Finding(
             "note",
@@ -151,7 +151,7 @@ def test_a_folder_of_broken_images_only_is_a_report_not_a_crash(tmp_path: Path) 
     report = examine(tmp_path, resolution=64, batch_size=2)
     assert (report.num_images, report.num_unusable, report.harmful) == (0, 2, True)
     assert (report.num_batches, report.num_short_batches, report.buckets) == (0, 0, ())
-    assert "Not ready: mend the errors first." in render_report(report)
+    assert "Not ready: correct the errors first." in render_report(report)
 
 
 def test_extremely_long_and_single_pixel_images_are_placed_and_reported(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_the_report_is_plain_json_with_its_verdict(tmp_path: Path) -> None:
             },
         ],
         "harmful": False,
-        "verdict": "Can be trained; the warnings make the result worse.",
+        "verdict": "Ready to train, but what the warnings name makes the result worse.",
         "counts": {"error": 0, "warning": 1, "note": 1},
     }
 
@@ -332,7 +332,7 @@ def test_what_kohya_folders_say_is_told_as_such(tmp_path: Path) -> None:
     put(tmp_path / "2_plate" / "a.caption", "a plate")
     report = examine(tmp_path, resolution=48, multiple=8)
     text = render_report(report)
-    assert "images    4, 32 visits an epoch" in text
+    assert "images    4, 32 visits per epoch" in text
     assert "captions  1 from files, 3 from folders, 0 from file names" in text
     assert [(f.kind, f.where) for f in report.findings] == [("remark", "10_red cup/"), ("remark", "2_plate/")]
 
@@ -389,4 +389,4 @@ NOTES (5)
                         tall.png   has a caption without `ink`; it is put in front
                                    → write it where it reads best
 
-Not ready: mend the errors first."""
+Not ready: correct the errors first."""

@@ -1,4 +1,4 @@
-"""What a mended copy changes, byte for byte, and that it never touches the folder itself."""
+"""What a repaired copy changes, byte for byte, and that it never touches the folder itself."""
 
 from __future__ import annotations
 

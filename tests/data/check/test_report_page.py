@@ -67,7 +67,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_its_links_lead_somewhere(tmp_
     for link in parser.links:
         assert link.startswith("data:image/jpeg;base64,") or link[1:] in parser.ids
     assert not re.search(r"https?://|url\(|@import", text)
-    for name in ("p00.png", "tiny.png", "broken.png", "Not ready: mend the errors first."):
+    for name in ("p00.png", "tiny.png", "broken.png", "Not ready: correct the errors first."):
         assert name in text
 
 
@@ -107,11 +107,11 @@ def test_what_each_image_is_for_its_point_of_interest_and_its_mask_are_shown(tmp
     assert "<div><b>1</b><span>held out</span></div>" in text
     assert "<div><b>2</b><span>images to train on</span></div>" in text
     assert '<p class="about">A base, 48 px</p>' in text
-    sizes = "200 &times; 100 &rarr; 72 &times; 32 and 128 &times; 72, 11% cut away, 3 visits an epoch"
+    sizes = "200 &times; 100 &rarr; 72 &times; 32 and 128 &times; 72, 11% cut away, 3 visits per epoch"
     assert sizes in text
     assert text.count('class="dot"') == 1
     assert 'class="dot" d="M50.00 50.00h0"' in text
-    for words in ("data.crop=random moves it", "What is tinted is masked out.", "the crop keeps"):
+    for words in ("data.crop=random moves it", "Tinted parts are masked out.", "the crop keeps"):
         assert words in text
     (data,) = re.findall(r'base64,([^"]+)"', text.partition('aria-label="white.png"')[2])[:1]
     seen = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -134,7 +134,7 @@ def test_names_and_captions_cannot_break_out_of_the_page(tmp_path: Path) -> None
 def test_of_too_many_images_those_with_findings_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdlora.data.check.report_page._MOST_IMAGES", 2)
+    monkeypatch.setattr("sdlora.data.check.report_page.MOST_IMAGES", 2)
     folder = folder_of(tmp_path / "images", 5)
     put(folder / "p03.png", drawing(9, 12, 12))
     text, parser = page_of(folder, tmp_path / "page.html")
@@ -158,7 +158,7 @@ def test_charts_hold_every_bucket_tag_and_caption() -> None:
     chart = bucket_chart(buckets)
     assert chart.count('class="bar"') == 2
     assert "64 x 32" not in chart.split("<title>")[1]
-    assert "32 x 64 px: 3 images, 6 visits an epoch" in chart
+    assert "32 x 64 px: 3 images, 6 visits per epoch" in chart
     tags = tag_chart([(f"tag {n}", 30 - n) for n in range(30)], 30)
     assert (tags.count('class="bar"'), tags.count("<svg")) == (20, 2)
     lengths = length_chart([3, 4, 80, 200])

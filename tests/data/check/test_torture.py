@@ -1,4 +1,4 @@
-"""A folder of more than 40 bad files: what is found, what training says, what a mended copy holds."""
+"""A folder of more than 40 bad files: what is found, what training says, what a repaired copy holds."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_command_says_so_without_a_traceback(folder: Path, capsys: pytest.Ca
     output = capsys.readouterr()
     assert code == 1
     assert "Traceback" not in output.out + output.err
-    assert output.out.count("Not ready: mend the errors first.") == 1
+    assert output.out.count("Not ready: correct the errors first.") == 1
     assert "lost-tail.jpg" in page.read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""A folder of bad files, each with what the doctor must say about it and what a mended copy holds of it.
+"""A folder of bad files, each with what the doctor must say about it and what a repaired copy holds of it.
 
     PYTHONPATH=tests python tests/data/check/torture.py
 
@@ -24,7 +24,7 @@ Content = bytes | Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Bad:
-    """A bad file: what it holds, what must be found (severity, kind), its names in a mended copy."""
+    """A bad file: what it holds, what must be found (severity, kind), its names in a repaired copy."""
 
     name: str
     content: Content
@@ -219,7 +219,7 @@ def main() -> None:
         folder, copy = make_torture_folder(Path(scratch) / "images"), Path(scratch) / "mended"
         findings = examine(folder, resolution=48, multiple=16).findings
         changes = {change.name: change for change in repair(folder, copy)}
-    print(f"{len(CASES)} files\n\n| file | the check says | in a mended copy |\n|---|---|---|")
+    print(f"{len(CASES)} files\n\n| file | the check says | in a repaired copy |\n|---|---|---|")
     for case in CASES:
         verdicts = "; ".join(
             f"{finding.severity}: {finding.kind}: {finding.what}"

@@ -17,7 +17,7 @@ from PIL import Image
 import sdlora
 from sdlora.data.check.salvage import mend
 from sdlora.data.reading import image_files
-from sdlora.data.reading.decoding import ImageFileError, _Budget, decoded_image, opened_image
+from sdlora.data.reading.decoding import ImageFileError, PixelBudget, decoded_image, opened_image
 from sdlora.data.reading.folder import survey
 from sdlora.data.reading.image_files import load_pixels, load_small
 from sdlora.generation.png_info import read_parameters
@@ -130,10 +130,10 @@ def test_bands_give_the_same_pixels_as_the_whole(mode: str, monkeypatch: pytest.
         odd.putalpha(alpha)
     else:
         odd = image.convert(mode)
-    whole = image_files._to_rgb(odd.copy(), "#204080")
-    monkeypatch.setattr(image_files, "_WHOLE_PIXELS", 0)
-    monkeypatch.setattr(image_files, "_BAND_PIXELS", 61 * 5)
-    bands = image_files._to_rgb(odd.copy(), "#204080")
+    whole = image_files.to_rgb(odd.copy(), "#204080")
+    monkeypatch.setattr(image_files, "WHOLE_PIXELS", 0)
+    monkeypatch.setattr(image_files, "BAND_PIXELS", 61 * 5)
+    bands = image_files.to_rgb(odd.copy(), "#204080")
     assert bands[0].tobytes() == whole[0].tobytes() and bands[1] == whole[1]
 
 
@@ -150,7 +150,7 @@ def test_a_small_view_looks_like_the_image(tmp_path: Path, mode: str, format: st
 
 
 def test_the_budget_lets_no_more_pixels_in_than_fit() -> None:
-    budget, inside, most, lock = _Budget(100), [0], [0], threading.Lock()
+    budget, inside, most, lock = PixelBudget(100), [0], [0], threading.Lock()
 
     def work(pixels: int) -> None:
         with budget.taking(pixels):

@@ -149,7 +149,7 @@ def test_an_index_that_another_process_holds_is_waited_for_or_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     let_rest(monkeypatch)
-    monkeypatch.setattr("sdlora.data.reading.index._WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("sdlora.data.reading.index.WAIT_SECONDS", 0.05)
     files = files_in(folder_of(tmp_path / "images", 2, captions=False))
     index = tmp_path / "index"
     measure_all(files[:1], index_file=index)

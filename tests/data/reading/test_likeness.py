@@ -116,8 +116,8 @@ def test_few_images_are_compared_without_numpy_and_to_the_same_result() -> None:
     images += [change(image) for image in images[:8] for change in changes]
     images += [Image.new("RGB", (64, 64), (200, 30, level)) for level in (0, 3, 30, 200)]
     likenesses = [likeness_of(image) for image in images]
-    few = likeness._pairs_of_few(likenesses)
+    few = likeness.pairs_of_few(likenesses)
     assert few is not None and len(few) > 15
-    assert set(few) == set(likeness._like_pairs(likenesses))
-    assert likeness._pairs_of_few([likenesses[0]] * 20) is None  # 190 pairs: numpy is faster
+    assert set(few) == set(likeness.like_pairs(likenesses))
+    assert likeness.pairs_of_few([likenesses[0]] * 20) is None  # 190 pairs: numpy is faster
     assert len(near_duplicates([Shown(str(n), likenesses[0]) for n in range(20)])[0]) == 20

@@ -160,7 +160,7 @@ def test_lines_about_images_that_are_gone_are_noted(tmp_path: Path) -> None:
     ("name", "content", "complaint"),
     [
         ("metadata.jsonl", "{oops}", "metadata.jsonl line 1: is not valid JSON ("),
-        ("metadata.jsonl", "[1]", "metadata.jsonl line 1: is not a JSON object; mend that line"),
+        ("metadata.jsonl", "[1]", "metadata.jsonl line 1: is not a JSON object; correct that line"),
         ("metadata.jsonl", '\n{"text": "x"}', "metadata.jsonl line 2: has no `file_name`; add the column"),
         (
             "metadata.jsonl",

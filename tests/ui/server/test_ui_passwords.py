@@ -80,12 +80,21 @@ def test_a_network_of_ipv6_addresses_is_one() -> None:
     assert network_of("fe80::1%eth0") == network_of("fe80::2")
 
 
-def test_memory_is_bounded(clock: Clock) -> None:
+def test_addresses_are_forgotten_from_the_oldest_on_so_that_memory_is_bounded(clock: Clock) -> None:
     guesses = Guesses(clock)
-    for number in range(30_000):
+    for _ in range(20):
+        guesses.wrong("oldest")
+    for number in range(9_999):
         guesses.wrong(f"a{number}")
-        clock.now += 1.0
-    assert len(guesses._wrong) <= 10_000
+    clock.now += 1_000.0  # past every wait
+    guesses.wrong("a9998")
+    guesses.wrong("oldest")  # the 10,000 addresses that are kept include it: it waits at once
+    assert guesses.wait_for("oldest") > 800
+    for number in range(10_000):
+        guesses.wrong(f"b{number}")
+    clock.now += 1_000.0
+    guesses.wrong("oldest")
+    assert guesses.wait_for("oldest") == 0, "it begins anew, as it was forgotten"
 
 
 def test_passwords_are_long_or_made_up() -> None:
