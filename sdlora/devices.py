@@ -60,7 +60,7 @@ def choose_dtype(setting: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and has_amx() else torch.float32
 
 
-# all cards with the chips TU116 and TU117: as GTX, for workstations, in notebooks, for miners
+# all cards with the chips TU116 and TU117: GTX, workstation, notebook and mining cards
 _NAN_IN_FP16 = re.compile(r"\b(GTX 16\d\d|T(400|500|550|600|1000|1200|2000)|MX[45]50|CMP 30HX)\b")
 
 
@@ -98,9 +98,9 @@ _LACK_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether a device's memory did not suffice; only CUDA's allocator has an error of its own for it.
+    """Tell whether a device lacked memory; only CUDA's allocator has an error class for that.
 
-    cuBLAS and cuDNN, which take memory past that allocator, MPS and the CPU say so in words.
+    cuBLAS and cuDNN, which allocate memory without it, MPS and the CPU say so only in the error's text.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True

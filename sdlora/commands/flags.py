@@ -1,7 +1,7 @@
 """Flags that are settings of a run: name, choices, limits and help are the schema's own.
 
-So the settings of a base, say, are the same words for ``train``, ``generate`` and whoever loads one. What a
-flag gives stands in the parsed options under the setting's dotted key, None where it was left out.
+So the settings of a base, for example, have the same names in ``train``, ``generate`` and every command that
+loads one. The parsed options hold a flag's value under the setting's dotted key, None where it was left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..config.schema import ModelConfig
 
 _NAMES = {"model.prediction_type": ("--prediction-type", "--prediction")}
-"""Flags with an earlier name, which goes on being understood."""
+"""Flags with an earlier name, which still works."""
 
 
 def declare_setting(
@@ -26,8 +26,8 @@ def declare_setting(
     Args:
         parser: of a command.
         key: dotted, e.g. ``model.clip_skip``.
-        names: of the flag; when none are given the setting's own, here ``--clip-skip``.
-        metavar: what stands for the value in the help.
+        names: of the flag; the setting's own name when none are given, here ``--clip-skip``.
+        metavar: placeholder for the value in the help.
     """
     from ..config.schema import choices_of, fields
     from ..config.toml import read_value
@@ -51,7 +51,7 @@ def declare_setting(
 
 
 def declare_base(parser: argparse.ArgumentParser) -> None:
-    """Declare a flag for every setting of a base model, that is of the section ``model``."""
+    """Declare a flag for every setting of a base model (the section ``model``)."""
     from ..config.schema import fields
 
     for key, _ in fields():
@@ -68,7 +68,7 @@ def base_of(options: argparse.Namespace) -> ModelConfig:
     """Return the base that flags describe.
 
     Raises:
-        ConfigError: for what cannot be meant together.
+        ConfigError: for settings that contradict each other.
     """
     from ..config.toml import load_config
 

@@ -117,9 +117,9 @@ def compare_images(
 def _base_and_prompts(
     source: Path, base: str | None, trigger_words: Sequence[str]
 ) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Return what to draw on and what to draw, by the settings of a run folder where they are open.
+    """Return the base to draw on and the prompts; where left out, those of a run folder's settings.
 
-    Another base than the run's own is taken as it is: what the run said of its base need not hold for it.
+    For another base than the run's own, the run's other settings of the base are not used.
     """
     usual = (", ".join(trigger_words) or "a picture",)
     if RunFolder(source).exists():

@@ -1,4 +1,4 @@
-"""The components of a base, each read straight into its number format and place.
+"""The components of a base, each read straight into its number format and onto its device.
 
 A folder is in diffusers' layout; a single file is in the LDM layout, for which the component configs and the
 CLIP tokenizer ship with this package.
@@ -23,7 +23,7 @@ from .recognition import Recognised
 from .table import FAMILIES
 from .weights import TensorSource, fill, weight_files, without_memory
 
-# spellings of published files that mean today's names
+# old spellings in published files -> today's names
 _OLD_NAMES = {
     ".to_q.": ".query.",
     ".to_k.": ".key.",
@@ -42,12 +42,12 @@ def load_parts(
     vae: str | None = None,
     configs: Path | None = None,
 ) -> Parts:
-    """Return the components of a recognised base, each read straight into its format and place.
+    """Return the components of a recognised base, each read straight into its format and onto its device.
 
     Peak memory is the finished weights and the largest tensor.
 
     Args:
-        recognised: what it is.
+        recognised: the base.
         dtype: of denoiser and text encoders.
         device: where the weights go.
         denoiser_device: where the denoiser's go, if elsewhere.
@@ -118,7 +118,7 @@ def _denoiser_source(
     folder: Path, source: TensorSource | None, denoiser: Any
 ) -> tuple[dict[str, StoredKey], TensorSource]:
     names = denoiser.state_dict()
-    if source is not None:  # single files are those of U-Nets
+    if source is not None:  # only families with a U-Net have single files
         return unet_key_map(names), source
     source = TensorSource(weight_files(folder))
     return _folder_key_map(names, source), source
@@ -135,7 +135,7 @@ def _vae_source(
 
 
 def _load_vae(source: str, default: Any, device: torch.device) -> Any:
-    """Return another autoencoder of the family's build from a file, a folder or a hub id."""
+    """Return another autoencoder of the family's architecture from a file, a folder or a hub id."""
     path = Path(source).expanduser()
     vae = default
     if path.is_dir() or not path.exists():
@@ -167,7 +167,7 @@ def _vae_key_map_of_file(path: Path, source: TensorSource, vae: Any) -> dict[str
 
 
 def _folder_key_map(names: Mapping[str, Any], source: TensorSource) -> dict[str, StoredKey]:
-    """Return the key map of a diffusers component, whichever release of the libraries wrote it."""
+    """Return the key map of a diffusers component, whichever release of diffusers wrote it."""
     keys = set(source.keys)
     key_map = {}
     for name in names:
@@ -178,7 +178,7 @@ def _folder_key_map(names: Mapping[str, Any], source: TensorSource) -> dict[str,
 
 
 def _known_spelling(key_map: dict[str, StoredKey], source: TensorSource) -> dict[str, StoredKey]:
-    """Some old SD1 files leave ``text_model.`` out."""
+    """Return the key map without ``text_model.``, which some old SD1 files leave out."""
     keys = set(source.keys)
     if all(stored_key.key in keys for stored_key in key_map.values()):
         return key_map
@@ -214,7 +214,7 @@ def _new_text_encoder(folder: Path, *, projected: bool) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _tokenizer(folder: Path, pad_token: str, *, shared: bool) -> Any:
-    """Return a tokenizer of the folder; all families share one vocabulary, which we ship for single files."""
+    """Return a tokenizer from the folder; all families share one vocabulary, shipped for single files."""
     from transformers import CLIPTokenizer
 
     if folder.is_dir():

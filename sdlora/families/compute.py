@@ -1,4 +1,4 @@
-"""What a base is computed with: chosen once for training or drawing, and torch told of it."""
+"""What a base is computed with: chosen once for training or drawing, and set in torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Compute:
     """What a base is computed with.
 
     Attributes:
-        device: where.
+        device: where it computes.
         dtype: number format of the frozen base.
-        attention: how.
+        attention: which attention kernels.
         idle_card: a notice, if there is a card that torch cannot use and none was asked for.
     """
 
@@ -35,15 +35,15 @@ class Compute:
         precision: Precision | None = None,
         attention: AttentionName = "auto",
     ) -> Compute:
-        """Return what is asked for, or else the fastest here, and have torch use it.
+        """Return what is asked for, or else the fastest on this machine, and have torch use it.
 
         Args:
-            device: a setting, see :func:`sdlora.devices.choose_device`, or one that was chosen already.
+            device: a setting, see :func:`sdlora.devices.choose_device`, or an already chosen device.
             precision: see :func:`sdlora.devices.choose_dtype`.
             attention: see :func:`sdlora.families.attention.choose_attention`.
 
         Raises:
-            ConfigError: for what is not there.
+            ConfigError: for a device, format or attention that this machine does not have.
         """
         chosen = device if isinstance(device, torch.device) else choose_device(device)
         make_current(chosen)

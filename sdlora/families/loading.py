@@ -42,7 +42,7 @@ def load_model(
     """Load a base model, frozen and in eval mode.
 
     Args:
-        base: which, and what is said of it besides; a text is one of which nothing else is said.
+        base: the settings of a base, or only its name: ``mini``, a folder, a file or a hub id.
         dtype: number format of denoiser and text encoders; the autoencoder is always float32, since fp16
             overflows in SDXL's and it runs once per image.
         device: where the denoiser works.
@@ -53,7 +53,7 @@ def load_model(
 
     Raises:
         ModelError: if it is missing, damaged, of no supported family, or contradicts itself.
-        ConfigError: for a setting that the family has no use for.
+        ConfigError: for a setting that has no effect with the family.
     """
     settings = base if isinstance(base, ModelConfig) else ModelConfig(base=base)
     path = locate(settings.base)
@@ -62,7 +62,7 @@ def load_model(
     _check_clip_skip(settings, family.info)
     process = _process(settings, recognised)
     chosen = attention if isinstance(attention, Attentions) else choose_attentions(attention, device, dtype)
-    # An offloaded model stays in main memory until it works.
+    # an offloaded component stays in main memory until it is used
     encoder_device = torch.device("cpu") if offload else device
     waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else encoder_device
     parts = _loaded_parts(recognised, dtype, encoder_device, waiting, settings.vae)

@@ -1,6 +1,6 @@
-"""From what the user names (``mini``, a folder, a file, a hub id) to where it lies on this machine.
+"""From a base's name (``mini``, a folder, a file, a hub id) to its place on this machine.
 
-A hub model is fetched into the hub's ordinary cache, taking no more files than are read. Offline mode
+Of a hub model only the files that are read are fetched, into the hub's usual cache. Offline mode
 (``HF_HUB_OFFLINE=1``) and a missing network fall back to what the cache holds.
 """
 
@@ -16,7 +16,7 @@ from .table import FAMILIES, component_names
 
 ASSETS = Path(__file__).parent.parent / "assets"
 CODE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-"""Endings of files that can run code when they are opened, and so are not."""
+"""Endings of files that can run code when they are opened; these files are never opened."""
 _VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
 
 
@@ -25,10 +25,10 @@ def locate(source: str, *, fetch: bool = True) -> Path:
 
     Args:
         source: see :func:`sdlora.families.loading.load_model`.
-        fetch: False for looking at nothing but the hub's cache.
+        fetch: False to look only into the hub's cache.
 
     Raises:
-        ModelError: if there is none, or it is a kind of file that is not read.
+        ModelError: if it does not exist, or is a kind of file that is not read.
     """
     if source == "mini":
         return ASSETS / "mini"

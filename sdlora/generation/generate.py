@@ -76,7 +76,7 @@ def generate(
 
     Args:
         base: ``mini``, a diffusers folder, a ``.safetensors`` file or a hub id, or the settings of one.
-        adapters: (file, strength) of each adapter; see :func:`parse_adapter`.
+        adapters: (file, strength) of each adapter; see :func:`sdlora.adapters.strength.parse_adapter`.
         prompts: what to show.
         output: folder for the images; created if it is missing, and nothing in it is overwritten.
         strengths: each prompt and seed at each of these, and a grid of all; see :func:`swept`.

@@ -49,15 +49,15 @@ class ImageGenerator:
         """Load a base.
 
         Args:
-            base: ``mini``, a folder, a .safetensors file or a hub id; or the settings of one, with another
-                VAE, say.
+            base: ``mini``, a folder, a .safetensors file or a hub id; or the settings of one, e.g. with
+                another VAE.
             device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; the fastest one present by default.
             precision: ``fp32``, ``bf16`` or ``fp16``; the fastest safe one by default.
             attention: see :func:`sdlora.families.attention.choose_attention`.
-            offload: keep in the device's memory only the component that works.
+            offload: keep only the component that is working in the device's memory.
 
         Raises:
-            ConfigError: for a device that is not there, or a setting that the base has no use for.
+            ConfigError: for a device that does not exist, or a setting that has no effect with the base.
             ModelError: for a base that cannot be loaded.
         """
         compute = Compute.choose(device, precision, attention)

@@ -82,7 +82,7 @@ def finalise(
         compute: what the run computes with.
         blueprint: of the base; no weight is looked at.
         images: all there are.
-        num_processes: that train together.
+        num_processes: number of processes that train together.
 
     Raises:
         ConfigError: for settings that contradict the base, the images or the file to continue from.
@@ -122,7 +122,7 @@ def _check_warmup(config: Config, steps: int) -> None:
 def _fill_compute(open_settings: OpenSettings, compute: Compute) -> None:
     kind, attention = compute.device.type, compute.attention.training
     why = "torch cannot use the card that is here" if compute.idle_card else "the fastest one here"
-    # which of several cards is to be told, but in a run of several processes each has another one
+    # says which of several cards is used; with several processes each one uses another card
     device = kind if open_settings.facts.num_processes > 1 else str(compute.device)
     open_settings.fill("training.device", device, why, ask_base=False)
     precision, reason = dtype_name(compute.dtype), f"fastest safe one on {kind}"

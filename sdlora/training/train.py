@@ -212,7 +212,7 @@ def _if_it_fits(run: Run, what: str, work: Callable[[Run], Result]) -> Result | 
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        # what it has reached is released with the error
+        # the error's traceback keeps tensors alive; leaving this block releases them
     torch.cuda.empty_cache()
     run.emit(
         Notice(

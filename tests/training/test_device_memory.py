@@ -104,7 +104,7 @@ def test_out_of_memory_in_previews_and_validation_is_a_notice(
                 )
 
             monkeypatch.setattr("sdlora.training.previews.render", lacking)
-            monkeypatch.setattr("sdlora.training.validation._loss_of_image", lacking_elsewhere)
+            monkeypatch.setattr("sdlora.training.validation.per_image_loss", lacking_elsewhere)
         else:
             assert [text.partition(" does not have enough memory for ")[2][:12] for text in skipped] == [
                 "validation; ",

@@ -112,7 +112,7 @@ def previews_out_of_memory(stage: Stage) -> None:
         *("data.validation=0.25", "data.resolution=64", "training.batch_size=1"),
     )
     notices = _notices(stage)
-    skipped = [text for text in notices if "skipped, and training goes on" in text]
+    skipped = [text for text in notices if "skipped, and training continues" in text]
     assert len(skipped) == 2 and all("previews" in text for text in skipped), notices
     counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Validated", "Sampled")}
     assert counts == {"StepDone": 2, "Validated": 2, "Sampled": 0}, counts
@@ -131,7 +131,7 @@ def validation_out_of_memory(stage: Stage) -> None:
 
     stage.cards.allocate = refuse  # type: ignore[method-assign]
     train(stage, "training.precision=bf16", "data.validation=0.25", "training.validate_every=1")
-    skipped = [text for text in _notices(stage) if "for validation; skipped, and training goes on" in text]
+    skipped = [text for text in _notices(stage) if "for validation; skipped, and training continues" in text]
     counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Validated")}
     assert (len(skipped), counts) == (3, {"StepDone": 2, "Validated": 0}), (skipped, counts)
 
