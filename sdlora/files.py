@@ -1,7 +1,8 @@
 """Writing so that a crash never leaves half a file (temporary name first, then rename), reading with bounds.
 
-Texts from outside are parsed by :func:`parse_json` and :func:`parse_toml` only: whatever the text holds, their
-time and memory grow in proportion to its length, and they return a value or raise a ValueError of one line.
+Texts from outside are parsed by :func:`parse_json` and :func:`parse_toml` only: whatever the text holds,
+their time and memory grow in proportion to its length, and they return a value or raise a ValueError of one
+line.
 """
 
 from __future__ import annotations
