@@ -98,3 +98,15 @@ def references() -> Iterator[tuple[str, str]]:
 
 def test_every_cross_reference_in_a_docstring_names_something() -> None:
     assert list(references()) == []
+
+
+def test_the_table_of_packages_names_every_module_and_no_other() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w/]+)/` \|.*\|(.*)\|$", text, re.MULTILINE))
+    assert len(rows) > 12
+    for package, cell in rows.items():
+        folder = ROOT / "sdlora" / package
+        modules = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+        inner = {path.parent.name for path in folder.glob("*/__init__.py")}
+        named = set(re.findall(r"`([a-z_0-9/]+)`", cell))
+        assert (package, named - inner - {f"{name}/" for name in inner}) == (package, modules)
