@@ -93,5 +93,5 @@ def dtype_of(asked: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return what people call a dtype, e.g. ``fp16``."""
+    """Return a dtype's usual short name, e.g. ``fp16``."""
     return by_dtype()[dtype].name

@@ -140,7 +140,7 @@ class CheckpointFolder:
 
 
 def step_name(step: int) -> str:
-    """Return how names of checkpoints and previews begin: ``step-000040``."""
+    """Return the start of the names of checkpoints and previews: ``step-000040``."""
     return f"step-{step:06d}"
 
 

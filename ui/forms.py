@@ -18,7 +18,7 @@ from sdlora.errors import ConfigError
 from sdlora.files import parse_toml
 
 Kind = Literal["switch", "choice", "whole", "number", "text", "lines", "toml"]
-OPEN = "decided from the data"
+OPEN = "automatic"
 
 SECTION_TITLES = {
     "model": "Base model",

@@ -38,7 +38,7 @@ def settings_help() -> str:
 
     lines = ["settings (section.name=value, or in the TOML file):"]
     for key, field in fields():
-        default = "decided from the data" if field.default is None else f"{field.default}"
+        default = "left open" if field.default is None else f"{field.default}"
         lines.append(f"  {key} [{default}]\n      {' '.join((field.description or '').split())}")
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ _LAYERS = re.compile(r"(^|_)(num_hidden_layers|layers_per_block|transformer_laye
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return what a base's JSON file says.
+    """Return the content of a base's JSON file.
 
     Raises:
         ModelError: if it is not there, not JSON, not an object, or larger than any that is needed.

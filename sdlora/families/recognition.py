@@ -241,7 +241,7 @@ def _family_of_width(path: Path, header: Header) -> FamilyInfo:
 
 
 def _families(header: Header, family: FamilyInfo, *, whole: bool) -> tuple[Evidence, ...]:
-    """Return what the weights and the header's architecture (e.g. `stable-diffusion-v1`) say."""
+    """Return the families that the weights and the header (e.g. `stable-diffusion-v1`) name."""
     weights = "its text encoders' keys" if whole else "the width of its cross-attention"
     evidence = [Evidence(weights, family.name)]
     stated = header.metadata.get("modelspec.architecture", "")

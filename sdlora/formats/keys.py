@@ -73,7 +73,7 @@ class ParsedName(NamedTuple):
 
 
 def parse_key(key: str) -> ParsedKey | None:
-    """Return what a key of a LoRA says, or None if the layer or its part is unknown."""
+    """Return the module and part that a key of a LoRA names, or None if the layer or its part is unknown."""
     if (split := part_at_end(key)) is not None and (name := parse_name(split[0])) is not None:
         return ParsedKey(name.module, split[1].name, name.spelling)
     for scale in _SCALES:

@@ -119,7 +119,7 @@ def _plain_request(
     sampler: str,
     seed: int | None,
 ) -> GenerateRequest:
-    """Return what all requests share; ``size`` is (height, width) in px; what is None follows the base."""
+    """Return the request that all images share; ``size`` is (height, width) in px, None for the base's."""
     defaults, (height, width) = SampleConfig(), size
     return GenerateRequest(
         "",

@@ -348,7 +348,7 @@ def entries_after(
 
 
 def baked_adapters(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return what a checkpoint's header says was baked in."""
+    """Return the adapters that were baked in, according to a checkpoint's header."""
     try:
         tree = parse_json(metadata.get(RECORD, "[]"), finite=False)
     except ValueError:

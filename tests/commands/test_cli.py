@@ -60,7 +60,7 @@ def test_help_of_every_command_needs_no_torch(command: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "usage: sdlora" in done.stdout
     if command == "train":
-        assert "optimizer.learning_rate [decided from the data]" in done.stdout
+        assert "optimizer.learning_rate [left open]" in done.stdout
 
 
 def test_check_needs_no_torch(image_folder: Make) -> None:

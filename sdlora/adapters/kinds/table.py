@@ -30,12 +30,12 @@ def kind_of(update: Update) -> AdapterKind[Any]:
 
 
 def title_of(update: Update) -> str:
-    """Return what users call an update's kind."""
+    """Return the name of an update's kind, for users."""
     return KINDS[update.kind].title
 
 
 def titles(names: Mapping[str, object]) -> str:
-    """Return what users call some kinds, joined for a message."""
+    """Return the names of some kinds for users, joined for a message."""
     return " and ".join(KINDS[name].title for name in names)
 
 

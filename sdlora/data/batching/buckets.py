@@ -174,7 +174,7 @@ def _cover(height: int, width: int, bucket: Size) -> Size:
 
 
 def placer(resolution: int, multiple: int, *, grouped: bool = True, enlarge: bool = True) -> Placer:
-    """Return what places images at one resolution.
+    """Return the function that places images at one resolution.
 
     Args:
         resolution: side of a square of the area trained at, px.

@@ -182,7 +182,7 @@ class EncodedDataset:
         return self._keep(index, view or self.views.plain(index), None)
 
     def prompt(self, text: str) -> str:
-        """Return what the text encoder is given for a caption."""
+        """Return the prompt that the text encoder gets for a caption."""
         return text if self.captions.emphasis else escape(text)
 
     def caption(self, text: str) -> Conditioning:

@@ -177,7 +177,7 @@ def _of_main_resolution(
 
 
 def _placer(config: Config, resolution: int, model: DiffusionModel) -> Placer:
-    """Return what places images at one resolution.
+    """Return the function that places images at one resolution.
 
     Raises:
         ConfigError: for a resolution the base cannot work at.

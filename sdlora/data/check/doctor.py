@@ -87,7 +87,7 @@ class Treatment:
     crops_move: bool = False
 
     def role(self, item: ImageItem) -> Role:
-        """Return what an image is for."""
+        """Return an image's role."""
         return self.roles.get(item.name, "regularisation" if item.regularisation else "trained")
 
 

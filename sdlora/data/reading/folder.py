@@ -162,12 +162,12 @@ class _Words:
         return self._folders.get(file.name.partition("/")[0])
 
     def repeats(self, file: FoundFile) -> int:
-        """Return how often the image counts."""
+        """Return how often the image is visited in an epoch."""
         folder = self._folder(file)
         return folder.repeats if folder else 1
 
     def caption(self, file: FoundFile) -> Caption | Problem:
-        """Return what the image shows."""
+        """Return the caption of the image, or what is wrong with it."""
         folder = self._folder(file)
         metadata = self._metadata.captions.get(name_key(file.name))
         files = self._listing.captions_of(file)

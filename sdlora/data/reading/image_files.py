@@ -85,7 +85,7 @@ def load_small(path: Path, side: int) -> Image.Image:
 
 
 def load_alpha(path: Path) -> Image.Image | None:
-    """Return how opaque an image is (mode L, upright), or None if it is opaque everywhere.
+    """Return an image's opacity (mode L, upright), or None if it is opaque everywhere.
 
     Raises:
         DatasetError: when the file cannot be read or decoded.

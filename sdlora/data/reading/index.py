@@ -28,7 +28,7 @@ _TABLE = (
 
 
 def state_of(status: os.stat_result) -> str:
-    """Return what must be unchanged for a file's content to count as unchanged."""
+    """Return a file's properties; while they are unchanged, its content counts as unchanged."""
     # ctime changes with every write and cannot be set back, unlike mtime (cp -p, rsync -t)
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
 

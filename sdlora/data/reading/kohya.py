@@ -22,7 +22,7 @@ class KohyaFolder:
 
 
 def parse_name(name: str) -> KohyaFolder | None:
-    """Return what ``10_sks cat`` says, or None for a name of another kind."""
+    """Return the repeats and words of a name such as ``10_sks cat``, or None for another kind of name."""
     match = _NAME.fullmatch(name)
     if match is None or not 1 <= int(match[1]) <= _MOST_REPEATS:
         return None
