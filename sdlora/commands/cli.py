@@ -34,6 +34,7 @@ from .models import (
     run_ui,
     settings_help,
 )
+from .settings import declare_import, run_import
 from .surgery import (
     declare_bake,
     declare_convert,
@@ -194,6 +195,7 @@ COMMANDS: dict[str, Command] = {
     "diff": Command("compare two adapters by block and layer", declare_diff, run_diff),
     "convert": Command("write an adapter in another format or kind", declare_convert, run_convert),
     "check": Command("look for problems in a folder of images", declare_check, run_check),
+    "import": Command("read the settings of another trainer", declare_import, run_import),
     "doctor": Command("show what this machine can compute with", declare_doctor, run_doctor),
     "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
     "demo": Command("learn an ink style on the built-in base and show it", declare_demo, run_demo),

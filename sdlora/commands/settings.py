@@ -1,0 +1,140 @@
+"""The command of settings: ``sdlora import`` reads those of other trainers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, OutputError
+from ..files import write_text
+
+if TYPE_CHECKING:
+    from ..config.foreign.programs import Imported
+
+Result = tuple[dict[str, Any], int]
+_LONGEST_PASTE = 1 << 20
+
+
+def declare_import(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora import``."""
+    parser.add_argument(
+        "source",
+        help="settings file of another trainer (.toml, .json, .yaml, .bat, .sh), its command line in "
+        "quotes, or - to "
+        "read either from standard input",
+    )
+    parser.add_argument(
+        "--from",
+        dest="program",
+        metavar="PROGRAM",
+        help="whose settings they are, where that is not seen: kohya, kohya-config, kohya-dataset, "
+        "kohya-gui, "
+        "onetrainer, ai-toolkit, simpletuner, diffusers, adapter-config",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where to write them; NAME.sdlora.toml when left out"
+    )
+    parser.usage = "sdlora import FILE|'COMMAND' [--output FILE]"
+
+
+def run_import(options: argparse.Namespace) -> Result:
+    """Run ``sdlora import``: write our settings, and show what became of each of theirs."""
+    from ..config.foreign.programs import import_settings
+
+    source, stem = _source(options.source)
+    output: Path = options.output or Path(f"{stem}.sdlora.toml")
+    if output.exists():
+        raise OutputError(f"{output}: exists already; give another name with --output")
+    imported = import_settings(source, program=options.program)
+    _check(imported)
+    write_text(output, imported.toml())
+    _show(imported)
+    print(f"\n{output}: train with `sdlora train --config {output}`")
+    return {
+        "program": imported.program,
+        "output": output,
+        "settings": dict(imported.values),
+        "rows": [asdict(row) for row in imported.rows],
+        "notes": list(imported.notes),
+    }, 0
+
+
+def _source(text: str) -> tuple[str | Path, str]:
+    """Return a file or a command line, and what an output is called after it.
+
+    Raises:
+        ConfigError: when it is neither.
+    """
+    if text == "-":
+        pasted = sys.stdin.read(_LONGEST_PASTE + 1)
+        if len(pasted) > _LONGEST_PASTE:
+            raise ConfigError("standard input: is longer than 1 MiB; settings are not")
+        return pasted, "imported"
+    if os.path.isfile(text):  # a command line may be too long to be asked for as a path
+        return Path(text), Path(text).stem
+    if os.path.isdir(text):
+        raise ConfigError(f"{text}: is a folder; name the settings file in it")
+    if not text.strip():
+        raise ConfigError(
+            "nothing to import: the source is empty; give a settings file or a command line in quotes"
+        )
+    if " " not in text.strip():
+        raise ConfigError(f"{text}: no such file; give a settings file, or a command line in quotes")
+    return text, "imported"
+
+
+def _check(imported: Imported) -> None:
+    """Refuse settings that contradict each other before anything is written."""
+    try:
+        imported.config()
+    except ConfigError as error:
+        raise ConfigError(f"what was read contradicts itself in sdlora: {error}") from None
+
+
+def _show(imported: Imported) -> None:
+    """Print the account: one line a setting, those without a counterpart last."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..config.foreign.ledger import Outcome
+
+    order = list(Outcome)
+    table = Table(
+        title=imported.program[0].upper() + imported.program[1:],
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for title in ("setting", "value", "became", "in sdlora", "why"):
+        table.add_column(title, overflow="fold")
+    for row in sorted(imported.rows, key=lambda row: order.index(row.outcome)):
+        cells = (row.setting, row.value, str(row.outcome), row.ours, row.reason)
+        table.add_row(*(Text(cell) for cell in cells), style=_STYLES.get(row.outcome))
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        print(_wide(table))
+    counts = [f"{sum(row.outcome == outcome for row in imported.rows)} {outcome}" for outcome in order]
+    print(f"\n{len(imported.rows)} settings: {', '.join(counts)}")
+    for note in imported.notes:
+        print(f"note: {note}")
+
+
+_STYLES = {"without counterpart": "yellow", "default anyway": "dim"}
+
+
+def _wide(table: Any) -> str:
+    """Return a table as text that no terminal's width breaks, for files and pipes."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    text = StringIO()
+    Console(file=text, width=240, color_system=None, highlight=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

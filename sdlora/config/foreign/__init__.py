@@ -1,0 +1,1 @@
+"""Settings of other trainers, said in ours; what becomes of each of theirs is accounted for."""
