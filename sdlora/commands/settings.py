@@ -96,7 +96,7 @@ def _check(imported: Imported) -> None:
 
 
 def _show(imported: Imported) -> None:
-    """Print the account: one line a setting, those without a counterpart last."""
+    """Print the account: a line for each setting, those without a counterpart last."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
