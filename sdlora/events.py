@@ -7,6 +7,7 @@ one warning. :class:`Control` is read once per step.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -152,7 +153,10 @@ class Emitter:
                 listener(event)
             except Exception as error:  # a broken display must not end hours of training
                 self._listeners.remove(listener)
-                warnings.warn(f"event listener {listener!r} failed and was dropped: {error}", stacklevel=2)
+                problem = f"event listener {listener!r} failed and was dropped: {error}"
+                if self._listeners:
+                    self(Notice(f"{problem}; training goes on"))
+                warnings.warn(problem, stacklevel=2)
 
 
 class JsonlWriter:
@@ -164,6 +168,29 @@ class JsonlWriter:
     def __call__(self, event: Event) -> None:
         self._stream.write(to_json(event) + "\n")
         self._stream.flush()
+
+
+class Journal:
+    """Listener that appends each event to a file by itself: what cannot be written now may be written later.
+
+    Attributes:
+        problem: why the first event that is missing is missing; None if all are there.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.problem: str | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Write one event; a line that an earlier failure cut short is ended first."""
+        line = to_json(event).encode("utf-8") + b"\n"
+        try:
+            with self._file.open("ab", buffering=0) as stream:
+                if stream.write(b"\n" + line if self.problem else line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if self.problem is None:
+                self.problem = f"{self._file}: some events are missing ({error.strerror})"
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -190,6 +217,7 @@ class Control:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._requests: set[str] = set()
+        self._left: dict[str, int] = {}  # files that could not be removed -> when they were written
 
     def stop(self) -> None:
         """Ask to finish the current step, save and end."""
@@ -205,11 +233,22 @@ class Control:
         if self._folder is not None:
             for name in REQUESTS:
                 file = self._folder / name
-                if file.is_file():
-                    file.unlink(missing_ok=True)
-                    self._requests.add(name)
+                with suppress(OSError):  # a folder that became unreadable, or a disk that is gone
+                    self._see(file)
         taken, self._requests = frozenset(self._requests), set()
         return taken
+
+    def _see(self, file: Path) -> None:
+        """Take a file's request; one that cannot be removed counts once, and again when it is new."""
+        if not file.is_file():
+            self._left.pop(file.name, None)
+            return
+        written_at = file.stat().st_mtime_ns
+        if self._left.get(file.name) == written_at:
+            return
+        self._requests.add(file.name)
+        self._left[file.name] = written_at
+        file.unlink(missing_ok=True)
 
     @contextmanager
     def on_interrupt(self) -> Iterator[None]:

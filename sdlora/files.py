@@ -1,8 +1,8 @@
 """Writing so that a crash never leaves half a file (temporary name first, then rename), reading with bounds.
 
-Texts from outside are parsed by :func:`parse_json` and :func:`parse_toml` only: whatever the text holds,
-their time and memory grow in proportion to its length, and they return a value or raise a ValueError of one
-line.
+Paths and names are as people give them. Texts from outside are parsed by :func:`parse_json` and
+:func:`parse_toml` only: whatever the text holds, their time and memory grow in proportion to its length, and
+they return a value or raise a ValueError of one line.
 """
 
 from __future__ import annotations
@@ -43,6 +43,16 @@ _TOML_STRING = re.compile(
 _NOT_BRACKETS = re.compile(r"[^\[\]{}]+")
 _DEEP_KEY = re.compile(rf"(?<![\w-])[\w-]+(?:[ \t]*\.[ \t]*[\w-]+){{{MAX_LEVELS}}}")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+MAX_NAME_BYTES = 200
+"""Of a file's name in UTF-8. File systems take 255, and endings such as ``.safetensors`` are added."""
+_MAX_WHOLE_BYTES = 240  # with its ending
+_MOST_LETTERS = 80
+_LONGEST_ENDING = 12
+_WINDOWS_CHARACTERS = re.compile(r'[\\/:*?"<>|]+')
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+_WINDOWS_DEVICES = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])( *\..*)?", re.I
+)
 
 
 @contextmanager
@@ -81,8 +91,13 @@ def write_problem(error: OSError) -> str:
         return "the disk is full; free some space or choose another --output (nothing was half-written)"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "may not be written; change its permissions or choose another --output"
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return "a file stands where a folder is needed; move it away or choose another --output"
+    if error.errno == errno.ENAMETOOLONG:
+        return "the name is too long for this disk; choose a shorter one"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY):
+        return (
+            "a file stands where a folder is needed, or a folder where a file is; move it away or choose "
+            "another --output"
+        )
     return f"cannot be written ({error.strerror or error}); choose another --output"
 
 
@@ -104,12 +119,84 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def given_path(text: str) -> Path:
+    """Return a path as a person gave it, ``~`` expanded.
+
+    Raises:
+        ValueError: for an empty text, as an unset variable of a shell leaves it, or one that names no file on
+            any system.
+    """
+    if not text.strip():
+        raise ValueError("is empty, as an unset variable leaves it; give a path (`.` is the current folder)")
+    odd = next((letter for letter in text if letter < " "), None)
+    if odd is not None:
+        raise ValueError(
+            f"holds a control character ({odd!r}); in TOML a backslash between double quotes begins an "
+            "escape: put Windows paths between single quotes"
+        )
+    return Path(os.path.expanduser(text))
+
+
+def name_problem(name: str, most_bytes: int = MAX_NAME_BYTES) -> str | None:
+    """Return why ``name`` would not do for a new file on Linux, macOS and Windows; None if it does.
+
+    Source: Microsoft's "Naming Files, Paths, and Namespaces".
+    """
+    size = len(name.encode("utf-8", "surrogatepass"))
+    if not name.strip():
+        return "is empty"
+    if _WINDOWS_CHARACTERS.search(name):
+        return 'must not hold any of \\ / : * ? " < > | (Windows takes none of them)'
+    if _CONTROL.search(name):
+        return "holds a control character"
+    if size > most_bytes:
+        return f"has {size} bytes in UTF-8, more than {most_bytes}; shorten it"
+    if name.startswith(".") or name.startswith(" ") or name.endswith((".", " ")):
+        return "must not begin with a dot or space, nor end with one (Windows drops it at the end)"
+    if _WINDOWS_DEVICES.fullmatch(name):
+        return "is the name of a device on Windows; choose another"
+    return None
+
+
+def as_file_name(text: str, fallback: str) -> str:
+    """Return a text as the name of a file or folder that every system takes, a file's ending kept.
+
+    Args:
+        text: what a person typed, or a name from elsewhere.
+        fallback: the name where nothing of it is left.
+    """
+    name = _CONTROL.sub("-", _WINDOWS_CHARACTERS.sub("-", text)).strip(" .-")
+    stem, ending = os.path.splitext(name)
+    if len(ending) > _LONGEST_ENDING:
+        stem, ending = name, ""
+    while len(stem + ending) > _MOST_LETTERS or len((stem + ending).encode()) > MAX_NAME_BYTES:
+        stem = stem[:-1].rstrip(" .-")
+    name = stem + ending or fallback
+    return f"_{name}" if name_problem(name) else name
+
+
+def refuse_bad_names(target: Path) -> None:
+    """Check that ``target`` and the folders above it that are missing have names that every system takes.
+
+    Raises:
+        OutputError: naming the one that has not.
+    """
+    for path in (target, *target.parents):
+        if os.path.lexists(path) or path.name in ("", ".."):
+            continue
+        if problem := name_problem(
+            path.name.lstrip(".") or path.name, _MAX_WHOLE_BYTES
+        ):  # folders may be hidden
+            raise OutputError(f"{target}: the name `{path.name}` {problem}")
+
+
 def refuse_used_folder(folder: Path, what: str) -> None:
     """Check that ``folder`` is missing or empty, so that writing there can lose nothing.
 
     Raises:
         OutputError: when it is a file, holds anything, or cannot be made where it is to be.
     """
+    refuse_bad_names(folder)
     if folder.is_file():
         raise OutputError(f"{folder}: is a file, but {what} needs a folder; choose another --output")
     try:

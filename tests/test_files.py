@@ -17,8 +17,12 @@ from sdlora.errors import OutputError
 from sdlora.files import (
     MAX_LEVELS,
     MAX_TOML_CHARS,
+    as_file_name,
+    given_path,
+    name_problem,
     parse_json,
     parse_toml,
+    refuse_bad_names,
     refuse_used_folder,
     replacing,
     size_text,
@@ -167,3 +171,79 @@ def test_what_comes_from_outside_is_parsed_with_bounds_everywhere() -> None:
             if plain:
                 plainly_parsed.add(file.relative_to(root).as_posix())
     assert plainly_parsed == set(OWN_MESSAGES)
+
+
+BAD_NAMES = [
+    *("", " ", ".", "..", ".hidden", " a", "a ", "a.", "..."),
+    *("CON", "con.txt", "Nul", "COM1", "lpt9.tar.gz", "com\u00b9", "CONIN$", "aux .x"),
+    *("a/b", "a\\b", "a:b", "a*", "a?", 'a"', "a<", "a>", "a|"),
+    *("a\nb", "a\x00", "a\x7f", "a\x9f", "a\u2028", "a\udcff"),
+    *("\U0001f600" * 70, "x" * 201, "\u00e9" * 101),
+]
+GOOD_NAMES = [
+    "lora",
+    "my style",
+    "bl\u00fcten",
+    "\U0001f600" * 50,
+    "con1",
+    "COM",
+    "icon",
+    "a.b",
+    "-x",
+    "x" * 200,
+    "nul-1",
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_some_system_refuses_is_refused_everywhere(name: str, tmp_path: Path) -> None:
+    assert name_problem(name) is not None
+    if name.strip(". ") and not set(name) & {"/", "\0"}:
+        for target in (tmp_path / name.lstrip("."), tmp_path / "new" / f"{name}" / "x.safetensors"):
+            parts = target.name, target.parent.name.lstrip(".")
+            if any(name_problem(part, 240) for part in parts):  # with its ending a name may be longer
+                with pytest.raises(OutputError, match="the name"):
+                    refuse_bad_names(target)
+    assert name_problem(as_file_name(name, "images")) is None
+
+
+@pytest.mark.parametrize("name", GOOD_NAMES)
+def test_a_name_that_every_system_takes_stays_as_it_is(name: str, tmp_path: Path) -> None:
+    assert name_problem(name) is None
+    refuse_bad_names(tmp_path / name / f"{name}.safetensors")
+    (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    if len(name) <= 80:
+        assert as_file_name(name, "images") in (name, name.strip("-"))
+
+
+def test_a_name_made_from_a_text_keeps_its_ending_and_is_never_too_long() -> None:
+    cases = {
+        "a" * 300 + ".png": "a" * 76 + ".png",
+        "\U0001f600" * 70 + ".png": "\U0001f600" * 49 + ".png",
+        "con.png": "_con.png",
+        "a/b:c": "a-b-c",
+        " . - ": "images",
+        "e.g. a very long text without ending": "e.g. a very long text without ending",
+    }
+    assert {text: as_file_name(text, "images") for text in cases} == cases
+
+
+def test_what_stands_already_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "COM1"
+    folder.mkdir()
+    refuse_bad_names(folder / "lora.safetensors")
+    refuse_bad_names(tmp_path / ".cache" / "out")  # hidden folders are no mistake
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\t", "C:\new", "a\x00b"])
+def test_a_path_that_names_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is empty|control character"):
+        given_path(text)
+
+
+def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    cases = {"~/x": tmp_path / "x", "~": tmp_path, "a/~": Path("a/~"), "~nobody-of-this-name/x": None}
+    for text, path in cases.items():
+        assert given_path(text) == (path or Path(text))

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from html import escape
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from .server.allowed_paths import AllowedPaths
 
-def list_images(folder: Path, limit: int) -> dict[str, Any]:
-    """Return the newest PNGs below a folder as ``{"total": n, "images": [{file, name, changed}]}``."""
-    dated = []
+
+def list_images(paths: AllowedPaths, limit: int) -> dict[str, Any]:
+    """Return the newest drawn PNGs as ``{"total": n, "images": [{file, name, changed}]}``.
+
+    Links that lead to nothing, or out of the server's folders, are passed over.
+    """
+    dated, folder = [], paths.images
     for file in folder.rglob("*.png") if folder.is_dir() else ():
-        if not file.name.startswith(".") and (state := file.stat()).st_size:
-            dated.append((state.st_mtime_ns, file))
+        if file.name.startswith(".") or (file.is_symlink() and not paths.reaches(file)):
+            continue
+        with suppress(OSError):  # removed meanwhile
+            state = file.stat()
+            if state.st_size and file.is_file():
+                dated.append((state.st_mtime_ns, file))
     dated.sort(reverse=True)
     images = [
         {"file": str(file), "name": str(file.relative_to(folder)), "changed": changed}

@@ -32,6 +32,11 @@ def checked_config(paths: AllowedPaths, raw: Mapping[str, Any]) -> Config:
     if name:
         values["output.name"] = name
     config = load_config(values=values)
+    if config.data.follow_links:
+        raise ConfigError(
+            "`data.follow_links` works on the command line only: this server reads nothing outside of its "
+            "folders"
+        )
     changes: dict[str, Any] = {}
     for key, field in fields():
         if names_files(field) and (text := config.get(key)) is not None:
@@ -72,7 +77,7 @@ def checked_source(paths: AllowedPaths, what: str, source: str) -> str:
     is_file = source.lower().endswith(".safetensors")
     if source == "mini" or (_HUB_ID.fullmatch(source) and not is_file and not (paths.home / source).exists()):
         return source
-    path = paths.readable(source)
+    path = paths.model(source)
     if not path.exists():
         raise ConfigError(
             f"{what} `{source}`: there is no such file or folder, and it is not a hub id (owner/name)"

@@ -87,53 +87,63 @@ class Site:
 
     def runs(self) -> list[Choice]:
         """Return the run folders, the newest first."""
-        folders = [folder for folder in self._run_folders() if _checkpoints(folder) or _finished(folder)]
+        folders = [
+            folder for folder in self._run_folders() if self._checkpoints(folder) or self._finished(folder)
+        ]
         return [Choice(folder.name, str(folder)) for folder in folders]
 
     def adapters(self) -> list[Choice]:
         """Return the adapters that can be drawn with: of the runs, then of the model folders."""
         choices = []
         for folder in self._run_folders():
-            finished = _finished(folder)
+            finished = self._finished(folder)
             if finished is not None:
                 choices.append(Choice(folder.name, str(finished)))
-            elif saved := _checkpoints(folder):
+            elif saved := self._checkpoints(folder):
                 newest = saved[-1]
                 choices.append(Choice(f"{folder.name} (step {newest.step})", str(newest.adapter_file)))
         exported = sorted((self.paths.runs / EXPORTED).glob("*.safetensors"))
-        choices += [Choice(f"{EXPORTED}/{file.stem}", str(file)) for file in exported if file.name[0] != "."]
+        choices += [
+            Choice(f"{EXPORTED}/{file.stem}", str(file))
+            for file in exported
+            if file.name[0] != "." and self.paths.reaches(file)
+        ]
         choices += [Choice(file.stem, str(file)) for file in model_files(self.paths, "adapter")]
         return choices
 
     def checkpoints(self, run: Path) -> list[Choice]:
         """Return a run's checkpoints by step, and its finished adapter."""
-        checkpoints = [Choice(f"step {saved.step}", str(saved.adapter_file)) for saved in _checkpoints(run)]
-        finished = _finished(run)
+        checkpoints = [
+            Choice(f"step {saved.step}", str(saved.adapter_file)) for saved in self._checkpoints(run)
+        ]
+        finished = self._finished(run)
         return [*checkpoints, Choice("finished", str(finished))] if finished else checkpoints
 
     def data_sets(self) -> list[Choice]:
         """Return the folders below the data folder."""
-        folders = sorted(folder for folder in self.paths.data.iterdir() if folder.is_dir())
+        inside = (folder for folder in self.paths.data.iterdir() if folder.is_dir())
+        folders = sorted(folder for folder in inside if self.paths.reaches(folder))
         return [Choice(folder.name, str(folder)) for folder in folders if not folder.name.startswith(".")]
 
     def base_of(self, run: Path) -> str:
         """Return the base a run was trained on; the built-in one when it does not say."""
         file = RunFolder(run).config_file
-        return load_config(file).model.base if file.is_file() else "mini"
+        return load_config(file).model.base if file.is_file() and self.paths.reaches(file) else "mini"
 
     def _run_folders(self) -> list[Path]:
         folders = [
             folder
             for folder in self.paths.runs.iterdir()
-            if folder.name != STATE and RunFolder(folder).exists()
+            if folder.name != STATE
+            and RunFolder(folder).exists()
+            and self.paths.reaches(RunFolder(folder).config_file)
         ]
         return sorted(folders, key=lambda run: RunFolder(run).config_file.stat().st_mtime, reverse=True)
 
+    def _finished(self, run: Path) -> Path | None:
+        return next((file for file in RunFolder(run).adapter_files() if self.paths.reaches(file)), None)
 
-def _finished(run: Path) -> Path | None:
-    return next(iter(RunFolder(run).adapter_files()), None)
-
-
-def _checkpoints(run: Path) -> list[CheckpointFolder]:
-    saved = list_checkpoints(RunFolder(run).checkpoints)
-    return [checkpoint for checkpoint in saved if checkpoint.adapter_file.is_file()]
+    def _checkpoints(self, run: Path) -> list[CheckpointFolder]:
+        saved = list_checkpoints(RunFolder(run).checkpoints)
+        files = ((checkpoint, checkpoint.adapter_file) for checkpoint in saved)
+        return [checkpoint for checkpoint, file in files if file.is_file() and self.paths.reaches(file)]

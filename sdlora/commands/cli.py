@@ -9,17 +9,19 @@ object. Heavy imports happen inside the commands, so that ``--help`` and ``check
 from __future__ import annotations
 
 import argparse
-import difflib
+import codecs
+import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import ConfigError, OtherProcessError, SdloraError
 from ..files import write_problem
+from ..machine import version
+from .arguments import nearest
 from .data import declare_cache, declare_check, run_cache, run_check
 from .files import declare_export, declare_inspect, run_export, run_inspect
 from .machine import declare_doctor, run_doctor
@@ -35,6 +37,7 @@ from .models import (
     settings_help,
 )
 from .settings import declare_import, run_import
+from .streams import tolerant_streams
 from .surgery import (
     declare_bake,
     declare_convert,
@@ -66,32 +69,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0 good, 1 found harmful, 2 an error the user can correct."""
     # threads that wait by spinning make a run 3 to 10 times slower when other programs use the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):  # Windows consoles may not be UTF-8
-        with suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if arguments is None:
+        _leave_ascii()
     words = sys.argv[1:] if arguments is None else list(arguments)
+    with tolerant_streams() as lost:
+        code = _answer(words)
+        sys.stdout.flush()
+        if lost.failure is None:
+            return code
+        reason = "the disk is full" if lost.failure.errno == errno.ENOSPC else lost.failure.strerror
+        print(
+            f"sdlora: the answer could not be written to standard output ({reason}); files that the command "
+            "wrote are whole",
+            file=sys.stderr,
+        )
+        return code or 2
+
+
+def _leave_ascii() -> None:
+    """Begin anew in UTF-8 where the locale has Python take names of files for ASCII.
+
+    Python does so by itself for the locale C, unless it is told not to (``PYTHONUTF8=0``); a folder that is
+    called ``blüten`` could be neither named nor shown.
+    """
+    ascii_names = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
+    if ascii_names and os.name == "posix" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _answer(words: Sequence[str]) -> int:
+    """Run one command and print its answer; return the exit code."""
     as_json = "--json" in words  # anywhere on the line, and also when the line cannot be parsed
     try:
         options = _parse([word for word in words if word != "--json"])
         options.json, options.words = as_json, [word for word in words if word != "--json"]
         result, code = COMMANDS[options.command].run(options)
         as_json = options.json
-        sys.stdout.flush()
     except OtherProcessError as error:  # the other process has reported it
         result, code = {"error": str(error), "kind": type(error).__name__}, 2
     except SdloraError as error:
         result, code = _refusal(str(error), type(error).__name__), 2
     except KeyboardInterrupt:
         result, code = _refusal("interrupted", "KeyboardInterrupt"), 130
-    except BrokenPipeError:  # whoever reads our output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
-        return 1
+    except MemoryError:
+        result, code = _refusal("there is not enough memory for this", "MemoryError"), 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        result, code = _refusal(f"{place}{write_problem(error)}", "OutputError"), 2
+        result, code = _refusal(f"{place}{_os_problem(error)}", "OutputError"), 2
     if as_json:
         print(json.dumps(result, default=str), flush=True)
     return code
+
+
+def _os_problem(error: OSError) -> str:
+    """Return in words what the system said of a file that nobody had thought of."""
+    if error.errno in (errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG):
+        return write_problem(error)
+    return f"{error.strerror or error}; check the path, its permissions and the disk"
 
 
 def _refusal(message: str, kind: str) -> dict[str, Any]:
@@ -126,10 +161,17 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: for a line that cannot be parsed.
     """
+    for number, word in enumerate(words, start=1):
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"word {number} of the command line, {word!a}, is not UTF-8; rename the file"
+            ) from None
     wanted = next((word for word in words if not word.startswith("-")), None)
     parser, commands = _parsers(wanted)
     if wanted is not None and wanted not in commands:
-        parser.error(f"no command `{wanted}`{_nearest(wanted, commands)}")
+        parser.error(f"no command `{wanted}`{nearest(wanted, commands)}")
     options, extra = parser.parse_known_args(words)
     _take_overrides(options, extra, commands[options.command])
     return options
@@ -146,6 +188,7 @@ def _parsers(wanted: str | None) -> tuple[_Parser, dict[str, _Parser]]:
         description="Train a Stable Diffusion LoRA from a folder of images, see it at any strength, "
         "export it.",
     )
+    parser.add_argument("--version", action="version", version=f"sdlora {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(
@@ -168,19 +211,31 @@ def _take_overrides(options: argparse.Namespace, extra: list[str], parser: _Pars
     unknown = [text for text in extra if text.startswith("-") or not settable]
     if unknown:
         flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-        nearest = _nearest(unknown[0].partition("=")[0], flags)
-        parser.error(f"{'unknown option' if settable else 'unknown argument'}: {' '.join(unknown)}{nearest}")
+        flag, _, value = unknown[0].partition("=")
+        hint = nearest(flag, flags)
+        if settable and flag.startswith("--"):
+            from ..config.advice import as_setting
+
+            hint = as_setting(flag, value or _behind(unknown[0], extra), exactly=bool(hint)) or hint
+        parser.error(f"{'unknown option' if settable else 'unknown argument'}: {' '.join(unknown)}{hint}")
     if not settable:
         return
     folder = getattr(options, "folder", None)
     if folder is not None and "=" in folder and not Path(folder).exists():
         extra, options.folder = [folder, *extra], None
+    stray = [text for text in extra if "=" not in text]
+    if stray and folder is not None:
+        parser.error(
+            f"`{stray[0]}` is neither an option nor a setting (section.name=value); if it belongs to the "
+            f"folder's name, put that in quotes: '{folder} {stray[0]}'"
+        )
     options.overrides = extra
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""
+def _behind(word: str, words: Sequence[str]) -> str:
+    """Return the word that follows another one, or nothing."""
+    at = words.index(word) + 1
+    return words[at] if at < len(words) else ""
 
 
 COMMANDS: dict[str, Command] = {

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, OutputError
+from ..files import refuse_bad_names
+from .arguments import folder_argument, path_argument, source_argument
 
 if TYPE_CHECKING:
     from ..data.check.doctor import Report
@@ -18,15 +20,21 @@ Result = tuple[dict[str, Any], int]
 
 _DAY = 86_400
 _RESOLUTION = 512
+_MOST_PX = 4096
 _MULTIPLE = 64
 
 
 def declare_check(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora check``."""
-    parser.add_argument("folder", nargs="?", help="folder of images; as in the settings when left out")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="look at what these settings train on")
+    parser.add_argument(
+        "folder", nargs="?", type=folder_argument, help="folder of images; as in the settings when left out"
+    )
+    parser.add_argument(
+        "--config", type=path_argument, metavar="FILE", help="look at what these settings train on"
+    )
     parser.add_argument(
         "--base",
+        type=source_argument,
         help="base to be trained on: its image sizes are used (mini, a checkpoint, a folder, a hub id)",
     )
     parser.add_argument("--trigger", metavar="WORD", help="word the captions should hold")
@@ -36,9 +44,14 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, help="also count the batches of an epoch")
     parser.add_argument("--flat", action="store_true", help="leave out subfolders")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with every image's crop")
+    parser.add_argument(
+        "--follow-links", action="store_true", help="also read what links lead to outside the folder"
+    )
+    parser.add_argument(
+        "--html", type=path_argument, metavar="FILE", help="also write a page with every image's crop"
+    )
     parser.add_argument("--fix", action="store_true", help="write a repaired copy of the folder to --output")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where --fix puts the copy")
+    parser.add_argument("--output", type=path_argument, metavar="DIR", help="where --fix puts the copy")
     parser.set_defaults(overrides=[])
     parser.usage = "sdlora check FOLDER [options] [data.name=value ...]"
 
@@ -49,9 +62,7 @@ def run_check(options: argparse.Namespace) -> Result:
     from ..data.check.report_text import print_report
     from .display import progress_bar
 
-    for flag in ("resolution", "multiple"):
-        if (value := getattr(options, flag)) is not None and value < 1:
-            raise ConfigError(f"--{flag} {value}: must be 1 or more")
+    _refuse_odd_numbers(options)
     if options.fix != (options.output is not None):
         raise ConfigError("--fix and --output DIR belong together: the copy is written to DIR")
     if options.fix and (options.config is not None or options.overrides):
@@ -76,6 +87,15 @@ def run_check(options: argparse.Namespace) -> Result:
     return result, 1 if report.harmful else 0
 
 
+def _refuse_odd_numbers(options: argparse.Namespace) -> None:
+    for name in ("resolution", "multiple", "batch_size"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} {value}: must be 1 or more")
+        if value is not None and name != "batch_size" and value > _MOST_PX:
+            raise ConfigError(f"{flag} {value}: must be {_MOST_PX} or less")
+
+
 def _examined(options: argparse.Namespace, folder: Path | None) -> Report:
     """Examine a folder by itself, or with the settings or the base that are given."""
     from ..data.check.doctor import examine
@@ -88,6 +108,7 @@ def _examined(options: argparse.Namespace, folder: Path | None) -> Report:
         return examine(
             folder,
             recursive=not options.flat,
+            follow_links=options.follow_links,
             trigger_word=options.trigger,
             resolution=options.resolution or _RESOLUTION,
             multiple=options.multiple or _MULTIPLE,
@@ -108,6 +129,7 @@ def _examined_settings(options: argparse.Namespace, folder: Path | None) -> Repo
             "data.trigger_word": options.trigger,
             "data.resolution": options.resolution,
             "data.recursive": False if options.flat else None,
+            "data.follow_links": options.follow_links or None,
             "model.base": options.base,
         },
     )
@@ -129,7 +151,13 @@ def _mend(options: argparse.Namespace) -> dict[str, Any]:
     from .display import progress_bar
 
     with progress_bar("copying") as progress:
-        changes = repair(Path(options.folder), options.output, recursive=not options.flat, progress=progress)
+        changes = repair(
+            Path(options.folder),
+            options.output,
+            recursive=not options.flat,
+            follow_links=options.follow_links,
+            progress=progress,
+        )
     print_changes(options.output, changes)
     copy = _examined(options, options.output)
     counts = {severity: copy.count(severity) for severity in SEVERITIES}
@@ -146,6 +174,7 @@ def _mend(options: argparse.Namespace) -> dict[str, Any]:
 
 def _refuse_to_replace(file: Path) -> None:
     """Refuse a file that exists, unless it is an earlier page of ``sdlora check``."""
+    refuse_bad_names(file)
     if file.is_dir():
         raise OutputError(f"--html {file}: is a folder; give the name of a file")
     if file.exists() and b"- sdlora check</title>" not in file.read_bytes()[:4096]:
@@ -154,7 +183,9 @@ def _refuse_to_replace(file: Path) -> None:
 
 def declare_cache(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora cache``."""
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="the cache; your own when left out")
+    parser.add_argument(
+        "--folder", type=path_argument, metavar="DIR", help="the cache; your own when left out"
+    )
     parser.add_argument("--prune", action="store_true", help="remove entries, after listing what would go")
     parser.add_argument("--older-than", type=float, metavar="DAYS", help="only entries unused for this long")
     parser.add_argument(
@@ -230,7 +261,7 @@ def _line(kind: str, entries: list[Any], chosen: list[Any], prune: bool) -> str:
 def _agreed(options: argparse.Namespace, count: int, size: int) -> bool:
     if options.yes:
         return True
-    if not sys.stdin.isatty() or options.json:
+    if sys.stdin is None or not sys.stdin.isatty() or options.json:  # None: it is closed
         raise ConfigError(f"nothing was removed: add --yes to remove these {count} entries")
     return input(f"remove these {count} entries ({_megabytes(size)})? [y/N] ").strip().lower() in ("y", "yes")
 

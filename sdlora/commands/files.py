@@ -5,25 +5,28 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..formats.table import written_formats
 from ..number_formats import PRECISIONS
+from .arguments import FAMILY_HELP, path_argument, source_argument
 
 Result = tuple[dict[str, Any], int]
 
 
 def declare_export(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora export``."""
-    parser.add_argument("source", type=Path, help="run folder or adapter file")
+    parser.add_argument("source", type=path_argument, help="run folder or adapter file")
     parser.add_argument("--format", choices=written_formats(), default="webui")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the file goes")
-    parser.add_argument("--webui", type=Path, metavar="DIR", help="also copy into this WebUI's models/Lora")
+    parser.add_argument("--output", type=path_argument, metavar="DIR", help="where the file goes")
+    parser.add_argument(
+        "--webui", type=path_argument, metavar="DIR", help="also copy into this WebUI's models/Lora"
+    )
     parser.add_argument("--name", help="file name without ending")
     parser.add_argument("--dtype", choices=PRECISIONS, help="number format; as in the source")
-    parser.add_argument("--preview", type=Path, metavar="PNG", help="image for the WebUI card")
+    parser.add_argument("--family", metavar="NAME", help=FAMILY_HELP)
+    parser.add_argument("--preview", type=path_argument, metavar="PNG", help="image for the WebUI card")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument(
         "--private", action="store_true", help="leave out folder names, captions, tags and file names"
@@ -39,7 +42,9 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also draw with the trained adapter and with the file, at several strengths, and compare",
     )
-    parser.add_argument("--base", help="base to draw on for --verify-images; a run's own when left out")
+    parser.add_argument(
+        "--base", type=source_argument, help="base to draw on for --verify-images; a run's own when left out"
+    )
     parser.add_argument(
         "--prompt", action="append", default=[], help="what to draw for --verify-images; may be repeated"
     )
@@ -64,6 +69,7 @@ def run_export(options: argparse.Namespace) -> Result:
         name=options.name,
         private=options.private,
         verify=options.verify,
+        family=options.family,
     )
     for file in report.files:
         print(file)
@@ -83,7 +89,7 @@ def run_export(options: argparse.Namespace) -> Result:
 
 def declare_inspect(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora inspect``."""
-    parser.add_argument("file", type=Path, help="adapter file or PEFT folder, or a base model")
+    parser.add_argument("file", type=path_argument, help="adapter file or PEFT folder, or a base model")
     parser.add_argument(
         "--set",
         action="append",
@@ -92,7 +98,9 @@ def declare_inspect(parser: argparse.ArgumentParser) -> None:
         help="change a header entry, e.g. modelspec.license=CC-BY-4.0; the tensors stay; may be repeated",
     )
     parser.add_argument("--remove", action="append", default=[], metavar="KEY", help="remove a header entry")
-    parser.add_argument("--chart", type=Path, metavar="PNG", help="also draw the norms by block as an image")
+    parser.add_argument(
+        "--chart", type=path_argument, metavar="PNG", help="also draw the norms by block as an image"
+    )
     parser.add_argument(
         "--header",
         action="store_true",

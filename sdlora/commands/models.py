@@ -5,29 +5,40 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..files import find_settings
+from ..files import find_settings, write_problem
 from ..run_folder import RunFolder
+from .arguments import folder_argument, path_argument
 from .flags import base_of, declare_base, declare_setting, settings_of
+
+if TYPE_CHECKING:
+    from ..events import Listener
 
 Result = tuple[dict[str, Any], int]
 
 
 def declare_train(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora train``."""
-    parser.add_argument("folder", nargs="?", help="folder of images, captions beside them")
+    parser.add_argument(
+        "folder", nargs="?", type=folder_argument, help="folder of images, captions beside them"
+    )
     declare_setting(parser, "model.base")
     declare_setting(parser, "output.name")
     declare_setting(parser, "output.folder", "--output", metavar="DIR")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML")
+    parser.add_argument("--config", type=path_argument, metavar="FILE", help="settings as TOML")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     declare_setting(parser, "data.trigger_word", "--trigger", metavar="WORD")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="train on N cards")
-    parser.add_argument("--events", metavar="FILE", help="also write events as JSON lines (- for stdout)")
+    parser.add_argument(
+        "--events",
+        type=path_argument,
+        metavar="FILE",
+        help="also write events as JSON lines (- for stdout)",
+    )
     parser.set_defaults(overrides=[])
     parser.usage = "sdlora train FOLDER [options] [section.name=value ...]"
 
@@ -56,7 +67,7 @@ def run_train(options: argparse.Namespace) -> Result:
         file = find_settings(given["output.folder"])
     folder = options.folder and Path(options.folder)
     config = load_config(file, options.overrides, {**given, "data.folder": folder})
-    from ..events import Control, JsonlWriter, Listener
+    from ..events import Control
     from ..training.state import run_folder
     from ..training.train import train
     from .display import TrainingDisplay
@@ -65,7 +76,7 @@ def run_train(options: argparse.Namespace) -> Result:
     with ExitStack() as stack:
         listeners: list[Listener] = [stack.enter_context(TrainingDisplay())] if _is_main_process() else []
         if options.events and _is_main_process():
-            listeners.append(JsonlWriter(stack.enter_context(_event_stream(options.events))))
+            listeners.append(_event_listener(options.events))
         stack.enter_context(control.on_interrupt())
         result = train(config, resume=options.resume, listeners=listeners, control=control)
     if not _is_main_process():
@@ -107,8 +118,16 @@ def _is_launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def _event_stream(place: str) -> AbstractContextManager[TextIO]:
-    return nullcontext(sys.stdout) if place == "-" else Path(place).open("a", encoding="utf-8")
+def _event_listener(place: Path) -> Listener:
+    from ..events import Journal, JsonlWriter
+
+    if str(place) == "-":
+        return JsonlWriter(sys.stdout)
+    try:
+        place.open("ab").close()
+        return Journal(place)
+    except OSError as error:
+        raise ConfigError(f"--events {place}: {write_problem(error)}") from None
 
 
 def _is_main_process() -> bool:
@@ -128,7 +147,9 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be repeated")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what to avoid")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the PNGs go")
+    parser.add_argument(
+        "--output", type=path_argument, required=True, metavar="DIR", help="where the PNGs go"
+    )
     parser.add_argument("--seed", type=int, help="fixes the noise; 1 when left out")
     parser.add_argument("--count", type=int, default=1, help="images per prompt, from consecutive seeds")
     parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="in px; the base's own size when left out")
@@ -200,7 +221,9 @@ def _size(text: str) -> tuple[int, int]:
 
 def declare_demo(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora demo``."""
-    parser.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="run folder")
+    parser.add_argument(
+        "--output", type=path_argument, default=Path("demo"), metavar="DIR", help="run folder"
+    )
     parser.add_argument("--steps", type=int, help="train this many steps instead of the recommended number")
     parser.add_argument("--resume", action="store_true", help="continue a demo that was stopped")
 
@@ -220,21 +243,25 @@ def run_demo(options: argparse.Namespace) -> Result:
 
 def declare_ui(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora ui``."""
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="training runs")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="where drawn images go (default: images)")
+    parser.add_argument(
+        "--runs", type=path_argument, default=Path("runs"), metavar="DIR", help="training runs"
+    )
+    parser.add_argument(
+        "--images", type=path_argument, metavar="DIR", help="where drawn images go (default: images)"
+    )
     # the option's earlier name
     parser.add_argument(
-        "--pictures", dest="images", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        "--pictures", dest="images", type=path_argument, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="where dropped images go (default: training-images)",
     )
     parser.add_argument(
         "--allow",
-        type=Path,
+        type=path_argument,
         action="append",
         default=[],
         metavar="DIR",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..formats.table import written_formats
 from ..number_formats import PRECISIONS
+from .arguments import FAMILY_HELP, path_argument
 
 Result = tuple[dict[str, Any], int]
 
@@ -27,6 +27,7 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="fixes what dare drops; 0 when left out")
     _declare_blocks(parser)
     _declare_cut(parser)
+    parser.add_argument("--family", metavar="NAME", help=FAMILY_HELP)
     _declare_output(parser)
 
 
@@ -47,6 +48,7 @@ def run_merge(options: argparse.Namespace) -> Result:
             density=options.density,
             seed=options.seed,
             blocks=blocks,
+            family=options.family,
             progress=progress,
             **_cut(options),
             **_output(options),
@@ -57,8 +59,9 @@ def run_merge(options: argparse.Namespace) -> Result:
 
 def declare_resize(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora resize``."""
-    parser.add_argument("source", type=Path, help="adapter file or PEFT folder")
+    parser.add_argument("source", type=path_argument, help="adapter file or PEFT folder")
     _declare_cut(parser)
+    parser.add_argument("--family", metavar="NAME", help=FAMILY_HELP)
     _declare_output(parser)
 
 
@@ -69,7 +72,12 @@ def run_resize(options: argparse.Namespace) -> Result:
 
     with progress_bar("resizing") as progress:
         report = resize_adapter(
-            options.source, options.output, progress=progress, **_cut(options), **_output(options)
+            options.source,
+            options.output,
+            family=options.family,
+            progress=progress,
+            **_cut(options),
+            **_output(options),
         )
     print(report.render())
     return report.to_dict(), 0
@@ -77,12 +85,14 @@ def run_resize(options: argparse.Namespace) -> Result:
 
 def declare_diff(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora diff``."""
-    parser.add_argument("first", type=Path, help="adapter file or PEFT folder")
-    parser.add_argument("other", type=Path, help="another one of the same model family")
-    parser.add_argument("--image", type=Path, metavar="PNG", help="draw a heat map, block by kind of layer")
+    parser.add_argument("first", type=path_argument, help="adapter file or PEFT folder")
+    parser.add_argument("other", type=path_argument, help="another one of the same model family")
+    parser.add_argument(
+        "--image", type=path_argument, metavar="PNG", help="draw a heat map, block by kind of layer"
+    )
     # the option's earlier name
     parser.add_argument(
-        "--picture", dest="image", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        "--picture", dest="image", type=path_argument, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an image that exists")
     parser.add_argument("--report", action="store_true", help="list every module, not only the blocks")
@@ -108,14 +118,15 @@ def run_diff(options: argparse.Namespace) -> Result:
 
 def declare_convert(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora convert``."""
-    parser.add_argument("source", type=Path, help="adapter file or PEFT folder")
+    parser.add_argument("source", type=path_argument, help="adapter file or PEFT folder")
     parser.add_argument(
         "--to-lora",
         action="store_true",
         help="turn LoHa, LoKr and Tucker LoCon into plain LoRA, exactly or cut to a size; DoRA with --base",
     )
-    parser.add_argument("--base", type=Path, help="checkpoint or folder that a DoRA was trained on")
+    parser.add_argument("--base", type=path_argument, help="checkpoint or folder that a DoRA was trained on")
     _declare_cut(parser)
+    parser.add_argument("--family", metavar="NAME", help=FAMILY_HELP)
     _declare_output(parser)
 
 
@@ -130,6 +141,7 @@ def run_convert(options: argparse.Namespace) -> Result:
             options.output,
             to_lora=options.to_lora,
             base=options.base,
+            family=options.family,
             progress=progress,
             **_cut(options),
             **_output(options),
@@ -140,7 +152,7 @@ def run_convert(options: argparse.Namespace) -> Result:
 
 def declare_bake(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora bake``."""
-    parser.add_argument("checkpoint", type=Path, help=".safetensors checkpoint or diffusers folder")
+    parser.add_argument("checkpoint", type=path_argument, help=".safetensors checkpoint or diffusers folder")
     parser.add_argument(
         "--adapter",
         action="append",
@@ -153,7 +165,7 @@ def declare_bake(parser: argparse.ArgumentParser) -> None:
         "--inverse", action="store_true", help="subtract instead: exact only within the rounding"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="PATH", help="the new file, or the new folder"
+        "--output", type=path_argument, required=True, metavar="PATH", help="the new file, or the new folder"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     parser.add_argument("--report", action="store_true", help="show what rounding spoils in each module")
@@ -184,8 +196,8 @@ def run_bake(options: argparse.Namespace) -> Result:
 
 def declare_extract(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora extract``."""
-    parser.add_argument("base", type=Path, help="checkpoint the LoRA will be used on")
-    parser.add_argument("tuned", type=Path, help="checkpoint it should give")
+    parser.add_argument("base", type=path_argument, help="checkpoint the LoRA will be used on")
+    parser.add_argument("tuned", type=path_argument, help="checkpoint it should give")
     parser.add_argument(
         "--targets", choices=["attention", "linear", "all"], help="layers of the U-Net; as in training"
     )
@@ -241,7 +253,11 @@ def _cut(options: argparse.Namespace) -> dict[str, Any]:
 
 def _declare_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="the new file (for peft: the folder)"
+        "--output",
+        type=path_argument,
+        required=True,
+        metavar="FILE",
+        help="the new file (for peft: the folder)",
     )
     parser.add_argument("--format", choices=written_formats(), default="webui")
     parser.add_argument("--dtype", choices=PRECISIONS, help="number format; as in the source")

@@ -5,12 +5,11 @@ Read as the section ``adapter`` of :class:`sdlora.config.schema.Config`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from .section import Dropout, PositiveFloat, Section
+from .section import Dropout, GivenPath, PositiveFloat, Section
 
 Targets = Literal["attention", "linear", "all"]
 AdapterKind = Literal["lora", "dora", "loha", "lokr"]
@@ -74,7 +73,7 @@ class AdapterConfig(Section):
     for one name, the longest pattern wins, alpha / rank stays, and 0 leaves the block out."""
     lokr_factor: Annotated[int, Field(ge=2)] | None = None
     """Side of LoKr's small factor; near the square root of the layer's sides when left open."""
-    from_file: Path | None = None
+    from_file: GivenPath | None = None
     """Continue from this adapter file: its layers, ranks and alphas are taken."""
     dropout: Dropout = 0.0
     """Share of the adapter's inputs set to zero in training."""

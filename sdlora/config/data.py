@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from .section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability, Section
+from .section import GivenPath, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability, Section
 
 Resolution = Annotated[int, Field(ge=32, le=4096)]
 Crop = Literal["centre", "random"]
@@ -23,7 +23,7 @@ EncodeWhen = Literal["before", "in loop"]
 class SourceConfig(Section):
     """One `[[data.sources]]` table: a folder with its own repeats, captions and weight."""
 
-    folder: Path
+    folder: GivenPath
     """The folder of images."""
     repeats: Positive | None = None
     """How often each image is seen in one epoch; as `data.repeats` when left open, and for
@@ -42,7 +42,7 @@ class SourceConfig(Section):
     """Weight of these images in the loss."""
     regularisation: bool = False
     """These images show the class in general: they are never held out, and get no trigger word."""
-    mask_folder: Path | None = None
+    mask_folder: GivenPath | None = None
     """Folder of masks of the same names: white is trained, black is not."""
 
 
@@ -55,12 +55,15 @@ def _amount_or_folder(value: float | Path) -> float | Path:
 class DataConfig(Section):
     """Which images are trained on, and how they are prepared."""
 
-    folder: Path | None = None
+    folder: GivenPath | None = None
     """The folder of images, with captions as .txt or .caption files beside them."""
     sources: tuple[SourceConfig, ...] = ()
     """Further folders, each with its own repeats, captions and weight (`[[data.sources]]` tables)."""
     recursive: bool = True
     """Also take images from folders inside the folder."""
+    follow_links: bool = False
+    """Also read images, captions, masks and folders that links lead to outside the folder. Off, such a link
+    is an error that names it."""
     kohya_folders: bool | None = None
     """Folders inside are named `N_words`, as kohya's trainer has them: their images count N times, and
     the words are the caption where there is none. When left open: yes if all of them are named so."""
@@ -123,19 +126,19 @@ class DataConfig(Section):
     subjects."""
     alpha_mask: bool = False
     """Train only on what is not transparent."""
-    mask_folder: Path | None = None
+    mask_folder: GivenPath | None = None
     """Folder of masks of the same names: white is trained, black is not, grey in between."""
     unmasked_weight: Probability = 0.0
     """Weight of the loss where a mask is black."""
     prior_preservation: NonNegativeFloat = 0.0
     """Weight of a loss that keeps the adapter near what the base predicts by itself: on the regularisation
     images, or on the empty caption if there are none."""
-    validation: Annotated[float | Path, AfterValidator(_amount_or_folder)] | None = None
+    validation: Annotated[float | GivenPath, AfterValidator(_amount_or_folder)] | None = None
     """Images held out to measure progress: a share below 1, a number of images, or a folder of
     their own; 0 for none. Near duplicates are never on both sides."""
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = "#ffffff"
     """Colour put behind transparent images."""
-    cache_folder: Path | None = None
+    cache_folder: GivenPath | None = None
     """Where encoded images and captions are kept; the user's cache folder when left open."""
 
     @property

@@ -10,7 +10,6 @@ settings are filled in by :mod:`sdlora.config.defaults`, with a reason that is s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field
@@ -22,6 +21,8 @@ from .adapter import Targets as Targets
 from .data import DataConfig
 from .section import (
     Dropout,
+    FileName,
+    GivenPath,
     ModelSource,
     NamesFiles,
     NonNegative,
@@ -167,9 +168,9 @@ class SampleConfig(Section):
 class OutputConfig(Section):
     """What is written, and where."""
 
-    folder: Path | None = None
+    folder: GivenPath | None = None
     """The run folder; `runs/NAME` when left open."""
-    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r'^[^\\/:*?"<>|\x00-\x1f]+$')] = "lora"
+    name: Annotated[FileName, Field(max_length=100)] = "lora"
     """Name of the adapter and of its file."""
     dtype: Precision = "fp16"
     """Number format of the exported adapter file."""

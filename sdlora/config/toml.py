@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
 
 from ..errors import ConfigError, shown
 from ..files import parse_toml, write_text
+from .advice import explain, nearest, toml_problem, where
 from .contradictions import contradictions
-from .schema import Config, choices_of, fields
+from .schema import Config
 
-_PATTERNS = {
-    "output.name": 'must not hold any of \\ / : * ? " < > |',
-    "training.device": "must be cpu, cuda, cuda:1 or mps",
-    "data.background": "must be a colour such as #ffffff",
-}
-"""What to say where a text does not match the pattern of its setting."""
-
-_LONGEST_NAME = 200  # of which a nearest one is looked for
 _MOST_PROBLEMS = 50  # explained at once: each is compared with the names of all settings
 
 
@@ -47,17 +39,20 @@ def load_config(
     """
     problems: list[str] = []
     tree = _read_toml(file) if file else {}
+    typed: dict[str, str] = {}
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or key.count(".") != 1:
-            hint = _nearest(key[:_LONGEST_NAME])
+            hint = nearest(key)
             problems.append(f"`{shown(text)}`: settings are given as section.name=value{hint}")
             continue
+        typed[key] = value
         _put(tree, key, _parse_value(value), problems)
     for key, value in (values or {}).items():
         if value is not None:
+            typed.pop(key, None)
             _put(tree, key, value, problems)
-    config, more = _validate(tree, schema or Config)
+    config, more = _validate(tree, schema or Config, typed)
     problems += more
     if problems:
         raise ConfigError(_listing(problems, file))
@@ -75,7 +70,7 @@ def read_value(key: str, text: str) -> Any:
     try:
         return Config.model_validate({section: {name: text}}).get(key)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(dict(item)) for item in error.errors())) from None
+        raise ConfigError("; ".join(explain(dict(item), {}) for item in error.errors())) from None
 
 
 def save_config(config: Config, file: Path) -> None:
@@ -112,8 +107,10 @@ def _is_tables(value: Any) -> bool:
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
+    text = ""
     try:
-        return parse_toml(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        return parse_toml(text)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such settings file; check the path after --config") from None
     except IsADirectoryError:
@@ -121,13 +118,16 @@ def _read_toml(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error}); give a TOML file") from None
     except ValueError as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}; correct that line") from None
+        raise ConfigError(f"{file}: {toml_problem(error, text)}") from None
 
 
 def _parse_value(text: str) -> Any:
     try:
         return parse_toml(f"value = {text}")["value"]
     except ValueError:
+        inner = text[1:-1]
+        if text[:1] == text[-1:] == '"' and len(text) > 1 and '"' not in inner:
+            return inner  # a Windows path in quotes: its backslashes begin no escapes
         return text  # an unquoted string, as shells leave it: output.name=my-style
 
 
@@ -140,14 +140,19 @@ def _put(tree: dict[str, Any], key: str, value: Any, problems: list[str]) -> Non
     group[name] = value
 
 
-def _validate(tree: dict[str, Any], schema: type[Config]) -> tuple[Config | None, list[str]]:
+def _validate(
+    tree: dict[str, Any], schema: type[Config], typed: Mapping[str, str]
+) -> tuple[Config | None, list[str]]:
     """Validate; after errors also validate the rest, so that contradictions are in the same report."""
     try:
         config = schema.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(dict(item)) for item in error.errors()[:_MOST_PROBLEMS]]
+        errors: list[dict[str, Any]] = [dict(item) for item in error.errors()]
+        if _take_as_typed(tree, errors, typed):
+            return _validate(tree, schema, {})
+        problems = [explain(item, typed) for item in errors[:_MOST_PROBLEMS]]
         rest = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
-        for item in error.errors():
+        for item in errors:
             location = item["loc"]
             if len(location) >= 2 and isinstance(rest.get(str(location[0])), dict):
                 rest[str(location[0])].pop(str(location[1]), None)
@@ -155,61 +160,31 @@ def _validate(tree: dict[str, Any], schema: type[Config]) -> tuple[Config | None
                 rest.pop(str(location[0]), None)
         with suppress(ValidationError):  # the first report already names what is wrong
             problems += contradictions(schema.model_validate(rest))
-        return None, problems
+        return None, list(dict.fromkeys(problems))
     return config, contradictions(config)
 
 
-def _explain(item: dict[str, Any]) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location[:2])
-    if len(location) > 2:  # inside a table of a list: data.sources[1].weight
-        key += "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in location[2:])
-    kind, given = item["type"], item.get("input")
-    if kind == "extra_forbidden":
-        return f"`{shown(key)}` is not a setting{_nearest(key[:_LONGEST_NAME])}"
-    message = str(item["msg"]).removeprefix("Input ").removeprefix("Value error, ")
-    if kind == "literal_error":
-        choices = choices_of(dict(fields())[key])
-        close = difflib.get_close_matches(_brief(given)[:_LONGEST_NAME], choices, 1)
-        message = "must be one of " + ", ".join(choices) + (f" (did you mean {close[0]}?)" if close else "")
-    elif kind == "string_pattern_mismatch" and key in _PATTERNS:
-        message = _PATTERNS[key]
-    return f"`{shown(key)}={shown(_brief(given))}`: {message}"
+def _take_as_typed(
+    tree: dict[str, Any], errors: Sequence[Mapping[str, Any]], typed: Mapping[str, str]
+) -> bool:
+    """Put back as text what TOML takes for a number, a date or a switch where a text is meant.
 
-
-def _brief(given: Any) -> str:
-    """Return a value that was given, as text; one that has no end only by its kind."""
-    try:
-        return str(given)
-    except (ValueError, RecursionError):
-        return type(given).__name__
-
-
-def _nearest(key: str) -> str:
-    known = [name for name, _ in fields()]
-    if "[" in key:
-        return _nearest_in_table(key)
-    close = difflib.get_close_matches(key, known, 1, cutoff=0.6)
-    if not close:
-        wanted = key.rpartition(".")[2]
-        by_name = {name.partition(".")[2]: name for name in known}
-        close = [by_name[name] for name in difflib.get_close_matches(wanted, list(by_name), 1, cutoff=0.6)]
-    return f"; did you mean `{close[0]}`?" if close else "; see `sdlora train --help` for all settings"
-
-
-def _nearest_in_table(key: str) -> str:
-    """Return a hint for a key such as ``data.sources[1].wieght``."""
-    table, _, wanted = key.rpartition(".")
-    annotation = dict(fields())[table.partition("[")[0]].annotation
-    known = list(get_args(annotation)[0].model_fields)
-    close = difflib.get_close_matches(wanted, known, 1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else f"; it may have {', '.join(known)}"
+    A shell has no quotes to tell ``output.name=2024`` from a number.
+    """
+    taken = False
+    for item in errors:
+        key = ".".join(str(part) for part in item["loc"][:2])
+        if len(item["loc"]) == 2 and item["type"] in ("string_type", "path_type") and key in typed:
+            section, _, name = key.partition(".")
+            if not isinstance(tree[section][name], list | dict):
+                tree[section][name] = typed[key].strip()
+                taken = True
+    return taken
 
 
 def _listing(problems: list[str], file: Path | None) -> str:
-    where = f" in {file} and the command line" if file else ""
     if len(problems) == 1:
-        return f"settings{where}: {problems[0]}"
+        return f"settings{where(file)}: {problems[0]}"
     listed = "\n".join(f"  - {p}" for p in problems[:_MOST_PROBLEMS])
     count = f"{_MOST_PROBLEMS} or more" if len(problems) >= _MOST_PROBLEMS else f"{len(problems)}"
-    return f"{count} problems with the settings{where}:\n{listed}"
+    return f"{count} problems with the settings{where(file)}:\n{listed}"

@@ -6,7 +6,6 @@ Also what goes beside a file for WebUI: the preview image and the card with the 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +18,10 @@ from ..adapters.canonical import AdapterFile
 from ..config.schema import Config, Precision
 from ..config.toml import load_config
 from ..errors import AdapterFileError, ConfigError, OutputError
-from ..files import replacing
+from ..files import name_problem, refuse_bad_names, replacing
 from ..formats import adapter_files
 from ..formats.clients import Support
-from ..formats.detection import known_family
+from ..formats.detection import known_family, stated_family
 from ..formats.folding import own_dtype
 from ..formats.privacy import without_private
 from ..formats.proof import Proof, Written, compare, write_proven
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
     from ..families.facts import FamilyInfo
 
 _PROGRAM_STEMS = {"adapter", "adapter_model", "pytorch_lora_weights"}
-_PLAIN = r'[^\\/:*?"<>|\x00-\x1f]'
-_NAME = re.compile(rf"^(?!\.)(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)){_PLAIN}{{1,100}}$(?<![. ])")
-"""File names that every system takes: no separators, no Windows device names, no dot or space at the end."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,7 @@ class ExportReport:
         proof: the comparison; None where none was asked for.
         model_hash: SHA-256 of the tensor data, as WebUI and kohya hash adapters.
         clients: which programs load it fully.
+        problems: with what lies beside the adapter.
     """
 
     files: tuple[Path, ...]
@@ -61,6 +58,7 @@ class ExportReport:
     proof: Proof | None
     model_hash: str
     clients: tuple[Support, ...]
+    problems: tuple[str, ...] = ()
 
     @property
     def adapter(self) -> Path:
@@ -124,6 +122,7 @@ def export_adapter(
     preferred_strength: float | None = None,
     private: bool = False,
     verify: bool = True,
+    family: str | None = None,
 ) -> ExportReport:
     """Write an adapter in a format, with preview and card for ``webui``, and prove that it is right.
 
@@ -140,6 +139,7 @@ def export_adapter(
         preferred_strength: strength that looks best, for the card; the source's own when None.
         private: leave out what describes the training images (folder names, captions, tags, file names).
         verify: load the file through our reader, diffusers and PEFT and compare every update.
+        family: what the adapter is for, where it does not tell.
 
     Raises:
         AdapterFileError: when the source cannot be read, or the proof fails (nothing is left then).
@@ -151,9 +151,10 @@ def export_adapter(
     if place is None:
         raise ConfigError("export needs a place: give --output DIR (or --webui DIR)")
     opened = open_source(source)
-    chosen = _check_name(name) if name is not None else opened.name
+    chosen = _check_name(opened.name if name is None else name)
     adapter = _renamed(opened.adapter, name or opened.adapter.info.name or chosen, preferred_strength)
-    info = known_family(source, adapter.info.family)
+    stated = stated_family(source, adapter.weights, adapter.info.family, family)
+    info, adapter = known_family(source, stated), replace(adapter, info=replace(adapter.info, family=stated))
     if private:
         kept = without_private(adapter.info.metadata)
         adapter = replace(adapter, info=replace(adapter.info, metadata=kept))
@@ -180,7 +181,7 @@ def write_finished(
 ) -> ExportReport:
     """Write a trained adapter in its family's format, proven; replaces what is there.
 
-    What WebUI reads gets a preview and a card.
+    What WebUI reads gets a preview and a card; if these cannot be written, the report says so.
 
     Args:
         adapter: fp32 masters, with the header entries of :func:`sdlora.formats.metadata.build_header`.
@@ -200,7 +201,10 @@ def write_finished(
     report = _report(written, format, number_format, "the trained weights")
     if not FORMATS[format].has_card:
         return report
-    return replace(report, files=(*report.files, *write_card(adapter, target, info, image)))
+    try:
+        return replace(report, files=(*report.files, *write_card(adapter, target, info, image)))
+    except OutputError as error:  # the adapter itself is there, and proven
+        return replace(report, problems=(f"the card beside the adapter is missing: {error}",))
 
 
 def open_source(source: Path) -> Source:
@@ -217,7 +221,7 @@ def open_source(source: Path) -> Source:
     if not run.exists():
         adapter = adapter_files.read_adapter(source)
         stem = source.name if source.is_dir() else source.stem
-        if stem in _PROGRAM_STEMS and _NAME.match(adapter.info.name):
+        if stem in _PROGRAM_STEMS and name_problem(adapter.info.name) is None:
             stem = adapter.info.name
         sibling = next(
             (source.with_suffix(s) for s in IMAGE_ENDINGS if source.with_suffix(s).is_file()), None
@@ -317,10 +321,8 @@ def _dtype(asked: Precision | torch.dtype | None, default: torch.dtype) -> torch
 
 
 def _check_name(name: str) -> str:
-    if not _NAME.match(name):
-        raise ConfigError(
-            f'--name {name!r}: must be a file name without \\ / : * ? " < > |, and not a Windows device name'
-        )
+    if problem := name_problem(name):
+        raise ConfigError(f"--name {name!r}: {problem}; give the name of a file without its ending")
     return name
 
 
@@ -339,7 +341,8 @@ def _target(format: str, output: Path, name: str) -> Path:
 def _refuse_taken(
     format: str, target: Path, has_image: bool, lora_folder: Path | None, overwrite: bool
 ) -> None:
-    """Refuse files that exist, unless they are to be replaced."""
+    """Refuse files that exist, unless they are to be replaced, and names that not every system takes."""
+    refuse_bad_names(target)
     planned = [target]
     if FORMATS[format].has_card:
         planned += [target.with_suffix(ending) for ending in (".json", *((".png",) if has_image else ()))]

@@ -66,6 +66,7 @@ def load_model(
     encoder_device = torch.device("cpu") if offload else device
     waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else encoder_device
     parts = _loaded_parts(recognised, dtype, encoder_device, waiting, settings.vae)
+    _check_layers(settings.clip_skip, parts)
     if recognised.layout == "file" and process.prediction.name in family.info.resolutions:
         side = family.info.resolutions[process.prediction.name]  # the shipped config can name only one
         parts.denoiser.register_to_config(sample_size=side // vae_factor(parts.vae))
@@ -103,6 +104,19 @@ def _check_clip_skip(settings: ModelConfig, info: FamilyInfo) -> None:
         raise ConfigError(
             f"`model.clip_skip={settings.clip_skip}`: {info.title} is made for one layer of its text "
             "encoder; leave clip_skip out"
+        )
+
+
+def _check_layers(clip_skip: int, parts: Parts) -> None:
+    """Refuse to skip more layers than a text encoder has.
+
+    Raises:
+        ConfigError: naming how many there are.
+    """
+    layers = min((encoder.config.num_hidden_layers for encoder in parts.text_encoders.values()), default=1)
+    if clip_skip > layers:
+        raise ConfigError(
+            f"`model.clip_skip={clip_skip}`: the base's text encoder has {layers} layers; give 1 to {layers}"
         )
 
 

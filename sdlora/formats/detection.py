@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..adapters.canonical import AdapterWeights
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, ConfigError
 from ..families.facts import FamilyInfo, is_text_encoder
 from ..families.table import FAMILIES, family_info
 
@@ -69,12 +69,44 @@ def _by_text_encoder(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iter
                 yield info
 
 
+def stated_family(
+    where: Path, weights: AdapterWeights, detected: str | None, asked: str | None
+) -> str | None:
+    """Return the family of an adapter: what was found, or else what is asked for.
+
+    Args:
+        where: the adapter, for messages.
+        weights: of it.
+        detected: as :func:`detect_family` found it.
+        asked: what the user says it is; None for nothing.
+
+    Raises:
+        ConfigError: for a family that there is not.
+        AdapterFileError: when the adapter is of another one, or has parts that it has not.
+    """
+    if asked is None:
+        return detected
+    if asked not in FAMILIES:
+        raise ConfigError(f"--family {asked}: no such family; there are {', '.join(FAMILIES)}")
+    if detected not in (None, asked):
+        raise AdapterFileError(
+            f"{where}: its layers are those of {detected}, not of {asked}; leave --family out"
+        )
+    missing = [part for part in weights.components() if part not in family_info(asked).components]
+    if missing:
+        raise AdapterFileError(
+            f"{where}: has layers of {', '.join(missing)}, which {family_info(asked).title} has not; give "
+            "another --family"
+        )
+    return asked
+
+
 def known_family(where: Path, family: str | None) -> FamilyInfo:
     """Return the family of an adapter that will be written.
 
     Args:
         where: the adapter, for messages.
-        family: as :func:`detect_family` found it.
+        family: as :func:`detect_family` found it, or :func:`stated_family` took it.
 
     Raises:
         AdapterFileError: when it is unknown, or not one of this version's families.
@@ -82,7 +114,7 @@ def known_family(where: Path, family: str | None) -> FamilyInfo:
     if family is None:
         raise AdapterFileError(
             f"{where}: does not tell which base model it is for (no cross-attention layers, no header entry "
-            "`ss_base_model_version`); export it with the program that trained it"
+            f"`ss_base_model_version`); say it with --family, one of {', '.join(FAMILIES)}"
         )
     if family not in FAMILIES:
         raise AdapterFileError(

@@ -22,7 +22,7 @@ from ..config.schema import AttentionName, ModelConfig, Precision, SampleConfig
 from ..diffusion.samplers import find_sampler
 from ..errors import ConfigError, OutputError
 from ..families.base import DiffusionModel
-from ..files import replacing, write_problem
+from ..files import refuse_bad_names, replacing, write_problem
 from .grids import grid
 from .image_generator import ImageGenerator
 from .png_info import parameters_text, save_png
@@ -204,6 +204,7 @@ def make_folder(folder: Path) -> None:
     """
     if folder.is_file():
         raise OutputError(f"{folder}: is a file, but images need a folder; choose another --output")
+    refuse_bad_names(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,7 +15,7 @@ from rich.text import Text
 from ..adapters.kinds.table import KINDS
 from ..errors import OutputError, shown
 from ..families.facts import is_text_encoder
-from ..files import replacing, size_text
+from ..files import refuse_bad_names, replacing, size_text
 from ..formats.clients import Support
 from ..formats.table import FORMATS
 from .inspection import AdapterSummary
@@ -69,6 +69,9 @@ def draw_norms(summary: AdapterSummary, image: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    refuse_bad_names(image)
+    if image.suffix.lower() != ".png":
+        raise OutputError(f"{image}: the chart is a PNG; give --chart a name ending in .png")
     if image.exists():
         raise OutputError(f"{image}: exists; nothing was overwritten. Choose another name after --chart")
     blocks = summary.blocks

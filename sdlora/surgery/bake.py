@@ -24,7 +24,7 @@ from ..adapters.kinds.table import title_of
 from ..adapters.strength import Strength
 from ..errors import AdapterFileError, ConfigError, ModelError, OutputError
 from ..families.facts import is_text_encoder
-from ..files import parse_json, replacing, size_text
+from ..files import parse_json, refuse_bad_names, replacing, size_text
 from ..formats import adapter_files
 from ..tensor_file import DTYPE_NAMES, Header
 from .checkpoints import Checkpoint, Site, open_checkpoint, variant_of, wide_dtype
@@ -384,6 +384,7 @@ def _notes(model: Checkpoint, records: Sequence[Mapping[str, Any]], inverse: boo
 
 
 def _check_target(model: Checkpoint, output: Path, overwrite: bool, adapters: Sequence[Path]) -> None:
+    refuse_bad_names(output)
     refuse_source(output, [model.path, *adapters])
     if model.layout == "file":
         if output.suffix != ".safetensors":

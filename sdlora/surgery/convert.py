@@ -38,6 +38,7 @@ from .sources import (
     number_format,
     result_info,
     silent,
+    with_family,
     write_adapter,
 )
 from .workers import in_order
@@ -52,6 +53,7 @@ def convert_adapter(
     *,
     format: str = "webui",
     dtype: Precision | None = None,
+    family: str | None = None,
     to_lora: bool = False,
     base: Path | None = None,
     rank: int | None = None,
@@ -67,7 +69,7 @@ def convert_adapter(
         source: adapter file or folder of any format.
         output: the new file, or the folder for ``peft``.
         format: a key of :data:`sdlora.formats.table.FORMATS`.
-        dtype: number format; the source's own when None.
+        dtype, family: number format, and what it is for; the source's own when None.
         to_lora: turn other kinds into plain LoRA: exactly, or cut to a size. Kinds whose update depends on
             the base's weights, such as DoRA, need ``base`` and a size.
         base: checkpoint or diffusers folder the adapter was trained on.
@@ -90,9 +92,9 @@ def convert_adapter(
             "a size or --base has an effect with --to-lora only; sdlora resize cuts a plain LoRA"
         )
     check_target(output, format, overwrite, [source])
-    adapter = adapter_files.read_adapter(source)
+    adapter = with_family(source, adapter_files.read_adapter(source), family)
     opened = Opened(source, adapter.weights, adapter.info, own_dtype(adapter.weights), {})
-    family, number = family_of([opened]), number_format(dtype, [opened])
+    made_for, number = family_of([opened]), number_format(dtype, [opened])
     if to_lora:
         weights, changes = _plain(opened, cut, base, format, number, report, progress)
         kinds = {kind: n for kind, n in adapter.weights.kinds().items() if kind != LowRankPair.kind}
@@ -100,7 +102,7 @@ def convert_adapter(
         info = result_info([opened], output.stem, record, keep_all=True)
     else:
         weights, changes, info = adapter.weights, (), adapter.info
-    written = write_adapter(weights, info, family, output, format, number)
+    written = write_adapter(weights, info, made_for, output, format, number)
     if not to_lora:
         changes = _rounding(adapter, output, report, progress)
     details = {"dtype": dtype_name(number), "format": format, "kinds": weights.kinds()}

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from ..errors import OutputError
+from ..files import refuse_bad_names
 from .factors import Factors, common_shape, distance, factors_of, inner_product
 from .heatmap import draw_heatmap
 from .report import table_text
@@ -180,6 +181,7 @@ def likeness_of(module: ModuleKey, first_pair: LowRankPair | None, other: LowRan
 def _check_image(image: Path, sources: Sequence[Path], overwrite: bool) -> None:
     if image.suffix.lower() != ".png":
         raise OutputError(f"{image}: the heat map is a PNG; give --image a name ending in .png")
+    refuse_bad_names(image)
     refuse_source(image, sources)
     if image.exists() and not overwrite:
         raise OutputError(f"{image}: exists; nothing was overwritten. Give another name, or --overwrite")

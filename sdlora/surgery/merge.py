@@ -91,6 +91,7 @@ def merge_adapters(
     blocks: Sequence[Mapping[str, float]] = (),
     format: str = "webui",
     dtype: Precision | None = None,
+    family: str | None = None,
     overwrite: bool = False,
     report: bool = False,
     progress: Progress = silent,
@@ -109,6 +110,7 @@ def merge_adapters(
         blocks: block -> factor for each adapter; see :mod:`sdlora.surgery.strengths`.
         format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; the widest of the sources when None.
+        family: what the sources are for, where they do not tell.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
         progress: called after each module.
@@ -120,7 +122,7 @@ def merge_adapters(
     """
     started = time.perf_counter()
     how = MergeMethod(method, density, seed, cut_of(rank, energy, error))
-    adapters = _opened(sources, output, format, overwrite)
+    adapters = _opened(sources, output, format, overwrite, family)
     given = _weighted(adapters, sources, blocks)
     number = number_format(dtype, adapters)
     ranks = summed_ranks(given) if how.cut is None else None
@@ -133,14 +135,14 @@ def merge_adapters(
 
 
 def _opened(
-    sources: Sequence[tuple[Path, Strength]], output: Path, format: str, overwrite: bool
+    sources: Sequence[tuple[Path, Strength]], output: Path, format: str, overwrite: bool, family: str | None
 ) -> list[Opened]:
     """Return the adapters after checking that a result can be written."""
     if not sources:
         raise ConfigError("merge needs adapters: give FILE:WEIGHT, e.g. style.safetensors:0.8")
     paths = [path for path, _ in sources]
     check_target(output, format, overwrite, paths)
-    adapters = open_adapters(paths)
+    adapters = open_adapters(paths, family)
     family_of(adapters)
     return adapters
 

@@ -18,6 +18,7 @@ from .factors import Cut, factors_of
 from .report import SurgeryReport
 from .result import Part, cut_part, finish
 from .sources import (
+    Opened,
     Progress,
     check_target,
     family_of,
@@ -41,6 +42,7 @@ def resize_adapter(
     error: float | None = None,
     format: str = "webui",
     dtype: Precision | None = None,
+    family: str | None = None,
     overwrite: bool = False,
     report: bool = False,
     progress: Progress = silent,
@@ -55,6 +57,7 @@ def resize_adapter(
         error: largest relative Frobenius error of each update, e.g. 0.05; instead of ``energy``.
         format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; the source's own when None.
+        family: what the source is for, where it does not tell.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
         progress: called after each module.
@@ -67,11 +70,9 @@ def resize_adapter(
     started = time.perf_counter()
     cut = Cut(rank, energy, error)
     check_target(output, format, overwrite, [source])
-    [adapter] = open_adapters([source])
-    family = family_of([adapter])
-    largest = max(adapter.weights.ranks())
-    if cut.allowed_loss is None and rank is not None and rank >= largest:
-        raise ConfigError(f"--rank {rank}: {source} has no more than rank {largest}; give a smaller one")
+    [adapter] = open_adapters([source], family)
+    made_for = family_of([adapter])
+    _refuse_no_change(source, adapter, cut)
     number = number_format(dtype, [adapter])
     parts = resized(adapter.weights, cut, progress)
     weights, changes = finish(parts, format, number, with_errors=report)
@@ -81,7 +82,7 @@ def resize_adapter(
         **{key: value for key, value in vars(cut).items() if value is not None},
     }
     info = result_info([adapter], output.stem, record, keep_all=True)
-    written = write_adapter(weights, info, family, output, format, number)
+    written = write_adapter(weights, info, made_for, output, format, number)
     return SurgeryReport(
         "resize",
         written.files,
@@ -92,6 +93,12 @@ def resize_adapter(
         written.proof,
         {"dtype": dtype_name(number), "format": format},
     )
+
+
+def _refuse_no_change(source: Path, adapter: Opened, cut: Cut) -> None:
+    largest = max(adapter.weights.ranks())
+    if cut.allowed_loss is None and cut.rank is not None and cut.rank >= largest:
+        raise ConfigError(f"--rank {cut.rank}: {source} has no more than rank {largest}; give a smaller one")
 
 
 def resized(weights: AdapterWeights, cut: Cut, progress: Progress = silent) -> Iterator[Part]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,9 @@ from ..adapters.kinds.table import KINDS, title_of
 from ..adapters.plain import to_plain
 from ..config.schema import Precision
 from ..errors import AdapterFileError, OutputError
-from ..files import parse_json
+from ..files import parse_json, refuse_bad_names
 from ..formats import adapter_files
-from ..formats.detection import known_family
+from ..formats.detection import known_family, stated_family
 from ..formats.folding import own_dtype
 from ..formats.proof import write_proven
 from ..formats.table import find_format
@@ -69,8 +69,12 @@ class Opened:
     converted: Mapping[str, int]
 
 
-def open_adapters(paths: Sequence[Path]) -> list[Opened]:
+def open_adapters(paths: Sequence[Path], family: str | None = None) -> list[Opened]:
     """Read adapters that are to be worked on; other kinds become plain pairs where that is exact.
+
+    Args:
+        paths: files or folders.
+        family: what the user says they are for.
 
     Raises:
         AdapterFileError: when one cannot be read, has no exact plain form, or two are for different
@@ -88,7 +92,8 @@ def open_adapters(paths: Sequence[Path]) -> list[Opened]:
                 "sdlora convert FILE --to-lora --base BASE --rank N"
             )
         plain, _ = to_plain(adapter.weights)
-        opened.append(Opened(path, plain, adapter.info, own_dtype(adapter.weights), kinds))
+        info = with_family(path, adapter, family).info
+        opened.append(Opened(path, plain, info, own_dtype(adapter.weights), kinds))
     known = [(source.path, source.info.family) for source in opened if source.info.family]
     for path, family in known[1:]:
         if family != known[0][1]:
@@ -97,6 +102,17 @@ def open_adapters(paths: Sequence[Path]) -> list[Opened]:
                 "model family"
             )
     return opened
+
+
+def with_family(path: Path, adapter: AdapterFile, family: str | None) -> AdapterFile:
+    """Return an adapter with the family that the user says it is for, where it does not tell itself.
+
+    Raises:
+        ConfigError: for a family that there is not.
+        AdapterFileError: when it is not for that one.
+    """
+    stated = stated_family(path, adapter.weights, adapter.info.family, family)
+    return replace(adapter, info=replace(adapter.info, family=stated))
 
 
 def kind_notes(adapters: Sequence[Opened]) -> tuple[str, ...]:
@@ -139,6 +155,7 @@ def check_target(target: Path, format: str, overwrite: bool, sources: Iterable[P
         OutputError: when the file exists, is one of the sources, or has the wrong kind of name.
     """
     is_folder = find_format(format).is_folder
+    refuse_bad_names(target)
     refuse_source(target, sources)
     is_file_name = target.suffix == ".safetensors"
     if is_folder and is_file_name:

@@ -8,7 +8,9 @@ two). The folder gets its name only when everything in it is written.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,10 +58,10 @@ def save_checkpoint(
         OutputError: if it cannot be written; earlier checkpoints stay as they are.
     """
     target = checkpoint_folder(root, step).path
-    if target.exists():
+    if os.path.lexists(target):
         if is_whole(CheckpointFolder(target, step)):  # saved already at this step: the content is the same
             return target
-        shutil.rmtree(target)
+        _put_away(target)
     with replacing(target) as temporary:
         temporary.mkdir(parents=True)
         files = CheckpointFolder(temporary, step)
@@ -69,6 +71,14 @@ def save_checkpoint(
         digests = {file.name: file_digest(file) for file in (adapter, optimizer)}
         write_json(files.state_file, {"step": step, "digests": digests, **state})
     return target
+
+
+def _put_away(target: Path) -> None:
+    """Make room for a checkpoint: a damaged one goes, and what is no checkpoint at all gets another name."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.rename(target.with_name(f"{target.name} was here {time.time_ns()}"))
 
 
 def load_newest(root: Path, notice: Callable[[str], None]) -> Checkpoint:

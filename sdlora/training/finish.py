@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..adapters.canonical import AdapterFile, AdapterInfo
+from ..events import Notice
 from ..exporting.export import write_finished
+from ..exporting.webui_card import card_image
 from ..formats.adapter_files import write_adapter
 from ..formats.metadata import TrainingFacts, build_header
 from ..machine import version
+from .extras import attempt
 from .optimizers import optimizer_kind
 
 if TYPE_CHECKING:
@@ -25,11 +28,23 @@ if TYPE_CHECKING:
 def finish_run(run: Run, losses: Sequence[float]) -> Path:
     """Write ``NAME.safetensors`` in the family's format into the run folder, proven by reading it back."""
     target = run.folder.adapter_file(run.config.output.name)
-    adapter = adapter_file(run, final_loss=sum(losses) / len(losses) if losses else None)
-    output = run.config.output
-    preview = run.folder.newest_preview()
-    write_finished(adapter, target, output.dtype, run.model.info, preview, private=output.private)
+    output, preview = run.config.output, attempt(run, "the adapter's preview", _usable_preview)
+    adapter = adapter_file(run, final_loss=sum(losses) / len(losses) if losses else None, preview=preview)
+    report = write_finished(adapter, target, output.dtype, run.model.info, preview, private=output.private)
+    for problem in report.problems:
+        run.emit(Notice(problem))
     return target
+
+
+def _usable_preview(run: Run) -> Path | None:
+    """Return the newest preview.
+
+    Raises:
+        OutputError: if it is no image (any more).
+    """
+    preview = run.folder.newest_preview()
+    card_image(preview)
+    return preview
 
 
 def write_checkpoint_adapter(run: Run, target: Path) -> None:
@@ -38,7 +53,7 @@ def write_checkpoint_adapter(run: Run, target: Path) -> None:
     write_adapter(adapter_file(run), info.adapter_format, target, torch.float32, info)
 
 
-def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
+def adapter_file(run: Run, *, final_loss: float | None = None, preview: Path | None = None) -> AdapterFile:
     """Return the adapter as it now stands (averaged, if the run averages), with its header."""
     config, items = run.config, run.dataset.items
     triggers = (config.data.trigger_word,) if config.data.trigger_word else ()
@@ -73,7 +88,7 @@ def adapter_file(run: Run, *, final_loss: float | None = None) -> AdapterFile:
         finished_at=time.time(),
         final_loss=final_loss,
         trigger_words=triggers,
-        preview=run.folder.newest_preview() if final_loss is not None else None,
+        preview=preview,
         sdlora_version=version(),
     )
     info = AdapterInfo(run.model.info.name, config.output.name, triggers, build_header(facts))

@@ -130,18 +130,21 @@ class Processes:
 
         Raises:
             torch.OutOfMemoryError: in all processes, if one of them lacks memory.
+            TrainingError: in all processes, if one of them fails in another way.
         """
         if self.count == 1:
             return [make()]
         try:
             message = b"1" + make()
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            message = b"0"
+            told = b"2" + (str(error) or type(error).__name__).encode()
+            message = b"0" if is_out_of_memory(error) else told
         shares = self.exchange_bytes(message)
         if b"0" in shares:
             raise torch.OutOfMemoryError("a process lacks memory")
+        for rank, share in enumerate(shares, start=1):
+            if share.startswith(b"2"):
+                raise TrainingError(f"in process {rank} of {self.count}: {share[1:].decode()}")
         return [share[1:] for share in shares]
 
     def from_main(self, make: Callable[[], bytes]) -> bytes:
@@ -156,6 +159,12 @@ class Processes:
         for piece in whole.split(_PIECE):
             distributed.broadcast(piece, 0, group=self._messages)
         return whole.numpy().tobytes()
+
+    def is_end(self, error: BaseException) -> bool:
+        """Return whether an error says that another process ended the run, or cannot be reached."""
+        if self.count == 1:
+            return False
+        return isinstance(error, OtherProcessError | _Heard) or _is_of_the_connection(error)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process ends; raise instead where this one is not to say it.

@@ -65,7 +65,14 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
     if resume and processes.is_main:
         check_same(final.config, folder, processes.count)
     check_alike(final.config, final.training, blueprint, processes)
-    plan = _plan_memory(final.config, compute, blueprint, emit)
+    try:
+        plan = _plan_memory(final.config, compute, blueprint, emit)
+    except TrainingError as error:
+        if not resume:
+            raise
+        raise TrainingError(
+            f"{error}; a run that goes on keeps its settings: start another for that"
+        ) from None
     model = _base(final.config, compute, compute.device)
     return _assemble(final, folder, model, plan, processes, emit, resume=resume)
 

@@ -59,6 +59,7 @@ class Run:
         learned: some step had a gradient.
         skipped: steps in a row whose fp16 gradients overflowed.
         overflowed: how often the loss of each image was not finite, by its name.
+        told: what failed beside the training, as the user was told.
     """
 
     config: Config
@@ -86,6 +87,7 @@ class Run:
     learned: bool = False
     skipped: int = 0
     overflowed: Counter[str] = field(default_factory=Counter)
+    told: set[str] = field(default_factory=set)
 
     @property
     def images_per_step(self) -> int:

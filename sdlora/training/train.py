@@ -1,9 +1,9 @@
 """The training loop, to be read from top to bottom.
 
 A step: for each micro-batch compute the loss, refuse it if it is not finite, and gather its gradients
-in fp32; then clip, step, emit; then validate, preview and checkpoint when they are due; then stop if
-asked to. Everything random follows from the seed and the visits, so a resumed run repeats the
-uninterrupted one exactly, and the number of processes does not matter.
+in fp32; then clip, step, emit; then checkpoint, validate and preview when they are due; then stop if
+asked to. Nothing that is only looked at ends a run. Everything random follows from the seed and the visits,
+so a resumed run repeats the uninterrupted one exactly, and the number of processes does not matter.
 """
 
 from __future__ import annotations
@@ -11,45 +11,43 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from ..config.schema import Config
 from ..data.batching.batches import Batch
-from ..devices import is_out_of_memory
 from ..errors import TrainingError
 from ..events import (
     CheckpointSaved,
     Control,
     Emitter,
     Event,
-    JsonlWriter,
+    Journal,
     Listener,
     Notice,
     RunFinished,
     RunStarted,
     StepDone,
 )
-from ..run_folder import SAMPLE, SAVE, STOP
+from ..run_folder import SAMPLE, SAVE, STOP, list_checkpoints
 from . import checkpoint
 from .cost import measure_cost
+from .extras import attempt, reason
 from .finish import finish_run, write_checkpoint_adapter
 from .masters import clip_
 from .objective import loss_of
 from .previews import draw_loss_curve, preview
 from .processes import Processes
+from .rescue import rescued
 from .run import prepare_run
 from .schedules import schedule_factor
 from .shown_weights import publish
 from .state import Run, refuse_unchanged, run_folder, run_state
 from .validation import validate
-
-Result = TypeVar("Result")
 
 _MOST_SKIPPED = 16  # in a row: by then the scaler's 2^16 is halved down to 1, which is no scaling at all
 _PATIENT_STEPS = 20  # a process that takes as long as this many usual steps is believed to be gone
@@ -124,8 +122,8 @@ def _train(
         waited = run.loader.waited / max(run.step_seconds, 1e-9)
         adapter_file = None
         if processes.is_main:
-            draw_loss_curve(run)
-            adapter_file = None if stopped else finish_run(run, losses)
+            adapter_file = None if stopped else _finish(run, losses)
+            attempt(run, "the loss curve", draw_loss_curve)
         seconds = time.monotonic() - begun
         run.emit(RunFinished(run.step, stopped, seconds, adapter_file, waited))
     loss = sum(losses) / len(losses) if losses else None
@@ -156,12 +154,14 @@ def _journal(run: Run, early: Sequence[Event]) -> Iterator[Listener]:
     if not run.processes.is_main:
         yield lambda event: None
         return
-    run.folder.path.mkdir(parents=True, exist_ok=True)
-    with run.folder.events_file.open("a", encoding="utf-8") as stream:
-        writer = JsonlWriter(stream)
-        for event in early:
-            writer(event)
-        yield writer
+    with suppress(OSError):  # each event is tried by itself
+        run.folder.path.mkdir(parents=True, exist_ok=True)
+    journal = Journal(run.folder.events_file)
+    for event in early:
+        journal(event)
+    yield journal
+    if journal.problem:
+        run.emit(Notice(journal.problem))
 
 
 def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
@@ -172,9 +172,7 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
     times: deque[float] = deque(maxlen=20)
     validation_loss: float | None = None
     if run.step == 0:
-        with run.shown.in_model():
-            validation_loss = _if_it_fits(run, "validation", validate)
-            _if_it_fits(run, "the previews", preview)
+        validation_loss = _show(run, validating=True, previewing=True)
     while run.step < run.steps:
         began, waited = time.perf_counter(), run.loader.waited
         loss, norm, rate, count = train_step(run)
@@ -191,37 +189,41 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
         last = run.step == run.steps
         validating = last or _due(run.step, settings.validate_every)
         previewing = last or SAMPLE in requests or _due(run.step, run.config.sample.every)
-        if validating or previewing:
-            run.loader.settle()  # both move the model and switch its modes
-            with run.shown.in_model():
-                if validating:
-                    validation_loss = _if_it_fits(run, "validation", validate) or validation_loss
-                if previewing:
-                    _if_it_fits(run, "the previews", preview)
-        if last or requests & {SAVE, STOP} or _due(run.step, settings.checkpoint_every):
-            save(run)
+        # saving comes before showing: whatever goes wrong with an image, the steps are kept
+        saving = last or requests & {SAVE, STOP} or _due(run.step, settings.checkpoint_every)
+        problem = save(run) if saving else None
+        validation_loss = _show(run, validating, previewing) or validation_loss
         if STOP in requests and not last:
+            if problem is not None:
+                raise rescued(run, problem)
             return list(recent), validation_loss, True
     return list(recent), validation_loss, False
 
 
-def _if_it_fits(run: Run, what: str, work: Callable[[Run], Result]) -> Result | None:
-    """Do what training can do without; if the device lacks memory, say so and continue."""
+def _show(run: Run, validating: bool, previewing: bool) -> float | None:
+    """Measure and draw what is due; return the loss on the held-out images, if there is one."""
+    if not validating and not previewing:
+        return None
+    run.loader.settle()  # both move the model and switch its modes
+    loss = None
+    with run.shown.in_model():
+        if validating:
+            loss = attempt(run, "validation", validate)
+        if previewing:
+            attempt(run, "the previews", preview)
+    return loss
+
+
+def _finish(run: Run, losses: Sequence[float]) -> Path:
+    """Write the adapter.
+
+    Raises:
+        SdloraError: if it could not be written as planned; it says where it is instead.
+    """
     try:
-        return work(run)
+        return finish_run(run, losses)
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        # the error's traceback keeps tensors alive; leaving this block releases them
-    torch.cuda.empty_cache()
-    run.emit(
-        Notice(
-            f"step {run.step}: {run.model.facts.device} does not have enough memory for {what}; skipped, and "
-            "training continues. It fits with a smaller data.resolution, or switch it off: "
-            "sample.prompts=[], data.validation=0"
-        )
-    )
-    return None
+        raise rescued(run, error) from error
 
 
 def train_step(run: Run) -> tuple[float, float, float, int]:
@@ -266,19 +268,30 @@ def _backward(run: Run, batch: Batch) -> tuple[float, int]:
     return sum(loss for loss, fine in zip(plain.tolist(), good, strict=True) if fine), sum(good)
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint of the current step and prune old ones."""
+def save(run: Run) -> Exception | None:
+    """Write a checkpoint of the current step and prune old ones; return why it could not be written, if so.
+
+    A disk that is full now may have room at the next checkpoint, and stopping would lose the steps, too.
+    """
+    problem: Exception | None = None
     if run.processes.is_main:
         root = run.folder.checkpoints
-        folder = checkpoint.save_checkpoint(
-            root,
-            run.step,
-            *run_state(run),
-            lambda path: write_checkpoint_adapter(run, path),
-        )
-        checkpoint.prune_checkpoints(root, run.config.training.keep_checkpoints)
-        run.emit(CheckpointSaved(run.step, folder))
+        try:
+            folder = checkpoint.save_checkpoint(
+                root,
+                run.step,
+                *run_state(run),
+                lambda path: write_checkpoint_adapter(run, path),
+            )
+            checkpoint.prune_checkpoints(root, run.config.training.keep_checkpoints)
+        except Exception as error:
+            problem = error
+            text = f"step {run.step}: no checkpoint was saved ({reason(error)}); training goes on"
+            run.emit(Notice(text))
+        else:
+            run.emit(CheckpointSaved(run.step, folder))
     run.processes.exchange("saved")
+    return problem
 
 
 def _start(run: Run) -> None:
@@ -323,9 +336,9 @@ def _note_non_finite(run: Run, names: Sequence[str]) -> None:
     run.overflowed.update(names)
     again = [name for name in names if run.overflowed[name] > 1]
     if not run.scaler.is_enabled():
-        raise TrainingError(_not_finite("the loss", run.step, names))
+        raise TrainingError(_not_finite(run, "the loss", run.step, names))
     if again:
-        raise TrainingError(_not_finite("the loss, once more,", run.step, again))
+        raise TrainingError(_not_finite(run, "the loss, once more,", run.step, again))
 
 
 def _note_overflow(run: Run, names: Sequence[str]) -> None:
@@ -339,14 +352,19 @@ def _note_overflow(run: Run, names: Sequence[str]) -> None:
         return
     everywhere = [name for share in run.processes.exchange(list(names)) for name in share]
     what = f"the gradient, {run.skipped + 1} steps in a row," if run.skipped else "the gradient"
-    raise TrainingError(_not_finite(what, run.step, everywhere))
+    raise TrainingError(_not_finite(run, what, run.step, everywhere))
 
 
-def _not_finite(what: str, step: int, names: Sequence[str]) -> str:
+def _not_finite(run: Run, what: str, step: int, names: Sequence[str]) -> str:
+    saved = list_checkpoints(run.folder.checkpoints)
+    kept = ""
+    if saved:
+        kept = f"; with adapter.from_file={saved[-1].adapter_file} it goes on from step {saved[-1].step}"
     return (
         f"step {step + 1}: {what} is not a finite number for {', '.join(names)}; the adapter's weights were "
-        "not touched. Lower optimizer.learning_rate or use training.precision=bf16 or fp32, and look at "
-        "these images; --resume continues from the last checkpoint"
+        "not touched. Look at these images, and start a new run in another --output with a lower "
+        f"optimizer.learning_rate (now {run.config.optimizer.learning_rate:g}) or with "
+        f"training.precision=bf16 or fp32 (now {run.config.training.precision}){kept}"
     )
 
 

@@ -256,10 +256,10 @@ def test_bad_adapters_get_one_clear_error(run: Any, tiny_base: Path, tmp_path: P
             assert (file.name, code) == (file.name, 2), errors
 
 
-def test_full_disk_is_one_clear_error_and_leaves_no_half_file(
+def test_full_disk_at_a_checkpoint_is_told_and_leaves_no_half_file(
     run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk fills up when the first checkpoint is moved into place."""
+    """The disk fills up when the checkpoint is moved into place: the adapter itself is there."""
     replace = os.replace
 
     def full(source: Any, target: Any) -> None:
@@ -270,9 +270,11 @@ def test_full_disk_is_one_clear_error_and_leaves_no_half_file(
     monkeypatch.setattr(os, "replace", full)
     out = tmp_path / "out"
     code, _, errors = run("train", image_folder(), "--base", tiny_base, "--output", out, *SHORT)
-    assert code == 2
+    assert code == 0
+    assert "no checkpoint was saved" in errors
     assert "disk is full" in errors
     assert [name for name in files_below(out) if name.startswith("checkpoints")] == []
+    assert "lora.safetensors" in files_below(out)
 
 
 def test_output_that_exists_is_left_as_it_is(
@@ -321,4 +323,4 @@ def test_a_reader_that_leaves_early_is_no_error(image_folder: Make, processes_en
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait() == 1
+    assert process.wait() == 0

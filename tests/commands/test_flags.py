@@ -122,7 +122,7 @@ def test_every_setting_of_a_base_has_a_flag_and_is_read_as_settings_are() -> Non
     [
         ("training.attention", "sdp", r"must be one of auto, sdpa, xformers \(did you mean sdpa\?\)"),
         ("training.device", "tpu", "must be cpu, cuda, cuda:1 or mps"),
-        ("model.clip_skip", "two", "should be a valid integer"),
+        ("model.clip_skip", "two", "must be a whole number"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_the_words_of_the_settings(

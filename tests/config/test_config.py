@@ -56,7 +56,7 @@ def test_every_problem_is_reported_at_once_with_the_nearest_name() -> None:
         ("optimizer.learning_rate=nan", "finite"),
         ("adapter.dropout=1", "less than 1"),
         ("data.caption_dropout=2", "less than or equal to 1"),
-        ("training.device=gpu", "pattern"),
+        ("training.device=gpu", "must be cpu, cuda, cuda:1 or mps"),
         ("output.name=a/b", "must not hold any of"),
         ("training.steps=many", "integer"),
         ("data.validation=2.5", "must be whole"),

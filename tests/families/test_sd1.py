@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from sdlora.config.schema import ModelConfig
+from sdlora.errors import ConfigError
 from sdlora.families.base import stack_conditioning
 from sdlora.families.loading import load_model
 from sdlora.families.unet_model import UNetModel
@@ -97,6 +98,18 @@ def test_clip_skip_takes_an_earlier_layer_and_the_final_norm(tiny_base: Path) ->
         wanted = inner.final_layer_norm(hidden[-2])
         assert torch.equal(model.encode_text(["a cat"])["states"], wanted)
         assert not torch.equal(model.encode_text(["a cat"])["states"], inner.final_layer_norm(hidden[-1]))
+
+
+def test_more_layers_than_there_are_cannot_be_skipped(tiny_base: Path) -> None:
+    for device in ("cpu", "meta"):
+        with pytest.raises(
+            ConfigError, match=r"clip_skip=3`: the base's text encoder has 2 layers; give 1 to 2"
+        ):
+            load_model(
+                ModelConfig(base=str(tiny_base), clip_skip=3),
+                dtype=torch.float32,
+                device=torch.device(device),
+            )
 
 
 def test_clip_skip_equals_diffusers_own(tiny_base: Path) -> None:

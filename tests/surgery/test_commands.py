@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import sdlora
 from sdlora.commands.cli import main
@@ -121,3 +122,32 @@ def test_mistakes_give_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest
 def test_the_functions_are_public() -> None:
     for name in ("merge_adapters", "resize_adapter", "bake_checkpoint", "extract_adapter"):
         assert name in sdlora.__all__ and callable(getattr(sdlora, name))
+
+
+def test_a_family_that_a_file_does_not_tell_is_asked_for_and_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{name}.lora_down.weight": torch.randn(4, 3), f"{name}.lora_up.weight": torch.randn(3, 4)}
+    source, known = tmp_path / "te.safetensors", saved(tmp_path, "known", mixed_adapter())
+    save_file(tensors, source)
+    commands = {
+        "merge": [str(source), str(source)],
+        "resize": [str(source), "--rank", "1"],
+        "convert": [str(source), "--dtype", "fp16"],
+        "export": [str(source)],
+    }
+    for command, words in commands.items():
+        target = tmp_path / (command if command == "export" else f"{command}.safetensors")
+        words = [command, *words, "--output", str(target)]
+        assert main(words) == 2
+        assert "say it with --family, one of sd1" in capsys.readouterr().err
+        assert main([*words, "--family", "sd9"]) == 2
+        assert "--family sd9: no such family" in capsys.readouterr().err
+        assert not target.exists()
+        assert main([*words, "--family", "sd1"]) == 0, capsys.readouterr().err
+        written = target / "te.safetensors" if command == "export" else target
+        assert read_adapter(written).info.family == "sd1"
+    words = ["resize", str(known), "--rank", "1", "--output", str(tmp_path / "x.safetensors")]
+    assert main([*words, "--family", "sdxl"]) == 2
+    assert "are those of sd1, not of sdxl" in capsys.readouterr().err

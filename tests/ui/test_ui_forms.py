@@ -105,6 +105,11 @@ def test_settings_with_a_path_outside_are_refused(paths: AllowedPaths, raw: dict
         checked_config(paths, raw)
 
 
+def test_links_out_of_a_folder_are_not_followed_for_a_browser(paths: AllowedPaths) -> None:
+    with pytest.raises(ConfigError, match="command line only"):
+        checked_config(paths, {"data.folder": "images", "data.follow_links": True})
+
+
 def file_settings() -> list[str]:
     """Return every setting that can name a file, found in the schema."""
     keys = []

@@ -6,6 +6,7 @@ They resolve links and ``..`` first and compare afterwards, so the answer is abo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,33 @@ class AllowedPaths:
         """
         return self._inside(text, (*self.roots, *self.models), "read")
 
+    def model(self, text: str | Path) -> Path:
+        """Return the real path of an adapter, a base or a run that may be read, with all that lies in it.
+
+        Raises:
+            PathRefused: when it, or what a link in it leads to, lies elsewhere.
+        """
+        path = self.readable(text)
+        seen: set[str] = set()
+        for current, folders, names in os.walk(path, followlinks=True):
+            for name in (*folders, *names):
+                inside = Path(current, name)
+                if inside.is_symlink() and inside.exists() and not self.reaches(inside):
+                    raise PathRefused(
+                        f"{inside}: is a link that leads out of the folders this server was given; start it "
+                        "with `sdlora ui --allow FOLDER` to add one"
+                    )
+            real = os.path.realpath(current)
+            folders[:] = [] if real in seen else folders
+            seen.add(real)
+        return path
+
+    def reaches(self, path: Path) -> bool:
+        """Return whether something found inside an allowed folder is there, and not a link that leads out."""
+        real = self._resolve(str(path))
+        roots = (*self.roots, *self.models)
+        return real is not None and real.exists() and any(real.is_relative_to(root) for root in roots)
+
     def writable(self, text: str | Path) -> Path:
         """Return the real path of something that may be written.
 
@@ -161,7 +189,7 @@ def model_files(paths: AllowedPaths, kind: str) -> list[Path]:
     folders += [folder for folder in paths.allowed if folder.name in endings]
     folders += [root / inside for root in paths.allowed for inside in wanted if (root / inside).is_dir()]
     files = [file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*.safetensors"))]
-    return [file for file in dict.fromkeys(files) if file.is_file()]
+    return [file for file in dict.fromkeys(files) if file.is_file() and paths.reaches(file)]
 
 
 def program_folders(paths: AllowedPaths) -> tuple[list[Path], list[Path]]:

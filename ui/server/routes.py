@@ -149,7 +149,7 @@ class _Own:
 
     def images(self, request: Request) -> dict[str, Any]:
         limit = min(1000, max(1, int(request.query_params.get("limit") or 48)))
-        return list_images(self.paths.images, limit)
+        return list_images(self.paths, limit)
 
     def captions(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         folder, what = self.paths.writable(str(body["folder"])), request.path_params["what"]
@@ -209,7 +209,7 @@ class _Own:
 
     def _prompts(self, job: Job) -> list[str]:
         for file in (RunFolder(job.run).config_file, self.queue.settings(job.id)):
-            if file.is_file():
+            if file.is_file() and self.paths.reaches(file):
                 prompts = load_config(file).sample.prompts
                 if prompts is not None:
                     return list(prompts)

@@ -16,12 +16,11 @@ from sdlora.data.reading.captions import CAPTION_ENDINGS
 from sdlora.data.reading.folder import load_pixels
 from sdlora.data.reading.image_files import IMAGE_ENDINGS
 from sdlora.errors import DatasetError, OutputError, shown
-from sdlora.files import replacing
+from sdlora.files import as_file_name, replacing
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_TOTAL_BYTES = 2 * 2**30
 MAX_FILES = 5000
-_NAME = re.compile(r'[\\/:*?"<>|\x00-\x1f]+')
 _BLOCK = 2**20
 
 Progress = Callable[[int, int], None]
@@ -38,8 +37,7 @@ class Imported:
 
 def folder_name(text: str, fallback: str = "images") -> str:
     """Return a valid folder name made from what a user typed or dropped."""
-    name = _NAME.sub("-", text).strip(" .-")[:80]
-    return name or fallback
+    return as_file_name(text, fallback)
 
 
 def import_files(

@@ -264,7 +264,7 @@ def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: g
         text = gr.skip()
         if not any(chosen) and not (prompt or "").strip() and known:  # the page is opened for the first time
             lists[0] = gr.Dropdown(choices=shown, value=known[0][1])
-            text = _first_prompt(Path(known[0][1]).parent)
+            text = _first_prompt(site, Path(known[0][1]).parent)
         runs = choices(site.runs())
         newest = of_grid or (runs[0][1] if runs else None)
         return [text, *lists, gr.Dropdown(choices=runs, value=newest)]
@@ -320,16 +320,16 @@ def _use_run(site: Site, run: Path) -> list[Any]:
     file = next((path for _, path in adapters if Path(path).is_relative_to(run)), "")
     return [
         site.base_of(run),
-        _first_prompt(run),
+        _first_prompt(site, run),
         gr.Dropdown(choices=[("none", ""), *adapters], value=file),
         gr.Dropdown(choices=choices(site.runs()), value=str(run)),
     ]
 
 
-def _first_prompt(run: Path) -> str:
+def _first_prompt(site: Site, run: Path) -> str:
     """Return the first prompt of a run's previews; an empty text for a folder that is not a run."""
     file = run / "config.toml"
-    prompts = load_config(file).sample.prompts if file.is_file() else None
+    prompts = load_config(file).sample.prompts if file.is_file() and site.paths.reaches(file) else None
     return prompts[0] if prompts else ""
 
 
@@ -404,7 +404,7 @@ def _arguments(
             raise ConfigError(f"{name}: give a number")
     for name in ("width", "height", "guidance"):
         values[name] = checked_number(name, str(values[name] or ""), whole=name != "guidance")
-    checked = [[{**cell, "file": str(site.paths.readable(cell["file"]))} for cell in row] for row in rows]
+    checked = [[{**cell, "file": str(site.paths.model(cell["file"]))} for cell in row] for row in rows]
     base = checked_base(site.paths, str(values["base"] or ""))
     return values | {"base": base, "rows": checked, "folder": str(site.paths.images)}
 

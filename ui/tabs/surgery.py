@@ -69,7 +69,7 @@ def _merge_arguments(
     site: Site, files: Sequence[str | None], weights: Sequence[float], values: Mapping[str, Any]
 ) -> dict[str, Any]:
     sources = [
-        {"file": str(site.paths.readable(file)), "weight": weight}
+        {"file": str(site.paths.model(file)), "weight": weight}
         for file, weight in zip(files, weights, strict=True)
         if file
     ]
@@ -105,7 +105,7 @@ def _resize(site: Site) -> gr.Dropdown:
 def _resize_arguments(site: Site, values: Mapping[str, Any]) -> dict[str, Any]:
     if not values["source"]:
         raise ConfigError("adapter: choose one")
-    source = str(site.paths.readable(values["source"]))
+    source = str(site.paths.model(values["source"]))
     return {**values, **_numbers(values), "source": source, "output": _target(site, values["name"])}
 
 
@@ -138,12 +138,12 @@ def _bake(site: Site) -> gr.Dropdown:
 def _bake_arguments(site: Site, values: Mapping[str, Any]) -> dict[str, Any]:
     if not values["source"]:
         raise ConfigError("adapter: choose one")
-    base = MINI if values["base"] == "mini" else site.paths.readable(str(values["base"] or ""))
+    base = MINI if values["base"] == "mini" else site.paths.model(str(values["base"] or ""))
     ending = "" if base.is_dir() else ".safetensors"
     return {
         **values,
         "checkpoint": str(base),
-        "source": str(site.paths.readable(values["source"])),
+        "source": str(site.paths.model(values["source"])),
         "output": _target(site, values["name"], ending),
     }
 

@@ -134,7 +134,7 @@ def _exported(site: Site, values: Mapping[str, Any]) -> Iterator[str]:
         # Gradio gives None for text fields that are folded away
         text = {key: str(values[key] or "").strip() for key in ("output", "webui", "name", "preview")}
         arguments = dict(values) | {
-            "source": str(site.paths.readable(values["source"])),
+            "source": str(site.paths.model(values["source"])),
             "output": str(site.paths.writable(text["output"])) if text["output"] else None,
             "webui": str(site.paths.writable(text["webui"])) if text["webui"] else None,
             "preview": str(site.paths.readable(text["preview"])) if text["preview"] else None,
@@ -188,7 +188,7 @@ def _inspect(site: Site) -> gr.Dropdown:
         try:
             if not path:
                 raise ConfigError("adapter file: choose one")
-            for answer in site.desk.call("inspect", {"file": str(site.paths.readable(path))}):
+            for answer in site.desk.call("inspect", {"file": str(site.paths.model(path))}):
                 if answer.progress is not None:
                     yield working(*answer.progress)
                 elif answer.result is not None:

@@ -24,7 +24,7 @@ from ..batching.buckets import (
     source_box,
     upscale,
 )
-from ..reading.folder import Progress, survey
+from ..reading.folder import Progress, Reading, survey
 from ..reading.items import ImageItem, Survey
 from ..reading.tokens import count_tokens
 from .findings import (
@@ -198,6 +198,7 @@ def examine(
     folder: Path,
     *,
     recursive: bool = True,
+    follow_links: bool = False,
     trigger_word: str | None = None,
     resolution: int = 512,
     multiple: int = 64,
@@ -211,7 +212,13 @@ def examine(
         ConfigError: when the resolution is smaller than the size multiple.
     """
     placed = placer(resolution, multiple)  # refuses before anything is read
-    survey_result = survey(folder, recursive=recursive, trigger_word=trigger_word, progress=progress)
+    survey_result = survey(
+        folder,
+        recursive=recursive,
+        trigger_word=trigger_word,
+        reading=Reading(follow_links=follow_links),
+        progress=progress,
+    )
     return diagnose(survey_result, Treatment(placed, resolution), recursive=recursive, batch_size=batch_size)
 
 

@@ -41,16 +41,28 @@ class Change:
 
 
 def repair(
-    folder: Path, output: Path, *, recursive: bool = True, progress: Progress | None = None
+    folder: Path,
+    output: Path,
+    *,
+    recursive: bool = True,
+    follow_links: bool = False,
+    progress: Progress | None = None,
 ) -> list[Change]:
     """Write a repaired copy of a folder and return what was changed in it.
+
+    Args:
+        folder: the data set.
+        output: of the copy; missing or empty.
+        recursive: also look into folders inside.
+        follow_links: also copy what links lead to outside the folder.
+        progress: is told (images done, images in all).
 
     Raises:
         DatasetError: when the folder is missing or is a file.
         OutputError: when ``output`` is in use, lies inside the folder, or cannot be written.
     """
     folder, output = Path(folder), Path(output)
-    listing = list_files(folder, recursive)
+    listing = list_files(folder, recursive, follow_links=follow_links)
     refuse_used_folder(output, "a repaired copy")
     if output.resolve().is_relative_to(folder.resolve()):
         raise OutputError(

@@ -100,6 +100,8 @@ def mark_used(file: Path) -> None:
 def _entries(folder: Path) -> Iterator[CacheEntry]:
     for kind in _KINDS:
         for path in (folder / kind).glob("*/*.safetensors"):
+            if path.is_symlink() or path.parent.is_symlink():
+                continue  # not made by a run, and what it leads to is not ours to remove
             with suppress(OSError):  # removed meanwhile
                 status = path.stat()
                 # unfinished files have hidden names, see sdlora.files.replacing

@@ -81,6 +81,8 @@ PLUGINS = (
 )
 
 _open_lock = threading.Lock()
+# Pillow warns of camera data that it cannot read; LoadedImage.damaged_metadata says so with the image's name.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class ImageFileError(SdloraError):

@@ -51,6 +51,7 @@ class Reading:
         weight: of these images in the loss.
         regularisation: whether they show the class in general.
         mask_folder: folder with masks of the same names.
+        follow_links: also read what links lead to outside the folder.
     """
 
     kohya_folders: bool | None = None
@@ -60,6 +61,7 @@ class Reading:
     weight: float = 1.0
     regularisation: bool = False
     mask_folder: Path | None = None
+    follow_links: bool = False
 
 
 def scan(
@@ -109,7 +111,7 @@ def survey(
         raise DatasetError(f"{folder}: repeats={repeats} would never show an image; give 1 or more")
     trigger_word = (trigger_word or "").strip() or None
     apart = [reading.mask_folder] if reading.mask_folder else []
-    listing = list_files(folder, recursive, apart)
+    listing = list_files(folder, recursive, apart, follow_links=reading.follow_links)
     if not listing.images and not listing.problems:
         raise DatasetError(no_images(folder, listing, recursive))
     words = _Words(folder, listing, trigger_word, reading)
@@ -134,7 +136,7 @@ def survey(
         if "damaged metadata" in item.traits
     ]
     if reading.mask_folder is not None:
-        items, more, unmasked = with_masks(items, reading.mask_folder)
+        items, more, unmasked = with_masks(items, reading.mask_folder, follow_links=reading.follow_links)
         problems, notes = problems + more, notes + unmasked
     dataset = Dataset(folder, tuple(items), trigger_word, tuple(notes), tuple(listing.orphans()))
     problems.sort(key=lambda problem: sort_key(problem.where))

@@ -71,7 +71,7 @@ def notes(
     beside = [name for name in images if "/" not in name or name.partition("/")[0] not in folders]
     if folders and beside and asked is None:
         lines.append(
-            f"{len(beside)} image(s) lie in no folder named `N_words` and count once (first: {beside[0]}); "
-            "set data.kohya_folders=false if the numbers in the names mean nothing"
+            f"{beside[0]}: is the first of {len(beside)} image(s) in no folder named `N_words`, which count "
+            "once; set data.kohya_folders=false if the numbers in the names mean nothing"
         )
     return lines

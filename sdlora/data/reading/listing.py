@@ -17,6 +17,8 @@ from .metadata_files import METADATA_NAMES, SIDECAR_ENDING
 from .problems import Problem
 
 _UTILITY_FOLDERS = frozenset({"__macosx", "@eadir"})  # thumbnails and forks left by macOS and Synology
+_ARCHIVES = frozenset({".zip", ".7z", ".rar", ".tar", ".gz", ".tgz", ".xz"})
+_USED_ENDINGS = IMAGE_ENDINGS | CAPTION_ENDINGS | {SIDECAR_ENDING}
 _NOT_CAPTIONS = frozenset(
     {"readme", "license", "licence", "notice", "copying", "authors", "changelog", "sources"}
 )
@@ -72,19 +74,29 @@ class Listing:
                 yield from (file.name for file in self.captions[key])
 
 
-def list_files(root: Path, recursive: bool, left_out: Sequence[Path] = ()) -> Listing:
+def list_files(
+    root: Path, recursive: bool, left_out: Sequence[Path] = (), *, follow_links: bool = False
+) -> Listing:
     """Return the files in a folder, and in the folders inside it if ``recursive``, but not in ``left_out``.
+
+    The folder itself may be a link. Links inside that lead out of it are problems, unless ``follow_links``:
+    what a data set shows on a page, or brings into a file, is then what lies in its folder. A link to nothing
+    is passed over with a note, where it is called like an image.
 
     Raises:
         DatasetError: when the folder is missing or is a file.
     """
     if not root.exists():
-        raise DatasetError(f"{root}: no such folder; check the path")
+        address = str(root).startswith(("http:", "https:"))
+        raise DatasetError(f"{root}: no such folder; {'download it first' if address else 'check the path'}")
+    if root.suffix.lower() in _ARCHIVES and not root.is_dir():
+        raise DatasetError(f"{root}: is an archive; unpack it, and give the folder")
     if not root.is_dir():
         raise DatasetError(f"{root}: is a file where a folder of images is needed; give the folder it is in")
     listing = Listing([], {}, [], [], Counter(), [], [], {})
     unread: Counter[str] = Counter()
     seen: set[str] = set()
+    bounds = None if follow_links else Path(os.path.realpath(root))
     apart = {os.path.realpath(folder) for folder in left_out}
 
     def refused(error: OSError) -> None:
@@ -97,12 +109,17 @@ def list_files(root: Path, recursive: bool, left_out: Sequence[Path] = ()) -> Li
         if real in apart:
             folders[:] = []
             continue
+        if bounds is not None and not Path(real).is_relative_to(bounds):
+            listing.problems.append(_leads_out(_relative(here, root)))
+            folders[:] = []
+            continue
         if real in seen:  # links that form a circle, or two links to one place
             listing.notes.append(f"{_relative(here, root)}/: leads to a folder already read; taken once")
             folders[:] = []
             continue
         seen.add(real)
-        _sort_files(listing, [FoundFile(here / name, _relative(here / name, root)) for name in names], unread)
+        files = [FoundFile(here / name, _relative(here / name, root)) for name in names]
+        _sort_files(listing, [file for file in files if _stays(file, bounds, listing)], unread)
         wanted = _folders_to_enter(here, root, folders, listing)
         listing.folders.extend(_relative(here / name, root) for name in wanted)
         folders[:] = wanted if recursive else []
@@ -129,6 +146,26 @@ def _sort_files(listing: Listing, files: Iterable[FoundFile], unread: Counter[st
             listing.others[ending or "files without ending"] += 1
         if ending in UNREAD_IMAGE_ENDINGS:
             unread[ending] += 1
+
+
+def _stays(file: FoundFile, bounds: Path | None, listing: Listing) -> bool:
+    """Return whether a file that would be used is there, and inside the folder; say so if it is not."""
+    ending, path = file.path.suffix.lower(), file.path
+    used = ending in _USED_ENDINGS or path.name in METADATA_NAMES
+    if not used or path.name.startswith(".") or not path.is_symlink():
+        return True
+    if ending in IMAGE_ENDINGS and not os.path.exists(path):
+        listing.notes.append(f"{file.name}: is a link to nothing, and passed over")
+        return False
+    if bounds is None or Path(os.path.realpath(path)).is_relative_to(bounds):
+        return True
+    listing.problems.append(_leads_out(file.name))
+    return False
+
+
+def _leads_out(name: str) -> Problem:
+    fix = "put what it leads to in its place, or set data.follow_links=true"
+    return Problem("unreadable", name, "is a link that leads out of the folder", fix)
 
 
 def _folders_to_enter(here: Path, root: Path, names: Iterable[str], listing: Listing) -> list[str]:
@@ -174,6 +211,8 @@ def no_images(folder: Path, listing: Listing, recursive: bool) -> str:
             )
     held = [f"{count} {ending}" for ending, count in sorted(listing.others.items())]
     held += [f"{len(listing.folders)} folder(s)"] if listing.folders else []
+    if any(ending in _ARCHIVES for ending in listing.others):
+        held.append("which can be unpacked")
     endings = ", ".join(sorted(ending.lstrip(".") for ending in IMAGE_ENDINGS))
     what = f"holds no images, only {', '.join(held)}" if held else "is empty"
     return "; ".join([f"{folder}: {what}", *listing.notes, f"put images there ({endings})"])

@@ -23,7 +23,9 @@ from .problems import Problem, Unusable
 _MAX_ASPECT_DIFFERENCE = 0.02
 
 
-def with_masks(items: Sequence[ImageItem], folder: Path) -> tuple[list[ImageItem], list[Problem], list[str]]:
+def with_masks(
+    items: Sequence[ImageItem], folder: Path, *, follow_links: bool = False
+) -> tuple[list[ImageItem], list[Problem], list[str]]:
     """Return the images with their masks, the problems with masks, and notes.
 
     A mask has its image's name and relative place inside ``folder``, with any ending. Images
@@ -34,7 +36,9 @@ def with_masks(items: Sequence[ImageItem], folder: Path) -> tuple[list[ImageItem
     """
     masks: dict[tuple[str, str], FoundFile] = {}
     problems: list[Problem] = []
-    for file in list_files(folder, recursive=True).images:
+    listing = list_files(folder, recursive=True, follow_links=follow_links)
+    problems += [replace(problem, kind="bad mask") for problem in listing.problems]
+    for file in listing.images:
         if file.key in masks:
             what = f"{masks[file.key].name} and {file.name} are masks of one image"
             problems.append(Problem("bad mask", str(folder), what, "delete one of them"))

@@ -155,6 +155,7 @@ def _reading(source: SourceConfig, data: DataConfig) -> Reading:
         metadata_caption=data.metadata_caption,
         captions_from_files=data.caption_from == "files",
         fallback_caption=source.caption,
+        follow_links=data.follow_links,
         weight=source.weight,
         regularisation=source.regularisation,
         mask_folder=source.mask_folder,

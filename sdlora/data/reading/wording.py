@@ -23,12 +23,16 @@ GROUP_MARK = ";;;"
 """Joins tags that stay together."""
 
 _MAX_NESTED = 20
+_ESCAPED = re.compile(r"\\([()\[\]])")
 _OPEN, _CLOSE = "\ue000", "\ue001"  # stand for doubled braces while wildcards are chosen
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How captions are worded; see the settings of the same names."""
+    """How captions are worded; see the settings of the same names.
+
+    ``plain_brackets``: brackets weigh nothing, so the backslash that taggers put before them means nothing.
+    """
 
     prefix: str = ""
     suffix: str = ""
@@ -38,6 +42,7 @@ class Wording:
     separator: str = ","
     tag_dropout: float = 0.0
     wildcards: bool = False
+    plain_brackets: bool = True
 
     @classmethod
     def of(cls, data: DataConfig) -> Wording:
@@ -51,6 +56,7 @@ class Wording:
             separator=data.tag_separator,
             tag_dropout=data.tag_dropout,
             wildcards=data.wildcards,
+            plain_brackets=not data.emphasis,
         )
 
     def plain(self, item: ImageItem) -> str:
@@ -106,7 +112,10 @@ class Wording:
         words = self._joint(self.prefix.strip(), text)
         tail = self.suffix.strip()
         words = self._joint(words, tail) if words else tail.removeprefix(self.separator.strip()).strip()
-        return with_trigger(words, item.trigger_word)
+        trigger_word = item.trigger_word
+        if self.plain_brackets:
+            words, trigger_word = without_escapes(words), trigger_word and without_escapes(trigger_word)
+        return with_trigger(words, trigger_word)
 
     def _joint(self, words: str, part: str) -> str:
         """Join two parts; if the second begins with a separator, it follows the first without a space."""
@@ -118,7 +127,22 @@ class Wording:
 
 def reworded(dataset: Dataset, wording: Wording) -> Dataset:
     """Return the dataset with the captions that the settings give without random parts."""
-    return replace(dataset, items=tuple(replace(item, caption=wording.plain(item)) for item in dataset.items))
+    items = tuple(replace(item, caption=wording.plain(item)) for item in dataset.items)
+    escaped = sum(any(_ESCAPED.search(line) for line in item.lines) for item in items)
+    note = (
+        f"{escaped} caption(s) write brackets as `\\(`; they are trained as plain brackets, which is what "
+        "prompts in WebUI mean by it"
+    )
+    notes = (*dataset.notes, note) if escaped and wording.plain_brackets else dataset.notes
+    return replace(dataset, items=items, notes=notes)
+
+
+def without_escapes(text: str) -> str:
+    """Return a caption without the backslashes that taggers put before brackets for WebUI's prompts.
+
+    WebUI takes ``miku \\(vocaloid\\)`` for the words ``miku (vocaloid)``, so these have to be trained.
+    """
+    return _ESCAPED.sub(r"\1", text)
 
 
 @dataclass(frozen=True)

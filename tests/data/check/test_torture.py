@@ -54,7 +54,8 @@ def test_each_bad_file_is_found_for_what_it_is(case: Bad, report: Report) -> Non
 def test_nothing_else_is_found_but_the_pair_of_one_name(report: Report) -> None:
     known = {case.name for case in CASES}
     assert [(f.kind, f.where) for f in report.findings if f.where not in known] == [
-        ("name clash", "twin.jpg and twin.png")
+        ("name clash", "twin.jpg and twin.png"),
+        ("orphan caption", "gone.txt"),
     ]
 
 

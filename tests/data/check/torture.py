@@ -175,7 +175,7 @@ POOR_IMAGES = [
     Bad("deep.png", encoded(Image.radial_gradient("L").convert("I;16")), (), ("deep.png", "deep.txt")),
 ]
 ONLY_LINUX = [
-    Bad("gone.png", _link, UNREADABLE),
+    Bad("gone.png", _link, (("note", "remark"),)),
     Bad("pipe.png", _pipe, UNREADABLE),
     Bad("caf\\udce9.png", _misnamed, UNREADABLE, caption=None),
 ]

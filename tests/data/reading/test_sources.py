@@ -76,7 +76,7 @@ def test_a_stray_image_beside_kohya_folders_leaves_them_their_repeats(tmp_path: 
     assert sorted(facts(dataset)) == sorted([("10_cat/a b.png", "cat", 10), (stray, "c d", 1)])
     assert dataset.notes == (
         "10_cat/: its images count 10 times, `cat` is their caption where they have none",
-        f"1 image(s) lie in no folder named `N_words` and count once (first: {stray}); "
+        f"{stray}: is the first of 1 image(s) in no folder named `N_words`, which count once; "
         "set data.kohya_folders=false if the numbers in the names mean nothing",
     )
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdlora.config.data import DataConfig
 from sdlora.config.toml import load_config
 from sdlora.data.batching.caption_plan import plan_captions
 from sdlora.data.batching.order import Order
-from sdlora.data.reading.items import ImageItem, Visit
-from sdlora.data.reading.wording import Wording
+from sdlora.data.reading.items import Dataset, ImageItem, Visit
+from sdlora.data.reading.wording import Wording, reworded
 from sdlora.errors import ConfigError
 
 
@@ -245,3 +246,23 @@ def test_settings_of_captions_without_effect_are_refused(overrides: list[str], c
     with pytest.raises(ConfigError) as caught:
         load_config(None, overrides)
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("caption", "plain"),
+    [
+        (r"miku \(vocaloid\), solo", "miku (vocaloid), solo"),
+        (r"\[a\], \\(b", r"[a], \(b"),
+        (r"a\b, \o/, C:\new", r"a\b, \o/, C:\new"),
+    ],
+)
+def test_brackets_that_taggers_escaped_are_plain_unless_brackets_weigh(caption: str, plain: str) -> None:
+    image_item = item(caption, trigger=r"x \(y\)")
+    assert Wording().plain(image_item) == f"x (y), {plain}"
+    shuffled = captions_of(Wording(shuffle=True), image_item, 3)
+    assert all(set(text) == set(f"x (y), {plain}") for text in shuffled)
+    assert Wording.of(DataConfig(emphasis=True)).plain(image_item) == rf"x \(y\), {caption}"
+    dataset = Dataset(Path("x"), (image_item,))
+    noted = reworded(dataset, Wording())
+    assert (noted.items[0].caption, len(noted.notes)) == (f"x (y), {plain}", int(plain != caption))
+    assert reworded(dataset, Wording(plain_brackets=False)).notes == ()

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from sdlora_ui.gallery import list_images
 from sdlora_ui.server.allowed_paths import (
     AllowedPaths,
     PathRefused,
@@ -13,6 +14,8 @@ from sdlora_ui.server.allowed_paths import (
     program_folders,
     usual_model_folders,
 )
+from sdlora_ui.settings import checked_source
+from sdlora_ui.site import Site
 
 
 @pytest.fixture
@@ -119,3 +122,67 @@ def test_bases_and_adapters_are_found_in_the_usual_folders(tmp_path: Path) -> No
     )
     assert [file.name for file in model_files(paths, "base")] == ["a.safetensors"]
     assert [file.name for file in model_files(paths, "adapter")] == ["b.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_the_page_lists_nothing_that_a_link_leads_out_to(paths: AllowedPaths, tmp_path: Path) -> None:
+    secret, drawn = tmp_path / "secret", paths.images / "own.png"
+    (secret / "style.safetensors").write_bytes(b"x")
+    (secret / "run").mkdir()
+    (secret / "run" / "config.toml").write_text('[sample]\nprompts = ["private"]\n', encoding="utf-8")
+    drawn.write_bytes(b"x")
+    (paths.images / "out.png").symlink_to(secret / "diary.png")
+    (paths.images / "gone.png").symlink_to("nothing.png")
+    (paths.images / "loop.png").symlink_to("loop.png")
+    (paths.images / "folder.png").mkdir()
+    (paths.images / "same.png").symlink_to(drawn)
+    listed = list_images(paths, 10)
+    assert sorted(image["name"] for image in listed["images"]) == ["own.png", "same.png"]
+
+    (paths.models[0] / "out.safetensors").symlink_to(secret / "style.safetensors")
+    (paths.models[0] / "own.safetensors").write_bytes(b"x")
+    assert [file.name for file in model_files(paths, "base")] == ["own.safetensors"]
+
+    (paths.runs / "linked").symlink_to(secret / "run")
+    (paths.data / "linked").symlink_to(secret)
+    (paths.data / "own").mkdir()
+    for name, file in (
+        ("settings", "config.toml"),
+        ("adapter", "lora.safetensors"),
+        ("own", "lora.safetensors"),
+    ):
+        run = paths.runs / name
+        run.mkdir()
+        (run / "config.toml").write_text("", encoding="utf-8")
+        target = secret / "run" / "config.toml" if name == "settings" else secret / "style.safetensors"
+        if name != "own":
+            (run / file).unlink(missing_ok=True)
+            (run / file).symlink_to(target)
+        else:
+            (run / file).write_bytes(b"x")
+        step = run / "checkpoints" / "step-000001"
+        step.parent.mkdir()
+        step.symlink_to(secret)
+    site = Site.open(paths)
+    try:
+        assert [choice.label for choice in site.runs()] == ["own"]
+        assert [choice.label for choice in site.adapters()] == ["own"]
+        assert [choice.label for choice in site.data_sets()] == ["own"]
+        assert site.checkpoints(paths.runs / "adapter") == []
+        assert site.base_of(paths.runs / "settings") == "mini"
+    finally:
+        site.end()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_model_folder_is_refused_if_anything_in_it_leads_out(paths: AllowedPaths, tmp_path: Path) -> None:
+    folder = paths.runs / "peft" / "unet"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_bytes(b"{}")
+    (folder / "inside").symlink_to(folder)
+    assert paths.model(folder.parent) == folder.parent
+    (folder / "adapter_model.safetensors").symlink_to(tmp_path / "secret" / "diary.png")
+    with pytest.raises(PathRefused, match="leads out"):
+        paths.model(folder.parent)
+    with pytest.raises(PathRefused, match="leads out"):
+        checked_source(paths, "base", "runs/peft")

@@ -1,0 +1,49 @@
+"""What is typed behind a command: paths and base models, an empty one refused, ``~`` expanded."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..files import given_path
+
+FAMILY_HELP = "what the adapter is for (e.g. sd1), where the file itself does not tell"
+
+
+def path_argument(text: str) -> Path:
+    """Return the path that an argument names.
+
+    Raises:
+        argparse.ArgumentTypeError: when it names none.
+    """
+    try:
+        return given_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def folder_argument(text: str) -> str:
+    """Return the folder that a command with settings is given, ``~`` expanded; a setting stays as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: when it names none.
+    """
+    return text if "=" in text else source_argument(text)
+
+
+def source_argument(text: str) -> str:
+    """Return a base model as it was named, a path with ``~`` expanded; a hub id stays as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: when it names nothing.
+    """
+    path = path_argument(text)
+    return str(path) if text.startswith("~") else text
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a hint for a word that is not among those known, or nothing."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {matches[0]}?" if matches else ""
