@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave_ascii() -> None:
-    """Begin anew in UTF-8 where the locale has Python take names of files for ASCII.
+    """Start again in UTF-8 where the locale has Python take names of files for ASCII.
 
     Python does so by itself for the locale C, unless it is told not to (``PYTHONUTF8=0``); a folder that is
     called ``blüten`` could be neither named nor shown.

@@ -38,8 +38,8 @@ def attempt(run: Run, what: str, work: Callable[[Run], Result]) -> Result | None
         problem = f"{what} could not be made ({reason(error)}); training goes on without"
         if is_out_of_memory(error):
             problem = (
-                f"{run.model.facts.device} does not have enough memory for {what}; skipped, and training continues. "
-                "It fits with a smaller data.resolution; or switch it off: sample.prompts=[], "
+                f"{run.model.facts.device} does not have enough memory for {what}; skipped, and training "
+                "continues. It fits with a smaller data.resolution; or switch it off: sample.prompts=[], "
                 "data.validation=0"
             )
     if run.model.facts.device.type == "cuda":

@@ -38,14 +38,14 @@ def rescued(run: Run, cause: Exception) -> SdloraError:
     if checkpoint.is_whole(saved):
         return kind(
             f"{reason(cause)}; nothing is lost: the trained adapter is in {saved.adapter_file}, and {again} "
-            "writes the file anew"
+            "writes the file again"
         )
     file = _written_somewhere(run)
     if file is not None:
         return kind(f"{reason(cause)}; the trained adapter was written to {file} instead")
     return kind(
         f"{reason(cause)}; the trained adapter could not be written to any other place either. Free some "
-        f"space, then {again} goes on from the last checkpoint"
+        f"space, then {again} continues from the last checkpoint"
     )
 
 

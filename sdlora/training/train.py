@@ -359,7 +359,7 @@ def _not_finite(run: Run, what: str, step: int, names: Sequence[str]) -> str:
     saved = list_checkpoints(run.folder.checkpoints)
     kept = ""
     if saved:
-        kept = f"; with adapter.from_file={saved[-1].adapter_file} it goes on from step {saved[-1].step}"
+        kept = f"; with adapter.from_file={saved[-1].adapter_file} it continues from step {saved[-1].step}"
     return (
         f"step {step + 1}: {what} is not a finite number for {', '.join(names)}; the adapter's weights were "
         "not touched. Look at these images, and start a new run in another --output with a lower "
