@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, OutputError
-from ..files import write_text
+from ..files import refuse_bad_names, write_text
+from .arguments import path_argument, text_argument
 
 if TYPE_CHECKING:
     from ..config.foreign.programs import Imported
@@ -23,6 +24,7 @@ def declare_import(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora import``."""
     parser.add_argument(
         "source",
+        type=text_argument,
         help="settings file of another trainer (.toml, .json, .yaml, .bat, .sh), its command line in "
         "quotes, or - to "
         "read either from standard input",
@@ -36,7 +38,10 @@ def declare_import(parser: argparse.ArgumentParser) -> None:
         "onetrainer, ai-toolkit, simpletuner, diffusers, adapter-config",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="where to write them; NAME.sdlora.toml when left out"
+        "--output",
+        type=path_argument,
+        metavar="FILE",
+        help="where to write them; NAME.sdlora.toml when left out",
     )
     parser.usage = "sdlora import FILE|'COMMAND' [--output FILE]"
 
@@ -47,6 +52,7 @@ def run_import(options: argparse.Namespace) -> Result:
 
     source, stem = _source(options.source)
     output: Path = options.output or Path(f"{stem}.sdlora.toml")
+    refuse_bad_names(output)
     if output.exists():
         raise OutputError(f"{output}: exists already; give another name with --output")
     imported = import_settings(source, program=options.program)
