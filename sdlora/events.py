@@ -232,7 +232,7 @@ class Control:
         """Return and forget the requests made since the last call: any of STOP, SAVE, SAMPLE."""
         if self._folder is not None:
             for name in REQUESTS:
-                file = self._folder / name
+                file = RunFolder(self._folder).request_file(name)
                 with suppress(OSError):  # a folder that became unreadable, or a disk that is gone
                     self._see(file)
         taken, self._requests = frozenset(self._requests), set()

@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .files import size_text
+
 Capability = tuple[int, int]
 """Compute capability of an NVIDIA card, (8, 9) for sm_89."""
 
@@ -28,7 +30,6 @@ _TURING, _BLACKWELL = (7, 5), (10, 0)
 _OLDEST_DRIVER = 525  # the first that runs CUDA 12
 _PACKAGES = ("xformers", "triton", "triton-windows", "bitsandbytes")
 _NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI vendor; class of graphics cards
-GIB = 2**30
 
 
 def version() -> str:
@@ -55,7 +56,7 @@ class Card:
 
     def __str__(self) -> str:
         parts = [f"sm_{self.capability[0]}{self.capability[1]}"] if self.capability else []
-        parts += [f"{self.memory / GIB:.1f} GiB"] if self.memory else []
+        parts += [size_text(self.memory)] if self.memory else []
         return f"{self.name} ({', '.join(parts)})" if parts else self.name
 
 

@@ -186,7 +186,7 @@ def test_the_page_says_what_lies_idle_and_how_to_mend_it() -> None:
     assert rows["torch"].good is False
     assert rows["chosen"].value == "training.device: cpu"
     assert rows["xformers"].good is None
-    assert rows["memory"].value == "8.0 of 16.0 GiB free"
+    assert rows["memory"].value == "8.0 GiB of 16.0 GiB free"
 
 
 def test_this_machine_can_be_examined() -> None:

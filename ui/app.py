@@ -114,11 +114,11 @@ def quiet(uploads: Path) -> None:
 
 
 def build(site: Site) -> gr.Blocks:
-    """Return the page with its four tabs."""
+    """Return the page with its tabs."""
     import gradio as gr
 
-    from .tabs import dataset, generate, tools, train
     from .tabs.shared import Shell
+    from .tabs.table import TABS
 
     with gr.Blocks(
         title="sdlora", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
@@ -135,16 +135,12 @@ def build(site: Site) -> gr.Blocks:
             "<sd-theme></sd-theme></header>",
             elem_id="head",
         )
-        with gr.Tabs(selected="dataset", elem_id="pages", overflow_behavior="wrap") as tabs:
+        with gr.Tabs(selected=next(iter(TABS)), elem_id="pages", overflow_behavior="wrap") as tabs:
             shell = Shell(tabs, *bridges.values())
-            with gr.Tab("1 Data set", id="dataset"):
-                dataset.build(site, shell)
-            with gr.Tab("2 Train", id="train", render_children=True) as training:
-                train.build(site, shell, training)
-            with gr.Tab("3 Generate", id="generate", render_children=True) as drawing:
-                generate.build(site, shell, drawing)
-            with gr.Tab("4 Export & tools", id="tools", render_children=True) as exporting:
-                tools.build(site, shell, exporting)
+            for number, (name, tab) in enumerate(TABS.items(), start=1):
+                # the hidden ones are in the page, too: what one page sends must find the other's fields
+                with gr.Tab(f"{number} {tab.title}", id=name, render_children=number > 1) as shown:
+                    tab.build(site, shell, shown)
     return page
 
 

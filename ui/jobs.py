@@ -223,7 +223,7 @@ class JobQueue:
         job = self.get(job_id)
         if job.status != "running" or not self.view(job_id).started:
             raise ConfigError(f"{job.name}: is not training right now; try again while it trains")
-        (job.run / what).touch()
+        RunFolder(job.run).request_file(what).touch()
 
     def resume(self, job_id: str) -> Job:
         """Queue an ended job again, from its newest checkpoint, or from the start if it never began.
@@ -381,7 +381,7 @@ class JobQueue:
 
     def _ask_to_stop(self, job: Job) -> None:
         if self.view(job.id).started and job.run.is_dir():
-            (job.run / STOP).touch()
+            RunFolder(job.run).request_file(STOP).touch()
             return
         process = process_of(job)
         if process is not None:

@@ -44,10 +44,9 @@ from .strength import Strength, strength_of
 
 @dataclass(frozen=True)
 class AttachedLayer:
-    """One adapted layer of one adapter: where it is, peft's layer, and its two parameters."""
+    """One plain layer of one adapter: where it is, and its two parameters."""
 
     key: ModuleKey
-    layer: LoraLayer
     down: nn.Parameter
     up: nn.Parameter
     alpha: float
@@ -146,7 +145,6 @@ def attached_layers(model: DiffusionModel, name: str) -> Iterator[AttachedLayer]
                 layers.append(
                     AttachedLayer(
                         ModuleKey(component, canonical_path(component, path)),
-                        layer,
                         layer.lora_A[inner].weight,
                         layer.lora_B[inner].weight,
                         float(layer.lora_alpha[inner]),

@@ -7,11 +7,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..machine import GIB, MachineFacts, examine, remedies, unserved, why_idle
+from ..files import size_text
+from ..machine import MachineFacts, examine, remedies, unserved, why_idle
 
 Result = tuple[dict[str, Any], int]
 
 _SIGNS = {True: "ok", False: "NO", None: "  "}
+
+_LITTLE = 2 * 2**30  # bytes of main memory below which little can be done
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def page(facts: MachineFacts, chosen: dict[str, str]) -> list[Row]:
         Row("torch", f"{facts.torch}, {built}", None if facts.cuda_build or not facts.present else False),
         *_cards(facts),
         Row("CPU", f"{facts.cores} cores"),
-        Row("memory", f"{facts.free / GIB:.1f} of {facts.memory / GIB:.1f} GiB free", facts.free > 2 * GIB),
+        Row("memory", f"{size_text(facts.free)} of {size_text(facts.memory)} free", facts.free > _LITTLE),
         *_packages(facts),
     ]
     return rows + [Row("chosen", f"{key}: {value}") for key, value in chosen.items()]
@@ -99,19 +102,17 @@ def _packages(facts: MachineFacts) -> list[Row]:
 
 def _chosen() -> dict[str, str]:
     """Return what training chooses on this machine when nothing is set."""
-    from ..devices import choose_device, choose_dtype
     from ..errors import ConfigError
-    from ..families.attention import choose_attention
+    from ..families.compute import Compute
+    from ..number_formats import dtype_name
 
     try:
-        device = choose_device(None)
+        compute = Compute.choose()
     except ConfigError as error:
         return {"training.device": str(error)}
-    dtype = choose_dtype(None, device)
-    attention = choose_attention("auto", device, dtype, training=True)
-    precision = str(dtype).removeprefix("torch.")
+    attention = compute.attention.training
     return {
-        "training.device": str(device),
-        "training.precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[precision],
+        "training.device": str(compute.device),
+        "training.precision": dtype_name(compute.dtype),
         "training.attention": f"{attention.name} ({attention.reason})",
     }

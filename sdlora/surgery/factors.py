@@ -44,10 +44,6 @@ class Factors:
         """Return the update times a number, which goes into ``up`` alone (in both it would be squared)."""
         return Factors(self.up * factor, self.down, self.shape)
 
-    def dense(self) -> Tensor:
-        """Return dW as a float64 matrix (out, in * kh * kw)."""
-        return self.up @ self.down
-
     def norm(self) -> float:
         """Return the Frobenius norm from two R x R Gram matrices."""
         return math.sqrt(max(inner_product(self, self), 0.0))

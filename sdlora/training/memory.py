@@ -35,7 +35,6 @@ from ..files import size_text
 from ..generation.render import most_at_once
 from .optimizers import optimizer_kind
 
-GIB = 2**30
 _TOLERANCE = 0.85  # the count may be 15 % too high; with less free than this share of it, a run cannot fit
 VALIDATION_TIMESTEPS = 4  # at which each held-out image is measured
 _SPARED = ("validation", "previews")  # phases that are skipped where they do not fit

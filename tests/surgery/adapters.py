@@ -13,9 +13,15 @@ from torch import Tensor
 from sdlora.adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
 from sdlora.families.facts import FamilyInfo
 from sdlora.formats.adapter_files import write_adapter
+from sdlora.surgery.factors import Factors
 
 RANKS = (4, 3, 6)
 SCALES = (0.5, 1.0, 0.3)
+
+
+def dense(factors: Factors) -> Tensor:
+    """Return dW as a float64 matrix (out, in * kh * kw)."""
+    return factors.up @ factors.down
 
 
 def mixed_adapter(

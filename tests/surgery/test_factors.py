@@ -23,6 +23,7 @@ from sdlora.surgery.factors import (
     rounding_distance,
     spectrum,
 )
+from surgery.adapters import dense
 
 sizes = st.integers(1, 12)
 
@@ -40,11 +41,11 @@ def test_products_norms_and_distances_equal_those_of_the_matrices(
     out: int, width: int, rank: int, other_rank: int, seed: int
 ) -> None:
     first, other = drawn(out, width, rank, seed), drawn(out, width, other_rank, seed + 1)
-    a, b = first.dense(), other.dense()
+    a, b = dense(first), dense(other)
     assert inner_product(first, other) == pytest.approx(float((a * b).sum()), rel=1e-10, abs=1e-10)
     assert first.norm() == pytest.approx(float(a.norm()), rel=1e-10)
     assert distance(first, other) == pytest.approx(float((a - b).norm()), rel=1e-10)
-    torch.testing.assert_close(joined([first, other]).dense(), a + b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dense(joined([first, other])), a + b, rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,11 +54,11 @@ def test_the_spectrum_is_that_of_the_full_svd_also_when_the_rank_exceeds_the_lay
     out: int, width: int, rank: int, seed: int
 ) -> None:
     factors = drawn(out, width, rank, seed)
-    actual, wanted = spectrum(factors), torch.linalg.svdvals(factors.dense())
+    actual, wanted = spectrum(factors), torch.linalg.svdvals(dense(factors))
     assert len(actual.values) == min(out, width, rank)
     torch.testing.assert_close(actual.values, wanted[: len(actual.values)], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
-        actual.first(len(actual.values)).dense(), factors.dense(), rtol=1e-10, atol=1e-10
+        dense(actual.first(len(actual.values))), dense(factors), rtol=1e-10, atol=1e-10
     )
 
 
@@ -75,7 +76,7 @@ def test_the_rounding_distance_is_that_of_the_rounded_matrices(dtype: torch.dtyp
     pair = pair_of(factors, 3.0, dtype)
     stored = factors_of(pair)
     assert rounding_distance(factors, stored) == pytest.approx(
-        float((factors.dense() - stored.dense()).norm()), rel=1e-5
+        float((dense(factors) - dense(stored)).norm()), rel=1e-5
     )
 
 
@@ -83,7 +84,7 @@ def test_balancing_changes_no_product_and_keeps_float16_precise() -> None:
     drawn_factors = drawn(30, 20, 5, 2)
     lopsided = Factors(drawn_factors.up * 2.0**-22, drawn_factors.down * 2.0**4, (30, 20))
     even = balanced(lopsided)
-    assert torch.equal(even.dense(), lopsided.dense())
+    assert torch.equal(dense(even), dense(lopsided))
     naive, careful = pair_of(lopsided, 5.0, torch.float16), pair_of(even, 5.0, torch.float16)
     errors = [distance(lopsided, factors_of(pair)) / lopsided.norm() for pair in (naive, careful)]
     assert errors[0] > 0.01
@@ -92,7 +93,7 @@ def test_balancing_changes_no_product_and_keeps_float16_precise() -> None:
 
 def test_balancing_takes_factors_that_are_zero() -> None:
     factors = Factors(torch.zeros(4, 2, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64), (4, 3))
-    assert torch.equal(balanced(factors).dense(), torch.zeros(4, 3, dtype=torch.float64))
+    assert torch.equal(dense(balanced(factors)), torch.zeros(4, 3, dtype=torch.float64))
 
 
 def test_alpha_is_folded_into_up_alone() -> None:

@@ -20,7 +20,7 @@ from sdlora.surgery.merge import MergeMethod, merge_adapters, merged
 from sdlora.surgery.methods import dropped, elected, layer_seed, trimmed
 from sdlora.surgery.result import finish
 from sdlora.surgery.strengths import ModuleStrength
-from surgery.adapters import exact, mixed_adapter, relative_errors, saved, truncated
+from surgery.adapters import dense, exact, mixed_adapter, relative_errors, saved, truncated
 
 
 def total(
@@ -210,7 +210,7 @@ def test_the_result_does_not_depend_on_how_an_adapter_is_written(tmp_path: Path)
         (pair.up.flatten(1) @ mixing).reshape(pair.up.shape),
         pair.alpha,
     )
-    torch.testing.assert_close(factors_of(other).dense(), factors_of(pair).dense(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dense(factors_of(other)), dense(factors_of(pair)), rtol=1e-4, atol=1e-5)
     results = []
     for number, update in enumerate((pair, other)):
         file = saved(tmp_path, f"a{number}", AdapterWeights({module: update}))

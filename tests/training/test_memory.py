@@ -21,7 +21,6 @@ from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
 from sdlora.training.masters import MasterWeights
 from sdlora.training.memory import (
-    GIB,
     MemoryPlan,
     counting_memory,
     free_memory,
@@ -31,6 +30,7 @@ from sdlora.training.memory import (
 from tools.measure_step import measure_memory, most_allocated
 from tools.measure_step import settings as run_settings
 
+GIB = 2**30
 CPU, META = torch.device("cpu"), torch.device("meta")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

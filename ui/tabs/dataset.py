@@ -29,7 +29,7 @@ _DEMO = """<h3>See it work first</h3><p class="sd-dim">48 ink icons on the built
 minutes, without a GPU or a download. This fills in everything; the next click starts it.</p>"""
 
 
-def build(site: Site, shell: Shell) -> None:
+def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     """Put the page into the current tab."""
     folder, look, dropped, named, demo = _ways_in(site)
     bar, trigger, resolution, go = _bar()

@@ -30,11 +30,6 @@ def print_report(report: Report) -> None:
     _print(_report(report))
 
 
-def render_report(report: Report, width: int = _LEAST_WIDTH) -> str:
-    """Return the report as plain text of that many columns."""
-    return _plain(_report(report), width)
-
-
 def print_changes(output: Path, changes: Sequence[Change]) -> None:
     """Show on stdout what was changed in a repaired copy."""
     table = Table(
@@ -54,11 +49,11 @@ def _print(what: RenderableType) -> None:
     if console.is_terminal:
         console.print(what)
     else:  # a file or a pipe has no width
-        console.print(Text(_plain(what, _LEAST_WIDTH)), soft_wrap=True)
+        console.print(Text(_plain(what)), soft_wrap=True)
 
 
-def _plain(what: RenderableType, width: int) -> str:
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+def _plain(what: RenderableType) -> str:
+    console = Console(file=io.StringIO(), width=_LEAST_WIDTH, color_system=None, highlight=False)
     with console.capture() as captured:
         console.print(what)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

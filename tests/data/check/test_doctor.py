@@ -13,8 +13,15 @@ from PIL import Image, ImageFilter
 from sdlora.data.batching.buckets import BucketCount
 from sdlora.data.check.doctor import CaptionStats, Report, examine, report_to_dict
 from sdlora.data.check.findings import Finding
-from sdlora.data.check.report_text import render_report
+from sdlora.data.check.report_text import print_report
 from sdlora.errors import ConfigError, DatasetError
+
+
+def printed(capsys: pytest.CaptureFixture[str], report: Report) -> str:
+    """Return what `sdlora check` prints of a report."""
+    capsys.readouterr()
+    print_report(report)
+    return capsys.readouterr().out.rstrip("\n")
 
 
 def findings_of(report: Report, severity: str | None = None) -> list[tuple[str, str]]:
@@ -145,13 +152,15 @@ def test_one_caption_for_all_and_a_stuck_tag_are_found(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_of_broken_images_only_is_a_report_not_a_crash(tmp_path: Path) -> None:
+def test_a_folder_of_broken_images_only_is_a_report_not_a_crash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     put(tmp_path / "a.png", b"")
     put(tmp_path / "b.png", b"x")
     report = examine(tmp_path, resolution=64, batch_size=2)
     assert (report.num_images, report.num_unusable, report.harmful) == (0, 2, True)
     assert (report.num_batches, report.num_short_batches, report.buckets) == (0, 0, ())
-    assert "Not ready: correct the errors first." in render_report(report)
+    assert "Not ready: correct the errors first." in printed(capsys, report)
 
 
 def test_extremely_long_and_single_pixel_images_are_placed_and_reported(tmp_path: Path) -> None:
@@ -314,32 +323,34 @@ def test_copies_whose_captions_differ_are_said_to(tmp_path: Path) -> None:
     ]
 
 
-def test_the_text_shows_counts_buckets_and_findings_by_severity(tmp_path: Path) -> None:
+def test_the_text_shows_counts_buckets_and_findings_by_severity(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder_of(tmp_path, 4)
     put(tmp_path / "tall.png", drawing(50, 40, 80))
     put(tmp_path / "tall.txt", "something tall")
     put(tmp_path / "bad.png", b"")
     for number in range(10):
         put(tmp_path / f"lost{number}.txt", "x")
-    text = render_report(examine(tmp_path, resolution=48, multiple=8, batch_size=4, trigger_word="ink"))
+    text = printed(capsys, examine(tmp_path, resolution=48, multiple=8, batch_size=4, trigger_word="ink"))
     assert text.splitlines() == TEXT.format(folder=tmp_path).splitlines()
 
 
-def test_what_kohya_folders_say_is_told_as_such(tmp_path: Path) -> None:
+def test_what_kohya_folders_say_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
         put(tmp_path / "10_red cup" / f"{number}.png", drawing(number))
     put(tmp_path / "2_plate" / "a.png", drawing(9))
     put(tmp_path / "2_plate" / "a.caption", "a plate")
     report = examine(tmp_path, resolution=48, multiple=8)
-    text = render_report(report)
+    text = printed(capsys, report)
     assert "images    4, 32 visits per epoch" in text
     assert "captions  1 from files, 3 from folders, 0 from file names" in text
     assert [(f.kind, f.where) for f in report.findings] == [("remark", "10_red cup/"), ("remark", "2_plate/")]
 
 
-def test_a_folder_without_troubles_is_ready(tmp_path: Path) -> None:
+def test_a_folder_without_troubles_is_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder_of(tmp_path, 3)
-    assert render_report(examine(tmp_path, resolution=48, multiple=8)).endswith("Ready to train.")
+    assert printed(capsys, examine(tmp_path, resolution=48, multiple=8)).endswith("Ready to train.")
 
 
 TEXT = """\

@@ -17,7 +17,7 @@ from sdlora.config.toml import load_config
 from sdlora.data.batching.buckets import Placement
 from sdlora.data.check.doctor import Report
 from sdlora.data.check.outlook import examine_settings
-from sdlora.data.check.report_text import render_report
+from sdlora.data.check.report_text import print_report
 from sdlora.errors import DatasetError
 from sdlora.events import Emitter
 from sdlora.training.run import prepare_run
@@ -91,7 +91,7 @@ def test_the_check_shows_every_image_as_training_takes_it(
 
 
 def test_a_validation_folder_is_examined_too_and_its_images_are_not_trained_on(
-    settings: Settings, tmp_path: Path
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     validation_folder = images(tmp_path / "images" / "own", 2, first=60)
     put(validation_folder / "leak.png", (tmp_path / "images" / "p00.png").read_bytes())
@@ -107,7 +107,8 @@ def test_a_validation_folder_is_examined_too_and_its_images_are_not_trained_on(
     assert [examined.item.name for examined in report.images if examined.role == "not used"] == [
         "own/leak.png"
     ]
-    assert re.search(r"held out +2: own/p60\.png, own/p61\.png", render_report(report))
+    print_report(report)
+    assert re.search(r"held out +2: own/p60\.png, own/p61\.png", capsys.readouterr().out)
     put(validation_folder / "broken.png", b"x")
     broken = examine_settings(config)
     assert [finding.where for finding in broken.findings if finding.severity == "error"] == ["own/broken.png"]
