@@ -122,6 +122,12 @@ def test_the_jobs_of_the_day_take_every_path_in_the_order_of_their_value(tmp_pat
     assert len(KINDS) > 12
 
 
+def test_the_functions_whose_memory_is_watched_are_there() -> None:
+    from tools.gpu_day.watch import PHASES, function_at
+
+    assert len(PHASES) == 7 and all(callable(function_at(place)) for place in PHASES)
+
+
 def test_without_a_card_the_day_says_so_and_names_the_rehearsal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ class Watch:
         """Follow the phases of every run made inside."""
         with ExitStack() as patches:
             for place, phase in PHASES.items():
-                patches.enter_context(patch(place, self._within(phase, _found(place))))
+                patches.enter_context(patch(place, self._within(phase, function_at(place))))
             yield
         self._read()
 
@@ -70,7 +70,8 @@ class Watch:
         torch.cuda.reset_peak_memory_stats(self._device)
 
 
-def _found(place: str) -> Callable[..., Any]:
+def function_at(place: str) -> Callable[..., Any]:
+    """Return a function by its module's dotted name and its own."""
     module, _, name = place.rpartition(".")
     call: Callable[..., Any] = getattr(__import__(module, fromlist=[name]), name)
     return call
