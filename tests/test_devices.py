@@ -16,6 +16,21 @@ def test_an_open_device_is_one_that_works() -> None:
     assert (device.type == "cuda") == torch.cuda.is_available()
 
 
+@pytest.mark.parametrize(
+    ("lacking", "device"), [([], "cuda"), ([0], "cuda:1"), ([0, 1], "cuda:2"), ([0, 1, 2], "cpu")]
+)
+def test_of_several_cards_the_first_that_torch_has_kernels_for_is_taken(
+    lacking: list[int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(
+        "sdlora.devices.lack_of_kernels", lambda index: "no kernels" if index in lacking else None
+    )
+    assert choose_device(None) == torch.device(device)
+
+
 def test_a_named_device_is_taken() -> None:
     assert choose_device("cpu") == torch.device("cpu")
 
