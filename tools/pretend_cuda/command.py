@@ -38,16 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(SCENARIOS) if given.all else given.scenario
     if unknown or not names:
         parser.error(f"no such scenario: {', '.join(unknown)}" if unknown else "name a scenario, or --all")
+    answers: dict[str, dict[str, Any]] = {}
     try:
-        answers = dict(_table(play_all(names, given.jobs)))
+        for name, answer in _table(play_all(names, given.jobs)):
+            answers[name] = answer
+            if given.json is not None:  # at once: what was seen is not lost if this is ended
+                given.json.write_text(json.dumps(answers, indent=1), encoding="utf-8")
     except Unavailable as error:
         print(error, file=sys.stderr)
         return 2
     if given.trace:
         for name, answer in answers.items():
             print(f"\n--- {name}\n{answer['trace']}" if answer["trace"] else "", end="")
-    if given.json is not None:
-        given.json.write_text(json.dumps(answers, indent=1), encoding="utf-8")
     return int(any(answer["outcome"] != "ok" for answer in answers.values()))
 
 
@@ -109,6 +111,8 @@ def _table(answers: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str,
     for name, answer in answers:
         sizes = " ".join(f"{_mib(answer[key]):>9}" for key in ("bytes_to_card", "bytes_to_host", "peak"))
         outcome = answer["outcome"] + (f" [{answer['where']}]" if answer["where"] else "")
+        if shares := answer["facts"].get("plan_by_peak"):
+            outcome += f" (plan by peak: {', '.join(f'{phase} {share}' for phase, share in shares.items())})"
         print(f"{name:17} {answer['launches']:9} {answer['waits']:6} {sizes}  {outcome}", flush=True)
         yield name, answer
 
