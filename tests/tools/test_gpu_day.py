@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -120,6 +121,11 @@ def test_the_jobs_of_the_day_take_every_path_in_the_order_of_their_value(tmp_pat
     assert all(set(each.needs) <= known for each in jobs)
     assert all(each.seconds < each.limit <= 580 for each in jobs if not each.skip)
     assert len(KINDS) > 12
+
+
+@pytest.mark.parametrize("module", ["bases", "draw", "measure", "train", "watch"])
+def test_what_a_job_imports_when_it_begins_is_there(module: str) -> None:
+    importlib.import_module(f"tools.gpu_day.{module}")
 
 
 def test_the_functions_whose_memory_is_watched_are_there() -> None:

@@ -45,29 +45,15 @@ def _pretence(libraries: Path) -> Any:
 
 def _base(given: argparse.Namespace) -> dict[str, Any]:
     """Write a base: of the true size with random weights, or a narrow one."""
-    import torch
+    from . import bases
 
-    given.work.mkdir(parents=True, exist_ok=True)
+    place = Path(given.base)
+    place.parent.mkdir(parents=True, exist_ok=True)
     if given.narrow:
-        from transformers import CLIPTokenizer
-
-        from sdlora.families.loading import ASSETS
-        from tools.same_bits.narrow_bases import write_base
-
-        write_base(Path(given.base), given.name, CLIPTokenizer.from_pretrained(ASSETS / "mini" / "tokenizer"))
+        bases.write_narrow(place, given.name)
         return {"faults": []}
-    from tools.true_sizes import write_checkpoint, write_folder
-
-    file = Path(given.base)
-    if given.folder:
-        target = file.with_name(f"{file.stem}.part")
-        write_folder(target, file.with_suffix(".safetensors"), given.name, torch.float16)
-        target.rename(file)
-        return {"faults": []}
-    unfinished = file.with_suffix(".part")
-    size = write_checkpoint(unfinished, given.name, torch.float16)
-    unfinished.rename(file)
-    return {"bytes": size, "faults": []}
+    write = bases.write_true_folder if given.folder else bases.write_true
+    return {"bytes": write(place, given.name), "faults": []}
 
 
 def _train(given: argparse.Namespace) -> dict[str, Any]:
