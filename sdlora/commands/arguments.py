@@ -33,17 +33,6 @@ def folder_argument(text: str) -> str:
     return text if "=" in text else source_argument(text)
 
 
-def text_argument(text: str) -> str:
-    """Return a text that may not be empty.
-
-    Raises:
-        argparse.ArgumentTypeError: when it is.
-    """
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty, as an unset variable leaves it")
-    return text
-
-
 def source_argument(text: str) -> str:
     """Return a base model as it was named, a path with ``~`` expanded; a hub id stays as it is.
 

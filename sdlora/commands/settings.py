@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, OutputError
 from ..files import refuse_bad_names, write_text
-from .arguments import path_argument, text_argument
+from .arguments import path_argument
 
 if TYPE_CHECKING:
     from ..config.foreign.programs import Imported
@@ -24,7 +24,6 @@ def declare_import(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora import``."""
     parser.add_argument(
         "source",
-        type=text_argument,
         help="settings file of another trainer (.toml, .json, .yaml, .bat, .sh), its command line in "
         "quotes, or - to "
         "read either from standard input",
@@ -75,11 +74,14 @@ def _source(text: str) -> tuple[str | Path, str]:
     Raises:
         ConfigError: when it is neither.
     """
+    if text == "-" and sys.stdin is None:
+        raise ConfigError("standard input: is closed; name a settings file")
     if text == "-":
         pasted = sys.stdin.read(_LONGEST_PASTE + 1)
         if len(pasted) > _LONGEST_PASTE:
             raise ConfigError("standard input: is longer than 1 MiB; settings are not")
         return pasted, "imported"
+    text = os.path.expanduser(text)
     if os.path.isfile(text):  # a command line may be too long to be asked for as a path
         return Path(text), Path(text).stem
     if os.path.isdir(text):
