@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..files import find_settings, write_problem
+from ..files import find_settings
 from ..run_folder import RunFolder
 from .arguments import folder_argument, path_argument
 from .flags import base_of, declare_base, declare_setting, settings_of
@@ -127,7 +127,9 @@ def _event_listener(place: Path) -> Listener:
         place.open("ab").close()
         return Journal(place)
     except OSError as error:
-        raise ConfigError(f"--events {place}: {write_problem(error)}") from None
+        raise ConfigError(
+            f"--events {place}: cannot be written ({error.strerror}); give another file"
+        ) from None
 
 
 def _is_main_process() -> bool:

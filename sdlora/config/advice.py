@@ -6,7 +6,7 @@ import datetime
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -168,6 +168,8 @@ def _message(key: str, item: Mapping[str, Any], value: Any, on_command_line: boo
         whole = kind.startswith("int")
         number = "whole number (integer)" if whole else "number"
         return f"must be a {number}{_as_number(shown(_brief(given)), whole=whole)}"
+    if kind in ("bool_parsing", "bool_type"):
+        return "must be true or false"
     if kind == "string_pattern_mismatch" and key in _PATTERNS:
         return _PATTERNS[key]
     return str(item["msg"]).removeprefix("Input ").removeprefix("Value error, ")
@@ -242,11 +244,21 @@ def toml_problem(error: ValueError, text: str) -> str:
             f"a backslash between double quotes begins an escape ({error}); put Windows paths between single "
             f"quotes: {key} = {value.replace(chr(34), chr(39))}"
         )
+    if text.lstrip().startswith("{"):
+        return f"is JSON, and settings are TOML ({error}); `sdlora import` reads other trainers' settings"
     if value in ("True", "False"):
         return f"not valid TOML: {error}; write it in small letters: {key} = {value.lower()}"
     if equals and re.match(r"[^\W\d_]|[~./\\]", value) and "'" not in value:
         return f"not valid TOML: {error}; texts stand in quotes: {key} = '{value}'"
     return f"not valid TOML: {error}; correct that line"
+
+
+def of_another_trainer(keys: Iterable[str], file: Path) -> list[str]:
+    """Return a hint for a file whose settings are called as another trainer calls them."""
+    theirs = [key for key in keys if key in _SYNONYMS]
+    if len(theirs) < 2:
+        return []
+    return [f"these are another trainer's settings: `sdlora import {file}` makes ours of them"]
 
 
 def where(file: Path | None) -> str:

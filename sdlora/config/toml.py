@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ..errors import ConfigError, shown
 from ..files import parse_toml, write_text
-from .advice import explain, nearest, toml_problem, where
+from .advice import explain, nearest, of_another_trainer, toml_problem, where
 from .contradictions import contradictions
 from .schema import Config
 
@@ -54,6 +54,8 @@ def load_config(
             _put(tree, key, value, problems)
     config, more = _validate(tree, schema or Config, typed)
     problems += more
+    if problems and file:
+        problems += of_another_trainer(tree, file)
     if problems:
         raise ConfigError(_listing(problems, file))
     assert config is not None
