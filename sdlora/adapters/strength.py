@@ -52,7 +52,7 @@ def parse_adapter(text: str) -> tuple[Path, Strength]:
         ConfigError: for an empty file name, or something after a colon that is not a number.
     """
     matched = _SPEC.fullmatch(text.strip())
-    if matched is None:
+    if matched is None or text.strip().startswith(":"):  # an unset variable before the strength
         raise ConfigError(f"adapter `{text}`: names no file; give FILE:STRENGTH, e.g. style.safetensors:0.8")
     file, first, second = matched["file"], matched["first"], matched["second"]
     head, colon, tail = file.rpartition(":")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called after every denoising step: (images times steps done, all of them)."""
 
+MOST_PX = 8192
+"""Of a side: more is a slip of the finger, and would take all memory of the machine."""
 MAX_BATCH = 16
 MAX_BATCH_LATENTS = 4 * 64 * 64
 """Latent pixels of one batch: four images of 512 px; guidance doubles what the denoiser sees."""
@@ -126,6 +128,10 @@ def check_request(model: DiffusionModel, request: GenerateRequest) -> None:
             nearest = max(multiple, round(value / multiple) * multiple)
             raise ConfigError(
                 f"`{name}={value}`: {model.base.title} makes multiples of {multiple} px; use {nearest}"
+            )
+        if value > MOST_PX:
+            raise ConfigError(
+                f"`{name}={value}`: more than {MOST_PX} px cannot be drawn; draw smaller, and enlarge"
             )
     if not 0 <= request.seed < 2**64:
         raise ConfigError(f"`seed={request.seed}`: seeds are whole numbers from 0 to 2^64 - 1")

@@ -172,6 +172,7 @@ def test_the_mini_base_draws_at_its_own_size() -> None:
     ("changes", "message"),
     [
         ({"height": 33}, r"`height=33`: .*multiples of 8 px; use 32"),
+        ({"width": 100_000}, r"`width=100000`: more than 8192 px"),
         ({"width": 31}, r"`width=31`: .*use 32"),
         ({"width": 0}, r"`width=0`: .*use 8"),
         ({"steps": 0}, r"`steps=0`"),
