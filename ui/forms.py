@@ -18,6 +18,8 @@ from sdlora.errors import ConfigError
 from sdlora.files import parse_toml
 
 Kind = Literal["switch", "choice", "whole", "number", "text", "lines", "toml"]
+NOT_FOR_A_BROWSER = ("data.follow_links",)
+"""Settings that only the command line has: a browser gets nothing from outside of the server's folders."""
 OPEN = "automatic"
 
 SECTION_TITLES = {

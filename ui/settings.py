@@ -13,7 +13,7 @@ from sdlora.config.schema import Config, fields, names_files
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
 
-from .forms import to_values
+from .forms import NOT_FOR_A_BROWSER, to_values
 from .server.allowed_paths import AllowedPaths
 from .server.uploads import folder_name
 
@@ -32,11 +32,11 @@ def checked_config(paths: AllowedPaths, raw: Mapping[str, Any]) -> Config:
     if name:
         values["output.name"] = name
     config = load_config(values=values)
-    if config.data.follow_links:
-        raise ConfigError(
-            "`data.follow_links` works on the command line only: this server reads nothing outside of its "
-            "folders"
-        )
+    for key in NOT_FOR_A_BROWSER:
+        if config.get(key):
+            raise ConfigError(
+                f"`{key}` works on the command line only: see the folders this server was given"
+            )
     changes: dict[str, Any] = {}
     for key, field in fields():
         if names_files(field) and (text := config.get(key)) is not None:

@@ -14,7 +14,7 @@ from sdlora.config.toml import load_config
 from sdlora.data.reading.folder import survey
 from sdlora.errors import ConfigError, DatasetError, SdloraError
 
-from ..forms import SECTION_TITLES, Setting, control, from_config, settings
+from ..forms import NOT_FOR_A_BROWSER, SECTION_TITLES, Setting, control, from_config, settings
 from ..machine_view import machine_html
 from ..plan_view import plan_html
 from ..server.uploads import folder_name
@@ -51,7 +51,11 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                 gr.HTML(hint("Empty settings are decided from your images and the base, as listed above."))
                 for section, title in SECTION_TITLES.items():
                     settings_here = [
-                        s for s in known.values() if s.key.startswith(f"{section}.") and s.key not in controls
+                        setting
+                        for setting in known.values()
+                        if setting.key.startswith(f"{section}.")
+                        and setting.key not in controls
+                        and setting.key not in NOT_FOR_A_BROWSER
                     ]
                     with gr.Accordion(title, open=False, elem_id=f"more-{section}"):
                         controls |= {setting.key: control(setting) for setting in settings_here}
