@@ -1,4 +1,4 @@
-"""What is typed behind a command: paths and base models, an empty one refused, ``~`` expanded."""
+"""The arguments of commands: paths and base models; empty ones are refused, ``~`` is expanded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..files import given_path
 
-FAMILY_HELP = "what the adapter is for (e.g. sd1), where the file itself does not tell"
+FAMILY_HELP = "family the adapter is for (e.g. sd1), if its file does not say"
 
 
 def path_argument(text: str) -> Path:
@@ -25,7 +25,7 @@ def path_argument(text: str) -> Path:
 
 
 def folder_argument(text: str) -> str:
-    """Return the folder that a command with settings is given, ``~`` expanded; a setting stays as it is.
+    """Return the folder argument of a command with settings, ``~`` expanded; a setting stays as it is.
 
     Raises:
         argparse.ArgumentTypeError: when it names none.
@@ -34,7 +34,7 @@ def folder_argument(text: str) -> str:
 
 
 def source_argument(text: str) -> str:
-    """Return a base model as it was named, a path with ``~`` expanded; a hub id stays as it is.
+    """Return a base model's name: a path with ``~`` expanded; a hub id stays as it is.
 
     Raises:
         argparse.ArgumentTypeError: when it names nothing.

@@ -1,4 +1,4 @@
-"""The command of settings: ``sdlora import`` reads those of other trainers."""
+"""The command for settings: ``sdlora import`` reads those of other trainers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,14 @@ def declare_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         help="settings file of another trainer (.toml, .json, .yaml, .bat, .sh), its command line in "
-        "quotes, or - to "
-        "read either from standard input",
+        "quotes, or - to read either from standard input",
     )
     parser.add_argument(
         "--from",
         dest="program",
         metavar="PROGRAM",
-        help="whose settings they are, where that is not seen: kohya, kohya-config, kohya-dataset, "
-        "kohya-gui, "
-        "onetrainer, ai-toolkit, simpletuner, diffusers, adapter-config",
+        help="the trainer they are from, if that is not recognised: kohya, kohya-config, kohya-dataset, "
+        "kohya-gui, onetrainer, ai-toolkit, simpletuner, diffusers, adapter-config",
     )
     parser.add_argument(
         "--output",
@@ -46,7 +44,7 @@ def declare_import(parser: argparse.ArgumentParser) -> None:
 
 
 def run_import(options: argparse.Namespace) -> Result:
-    """Run ``sdlora import``: write our settings, and show what became of each of theirs."""
+    """Run ``sdlora import``: write sdlora's settings, and show what became of each of the other trainer's."""
     from ..config.foreign.programs import import_settings
 
     source, stem = _source(options.source)
@@ -69,7 +67,7 @@ def run_import(options: argparse.Namespace) -> Result:
 
 
 def _source(text: str) -> tuple[str | Path, str]:
-    """Return a file or a command line, and what an output is called after it.
+    """Return a file or a command line, and the stem of the output's name.
 
     Raises:
         ConfigError: when it is neither.

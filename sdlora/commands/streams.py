@@ -1,4 +1,4 @@
-"""Standard output and error that never end a command: closed, full or cut off, the work is done."""
+"""Standard output and error that never end a command: closed, full or cut off, the work is still done."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Tolerant(io.RawIOBase):
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def fileno(self) -> int:
@@ -31,7 +31,7 @@ class _Tolerant(io.RawIOBase):
         return int(self._raw.fileno())
 
     def isatty(self) -> bool:
-        """Return whether a person reads it."""
+        """Return whether it is a terminal."""
         return bool(self._raw.isatty())
 
     def write(self, data: Any) -> int:
@@ -49,7 +49,7 @@ class Lost:
     """What became of the answer.
 
     Attributes:
-        failure: why standard output could not be written; None while it can, and where its reader only has
+        failure: why standard output could not be written; None while it can, and if its reader has only
             seen enough.
     """
 
@@ -65,9 +65,9 @@ class Lost:
 
 @contextmanager
 def tolerant_streams() -> Iterator[Lost]:
-    """Have everything inside print to streams that neither fail nor refuse a letter.
+    """Replace the standard streams inside by ones that neither fail nor refuse a character.
 
-    A stream that is closed counts as one that nobody wants to read. Letters that its encoding lacks are
+    Output to a closed stream is dropped. Characters that its encoding lacks are
     written as escapes.
     """
     _open_closed_descriptors()
@@ -84,7 +84,7 @@ def tolerant_streams() -> Iterator[Lost]:
 
 
 def _open_closed_descriptors() -> None:
-    """Fill the first three descriptors: else the next file that is opened is taken for standard output."""
+    """Open the first three descriptors; otherwise the next opened file would be taken for standard output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -95,7 +95,7 @@ def _tolerant(stream: Any) -> tuple[_Tolerant | None, Any]:
         return None, open(os.devnull, "w", encoding="utf-8")
     buffer = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)  # unbuffered streams have no buffer in between
-    if not isinstance(raw, io.RawIOBase):  # a test's or a notebook's own
+    if not isinstance(raw, io.RawIOBase):  # a stream of a test or a notebook
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")
         return None, stream
