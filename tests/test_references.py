@@ -107,6 +107,9 @@ def test_the_table_of_packages_names_every_module_and_no_other() -> None:
     for package, cell in rows.items():
         folder = ROOT / "sdlora" / package
         modules = {file.stem for file in folder.glob("*.py")} - {"__init__"}
-        inner = {path.parent.name for path in folder.glob("*/__init__.py")}
+        inner = {file.parent for file in folder.glob("*/__init__.py")}
+        below = {
+            name for path in inner for name in (path.name, f"{path.name}/", *(m.stem for m in path.iterdir()))
+        }
         named = set(re.findall(r"`([a-z_0-9/]+)`", cell))
-        assert (package, named - inner - {f"{name}/" for name in inner}) == (package, modules)
+        assert (package, modules - named, named - modules - below) == (package, set(), set())
