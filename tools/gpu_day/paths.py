@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "buckets": ("data.more_resolutions=[{smaller}]", "training.batch_size=2"),
     "batch-4": ("training.batch_size=4",),
     "captions-in-loop": ("data.shuffle_tags=true", 'data.encode_captions="in loop"'),
-    "crops-in-loop": ("data.crop=random", "data.variants=0"),
+    "crops-in-loop": ("data.crop=random", "data.variants=0", "data.buckets=false"),
     "masks": ("data.alpha_mask=true",),
     "prior": ("data.prior_preservation=1.0",),
     "lora-plus": ("optimizer.lora_plus_ratio=16",),

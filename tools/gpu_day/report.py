@@ -172,7 +172,9 @@ def _others(jobs: Jobs) -> Iterator[str]:
     for name, result in jobs.items():
         answer = result.get("answer")
         if name.startswith("benchmark-") and isinstance(answer, dict):
-            yield from (f"## {name}", "", str(answer.get("table", answer)), "")
+            peer = str(answer.get("settings", {}).get("peer_script", "")).rpartition("/")[2]
+            yield from (f"## {name}{f', the other one is {peer}' if peer else ''}", "")
+            yield from (str(answer.get("table", answer)), "")
         elif name.startswith(("resume-", "processes-")) and isinstance(answer, dict):
             figures = ", ".join(f"{key} {value}" for key, value in answer.items() if key != "faults")
             yield from (f"## {name}", "", figures, "")

@@ -32,8 +32,9 @@ IMAGES = 6
 
 def settings(base: str, work: Path, name: str, *overrides: str, side: int, count: int = IMAGES) -> Config:
     """Return settings for a run of drawn images below ``work``; its cache serves all runs of a base."""
-    images = work / f"images-{side}-{count}"
-    draw_images(images, count, side)
+    wide = "data.crop=random" in overrides  # what is to be cropped must not fit
+    images = work / f"images-{side}-{count}{'-wide' if wide else ''}"
+    draw_images(images, count, side, side * 5 // 4 if wide else side)
     overrides = tuple(text.replace("{smaller}", str(side * 3 // 4)) for text in overrides)
     shutil.rmtree(work / name, ignore_errors=True)
     fixed = {
@@ -51,14 +52,14 @@ def settings(base: str, work: Path, name: str, *overrides: str, side: int, count
     return load_config(None, overrides, {key: value for key, value in fixed.items() if key not in given})
 
 
-def draw_images(folder: Path, count: int, side: int) -> None:
-    """Draw captioned square images with transparent edges, unless they are there."""
+def draw_images(folder: Path, count: int, side: int, width: int) -> None:
+    """Draw captioned images, ``side`` px high, with transparent edges, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         file = folder / f"{number:02d}.png"
         if file.exists():
             continue
-        image = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+        image = Image.new("RGBA", (width, side), (0, 0, 0, 0))
         corner = side * (2 + number) // 24
         draw = ImageDraw.Draw(image)
         draw.rectangle((corner, side // 8, side - corner, side * 7 // 8), fill=(15 * number, 90, 200, 255))
