@@ -110,6 +110,8 @@ def _answer(words: Sequence[str]) -> int:
         result, code = {"error": str(error), "kind": type(error).__name__}, 2
     except SdloraError as error:
         result, code = _refusal(str(error), type(error).__name__), 2
+    except SystemExit as error:  # how argparse ends after --help and --version
+        return int(error.code or 0)
     except KeyboardInterrupt:
         result, code = _refusal("interrupted", "KeyboardInterrupt"), 130
     except MemoryError:

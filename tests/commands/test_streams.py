@@ -60,6 +60,8 @@ def test_an_ascii_locale_can_name_and_show_everything(image_folder: Make, tmp_pa
     assert code in (0, 1), errors
     assert "na\u00efve rose.png" in json.dumps(json.loads(last), ensure_ascii=False)
     assert any("na\\xefve" in line for line in lines)  # escapes, not question marks
+    if Path("/dev/full").exists():
+        assert shell("sdlora --help >/dev/full", tmp_path)[0] == 2
     code, errors = shell("sdlora check 'gr\u00fcn'", tmp_path, **ASCII)
     assert (code, "gr\\xfcn: no such folder" in errors, len(errors.splitlines())) == (2, True, 1)
 

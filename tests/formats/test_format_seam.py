@@ -106,8 +106,7 @@ def test_a_format_from_outside_is_offered_written_told_and_read_back(
     weights: AdapterWeights, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "arrow" in written_formats() and find_format("arrow") is ARROW
-    with pytest.raises(SystemExit):
-        main(["export", "--help"])
+    assert main(["export", "--help"]) == 0
     assert "webui,diffusers,peft,arrow" in capsys.readouterr().out.replace(" ", "").replace("\n", "")
 
     assert main(["export", str(source), "--format", "arrow", "--output", str(tmp_path / "out")]) == 0
