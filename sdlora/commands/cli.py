@@ -13,6 +13,7 @@ import codecs
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ from .surgery import (
 )
 
 Result = tuple[dict[str, Any], int]
+_COMMA = re.compile(r"invalid float value: '([+-]?\d+,\d+)'")
 
 
 class Command(NamedTuple):
@@ -154,6 +156,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the message that argparse would print before exiting."""
+        if comma := _COMMA.search(message):
+            message += f"; write {comma[1].replace(',', '.')}, with a point"
         raise ConfigError(f"{' '.join(message.split())} (see {self.prog} --help)")
 
 

@@ -188,6 +188,7 @@ def _tensor_files(path: Path) -> list[Path]:
         if format.is_folder and (files := format.code().files(path)):
             return files
     names = sorted(file.name for file in path.glob("*.safetensors"))
+    names += sorted(file.parent.parent.name for file in path.glob(f"*/*/{CONFIG_FILE}"))
     hint = f"name one of its files ({', '.join(names[:3])})" if names else "name a .safetensors file"
     raise AdapterFileError(f"{path}: is a folder without {CONFIG_FILE}; {hint} or a PEFT folder")
 
