@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if arguments is None:
         _leave_ascii()
+        warnings.showwarning = _show_warning
     words = sys.argv[1:] if arguments is None else list(arguments)
     with tolerant_streams() as lost:
         code = _answer(words)
@@ -98,6 +100,12 @@ def _leave_ascii() -> None:
     if ascii_names and os.name == "posix" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+    """Show a warning as a line for people; where in the code it arose means nothing to them."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent.parent)
+    print(f"note: {message}" if ours else f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def _answer(words: Sequence[str]) -> int:
