@@ -11,7 +11,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,9 @@ _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 DTYPES = {known.file_name: known.dtype for known in NUMBER_FORMATS}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT_DTYPES = tuple(known.dtype for known in NUMBER_FORMATS if known.is_factor)
+FP8_DTYPES = tuple(known.dtype for known in NUMBER_FORMATS if known.name.startswith("F8_"))
+"""Read as fp16, which holds every value of both exactly; torch computes little in them itself."""
+_FP8_SCALES = (".scale_weight", ".weight_scale")
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 _FOREIGN_STARTS = (
@@ -147,7 +150,11 @@ def opened(header: Header) -> Iterator[Load]:
                 spec = header.tensors[key]
                 stream.seek(header.data_offset + spec.start)
                 tensor = _tensor(header.path, key, spec, stream.read(spec.end - spec.start))
-                if spec.dtype in FLOAT_DTYPES and not all_finite(tensor):
+                if spec.dtype in FP8_DTYPES:
+                    tensor = tensor.to(torch.float16)
+                    if (scale := scale_key(header, key)) is not None:
+                        tensor = tensor.float() * load(scale).float()
+                if tensor.dtype in FLOAT_DTYPES and not all_finite(tensor):
                     raise AdapterFileError(
                         f"{header.path}: tensor `{shown(key)}` holds NaN or infinite values; the training "
                         "that made it diverged, use an earlier checkpoint of it"
@@ -173,9 +180,34 @@ def shapes_only(header: Header) -> Iterator[Load]:
             spec = header.tensors[key]
             if math.prod(spec.shape) == 1:
                 return load(key)
-            return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+            dtype = torch.float16 if spec.dtype in FP8_DTYPES else spec.dtype
+            return torch.empty(spec.shape, dtype=dtype, device="meta")
 
         yield outline
+
+
+def scale_key(header: Header, key: str) -> str | None:
+    """Return the key of the number that an fp8 tensor is multiplied by, if the file has one.
+
+    Raises:
+        AdapterFileError: when it is not one floating-point number.
+    """
+    stem = key.removesuffix(".weight")
+    for name in (stem + _FP8_SCALES[0], stem + _FP8_SCALES[1]):
+        spec = header.tensors.get(name)
+        if spec is not None:
+            if math.prod(spec.shape) != 1 or spec.dtype not in FLOAT_DTYPES:
+                raise AdapterFileError(
+                    f"{header.path}: the scale `{shown(name)}` is not one floating-point number; "
+                    "export the file again"
+                )
+            return name
+    return None
+
+
+def is_scale_of_fp8(key: str, known: Container[str]) -> bool:
+    """Tell whether a key is the scale of another one's fp8 tensor, which :func:`opened` multiplies it by."""
+    return any(key.endswith(end) and f"{key.removesuffix(end)}.weight" in known for end in _FP8_SCALES)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -37,6 +37,7 @@ from sdlora.formats import names
 from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter
 from sdlora.formats.proof import compare, prove
 from sdlora.formats.table import FORMATS, written_formats
+from tools import other_files
 
 TARGETS = ("attention", "linear", "all")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -315,11 +316,29 @@ def kinds_part(table: Table, families: Sequence[str]) -> None:
                 )
 
 
+def others_part(table: Table, families: Sequence[str]) -> None:
+    """Generated files of others: what is read, written, merged and baked against float64 arithmetic."""
+    print("\nFiles of others: largest error of an update, relative to its norm")
+    for family in families:
+        counts, failures, largest = other_files.run([family])
+        errors = ", ".join(
+            f"{name} {error:.1e} ({counts[f'checked {name}']}x)" for name, error in largest.items()
+        )
+
+        def result(n: int = counts["files"], e: str = errors, f: Sequence[str] = tuple(failures)) -> str:
+            if f:
+                raise AdapterFileError(f"{len(f)} of {n} files: {f[0]}")
+            return f"{n} files; {e}"
+
+        table.row(f"{family}: kinds x spellings x dimensions x alphas x formats", result)
+
+
 PARTS: dict[str, Callable[[Table, Sequence[str]], None]] = {
     "formats": formats_part,
     "chains": chains_part,
     "spellings": spellings_part,
     "kinds": kinds_part,
+    "others": others_part,
 }
 
 

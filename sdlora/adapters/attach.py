@@ -30,9 +30,10 @@ from .initial import file_alpha
 from .kinds.lora import peft_config
 from .kinds.table import KINDS
 from .module_paths import (
+    base_parameter,
     base_weight,
     canonical_path,
-    check_fit,
+    fitted,
     holds,
     inner_name,
     installed_path,
@@ -116,8 +117,8 @@ def attach(
     Raises:
         AdapterFileError: if a module is missing in the model or has another shape.
     """
-    check_fit(model, weights, name)
-    plain = weights.only_plain()
+    weights = fitted(model, weights, name)
+    plain = AdapterWeights({k: u for k, u in weights.only_plain().updates.items() if _has_layers(model, k)})
     for component in plain.components():
         module = model.components()[component]
         pairs = {installed_path(module, path): pair for path, pair in plain.component(component).items()}
@@ -126,13 +127,19 @@ def attach(
             inject_adapter_in_model(peft_config(name, pairs, dropout), module, adapter_name=inner_name(name))
         module.requires_grad_(False)  # peft makes what it adds trainable; the masters say what learns
     for key, update in weights.all_items():
-        if not isinstance(update, LowRankPair):
-            hook_update(without_adapters(module_at(model, key)), inner_name(name), update)
+        if key not in plain.updates:
+            layer = without_adapters(module_at(model, key))
+            hook_update(layer, inner_name(name), update, bias=key.is_bias)
     layers = list(attached_layers(model, name))
     assert len(layers) == len(plain), f"peft adapted {len(layers)} of {len(plain)} layers"
     write_weights(layers, plain)
     set_strengths(model, {name: 1.0})
     return layers
+
+
+def _has_layers(model: DiffusionModel, key: ModuleKey) -> bool:
+    """Tell whether peft has a layer for plain pairs of this kind of module; embeddings get hooks."""
+    return isinstance(without_adapters(module_at(model, key)), nn.Linear | nn.Conv2d)
 
 
 def attached_layers(model: DiffusionModel, name: str) -> Iterator[AttachedLayer]:
@@ -166,6 +173,11 @@ def updates_in(model: DiffusionModel, name: str) -> list[tuple[ModuleKey, Update
                 # a layer that peft has wrapped, too, is inside the wrapper, under this name
                 key = ModuleKey(component, canonical_path(component, path.removesuffix(".base_layer")))
                 pairs_found.append((key, updates.on(inner, base_weight(layer).device)))
+            if inner in updates.biases:
+                path = path.removesuffix(".base_layer")
+                pairs_found.append(
+                    (ModuleKey(component, canonical_path(component, path)).bias, updates.biases[inner])
+                )
     return sorted(pairs_found, key=lambda pair: pair[0])
 
 
@@ -258,7 +270,7 @@ class Merged:
                     acting.setdefault(key, []).append((value, update))
         with torch.no_grad():
             for key, updates in acting.items():
-                weight = base_weight(module_at(model, key))
+                weight = base_parameter(model, key)
                 self._originals[key] = weight.detach().to("cpu", copy=True)
                 merged = original = weight.detach().float()  # W + sum of strength * dW, in the shape of W
                 for value, update in updates:
@@ -270,7 +282,7 @@ class Merged:
         """Put the base's own weights back; :func:`set_strengths` lets adapters act again."""
         with torch.no_grad():
             for key, original in self._originals.items():
-                base_weight(module_at(self._model, key)).copy_(original)
+                base_parameter(self._model, key).copy_(original)
         self._originals = {}
 
 

@@ -23,12 +23,37 @@ from torch import Tensor
 from ..errors import AdapterFileError
 from ..families.facts import component_order
 
+_BIAS = ".bias"
+
 
 class ModuleKey(NamedTuple):
-    """One adapted layer: the component it sits in and its module path there."""
+    """One adapted layer: the component it sits in and its module path there.
+
+    A path that ends in ``.bias`` is the bias of the layer before it, else the layer's weight is meant.
+    """
 
     component: str
     path: str
+
+    @property
+    def layer(self) -> str:
+        """Path of the layer."""
+        return self.path.removesuffix(_BIAS)
+
+    @property
+    def parameter(self) -> str:
+        """``weight`` or ``bias``."""
+        return "bias" if self.is_bias else "weight"
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the layer's bias."""
+        return self.path.endswith(_BIAS)
+
+    @property
+    def bias(self) -> ModuleKey:
+        """The bias of this layer."""
+        return ModuleKey(self.component, self.layer + _BIAS)
 
 
 class Update(ABC):
@@ -36,12 +61,16 @@ class Update(ABC):
 
     Attributes:
         kind: its kind's name, a key of :data:`sdlora.adapters.kinds.table.KINDS`.
-        needs_base: whether dW depends on the base's weight, too, and so cannot be computed without it.
+        needs_base: whether dW follows from the base's weight too, so that it is not known without.
+        has_rank: whether there is a rank, and an alpha over it.
+        exact_factors: whether :meth:`factors` are of low rank although the update needs the base.
         alpha: numerator of the scale, as files store it.
     """
 
     kind: ClassVar[str]
     needs_base: ClassVar[bool] = False
+    has_rank: ClassVar[bool] = True
+    exact_factors: ClassVar[bool] = False
     alpha: float
 
     @property
@@ -107,8 +136,17 @@ class Update(ABC):
         """Return the Frobenius norm of dW, in float64."""
         return float(torch.linalg.norm(self.delta().double()))
 
-    def pointwise(self) -> Self:
-        """Return the update as that of a 1x1 convolution, if its factors do not show the kernel."""
+    def in_shape(self, shape: tuple[int, ...]) -> Update:
+        """Return the same update for a layer whose weight has this shape.
+
+        A linear layer and a 1x1 convolution have the same values in another number of dimensions, and files
+        may hold the factors of one like those of the other.
+
+        Raises:
+            ValueError: when the factors are those of another layer.
+        """
+        if shape != self.shape:
+            raise ValueError(f"an update of {self.shape} cannot be one of {shape}")
         return self
 
 
@@ -149,9 +187,9 @@ class WrappedUpdate(Update):
         """Return the norm of the direction, which is known without the base."""
         return self.direction.norm()
 
-    def pointwise(self) -> Self:
-        """Return it with its direction as that of a 1x1 convolution."""
-        return self.around(self.direction.pointwise())
+    def in_shape(self, shape: tuple[int, ...]) -> Update:
+        """Return it with its direction in another shape."""
+        return self.around(self.direction.in_shape(shape))
 
 
 def check_factors(fits: bool, tensors: Mapping[str, Tensor], alpha: float) -> None:
@@ -218,6 +256,17 @@ class LowRankPair(Update):
         """Return up, down and alpha / rank."""
         dtype = torch.promote_types(torch.float32, self.down.dtype)
         return self.up.to(dtype).flatten(1), self.down.to(dtype).flatten(1), self.scale
+
+    def in_shape(self, shape: tuple[int, ...]) -> LowRankPair:
+        """Return the pair with its factors seen in another number of dimensions."""
+        if shape == self.shape:
+            return self
+        if self.up.shape[0] != shape[0] or self.down[0].numel() != math.prod(shape[1:]):
+            raise ValueError(f"an update of {self.shape} cannot be one of {shape}")
+        ones = [1] * (len(shape) - 2)
+        return LowRankPair(
+            self.down.reshape(self.rank, *shape[1:]), self.up.reshape(shape[0], self.rank, *ones), self.alpha
+        )
 
     def norm(self) -> float:
         """Return ``|scale| sqrt(trace((up^T up) (down down^T)))``, without building dW."""
@@ -313,17 +362,26 @@ class AdapterInfo:
         name: what prompts call it.
         trigger_words: words in a prompt that evoke the style.
         metadata: all text entries of the file's header, as read or as to be written.
+        stray: keys of the file that hold no weight, and go no further.
     """
 
     family: str | None = None
     name: str = ""
     trigger_words: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    stray: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter with its info: what every format reads and writes."""
+    """An adapter with its info: what every format reads and writes.
+
+    Attributes:
+        weights: what it changes in a model.
+        info: what is known besides.
+        embeddings: textual-inversion embeddings that its file brings along, by their keys.
+    """
 
     weights: AdapterWeights
     info: AdapterInfo = AdapterInfo()
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)

@@ -26,13 +26,16 @@ class UpdateHook:
 
     def __init__(self) -> None:
         self.updates: dict[str, Update] = {}
+        self.biases: dict[str, Update] = {}
         self._strengths: dict[str, float] = {}
         self._handle: RemovableHandle | None = None
 
     def set_strengths(self, strengths: Mapping[str, float]) -> None:
         """Let exactly these adapters act; strength 0 counts as not acting."""
         self._strengths = {
-            name: value for name, value in strengths.items() if value != 0.0 and name in self.updates
+            name: value
+            for name, value in strengths.items()
+            if value != 0.0 and (name in self.updates or name in self.biases)
         }
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -40,20 +43,31 @@ class UpdateHook:
         if not self._strengths:
             return None
         weight: Any = layer.weight
-        total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for name, strength in self._strengths.items():
+        part = self._sum(self.updates, weight)
+        bias = self._sum(self.biases, getattr(layer, "bias", None))
+        # sum of strength * dW; output = W x + b + this: all of these layers are linear in W and b
+        return output + _computed(
+            layer,
+            inputs[0],
+            None if part is None else part.to(output.dtype),
+            None if bias is None else bias.to(output.dtype),
+        )
+
+    def _sum(self, updates: dict[str, Update], value: Tensor | None) -> Tensor | None:
+        """Return the sum of what acts on a weight or bias, in its shape; None if nothing does."""
+        acting = [name for name in self._strengths if name in updates]
+        if not acting or value is None:
+            return None
+        total = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+        for name in acting:
             # DoRA's update follows the weight that the layer computes with
-            total = total.add(self.on(name, weight.device).delta(weight.detach()), alpha=strength)
-        part = total.to(output.dtype)  # sum of strength * dW; output = W x + this x
-        if isinstance(layer, nn.Conv2d):
-            return output + layer._conv_forward(inputs[0], part, None)
-        return output + nn.functional.linear(inputs[0], part)
+            update = updates[name] = _moved(updates[name], value.device)
+            total = total.add(update.delta(value.detach()), alpha=self._strengths[name])
+        return total
 
     def on(self, name: str, device: torch.device) -> Update:
-        """Return an update with its factors on a device, where they stay from then on."""
-        update = self.updates[name]
-        if next(iter(update.tensors().values())).device != device:
-            update = self.updates[name] = update.on(device)
+        """Return an update of the weight with its factors on a device, where they stay from then on."""
+        update = self.updates[name] = _moved(self.updates[name], device)
         return update
 
     def attach_to(self, layer: nn.Module) -> None:
@@ -68,23 +82,63 @@ class UpdateHook:
         delattr(layer, _ATTRIBUTE)
 
 
-def hook_update(layer: nn.Module, name: str, update: Update) -> None:
-    """Give a layer (linear, or a 2-D convolution) an update that does not act yet."""
+def _moved(update: Update, device: torch.device) -> Update:
+    here = next(iter(update.tensors().values())).device == device
+    return update if here else update.on(device)
+
+
+def _computed(layer: nn.Module, inputs: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return what a layer would put out with these in place of its weight and bias; None counts as zero.
+
+    Raises:
+        TypeError: for a layer that is not linear in them.
+    """
+    own: Any = layer
+    if weight is None and not isinstance(layer, nn.Linear | nn.Conv2d):
+        weight = torch.zeros_like(own.weight, dtype=bias.dtype if bias is not None else None)
+    if isinstance(layer, nn.Conv2d):
+        if weight is None:
+            assert bias is not None
+            return bias[:, None, None]
+        return own._conv_forward(inputs, weight, bias)
+    if isinstance(layer, nn.Linear):
+        if weight is None:
+            assert bias is not None
+            return bias
+        return nn.functional.linear(inputs, weight, bias)
+    if isinstance(layer, nn.LayerNorm):
+        return nn.functional.layer_norm(inputs, layer.normalized_shape, weight, bias, layer.eps)
+    if isinstance(layer, nn.GroupNorm):
+        return nn.functional.group_norm(inputs, layer.num_groups, weight, bias, layer.eps)
+    if isinstance(layer, nn.Embedding):
+        assert weight is not None
+        return nn.functional.embedding(inputs, weight, layer.padding_idx)
+    raise TypeError(f"no updates of a {type(layer).__name__}")
+
+
+def hook_update(layer: nn.Module, name: str, update: Update, *, bias: bool = False) -> None:
+    """Give a layer an update of its weight or bias that does not act yet.
+
+    A linear layer, 2-D convolution, norm or embedding.
+    """
     hook = hook_of(layer)
     if hook is None:
         hook = UpdateHook()
         hook.attach_to(layer)
     weight: Any = layer.weight
-    hook.updates[name] = update.on(weight.device)
+    (hook.biases if bias else hook.updates)[name] = update.on(weight.device)
 
 
 def unhook_update(layer: nn.Module, name: str) -> None:
     """Remove an adapter's update from a layer, if it has one there."""
     hook = hook_of(layer)
-    if hook is not None and hook.updates.pop(name, None) is not None:
-        hook.set_strengths({})
-        if not hook.updates:
-            hook.detach_from(layer)
+    if hook is None or not (name in hook.updates or name in hook.biases):
+        return
+    hook.updates.pop(name, None)
+    hook.biases.pop(name, None)
+    hook.set_strengths({})
+    if not hook.updates and not hook.biases:
+        hook.detach_from(layer)
 
 
 def hook_of(layer: nn.Module) -> UpdateHook | None:

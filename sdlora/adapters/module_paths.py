@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import AdapterFileError
 from ..families.base import DiffusionModel
 from ..families.facts import is_text_encoder
-from .canonical import AdapterWeights, LowRankPair, ModuleKey, Update
+from .canonical import AdapterWeights, ModuleKey, Update
 
 _TEXT_ROOT = "text_model."
 
@@ -18,7 +18,7 @@ _TEXT_ROOT = "text_model."
 def module_at(model: DiffusionModel, key: ModuleKey) -> Any:
     """Return the layer that a key names, or PEFT's layer around it."""
     root = model.components()[key.component]
-    return root.get_submodule(installed_path(root, key.path))
+    return root.get_submodule(installed_path(root, key.layer))
 
 
 def without_adapters(layer: nn.Module) -> nn.Module:
@@ -31,6 +31,18 @@ def base_weight(layer: Any) -> Tensor:
     weight = without_adapters(layer).weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def base_parameter(model: DiffusionModel, key: ModuleKey) -> Tensor:
+    """Return the weight or bias of the base's own layer that a key means.
+
+    Raises:
+        AttributeError: if the model has no such layer, or the layer no such parameter.
+    """
+    parameter = getattr(without_adapters(module_at(model, key)), key.parameter)
+    if not isinstance(parameter, Tensor):
+        raise AttributeError(f"no {key.parameter} at {key.path}")
+    return parameter
 
 
 def canonical_path(component: str, path: str) -> str:
@@ -59,13 +71,16 @@ def holds(layer: BaseTunerLayer, inner: str) -> bool:
     return any(inner in getattr(layer, name) for name in layer.adapter_layer_names)
 
 
-def check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> None:
-    """Refuse an adapter with modules that a model lacks, or has in another shape.
+def fitted(model: DiffusionModel, weights: AdapterWeights, name: str) -> AdapterWeights:
+    """Return an adapter with its updates in the shapes of a model's layers.
+
+    A file may hold the factors of a 1x1 convolution like those of a linear layer, and reverse.
 
     Raises:
-        AdapterFileError: naming the first such module.
+        AdapterFileError: naming the first module that the model does not have, or has in another shape.
     """
     components = model.components()
+    updates: dict[ModuleKey, Update] = {}
     for key, update in weights.all_items():
         if key.component not in components:
             raise AdapterFileError(
@@ -73,21 +88,17 @@ def check_fit(model: DiffusionModel, weights: AdapterWeights, name: str) -> None
                 f"({model.info.title}) does not have; use the base it was trained on"
             )
         try:
-            weight = base_weight(module_at(model, key))
+            weight = base_parameter(model, key)
         except AttributeError:
             raise AdapterFileError(
-                f"{name}: its module {key.path} is not in the {key.component} of {model.base.title}; "
-                "use a base of the family it was trained on"
+                f"{name}: its {'bias' if key.is_bias else 'module'} {key.path} is not in the {key.component} "
+                f"of {model.base.title}; use a base of the family it was trained on"
             ) from None
-        wanted, shape = tuple(weight.shape), update.shape
-        if wanted != shape and not _is_flat(update, wanted):
+        try:
+            updates[key] = update.in_shape(tuple(weight.shape))
+        except ValueError:
             raise AdapterFileError(
-                f"{name}: {key.path} is {shape} in the adapter but {wanted} in {model.base.title}; "
-                "use the base it was trained on"
-            )
-
-
-def _is_flat(update: Update, wanted: tuple[int, ...]) -> bool:
-    """Tell whether an update is that of a 1x1 convolution, stored like that of a linear layer (LyCORIS)."""
-    flat = wanted[2:] == (1, 1) and update.shape == wanted[:2]
-    return flat and not isinstance(update, LowRankPair)
+                f"{name}: {key.path} is {update.shape} in the adapter but {tuple(weight.shape)} in "
+                f"{model.base.title}; use the base it was trained on"
+            ) from None
+    return AdapterWeights(updates)

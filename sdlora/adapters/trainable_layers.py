@@ -20,7 +20,7 @@ from .attach import set_strengths
 from .canonical import AdapterWeights, ModuleKey, Update
 from .kinds.kind import TrainedForm
 from .kinds.table import KINDS, titles
-from .module_paths import check_fit, inner_name, installed_path, module_at
+from .module_paths import fitted, inner_name, installed_path, module_at
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def attach_for_training(
         raise AdapterFileError(
             f"{name}: is {kind.title}, which cannot be trained; convert it to a plain LoRA"
         )
-    check_fit(model, weights, name)
+    weights = fitted(model, weights, name)
     for component in weights.components():
         module = model.components()[component]
         updates = {installed_path(module, p): update for p, update in weights.updates_of(component).items()}

@@ -31,6 +31,7 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--private", action="store_true", help="leave out folder names, captions, tags and file names"
     )
+    declare_drop(parser)
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -47,6 +48,18 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompt", action="append", default=[], help="what to draw for --verify-images; may be repeated"
+    )
+
+
+def declare_drop(parser: argparse.ArgumentParser) -> None:
+    """Declare what leaves kinds of layers out."""
+    parser.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="leave out what the format has no place for: bias, norm, embedding, or a kind of layers (full, "
+        "glora, ...); may be repeated",
     )
 
 
@@ -68,11 +81,14 @@ def run_export(options: argparse.Namespace) -> Result:
         overwrite=options.overwrite,
         name=options.name,
         private=options.private,
+        drop=options.drop,
         verify=options.verify,
         family=options.family,
     )
     for file in report.files:
         print(file)
+    for note in report.notes:
+        print(note)
     print(f"proof: {report.proof_line()}")
     if not options.verify_images:
         return report.to_dict(), 0
@@ -102,6 +118,13 @@ def declare_inspect(parser: argparse.ArgumentParser) -> None:
         "--chart", type=path_argument, metavar="PNG", help="also draw the norms by block as an image"
     )
     parser.add_argument(
+        "--fix",
+        type=path_argument,
+        metavar="FILE",
+        help="write a mended copy: dimensions, alphas, names and header entries, proven to change no update",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="let --fix replace a file that exists")
+    parser.add_argument(
         "--header",
         action="store_true",
         help="show every header entry and read no tensor: fast for any size, but without norms and hash",
@@ -115,15 +138,18 @@ def run_inspect(options: argparse.Namespace) -> Result:
 
     source = options.file.as_posix()  # a hub id has its slash on every system
     if is_base(source):
-        if options.set or options.remove or options.chart or options.header:
+        if options.set or options.remove or options.chart or options.header or options.fix:
             raise ConfigError(
-                f"{options.file}: is a base model; --set, --remove, --chart and --header are for adapters"
+                f"{options.file}: is a base model; --set, --remove, --chart, --fix and --header are "
+                "for adapters"
             )
         base = inspect_base(source)
         print(base.render())
         return base.to_dict(), 0
     if options.header and options.chart:
         raise ConfigError("--chart draws the norms, which --header does not read; leave one of them out")
+    if options.fix is not None:
+        return _fix(options)
     edits: dict[str, Any] = {}
     if options.set or options.remove:
         from ..inspecting.inspection import edit_adapter
@@ -140,6 +166,23 @@ def run_inspect(options: argparse.Namespace) -> Result:
     print(render(summary, width=columns, colour=sys.stdout.isatty(), plain=not _shows_blocks()))
     more = {"chart": options.chart} if options.chart else {}
     return summary.to_dict() | more | ({"edited": edits} if edits else {}), 0
+
+
+def _fix(options: argparse.Namespace) -> Result:
+    if options.set or options.remove or options.chart or options.header:
+        raise ConfigError(
+            "--fix writes a mended copy and does nothing else; give the other options another time"
+        )
+    from ..inspecting.fix import fix_adapter
+
+    fix = fix_adapter(options.file, options.fix, overwrite=options.overwrite)
+    for what in fix.mended:
+        print(f"mended: {what}")
+    print(f"proof: {fix.proof}" if fix.file else "there is nothing to mend; no file was written")
+    if fix.file is not None:
+        print(fix.file)
+    clients = {support.client: list(support.reasons) or "full" for support in fix.clients}
+    return {"file": fix.file, "mended": list(fix.mended), "proof": fix.proof, "clients": clients}, 0
 
 
 def _shows_blocks() -> bool:

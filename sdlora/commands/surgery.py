@@ -28,6 +28,7 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
     _declare_blocks(parser)
     _declare_cut(parser)
     parser.add_argument("--family", metavar="NAME", help=FAMILY_HELP)
+    _declare_drops(parser)
     _declare_output(parser)
 
 
@@ -49,6 +50,7 @@ def run_merge(options: argparse.Namespace) -> Result:
             seed=options.seed,
             blocks=blocks,
             family=options.family,
+            drop=options.drop,
             progress=progress,
             **_cut(options),
             **_output(options),
@@ -62,6 +64,7 @@ def declare_resize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=path_argument, help="adapter file or PEFT folder")
     _declare_cut(parser)
     parser.add_argument("--family", metavar="NAME", help=FAMILY_HELP)
+    _declare_drops(parser)
     _declare_output(parser)
 
 
@@ -75,6 +78,7 @@ def run_resize(options: argparse.Namespace) -> Result:
             options.source,
             options.output,
             family=options.family,
+            drop=options.drop,
             progress=progress,
             **_cut(options),
             **_output(options),
@@ -127,6 +131,13 @@ def declare_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=path_argument, help="checkpoint or folder that a DoRA was trained on")
     _declare_cut(parser)
     parser.add_argument("--family", metavar="NAME", help=FAMILY_HELP)
+    parser.add_argument(
+        "--base",
+        type=path_argument,
+        help="checkpoint or folder that it was trained on: for DoRA, and for the proof",
+    )
+    _declare_cut(parser)
+    _declare_drops(parser)
     _declare_output(parser)
 
 
@@ -142,6 +153,7 @@ def run_convert(options: argparse.Namespace) -> Result:
             to_lora=options.to_lora,
             base=options.base,
             family=options.family,
+            drop=options.drop,
             progress=progress,
             **_cut(options),
             **_output(options),
@@ -263,6 +275,12 @@ def _declare_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=PRECISIONS, help="number format; as in the source")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     _declare_report(parser)
+
+
+def _declare_drops(parser: argparse.ArgumentParser) -> None:
+    from .files import declare_drop
+
+    declare_drop(parser)
 
 
 def _declare_report(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from ..config.schema import Config, Precision
 from ..config.toml import load_config
 from ..errors import AdapterFileError, ConfigError, OutputError
 from ..files import name_problem, refuse_bad_names, replacing
-from ..formats import adapter_files
+from ..formats import adapter_files, dropping
 from ..formats.clients import Support
 from ..formats.detection import known_family, stated_family
 from ..formats.folding import own_dtype
@@ -49,6 +49,7 @@ class ExportReport:
         model_hash: SHA-256 of the tensor data, as WebUI and kohya hash adapters.
         clients: which programs load it fully.
         problems: with what lies beside the adapter.
+        notes: what was left out.
     """
 
     files: tuple[Path, ...]
@@ -59,6 +60,7 @@ class ExportReport:
     model_hash: str
     clients: tuple[Support, ...]
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def adapter(self) -> Path:
@@ -86,6 +88,7 @@ class ExportReport:
             **(self.proof.to_dict() if self.proof else {}),
             "proof": self.proof_line(),
             "model_hash": self.model_hash,
+            "notes": list(self.notes),
             "clients": {support.client: list(support.reasons) or "full" for support in self.clients},
         }
 
@@ -121,6 +124,7 @@ def export_adapter(
     name: str | None = None,
     preferred_strength: float | None = None,
     private: bool = False,
+    drop: Sequence[str] = (),
     verify: bool = True,
     family: str | None = None,
 ) -> ExportReport:
@@ -138,6 +142,7 @@ def export_adapter(
         name: of the adapter; the run's or the source file's own when None.
         preferred_strength: strength that looks best, for the card; the source's own when None.
         private: leave out what describes the training images (folder names, captions, tags, file names).
+        drop: kinds of layers that are left out; see :func:`sdlora.formats.dropping.words`.
         verify: load the file through our reader, diffusers and PEFT and compare every update.
         family: what the adapter is for, where it does not tell.
 
@@ -152,7 +157,10 @@ def export_adapter(
         raise ConfigError("export needs a place: give --output DIR (or --webui DIR)")
     opened = open_source(source)
     chosen = _check_name(opened.name if name is None else name)
-    adapter = _renamed(opened.adapter, name or opened.adapter.info.name or chosen, preferred_strength)
+    whole, notes = dropping.without(source, opened.adapter, drop)
+    # a file that is named by hand is called by that name, or two files would share one alias in WebUI
+    by_hand = output.stem if output is not None and output.suffix == ".safetensors" else None
+    adapter = _renamed(whole, name or by_hand or opened.adapter.info.name or chosen, preferred_strength)
     stated = stated_family(source, adapter.weights, adapter.info.family, family)
     info, adapter = known_family(source, stated), replace(adapter, info=replace(adapter.info, family=stated))
     if private:
@@ -162,7 +170,7 @@ def export_adapter(
     image = _image_for(format, target, preview or opened.preview, private)
     _refuse_taken(format, target, image is not None, lora_folder, overwrite)
     written = write_proven(adapter, format, target, _dtype(dtype, opened.dtype), info, verify=verify)
-    report = _report(written, format, _dtype(dtype, opened.dtype), str(opened.path))
+    report = replace(_report(written, format, _dtype(dtype, opened.dtype), str(opened.path)), notes=notes)
     if FORMATS[format].has_card:
         report = replace(report, files=(*report.files, *write_card(adapter, target, info, image)))
     if lora_folder is not None:

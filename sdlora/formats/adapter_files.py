@@ -6,7 +6,7 @@ parsed once (:class:`OpenAdapter`), whatever is asked for afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from ..adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey, Update
-from ..errors import AdapterFileError
+from ..adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..errors import AdapterFileError, shown
 from ..number_formats import PRECISIONS, writable_dtypes
 from ..tensor_file import Header, Load, data_sha256, opened, read_header, shapes_only
-from . import folding, foreign, kinds, metadata
+from . import folding, foreign, metadata
+from .base_shapes import as_in_base
 from .detection import detect_family
 from .format_code import FormatCode
 from .keys import FileKeys, Groups
@@ -43,14 +45,15 @@ class OpenAdapter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.headers = [read_header(file) for file in _tensor_files(path)]
-        self._keys = [FileKeys(header.tensors, header.path) for header in self.headers]
+        self._keys = [FileKeys(header.tensors, header.path, header.tensors) for header in self.headers]
 
     @cached_property
     def keys(self) -> FileKeys:
         """All keys of all files."""
         if len(self._keys) == 1:
             return self._keys[0]
-        return FileKeys([key for keys in self._keys for key in keys.names], self.path)
+        specs = {key: spec for header in self.headers for key, spec in header.tensors.items()}
+        return FileKeys([key for keys in self._keys for key in keys.names], self.path, specs)
 
     @cached_property
     def format(self) -> str:
@@ -79,7 +82,7 @@ class OpenAdapter:
         """
         weights = self._collected(self.headers, opened)
         info = self._info(weights)
-        return AdapterFile(kinds.as_in_base(weights, info.family), info)
+        return AdapterFile(as_in_base(weights, info.family), info, self._embeddings())
 
     @cached_property
     def outline(self) -> AdapterFile:
@@ -99,7 +102,17 @@ class OpenAdapter:
         ]
         weights = self._collected(unrecorded, shapes_only)
         info = self._info(weights)
-        return AdapterFile(kinds.with_projections(weights, info.family), info)
+        # plain pairs stay in the dimensions of the file, which some programs go by
+        own = {k: update for k, update in weights.updates.items() if isinstance(update, LowRankPair)}
+        return AdapterFile(AdapterWeights({**as_in_base(weights, info.family).updates, **own}), info)
+
+    def _embeddings(self) -> dict[str, Tensor]:
+        embeddings: dict[str, Tensor] = {}
+        for header, keys in zip(self.headers, self._keys, strict=True):
+            if keys.embeddings:
+                with opened(header) as load:
+                    embeddings |= {key: load(key) for key in keys.embeddings}
+        return embeddings
 
     def data_hash(self) -> str:
         """Return the SHA-256 (hex) of the first file's tensors, which WebUI calls the hash."""
@@ -137,6 +150,7 @@ class OpenAdapter:
             family=detect_family(weights, entries),
             name=self.path.stem if name in ("None", "") else name,
             trigger_words=metadata.trigger_words(entries),
+            stray=tuple(key for keys in self._keys for key in keys.stray),
             metadata=entries,
         )
 
@@ -170,15 +184,21 @@ def write_adapter(
         raise AdapterFileError(f"{target}: the adapter has no modules, so there is nothing to write")
     if dtype not in writable_dtypes():
         raise AdapterFileError(f"{target}: adapters are written as {' or '.join(PRECISIONS)}, not {dtype}")
-    zero = next((module for module, update in adapter.weights.all_items() if update.alpha == 0.0), None)
-    if zero is not None:
+    code = FORMATS[format].code()
+    assert code.write is not None, "formats that are only read are not offered"
+    if adapter.embeddings and not code.holds_embeddings:
+        names = ", ".join(f"`{name}`" for name in embedding_names(adapter.embeddings))
         raise AdapterFileError(
-            f"{target}: module `{zero.component}.{zero.path}` has alpha 0, which clients read differently "
-            "(as nothing, or as the rank); leave the module out"
+            f"{target}: comes with the embedding {names}, which {FORMATS[format].title} has no place for; "
+            "leave it out with --drop embedding, or export as webui"
         )
-    write = FORMATS[format].code().write
-    assert write is not None, "formats that are only read are not offered"
-    return write(adapter, target, dtype, info)
+    weights = folding.without_zero_alphas(as_in_base(adapter.weights, info.name))
+    return code.write(replace(adapter, weights=weights), target, dtype, info)
+
+
+def embedding_names(keys: Iterable[str]) -> list[str]:
+    """Return the names of the embeddings that an adapter's file brings along."""
+    return list(dict.fromkeys(shown(key.split(".")[1]) for key in keys))
 
 
 def _tensor_files(path: Path) -> list[Path]:
@@ -200,7 +220,7 @@ def _sniff(header: Header, file_keys: FileKeys) -> str:
         raise foreign.not_an_adapter(header.path, header.tensors)
     kind = foreign.other_kind(keys)
     if kind is not None:
-        raise foreign.unsupported(header.path, kind, keys)
+        raise foreign.unsupported(header.path, *kind, keys)
     claims = {name: format.code().claims(file_keys) for name, format in FORMATS.items()}
     format = min(claims, key=lambda name: (-claims[name], name))
     if claims[format]:

@@ -6,19 +6,23 @@ sections 1 to 5). A file that "loads" with layers missing does not count as load
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..adapters.canonical import AdapterWeights, ModuleKey
 from ..adapters.kinds.kind import EVERY_CLIENT
 from ..errors import shown
 from ..families.facts import FamilyInfo, is_text_encoder
+from ..families.layer_shapes import Shape
 from ..families.table import family_info
-from . import kinds
+from .base_shapes import BaseShapes
 from .client_kinds import is_refused, kind_reasons, quirks
 from .folding import CONFIG_ENTRY
-from .keys import FileKeys
+from .keys import FileKeys, ParsedKey
+from .programs import PROGRAMS, is_known, name_style, part_style
 
 CLIENTS = EVERY_CLIENT
 
@@ -56,6 +60,7 @@ class Facts:
         weights: the adapter in it, with the alphas that the file itself holds.
         file_keys: its keys.
         entries: the header's text entries, if they are known.
+        base: the shapes of the base's layers, where they are known better than by the family.
     """
 
     format: str
@@ -63,6 +68,17 @@ class Facts:
     weights: AdapterWeights
     file_keys: FileKeys
     entries: Mapping[str, str] | None
+    base: BaseShapes | None = None
+
+    @cached_property
+    def shapes(self) -> BaseShapes:
+        """The shapes of the base that it is for."""
+        return self.base or BaseShapes.of_adapter(self.weights, self.family)
+
+    @cached_property
+    def misfits(self) -> Mapping[ModuleKey, tuple[Shape, Shape]]:
+        """The plain pairs that are stored in another shape than their layer's: (has, wanted)."""
+        return self.shapes.stored_otherwise(self.weights)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -89,6 +105,15 @@ class Facts:
     def denoiser(self) -> str:
         """The component that is not a text encoder, if it has modules."""
         return next((name for name in self.weights.components() if not is_text_encoder(name)), "")
+
+    def unknown_to(self, client: str) -> dict[str, ParsedKey]:
+        """Return the keys whose module or factor a client's loader does not find, by the names they have."""
+        program = PROGRAMS[client]
+        return {
+            key: parsed
+            for key, parsed in self.file_keys.parsed.items()
+            if parsed is not None and not is_known(program, key, parsed)
+        }
 
     def with_alpha(self) -> list[ModuleKey]:
         """Return the modules that have their own alpha."""
@@ -131,7 +156,9 @@ def partial_attention(weights: AdapterWeights, component: str) -> list[str]:
 def webui_reasons(client: str, facts: Facts) -> list[str]:
     """Return why a client does not load a file with WebUI keys fully."""
     return [
+        *_unknown(client, facts),
         *_names(client, facts),
+        *_others(client, facts),
         *_shapes(client, facts),
         *_layers(client, facts),
         *kind_reasons(client, facts.weights),
@@ -154,42 +181,120 @@ def hint(client: str, facts: Facts) -> str:
     )
 
 
+def _unknown(client: str, facts: Facts) -> list[str]:
+    """Return what follows from keys that a client's loader does not find."""
+    program, unknown = PROGRAMS[client], facts.unknown_to(client)
+    if not unknown:
+        return []
+    few = len(unknown) <= (program.most_unknown or len(unknown))
+    lost = "leaves them out" if few else f"refuses the file for more than {program.most_unknown}"
+    flat = all(name_style(key, parsed).endswith("-flat") for key, parsed in unknown.items())
+    if flat:
+        what = "drops the text encoder" if few else "refuses the file"
+        joint = "_" if facts.format == "webui" else "."
+        return [f"{what}: its keys lack `text_model{joint}`; export as webui"]
+    if all(part_style(key) not in ("", "lora_down") for key in unknown) and program.parts == {"lora_down"}:
+        return ["knows only `lora_down` and `lora_up`, not `lora_A` and `lora_B`; export it again"]
+    first = shown(next(iter(unknown)), 60)
+    lost = "refuses the file" if client == "diffusers" and facts.format == "webui" else lost
+    return [f"does not know {len(unknown)} of {len(facts.keys)} keys (`{first}`) and {lost}; export as webui"]
+
+
+def _others(client: str, facts: Facts) -> list[str]:
+    """Return what follows from keys that are no factors: biases, scales, embeddings, alphas of 0."""
+    reasons, keys = [], facts.file_keys
+    if keys.embeddings and client != "WebUI":
+        what = "refuses the file for" if client == "diffusers" else "leaves out"
+        reasons.append(f"{what} the embedding that comes with it; leave it out with --drop embedding")
+    if keys.stray and client == "diffusers":
+        reasons.append(f"refuses the file for `{shown(keys.stray[0], 60)}`; export it again")
+    if client == "WebUI" and any(key.startswith("lora_") for key in keys.stray):
+        reasons.append(f"loses the whole file for `{shown(keys.stray[0], 60)}`; export it again")
+    if facts.any_end(".scale_weight") or facts.any_end(".weight_scale"):
+        reasons.append("does not know the scales of its fp8 values; export it again")
+    if client == "kohya sd-scripts" and any(
+        update.has_rank and update.alpha == 0.0 for update in facts.weights.updates.values()
+    ):
+        reasons.append("takes alpha 0 for the rank, so layers that are switched off act; export it again")
+    if facts.any_part(".lora_magnitude_vector") and facts.format == "webui":
+        reasons.append(
+            {
+                "WebUI": "loses the whole file for its `lora_magnitude_vector` keys",
+                "diffusers": "refuses the file for its `lora_magnitude_vector` keys",
+            }.get(client, "does not know `lora_magnitude_vector` and loads DoRA as a plain LoRA")
+            + "; export it again"
+        )
+    scaled = any(update.has_rank and update.scale != 1.0 for update in facts.weights.updates.values())
+    if client == "WebUI" and scaled and any(part_style(key).startswith("lora_A") for key in facts.keys):
+        reasons.append("ignores the alphas beside `lora_A` and `lora_B`; export it again")
+    return reasons + _biases(client, facts)
+
+
+def _biases(client: str, facts: Facts) -> list[str]:
+    """Return what becomes of differences of biases and norms, and of LoRA on embeddings."""
+    updates = facts.weights.updates
+    biases = [key for key in updates if key.is_bias]
+    if client == "stable-diffusion.cpp" and biases:
+        return [f"leaves out differences of biases ({len(biases)} layers)"]
+    if client != "WebUI":
+        return []
+    layers = {key: updates.get(ModuleKey(key.component, key.layer)) for key in biases}
+    alone = next((key for key, update in layers.items() if update is None), None)
+    if alone is not None:
+        return [f"loses the whole file for `{alone.path}`, a bias without a difference of the weight"]
+    parsed = {key.module: key.part for key in facts.file_keys.parsed.values() if key is not None}
+    norms = next((k for k, part in parsed.items() if part == "w_norm" and k.bias not in parsed), None)
+    if norms is not None:
+        return [f"loses the whole file for `{norms.path}`, a `w_norm` without its `b_norm`"]
+    if any("embeddings." in key.path and update.kind != "full" for key, update in updates.items()):
+        return ["loses the whole file for its factors of an embedding"]
+    beside = [key for key, update in layers.items() if update is not None and update.kind != "full"]
+    return [f"leaves out the biases of {len(beside)} layers with factors"] if beside else []
+
+
 def _names(client: str, facts: Facts) -> list[str]:
     reasons = []
-    flat = facts.any_key("lora_te_encoder", "lora_te1_encoder", "lora_te2_encoder")
-    if flat and client != "diffusers":
-        what = "refuses the file" if client == "Forge" else "drops the text encoder"
-        reasons.append(f"{what}: its keys lack `text_model_`; export it again")
     if not facts.original_names and facts.ldm_names and client in ("kohya sd-scripts", "diffusers"):
         reasons.append("does not know the original U-Net names outside SDXL; export it again")
     if not facts.original_names and facts.any_key("lora_te1_") and client == "kohya sd-scripts":
         reasons.append("expects `lora_te_` where there is one text encoder; export it again")
     if facts.original_names and facts.diffusers_names and facts.ldm_names and client == "diffusers":
         reasons.append("loses all layers in original names when both namings are mixed; export it again")
+    if facts.original_names and client == "kohya sd-scripts" and facts.diffusers_names and facts.ldm_names:
+        reasons.append("loses the whole file where both namings are mixed; export it again")
+    if facts.original_names and facts.any_key("lora_te_") and client in ("WebUI", "kohya sd-scripts"):
+        reasons.append("expects `lora_te1_` where there are two text encoders; export it again")
     if facts.original_names and client == "WebUI" and facts.any_key("lora_unet_up_blocks_0_upsamplers_0"):
         reasons.append("loses `up_blocks_0_upsamplers_0_conv` in diffusers names; export it again")
-    if facts.any_part(".lora_A.", ".lora_B.") and client in _KOHYA_SUFFIXES:
-        reasons.append("knows only `lora_down` and `lora_up`, not `lora_A` and `lora_B`; export it again")
     return reasons
 
 
 def _shapes(client: str, facts: Facts) -> list[str]:
     """Return reasons that follow from how factors and scales are stored."""
     reasons = []
-    if client in ("kohya sd-scripts", "diffusers") and facts.family is not None:
-        for path, pair in facts.weights.only_plain().component(facts.denoiser).items():
-            if kinds.wrong_dimensions(path, pair.shape, facts.family):
-                reasons.append(
-                    f"refuses the file: `{path}` has factors in {len(pair.shape)} dimensions, the base "
-                    "another number; export it again"
-                )
-                break
+    for (_, path), (has, wanted) in facts.misfits.items():
+        if math.prod(has) != math.prod(wanted):
+            reasons.append(
+                f"cannot use `{path}`, which is {_sides(has)} here and {_sides(wanted)} in the base; use the "
+                "base it was trained on"
+            )
+            break
+        if client in ("kohya sd-scripts", "diffusers"):
+            reasons.append(
+                f"refuses the file: `{path}` has factors in {len(has)} dimensions, the base in "
+                f"{len(wanted)}; export it again"
+            )
+            break
     if facts.any_end(".scale") and client not in ("WebUI", "stable-diffusion.cpp"):
         what = "refuses the file for" if client == "diffusers" else "does not know"
         reasons.append(f"{what} its `.scale` entries; export it again")
     if client == "diffusers" and CONFIG_ENTRY in (facts.entries or {}) and facts.any_end(".alpha"):
         reasons.append(f"refuses alphas beside the header entry `{CONFIG_ENTRY}`; export it again")
     return reasons
+
+
+def _sides(shape: Shape) -> str:
+    return "x".join(str(side) for side in shape)
 
 
 def _layers(client: str, facts: Facts) -> list[str]:
@@ -263,17 +368,24 @@ def _fused(facts: Facts) -> list[str]:
 def diffusers_reasons(client: str, facts: Facts) -> list[str]:
     """Return why a client does not load a file with diffusers keys fully."""
     if client == "diffusers":
-        return _by_diffusers(facts)
-    if client == "ComfyUI":
+        return _by_diffusers(facts) + _shapes(client, facts)
+    if client in BY_KEY:
         reasons = quirks(client, "diffusers", facts.weights)
-        if facts.any_key("text_encoder.encoder.", "text_encoder_2.encoder."):
-            reasons.append("drops the text encoder: its keys lack `text_model.`; export as webui")
-        attention = [path for path in facts.weights.updates_of(facts.denoiser) if path.endswith(_ATTENTION)]
-        if attention and not facts.any_part(".processor."):
+        attention = {
+            parsed.module
+            for key, parsed in facts.unknown_to(client).items()
+            if name_style(key, parsed).endswith("-attention")
+        }
+        if attention and client == "ComfyUI":
+            rest = {k: p for k, p in facts.unknown_to(client).items() if p.module not in attention}
             reasons.append(
                 f"loses {len(attention)} U-Net attention layers in diffusers keys; export as webui"
             )
-        return reasons + _alphas_in_header(facts)
+            if any(name_style(key, parsed) == "te-flat" for key, parsed in rest.items()):
+                reasons.append("drops the text encoder: its keys lack `text_model.`; export as webui")
+        else:
+            reasons += _unknown(client, facts)
+        return reasons + _others(client, facts) + _alphas_in_header(facts) + _shapes(client, facts)
     if client == "stable-diffusion.cpp":
         reasons = quirks(client, "diffusers", facts.weights) + _alphas_in_header(facts)
         if any(is_text_encoder(component) for component in facts.weights.components()):
@@ -284,6 +396,9 @@ def diffusers_reasons(client: str, facts: Facts) -> list[str]:
 
 def _by_diffusers(facts: Facts) -> list[str]:
     reasons = []
+    if unknown := facts.unknown_to("diffusers"):
+        first = shown(next(iter(unknown)), 60)
+        reasons.append(f"does not find {len(unknown)} keys (`{first}`); export it again")
     if _bare(facts):
         reasons.append(f"finds nothing without `{facts.denoiser}.` before the names; export it again")
     if foreign := [key for key in facts.keys if "lora" not in key]:
@@ -312,7 +427,12 @@ def _bare(facts: Facts) -> bool:
 def comfyui_reasons(client: str, facts: Facts) -> list[str]:
     """Return why a client does not load a file with ComfyUI's own keys fully."""
     if client in BY_KEY:
-        return kind_reasons(client, facts.weights)
+        return [
+            *_unknown(client, facts),
+            *_others(client, facts),
+            *_shapes(client, facts),
+            *kind_reasons(client, facts.weights),
+        ]
     return ["reads no ComfyUI keys; export as webui"]
 
 
@@ -320,7 +440,12 @@ def lycoris_reasons(client: str, facts: Facts) -> list[str]:
     """Return why a client does not load a file with LyCORIS wrapper keys fully."""
     readers = (*BY_KEY, "stable-diffusion.cpp")
     if client in readers:
-        return kind_reasons(client, facts.weights)
+        return [
+            *_unknown(client, facts),
+            *_others(client, facts),
+            *_shapes(client, facts),
+            *kind_reasons(client, facts.weights),
+        ]
     return ["reads no `lycoris_` keys; export as webui"]
 
 
@@ -335,4 +460,3 @@ def peft_reasons(client: str, facts: Facts) -> list[str]:
 
 BY_KEY = ("ComfyUI", "Forge")
 """Clients that look up every key by itself, so that spellings may be mixed."""
-_KOHYA_SUFFIXES = ("kohya sd-scripts", "diffusers")

@@ -39,7 +39,7 @@ def detect_family(weights: AdapterWeights, metadata: Mapping[str, str]) -> str |
 def _by_denoiser(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iterator[FamilyInfo]:
     """Yield the family with such a width of cross-attention, or else those with such module paths."""
     updates = {key.path: update for key, update in weights.all_items() if not is_text_encoder(key.component)}
-    widths = [update.shape[1] for path, update in updates.items() if path.endswith(_CONTEXT)]
+    widths = [u.shape[1] for path, u in updates.items() if path.endswith(_CONTEXT) and len(u.shape) > 1]
     known = {info.denoiser.context_width: info for info in fitting if info.denoiser.context_width}
     told = next((known[width] for width in widths if width in known), None)
     if told is not None:
@@ -64,7 +64,11 @@ def _by_text_encoder(weights: AdapterWeights, fitting: list[FamilyInfo]) -> Iter
     for info in fitting:
         for encoder in info.text_encoders:
             updates = weights.updates_of(encoder.component)
-            widths = {update.shape[1] for path, update in updates.items() if path.endswith(_TEXT_INPUTS)}
+            widths = {
+                update.shape[1]
+                for path, update in updates.items()
+                if path.endswith(_TEXT_INPUTS) and len(update.shape) > 1
+            }
             if widths == {encoder.width}:
                 yield info
 

@@ -7,6 +7,7 @@ the scale is multiplied into ``up``. The alphas as trained are kept in the heade
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, WrappedUpdate
+from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update, WrappedUpdate
+from ..adapters.kinds.table import file_parts
 from ..errors import AdapterFileError, shown
 from ..number_formats import writable_dtypes
 from ..tensor_file import all_finite, entry_json
@@ -33,8 +35,9 @@ def check_sides(where: str, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         AdapterFileError: naming the part.
     """
+    parts = file_parts()
     for part, tensor in tensors.items():
-        if tensor.ndim == 0:
+        if tensor.ndim == 0 and not (part in parts and parts[part].is_number):
             raise AdapterFileError(
                 f"{where}: its `{part}` factor is a single number; the file is damaged, export it again"
             )
@@ -46,16 +49,13 @@ def alpha_value(where: str, tensor: Tensor) -> float:
     So 12.7 is read as 12.7 and not as 12.69999980926514, and settings survive a round trip.
 
     Raises:
-        AdapterFileError: when it is not one finite number other than zero.
+        AdapterFileError: when it is not one finite number.
     """
     if tensor.numel() != 1:
         raise AdapterFileError(f"{where}: alpha has {tensor.numel()} values instead of one; export it again")
     value = float(tensor.reshape(()).to(torch.float64))
-    if not math.isfinite(value) or value == 0.0:
-        raise AdapterFileError(
-            f"{where}: alpha is {value}, which clients read differently (as nothing, or as the rank); "
-            "export it again with an alpha above 0"
-        )
+    if not math.isfinite(value):
+        raise AdapterFileError(f"{where}: alpha is {value}; export it again with a finite one")
     if tensor.dtype == torch.float32:
         return next(
             short for digits in range(1, 10) if _is_float32(short := float(f"{value:.{digits}g}"), value)
@@ -75,6 +75,34 @@ def stored_alpha(where: str, alpha: float) -> Tensor:
     return tensor
 
 
+def without_zero_alphas(weights: AdapterWeights) -> AdapterWeights:
+    """Return an adapter whose layers that alpha 0 switches off are zero by their factors.
+
+    Clients read an alpha of 0 differently: as nothing, or as the rank.
+    """
+    return AdapterWeights(
+        {
+            key: _off(update) if update.has_rank and update.alpha == 0.0 else update
+            for key, update in weights.updates.items()
+        }
+    )
+
+
+def _off(update: Update) -> Update:
+    if isinstance(update, WrappedUpdate):
+        return update.around(_off(update.direction))
+    kept = {"lora_down.weight"}
+    zeros = {n: t if n in kept else torch.zeros_like(t) for n, t in update.tensors().items()}
+    return dataclasses.replace(update.with_tensors(zeros), alpha=float(update.rank))  # type: ignore[type-var]
+
+
+def times(update: Update, factor: float) -> Update:
+    """Return an update, of a single tensor, times a number."""
+    if factor == 1.0:
+        return update
+    return update.with_tensors({name: scaled(tensor, factor) for name, tensor in update.tensors().items()})
+
+
 def scaled(tensor: Tensor, factor: float) -> Tensor:
     """Return tensor * factor with one rounding to float32 (float64 stays float64)."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
@@ -87,10 +115,11 @@ def own_dtype(weights: AdapterWeights) -> torch.dtype:
     Magnitudes on top of another update are always float32 and tell nothing.
     """
     dtypes: set[torch.dtype] = set()
+    wide = {part.factor for part in file_parts().values() if part.always_wide}
     for update in weights.updates.values():
         inner = update.direction if isinstance(update, WrappedUpdate) else update
-        tensors = [inner.down] if isinstance(inner, LowRankPair) else inner.tensors().values()
-        dtypes |= {tensor.dtype for tensor in tensors}
+        tensors = {"": inner.down} if isinstance(inner, LowRankPair) else inner.tensors()
+        dtypes |= {tensor.dtype for name, tensor in tensors.items() if name not in wide}
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(writable_dtypes()) else torch.float32
 
 
@@ -173,7 +202,7 @@ def original_alpha(path: Path, metadata: Mapping[str, str]) -> Mapping[str, floa
 def restore(pair: LowRankPair, module: ModuleKey, originals: Mapping[str, float]) -> LowRankPair:
     """Return the pair with the alpha it was trained with; its delta stays the same."""
     alpha = originals.get(f"{module.component}.{module.path}", originals.get(module.component))
-    if alpha is None or alpha == pair.alpha:
+    if alpha is None or alpha == pair.alpha or pair.alpha == 0.0:
         return pair
     if _is_float32(alpha, float(torch.tensor(pair.alpha, dtype=torch.float32))):
         return LowRankPair(pair.down, pair.up, alpha)  # the same value, as far as the file's float32 tells

@@ -11,15 +11,22 @@ from ..errors import AdapterFileError, shown
 from ..families.table import component_names
 from ..tensor_file import TensorSpec
 
-_KINDS: tuple[tuple[str, str], ...] = (
-    (r"\.oft_|\.boft_", "an OFT adapter"),
-    (r"\.(a1|a2|b1|b2)\.weight$", "a GLoRA adapter"),
-    (r"\.diff(_b)?$|\.(w|b)_norm$", "an adapter with full-weight differences (`diff`)"),
-    (r"\.on_input$", "an IA3 adapter"),
-    (r"^bundle_emb\.", "a LoRA with a bundled embedding"),
-    (r"lora_embedding_[AB]", "a LoRA of an embedding layer"),
-    (r"\.modules_to_save\.|\.base_layer\.", "a PEFT adapter with whole layers saved beside the LoRA"),
-    (r"lora_controlnet|^lora_controlnet", "a Control-LoRA"),
+_PEFT_MERGES = "PEFT can merge it into its base (PeftModel.merge_and_unload)"
+_KINDS: tuple[tuple[str, str, str], ...] = (
+    (r"\.(oft_[rR]|boft_[rRs])\b|\.boft_R\.", "an OFT or BOFT adapter of PEFT", _PEFT_MERGES),
+    (r"\.bm\.weight$", "a GLoRA adapter with Tucker factors", "LyCORIS can merge it into its base"),
+    (
+        r"\.modules_to_save\.|\.base_layer\.",
+        "a PEFT adapter with whole layers saved beside the LoRA",
+        _PEFT_MERGES,
+    ),
+    (
+        r"\.(vera|hra|fourierft|randlora|c3a|lora_ga)_",
+        "an adapter of a kind that only PEFT has",
+        _PEFT_MERGES,
+    ),
+    (r"\.set_weight$|\.reshape_weight$", "an adapter that replaces whole weights", "ComfyUI loads it"),
+    (r"lora_controlnet|^lora_controlnet", "a Control-LoRA", "ComfyUI and WebUI's ControlNet load it"),
 )
 _TRANSFORMER = re.compile(
     r"^lora_unet_(double|single)_blocks|^lora_unet_joint_blocks|^lora_te3_|^transformer\.|"
@@ -47,16 +54,16 @@ def is_checkpoint(keys: Iterable[str]) -> bool:
     return any(re.match(_MODELS[0][0], key) for key in keys)
 
 
-def other_kind(keys: Iterable[str]) -> str | None:
-    """Return what kind of adapter the keys belong to, if it is one that sdlora does not read."""
+def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
+    """Return the kind that the keys are of, if sdlora does not read it, and who can do what with it."""
     names = list(keys)
-    for pattern, kind in _KINDS:
+    for pattern, kind, who in _KINDS:
         compiled = re.compile(pattern)
         if any(compiled.search(key) for key in names):
-            return kind
+            return kind, who
     known = tuple(f"{name}." for name in component_names())
     if any(_TRANSFORMER.search(key) for key in names if not key.startswith(known)):
-        return "a LoRA for a transformer model (SD3, Flux or similar)"
+        return "a LoRA for a transformer model (SD3, Flux or similar)", "ComfyUI, Forge and diffusers load it"
     return None
 
 
@@ -83,12 +90,9 @@ def not_an_adapter(path: Path, tensors: Mapping[str, TensorSpec]) -> AdapterFile
     )
 
 
-def unsupported(path: Path, kind: str, keys: Sequence[str]) -> AdapterFileError:
-    """Return the error for an adapter of a kind that sdlora does not read."""
-    return AdapterFileError(
-        f"{path}: is {kind}, which sdlora does not read ({listing(keys)}); "
-        "convert it to a plain LoRA with the program that made it"
-    )
+def unsupported(path: Path, kind: str, who: str, keys: Sequence[str]) -> AdapterFileError:
+    """Return the error for an adapter of a kind that sdlora does not read, with who can do what with it."""
+    return AdapterFileError(f"{path}: is {kind}, which sdlora does not read ({listing(keys)}); {who}")
 
 
 def unknown_keys(path: Path, keys: Sequence[str]) -> AdapterFileError:

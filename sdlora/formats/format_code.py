@@ -54,6 +54,7 @@ class FormatCode:
         files: the adapter's tensor files in a folder or at a path; none if it is not of this format.
         make_room: removes an adapter that is to be replaced; raises an OutputError if more would be lost.
         read_back: another program to prove a written file with.
+        holds_embeddings: whether textual-inversion embeddings may lie in its files, under WebUI's names.
     """
 
     write: Callable[[AdapterFile, Path, torch.dtype, FamilyInfo], list[Path]] | None
@@ -64,6 +65,7 @@ class FormatCode:
     files: Callable[[Path], list[Path]] = same_file
     make_room: Callable[[Path], None] = nothing_there
     read_back: ReadBack | None = None
+    holds_embeddings: bool = False
 
 
 def spelled(spelling: str) -> Callable[[FileKeys], int]:

@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from ..adapters.canonical import ModuleKey
-from ..adapters.kinds.table import part_at_end
+from ..adapters.kinds.table import part_at_end, parts_beside
 from ..errors import AdapterFileError
 from ..families.facts import is_text_encoder
 from ..families.table import component_names
+from ..tensor_file import FLOAT_DTYPES, FP8_DTYPES, TensorSpec, is_scale_of_fp8
 from . import foreign, names
 
 _UNET = "unet"
@@ -43,6 +44,9 @@ _CLIP = {"l": "text_encoder", "h": "text_encoder", "g": "text_encoder_2"}
 
 _SCALES = (".alpha", ".scale")
 """Parts that every kind may have: single numbers."""
+EMBEDDING_START = "bundle_emb."
+"""WebUI's spelling of embeddings inside an adapter's file."""
+_NO_WEIGHTS = ("position_ids", "num_batches_tracked", "scaled_fp8", "logit_scale")
 _OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _UNET_START = (*names.UNET_ROOTS, "input_blocks", "middle_block", "output_blocks")
 
@@ -75,7 +79,8 @@ class ParsedName(NamedTuple):
 def parse_key(key: str) -> ParsedKey | None:
     """Return the module and part that a key of a LoRA names, or None if the layer or its part is unknown."""
     if (split := part_at_end(key)) is not None and (name := parse_name(split[0])) is not None:
-        return ParsedKey(name.module, split[1].name, name.spelling)
+        module = name.module.bias if split[1].of_bias else name.module
+        return ParsedKey(module, split[1].name, name.spelling)
     for scale in _SCALES:
         if key.endswith(scale) and (name := parse_name(key.removesuffix(scale))) is not None:
             return ParsedKey(name.module, scale.removeprefix("."), name.spelling)
@@ -97,16 +102,56 @@ class FileKeys:
     Args:
         names: the keys.
         where: the file, for messages.
+        specs: number format and shape of each, where they are known.
     """
 
-    def __init__(self, names: Iterable[str], where: Path | str = "") -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        where: Path | str = "",
+        specs: Mapping[str, TensorSpec] | None = None,
+    ) -> None:
         self.names = tuple(names)
         self._where = where
+        self._specs = specs or {}
 
     @cached_property
     def parsed(self) -> Mapping[str, ParsedKey | None]:
-        """Key -> what it says, or None if that is unknown."""
-        return {key: parse_key(key) for key in self.names}
+        """Key of a module -> what it says, None where that is not known."""
+        known = set(self.names)
+        parsed: dict[str, ParsedKey | None] = {}
+        for key in self.names:
+            if key.startswith(EMBEDDING_START) or is_scale_of_fp8(key, known):
+                continue
+            said = parse_key(key) or _beside(key, known)
+            if said is None and self._is_stray(key):
+                continue
+            parsed[key] = said
+        return parsed
+
+    @cached_property
+    def embeddings(self) -> tuple[str, ...]:
+        """The keys of textual-inversion embeddings that came with the adapter."""
+        return tuple(key for key in self.names if key.startswith(EMBEDDING_START))
+
+    @cached_property
+    def stray(self) -> tuple[str, ...]:
+        """The keys that hold no weight, such as ``position_ids``."""
+        known = set(self.names)
+        return tuple(
+            key
+            for key in self.names
+            if key not in self.parsed and key not in self.embeddings and not is_scale_of_fp8(key, known)
+        )
+
+    def _is_stray(self, key: str) -> bool:
+        """Tell whether a key that names no layer's part is none of a weight: whole numbers, or one number."""
+        if key.endswith(_NO_WEIGHTS):
+            return True
+        spec = self._specs.get(key)
+        if spec is None or key.endswith(_SCALES):
+            return False
+        return spec.dtype not in (*FLOAT_DTYPES, *FP8_DTYPES) or spec.shape in ((), (1,))
 
     @cached_property
     def spellings(self) -> Mapping[str, int]:
@@ -139,11 +184,21 @@ class FileKeys:
         return groups
 
 
+def _beside(key: str, known: Container[str]) -> ParsedKey | None:
+    """Return what a key says that means something only beside another one of its module."""
+    for part in parts_beside():
+        stem = re.sub(part.spelling, "", key)
+        if stem != key and stem + part.beside in known and (name := parse_name(stem)) is not None:
+            return ParsedKey(name.module, part.name, name.spelling)
+    return None
+
+
 def webui_module(name: str) -> ModuleKey | None:
     """Return the layer that a name in WebUI's spelling means, with either naming of the U-Net's blocks."""
     for prefix, component in WEBUI_PREFIXES.items():
         if name.startswith(prefix):
-            path = names.to_dots(name.removeprefix(prefix))
+            # diffusers' own conversion to these names leaves the last dots of a DoRA's magnitudes
+            path = names.to_dots(name.removeprefix(prefix).replace(".", "_"))
             if path is None:
                 return None
             if component == _UNET:

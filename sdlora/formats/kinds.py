@@ -18,12 +18,7 @@ from ..adapters.kinds.kind import AdapterKind
 from ..adapters.kinds.table import KINDS, title_of
 from ..errors import AdapterFileError
 from ..families.facts import is_text_encoder
-from ..families.table import family_info
-
-_KERNELS = {
-    **{ending: (3, 3) for ending in (".conv1", ".conv2", ".conv", "conv_in", "conv_out")},
-    ".conv_shortcut": (1, 1),
-}
+from ..families.layer_shapes import kernel_by_name
 
 
 def update_of(
@@ -47,63 +42,15 @@ def update_of(
     """
     kind = _kind_of_parts(where, parts)
     assert kind.build is not None
+    kernel = None if is_text_encoder(module.component) else kernel_by_name(module.path)
     mine = {part.name: parts[part.name] for part in kind.parts if part.name in parts}
-    update: Update = kind.build(where, mine, alpha, _kernel(module))
+    update: Update = kind.build(where, mine, alpha, kernel)
     if scale is not None:
         update = dataclasses.replace(update, alpha=scale * update.rank)  # type: ignore[type-var]
     for wrapper in KINDS.values():
         if wrapper.wrap is not None and any(part.name in parts for part in wrapper.parts):
             update = wrapper.wrap(where, update, parts)
     return update
-
-
-def with_projections(weights: AdapterWeights, family: str | None) -> AdapterWeights:
-    """Return LoHa and LoKr of ``proj_in`` and ``proj_out`` as 1x1 convolutions if the family has these.
-
-    Files hold the factors of a 1x1 convolution like those of a linear layer; in SD1 they are convolutions.
-    """
-    if weights.is_plain or family is None or not family_info(family).denoiser.conv_projections:
-        return weights
-    return AdapterWeights(
-        {
-            key: update.pointwise() if _is_projection(key.path) else update
-            for key, update in weights.updates.items()
-        }
-    )
-
-
-def as_in_base(weights: AdapterWeights, family: str | None) -> AdapterWeights:
-    """Return an adapter whose ``proj_in`` and ``proj_out`` have the number of dimensions of its family.
-
-    ``proj_in`` and ``proj_out`` are convolutions in SD1 and linear in SD2 and SDXL. Some programs write the
-    factors of one like those of the other: the WebUIs reshape them, but kohya and diffusers refuse the file
-    (formats.md 1.2).
-    """
-    weights = with_projections(weights, family)
-    if family is None:
-        return weights
-    odd = {
-        key: pair
-        for key, pair in weights.only_plain().items()
-        if wrong_dimensions(key.path, pair.shape, family)
-    }
-    if not odd:
-        return weights
-    return AdapterWeights({**weights.updates, **{key: _other_dimensions(pair) for key, pair in odd.items()}})
-
-
-def wrong_dimensions(path: str, shape: tuple[int, ...], family: str) -> bool:
-    """Tell whether an update is linear but its layer in the family is a 1x1 convolution, or vice versa."""
-    convolves = family_info(family).denoiser.conv_projections
-    if path.endswith(".conv_shortcut") or (_is_projection(path) and convolves):
-        return len(shape) == 2
-    return _is_projection(path) and shape[2:] == (1, 1)
-
-
-def _other_dimensions(pair: LowRankPair) -> LowRankPair:
-    if pair.down.ndim == 4:
-        return LowRankPair(pair.down[:, :, 0, 0], pair.up[:, :, 0, 0], pair.alpha)
-    return LowRankPair(pair.down[:, :, None, None], pair.up[:, :, None, None], pair.alpha)
 
 
 def as_low_rank(
@@ -129,7 +76,7 @@ def as_low_rank(
         if not isinstance(pair, LowRankPair):
             raise AdapterFileError(
                 f"{where}: `{module.component}.{module.path}` is {title_of(pair)}, which {format} "
-                "has no place for; export as webui, or convert the adapter to a plain LoRA first"
+                f"has no place for; export as webui, {_way_out(module, pair)}"
             )
         pairs[module] = pair
         if isinstance(update, DoRA):
@@ -152,6 +99,19 @@ def as_low_rank(
     return AdapterWeights(pairs), magnitudes
 
 
+def _way_out(module: ModuleKey, update: Update) -> str:
+    """Return what else can be done about an update that a format has no place for."""
+    drop = f"leave such layers out with --drop {drop_word(module, update)}"
+    return drop if len(update.shape) == 1 else f"convert the adapter to a plain LoRA first, or {drop}"
+
+
+def drop_word(module: ModuleKey, update: Update) -> str:
+    """Return the word after ``--drop`` that leaves an update out."""
+    if module.is_bias:
+        return "bias"
+    return "norm" if len(update.shape) == 1 else update.kind
+
+
 def _kind_of_parts(where: str, parts: Mapping[str, Tensor]) -> AdapterKind[Any]:
     """Return the kind that a module's parts make, apart from parts that come on top of another kind's.
 
@@ -170,13 +130,3 @@ def _kind_of_parts(where: str, parts: Mapping[str, Tensor]) -> AdapterKind[Any]:
             "again"
         )
     return present[most[0]] if most else KINDS[LowRankPair.kind]
-
-
-def _kernel(module: ModuleKey) -> tuple[int, int] | None:
-    if is_text_encoder(module.component):
-        return None
-    return next((size for ending, size in _KERNELS.items() if module.path.endswith(ending)), None)
-
-
-def _is_projection(path: str) -> bool:
-    return path.endswith((".proj_in", ".proj_out"))

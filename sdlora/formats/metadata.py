@@ -160,8 +160,10 @@ def for_file(adapter: AdapterFile, info: FamilyInfo, more: Mapping[str, str]) ->
     texts["modelspec.implementation"] = _implementation(info)
     texts.setdefault("modelspec.sai_model_spec", SAI_MODEL_SPEC)
     if adapter.info.name:
+        # a title that was only the old name follows the new one; what somebody wrote stays
+        if texts.get("modelspec.title") in (None, "", texts.get("ss_output_name")):
+            texts["modelspec.title"] = adapter.info.name
         texts["ss_output_name"] = adapter.info.name
-        texts.setdefault("modelspec.title", adapter.info.name)
     if adapter.info.trigger_words:
         texts["sdlora.trigger_words"] = json.dumps(list(adapter.info.trigger_words), ensure_ascii=False)
         texts["modelspec.trigger_phrase"] = ", ".join(adapter.info.trigger_words)
@@ -352,9 +354,10 @@ _KOHYA_MODULE, _LYCORIS_MODULE = "networks.lora", "lycoris.kohya"
 
 
 def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[str, str]:
-    """Return the entries with rank and alpha of the linear layers; 3x3 convolutions have their own."""
-    linear = [p for p in weights.updates.values() if p.shape[2:] in ((), (1, 1))]
-    spatial = [p for p in weights.updates.values() if p.shape[2:] not in ((), (1, 1))]
+    """Return rank and alpha of the linear layers (3x3 convolutions apart, as kohya does)."""
+    ranked = [update for update in weights.updates.values() if update.has_rank]
+    linear = [p for p in ranked if p.shape[2:] in ((), (1, 1))]
+    spatial = [p for p in ranked if p.shape[2:] not in ((), (1, 1))]
     pairs = linear or spatial
     ranks, alphas = {p.rank for p in pairs}, {p.alpha for p in pairs}
     dimension = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"

@@ -27,6 +27,7 @@ _TOKENS = (
     # transformers' CLIP
     *("text_model", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
     *("mlp", "fc1", "fc2", "text_projection", "layer_norm1", "layer_norm2", "final_layer_norm"),
+    *("embeddings", "token_embedding", "position_embedding"),
 )
 _TOKEN = re.compile("(?:" + "|".join(sorted(_TOKENS, key=len, reverse=True)) + r"|\d{1,4})(?=_|$)")
 

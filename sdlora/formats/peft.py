@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.kinds.full import PEFT_BIAS
 from ..adapters.kinds.table import KINDS, file_parts, kind_of
 from ..errors import AdapterFileError, OutputError, shown
 from ..families.facts import is_text_encoder
@@ -39,6 +40,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 _LITERAL_PATTERN = re.compile(r"^\^?[\w.\\-]+\$?$")
+_BIAS = re.compile(rf"^{re.escape(PREFIX)}(?P<path>.+?){PEFT_BIAS.spelling}")
 _OPEN_CLIP_WIDTH = 1280
 """Width of SDXL's second text encoder; no other encoder of these families has it."""
 
@@ -193,7 +195,16 @@ def read_modules(header: Header, groups: Groups, load: Load) -> Iterator[tuple[M
         tensors = {part: load(key) for part, key in parts.items()}
         folding.check_sides(where, tensors)
         rank = tensors["down"].shape[0] if "down" in tensors else 1
-        update = kinds.update_of(where, module, tensors, alphas.of(where, module, rank))
+        scaled = alphas.of(where, ModuleKey(module.component, module.layer), rank)
+        update = kinds.update_of(where, module, tensors, scaled)
+        if "up_bias" in parts:
+            layer = ModuleKey(module.component, module.layer)
+            down = groups.get(layer, {}).get("down")
+            if down is None:
+                raise AdapterFileError(f"{where}: is a bias without its factors; export the adapter again")
+            rank = header.tensors[down].shape[0] if header.tensors[down].shape else 1
+            yield module, folding.times(update, alphas.of(where, layer, rank) / max(rank, 1))
+            continue
         if kind_of(update).peft_type != kind:
             raise AdapterFileError(f"{where}: is not a {kind}, as its settings say; export the adapter again")
         if (folder := kind_of(update).peft) is not None:
@@ -208,14 +219,16 @@ def group_keys(header: Header, keys: FileKeys) -> Groups:
         AdapterFileError: listing keys that belong to no module, or naming a part that occurs twice.
     """
     part_names = {part.peft: part.name for part in file_parts().values() if part.peft is not None}
-    factor = re.compile(  # the adapter's name may follow that of the part
-        rf"^base_model\.model\.(?P<path>.+?)\.(?P<part>{'|'.join(part_names)})(?:\.(?!weight$)[A-Za-z]\w*)?(?:\.weight)?$"
+    factor = re.compile(  # the adapter's name may stand behind the part's
+        rf"^base_model\.model\.(?P<path>.+?)\.(?P<part>{'|'.join(part_names)})(?:\.(?!(?:weight|bias)$)[A-Za-z]\w*)?(?:\.weight)?$"
     )
     parts_by_path: dict[str, dict[str, str]] = {}
     unknown: list[str] = []
     for key in keys.names:
         match = factor.match(key)
-        if match is None:
+        if match is None and (bias := _BIAS.match(key)) is not None:
+            parts_by_path.setdefault(f"{bias['path']}.bias", {})[PEFT_BIAS.name] = key
+        elif match is None:
             unknown.append(key)
         elif (part := part_names[match["part"]]) in parts_by_path.setdefault(match["path"], {}):
             raise AdapterFileError(
@@ -304,7 +317,7 @@ class Alphas:
         rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023), so its alpha is multiplied by sqrt(rank).
 
         Raises:
-            AdapterFileError: for a value that is not a number other than 0.
+            AdapterFileError: for a value that is not a finite number.
         """
         paths = {module.path}
         if is_text_encoder(module.component):
@@ -316,10 +329,8 @@ class Alphas:
             candidates += [self._endings[ending] for ending in endings if ending in self._endings]
         usual = self._config.get("lora_alpha", 8)  # 8 is PEFT's own default
         alpha = min(candidates, key=lambda candidate: candidate[0])[1] if candidates else usual
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < abs(alpha) < 1e30:
-            raise AdapterFileError(
-                f"{where}: lora_alpha is `{shown(alpha, 20)}`; set it to a number other than 0"
-            )
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
+            raise AdapterFileError(f"{where}: lora_alpha is `{shown(alpha, 20)}`; set it to a number")
         return float(alpha) * (math.sqrt(rank) if self._config.get("use_rslora") else 1.0)
 
 

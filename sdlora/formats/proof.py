@@ -7,9 +7,9 @@ factor once to the file's number format.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update, WrappedUpdate
+from ..adapters.kinds.table import kind_of
 from ..errors import AdapterFileError
+from ..families.layer_shapes import Shape
 from ..files import replacing
-from . import adapter_files
+from . import adapter_files, folding
+from .base_shapes import BaseShapes
 from .clients import Support
 from .support import client_support
 from .table import FORMATS
@@ -81,6 +84,7 @@ def write_proven(
     info: FamilyInfo,
     *,
     verify: bool = True,
+    base: Mapping[ModuleKey, Shape] | None = None,
 ) -> Written:
     """Write an adapter under a temporary name, prove it, and only then put it into its place.
 
@@ -91,20 +95,24 @@ def write_proven(
         dtype: number format of the factors.
         info: the family.
         verify: read it back and compare every update.
+        base: shapes of the layers of the base that it is for; those of its family when None.
 
     Raises:
         AdapterFileError: when the format cannot hold it, or the proof fails (then no file is left).
         OutputError: when the place cannot be written.
     """
+    shapes = BaseShapes.of_adapter(adapter.weights, info.name, base)
+    weights = folding.without_zero_alphas(shapes.applied(adapter.weights))
+    adapter = replace(adapter, weights=weights)
     with replacing(target) as temporary:
         try:
             written = adapter_files.write_adapter(adapter, format, temporary, dtype, info)
             back = adapter_files.OpenAdapter(temporary)
             proof: Proof | None = None
             if verify:
-                proof, clients = prove(adapter.weights, back, dtype, info)
+                proof, clients = prove(adapter.weights, back, dtype, info, shapes)
             else:
-                clients = support_of(back, info)
+                clients = support_of(back, info, shapes)
         except AdapterFileError as error:
             raise AdapterFileError(str(error).replace(str(temporary), str(target))) from error
         model_hash = back.data_hash()
@@ -113,10 +121,12 @@ def write_proven(
     return Written(files, proof, model_hash, clients)
 
 
-def support_of(written: adapter_files.OpenAdapter, info: FamilyInfo) -> tuple[Support, ...]:
-    """Return how each client reads a written adapter."""
+def support_of(written: adapter_files.OpenAdapter, info: FamilyInfo, base: BaseShapes) -> tuple[Support, ...]:
+    """Return what each client makes of a written adapter."""
     outline = written.outline
-    return client_support(written.format, info.name, outline.weights, written.keys, outline.info.metadata)
+    return client_support(
+        written.format, info.name, outline.weights, written.keys, outline.info.metadata, base
+    )
 
 
 def prove(
@@ -124,25 +134,29 @@ def prove(
     written: adapter_files.OpenAdapter,
     dtype: torch.dtype,
     info: FamilyInfo,
+    base: BaseShapes | None = None,
 ) -> tuple[Proof, tuple[Support, ...]]:
     """Read a written adapter back and compare every module with what it should be.
 
-    It is also loaded by the program that its format names (diffusers itself, or PEFT), unless that program is
-    known to misread such adapters (then the second result says so).
+    It is also loaded by the program its format names (diffusers itself, or PEFT), into layers of the base's
+    own shapes, unless that is known to misread such adapters (then the second result says so).
 
     Raises:
-        AdapterFileError: when a module is missing or differs by more than rounding.
+        AdapterFileError: when a module is missing, stored in other dimensions than its layer's, or differs by
+            more than rounding.
     """
-    clients = support_of(written, info)
-    path, back = written.path, written.read().weights
+    base = base or BaseShapes.of_adapter(weights, info.name)
+    clients = support_of(written, info, base)
+    path, back = written.path, base.applied(written.read().weights)
+    _check_dimensions(written, base)
     largest, relative = compare(weights, back, dtype, str(path))
     readers = ["sdlora"]
     other = FORMATS[written.format].code().read_back
     misread = {support.client for support in clients if not support.full}
     if other is not None and other.program not in misread:
         readers.append(other.program)
-        seen = other.load(path, written.outline.weights, info)
-        # modules that it read as the very same numbers have been compared already
+        seen = other.load(path, base.applied(written.outline.weights), info)
+        # what it holds in the very same numbers has been compared already
         same = {
             key
             for key, update in seen.all_items()
@@ -154,6 +168,16 @@ def prove(
     tolerance = relative_rounding(dtype, max(weights.ranks()))
     proof = Proof(len(back), len(written.keys.names), largest, relative, tolerance, tuple(readers))
     return proof, clients
+
+
+def _check_dimensions(written: adapter_files.OpenAdapter, base: BaseShapes) -> None:
+    """Refuse factors in other dimensions than their layer's: some programs reshape them, others do not."""
+    for (component, path), (has, wanted) in base.stored_otherwise(written.outline.weights).items():
+        if math.prod(has) == math.prod(wanted):
+            raise AdapterFileError(
+                f"{written.path}: `{component}.{path}` has factors in {len(has)} dimensions, the base in "
+                f"{len(wanted)}; this is a fault of sdlora, please report it"
+            )
 
 
 def compare(
@@ -262,6 +286,8 @@ def largest_difference(wanted: Update, written: Update, dtype: torch.dtype) -> t
         )
     if wanted.scale != written.scale:
         return abs(wanted.scale - written.scale), 0.0, 1.0
+    if kind_of(wanted).alpha_is_bound and not math.isclose(wanted.alpha, written.alpha, rel_tol=1e-6):
+        return abs(wanted.alpha - written.alpha), 0.0, 1.0
     return _of_factors(
         [(factor, theirs[name]) for name, factor in wanted.tensors().items()], dtype, wanted.rank
     )
@@ -299,6 +325,7 @@ def _identical(update: Update, other: Update) -> bool:
     return (
         update.kind == other.kind
         and update.scale == other.scale
+        and (not kind_of(update).alpha_is_bound or update.alpha == other.alpha)
         and mine.keys() == theirs.keys()
         and all(same(mine[name], theirs[name]) for name in mine)
     )

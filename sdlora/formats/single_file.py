@@ -41,6 +41,12 @@ def read_modules(header: Header, groups: Groups, load: Load) -> Iterator[tuple[M
     for module in sorted(groups):
         where = f"{path}: module `{module.component}.{module.path}`"
         update = _update(where, groups[module], load, settings.get(module.component), module)
+        if "up_bias" in groups[module]:
+            layer = ModuleKey(module.component, module.layer)
+            if layer not in groups:
+                raise AdapterFileError(f"{where}: is a bias without its factors; export the adapter again")
+            factors = _update(where, groups[layer], load, settings.get(module.component), layer)
+            update = folding.times(update, factors.scale)
         yield module, _restored(update, module, originals)
 
 

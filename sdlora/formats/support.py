@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..adapters.canonical import AdapterWeights
+from .base_shapes import BaseShapes
 from .clients import BY_KEY, CLIENTS, Facts, Support, hint
 from .keys import FileKeys
 from .table import FORMATS
@@ -16,6 +17,7 @@ def client_support(
     weights: AdapterWeights,
     keys: Iterable[str] | FileKeys,
     entries: Mapping[str, str] | None = None,
+    base: BaseShapes | None = None,
 ) -> tuple[Support, ...]:
     """Return how each client reads a file.
 
@@ -24,10 +26,11 @@ def client_support(
         family: ``sd1``, ``sd2``, ``sdxl`` or None.
         weights: the adapter in it, with the alphas that the file itself holds; values are not looked at.
         keys: the file's keys, whose spelling decides for some clients.
-        entries: the header's text entries; if they are not given, rules about them are skipped.
+        entries: the header's text entries; what follows from them is left out where they are not given.
+        base: the shapes of the base's layers, where they are known better than by the family.
     """
     file_keys = keys if isinstance(keys, FileKeys) else FileKeys(keys)
-    facts = Facts(format, family, weights, file_keys, entries)
+    facts = Facts(format, family, weights, file_keys, entries, base)
     reasons_of = FORMATS[format].code().reasons
     mixed = list(file_keys.spellings)
     supports = []

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey
-from ..adapters.kinds.table import file_parts
+from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, WrappedUpdate
+from ..adapters.kinds.table import file_parts, kind_of
 from ..errors import AdapterFileError
 from ..tensor_file import write_tensors
 from . import folding, hashes, keys, metadata, names, single_file
@@ -36,19 +36,20 @@ def encode(
         AdapterFileError: for a module that the format has no name for, or values that do not fit.
     """
     tensors: dict[str, Tensor] = {}
-    taken: set[str] = set()
+    taken: set[tuple[str, bool]] = set()
     plain, folded = weights.only_plain(), False
     wide = {part.factor for part in file_parts().values() if part.always_wide}
     for component in weights.components():
         pairs = plain.component(component)
         uniform, implied = _shared_alpha(pairs, dtype)
         for path, update in weights.updates_of(component).items():
-            module = _module_name(where, component, path, info)
-            if module in taken:
+            key = ModuleKey(component, path)
+            module = _module_name(where, component, key.layer, info)
+            if (module, key.is_bias) in taken:
                 raise AdapterFileError(
                     f"{where}: two modules would both be named `{module}`; rename one of them in the adapter"
                 )
-            taken.add(module)
+            taken.add((module, key.is_bias))
             alpha, factors = update.alpha, update.tensors()
             if path in pairs and uniform is not None and alpha != uniform:
                 factors["lora_up.weight"] = folding.scaled(pairs[path].up, alpha / uniform)
@@ -56,8 +57,11 @@ def encode(
             at = f"{where}: module `{component}.{path}`"
             for name, factor in factors.items():
                 stored = torch.float32 if name in wide else dtype  # see DoRA.to
-                tensors[f"{module}.{name}"] = folding.fitting(at, factor, stored)
-            if not (implied and path in pairs and update.rank == 1):
+                tensors[f"{module}.{'diff_b' if key.is_bias else name}"] = folding.fitting(at, factor, stored)
+            kind = kind_of(update.direction if isinstance(update, WrappedUpdate) else update)
+            if kind.alpha_is_bound:
+                tensors[f"{module}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+            elif kind.stores_alpha and not (implied and path in pairs and update.rank == 1):
                 tensors[f"{module}.alpha"] = folding.stored_alpha(at, alpha)
     return tensors, {folding.RECORDED_ALPHAS: folding.recorded_alphas(plain)} if folded else {}
 
@@ -109,6 +113,7 @@ def _module_name(where: str, component: str, path: str, info: FamilyInfo) -> str
 def write(adapter: AdapterFile, target: Path, dtype: torch.dtype, info: FamilyInfo) -> list[Path]:
     """Write a file atomically and return it."""
     tensors, more = encode(str(target), adapter.weights, info, dtype)
+    tensors |= {key: tensor.contiguous() for key, tensor in adapter.embeddings.items()}
     entries = metadata.for_file(adapter, info, more)
     write_tensors(target, tensors, hashes.with_hashes(tensors, entries))
     return [target]
@@ -121,4 +126,5 @@ CODE = FormatCode(
     single_file.read_modules,
     webui_reasons,
     read_back=ReadBack("diffusers", through_diffusers),
+    holds_embeddings=True,
 )

@@ -16,6 +16,7 @@ from ..config.schema import AttentionName, ModelConfig, Precision
 from ..errors import AdapterFileError, ConfigError
 from ..families.compute import Compute
 from ..families.loading import load_model
+from ..formats import dropping
 from ..formats.adapter_files import OpenAdapter
 from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
 
@@ -228,7 +229,10 @@ def _read(adapter: str | Path | AdapterFile) -> tuple[AdapterFile, str, str, Ope
         return adapter, name, name, None
     file = OpenAdapter(Path(adapter).expanduser())
     name = file.path.name if file.path.is_dir() else file.path.stem
-    return file.read(), str(file.path), name, file
+    read = file.read()
+    for note in dropping.untouched(file.path, read):
+        warnings.warn(note, stacklevel=3)
+    return read, str(file.path), name, file
 
 
 def _free_name(wanted: str, taken: Iterable[str]) -> str:

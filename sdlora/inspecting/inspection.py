@@ -185,8 +185,9 @@ def _measured(adapter: OpenAdapter) -> tuple[Counter[int], Counter[float], tuple
 
     def counted() -> Iterator[tuple[ModuleKey, Update]]:
         for module, update in adapter.modules():
-            ranks[update.rank] += 1
-            alphas[update.alpha] += 1
+            if update.has_rank:
+                ranks[update.rank] += 1
+                alphas[update.alpha] += 1
             yield module, update
 
     blocks = block_norms(counted())
@@ -201,8 +202,9 @@ def _outlined(headers: Sequence[Header], weights: AdapterWeights) -> tuple[Count
     alphas = Counter(
         trained.get(f"{module.component}.{module.path}", trained.get(module.component, update.alpha))
         for module, update in weights.all_items()
+        if update.has_rank
     )
-    return Counter(update.rank for update in weights.updates.values()), alphas
+    return Counter(update.rank for update in weights.updates.values() if update.has_rank), alphas
 
 
 def edit_adapter(

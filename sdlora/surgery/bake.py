@@ -25,7 +25,7 @@ from ..adapters.strength import Strength
 from ..errors import AdapterFileError, ConfigError, ModelError, OutputError
 from ..families.facts import is_text_encoder
 from ..files import parse_json, refuse_bad_names, replacing, size_text
-from ..formats import adapter_files
+from ..formats import adapter_files, dropping
 from ..tensor_file import DTYPE_NAMES, Header
 from .checkpoints import Checkpoint, Site, open_checkpoint, variant_of, wide_dtype
 from .report import ModuleChange, SurgeryReport, relative, sorted_changes
@@ -136,6 +136,8 @@ def bake_checkpoint(
         raise ConfigError("every strength is 0, so the result would equal the input; give another strength")
     records = _records(adapters, factors)
     notes = _notes(model, records, inverse)
+    for (path, _), adapter in zip(adapters, opened, strict=True):
+        notes += dropping.untouched(path, adapter)
     files = (
         [_bake_file(model, output, baking, records, inverse, progress)]
         if model.layout == "file"
@@ -184,13 +186,15 @@ def _plan(
         if len({variant_of(site.header.path) for site in sites}) < len(model.variants(module.component)):
             raise ModelError(_missing(model, path, module))
         for site in sites:
-            if _plain_shape(site.shape) != _plain_shape(update.shape):
+            try:
+                fitted = update.in_shape(site.shape)
+            except ValueError:
                 raise AdapterFileError(
                     f"{path}: {module.path} is {update.shape} in the adapter but {site.shape} in "
                     f"{model.path}; use the base it was trained on"
-                )
+                ) from None
             terms = baking.terms.setdefault((site.header.path, site.stored_key.key), [])
-            terms.append(_Term(module, site, update, value))
+            terms.append(_Term(module, site, fitted, value))
 
 
 def _missing(model: Checkpoint, path: Path, module: ModuleKey) -> str:
@@ -205,10 +209,6 @@ def _missing(model: Checkpoint, path: Path, module: ModuleKey) -> str:
         f"{model.path} ({model.family.title}): has no {module.component}.{module.path}, which {path} "
         "changes; use the base it was trained on"
     )
-
-
-def _plain_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
 def _rows(site: Site, stored: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ from ..tensor_file import FLOAT_DTYPES, Header, TensorSpec
 
 _TEXT_LAYER_INSIDES = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
-    *("mlp.fc1", "mlp.fc2"),
+    *("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"),
 )
+_TEXT_ENDS = ("embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm")
 _LAYER_NUMBER = {
     "clip": re.compile(r"text_model\.encoder\.layers\.(\d+)\."),
     "openclip": re.compile(r"transformer\.resblocks\.(\d+)\."),
@@ -38,6 +39,8 @@ _LAYER_NUMBER = {
 _CONTEXT = ".attn2.to_k"
 _VARIANT = re.compile(r"^(?:diffusion_pytorch_)?model(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5})?$")
 _ENDING = ".weight"
+_BIAS = ".bias"
+_ENDINGS = (_ENDING, _BIAS)
 _ASSETS = Path(__file__).parent.parent / "assets"
 PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -90,6 +93,11 @@ class Checkpoint:
     def modules(self) -> tuple[ModuleKey, ...]:
         """All modules that have a weight matrix or kernel, in the order of the files."""
         return tuple(self._sites)
+
+    @cached_property
+    def shapes(self) -> dict[ModuleKey, tuple[int, ...]]:
+        """The shape of every module's weight."""
+        return {module: sites[0].shape for module, sites in self._sites.items()}
 
     def variants(self, component: str) -> set[str]:
         """Return which variants of a component's weights a folder holds; one for a single file."""
@@ -226,9 +234,8 @@ def _open_folder(path: Path) -> Checkpoint:
             header = checked_header(file)
             headers.append(header)
             for key, spec in header.tensors.items():
-                if key.endswith(_ENDING) and _is_matrix(spec):
-                    name = key.removesuffix(_ENDING)
-                    module = ModuleKey(component, names.canonical_path(component, name))
+                if key.endswith(_ENDINGS) and _is_weight(spec):
+                    module = ModuleKey(component, names.canonical_path(component, _path_of(key)))
                     sites.setdefault(module, []).append(Site(header, StoredKey(key)))
     if all(is_text_encoder(module.component) for module in sites):
         infos = [family_class.info.denoiser for family_class in FAMILIES.values()]
@@ -244,19 +251,21 @@ def _sites_of_file(header: Header) -> dict[ModuleKey, tuple[Site, ...]]:
     sites: dict[ModuleKey, tuple[Site, ...]] = {}
     family = _family_of_file(header)
     for key, spec in header.tensors.items():
-        if key.startswith(UNET_PREFIX) and key.endswith(_ENDING) and _is_matrix(spec):
-            path = names.from_ldm(key.removeprefix(UNET_PREFIX).removesuffix(_ENDING))
+        if key.startswith(UNET_PREFIX) and key.endswith(_ENDINGS) and _is_weight(spec):
+            stem, ending = _split(key.removeprefix(UNET_PREFIX))
+            path = names.from_ldm(stem)
             if path is not None:
-                sites[ModuleKey(family.denoiser.component, path)] = (Site(header, StoredKey(key)),)
+                module = ModuleKey(family.denoiser.component, path)
+                sites[module.bias if ending == _BIAS else module] = (Site(header, StoredKey(key)),)
     for encoder in family.text_encoders:
         for name, stored_key in _key_map(header, encoder, family.assets):
-            module = ModuleKey(encoder.component, names.with_text_prefix(name.removesuffix(_ENDING)))
+            module = ModuleKey(encoder.component, names.with_text_prefix(_path_of(name)))
             sites[module] = (Site(header, stored_key),)
     return sites
 
 
 def _key_map(header: Header, encoder: TextEncoderInfo, assets: str) -> Iterator[tuple[str, StoredKey]]:
-    """Yield (transformers name, place) of the matrices of a text encoder that are in the file.
+    """Yield (transformers name, place) of the weights and biases of a text encoder that are in the file.
 
     SD2's checkpoints hold one layer more than is used; no adapter has that layer.
     """
@@ -270,11 +279,13 @@ def _key_map(header: Header, encoder: TextEncoderInfo, assets: str) -> Iterator[
         and (match := pattern.match(key, len(encoder.checkpoint_prefix)))
     }
     wanted = [
-        f"encoder.layers.{n}.{inside}{_ENDING}"
+        f"encoder.layers.{n}.{inside}{ending}"
         for n in sorted(numbers)
         if n < last
         for inside in _TEXT_LAYER_INSIDES
+        for ending in _ENDINGS
     ]
+    wanted += [f"{name}{_ENDING}" for name in _TEXT_ENDS] + [f"final_layer_norm{_BIAS}"]
     if encoder.projected:
         wanted.append(f"text_projection{_ENDING}")
     for name, stored_key in text_key_map(wanted, encoder).items():
@@ -304,5 +315,20 @@ def _family_of_file(header: Header) -> FamilyInfo:
     )
 
 
-def _is_matrix(spec: TensorSpec) -> bool:
-    return len(spec.shape) in (2, 4) and spec.dtype in (*FLOAT_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
+def _split(key: str) -> tuple[str, str]:
+    """Return a key without its ending, and the ending."""
+    ending = next(end for end in _ENDINGS if key.endswith(end))
+    return key.removesuffix(ending), ending
+
+
+def _path_of(key: str) -> str:
+    """Return the module path that a key's adapter would have: of a weight, or of a bias."""
+    return key.removesuffix(_ENDING)
+
+
+def _is_weight(spec: TensorSpec) -> bool:
+    return len(spec.shape) in (1, 2, 4) and spec.dtype in (
+        *FLOAT_DTYPES,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    )

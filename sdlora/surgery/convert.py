@@ -8,7 +8,7 @@ cuts it to that size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from ..adapters.kinds.table import title_of
 from ..adapters.plain import as_plain
 from ..config.schema import Precision
 from ..errors import AdapterFileError, ConfigError, ModelError
-from ..formats import adapter_files
+from ..formats import adapter_files, dropping
 from ..formats.folding import own_dtype
+from ..formats.kinds import drop_word
 from ..number_formats import dtype_name
 from .checkpoints import open_checkpoint
 from .dense import cut_matrix
@@ -59,6 +60,7 @@ def convert_adapter(
     rank: int | None = None,
     energy: float | None = None,
     error: float | None = None,
+    drop: Sequence[str] = (),
     overwrite: bool = False,
     report: bool = False,
     progress: Progress = silent,
@@ -72,10 +74,11 @@ def convert_adapter(
         dtype, family: number format, and what it is for; the source's own when None.
         to_lora: turn other kinds into plain LoRA: exactly, or cut to a size. Kinds whose update depends on
             the base's weights, such as DoRA, need ``base`` and a size.
-        base: checkpoint or diffusers folder the adapter was trained on.
+        base: checkpoint or diffusers folder the adapter was trained on; the proof is against its layers.
         rank: at most this rank in each module that is converted.
         energy: share of each update's sum of squared singular values to keep.
         error: largest relative Frobenius error of each update; instead of ``energy``.
+        drop: kinds of layers that are left out; see :data:`sdlora.formats.dropping.WORDS`.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
         progress: called after each module.
@@ -87,12 +90,12 @@ def convert_adapter(
     """
     started = time.perf_counter()
     cut = cut_of(rank, energy, error)
-    if not to_lora and (cut is not None or base is not None):
-        raise ConfigError(
-            "a size or --base has an effect with --to-lora only; sdlora resize cuts a plain LoRA"
-        )
+    if not to_lora and cut is not None:
+        raise ConfigError("a size has an effect with --to-lora only; sdlora resize cuts a plain LoRA")
     check_target(output, format, overwrite, [source])
-    adapter = with_family(source, adapter_files.read_adapter(source), family)
+    adapter, notes = dropping.without(
+        source, with_family(source, adapter_files.read_adapter(source), family), drop
+    )
     opened = Opened(source, adapter.weights, adapter.info, own_dtype(adapter.weights), {})
     made_for, number = family_of([opened]), number_format(dtype, [opened])
     if to_lora:
@@ -101,13 +104,15 @@ def convert_adapter(
         record = {"operation": "to-lora", "sources": fingerprints([source]), "kinds": kinds}
         info = result_info([opened], output.stem, record, keep_all=True)
     else:
-        weights, changes, info = adapter.weights, (), adapter.info
-    written = write_adapter(weights, info, made_for, output, format, number)
+        weights, changes, info = adapter.weights, (), replace(adapter.info, name=output.stem)
+    shapes = None if base is None else open_checkpoint(base).shapes
+    result = AdapterFile(weights, info, adapter.embeddings)
+    written = write_adapter(result, made_for, output, format, number, shapes)
     if not to_lora:
         changes = _rounding(adapter, output, report, progress)
     details = {"dtype": dtype_name(number), "format": format, "kinds": weights.kinds()}
     seconds = time.perf_counter() - started
-    return SurgeryReport("convert", written.files, changes, report, seconds, (), written.proof, details)
+    return SurgeryReport("convert", written.files, changes, report, seconds, notes, written.proof, details)
 
 
 def plain_parts(
@@ -121,6 +126,11 @@ def plain_parts(
 
     def reduced(item: tuple[ModuleKey, Update]) -> Part:
         module, update = item
+        if len(update.shape) == 1:
+            raise AdapterFileError(
+                f"`{module.component}.{module.path}` is a {title_of(update)} of a vector, which a LoRA "
+                f"cannot hold; leave such layers out with --drop {drop_word(module, update)}"
+            )
         if update.needs_base:
             return _part_on_base(module, update, cut, base)
         return cut_part(
@@ -137,6 +147,8 @@ def _part_on_base(module: ModuleKey, update: Update, cut: Cut | None, base: Base
     where = f"`{module.component}.{module.path}` is a {title_of(update)}"
     if base is None:
         raise AdapterFileError(f"{where}, whose update depends on the base's weights; give --base")
+    if cut is None and update.exact_factors:
+        return cut_part(module, factors_of(as_plain(update, base(module)).pair), None)
     if cut is None:
         raise AdapterFileError(
             f"{where}, whose update is not of low rank, so it cannot be plain exactly; give --rank, --energy "
@@ -158,8 +170,6 @@ def _plain(
 ) -> tuple[AdapterWeights, tuple[ModuleChange, ...]]:
     if opened.weights.is_plain:
         raise ConfigError(f"--to-lora: {opened.path} is a plain LoRA already; leave it out")
-    if base is not None and not any(update.needs_base for update in opened.weights.updates.values()):
-        raise ConfigError(f"--base: {opened.path} does not depend on the base's weights; leave it out")
     parts = plain_parts(opened.weights, cut, None if base is None else _weights_of(base), progress)
     return finish(parts, format, number, with_errors=report)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.canonical import AdapterInfo, ModuleKey
+from ..adapters.canonical import AdapterFile, AdapterInfo, ModuleKey
 from ..config.schema import AdapterConfig, Precision, Targets
 from ..errors import ConfigError, ModelError, shown
 from ..families.facts import is_text_encoder
@@ -101,7 +101,7 @@ def extract_adapter(
         )
     left_out = what_is_left(first, second, modules) if first.layout == second.layout else None
     info = _info(first, tuned, cut, output.stem)
-    written = write_adapter(weights, info, first.family, output, format, number)
+    written = write_adapter(AdapterFile(weights, info), first.family, output, format, number)
     covered = math.fsum((change.norm or 0.0) ** 2 for change in changes)
     details = {"dtype": dtype_name(number), "format": format, "family": first.family.name}
     details |= _details(unchanged, covered, left_out)

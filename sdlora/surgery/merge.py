@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey
+from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey
 from ..adapters.strength import Strength
 from ..config.schema import Precision
 from ..errors import ConfigError
@@ -20,6 +20,7 @@ from .result import Part, cut_part, finish
 from .sources import (
     Opened,
     Progress,
+    all_embeddings,
     check_target,
     family_of,
     fingerprints,
@@ -28,6 +29,7 @@ from .sources import (
     open_adapters,
     result_info,
     silent,
+    summed_vectors,
     write_adapter,
 )
 from .strengths import ModuleStrength, check_blocks, component_strengths
@@ -92,6 +94,7 @@ def merge_adapters(
     format: str = "webui",
     dtype: Precision | None = None,
     family: str | None = None,
+    drop: Sequence[str] = (),
     overwrite: bool = False,
     report: bool = False,
     progress: Progress = silent,
@@ -111,6 +114,7 @@ def merge_adapters(
         format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; the widest of the sources when None.
         family: what the sources are for, where they do not tell.
+        drop: kinds of layers that are left out; see :func:`sdlora.formats.dropping.words`.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
         progress: called after each module.
@@ -122,27 +126,35 @@ def merge_adapters(
     """
     started = time.perf_counter()
     how = MergeMethod(method, density, seed, cut_of(rank, energy, error))
-    adapters = _opened(sources, output, format, overwrite, family)
+    adapters = _opened(sources, output, format, overwrite, family, drop)
     given = _weighted(adapters, sources, blocks)
     number = number_format(dtype, adapters)
     ranks = summed_ranks(given) if how.cut is None else None
     weights, changes = finish(merged(given, how, progress), format, number, with_errors=report, ranks=ranks)
     info = result_info(adapters, output.stem, _record(sources, blocks, how), keep_all=False)
-    written = write_adapter(weights, info, family_of(adapters), output, format, number)
+    strengths = [(adapter, strength.of) for adapter, (_, strength) in zip(adapters, given, strict=True)]
+    vectors = summed_vectors(strengths, number)
+    result = AdapterFile(AdapterWeights({**weights.updates, **vectors}), info, all_embeddings(adapters))
+    written = write_adapter(result, family_of(adapters), output, format, number)
     seconds, notes = time.perf_counter() - started, (*kind_notes(adapters), *_gone(adapters, weights))
     details = {"method": method, "dtype": dtype_name(number), "format": format}
     return SurgeryReport("merge", written.files, changes, report, seconds, notes, written.proof, details)
 
 
 def _opened(
-    sources: Sequence[tuple[Path, Strength]], output: Path, format: str, overwrite: bool, family: str | None
+    sources: Sequence[tuple[Path, Strength]],
+    output: Path,
+    format: str,
+    overwrite: bool,
+    family: str | None,
+    drop: Sequence[str],
 ) -> list[Opened]:
     """Return the adapters after checking that a result can be written."""
     if not sources:
         raise ConfigError("merge needs adapters: give FILE:WEIGHT, e.g. style.safetensors:0.8")
     paths = [path for path, _ in sources]
     check_target(output, format, overwrite, paths)
-    adapters = open_adapters(paths, family)
+    adapters = open_adapters(paths, family, drop)
     family_of(adapters)
     return adapters
 

@@ -7,10 +7,10 @@ factors (:func:`sdlora.surgery.factors.spectrum`), never from dW itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..adapters.canonical import AdapterWeights
+from ..adapters.canonical import AdapterFile, AdapterWeights
 from ..config.schema import Precision
 from ..errors import ConfigError
 from ..number_formats import dtype_name
@@ -28,6 +28,7 @@ from .sources import (
     open_adapters,
     result_info,
     silent,
+    summed_vectors,
     write_adapter,
 )
 from .workers import in_order
@@ -43,6 +44,7 @@ def resize_adapter(
     format: str = "webui",
     dtype: Precision | None = None,
     family: str | None = None,
+    drop: Sequence[str] = (),
     overwrite: bool = False,
     report: bool = False,
     progress: Progress = silent,
@@ -58,6 +60,7 @@ def resize_adapter(
         format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; the source's own when None.
         family: what the source is for, where it does not tell.
+        drop: kinds of layers that are left out; see :func:`sdlora.formats.dropping.words`.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
         progress: called after each module.
@@ -70,7 +73,7 @@ def resize_adapter(
     started = time.perf_counter()
     cut = Cut(rank, energy, error)
     check_target(output, format, overwrite, [source])
-    [adapter] = open_adapters([source], family)
+    [adapter] = open_adapters([source], family, drop)
     made_for = family_of([adapter])
     _refuse_no_change(source, adapter, cut)
     number = number_format(dtype, [adapter])
@@ -82,7 +85,9 @@ def resize_adapter(
         **{key: value for key, value in vars(cut).items() if value is not None},
     }
     info = result_info([adapter], output.stem, record, keep_all=True)
-    written = write_adapter(weights, info, made_for, output, format, number)
+    vectors = summed_vectors([(adapter, lambda _: 1.0)], number)
+    result = AdapterFile(AdapterWeights({**weights.updates, **vectors}), info, adapter.embeddings)
+    written = write_adapter(result, made_for, output, format, number)
     return SurgeryReport(
         "resize",
         written.files,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from ..adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair
+from ..adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.kinds.full import Difference
 from ..adapters.kinds.table import KINDS, title_of
 from ..adapters.plain import to_plain
 from ..config.schema import Precision
 from ..errors import AdapterFileError, OutputError
 from ..files import parse_json, refuse_bad_names
-from ..formats import adapter_files
+from ..formats import adapter_files, dropping
 from ..formats.detection import known_family, stated_family
 from ..formats.folding import own_dtype
 from ..formats.proof import write_proven
@@ -60,6 +62,9 @@ class Opened:
         info: its name and header.
         dtype: number format of the file's factors, float32 where they differ.
         converted: kind -> modules that were turned into plain pairs, without any loss.
+        vectors: differences of norms and biases, which no pair can hold.
+        embeddings: textual-inversion embeddings that its file brings along.
+        notes: what is to be told of it.
     """
 
     path: Path
@@ -67,22 +72,34 @@ class Opened:
     info: AdapterInfo
     dtype: torch.dtype
     converted: Mapping[str, int]
+    vectors: AdapterWeights = field(default_factory=lambda: AdapterWeights({}))
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def open_adapters(paths: Sequence[Path], family: str | None = None) -> list[Opened]:
+def open_adapters(paths: Sequence[Path], family: str | None = None, drop: Sequence[str] = ()) -> list[Opened]:
     """Read adapters that are to be worked on; other kinds become plain pairs where that is exact.
 
     Args:
         paths: files or folders.
         family: what the user says they are for.
+        drop: kinds of layers that are left out; see :func:`sdlora.formats.dropping.words`.
 
     Raises:
         AdapterFileError: when one cannot be read, has no exact plain form, or two are for different
             families.
+        ConfigError: for a word that leaves nothing out.
     """
     opened = []
-    for path in paths:
-        adapter = adapter_files.read_adapter(path)
+    read = [(path, adapter_files.read_adapter(path)) for path in paths]
+    for word in drop:
+        if not any(dropping.holds(adapter, word) for _, adapter in read):
+            dropping.without(paths[0], read[0][1], [word])  # says what is wrong with it
+    for path, whole in read:
+        adapter, notes = dropping.without(path, whole, [w for w in drop if dropping.holds(whole, w)])
+        vectors = {key: u for key, u in adapter.weights.updates.items() if len(u.shape) == 1}
+        matrices = {key: u for key, u in adapter.weights.updates.items() if key not in vectors}
+        adapter = replace(adapter, weights=AdapterWeights(matrices))
         kinds = {kind: count for kind, count in adapter.weights.kinds().items() if kind != LowRankPair.kind}
         needy = next((update for update in adapter.weights.updates.values() if update.needs_base), None)
         if needy is not None:
@@ -92,8 +109,12 @@ def open_adapters(paths: Sequence[Path], family: str | None = None) -> list[Open
                 "sdlora convert FILE --to-lora --base BASE --rank N"
             )
         plain, _ = to_plain(adapter.weights)
-        info = with_family(path, adapter, family).info
-        opened.append(Opened(path, plain, info, own_dtype(adapter.weights), kinds))
+        opened.append(
+            Opened(
+                *(path, plain, with_family(path, adapter, family).info, own_dtype(whole.weights), kinds),
+                *(AdapterWeights(vectors), adapter.embeddings, notes),
+            )
+        )
     known = [(source.path, source.info.family) for source in opened if source.info.family]
     for path, family in known[1:]:
         if family != known[0][1]:
@@ -116,13 +137,50 @@ def with_family(path: Path, adapter: AdapterFile, family: str | None) -> Adapter
 
 
 def kind_notes(adapters: Sequence[Opened]) -> tuple[str, ...]:
-    """Return a note on each adapter of another kind than plain LoRA."""
-    return tuple(
+    """Return what was said of adapters that were of another kind than plain LoRA."""
+    told = [note for adapter in adapters for note in adapter.notes]
+    taken = [
         f"{adapter.path}: {count} {KINDS[kind].title} modules were taken as plain LoRA of rank up to "
         f"{max(adapter.weights.ranks())}, which loses nothing"
         for adapter in adapters
         for kind, count in adapter.converted.items()
-    )
+    ]
+    return (*told, *taken)
+
+
+def summed_vectors(
+    adapters: Sequence[tuple[Opened, Callable[[ModuleKey], float]]], dtype: torch.dtype
+) -> dict[ModuleKey, Update]:
+    """Return the weighted sum of the differences of norms and biases, exact but for one rounding.
+
+    Args:
+        adapters: each with the strength of a module.
+        dtype: of the result.
+    """
+    sums: dict[ModuleKey, Tensor] = {}
+    for adapter, strength in adapters:
+        for key, update in adapter.vectors.all_items():
+            term = update.delta().double() * strength(key)
+            sums[key] = sums[key] + term if key in sums else term
+    return {key: Difference(total.to(dtype)) for key, total in sums.items() if bool(total.any())}
+
+
+def all_embeddings(adapters: Sequence[Opened]) -> dict[str, Tensor]:
+    """Return the embeddings of all adapters.
+
+    Raises:
+        AdapterFileError: when two have one of the same name.
+    """
+    found: dict[str, Tensor] = {}
+    for adapter in adapters:
+        for key, tensor in adapter.embeddings.items():
+            if key in found and not torch.equal(found[key], tensor):
+                raise AdapterFileError(
+                    f"{adapter.path}: its embedding `{key}` is another one than that of the same name in "
+                    "another adapter; leave them out with --drop embedding"
+                )
+            found[key] = tensor
+    return found
 
 
 def family_of(adapters: Sequence[Opened]) -> FamilyInfo:
@@ -180,20 +238,23 @@ def refuse_source(target: Path, sources: Iterable[Path]) -> None:
 
 
 def write_adapter(
-    weights: AdapterWeights,
-    info: AdapterInfo,
+    adapter: AdapterFile,
     family: FamilyInfo,
     target: Path,
     format: str,
     dtype: torch.dtype,
+    base: Mapping[ModuleKey, tuple[int, ...]] | None = None,
 ) -> Written:
     """Write an adapter under a temporary name, read it back and compare, and only then put it in place.
+
+    Args:
+        base: shapes of the base's layers, for the proof; those of its family's true model when None.
 
     Raises:
         AdapterFileError: when the format cannot hold it, or the proof fails (nothing is left then).
         OutputError: when the place cannot be written.
     """
-    written = write_proven(AdapterFile(weights, info), format, target, dtype, family)
+    written = write_proven(adapter, format, target, dtype, family, base=base)
     proof = written.proof
     assert proof is not None
     line = (

@@ -222,9 +222,14 @@ def test_a_1x1_convolution_takes_flat_factors_and_other_shapes_are_refused(model
     wide = AdapterWeights({pointwise: loha((shape[0], shape[1] + 1))})
     with pytest.raises(AdapterFileError, match=r"in the adapter but .* use the base"):
         attach(model, wide, "one")
-    linear = AdapterWeights({pointwise: LowRankPair(torch.zeros(1, shape[1]), torch.zeros(shape[0], 1), 1.0)})
-    with pytest.raises(AdapterFileError, match="in the adapter but"):
-        attach(model, linear, "one")
+    plain = pair(shape)
+    linear = AdapterWeights(
+        {pointwise: LowRankPair(plain.down[:, :, 0, 0], plain.up[:, :, 0, 0], plain.alpha)}
+    )
+    wanted = with_deltas(model, [(AdapterWeights({pointwise: plain}), 1.0)])
+    attach(model, linear, "one")
+    torch.testing.assert_close(output(model), wanted, rtol=1e-4, atol=1e-5)
+    detach(model, "one")
 
 
 def test_factors_of_a_file_in_half_precision_act_in_a_bf16_base(tiny_base: Path) -> None:

@@ -463,7 +463,13 @@ def test_open_clips_fused_attention_in_stable_diffusion_cpp() -> None:
             set(CLIENTS) - {"ComfyUI", "Forge"},
         ),
         (
-            *("diffusers", "sd1", [TO_K], ["unet.x.alpha", "unet.x.lora_A.weight"], {}),
+            *(
+                "diffusers",
+                "sd1",
+                [TO_K],
+                [f"unet.{TO_K[1]}.{end}" for end in ("alpha", "lora_A.weight")],
+                {},
+            ),
             set(CLIENTS) - {"stable-diffusion.cpp"},
         ),
     ],

@@ -282,15 +282,15 @@ def test_other_contents_are_named(what: str, tmp_path: Path) -> None:
     assert what in refusal(path)
 
 
-def test_alpha_zero_is_refused(tmp_path: Path) -> None:
+def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tensors = {
         "lora_down.weight": torch.ones(2, 4),
         "lora_up.weight": torch.ones(4, 2),
-        "alpha": torch.tensor(0.0),
+        "alpha": torch.tensor([1.0, 2.0]),
     }
     save_file({f"{KEY}.{name}": tensor for name, tensor in tensors.items()}, path)
-    assert "alpha is 0.0" in refusal(path)
+    assert "alpha has 2 values instead of one" in refusal(path)
 
 
 def test_recorded_alphas_that_are_nonsense(tmp_path: Path) -> None:
@@ -312,9 +312,9 @@ def test_broken_peft_folders(tmp_path: Path) -> None:
     configs = {
         "not valid JSON": "{",
         "not a JSON object": "[]",
-        "not one of LORA": '{"peft_type": "IA3"}',
+        "not one of LORA": '{"peft_type": "VERA"}',
         "is not a LOHA": '{"peft_type": "LOHA"}',
-        "lora_alpha is": '{"lora_alpha": 0}',
+        "lora_alpha is": '{"lora_alpha": null}',
         "regular expression": '{"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 2}}',
         "is not a table": '{"lora_alpha": 1, "alpha_pattern": [1]}',
     }

@@ -239,7 +239,9 @@ def test_who_reads_which_spelling() -> None:
         },
         ("webui", "lora_unet_mid_block_attentions_0_proj_in.lora_B.weight"): set(CLIENTS)
         - {"kohya sd-scripts", "diffusers"},
-        ("diffusers", "mid_block.attentions.0.proj_in.lora_B.weight"): {"ComfyUI", "stable-diffusion.cpp"},
+        ("diffusers", "mid_block.attentions.0.proj_in.lora_B.weight"): {
+            *("ComfyUI", "Forge", "stable-diffusion.cpp")
+        },
     }
     for (format, key), readers in cases.items():
         support = client_support(format, "sd1", weights, [key])

@@ -243,7 +243,8 @@ def test_any_shape_comes_back(
         torch.randn(height, rank, *ones, generator=generator),
         float(f"{rank * scale:.6g}"),
     )
-    weights = AdapterWeights({ModuleKey("unet", "mid_block.resnets.0.conv1"): pair.to(dtype)})
+    layers = {None: "resnets.0.time_emb_proj", 1: "resnets.0.conv_shortcut", 3: "resnets.0.conv1"}
+    weights = AdapterWeights({ModuleKey("unet", f"mid_block.{layers[kernel]}"): pair.to(dtype)})
     target = target_in(tmp_path_factory.mktemp("any"), format)
     write_adapter(file_of(weights), format, target, dtype, SD1)
     weights_read = read_adapter(target).weights

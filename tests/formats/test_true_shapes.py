@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -20,6 +21,7 @@ from sdlora.families.table import family_info
 from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter
 from sdlora.formats.other_readers import loaded_updates, through_diffusers
 from sdlora.formats.proof import compare, prove
+from sdlora.surgery.convert import convert_adapter
 
 from .adapters import EVERYTHING, LINEAR, file_of, random_adapter
 
@@ -131,3 +133,28 @@ def test_a_real_pipeline_of_true_shapes_loads_every_delta(family: str, format: s
     assert proof.read_by == ("sdlora", "diffusers")
     seen = through_diffusers(target, OpenAdapter(target).outline.weights, family_info(family))
     assert compare(seen, loaded, torch.float32, "both")[0] == 0.0
+
+
+@pytest.mark.parametrize("family", list(UNETS))
+def test_factors_in_four_dimensions_are_converted_to_what_the_true_models_load(
+    family: str, tmp_path: Path
+) -> None:
+    models = true_models(family)
+    weights = random_adapter(models, LINEAR, ranks=(1,))
+    straight, odd, target = (tmp_path / f"{name}.safetensors" for name in ("straight", "odd", "new"))
+    info = family_info(family)
+    write_adapter(file_of(weights), "webui", straight, torch.float32, info)
+    turned = {
+        key: tensor[:, :, None, None].contiguous() if tensor.ndim == 2 else tensor
+        for key, tensor in load_file(straight).items()
+    }
+    save_file(turned, odd, {"ss_base_model_version": info.header.version})
+    with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|shape"):
+        pipeline_of(family, true_models(family)).load_lora_weights(str(odd))
+    report = convert_adapter(odd, target)
+    assert report.proof is not None and "largest delta difference 0.0" in report.proof
+    pipeline_of(family, models).load_lora_weights(str(target))
+    loaded = AdapterWeights(
+        {key: pair for name, model in models.items() for key, pair in loaded_updates(name, model)}
+    )
+    assert compare(weights, loaded, torch.float32, "the pipeline")[0] == 0.0

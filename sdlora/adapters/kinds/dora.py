@@ -98,6 +98,12 @@ class DoRA(WrappedUpdate):
         """Return it with the same magnitudes and another direction."""
         return DoRA(direction, self.magnitude)
 
+    def in_shape(self, shape: tuple[int, ...]) -> DoRA:
+        """Return it with its direction in another shape, and the magnitudes in as many dimensions."""
+        direction = self.direction.in_shape(shape)
+        sides = (-1, 1) if self.by_output else (1, -1)
+        return DoRA(direction, self.magnitude.reshape(*sides, *[1] * (len(shape) - 2)))
+
     def to(self, dtype: torch.dtype) -> DoRA:
         """Return it with the direction in another number format.
 

@@ -38,6 +38,9 @@ class FilePart:
         spelling: regular expression of all that may follow the module's name, in any single-file format.
         peft: its name in PEFT's folders; None if PEFT has no such thing.
         always_wide: whether it is stored in fp32, whatever the file's number format.
+        of_bias: whether it changes the layer's bias, not its weight.
+        is_number: whether it is a single number.
+        beside: ending of a key of the same module without which this one says nothing, if there is one.
     """
 
     name: str
@@ -45,6 +48,9 @@ class FilePart:
     spelling: str
     peft: str | None = None
     always_wide: bool = False
+    of_bias: bool = False
+    is_number: bool = False
+    beside: str = ""
 
 
 def plain_part(name: str) -> FilePart:
@@ -127,6 +133,9 @@ class AdapterKind(Generic[U]):
         quirks: (client, format, its updates) -> how that client deviates in computing them.
         algorithm: what LyCORIS calls it in headers.
         network_args: further entries of ``ss_network_args``.
+        stores_alpha: whether files have an alpha for it.
+        alpha_is_bound: whether that alpha bounds something instead of scaling the update: 0 is no bound, and
+            so is none at all.
     """
 
     title: str
@@ -143,6 +152,8 @@ class AdapterKind(Generic[U]):
     quirks: Callable[[str, str, Sequence[U]], list[str]] = no_quirks
     algorithm: str = ""
     network_args: Mapping[str, str] = field(default_factory=dict)
+    stores_alpha: bool = True
+    alpha_is_bound: bool = False
 
 
 def require_parts(where: str, parts: Mapping[str, Tensor], names: Iterable[str]) -> None:

@@ -120,9 +120,15 @@ class LoHa(Update):
             return _by_row(a1, a2), _by_row(b1.T, b2.T).T, self.scale
         return super().factors(weight)
 
-    def pointwise(self) -> LoHa:
-        """Return it as the update of a 1x1 convolution, unless it has a kernel already."""
-        return self if len(self.shape) == 4 else replace(self, kernel=(1, 1))
+    def in_shape(self, shape: tuple[int, ...]) -> Update:
+        """Return it with its flat factors as those of this kernel, if any."""
+        if shape == self.shape or self.t1 is not None:
+            return super().in_shape(shape)
+        kernel = (shape[2], shape[3]) if len(shape) == 4 else None
+        return replace(self, kernel=kernel)._as(shape)
+
+    def _as(self, shape: tuple[int, ...]) -> Update:
+        return super().in_shape(shape)
 
 
 def _by_row(first: Tensor, other: Tensor) -> Tensor:

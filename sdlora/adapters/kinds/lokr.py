@@ -170,13 +170,21 @@ class LoKr(Update):
         sides = (side[0] if len(side) == 1 else side[0] @ side[1] for side in self.matrices())
         return abs(self.scale) * math.prod(float(torch.linalg.norm(side.double())) for side in sides)
 
-    def pointwise(self) -> LoKr:
-        """Return it as the update of a 1x1 convolution, unless it has a kernel already."""
-        if len(self.shape) == 4:
-            return self
-        if self.w2 is not None:
-            return replace(self, w2=self.w2[:, :, None, None])
-        return replace(self, kernel=(1, 1))
+    def in_shape(self, shape: tuple[int, ...]) -> Update:
+        """Return it with its second factor as that of this kernel, if any."""
+        if shape == self.shape or self.t2 is not None:
+            return super().in_shape(shape)
+        kernel = (shape[2], shape[3]) if len(shape) == 4 else None
+        if self.w2 is None:
+            return replace(self, kernel=kernel)._as(shape)
+        size = math.prod(kernel) if kernel else 1
+        rows, columns = self.w2.shape[0], math.prod(self.w2.shape[1:])
+        if columns % size:
+            return super().in_shape(shape)
+        return replace(self, w2=self.w2.reshape(rows, columns // size, *(kernel or ())))._as(shape)
+
+    def _as(self, shape: tuple[int, ...]) -> Update:
+        return super().in_shape(shape)
 
     def _first_shape(self) -> tuple[int, int]:
         if self.w1 is not None:

@@ -19,13 +19,22 @@ from .kind import EVERY_CLIENT, AdapterKind, FilePart, Kernel, TrainedForm, does
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_ADAPTER_NAME = r"(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"
-"""PEFT may append the adapter's name to that of a part."""
+_ADAPTER_NAME = r"(?:\.(?!(?:weight|bias)$)[A-Za-z_]\w*)?(?:\.weight)?$"
+"""PEFT may write the adapter's name behind that of a part."""
 _OLD = r"(?:\.lora|_lora|\.lora_linear_layer)"
 DOWN = FilePart(
     "down", "lora_down.weight", rf"\.lora_(?:down|A){_ADAPTER_NAME}|{_OLD}\.down\.weight$", "lora_A"
 )
 UP = FilePart("up", "lora_up.weight", rf"\.lora_(?:up|B){_ADAPTER_NAME}|{_OLD}\.up\.weight$", "lora_B")
+
+_EMBEDDING_END = r"(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"
+EMBEDDING_A = FilePart(
+    "embedding_a", "lora_up.weight", rf"\.lora_embedding_A{_EMBEDDING_END}", "lora_embedding_A"
+)
+EMBEDDING_B = FilePart(
+    "embedding_b", "lora_down.weight", rf"\.lora_embedding_B{_EMBEDDING_END}", "lora_embedding_B"
+)
+"""PEFT's factors of an embedding: (rank, words) and (width, rank), the transpose of a layer's."""
 
 
 def build(where: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: Kernel | None) -> LowRankPair:
@@ -41,6 +50,11 @@ def build(where: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: 
     Raises:
         AdapterFileError: when a factor is missing, empty, not floating point or does not fit.
     """
+    if EMBEDDING_A.name in parts and EMBEDDING_B.name in parts:
+        sides = (parts[EMBEDDING_B.name], parts[EMBEDDING_A.name])
+        if any(side.ndim != 2 for side in sides):
+            raise AdapterFileError(f"{where}: embedding factors are no matrices; export the adapter again")
+        parts = {"down": sides[0].T.contiguous(), "up": sides[1].T.contiguous()}
     require_parts(where, parts, ("down", "up"))
     down, up = parts["down"], parts["up"]
     if down.dtype not in FLOAT_DTYPES or up.dtype not in FLOAT_DTYPES:
@@ -101,7 +115,7 @@ def start(
 
 LORA = AdapterKind(
     title="LoRA",
-    parts=(DOWN, UP),
+    parts=(DOWN, UP, EMBEDDING_A, EMBEDDING_B),
     build=build,
     start=start,
     trained=TrainedForm(peft_config, take_over, up=frozenset({"lora_up.weight"})),

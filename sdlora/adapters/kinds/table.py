@@ -9,10 +9,14 @@ from typing import Any
 
 from ..canonical import Update
 from .dora import DORA
+from .full import FULL
+from .glora import GLORA
+from .ia3 import IA3_KIND
 from .kind import AdapterKind, FilePart
 from .loha import LOHA
 from .lokr import LOKR
 from .lora import LORA
+from .oft import BOFT_KIND, OFT_KIND
 from .tucker import TUCKER
 
 KINDS: dict[str, AdapterKind[Any]] = {
@@ -21,6 +25,11 @@ KINDS: dict[str, AdapterKind[Any]] = {
     "dora": DORA,
     "loha": LOHA,
     "lokr": LOKR,
+    "full": FULL,
+    "glora": GLORA,
+    "ia3": IA3_KIND,
+    "oft": OFT_KIND,
+    "boft": BOFT_KIND,
 }
 
 
@@ -57,4 +66,10 @@ def part_at_end(key: str) -> tuple[str, FilePart] | None:
 def _parts(kinds: tuple[AdapterKind[Any], ...]) -> tuple[dict[str, FilePart], re.Pattern[str]]:
     """Return the parts of some kinds, and one expression with a named group for each of them."""
     parts = {part.name: part for kind in kinds for part in kind.parts}
-    return parts, re.compile("|".join(f"(?P<{name}>{part.spelling})" for name, part in parts.items()))
+    alone = {name: part for name, part in parts.items() if not part.beside}
+    return parts, re.compile("|".join(f"(?P<{name}>{part.spelling})" for name, part in alone.items()))
+
+
+def parts_beside() -> list[FilePart]:
+    """Return the parts that say something only beside another key of their module."""
+    return [part for part in file_parts().values() if part.beside]

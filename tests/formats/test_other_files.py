@@ -1,0 +1,26 @@
+"""A part of the matrix of others' files; ``python -m tools.adapter_matrix --part others`` has all of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdlora.families.table import FAMILIES
+from tools import other_files
+
+
+def test_the_matrix_has_thousands_of_files() -> None:
+    assert len(list(other_files.cases(list(FAMILIES)))) >= 3000
+
+
+def test_a_sample_of_the_matrix_equals_float64_arithmetic() -> None:
+    counts, failures, _ = other_files.run(list(FAMILIES), step=41)
+    assert failures == [] and counts["files"] >= 70
+    assert counts["checked read"] == counts["files"] and counts["checked merge"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_whole_matrix_equals_float64_arithmetic(family: str) -> None:
+    counts, failures, _ = other_files.run([family])
+    assert failures == [] and counts["files"] >= 1000
