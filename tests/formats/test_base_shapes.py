@@ -22,7 +22,13 @@ from sdlora.surgery.convert import convert_adapter
 from .adapters import EVERYTHING, SD1, SD2, SDXL, file_of, random_adapter
 from .test_clients import assert_deltas, deltas_in, make_pipeline, models_in
 
-FORMATS_AND_FAMILIES = [("webui", SD1), ("webui", SD2), ("webui", SDXL), ("diffusers", SDXL), ("peft", SD1)]
+FORMATS_AND_FAMILIES = [
+    ("webui", SD1),
+    ("peft", SD1),
+    pytest.param("webui", SD2, marks=pytest.mark.slow),
+    pytest.param("webui", SDXL, marks=pytest.mark.slow),
+    ("diffusers", SDXL),
+]
 
 
 def other_dimensions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -126,7 +126,7 @@ CASES = [
     )
     for part in ((own,) if style == "processor" else dict.fromkeys((own, *PARTS)))
 ]
-FAST = [case for number, case in enumerate(CASES) if number % 11 == 0]
+FAST = [case for number, case in enumerate(CASES) if number % 31 == 0]
 
 
 def check_diffusers(
@@ -150,21 +150,13 @@ def check_diffusers(
             loaded |= deltas_in(model, component)
         assert_deltas(loaded, weights)
         works = True
-    except (
-        AssertionError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        NotImplementedError,
-        AttributeError,
-    ):
+    except (AssertionError, ValueError, LookupError, RuntimeError, TypeError, AttributeError):
         works = False
     return works, next(s for s in inspect_adapter(path).clients if s.client == "diffusers")
 
 
 def test_there_are_files_of_every_spelling_and_every_client_has_its_source() -> None:
-    assert len(CASES) > 200 and len(FAST) > 20
+    assert len(CASES) > 200 and len(FAST) > 6
     assert set(PROGRAMS) == set(CLIENTS) and all(len(p.source) > 30 for p in PROGRAMS.values())
 
 
