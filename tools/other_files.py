@@ -67,17 +67,17 @@ def cases(families: Sequence[str]) -> Iterator[Case]:
 def layers(family: str) -> dict[ModuleKey, tuple[int, ...]]:
     """Return one layer of each sort with shrunk sides."""
     endings = (".attn1.to_out.0", ".attn2.to_k", ".proj_in", ".resnets.0.conv1", ".ff.net.0.proj", ".0.conv")
-    found: dict[ModuleKey, tuple[int, ...]] = {}
+    shapes_found: dict[ModuleKey, tuple[int, ...]] = {}
     for component, shapes in true_shapes(family).items():
         wanted = (".self_attn.q_proj", ".mlp.fc1") if is_text_encoder(component) else endings
         for ending in wanted:
             path = next(path for path in shapes if path.endswith(ending))
             out, width, *kernel = shapes[path]
-            found[ModuleKey(component, path)] = (
+            shapes_found[ModuleKey(component, path)] = (
                 *(max(side // _SHRINK, 8) // 8 * 8 for side in (out, width)),
                 *kernel,
             )
-    return found
+    return shapes_found
 
 
 def named(spelling: str, info: FamilyInfo, module: ModuleKey, number: int) -> str:
@@ -101,12 +101,12 @@ def named(spelling: str, info: FamilyInfo, module: ModuleKey, number: int) -> st
 
 def written(case: Case, folder: Path) -> tuple[Path, dict[ModuleKey, tuple[Made, tuple[int, ...]]]]:
     """Write the file of a case and return what each of its layers does."""
-    info, made = family_info(case.family), {}
+    info, references = family_info(case.family), {}
     tensors: dict[str, Tensor] = {}
     for number, (module, shape) in enumerate(layers(case.family).items()):
-        made[module] = (KINDS[case.kind](shape, 2, case.alpha, case.number + number, case.dtype), shape)
+        references[module] = (KINDS[case.kind](shape, 2, case.alpha, case.number + number, case.dtype), shape)
         name = named(case.spelling, info, module, number)
-        for part, tensor in made[module][0][0].items():
+        for part, tensor in references[module][0][0].items():
             if case.turned and part != "alpha":
                 if tensor.ndim == 2:
                     tensor = tensor[:, :, None, None]
@@ -115,7 +115,7 @@ def written(case: Case, folder: Path) -> tuple[Path, dict[ModuleKey, tuple[Made,
             tensors[f"{name}.{part}"] = tensor.contiguous()
     path = folder / "file.safetensors"
     save_file(tensors, path, {"ss_base_model_version": info.header.version})
-    return path, made
+    return path, references
 
 
 def weight_for(module: ModuleKey, shape: tuple[int, ...]) -> Tensor:
@@ -124,13 +124,15 @@ def weight_for(module: ModuleKey, shape: tuple[int, ...]) -> Tensor:
 
 
 def worst(
-    updates: dict[ModuleKey, Update], made: dict[ModuleKey, tuple[Made, tuple[int, ...]]], times: float = 1.0
+    updates: dict[ModuleKey, Update],
+    references: dict[ModuleKey, tuple[Made, tuple[int, ...]]],
+    times: float = 1.0,
 ) -> float:
     """Return the largest difference of any update, relative to the norm of what it should be."""
-    if set(updates) != set(made):
-        raise AdapterFileError(f"{len(set(updates) ^ set(made))} modules are others")
+    if set(updates) != set(references):
+        raise AdapterFileError(f"{len(set(updates) ^ set(references))} modules are others")
     largest = 0.0
-    for module, ((_, delta), shape) in made.items():
+    for module, ((_, delta), shape) in references.items():
         weight = weight_for(module, shape)
         wanted = delta(weight) * times
         actual = updates[module].delta(weight).double().reshape(shape)
@@ -145,10 +147,10 @@ def check(case: Case, folder: Path) -> dict[str, float]:
     Raises:
         AdapterFileError: when sdlora refuses it.
     """
-    path, made = written(case, folder)
+    path, references = written(case, folder)
     adapter = read_adapter(path)
     updates = dict(adapter.weights.updates)
-    errors = {"read": worst(updates, made)}
+    errors = {"read": worst(updates, references)}
     baked = max(
         float(
             (
@@ -157,16 +159,16 @@ def check(case: Case, folder: Path) -> dict[str, float]:
             ).norm()
             / weight_for(m, s).double().norm()
         )
-        for m, ((_, delta), s) in made.items()
+        for m, ((_, delta), s) in references.items()
     )
     errors["bake"] = baked
     info, again = family_info(case.family), folder / "again.safetensors"
     write_adapter(AdapterFile(adapter.weights, adapter.info), "webui", again, torch.float32, info)
-    errors["write"] = worst(dict(read_adapter(again).weights.updates), made)
+    errors["write"] = worst(dict(read_adapter(again).weights.updates), references)
     if case.kind in ("lora", "full", "loha", "lokr") and case.number % 4 == 0:
         target = folder / "merged.safetensors"
         merge_adapters([(path, 0.5), (path, 0.25)], target, dtype="fp32", overwrite=True)
-        errors["merge"] = worst(dict(read_adapter(target).weights.updates), made, 0.75)
+        errors["merge"] = worst(dict(read_adapter(target).weights.updates), references, 0.75)
     return errors
 
 

@@ -93,14 +93,14 @@ def _computed(layer: nn.Module, inputs: Tensor, weight: Tensor | None, bias: Ten
     Raises:
         TypeError: for a layer that is not linear in them.
     """
-    own: Any = layer
+    own_layer: Any = layer
     if weight is None and not isinstance(layer, nn.Linear | nn.Conv2d):
-        weight = torch.zeros_like(own.weight, dtype=bias.dtype if bias is not None else None)
+        weight = torch.zeros_like(own_layer.weight, dtype=bias.dtype if bias is not None else None)
     if isinstance(layer, nn.Conv2d):
         if weight is None:
             assert bias is not None
             return bias[:, None, None]
-        return own._conv_forward(inputs, weight, bias)
+        return own_layer._conv_forward(inputs, weight, bias)
     if isinstance(layer, nn.Linear):
         if weight is None:
             assert bias is not None

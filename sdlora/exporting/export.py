@@ -158,14 +158,11 @@ def export_adapter(
     opened = open_source(source)
     chosen = _check_name(opened.name if name is None else name)
     whole, notes = dropping.without(source, opened.adapter, drop)
-    # a file that is named by hand is called by that name, or two files would share one alias in WebUI
-    by_hand = output.stem if output is not None and output.suffix == ".safetensors" else None
-    adapter = _renamed(whole, name or by_hand or opened.adapter.info.name or chosen, preferred_strength)
+    alias = name or _name_by_hand(output) or opened.adapter.info.name or chosen
+    adapter = _renamed(whole, alias, preferred_strength)
     stated = stated_family(source, adapter.weights, adapter.info.family, family)
     info, adapter = known_family(source, stated), replace(adapter, info=replace(adapter.info, family=stated))
-    if private:
-        kept = without_private(adapter.info.metadata)
-        adapter = replace(adapter, info=replace(adapter.info, metadata=kept))
+    adapter = _shareable(adapter) if private else adapter
     target = _target(format, place, chosen)
     image = _image_for(format, target, preview or opened.preview, private)
     _refuse_taken(format, target, image is not None, lora_folder, overwrite)
@@ -176,6 +173,17 @@ def export_adapter(
     if lora_folder is not None:
         report = replace(report, files=(*report.files, *_copy_into(lora_folder, report.files)))
     return report
+
+
+def _name_by_hand(output: Path | None) -> str | None:
+    """Return the name of a file that was named by hand; with another alias, two files would share one."""
+    return output.stem if output is not None and output.suffix == ".safetensors" else None
+
+
+def _shareable(adapter: AdapterFile) -> AdapterFile:
+    """Return an adapter whose header does not describe the training images."""
+    kept = without_private(adapter.info.metadata)
+    return replace(adapter, info=replace(adapter.info, metadata=kept))
 
 
 def write_finished(

@@ -103,8 +103,8 @@ class OpenAdapter:
         weights = self._collected(unrecorded, shapes_only)
         info = self._info(weights)
         # plain pairs stay in the dimensions of the file, which some programs go by
-        own = {k: update for k, update in weights.updates.items() if isinstance(update, LowRankPair)}
-        return AdapterFile(AdapterWeights({**as_in_base(weights, info.family).updates, **own}), info)
+        plain = {k: update for k, update in weights.updates.items() if isinstance(update, LowRankPair)}
+        return AdapterFile(AdapterWeights({**as_in_base(weights, info.family).updates, **plain}), info)
 
     def _embeddings(self) -> dict[str, Tensor]:
         embeddings: dict[str, Tensor] = {}

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 
-from ..adapters.canonical import AdapterWeights, ModuleKey
+from ..adapters.canonical import AdapterWeights
 from ..adapters.kinds.kind import EVERY_CLIENT
 from ..errors import shown
-from ..families.facts import FamilyInfo, is_text_encoder
+from ..families.facts import is_text_encoder
 from ..families.layer_shapes import Shape
-from ..families.table import family_info
-from .base_shapes import BaseShapes
+from .client_facts import Facts as Facts
+from .client_facts import Support as Support
+from .client_keys import other_reasons, unknown_reasons
 from .client_kinds import is_refused, kind_reasons, quirks
 from .folding import CONFIG_ENTRY
-from .keys import FileKeys, ParsedKey
-from .programs import PROGRAMS, is_known, name_style, part_style
+from .programs import name_style
 
 CLIENTS = EVERY_CLIENT
 
@@ -31,116 +28,6 @@ _STYLES = ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up."))
 _QKV = {"q_proj", "k_proj", "v_proj"}
 _TEXT_ATTENTION = {*_QKV, "out_proj"}
 _UNSEEN_BY_KOHYA = ("conv_in", "conv_out", "conv_norm_out", "time_embedding", "add_embedding")
-
-
-@dataclass(frozen=True)
-class Support:
-    """How one client reads a file.
-
-    Attributes:
-        client: one of :data:`CLIENTS`.
-        full: whether every layer acts, at the right scale.
-        reasons: why not.
-        hint: another obstacle for its users, if there is one.
-    """
-
-    client: str
-    full: bool
-    reasons: tuple[str, ...] = ()
-    hint: str = ""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """The facts about a file that the rules need.
-
-    Attributes:
-        format: a key of :data:`sdlora.formats.table.FORMATS`.
-        family: ``sd1``, ``sd2``, ``sdxl`` or None.
-        weights: the adapter in it, with the alphas that the file itself holds.
-        file_keys: its keys.
-        entries: the header's text entries, if they are known.
-        base: the shapes of the base's layers, where they are known better than by the family.
-    """
-
-    format: str
-    family: str | None
-    weights: AdapterWeights
-    file_keys: FileKeys
-    entries: Mapping[str, str] | None
-    base: BaseShapes | None = None
-
-    @cached_property
-    def shapes(self) -> BaseShapes:
-        """The shapes of the base that it is for."""
-        return self.base or BaseShapes.of_adapter(self.weights, self.family)
-
-    @cached_property
-    def misfits(self) -> Mapping[ModuleKey, tuple[Shape, Shape]]:
-        """The plain pairs that are stored in another shape than their layer's: (has, wanted)."""
-        return self.shapes.stored_otherwise(self.weights)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys as they are spelled."""
-        return self.file_keys.names
-
-    @property
-    def info(self) -> FamilyInfo | None:
-        """What the family declares."""
-        return None if self.family is None else family_info(self.family)
-
-    @property
-    def original_names(self) -> bool:
-        """Whether WebUI files of the family have the original U-Net's block names."""
-        return self.info is not None and self.info.denoiser.webui_names == "ldm"
-
-    @property
-    def open_clip(self) -> str:
-        """The text encoder that checkpoints keep in OpenCLIP's layout, if there is one."""
-        encoders = self.info.text_encoders if self.info else ()
-        return next((facts.component for facts in encoders if facts.checkpoint_layout == "openclip"), "")
-
-    @property
-    def denoiser(self) -> str:
-        """The component that is not a text encoder, if it has modules."""
-        return next((name for name in self.weights.components() if not is_text_encoder(name)), "")
-
-    def unknown_to(self, client: str) -> dict[str, ParsedKey]:
-        """Return the keys whose module or factor a client's loader does not find, by the names they have."""
-        program = PROGRAMS[client]
-        return {
-            key: parsed
-            for key, parsed in self.file_keys.parsed.items()
-            if parsed is not None and not is_known(program, key, parsed)
-        }
-
-    def with_alpha(self) -> list[ModuleKey]:
-        """Return the modules that have their own alpha."""
-        parsed = self.file_keys.parsed.values()
-        return [key.module for key in parsed if key is not None and key.part == "alpha"]
-
-    def any_key(self, *starts: str) -> bool:
-        return any(key.startswith(starts) for key in self.keys)
-
-    def any_end(self, end: str) -> bool:
-        return any(key.endswith(end) for key in self.keys)
-
-    def any_part(self, *parts: str) -> bool:
-        return any(part in key for key in self.keys for part in parts)
-
-    @property
-    def scaled_rank_one(self) -> bool:
-        """Whether some module of rank 1 has its own alpha."""
-        return 1 in {self.weights.updates[module].rank for module in self.with_alpha()}
-
-    @property
-    def ldm_names(self) -> bool:
-        return self.any_key("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
-
-    @property
-    def diffusers_names(self) -> bool:
-        return self.any_key("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
 
 
 def partial_attention(weights: AdapterWeights, component: str) -> list[str]:
@@ -156,9 +43,9 @@ def partial_attention(weights: AdapterWeights, component: str) -> list[str]:
 def webui_reasons(client: str, facts: Facts) -> list[str]:
     """Return why a client does not load a file with WebUI keys fully."""
     return [
-        *_unknown(client, facts),
+        *unknown_reasons(client, facts),
         *_names(client, facts),
-        *_others(client, facts),
+        *other_reasons(client, facts),
         *_shapes(client, facts),
         *_layers(client, facts),
         *kind_reasons(client, facts.weights),
@@ -179,77 +66,6 @@ def hint(client: str, facts: Facts) -> str:
         f"takes it for {version} by its header and hides its card beside {wanted} checkpoints; "
         "export it again"
     )
-
-
-def _unknown(client: str, facts: Facts) -> list[str]:
-    """Return what follows from keys that a client's loader does not find."""
-    program, unknown = PROGRAMS[client], facts.unknown_to(client)
-    if not unknown:
-        return []
-    few = len(unknown) <= (program.most_unknown or len(unknown))
-    lost = "leaves them out" if few else f"refuses the file for more than {program.most_unknown}"
-    flat = all(name_style(key, parsed).endswith("-flat") for key, parsed in unknown.items())
-    if flat:
-        what = "drops the text encoder" if few else "refuses the file"
-        joint = "_" if facts.format == "webui" else "."
-        return [f"{what}: its keys lack `text_model{joint}`; export as webui"]
-    if all(part_style(key) not in ("", "lora_down") for key in unknown) and program.parts == {"lora_down"}:
-        return ["knows only `lora_down` and `lora_up`, not `lora_A` and `lora_B`; export it again"]
-    first = shown(next(iter(unknown)), 60)
-    lost = "refuses the file" if client == "diffusers" and facts.format == "webui" else lost
-    return [f"does not know {len(unknown)} of {len(facts.keys)} keys (`{first}`) and {lost}; export as webui"]
-
-
-def _others(client: str, facts: Facts) -> list[str]:
-    """Return what follows from keys that are no factors: biases, scales, embeddings, alphas of 0."""
-    reasons, keys = [], facts.file_keys
-    if keys.embeddings and client != "WebUI":
-        what = "refuses the file for" if client == "diffusers" else "leaves out"
-        reasons.append(f"{what} the embedding that comes with it; leave it out with --drop embedding")
-    if keys.stray and client == "diffusers":
-        reasons.append(f"refuses the file for `{shown(keys.stray[0], 60)}`; export it again")
-    if client == "WebUI" and any(key.startswith("lora_") for key in keys.stray):
-        reasons.append(f"loses the whole file for `{shown(keys.stray[0], 60)}`; export it again")
-    if facts.any_end(".scale_weight") or facts.any_end(".weight_scale"):
-        reasons.append("does not know the scales of its fp8 values; export it again")
-    if client == "kohya sd-scripts" and any(
-        update.has_rank and update.alpha == 0.0 for update in facts.weights.updates.values()
-    ):
-        reasons.append("takes alpha 0 for the rank, so layers that are switched off act; export it again")
-    if facts.any_part(".lora_magnitude_vector") and facts.format == "webui":
-        reasons.append(
-            {
-                "WebUI": "loses the whole file for its `lora_magnitude_vector` keys",
-                "diffusers": "refuses the file for its `lora_magnitude_vector` keys",
-            }.get(client, "does not know `lora_magnitude_vector` and loads DoRA as a plain LoRA")
-            + "; export it again"
-        )
-    scaled = any(update.has_rank and update.scale != 1.0 for update in facts.weights.updates.values())
-    if client == "WebUI" and scaled and any(part_style(key).startswith("lora_A") for key in facts.keys):
-        reasons.append("ignores the alphas beside `lora_A` and `lora_B`; export it again")
-    return reasons + _biases(client, facts)
-
-
-def _biases(client: str, facts: Facts) -> list[str]:
-    """Return what becomes of differences of biases and norms, and of LoRA on embeddings."""
-    updates = facts.weights.updates
-    biases = [key for key in updates if key.is_bias]
-    if client == "stable-diffusion.cpp" and biases:
-        return [f"leaves out differences of biases ({len(biases)} layers)"]
-    if client != "WebUI":
-        return []
-    layers = {key: updates.get(ModuleKey(key.component, key.layer)) for key in biases}
-    alone = next((key for key, update in layers.items() if update is None), None)
-    if alone is not None:
-        return [f"loses the whole file for `{alone.path}`, a bias without a difference of the weight"]
-    parsed = {key.module: key.part for key in facts.file_keys.parsed.values() if key is not None}
-    norms = next((k for k, part in parsed.items() if part == "w_norm" and k.bias not in parsed), None)
-    if norms is not None:
-        return [f"loses the whole file for `{norms.path}`, a `w_norm` without its `b_norm`"]
-    if any("embeddings." in key.path and update.kind != "full" for key, update in updates.items()):
-        return ["loses the whole file for its factors of an embedding"]
-    beside = [key for key, update in layers.items() if update is not None and update.kind != "full"]
-    return [f"leaves out the biases of {len(beside)} layers with factors"] if beside else []
 
 
 def _names(client: str, facts: Facts) -> list[str]:
@@ -384,8 +200,8 @@ def diffusers_reasons(client: str, facts: Facts) -> list[str]:
             if any(name_style(key, parsed) == "te-flat" for key, parsed in rest.items()):
                 reasons.append("drops the text encoder: its keys lack `text_model.`; export as webui")
         else:
-            reasons += _unknown(client, facts)
-        return reasons + _others(client, facts) + _alphas_in_header(facts) + _shapes(client, facts)
+            reasons += unknown_reasons(client, facts)
+        return reasons + other_reasons(client, facts) + _alphas_in_header(facts) + _shapes(client, facts)
     if client == "stable-diffusion.cpp":
         reasons = quirks(client, "diffusers", facts.weights) + _alphas_in_header(facts)
         if any(is_text_encoder(component) for component in facts.weights.components()):
@@ -428,8 +244,8 @@ def comfyui_reasons(client: str, facts: Facts) -> list[str]:
     """Return why a client does not load a file with ComfyUI's own keys fully."""
     if client in BY_KEY:
         return [
-            *_unknown(client, facts),
-            *_others(client, facts),
+            *unknown_reasons(client, facts),
+            *other_reasons(client, facts),
             *_shapes(client, facts),
             *kind_reasons(client, facts.weights),
         ]
@@ -441,8 +257,8 @@ def lycoris_reasons(client: str, facts: Facts) -> list[str]:
     readers = (*BY_KEY, "stable-diffusion.cpp")
     if client in readers:
         return [
-            *_unknown(client, facts),
-            *_others(client, facts),
+            *unknown_reasons(client, facts),
+            *other_reasons(client, facts),
             *_shapes(client, facts),
             *kind_reasons(client, facts.weights),
         ]

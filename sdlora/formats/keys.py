@@ -123,10 +123,10 @@ class FileKeys:
         for key in self.names:
             if key.startswith(EMBEDDING_START) or is_scale_of_fp8(key, known):
                 continue
-            said = parse_key(key) or _beside(key, known)
-            if said is None and self._is_stray(key):
+            meaning = parse_key(key) or _beside(key, known)
+            if meaning is None and self._is_stray(key):
                 continue
-            parsed[key] = said
+            parsed[key] = meaning
         return parsed
 
     @cached_property

@@ -114,8 +114,8 @@ def name_style(key: str, parsed: ParsedKey) -> str:
         if key.startswith(f"{parsed.module.component}."):
             _, _, path = key.partition(".")
             return "te" if path.startswith(("text_model.", "text_projection")) else "te-flat"
-        own = re.match(r"text_encoders\.clip_[lgh]\.transformer\.(text_model|text_projection)", key)
-        return "generic-te" if own else "generic-other"
+        generic = re.match(r"text_encoders\.clip_[lgh]\.transformer\.(text_model|text_projection)", key)
+        return "generic-te" if generic else "generic-other"
     if key.startswith("diffusion_model."):
         original = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
         return "generic" if key.removeprefix("diffusion_model.").startswith(original) else "generic-other"

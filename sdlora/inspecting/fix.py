@@ -79,49 +79,49 @@ def fix_adapter(path: Path, target: Path, *, overwrite: bool = False) -> Fix:
 
 def _wrong(opened: OpenAdapter, adapter: AdapterFile, info: FamilyInfo, format: str) -> list[str]:
     """Return what is to be mended, for people."""
-    outline, found = opened.outline, []
+    outline, problems = opened.outline, []
     shapes = BaseShapes.of_adapter(outline.weights, info.name)
     turned = shapes.stored_otherwise(outline.weights)
     if turned:
-        found.append(f"{len(turned)} layers: factors in the layer's own number of dimensions")
+        problems.append(f"{len(turned)} layers: factors in the layer's own number of dimensions")
     if len(opened.keys.spellings) > 1 or format != opened.format:
         spellings = " and ".join(opened.keys.spellings)
-        found.append(f"names in {spellings} spelling: all in that of {format}")
+        problems.append(f"names in {spellings} spelling: all in that of {format}")
     elif opened.format == "webui" and _both_namings(opened):
-        found.append("the U-Net's blocks in two namings: all in that of the family")
+        problems.append("the U-Net's blocks in two namings: all in that of the family")
     parsed = [key for key in opened.keys.parsed.values() if key is not None]
     alphas = {key.module for key in parsed if key.part in ("alpha", "scale")}
     ranked = {key for key, update in adapter.weights.updates.items() if update.has_rank}
     if format == "webui" and alphas and ranked - alphas:
-        found.append(f"{len(ranked - alphas)} layers beside others: the alpha that they lack")
+        problems.append(f"{len(ranked - alphas)} layers beside others: the alpha that they lack")
     if any(key.part == "scale" for key in parsed):
-        found.append("`scale` entries: alphas, which every program knows")
+        problems.append("`scale` entries: alphas, which every program knows")
     zero = [key for key in ranked if adapter.weights.updates[key].alpha == 0.0]
     if zero:
-        found.append(f"{len(zero)} layers of alpha 0: zero by their factors, as programs differ about it")
+        problems.append(f"{len(zero)} layers of alpha 0: zero by their factors, as programs differ about it")
     if any(spec.dtype in FP8_DTYPES for header in opened.headers for spec in header.tensors.values()):
-        found.append("fp8 values: in a format that all programs read")
-    found += dropping.stray_notes(opened.path, adapter)
-    return found + _wrong_entries(opened, info, format)
+        problems.append("fp8 values: in a format that all programs read")
+    problems += dropping.stray_notes(opened.path, adapter)
+    return problems + _wrong_entries(opened, info, format)
 
 
 def _both_namings(opened: OpenAdapter) -> bool:
     original = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
-    own = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
-    return all(any(key.startswith(starts) for key in opened.keys.names) for starts in (original, own))
+    current = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
+    return all(any(key.startswith(starts) for key in opened.keys.names) for starts in (original, current))
 
 
 def _wrong_entries(opened: OpenAdapter, info: FamilyInfo, format: str) -> list[str]:
     """Return the header's entries that are missing or say something else than the tensors."""
     entries, words = opened.outline.info.metadata, info.header
-    found = []
+    problems = []
     if entries.get("ss_base_model_version") not in words.versions:
-        found.append(f"header: `ss_base_model_version` is {words.version}")
+        problems.append(f"header: `ss_base_model_version` is {words.version}")
     if entries.get("ss_v2", "False") != str(words.is_v2):
-        found.append(f"header: `ss_v2` is {words.is_v2}")
+        problems.append(f"header: `ss_v2` is {words.is_v2}")
     if entries.get("modelspec.architecture", words.architecture) not in words.architectures:
-        found.append(f"header: `modelspec.architecture` is {words.architecture}")
+        problems.append(f"header: `modelspec.architecture` is {words.architecture}")
     stated = entries.get("sshs_model_hash")
     if stated is not None and format == opened.format and stated != opened.data_hash():
-        found.append("header: `sshs_model_hash` is that of the tensors")
-    return found
+        problems.append("header: `sshs_model_hash` is that of the tensors")
+    return problems

@@ -135,9 +135,7 @@ def bake_checkpoint(
     if not baking.terms:
         raise ConfigError("every strength is 0, so the result would equal the input; give another strength")
     records = _records(adapters, factors)
-    notes = _notes(model, records, inverse)
-    for (path, _), adapter in zip(adapters, opened, strict=True):
-        notes += dropping.untouched(path, adapter)
+    notes = _notes(model, records, inverse) + _untouched(adapters, opened)
     files = (
         [_bake_file(model, output, baking, records, inverse, progress)]
         if model.layout == "file"
@@ -152,6 +150,12 @@ def bake_checkpoint(
         tuple(notes),
         details={"layout": model.layout, "family": model.family.name, "inverse": inverse},
     )
+
+
+def _untouched(adapters: Sequence[tuple[Path, Strength]], opened: Sequence[AdapterFile]) -> list[str]:
+    """Return notes on what in the adapters' files changes no weight."""
+    pairs = zip(adapters, opened, strict=True)
+    return [note for (path, _), adapter in pairs for note in dropping.untouched(path, adapter)]
 
 
 def _records(

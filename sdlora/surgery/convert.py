@@ -93,16 +93,13 @@ def convert_adapter(
     if not to_lora and cut is not None:
         raise ConfigError("a size has an effect with --to-lora only; sdlora resize cuts a plain LoRA")
     check_target(output, format, overwrite, [source])
-    adapter, notes = dropping.without(
-        source, with_family(source, adapter_files.read_adapter(source), family), drop
-    )
+    whole = with_family(source, adapter_files.read_adapter(source), family)
+    adapter, notes = dropping.without(source, whole, drop)
     opened = Opened(source, adapter.weights, adapter.info, own_dtype(adapter.weights), {})
     made_for, number = family_of([opened]), number_format(dtype, [opened])
     if to_lora:
         weights, changes = _plain(opened, cut, base, format, number, report, progress)
-        kinds = {kind: n for kind, n in adapter.weights.kinds().items() if kind != LowRankPair.kind}
-        record = {"operation": "to-lora", "sources": fingerprints([source]), "kinds": kinds}
-        info = result_info([opened], output.stem, record, keep_all=True)
+        info = result_info([opened], output.stem, _record(opened), keep_all=True)
     else:
         weights, changes, info = adapter.weights, (), replace(adapter.info, name=output.stem)
     shapes = None if base is None else open_checkpoint(base).shapes
@@ -113,6 +110,12 @@ def convert_adapter(
     details = {"dtype": dtype_name(number), "format": format, "kinds": weights.kinds()}
     seconds = time.perf_counter() - started
     return SurgeryReport("convert", written.files, changes, report, seconds, notes, written.proof, details)
+
+
+def _record(opened: Opened) -> dict[str, object]:
+    """Return what was done, for the header of a plain LoRA."""
+    kinds = {kind: n for kind, n in opened.weights.kinds().items() if kind != LowRankPair.kind}
+    return {"operation": "to-lora", "sources": fingerprints([opened.path]), "kinds": kinds}
 
 
 def plain_parts(

@@ -88,16 +88,9 @@ def resize_adapter(
     vectors = summed_vectors([(adapter, lambda _: 1.0)], number)
     result = AdapterFile(AdapterWeights({**weights.updates, **vectors}), info, adapter.embeddings)
     written = write_adapter(result, made_for, output, format, number)
-    return SurgeryReport(
-        "resize",
-        written.files,
-        changes,
-        report,
-        time.perf_counter() - started,
-        kind_notes([adapter]),
-        written.proof,
-        {"dtype": dtype_name(number), "format": format},
-    )
+    details = {"dtype": dtype_name(number), "format": format}
+    seconds, notes = time.perf_counter() - started, kind_notes([adapter])
+    return SurgeryReport("resize", written.files, changes, report, seconds, notes, written.proof, details)
 
 
 def _refuse_no_change(source: Path, adapter: Opened, cut: Cut) -> None:

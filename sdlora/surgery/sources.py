@@ -64,7 +64,7 @@ class Opened:
         converted: kind -> modules that were turned into plain pairs, without any loss.
         vectors: differences of norms and biases, which no pair can hold.
         embeddings: textual-inversion embeddings that its file brings along.
-        notes: what is to be told of it.
+        notes: what users are told about it.
     """
 
     path: Path
@@ -171,16 +171,16 @@ def all_embeddings(adapters: Sequence[Opened]) -> dict[str, Tensor]:
     Raises:
         AdapterFileError: when two have one of the same name.
     """
-    found: dict[str, Tensor] = {}
+    embeddings: dict[str, Tensor] = {}
     for adapter in adapters:
         for key, tensor in adapter.embeddings.items():
-            if key in found and not torch.equal(found[key], tensor):
+            if key in embeddings and not torch.equal(embeddings[key], tensor):
                 raise AdapterFileError(
                     f"{adapter.path}: its embedding `{key}` is another one than that of the same name in "
                     "another adapter; leave them out with --drop embedding"
                 )
-            found[key] = tensor
-    return found
+            embeddings[key] = tensor
+    return embeddings
 
 
 def family_of(adapters: Sequence[Opened]) -> FamilyInfo:

@@ -94,17 +94,17 @@ def test_every_kind_is_read_drawn_with_merged_into_the_model_and_written_again(
     set_strengths(model, {"one": 0.5})
     for key, (weight, delta) in wanted.items():
         layer = layer_at(model, *key)
-        own = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         x = torch.randn(2, weight.shape[1], *[5] * (weight.ndim - 2))
-        plain = nn.functional.linear if weight.ndim == 2 else own._conv_forward
+        plain = nn.functional.linear if weight.ndim == 2 else inner._conv_forward
         extra = plain(x, (0.5 * delta).float(), None)
-        base = plain(x, weight, own.bias)
+        base = plain(x, weight, inner.bias)
         assert_close(layer(x), (base + extra).double(), key)
     merged = Merged(model, {"one": 0.5})
     for key, (weight, delta) in wanted.items():
         layer = layer_at(model, *key)
-        own = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-        assert_close(own.weight, weight.double() + 0.5 * delta, key)
+        inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        assert_close(inner.weight, weight.double() + 0.5 * delta, key)
     merged.undo()
     detach(model, "one")
     again = tmp_path / "again.safetensors"

@@ -121,10 +121,10 @@ def some_weights(models: Mapping[str, nn.Module]) -> AdapterWeights:
 
 CASES = [
     (family, style, part, alpha, dims)
-    for family, (style, own), alpha, dims in itertools.product(
+    for family, (style, usual), alpha, dims in itertools.product(
         (SD1, SDXL), STYLES.items(), (False, True), (False, True)
     )
-    for part in ((own,) if style == "processor" else dict.fromkeys((own, *PARTS)))
+    for part in ((usual,) if style == "processor" else dict.fromkeys((usual, *PARTS)))
 ]
 FAST = [case for number, case in enumerate(CASES) if number % 31 == 0]
 
