@@ -102,14 +102,18 @@ def convert_adapter(
         info = result_info([opened], output.stem, _record(opened), keep_all=True)
     else:
         weights, changes, info = adapter.weights, (), replace(adapter.info, name=output.stem)
-    shapes = None if base is None else open_checkpoint(base).shapes
-    result = AdapterFile(weights, info, adapter.embeddings)
+    result, shapes = AdapterFile(weights, info, adapter.embeddings), _shapes_of(base)
     written = write_adapter(result, made_for, output, format, number, shapes)
     if not to_lora:
         changes = _rounding(adapter, output, report, progress)
     details = {"dtype": dtype_name(number), "format": format, "kinds": weights.kinds()}
     seconds = time.perf_counter() - started
     return SurgeryReport("convert", written.files, changes, report, seconds, notes, written.proof, details)
+
+
+def _shapes_of(base: Path | None) -> dict[ModuleKey, tuple[int, ...]] | None:
+    """Return the shapes of a base's layers, if a base is given."""
+    return None if base is None else open_checkpoint(base).shapes
 
 
 def _record(opened: Opened) -> dict[str, object]:
