@@ -144,6 +144,13 @@ class FileKeys:
             if key not in self.parsed and key not in self.embeddings and not is_scale_of_fp8(key, known)
         )
 
+    @property
+    def mixes_block_names(self) -> bool:
+        """Whether the U-Net's blocks have diffusers' names in some keys and the original ones in others."""
+        original = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
+        renamed = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
+        return all(any(key.startswith(start) for key in self.names) for start in (original, renamed))
+
     def _is_stray(self, key: str) -> bool:
         """Tell whether a key that names no layer's part is none of a weight: whole numbers, or one number."""
         if key.endswith(_NO_WEIGHTS):

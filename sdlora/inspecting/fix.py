@@ -87,8 +87,8 @@ def _wrong(opened: OpenAdapter, adapter: AdapterFile, info: FamilyInfo, format: 
     if len(opened.keys.spellings) > 1 or format != opened.format:
         spellings = " and ".join(opened.keys.spellings)
         problems.append(f"names in {spellings} spelling: all in that of {format}")
-    elif opened.format == "webui" and _both_namings(opened):
-        problems.append("the U-Net's blocks in two namings: all in that of the family")
+    elif opened.format == "webui" and opened.keys.mixes_block_names:
+        problems.append("blocks in two namings: all in that of the family")
     parsed = [key for key in opened.keys.parsed.values() if key is not None]
     alphas = {key.module for key in parsed if key.part in ("alpha", "scale")}
     ranked = {key for key, update in adapter.weights.updates.items() if update.has_rank}
@@ -103,12 +103,6 @@ def _wrong(opened: OpenAdapter, adapter: AdapterFile, info: FamilyInfo, format: 
         problems.append("fp8 values: in a format that all programs read")
     problems += dropping.stray_notes(opened.path, adapter)
     return problems + _wrong_entries(opened, info, format)
-
-
-def _both_namings(opened: OpenAdapter) -> bool:
-    original = ("lora_unet_input_blocks", "lora_unet_middle_block", "lora_unet_output_blocks")
-    current = ("lora_unet_down_blocks", "lora_unet_mid_block", "lora_unet_up_blocks")
-    return all(any(key.startswith(starts) for key in opened.keys.names) for starts in (original, current))
 
 
 def _wrong_entries(opened: OpenAdapter, info: FamilyInfo, format: str) -> list[str]:
