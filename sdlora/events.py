@@ -196,7 +196,7 @@ class Journal:
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Return the events of a run so far, without a line that a killed process left incomplete."""
     file = RunFolder(folder).events_file
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
     return [event for line in lines if (event := _parsed(line))]
 
 

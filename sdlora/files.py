@@ -23,12 +23,13 @@ from typing import Any, NoReturn
 from safetensors import SafetensorError
 
 from .errors import OutputError, TrainingError
-from .run_folder import RunFolder
+from .run_folder import LOCK, RunFolder
 
 MAX_LEVELS = 64
 """Of brackets inside brackets, and of names in a dotted key: more than anything real has, and few enough that
 whatever goes through the value level by level comes to its end."""
 MAX_TOML_CHARS = 2**19
+_TEMPORARY = re.compile(r"\.[0-9a-f]{12}(\.\w+)?")  # a name of `replacing`
 _MAX_DIGITS = 40  # of a whole number; 2**128 has 39
 # both match to the end of the text where a quote is never closed: else each quote would look for its end anew
 _JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
@@ -190,6 +191,13 @@ def refuse_bad_names(target: Path) -> None:
             raise OutputError(f"{target}: the name `{path.name}` {problem}")
 
 
+def is_used(folder: Path) -> bool:
+    """Return whether a folder holds anything but what a process that was killed left half-written there."""
+    if not folder.is_dir():
+        return False
+    return any(path.name != LOCK and not _TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
+
+
 def refuse_used_folder(folder: Path, what: str) -> None:
     """Check that ``folder`` is missing or empty, so that writing there can lose nothing.
 
@@ -200,7 +208,7 @@ def refuse_used_folder(folder: Path, what: str) -> None:
     if folder.is_file():
         raise OutputError(f"{folder}: is a file, but {what} needs a folder; choose another --output")
     try:
-        used = folder.is_dir() and any(folder.iterdir())
+        used = is_used(folder)
     except OSError as error:
         raise OutputError(f"{folder}: {write_problem(error)}") from error
     if used:

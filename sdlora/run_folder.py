@@ -14,6 +14,7 @@ STOP, SAVE, SAMPLE = "STOP", "SAVE", "SAMPLE"
 REQUESTS = (STOP, SAVE, SAMPLE)
 """Files with these names ask a run to stop, to save or to draw previews; it removes each when it reads it."""
 
+LOCK = ".lock"
 ADAPTER_SUFFIX = ".safetensors"
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 """Endings of the preview images that can lie beside an adapter."""
@@ -60,6 +61,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def lock_file(self) -> Path:
+        """Held, by the operating system, by the process that trains here."""
+        return self.path / LOCK
 
     def exists(self) -> bool:
         """Return whether a run has begun here: its settings are written."""

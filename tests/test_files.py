@@ -65,6 +65,17 @@ def test_amounts_of_bytes_are_told_in_mebibytes_until_a_gibibyte() -> None:
     assert [size_text(2**30 - 1), size_text(3 * 2**30)] == ["1024 MiB", "3.0 GiB"]
 
 
+def test_what_a_killed_process_left_half_written_makes_no_folder_used(tmp_path: Path) -> None:
+    for name in (".lock", ".0123456789ab.toml", ".fedcba987654"):
+        (tmp_path / name).touch()
+    refuse_used_folder(tmp_path, "a training run")
+    for name in (".hidden", "0123456789ab", ".0123456789ab.toml.txt", ".0123456789AB"):
+        (tmp_path / name).touch()
+        with pytest.raises(OutputError, match="not empty"):
+            refuse_used_folder(tmp_path, "a training run")
+        (tmp_path / name).unlink()
+
+
 DEEP = [
     "[" * 400_000,
     "[" * 5_000 + "]" * 5_000,

@@ -10,19 +10,28 @@ import copy
 import json
 import random
 import re
+import shutil
+import signal
 import struct
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
 
 from sdlora.errors import SdloraError
 
+MOST_SECONDS = 2.0
+"""Of processor time that a case may take."""
+MOST_BYTES = 2**30
+"""Of memory that a case may take beside what was there."""
 MODULE = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
 NASTY_TEXTS = (
@@ -251,7 +260,8 @@ def outcome_of(error: Exception, folder: Path) -> str:
     if not isinstance(error, SdloraError):
         line = traceback.extract_tb(error.__traceback__)[-1]
         return f"CRASH: {type(error).__name__} in {Path(line.filename).name}:{line.lineno}: {text[:80]!r}"
-    if any(ord(c) < 32 and c != "\n" for c in text) or len(text) > 3000:
+    lines = text.split("\n")
+    if any(ord(c) < 32 and c != "\n" for c in text) or len(lines) > 60 or max(map(len, lines)) > 3000:
         return "CRASH: a message with control characters or without end"
     return "refused: " + kind_of_refusal(text, folder)
 
@@ -264,10 +274,93 @@ def kind_of_refusal(text: str, folder: Path) -> str:
     return re.sub(r"-?\d+", "N", text)[:60].strip()
 
 
+class Hang(BaseException):
+    """A case that was ended because it went on and on."""
+
+
+@contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Raise :class:`Hang` inside after so much processor time, where the system has such a clock."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Hang
+
+    previous = signal.signal(signal.SIGPROF, end)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
+
+
+_FORGET_PEAK = Path("/proc/self/clear_refs")
+
+
+def peak_bytes(*, anew: bool = False) -> int:
+    """Return the most memory this process has had; what it has now where the system does not remember.
+
+    Args:
+        anew: from now on the most since now is meant, where the system can forget (Linux).
+    """
+    if anew and _FORGET_PEAK.exists():
+        _FORGET_PEAK.write_text("5", encoding="ascii")
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+@dataclass
+class Watched:
+    """Runs cases and holds each against the bounds of time and memory.
+
+    Attributes:
+        run_case: number, what is damaged and a folder to use -> outcome.
+        corpus: what is damaged.
+        keep: where the folder of a crashed case is copied to; None for nowhere.
+        most_bytes: the most memory that the process had in a case.
+    """
+
+    run_case: Callable[[int, Any, Path], str]
+    corpus: Any
+    keep: Path | None = None
+    most_bytes: int = 0
+
+    def outcome(self, number: int, folder: Path) -> tuple[str, float]:
+        """Return the outcome of a case, ``CRASH`` also beyond a bound, and its seconds of processor time."""
+        place = Path(tempfile.mkdtemp(dir=folder))
+        peak, before = peak_bytes(anew=True), time.process_time()
+        try:
+            with ended_after(5 * MOST_SECONDS):
+                outcome = self.run_case(number, self.corpus, place)
+        except Hang as error:
+            line = traceback.extract_tb(error.__traceback__)[-2]  # the last one is the clock's
+            outcome = f"CRASH: hangs in {Path(line.filename).name}:{line.lineno}"
+        seconds, grown = time.process_time() - before, peak_bytes() - peak
+        if not outcome.startswith("CRASH"):
+            if seconds > MOST_SECONDS:
+                outcome = f"CRASH: takes more than {MOST_SECONDS:g} s: {outcome}"
+            elif grown > MOST_BYTES:
+                outcome = f"CRASH: takes more than {MOST_BYTES // 2**20} MiB: {outcome}"
+        self.most_bytes = max(self.most_bytes, peak_bytes())
+        if outcome.startswith("CRASH") and self.keep is not None:
+            shutil.copytree(place, self.keep / f"case-{number}", symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        return outcome, seconds
+
+
 def run_cases(
     description: str,
-    run_case: Callable[[int, dict[str, bytes], Path], str],
-    files: dict[str, bytes],
+    run_case: Callable[[int, Any, Path], str],
+    corpus: Any,
     count: int,
     arguments: Sequence[str] | None,
 ) -> int:
@@ -275,8 +368,8 @@ def run_cases(
 
     Args:
         description: for ``--help``.
-        run_case: number, files and a folder to use -> outcome.
-        files: what is damaged.
+        run_case: number, what is damaged and a folder to use -> outcome.
+        corpus: what is damaged.
         count: cases when the command line does not say.
         arguments: the command line.
 
@@ -288,25 +381,25 @@ def run_cases(
     )
     parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--keep", type=Path, help="folder for the input of what crashed")
     options = parser.parse_args(arguments)
     outcomes: Counter[str] = Counter()
     examples: dict[str, int] = {}
     slowest = (0.0, -1)
     started = time.perf_counter()
+    watched = Watched(run_case, corpus, options.keep)
     with tempfile.TemporaryDirectory() as name:
         for number in range(options.first, options.first + options.count):
-            before = time.perf_counter()
-            outcome = run_case(number, files, Path(name))
-            slowest = max(slowest, (time.perf_counter() - before, number))
+            outcome, seconds = watched.outcome(number, Path(name))
+            slowest = max(slowest, (seconds, number))
             outcomes[outcome] += 1
             examples.setdefault(outcome, number)
     for outcome, times in outcomes.most_common():
         print(f"{times:8}  {outcome}  (first: case {examples[outcome]})")
     crashes = sum(times for outcome, times in outcomes.items() if outcome.startswith("CRASH"))
-    memory = psutil.Process().memory_info().rss / 2**20
     print(
         f"{options.count} cases in {time.perf_counter() - started:.0f} s: {crashes} crashes, "
-        f"{len(outcomes)} kinds of outcome; slowest {slowest[0]:.2f} s (case {slowest[1]}), "
-        f"{memory:.0f} MiB of memory at the end"
+        f"{len(outcomes)} kinds of outcome; slowest {slowest[0]:.2f} s of processor time "
+        f"(case {slowest[1]}), {watched.most_bytes / 2**20:.0f} MiB of memory at most"
     )
     return 1 if crashes else 0

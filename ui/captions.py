@@ -9,7 +9,9 @@ import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from sdlora.data.reading.captions import CAPTION_ENDINGS
 from sdlora.data.reading.folder import survey, with_trigger
 from sdlora.data.reading.image_files import IMAGE_ENDINGS
 from sdlora.data.reading.listing import FoundFile, Listing, list_files
@@ -26,6 +28,40 @@ _MAX_UNDO = 200
 def tidy(text: str) -> str:
     """Return a caption without blank lines and needless spaces; its lines stay separate."""
     return "\n".join(line for part in text.splitlines() if (line := " ".join(part.split())))
+
+
+def _text_of(file: Path, name: str) -> str | None:
+    """Return what a caption file holds, None where there is none.
+
+    Raises:
+        DatasetError: when it is not UTF-8 text.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig") if file.is_file() else None
+    except UnicodeDecodeError:
+        raise DatasetError(f"{name}: its caption file is not UTF-8 text; save it as UTF-8") from None
+
+
+def _tidy_text(file: Path) -> str | None:
+    with suppress(DatasetError):
+        text = _text_of(file, file.name)
+        return None if text is None else tidy(text)
+    return "\0"  # not what was written: someone else's
+
+
+def _is_history(value: Any) -> bool:
+    """Tell whether a record is a list of changes: name -> text before and after, None for no file."""
+    changes = value if isinstance(value, list) else [None]
+    return all(
+        isinstance(change, dict)
+        and all(
+            isinstance(texts, list)
+            and len(texts) == 2
+            and all(text is None or isinstance(text, str) for text in texts)
+            for texts in change.values()
+        )
+        for change in changes
+    )
 
 
 def _in_metadata(listing: Listing) -> set[str]:
@@ -67,7 +103,7 @@ class CaptionBook:
                 if len(text) > MAX_CAPTION:
                     raise DatasetError(f"{name}: has {len(text)} characters; shorten it to {MAX_CAPTION}")
                 file = self._file(folder, name, listing, elsewhere)
-                before = file.read_text(encoding="utf-8-sig") if file.is_file() else None
+                before = _text_of(file, name)
                 after = tidy(text)
                 if before is None or tidy(before) != after:
                     change[str(file.relative_to(folder))] = before, after
@@ -117,8 +153,7 @@ class CaptionBook:
             undone = 0
             for name, (before, after) in history.pop().items():
                 file = self._paths.writable(folder / name)
-                now = tidy(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
-                if now != after:
+                if file.suffix.lower() not in CAPTION_ENDINGS or _tidy_text(file) != after:
                     continue
                 if before is None:
                     file.unlink()
@@ -160,7 +195,7 @@ class CaptionBook:
     def _history(self, folder: Path) -> list[dict[str, tuple[str | None, str | None]]]:
         with suppress(OSError, ValueError):
             history = parse_json(self._record(folder).read_text(encoding="utf-8"))
-            return history if isinstance(history, list) else []
+            return history if _is_history(history) else []
         return []
 
     def _remember(

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import psutil
 from filelock import FileLock, Timeout
@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from sdlora.config.schema import Config
 from sdlora.config.toml import save_config
 from sdlora.errors import ConfigError, OutputError
-from sdlora.files import parse_json, write_json
+from sdlora.files import is_used, parse_json, write_json
 from sdlora.run_folder import REQUESTS, STOP, RunFolder
 
 from .progress import RunView
@@ -159,7 +159,7 @@ class JobQueue:
         if run is None:
             raise ConfigError("`output.folder`: give the run folder")
         with self._lock:
-            if run.exists() and (run.is_file() or any(run.iterdir())):
+            if run.is_file() or is_used(run):
                 raise OutputError(f"{run}: exists and is not empty; choose another name")
             if any(job.run == run and job.status not in ENDED for job in self.all()):
                 raise OutputError(f"{run}: a job in the queue writes there; choose another name")
@@ -238,7 +238,7 @@ class JobQueue:
                 raise ConfigError(f"{job.name}: is {job.status}; only a stopped or failed job can be resumed")
             # a run that ended before its first checkpoint starts again, with the settings in its folder
             begun = RunFolder(job.run).exists()
-            if not begun and job.run.exists() and any(job.run.iterdir()):
+            if not begun and (job.run.is_file() or is_used(job.run)):
                 raise OutputError(f"{job.run}: holds no run to continue; clone the job and start the clone")
             return self._write(replace(job, status="waiting", resume=begun, pid=None, error="", forced=False))
 
@@ -289,9 +289,8 @@ class JobQueue:
     def _read(self, job_id: str) -> Job | None:
         try:
             text = (self._folder / job_id / "job.json").read_text(encoding="utf-8")
-            values = parse_json(text)
-            job = Job(**(values | {"run": Path(values["run"])}))
-        except (OSError, ValueError, TypeError, KeyError):
+            job = _job_of(parse_json(text), job_id)
+        except (OSError, ValueError):
             return None
         if job.status in _AT_WORK and job.pid is None:
             return self._half_started(job)
@@ -388,6 +387,24 @@ class JobQueue:
             # before the first step nothing is lost; on POSIX the run still saves and ends by itself
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
+
+
+def _job_of(values: Any, job_id: str) -> Job:
+    """Return the job that a file describes.
+
+    Raises:
+        ValueError: when it describes none: such a folder is passed over.
+    """
+    kinds = get_type_hints(Job) | {"run": str}
+    if not isinstance(values, dict) or not {"name", "run", "created"} <= values.keys() <= kinds.keys():
+        raise ValueError("not a job")
+    for key, value in values.items():
+        allowed = get_args(kinds[key]) or (kinds[key],)
+        if value not in allowed if get_origin(kinds[key]) is Literal else type(value) not in allowed:
+            raise ValueError(f"`{key}` is no {kinds[key]}")
+    if "\0" in values["run"]:
+        raise ValueError("no path has zero bytes")
+    return Job(**(values | {"id": job_id, "run": Path(values["run"])}))
 
 
 def _own_group() -> dict[str, Any]:

@@ -12,6 +12,21 @@ from sdlora.files import parse_json
 _MAX_POINTS = 400
 _BLOCK = 2**22
 
+_NUMBER = int | float
+_FIELDS: dict[str, dict[str, Any]] = {
+    "StepDone": {"step": int, "steps": int, "loss": _NUMBER | None, "learning_rate": _NUMBER},
+    "RunStarted": {"steps": int, "first_step": int},
+    "Caching": {"done": int, "total": int},
+    "Validated": {"step": int, "loss": _NUMBER | None},
+    "Sampled": {"step": int, "files": list},
+    "CheckpointSaved": {"step": int},
+    "Decided": {"key": str, "reason": str},
+    "Notice": {"message": str},
+    "Noticed": {"message": str},
+    "RunFinished": {"adapter_file": str | None},
+}
+"""What the page computes with; a damaged line that says something else is passed over."""
+
 
 class RunView:
     """The state of a run, from its event file; :meth:`refresh` reads only what is new."""
@@ -51,6 +66,9 @@ class RunView:
 
     def _take(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
+        for key, types in _FIELDS.get(kind, {}).items():
+            if not isinstance(event[key], types):
+                raise TypeError(f"{kind}: `{key}` is no such value")
         if kind == "StepDone":
             self.step, self.steps = event["step"], event["steps"]
             if event["loss"] is not None:  # fp16 left the step out
@@ -68,7 +86,8 @@ class RunView:
         elif kind == "Caching":
             self.preparing = event["done"], event["total"]
         elif kind == "Validated":
-            self.validation[event["step"]] = event["loss"]
+            if event["loss"] is not None:
+                self.validation[event["step"]] = event["loss"]
         elif kind == "Sampled":
             self.samples[event["step"]] = list(event["files"])
         elif kind == "CheckpointSaved":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..families.facts import is_text_encoder
 
 Strength = float | Mapping[str, float]
@@ -53,15 +54,22 @@ def parse_adapter(text: str) -> tuple[Path, Strength]:
     """
     matched = _SPEC.fullmatch(text.strip())
     if matched is None or text.strip().startswith(":"):  # an unset variable before the strength
-        raise ConfigError(f"adapter `{text}`: names no file; give FILE:STRENGTH, e.g. style.safetensors:0.8")
+        raise ConfigError(
+            f"adapter `{shown(text)}`: names no file; give FILE:STRENGTH, e.g. style.safetensors:0.8"
+        )
     file, first, second = matched["file"], matched["first"], matched["second"]
     head, colon, tail = file.rpartition(":")
     if colon and not tail.lstrip().startswith(("\\", "/")) and len(head) != 1:
         raise ConfigError(
-            f"adapter `{text}`: `{tail}` is not a strength; give FILE:STRENGTH or "
+            f"adapter `{shown(text)}`: `{shown(tail)}` is not a strength; give FILE:STRENGTH or "
             "FILE:U-NET:TEXT-ENCODER with numbers, e.g. style.safetensors:0.8"
         )
-    path = Path(file).expanduser()
+    if not all(math.isfinite(float(number)) for number in (first, second) if number is not None):
+        raise ConfigError(f"adapter `{shown(text)}`: its strength is beyond all numbers; give one like 0.8")
+    try:
+        path = Path(file).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"adapter `{shown(text)}`: there is no such user; write the path out") from None
     if second is None:
         return path, 1.0 if first is None else float(first)
     return path, by_role(float(first), float(second))

@@ -15,6 +15,8 @@ from ..files import parse_json
 MAX_JSON_BYTES = 2**24
 _MAX_NUMBER = 2**31 - 1
 _MAX_LAYERS = 1024
+_HOW_TO_COMPUTE = re.compile(r"_?(attn|experts)_implementation.*|quantization_config|auto_map|use_kernels")
+"""What transformers would fetch code from the hub for; how a base is computed is decided here alone."""
 _LAYERS = re.compile(r"(^|_)(num_hidden_layers|layers_per_block|transformer_layers|num_layers|depth)")
 
 
@@ -44,7 +46,7 @@ def component_config(folder: Path) -> dict[str, Any]:
         ModelError: see :func:`read_json`; also for numbers that no model has.
     """
     file = folder / "config.json"
-    config = read_json(file)
+    config = {key: value for key, value in read_json(file).items() if not _HOW_TO_COMPUTE.fullmatch(key)}
     waiting: list[tuple[str, Any]] = list(config.items())
     while waiting:
         key, value = waiting.pop()

@@ -139,7 +139,8 @@ def is_whole(folder: CheckpointFolder) -> bool:
 def _state_of(folder: CheckpointFolder) -> dict[str, Any]:
     state = parse_json(folder.state_file.read_text(encoding="utf-8"), finite=False)
     digests = state.get("digests") if isinstance(state, dict) else None
-    if not isinstance(digests, dict) or folder.optimizer_file.name not in digests:
+    whole = isinstance(digests, dict) and folder.optimizer_file.name in digests
+    if not whole or not all(type(state.get(key, 0)) is int for key in ("step", "micro_batches")):
         raise ValueError(f"{folder.state_file.name} differs from what was written")
     return state
 

@@ -6,10 +6,14 @@ holds the loop.
 
 from __future__ import annotations
 
+import errno
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..adapters.attach import create_adapter
 from ..config.schema import Config
@@ -25,7 +29,7 @@ from ..families.base import Conditioning, DiffusionModel
 from ..families.compute import Compute
 from ..families.loading import load_model
 from ..families.parallel import SplitPredictor
-from ..files import refuse_used_folder
+from ..files import refuse_used_folder, write_problem
 from ..generation.render import encode_prompts
 from ..run_folder import RunFolder, list_checkpoints
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
@@ -145,6 +149,11 @@ def _assemble(
     # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
     keep_text = config.adapter.adapts_text or config.data.encode_captions == "in loop"
     model.prepare(training=True, keep_text=keep_text, keep_images=data.training.views.in_loop)
+    base = {  # before the adapter is in it
+        "denoiser": model.base.digest,
+        "autoencoder": data.prints.images,
+        "text encoder": data.prints.captions or model.encoder_fingerprint("captions"),
+    }
     start = final.start or create_adapter(model, config.adapter, settings.seed)
     trainable = make_trainable(model, config, start)
     optimizer = make_optimizer(config.optimizer, trainable.groups)
@@ -152,6 +161,7 @@ def _assemble(
         config=config,
         folder=folder,
         model=model,
+        base=base,
         dataset=final.training,
         training=data.training,
         validation=data.validation,
@@ -170,12 +180,42 @@ def _assemble(
         preview_text=preview_text,
     )
     run.start = masters_digest(run)
-    if resume:
-        restore(run)
-    elif processes.is_main:
-        save_config(config, folder.config_file)
-    run.ready_to_train()
+    with ExitStack() as held:
+        if processes.is_main:
+            held.enter_context(_alone_in(folder))
+        if resume:
+            restore(run)
+        elif processes.is_main:
+            _check_folder(folder, emit, resume=False)  # another run may have begun here meanwhile
+            save_config(config, folder.config_file)
+        run.ready_to_train()
+        run.held = held.pop_all()
     return run
+
+
+@contextmanager
+def _alone_in(folder: RunFolder) -> Iterator[None]:
+    """Hold a run folder, so that no other process writes there; the system lets go of it when this one ends.
+
+    Raises:
+        OutputError: when another process trains there, or the folder cannot be written.
+    """
+    lock = FileLock(folder.lock_file, timeout=0)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"{folder.path}: another process is training there; wait for it, or choose another --output"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            raise OutputError(f"{folder.path}: {write_problem(error)}") from error
+        # a file system without locks: nobody can be kept out
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _preview_text(config: Config, model: DiffusionModel) -> dict[str, Conditioning]:

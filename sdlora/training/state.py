@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Run:
     """Everything the loop needs.
 
     Attributes:
+        base: digests of the base's components.
         step: optimizer steps done.
         step_seconds: seconds that these steps took.
         start: digest of the masters before the first step.
@@ -60,11 +62,13 @@ class Run:
         skipped: steps in a row whose fp16 gradients overflowed.
         overflowed: how often the loss of each image was not finite, by its name.
         told: what failed beside the training, as the user was told.
+        held: what is given back when the run ends: the run folder.
     """
 
     config: Config
     folder: RunFolder
     model: DiffusionModel
+    base: Mapping[str, str]
     dataset: Dataset
     training: EncodedDataset
     validation: EncodedDataset
@@ -88,6 +92,7 @@ class Run:
     skipped: int = 0
     overflowed: Counter[str] = field(default_factory=Counter)
     told: set[str] = field(default_factory=set)
+    held: ExitStack = field(default_factory=ExitStack)
 
     @property
     def images_per_step(self) -> int:
@@ -148,6 +153,7 @@ def run_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "scaler": run.scaler.state_dict(),
         "started_at": run.started_at,
         "from_file": _origin(run),
+        "base": dict(run.base),
         "micro_batches": run.processes.count * run.config.training.gradient_accumulation,
         "learned": run.learned,
     }
@@ -171,6 +177,12 @@ def restore(run: Run) -> None:
         raise TrainingError(
             f"{run.config.adapter.from_file}: changed since {saved.folder.name}; put the file back, or start "
             "a new run in another --output"
+        )
+    stored = saved.state.get("base", run.base)  # checkpoints of earlier versions do not say
+    if changed := [part for part, digest in run.base.items() if stored.get(part) != digest]:
+        raise TrainingError(
+            f"{run.config.model.base}: its {' and '.join(changed)} changed since {saved.folder.name}; put "
+            "the base back, or start a new run in another --output"
         )
     run.step, run.started_at = saved.step, float(saved.state["started_at"])
     run.learned = bool(saved.state.get("learned", True))

@@ -115,7 +115,7 @@ def _train(
     early: list[Event] = []
     emit = _BeforeTheFirstStep((early.append, *listeners), control)
     run = prepare_run(config, resume=resume, emit=emit, processes=processes)
-    with _journal(run, early) as journal, run.loader:
+    with run.held, _journal(run, early) as journal, run.loader:
         run.emit = Emitter((journal, *listeners))
         losses, validation_loss, stopped = _loop(run, control)
         refuse_unchanged(run)

@@ -467,3 +467,18 @@ def test_json_files_of_a_base_that_are_none_are_named(text: str, tiny_base: Path
         with pytest.raises(ModelError, match=name):
             load(folder)
         (folder / name).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "key", ["attn_implementation", "_attn_implementation", "quantization_config", "auto_map"]
+)
+def test_a_base_does_not_decide_what_computes_it(key: str, tiny_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    for part in ("unet", "vae", "text_encoder"):
+        value = {"AutoModel": "a.b"} if key in ("auto_map", "quantization_config") else "stranger/kernel"
+        with_setting(folder, f"{part}/config.json", key, value)
+    changed, plain = load(folder), load(tiny_base)
+    assert changed.text_encoders["text_encoder"].config._attn_implementation == "sdpa"
+    for name, module in plain.components().items():
+        other = changed.components()[name].state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in module.state_dict().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from sdlora_ui.progress import RunView, thinned
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError, OutputError
+from sdlora.events import StepDone, to_json
 
 # What `sdlora train` does as far as the queue can see it: events, STOP, checkpoints, one JSON line. Half way
 # it waits for as long as there is a file "hold" where it works, and heeds only STOP.
@@ -249,6 +251,48 @@ def test_a_half_written_event_waits_for_its_rest(tmp_path: Path) -> None:
         stream.write('dated", "step": 6, "loss": 0.25}\n')
     view.refresh()
     assert view.validation == {3: 0.5, 6: 0.25}
+
+
+def test_a_step_that_fp16_left_out_is_counted_and_has_no_loss(tmp_path: Path) -> None:
+    rest = {
+        "epoch": 0,
+        "learning_rate": 0.1,
+        "grad_norm": math.inf,
+        "num_images": 2,
+        "images_per_second": 1.0,
+    }
+    with (tmp_path / "events.jsonl").open("w", encoding="utf-8") as stream:
+        for step, loss in ((1, 0.5), (2, math.nan)):
+            line = to_json(StepDone(step, 4, loss=loss, seconds_left=1.0, data_wait_share=0.0, **rest))
+            assert "NaN" not in line and "Infinity" not in line
+            stream.write(f"{line}\n")
+    view = RunView(tmp_path / "events.jsonl")
+    view.refresh()
+    assert (view.step, view.loss) == (2, {1: 0.5})
+    json.dumps([view.brief(), view.full()], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"created": "x"},
+        {"status": "odd"},
+        {"pid": "1"},
+        {"run": "a\0b"},
+        {"run": 5},
+        {"more": 1},
+        {"forced": 2},
+    ],
+)
+def test_a_job_file_that_says_something_else_is_passed_over(tmp_path: Path, change: dict[str, Any]) -> None:
+    queue = JobQueue(tmp_path / "jobs", tmp_path)
+    job = queue.add(load_config(None, [f"output.folder={tmp_path / 'run'}", "output.name=style"]))
+    file = tmp_path / "jobs" / job.id / "job.json"
+    sound = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(sound | {"id": "../x"}), encoding="utf-8")
+    assert queue.all() == [job]  # its folder says who it is
+    file.write_text(json.dumps(sound | change), encoding="utf-8")
+    assert queue.all() == []
 
 
 def test_long_curves_are_thinned_to_means() -> None:

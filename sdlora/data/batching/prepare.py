@@ -51,12 +51,14 @@ class PreparedData:
         validation: the images held out.
         order: which image when.
         steps: optimizer steps of the run.
+        prints: what encoded them.
     """
 
     training: EncodedDataset
     validation: EncodedDataset
     order: Order
     steps: int
+    prints: EncoderPrints
 
 
 def base_facts(model: DiffusionModel, device: str, num_processes: int = 1) -> BaseFacts:
@@ -153,7 +155,7 @@ def prepare_data(
         for part in (encoded, held_out):
             if part.items:
                 part.encode_all()  # what processes on other machines encoded into their own caches
-    return PreparedData(encoded, held_out, outline.order, outline.steps)
+    return PreparedData(encoded, held_out, outline.order, outline.steps, prints)
 
 
 def _placed(

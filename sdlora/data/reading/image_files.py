@@ -75,13 +75,25 @@ def load_small(path: Path, side: int) -> Image.Image:
             factor = max(image.size) // (2 * side)
             if factor > 1 and image.mode in ("1", "L", "LA", "RGB", "RGBA", "CMYK"):
                 info = image.info
-                image = image.convert("L").reduce(factor) if image.mode == "1" else image.reduce(factor)
+                image = _reduced(image, factor)
                 image.info = info
             rgb, _ = to_rgb(image, "#ffffff")
     except (Unusable, ImageFileError) as error:
         raise DatasetError(str(error)) from error
     rgb.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     return rgb
+
+
+def _reduced(image: Image.Image, factor: int) -> Image.Image:
+    """Return an image at a whole fraction of its size; in bands, as Pillow copies what is transparent."""
+    mode = "L" if image.mode == "1" else image.mode
+    size = -(-image.width // factor), -(-image.height // factor)
+    rows = factor * max(1, BAND_PIXELS // (image.width * factor))
+    small = Image.new(mode, size)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height))).convert(mode)
+        small.paste(band.reduce(factor), (0, top // factor))
+    return small
 
 
 def load_alpha(path: Path) -> Image.Image | None:

@@ -149,6 +149,21 @@ def test_a_small_view_looks_like_the_image(tmp_path: Path, mode: str, format: st
     assert sum(difference) / len(difference) < 6
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "CMYK"])
+def test_bands_are_reduced_to_the_same_pixels_as_the_whole(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = drawing(4, 61, 47)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    image = image.convert(mode)
+    whole = (image.convert("L") if mode == "1" else image).reduce(4)
+    monkeypatch.setattr(image_files, "BAND_PIXELS", 61 * 10)
+    bands = image_files._reduced(image, 4)
+    assert (bands.mode, bands.size) == (whole.mode, whole.size) == (bands.mode, (16, 12))
+    assert bands.tobytes() == whole.tobytes()
+
+
 def test_the_budget_lets_no_more_pixels_in_than_fit() -> None:
     budget, inside, most, lock = PixelBudget(100), [0], [0], threading.Lock()
 
@@ -169,8 +184,9 @@ def test_the_budget_lets_no_more_pixels_in_than_fit() -> None:
     assert 0 < most[0] <= 100
 
 
-def test_a_large_transparent_image_is_read_in_little_memory(tmp_path: Path) -> None:
-    """The peak of a 4,000 x 4,400 image with alpha stays below four bytes a pixel and copy, three copies."""
+@pytest.mark.parametrize(("call", "copies"), [("load_pixels(path)", 3.2), ("load_small(path, 256)", 1.6)])
+def test_a_large_transparent_image_is_read_in_little_memory(tmp_path: Path, call: str, copies: float) -> None:
+    """The peak of a 4,000 x 4,400 image with alpha stays below so many copies of four bytes a pixel."""
     resource = pytest.importorskip("resource", reason="memory is measured with getrusage")
     image = Image.new("RGBA", (4000, 4400), (10, 200, 30, 128))
     file = put(tmp_path / "large.png", encoded(image))
@@ -180,9 +196,9 @@ def test_a_large_transparent_image_is_read_in_little_memory(tmp_path: Path) -> N
 
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from sdlora.data.reading.image_files import load_pixels\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "load_pixels(Path(sys.argv[1]))\n"
+        "from sdlora.data.reading.image_files import load_pixels, load_small\n"
+        "path, before = Path(sys.argv[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"{call}\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     assert resource is not None
@@ -190,7 +206,7 @@ def test_a_large_transparent_image_is_read_in_little_memory(tmp_path: Path) -> N
         [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True, timeout=PATIENCE
     )
     unit = 1 if sys.platform == "darwin" else 1024
-    assert int(done.stdout) * unit < 3.2 * 4 * 4000 * 4400
+    assert int(done.stdout) * unit < copies * 4 * 4000 * 4400
 
 
 def test_png_settings_are_read_from_memory_only(tmp_path: Path) -> None:

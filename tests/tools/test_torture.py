@@ -1,0 +1,57 @@
+"""A small part of ``python -m tools.torture``: whole runs and the queue, disturbed; all of it if slow."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("gradio", reason="the web UI is not installed: pip install -e '.[ui]'")
+if not sys.platform.startswith("linux") or shutil.which("cc") is None:
+    pytest.skip(
+        "writes are made to fail with a preloaded library: Linux and a C compiler", allow_module_level=True
+    )
+
+from tools.torture.__main__ import SCENES
+from tools.torture.changes import DISTURBANCES, disturbed
+from tools.torture.play import Play
+from tools.torture.warm import Warm
+
+FEW = {"a": 1, "b": 1, "d": 1, "f": 2}
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
+    folder = tmp_path_factory.mktemp("torture")
+    with Warm(folder / "streams") as warm:
+        yield Play(folder, warm)
+
+
+@pytest.mark.parametrize("letter", FEW)
+def test_what_is_disturbed_holds(play: Play, letter: str) -> None:
+    _, _, scene = SCENES[letter]
+    tally = scene(play, FEW[letter], 1, print)
+    assert (tally.failures, tally.tried) == ([], FEW[letter])
+
+
+def test_a_run_goes_on_though_strange_files_lie_in_it(play: Play) -> None:
+    assert disturbed(play, "strange files lie in the run", seed=1) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("letter", SCENES)
+def test_what_is_disturbed_holds_many_times(play: Play, letter: str) -> None:
+    _, _, scene = SCENES[letter]
+    trials = len(DISTURBANCES) if letter == "c" else 20
+    tally = scene(play, trials, 100, print)
+    assert (tally.failures, tally.tried) == ([], trials)
+
+
+def test_a_run_that_ends_otherwise_is_told(play: Play) -> None:
+    place = play.place("other")
+    words = [word.replace("seed=3", "seed=4") for word in place.begin()]
+    assert play.warm.run(*words).code == 0
+    differing = play.differing(place.run)
+    assert {"adapter differ", "losses differ", "previews differ"} <= set(differing)

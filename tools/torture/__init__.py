@@ -1,0 +1,1 @@
+"""Proof that nothing stops a run for good and nothing is lost: kills, full disks, changes, crowds."""
