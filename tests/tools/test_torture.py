@@ -14,6 +14,7 @@ if not sys.platform.startswith("linux") or shutil.which("cc") is None:
         "writes are made to fail with a preloaded library: Linux and a C compiler", allow_module_level=True
     )
 
+from sdlora.run_folder import RunFolder
 from tools.torture.__main__ import SCENES
 from tools.torture.changes import DISTURBANCES, disturbed
 from tools.torture.play import Play
@@ -50,8 +51,12 @@ def test_what_is_disturbed_holds_many_times(play: Play, letter: str) -> None:
 
 
 def test_a_run_that_ends_otherwise_is_told(play: Play) -> None:
-    place = play.place("other")
-    words = [word.replace("seed=3", "seed=4") for word in place.begin()]
-    assert play.warm.run(*words).code == 0
-    differing = play.differing(place.run)
-    assert {"adapter differ", "losses differ", "previews differ"} <= set(differing)
+    run = play.place("other").run
+    shutil.copytree(play.folder / "undisturbed" / "run", run)
+    assert play.differing(run) == []
+    (adapter,) = run.glob("*.safetensors")
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"\x7f")
+    file = RunFolder(run).events_file
+    file.write_text(file.read_text(encoding="utf-8").replace('"loss": 0.', '"loss": 1.'), encoding="utf-8")
+    RunFolder(run).list_previews()[0].file.unlink()
+    assert play.differing(run) == [f"{what} differ" for what in play.reference]

@@ -18,7 +18,6 @@ from PIL import Image
 
 from tools.tiny_base import write_tiny_base
 
-from .kills import count_calls
 from .play import Place, Play, Tally, changed_byte, complaints
 from .warm import Fault
 
@@ -161,37 +160,33 @@ DISTURBANCES: dict[str, Disturbance] = {
 
 def changes(play: Play, trials: int, seed: int, say: Callable[[str], None]) -> Tally:
     """Stop a run, disturb it in every way in turn, and go on."""
-    tally, names, calls = Tally(), list(DISTURBANCES), count_calls(play)
+    tally, names = Tally(), list(DISTURBANCES)
     for number in range(trials):
         name = names[(seed + number) % len(names)]
-        problems = disturbed(play, name, seed + number, calls)
-        tally.add(problems, f"--only c --seed {seed + number} --trials 1 ({name})")
-        if problems:
-            say(f"FAILED {tally.failures[-1]}\n    left in {play.folder / f'change-{seed + number}'}")
+        problems = disturbed(play, name, seed + number)
+        words = f"--only c --seed {seed + number} --trials 1 ({name})"
+        tally.add(problems, words, say, play.folder / f"change-{seed + number}")
     return tally
 
 
-def disturbed(play: Play, name: str, seed: int, calls: int | None = None) -> list[str]:
+def disturbed(play: Play, name: str, seed: int) -> list[str]:
     """Stop a run, disturb it in one way and go on; return what did not hold.
 
     Args:
         play: where.
         name: of :data:`DISTURBANCES`.
         seed: of what is drawn.
-        calls: of an undisturbed run, see :func:`tools.torture.kills.count_calls`, where they are known.
     """
     rng, place = random.Random(seed), play.place(f"change-{seed}")
-    stopped = _stopped(play, place, rng, calls or count_calls(play))
+    stopped = _stopped(play, place)
     problems = [stopped] if stopped else _disturbed(play, place, DISTURBANCES[name], rng)
-    if not problems:
-        place.clear()
     return problems
 
 
-def _stopped(play: Play, place: Place, rng: random.Random, calls: int) -> str:
+def _stopped(play: Play, place: Place) -> str:
     """Kill a run when it has two checkpoints; return what went wrong with that."""
     for share in (0.75, 0.8, 0.85, 0.9):
-        play.warm.run(*place.begin(), fault=Fault(place.folder, int(share * calls), 0))
+        play.warm.run(*place.begin(), fault=Fault(place.folder, int(share * play.calls), 0))
         if len(list((place.run / "checkpoints").glob("step-*"))) == 2 and not list(place.run.glob("ink.*")):
             return ""
         for part in (place.run, place.cache):

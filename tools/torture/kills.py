@@ -27,7 +27,7 @@ def kills(play: Play, trials: int, seed: int, say: Say) -> Tally:
     Every other time the moment is drawn from the clock, else from the calls that change a file: so the short
     moments in which a file is half there are met as well.
     """
-    tally, calls = Tally(), count_calls(play)
+    tally, calls = Tally(), play.calls
     for number in range(trials):
         rng = random.Random(seed + number)
         place = play.place(f"kill-{number}")
@@ -47,14 +47,15 @@ def kills(play: Play, trials: int, seed: int, say: Say) -> Tally:
                 steps.append(f"ended with {ended.code}: {ended.err[-200:]}")
             words = place.go_on() if (place.run / "config.toml").is_file() else place.begin()
         problems, _ = play.carried_on(place)
-        tally.add(problems, f"--only a --seed {seed + number} --trials 1 ({', '.join(steps)})")
-        _done(place, problems, say, tally)
+        tally.add(
+            problems, f"--only a --seed {seed + number} --trials 1 ({', '.join(steps)})", say, place.folder
+        )
     return tally
 
 
 def failing_writes(play: Play, trials: int, seed: int, say: Say) -> Tally:
     """Have writes fail from a random one on, or a few of them; then the disk is well again."""
-    tally, calls = Tally(), count_calls(play)
+    tally, calls = Tally(), play.calls
     for number in range(trials):
         rng = random.Random(seed + number)
         place = play.place(f"disk-{number}")
@@ -72,26 +73,10 @@ def failing_writes(play: Play, trials: int, seed: int, say: Say) -> Tally:
         problems += [problem for problem in differing if problem not in forgiven]
         times = "always" if fault.times < 0 else f"{fault.times} times"
         what = f"{name} {times} from call {fault.after} of {calls} on, code {ended.code}"
-        tally.add(problems, f"--only b --seed {seed + number} --trials 1 ({what})")
-        _done(place, problems, say, tally)
+        tally.add(problems, f"--only b --seed {seed + number} --trials 1 ({what})", say, place.folder)
     return tally
-
-
-def count_calls(play: Play) -> int:
-    """Return how many calls of an undisturbed run change something below its folder."""
-    place = play.place("counted")
-    play.warm.run(*place.begin(), fault=Fault(place.folder, 10**9, errno.EIO))
-    place.clear()
-    return play.warm.seen()
 
 
 def _events(place: Place) -> str:
     file = place.run / "events.jsonl"
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-
-
-def _done(place: Place, problems: list[str], say: Say, tally: Tally) -> None:
-    if problems:
-        say(f"FAILED {tally.failures[-1]}\n    left in {place.folder}")
-    else:
-        place.clear()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import random
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,14 @@ from sdlora.run_folder import RunFolder
 from tools.same_bits.artefacts import artefact
 from tools.tiny_base import write_tiny_base
 
-from .warm import Ended, Warm
+from .warm import Ended, Fault, Warm
 
-STEPS = 8
+STEPS = 6
 _SETTINGS = (
     *(f"training.steps={STEPS}", "training.batch_size=2", "training.seed=3", "training.checkpoint_every=2"),
-    *("training.keep_checkpoints=2", "training.validate_every=4", "training.precision=fp32"),
+    *("training.keep_checkpoints=2", "training.validate_every=3", "training.precision=fp32"),
     *("training.device=cpu", "data.resolution=32", "data.validation=1", "adapter.rank=2", "output.name=ink"),
-    *("sample.prompts=['a cat', 'a dog']", "sample.every=4", "sample.steps=2"),
+    *("sample.prompts=['a cat']", "sample.every=3", "sample.steps=1"),
     "optimizer.learning_rate=0.01",
 )
 
@@ -40,12 +41,24 @@ class Tally:
     held: int = 0
     failures: list[str] = field(default_factory=list)
 
-    def add(self, problems: list[str], seed: str) -> None:
-        """Count a trial."""
+    def add(self, problems: list[str], seed: str, say: Callable[[str], None], place: Path) -> None:
+        """Count a trial; say what did not hold, and how far it is now and then.
+
+        Args:
+            problems: none if it held.
+            seed: what repeats it.
+            say: speaks.
+            place: its folder, which stays if it did not hold.
+        """
         self.tried += 1
         self.held += not problems
         if problems:
             self.failures.append(f"{seed}: " + "; ".join(problems))
+            say(f"FAILED {self.failures[-1]}\n    left in {place}")
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+        if self.tried % 10 == 0:
+            say(f"{self.held} of {self.tried} held so far")
 
     def __iadd__(self, other: Tally) -> Tally:
         self.tried, self.held = self.tried + other.tried, self.held + other.held
@@ -54,7 +67,13 @@ class Tally:
 
 
 class Play:
-    """A folder in which runs are made and compared with one that nothing disturbed."""
+    """A folder in which runs are made and compared with one that nothing disturbed.
+
+    Attributes:
+        seconds: that the undisturbed run took.
+        calls: of it that changed something below its folder.
+        reference: what came out of it.
+    """
 
     def __init__(self, folder: Path, warm: Warm) -> None:
         self.folder, self.warm = folder, warm
@@ -63,12 +82,13 @@ class Play:
         _draw(self.images)
         whole = self.place("undisturbed")
         self.seconds = self._timed(whole)
+        self.calls = warm.seen()
         self.reference = outcome_of(whole.run)
         assert self.reference["adapter"] and len(self.reference["losses"]) == STEPS, self.reference
 
     def _timed(self, place: Place) -> float:
         begun = time.monotonic()
-        ended = self.warm.run(*place.begin())
+        ended = self.warm.run(*place.begin(), fault=Fault(place.folder, 10**9, errno.EIO))  # only counted
         if ended.code:
             raise SystemExit(f"an undisturbed run failed: {ended.err}")
         return time.monotonic() - begun

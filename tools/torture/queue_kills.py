@@ -55,9 +55,8 @@ def queue_kills(play: Play, trials: int, seed: int, say: Callable[[str], None]) 
         folder = play.folder / f"queue-{number}"
         kills, problems = _queue(folder, rng, min(left, rng.randint(3, 8)), servers=1 + number % 2)
         for _ in range(kills):
-            tally.add(problems, f"--only f --seed {seed + number} --trials 1 (a queue with {kills} kills)")
-        if problems:
-            say(f"FAILED {tally.failures[-1]}\n    left in {folder}")
+            words = f"--only f --seed {seed + number} --trials 1 (a queue with {kills} kills)"
+            tally.add(problems, words, say, folder)
         left, number = left - kills, number + 1
     return tally
 

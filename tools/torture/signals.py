@@ -29,8 +29,7 @@ def signals(play: Play, trials: int, seed: int, say: Callable[[str], None]) -> T
         name = names[(seed + number) % len(names)]
         place = play.place(f"signal-{number}")
         problems = _signalled(play, place, name, rng) if name in _KINDS else _strained(play, place, name, rng)
-        tally.add(problems, f"--only d --seed {seed + number} --trials 1 ({name})")
-        _done(place, problems, say, tally)
+        tally.add(problems, f"--only d --seed {seed + number} --trials 1 ({name})", say, place.folder)
     return tally
 
 
@@ -72,8 +71,7 @@ def pairs(play: Play, trials: int, seed: int, say: Callable[[str], None]) -> Tal
         name = list(kinds)[(seed + number) % len(kinds)]
         place = play.place(f"pair-{number}")
         problems = kinds[name](play, place, rng)
-        tally.add(problems, f"--only e --seed {seed + number} --trials 1 ({name})")
-        _done(place, problems, say, tally)
+        tally.add(problems, f"--only e --seed {seed + number} --trials 1 ({name})", say, place.folder)
     return tally
 
 
@@ -111,10 +109,3 @@ def _one_cache(play: Play, place: Place, rng: random.Random) -> list[str]:
     if codes != [0, 0]:
         problems.append(f"exit codes {codes}")
     return problems + play.differing(place.run) + play.differing(Path(f"{place.run}-2"))
-
-
-def _done(place: Place, problems: list[str], say: Callable[[str], None], tally: Tally) -> None:
-    if problems:
-        say(f"FAILED {tally.failures[-1]}\n    left in {place.folder}")
-    else:
-        place.clear()

@@ -69,7 +69,7 @@ def soak(folder: Path, minutes: float, say: Callable[[str], None]) -> Tally:
         problems = (
             [f"{name} grew from {first / 2**20:.1f} to {last / 2**20:.1f} MiB"] if ratio > _GROWTH else []
         )
-        tally.add(problems, f"--only g --minutes {minutes:g}")
+        tally.add(problems, f"--only g --minutes {minutes:g}", say, home)
     return tally
 
 
