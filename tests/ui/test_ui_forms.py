@@ -11,6 +11,7 @@ from sdlora_ui.forms import SECTION_TITLES, control, from_config, settings, to_v
 from sdlora_ui.server.allowed_paths import AllowedPaths, PathRefused
 from sdlora_ui.server.png_import import from_parameters
 from sdlora_ui.settings import checked_base, checked_config
+from sdlora_ui.tabs.shared import told
 
 from sdlora.config.schema import Config, fields, names_files
 from sdlora.config.toml import load_config
@@ -190,3 +191,10 @@ def test_a_table_of_blocks_is_shown_and_read_on_one_line() -> None:
     assert shown["optimizer.block_rates"] == ""
     assert to_values(shown)["adapter.block_ranks"] == {"down_blocks.1": 4, "mid_block": 0}
     assert "optimizer.block_rates" not in to_values(shown)
+
+
+@pytest.mark.parametrize("message", ["", "[" * 5000, "[1]", "{}", "null", '{"id": 1, "id": 2}', "9" * 5000])
+def test_a_message_that_the_page_does_not_send_is_refused(message: str) -> None:
+    assert told('{"id": "x"}', "id") == "x"
+    with pytest.raises(ConfigError, match="reload"):
+        told(message, "id")
