@@ -118,8 +118,11 @@ def as_setting(flag: str, value: str, *, exactly: bool = False) -> str:
 def _nearest_in_table(key: str) -> str:
     """Return a hint for a key such as ``data.sources[1].wieght``."""
     table, _, wanted = key[:_LONGEST_NAME].rpartition(".")
-    annotation = dict(fields())[table.partition("[")[0]].annotation
-    known = list(get_args(annotation)[0].model_fields)
+    field = dict(fields()).get(table.partition("[")[0])
+    record = next(iter(get_args(field.annotation)), None) if field else None
+    known = list(getattr(record, "model_fields", ()))
+    if not known:
+        return "; see `sdlora train --help` for all settings"
     close = difflib.get_close_matches(wanted, known, 1, cutoff=0.6)
     return f"; did you mean `{close[0]}`?" if close else f"; it may have {', '.join(known)}"
 
