@@ -30,7 +30,7 @@ MAX_LEVELS = 64
 whatever goes through the value level by level comes to its end."""
 MAX_TOML_CHARS = 2**19
 _TEMPORARY = re.compile(r"\.[0-9a-f]{12}(\.\w+)?")  # a name of `replacing`
-_MAX_DIGITS = 40  # of a whole number; 2**128 has 39
+MAX_DIGITS = 40  # of a whole number; 2**128 has 39
 # both match to the end of the text where a quote is never closed: else each quote would look for its end anew
 _JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 _TOML_STRING = re.compile(
@@ -322,7 +322,7 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole_number(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
+    if len(digits) > MAX_DIGITS:
         raise ValueError(f"a whole number has {len(digits)} digits")
     return int(digits)
 

@@ -31,8 +31,8 @@ MAX_ENTRY_CHARS = 4 * 2**20
 """Longest text entry that is parsed as JSON itself."""
 _SMALL_HEADER_BYTES = 2**20
 """Headers up to this size are always parsed: the result takes some tens of MiB at most."""
-_MAX_STRINGS = 100_000
-_MAX_STRUCTURE_BYTES = 4 * 2**20
+MAX_STRINGS = 100_000
+MAX_STRUCTURE_BYTES = 4 * 2**20
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 DTYPES = {known.file_name: known.dtype for known in NUMBER_FORMATS}
@@ -294,8 +294,8 @@ def _check_amount(path: Path, raw: bytes) -> None:
     """
     if len(raw) <= _SMALL_HEADER_BYTES:
         return
-    rest, num_strings = _STRING.subn(b"", raw, count=_MAX_STRINGS + 1)
-    if num_strings > _MAX_STRINGS or len(rest) > _MAX_STRUCTURE_BYTES:
+    rest, num_strings = _STRING.subn(b"", raw, count=MAX_STRINGS + 1)
+    if num_strings > MAX_STRINGS or len(rest) > MAX_STRUCTURE_BYTES:
         raise AdapterFileError(
             f"{path}: has a header of {len(raw)} bytes with more values than any adapter has; it is damaged "
             "or made to harm, get it from another source"

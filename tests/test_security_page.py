@@ -30,17 +30,17 @@ READ = {
     "pixels being decoded": f"{decoding.MAX_PIXELS_AT_ONCE // 10**6} million",
     "a PNG's": f"{png_info.MAX_TEXT:,} characters",
     "a caption file": (
-        f"{captions.MAX_CAPTION_BYTES // 1024} KiB; {metadata_files._MAX_SIDECAR_BYTES // 2**20} MiB; "
-        f"{metadata_files._MAX_BYTES // 2**20} MiB"
+        f"{captions.MAX_CAPTION_BYTES // 1024} KiB; {metadata_files.MAX_SIDECAR_BYTES // 2**20} MiB; "
+        f"{metadata_files.MAX_METADATA_BYTES // 2**20} MiB"
     ),
-    "JSON and TOML": f"{files.MAX_LEVELS}; {files._MAX_DIGITS} ",
-    "a settings file": f"{files.MAX_TOML_CHARS:,} characters; {toml._MOST_PROBLEMS} problems",
-    "a base's JSON": f"{base_files.MAX_JSON_BYTES // 2**20} MiB; {base_files._MAX_LAYERS}",
-    "steps of a base's": f"{ddpm._MOST_STEPS:,}",
+    "JSON and TOML": f"{files.MAX_LEVELS}; {files.MAX_DIGITS} ",
+    "a settings file": f"{files.MAX_TOML_CHARS:,} characters; {toml.MOST_PROBLEMS} problems",
+    "a base's JSON": f"{base_files.MAX_JSON_BYTES // 2**20} MiB; {base_files.MAX_LAYERS}",
+    "steps of a base's": f"{ddpm.MOST_STEPS:,}",
     "a safetensors header": (
         f"{tensor_file.MAX_HEADER_BYTES // 2**20} MiB; "
         f"{tensor_file.MAX_ENTRY_CHARS // 2**20} Mi characters each; "
-        f"{tensor_file._MAX_STRINGS:,} strings and {tensor_file._MAX_STRUCTURE_BYTES // 2**20} MiB of other "
+        f"{tensor_file.MAX_STRINGS:,} strings and {tensor_file.MAX_STRUCTURE_BYTES // 2**20} MiB of other "
         f"structure; {tensor_file.MAX_NUM_DIMENSIONS}"
     ),
 }
@@ -60,13 +60,13 @@ def test_the_server_has_the_limits_of_the_page() -> None:
     limits = {
         "a request with JSON": f"{security.MAX_JSON_BODY // 2**20} MiB",
         "any request's body": f"{security.MAX_BODY // 2**30} GiB + {security.MAX_BODY % 2**30 // 2**20} MiB",
-        "sessions kept": f"{security._MOST_SESSIONS},",
-        "addresses remembered": f"{passwords._MOST_ADDRESSES:,}",
+        "sessions kept": f"{security.MOST_SESSIONS},",
+        "addresses remembered": f"{passwords.MOST_ADDRESSES:,}",
         "an uploaded file": f"{uploads.MAX_FILE_BYTES // 2**20} MiB",
         "an upload |": f"{uploads.MAX_TOTAL_BYTES // 2**30} GiB and {uploads.MAX_FILES} files",
-        "a caption typed": f"{book.MAX_CAPTION:,} characters; {book._MAX_UNDO}",
-        "a thumbnail's": f"{routes._MAX_THUMB} px",
-        "a log shown": f"{jobs._MAX_LOG:,} bytes",
+        "a caption typed": f"{book.MAX_CAPTION:,} characters; {book.MAX_UNDO}",
+        "a thumbnail's": f"{routes.MAX_THUMB} px",
+        "a log shown": f"{jobs.MAX_LOG:,} bytes",
     }
     assert {start: limit for start, limit in limits.items() if limit not in row(start)} == {}
     (password,) = re.findall(r"- \*\*The password\*\*.*?(?=\n- )", PAGE, re.DOTALL)

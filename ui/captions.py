@@ -22,7 +22,7 @@ from sdlora.files import parse_json, write_text
 from .server.allowed_paths import AllowedPaths
 
 MAX_CAPTION = 16_000
-_MAX_UNDO = 200
+MAX_UNDO = 200
 
 
 def tidy(text: str) -> str:
@@ -205,7 +205,7 @@ class CaptionBook:
         if going_on and history and history[-1].keys() == change.keys():
             older = history.pop()
             change = {name: (older[name][0], after) for name, (_, after) in change.items()}
-        self._save(folder, [*history, change][-_MAX_UNDO:])
+        self._save(folder, [*history, change][-MAX_UNDO:])
 
     def _save(self, folder: Path, history: list[dict[str, tuple[str | None, str | None]]]) -> None:
         write_text(self._record(folder), json.dumps(history, ensure_ascii=False))

@@ -42,7 +42,8 @@ ENDED: tuple[Status, ...] = ("stopped", "finished", "failed")
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 _AT_WORK: tuple[Status, ...] = ("running", "stopping")
 _START_SECONDS = 10.0
-_MAX_LOG = 200_000
+_KERNEL = 2  # parent of Linux' own threads, which never have a command line
+MAX_LOG = 200_000
 _LOST = "the process ended without a message: it was killed, or memory ran out; look at the log"
 
 
@@ -135,7 +136,7 @@ class JobQueue:
         """Return the end of the log of the job's process."""
         file = self._folder / self.get(job_id).id / "log.txt"
         with suppress(OSError), file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - _MAX_LOG))
+            stream.seek(max(0, file.stat().st_size - MAX_LOG))
             return stream.read().decode("utf-8", "replace")
         return ""
 
@@ -303,8 +304,12 @@ class JobQueue:
         try:
             with self._starting.acquire(timeout=0):
                 process = self._process_of_command(job)
+                if process is None and _is_beginning():
+                    return job  # perhaps its own: another look tells
                 if process is None:
-                    return self._write(replace(job, status="waiting"))
+                    # it may have ended since, when the server was killed before it had written its id down
+                    ended = _last_json(self._folder / job.id / "output.txt") is not None
+                    return self._write(self._outcome(job) if ended else replace(job, status="waiting"))
                 started = process.create_time()
                 return self._write(replace(job, pid=process.pid, process_started=started))
         except (Timeout, OSError, psutil.Error):
@@ -337,6 +342,8 @@ class JobQueue:
 
     def _launch_alone(self, job: Job) -> Job:
         folder = self._folder / job.id
+        # what an earlier start answered must not be taken for this one's
+        (folder / "output.txt").unlink(missing_ok=True)
         job = self._write(replace(job, status="running", pid=None, process_started=None, error=""))
         try:
             arguments = ["--config", str(folder / "run.toml")]
@@ -387,6 +394,16 @@ class JobQueue:
             # before the first step nothing is lost; on POSIX the run still saves and ends by itself
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
+
+
+def _is_beginning() -> bool:
+    """Tell whether some process is so young that it has no command line yet: exec gives it at its end."""
+    for process in psutil.process_iter(["cmdline", "status", "create_time", "ppid"]):
+        young = time.time() - process.info["create_time"] < _START_SECONDS
+        zombie = process.info["status"] == psutil.STATUS_ZOMBIE
+        if young and process.info["cmdline"] == [] and not zombie and process.info["ppid"] != _KERNEL:
+            return True
+    return False
 
 
 def _job_of(values: Any, job_id: str) -> Job:

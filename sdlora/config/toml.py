@@ -16,7 +16,7 @@ from .advice import explain, nearest, of_another_trainer, toml_problem, where
 from .contradictions import contradictions
 from .schema import Config
 
-_MOST_PROBLEMS = 50  # explained at once: each is compared with the names of all settings
+MOST_PROBLEMS = 50  # explained at once: each is compared with the names of all settings
 
 
 def load_config(
@@ -152,7 +152,7 @@ def _validate(
         errors: list[dict[str, Any]] = [dict(item) for item in error.errors()]
         if _take_as_typed(tree, errors, typed):
             return _validate(tree, schema, {})
-        problems = [explain(item, typed) for item in errors[:_MOST_PROBLEMS]]
+        problems = [explain(item, typed) for item in errors[:MOST_PROBLEMS]]
         rest = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
         for item in errors:
             location = item["loc"]
@@ -187,6 +187,6 @@ def _take_as_typed(
 def _listing(problems: list[str], file: Path | None) -> str:
     if len(problems) == 1:
         return f"settings{where(file)}: {problems[0]}"
-    listed = "\n".join(f"  - {p}" for p in problems[:_MOST_PROBLEMS])
-    count = f"{_MOST_PROBLEMS} or more" if len(problems) >= _MOST_PROBLEMS else f"{len(problems)}"
+    listed = "\n".join(f"  - {p}" for p in problems[:MOST_PROBLEMS])
+    count = f"{MOST_PROBLEMS} or more" if len(problems) >= MOST_PROBLEMS else f"{len(problems)}"
     return f"{count} problems with the settings{where(file)}:\n{listed}"

@@ -18,7 +18,7 @@ from .prediction import PREDICTIONS, Prediction
 from .process import Corrupted, MakeScheduler
 from .samplers import SAMPLERS
 
-_MOST_STEPS = 100_000
+MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DDPM:
                 make none.
             KeyError: for a prediction type that is not in the table.
         """
-        if not (0 < beta_start < 1 and 0 < beta_end < 1 and 1 < num_steps <= _MOST_STEPS):
+        if not (0 < beta_start < 1 and 0 < beta_end < 1 and 1 < num_steps <= MOST_STEPS):
             raise ValueError(f"no noise schedule has betas {beta_start} to {beta_end} in {num_steps} steps")
         if schedule == "scaled_linear":  # Stable Diffusion: linear in the square root of beta
             betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2

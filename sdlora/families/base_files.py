@@ -14,7 +14,7 @@ from ..files import parse_json
 
 MAX_JSON_BYTES = 2**24
 _MAX_NUMBER = 2**31 - 1
-_MAX_LAYERS = 1024
+MAX_LAYERS = 1024
 _HOW_TO_COMPUTE = re.compile(r"_?(attn|experts)_implementation.*|quantization_config|auto_map|use_kernels")
 """What transformers would fetch code from the hub for; how a base is computed is decided here alone."""
 _LAYERS = re.compile(r"(^|_)(num_hidden_layers|layers_per_block|transformer_layers|num_layers|depth)")
@@ -50,9 +50,9 @@ def component_config(folder: Path) -> dict[str, Any]:
     waiting: list[tuple[str, Any]] = list(config.items())
     while waiting:
         key, value = waiting.pop()
-        limit = _MAX_LAYERS if _LAYERS.search(key) else _MAX_NUMBER
+        limit = MAX_LAYERS if _LAYERS.search(key) else _MAX_NUMBER
         if isinstance(value, list | dict):
-            if len(value) > _MAX_LAYERS:
+            if len(value) > MAX_LAYERS:
                 raise ModelError(f"{file}: `{shown(key)}` has {len(value)} entries; download it again")
             waiting += value.items() if isinstance(value, dict) else [(key, item) for item in value]
         elif isinstance(value, int | float) and abs(value) > limit:

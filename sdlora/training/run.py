@@ -149,11 +149,7 @@ def _assemble(
     # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
     keep_text = config.adapter.adapts_text or config.data.encode_captions == "in loop"
     model.prepare(training=True, keep_text=keep_text, keep_images=data.training.views.in_loop)
-    base = {  # before the adapter is in it
-        "denoiser": model.base.digest,
-        "autoencoder": data.prints.images,
-        "text encoder": data.prints.captions or model.encoder_fingerprint("captions"),
-    }
+    base = _digests(model, data)  # before the adapter is in it
     start = final.start or create_adapter(model, config.adapter, settings.seed)
     trainable = make_trainable(model, config, start)
     optimizer = make_optimizer(config.optimizer, trainable.groups)
@@ -191,6 +187,12 @@ def _assemble(
         run.ready_to_train()
         run.held = held.pop_all()
     return run
+
+
+def _digests(model: DiffusionModel, data: PreparedData) -> dict[str, str]:
+    """Return what says whether the base is another one when the run goes on."""
+    captions = data.prints.captions or model.encoder_fingerprint("captions")
+    return {"denoiser": model.base.digest, "autoencoder": data.prints.images, "text encoder": captions}
 
 
 @contextmanager

@@ -365,9 +365,27 @@ def test_a_job_whose_server_died_before_its_process_began_waits_again(
     (tmp_path / "jobs" / job.id / "claim").touch()  # what earlier versions left behind
     written(tmp_path, replace(queue.get(job.id), status="running"))
     after = make()
-    assert after.get(job.id).status == "waiting"
+    wait(lambda: after.get(job.id).status == "waiting")
     after.tick()
     assert ended(after, job, wait).status == "finished"
+
+
+def test_a_job_that_ended_before_its_server_wrote_the_process_down_is_not_run_again(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path, "a", 2))
+    queue.tick()
+    ended(queue, job, wait)
+    written(tmp_path, replace(queue.get(job.id), status="running", pid=None, process_started=None))
+    after = make()
+    wait(lambda: after.get(job.id).status == "finished")
+    # but an answer of an earlier start says nothing of one that was under way
+    written(tmp_path, replace(after.get(job.id), status="stopped"))
+    after.resume(job.id)
+    after.tick()
+    assert ended(after, job, wait).status == "finished"
+    assert len([event for event in read_events_of(tmp_path, job) if event["event"] == "RunStarted"]) == 2
 
 
 def test_a_job_whose_server_died_before_it_wrote_the_process_down_is_taken_over(

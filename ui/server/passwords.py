@@ -25,7 +25,7 @@ FREE_GUESSES = 3
 FIRST_WAIT, LONGEST_WAIT = 2.0, 900.0  # seconds
 STRANGERS, STRANGERS_WINDOW = 30, 60.0
 """Wrong guesses that all unknown addresses together may make, and in how many seconds."""
-_MOST_ADDRESSES = 10_000
+MOST_ADDRESSES = 10_000
 _ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"  # no characters that look alike
 
 
@@ -97,7 +97,7 @@ class Guesses:
         late = count - FREE_GUESSES
         wait = min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(late, 30)) if late >= 0 else 0.0
         self._wrong[address] = count, now + wait
-        while len(self._wrong) > _MOST_ADDRESSES:
+        while len(self._wrong) > MOST_ADDRESSES:
             self._wrong.popitem(last=False)
         if address not in self._known:
             self._strangers.append(now)
@@ -108,5 +108,5 @@ class Guesses:
         self._wrong.pop(address, None)
         self._known.pop(address, None)
         self._known[address] = None
-        while len(self._known) > _MOST_ADDRESSES:
+        while len(self._known) > MOST_ADDRESSES:
             self._known.popitem(last=False)

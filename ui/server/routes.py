@@ -33,7 +33,7 @@ from ..jobs import Job, JobQueue, process_of
 from .allowed_paths import AllowedPaths, PathRefused
 
 _SERVED = IMAGE_ENDINGS | {".safetensors", ".zip"}
-_MAX_THUMB = 1024
+MAX_THUMB = 1024
 Handler = Callable[[Request], dict[str, Any]]
 
 
@@ -118,7 +118,7 @@ class _Own:
     async def thumb(self, request: Request) -> Response:
         try:
             path = self.paths.readable(request.query_params.get("path", ""))
-            side = min(_MAX_THUMB, max(16, int(request.query_params.get("side", "256"))))
+            side = min(MAX_THUMB, max(16, int(request.query_params.get("side", "256"))))
             data = await run_in_threadpool(_thumbnail, path, path.stat().st_mtime_ns, side)
         except PathRefused as error:
             return JSONResponse({"error": str(error)}, 403)

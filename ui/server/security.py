@@ -46,7 +46,7 @@ _USED = re.compile(
 )
 """The routes that the page uses; Gradio has more: runs by name, proxies, an editor."""
 _SAFE = ("GET", "HEAD", "OPTIONS")
-_MOST_SESSIONS = 1000
+MOST_SESSIONS = 1000
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -162,7 +162,7 @@ class SecurityMiddleware:
         self._guesses.right(address)
         token = secrets.token_urlsafe(32)
         self._sessions[token] = None
-        while len(self._sessions) > _MOST_SESSIONS:
+        while len(self._sessions) > MOST_SESSIONS:
             self._sessions.popitem(last=False)
         cookie = f"{_COOKIE}={token}; Path=/; HttpOnly; SameSite=Strict"
         await _answer(send, 303, "", extra=[(b"location", b"/"), (b"set-cookie", cookie.encode())])

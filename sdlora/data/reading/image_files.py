@@ -75,7 +75,7 @@ def load_small(path: Path, side: int) -> Image.Image:
             factor = max(image.size) // (2 * side)
             if factor > 1 and image.mode in ("1", "L", "LA", "RGB", "RGBA", "CMYK"):
                 info = image.info
-                image = _reduced(image, factor)
+                image = reduced(image, factor)
                 image.info = info
             rgb, _ = to_rgb(image, "#ffffff")
     except (Unusable, ImageFileError) as error:
@@ -84,7 +84,7 @@ def load_small(path: Path, side: int) -> Image.Image:
     return rgb
 
 
-def _reduced(image: Image.Image, factor: int) -> Image.Image:
+def reduced(image: Image.Image, factor: int) -> Image.Image:
     """Return an image at a whole fraction of its size; in bands, as Pillow copies what is transparent."""
     mode = "L" if image.mode == "1" else image.mode
     size = -(-image.width // factor), -(-image.height // factor)

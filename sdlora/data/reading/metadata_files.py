@@ -28,9 +28,9 @@ from .problems import Problem, Unusable
 
 METADATA_NAMES = frozenset({"metadata.jsonl", "metadata.csv"})
 _CAPTION_COLUMNS = ("text", "caption", "prompt", "description")
-_MAX_BYTES = 512 * 1024 * 1024
+MAX_METADATA_BYTES = 512 * 1024 * 1024
 SIDECAR_ENDING = ".json"
-_MAX_SIDECAR_BYTES = 1024 * 1024
+MAX_SIDECAR_BYTES = 1024 * 1024
 _FIX = "correct that line"
 
 
@@ -91,7 +91,7 @@ def read_metadata(
 def _rows(path: Path, name: str, column: str | None) -> Iterator[tuple[str, tuple[str, ...], str] | Problem]:
     """Yield (file name, lines of the caption, where it stands) of each line, or what is wrong with it."""
     try:
-        text = read_file(path, name, _MAX_BYTES).decode("utf-8-sig")
+        text = read_file(path, name, MAX_METADATA_BYTES).decode("utf-8-sig")
     except Unusable as error:
         yield error.problem
         return
@@ -182,7 +182,7 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 def read_focus(path: Path, name: str) -> Point | Problem | None:
     """Return the point of interest a sidecar gives, None where it gives none, or what is wrong with it."""
     try:
-        data = read_file(path, name, _MAX_SIDECAR_BYTES)
+        data = read_file(path, name, MAX_SIDECAR_BYTES)
     except Unusable as error:
         return error.problem
     if b'"focus"' not in data:

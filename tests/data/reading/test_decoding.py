@@ -159,7 +159,7 @@ def test_bands_are_reduced_to_the_same_pixels_as_the_whole(
     image = image.convert(mode)
     whole = (image.convert("L") if mode == "1" else image).reduce(4)
     monkeypatch.setattr(image_files, "BAND_PIXELS", 61 * 10)
-    bands = image_files._reduced(image, 4)
+    bands = image_files.reduced(image, 4)
     assert (bands.mode, bands.size) == (whole.mode, whole.size) == (bands.mode, (16, 12))
     assert bands.tobytes() == whole.tobytes()
 
