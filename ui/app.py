@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -39,9 +40,7 @@ def serve(
         ConfigError: for an open address without a password, or a port in use.
     """
     refuse_open_door(host, password)
-    taken = _port_taken(host, port)
-    if taken:
-        raise ConfigError(f"--port {port}: {taken}; choose another, e.g. --port {port + 1}")
+    _refuse_taken(host, port)
     import uvicorn
 
     site = Site.open(paths)
@@ -196,11 +195,22 @@ def _theme(gr: Any) -> Any:
     )
 
 
-def _port_taken(host: str, port: int) -> str:
+def _refuse_taken(host: str, port: int) -> None:
+    """Check that a server can listen there.
+
+    Raises:
+        ConfigError: naming the address or the port that is not free.
+    """
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"--port {port}: must be from 1 to 65535, e.g. 7860")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            return error.strerror or str(error)
-    return ""
+            reason = error.strerror or str(error)
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                problem = f"--listen {host}: is no address of this machine ({reason}); give another"
+            else:
+                problem = f"--port {port}: {reason}; choose another, e.g. --port {port % 65535 + 1}"
+            raise ConfigError(problem) from None

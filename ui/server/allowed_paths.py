@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.errors import SdloraError
+from sdlora.files import refuse_bad_names
 
 STATE = ".sdlora-ui"
 _MODEL_FOLDERS = (
@@ -71,7 +72,8 @@ class AllowedPaths:
         """Return the folders as absolute paths with their links followed.
 
         Raises:
-            PathRefused: when an allowed folder does not exist.
+            PathRefused: when an allowed folder does not exist, or another one cannot be a folder.
+            OutputError: for names that not every system takes.
         """
         home = home.resolve()
         named = [(home / folder.expanduser()).resolve() for folder in allowed]
@@ -79,6 +81,10 @@ class AllowedPaths:
             if not folder.is_dir():
                 raise PathRefused(f"--allow {folder}: no such folder; check the path")
         first, second, third = ((home / place.expanduser()).resolve() for place in (runs, images, data))
+        for flag, folder in (("--runs", first), ("--images", second), ("--data", third)):
+            refuse_bad_names(folder)
+            if folder.exists() and not folder.is_dir():
+                raise PathRefused(f"{flag} {folder}: is a file, but a folder is needed; choose another")
         return cls(home, first, second, third, tuple(named), tuple(folder.resolve() for folder in models))
 
     @property

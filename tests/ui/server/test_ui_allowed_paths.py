@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from sdlora_ui.app import serve
 from sdlora_ui.gallery import list_images
 from sdlora_ui.server.allowed_paths import (
     AllowedPaths,
@@ -16,6 +17,8 @@ from sdlora_ui.server.allowed_paths import (
 )
 from sdlora_ui.settings import checked_source
 from sdlora_ui.site import Site
+
+from sdlora.errors import ConfigError, OutputError
 
 
 @pytest.fixture
@@ -186,3 +189,28 @@ def test_a_model_folder_is_refused_if_anything_in_it_leads_out(paths: AllowedPat
         paths.model(folder.parent)
     with pytest.raises(PathRefused, match="leads out"):
         checked_source(paths, "base", "runs/peft")
+
+
+def test_folders_that_cannot_be_are_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_bytes(b"mine")
+    usual = {"runs": Path("runs"), "images": Path("images"), "data": Path("data")}
+    for name in usual:
+        with pytest.raises(PathRefused, match=f"--{name} .*: is a file"):
+            AllowedPaths.of(tmp_path, **{**usual, name: Path("note.txt")})
+        with pytest.raises(OutputError, match="device on Windows"):
+            AllowedPaths.of(tmp_path, **{**usual, name: Path("nul")})
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "words"),
+    [
+        ("127.0.0.1", 99_999_999, "--port 99999999: must be from 1 to 65535"),
+        ("127.0.0.1", -1, "--port -1: must be from 1 to 65535"),
+        ("not an address", 7860, "--listen not an address: is no address of this machine"),
+    ],
+)
+def test_an_address_that_cannot_be_had_is_named(
+    paths: AllowedPaths, host: str, port: int, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        serve(paths, host=host, port=port, password="long enough to pass")
