@@ -67,7 +67,7 @@ def _remove(part: str) -> Change:
 
 
 def _newest_checkpoint(place: Place) -> Path:
-    return max((place.run / "checkpoints").iterdir())
+    return max((place.run / "checkpoints").glob("step-*"))
 
 
 def _damage_newest(place: Place, rng: random.Random) -> None:
@@ -78,7 +78,7 @@ def _damage_newest(place: Place, rng: random.Random) -> None:
 
 
 def _damage_every_checkpoint(place: Place, rng: random.Random) -> None:
-    for folder in (place.run / "checkpoints").iterdir():
+    for folder in (place.run / "checkpoints").glob("step-*"):
         changed_byte(folder / "optimizer.safetensors", rng)
 
 
