@@ -62,11 +62,10 @@ def test_a_run_does_not_go_on_with_another_base(config: Config, tmp_path: Path) 
             control.stop()
 
     train(config, listeners=[stop], control=control)
-    for part, name in (("unet", "denoiser"), ("vae", "autoencoder"), ("text_encoder", "text encoder")):
+    for part, name in (("unet", "denoiser"), ("text_encoder", "text encoder")):
         (file,) = (base / part).glob("*.safetensors")
         sound = file.read_bytes()
         file.write_bytes(sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:])
         with pytest.raises(TrainingError, match=f"its {name} changed since step-000001"):
             train(config, resume=True)
         file.write_bytes(sound)
-    assert train(config, resume=True).step == 3
