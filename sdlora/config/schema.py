@@ -138,6 +138,9 @@ class TrainingConfig(Section):
     """Size of a constant added per channel to the noise, which helps very dark or bright styles."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, but takes far less memory."""
+    fast: Annotated[str, Field(pattern=r"^(auto|off|[a-z]+(, *[a-z]+)*)$")] = "auto"
+    """Faster ways to compute a step, each used only if it agrees with the reference on the run's first batch:
+    all that are possible (`auto`), none (`off`), or some by name: `blocks`, `lora`, `joint`."""
     checkpoint_every: Positive | None = None
     """Steps between resumable checkpoints."""
     keep_checkpoints: Positive = 2
@@ -154,7 +157,7 @@ class SampleConfig(Section):
     negative_prompt: str = ""
     """What the previews should avoid."""
     every: Positive | None = None
-    """Steps between previews; some are always made before the first and after the last step."""
+    """Steps between previews; one always shows where the run starts, and one where it ends."""
     steps: Positive = 20
     """Denoising steps."""
     guidance: NonNegativeFloat | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +73,18 @@ def choose_attention(
     if device.type == "cpu" and dtype == torch.bfloat16 and training:
         return Attention("classic", "torch's fused attention is slow backwards in bf16 on a CPU")
     return Attention("sdpa", f"torch's own fused attention is the fastest general one on {device.type}")
+
+
+def without_more_memory(name: str, device: torch.device) -> list[Literal["sdpa", "xformers", "classic"]]:
+    """Return the other ways to compute attention that take no more memory than this one, and run here."""
+    found: list[Literal["sdpa", "xformers", "classic"]] = []
+    if name != "sdpa":
+        found.append("sdpa")
+    if name != "xformers" and device.type == "cuda":
+        with suppress(ConfigError):
+            _check_xformers(device)
+            found.append("xformers")
+    return found
 
 
 def _check_xformers(device: torch.device) -> None:

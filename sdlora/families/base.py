@@ -64,6 +64,11 @@ class Posterior:
     mean: Tensor
     logvar: Tensor
 
+    def apart(self) -> list[Posterior]:
+        """Return those of the single images, each (1, C, h, w), with memory of their own."""
+        rows = range(len(self.mean))
+        return [Posterior(self.mean[r : r + 1].clone(), self.logvar[r : r + 1].clone()) for r in rows]
+
     def sample(self, generator: torch.Generator) -> Tensor:
         """Draw latents (B, C, h, w) in float32 with noise from a CPU generator."""
         mean = self.mean.float()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -29,8 +30,10 @@ class SplitPredictor:
 
     def __init__(self, model: DiffusionModel) -> None:
         self._model = model
-        self._most = torch.get_num_threads() if model.facts.device.type == "cpu" else 1
-        self._pool = ThreadPoolExecutor(self._most, initializer=torch.set_num_threads, initargs=(1,))
+        # set by who has the gradients of each part added where they belong, instead of returned by torch
+        self.computing: Callable[[int], AbstractContextManager[None]] | None = None
+        self.most_parts = torch.get_num_threads() if model.facts.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self.most_parts, initializer=torch.set_num_threads, initargs=(1,))
         self._outputs: list[Tensor] = []
         self._leaf: Tensor | None = None
 
@@ -61,6 +64,10 @@ class SplitPredictor:
         assert self._leaf is not None and self._leaf.grad is not None
         gradients = self._leaf.grad.split([output.shape[0] for output in self._outputs])
         jobs = zip(self._outputs, gradients, strict=True)
+        if self.computing is not None:
+            self._map(lambda job: torch.autograd.backward(*job), jobs)
+            self._outputs, self._leaf = [], None
+            return
         parts = self._map(lambda job: torch.autograd.grad(job[0], parameters, job[1]), jobs)
         self._outputs, self._leaf = [], None
         for part in parts:
@@ -78,13 +85,14 @@ class SplitPredictor:
         gradients: bool,
     ) -> list[Tensor]:
         count = noisy.shape[0]
-        parts = min(self._most, count)
+        parts = min(self.most_parts, count)
         edges = [count * part // parts for part in range(parts + 1)]
 
         def part(index: int) -> Tensor:
             rows = slice(edges[index], edges[index + 1])
             part_text = {name: tensor[rows] for name, tensor in text.items()}
-            with torch.set_grad_enabled(gradients):  # a thread does not inherit the caller's mode
+            computing = self.computing(index) if self.computing else nullcontext()
+            with computing, torch.set_grad_enabled(gradients):  # a thread does not inherit the caller's mode
                 return self._model.predict(noisy[rows], timesteps[rows], part_text, list(sizes)[rows])
 
         return self._map(part, range(parts))

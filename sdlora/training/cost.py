@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from ..data.batching.batches import make_batch
 from ..data.reading.items import Visit
 from ..devices import is_out_of_memory
 from ..errors import TrainingError
-from .objective import loss_of
+from .choices import remembered_choice, try_choices, use, usual_choice
+from .proof import prove
 
 if TYPE_CHECKING:
     from .state import Run
@@ -27,9 +24,10 @@ class Cost:
 
 
 def measure_cost(run: Run) -> Cost:
-    """Run the largest micro-batch forward and backward twice, and discard the gradients.
+    """Decide how to compute, on the largest micro-batch, and time that; the gradients are thrown away.
 
-    The first pass warms up, the second is timed. The memory is that of the plan made before loading the base.
+    The first pass, by the reference, warms up; the last one is timed. The memory is the plan's, made before
+    any weight was read.
 
     Raises:
         TrainingError: if the device does not have enough memory.
@@ -38,13 +36,7 @@ def measure_cost(run: Run) -> Cost:
     micros = [micro for rank in run.order.step(run.step) for micro in rank if micro]
     visits = max(micros, key=lambda micro: len(micro))
     try:
-        _pass(run, visits)
-        # kernels run asynchronously: without waiting, the rest of the first pass would be timed as well
-        _wait_for(run.model.facts.device)
-        began = time.perf_counter()
-        _pass(run, visits)
-        _wait_for(run.model.facts.device)
-        seconds = time.perf_counter() - began
+        seconds = _settled(run, visits)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -56,21 +48,20 @@ def measure_cost(run: Run) -> Cost:
     return Cost(seconds * settings.gradient_accumulation, run.memory.peak)
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def _settled(run: Run, visits: tuple[Visit, ...]) -> float:
+    """Have the run compute as its checkpoint, an earlier run or a trial says; return seconds of a pass.
 
-
-def _pass(run: Run, visits: tuple[Visit, ...]) -> None:
-    batch = make_batch(run.training, run.model, visits, seed=0)
-    splitter = run.splitter
-    predict = splitter.predict_with_gradients if splitter else None
-    loss, _ = loss_of(run.model, batch, run.config, predict)
-    loss.sum().backward()
-    if splitter:
-        splitter.backward(run.parameters())
-    for group in run.groups:
-        group.master.collect()
-        group.master.publish()
+    The fast paths prove themselves for the way that is used in the end.
+    """
+    names = run.paths()
+    if run.choice is None and run.fast_before is None and names:
+        run.choice = remembered_choice(run)
+    known = run.choice
+    if known is not None:
+        use(run, known)
+    seconds = prove(run, names, visits)
+    if known is None and run.fast_before is None and names:
+        usual = usual_choice(run)
+        if (try_choices(run, visits) or usual) != usual:
+            seconds = prove(run, run.fast.names, visits)
+    return seconds

@@ -36,6 +36,7 @@ class MasterWeights:
         self.flat.grad = torch.zeros_like(flat)
         self._compute = self.flat.data if self._dtype == torch.float32 else flat.to(self._dtype)
         self._compute_grad = torch.zeros_like(self._compute)
+        self.followers: list[Callable[[], None]] = []  # called whenever the model's values have changed
         start = 0
         for parameter in self._parameters:
             end = start + parameter.numel()
@@ -58,6 +59,8 @@ class MasterWeights:
         assert self.flat.grad is not None
         if self._dtype != torch.float32:
             self._compute.copy_(self.flat.data)
+        for renew in self.followers:
+            renew()
         self.flat.grad.zero_()
 
     @property

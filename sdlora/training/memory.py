@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from ..adapters.attach import create_adapter
 from ..adapters.trainable_layers import attach_for_training
 from ..config.schema import AdapterConfig, Config
+from ..data.batching.cache import images_at_once
 from ..diffusion.process import per_image_loss
 from ..errors import TrainingError
 from ..families.base import DiffusionModel, SizeHint
@@ -276,10 +277,11 @@ def _rounded(model: DiffusionModel, side: int) -> int:
 
 @torch.no_grad()
 def _encoding_bytes(model: DiffusionModel, config: Config) -> int:
-    """Encode one image of the largest size, and one caption; return the largest amount alive."""
+    """Encode images of the largest size, and one caption; return the largest amount alive."""
     side = _rounded(model, _side(config))
     vae: Any = model.components()[AUTOENCODER]
-    pixels = torch.empty((1, 3, side, side), device="meta", dtype=vae.dtype)
+    rows = images_at_once(torch.device(config.training.device or "cpu"), side, side)
+    pixels = torch.empty((rows, 3, side, side), device="meta", dtype=vae.dtype)
     with _fused_attention(), counting_memory() as memory:
         posterior = vae.encode(pixels).latent_dist
         posterior.mean.float()

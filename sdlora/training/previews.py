@@ -54,13 +54,14 @@ def _pixels(run: Run, requests: Sequence[GenerateRequest]) -> bytes:
     """Return the RGB bytes of some previews, one after the other."""
     if not requests:
         return b""
-    run.model.prepare(
-        training=False, keep_text=run.keep_text, keep_images=run.training.views.in_loop, lean=True
-    )
-    try:
-        images = render(run.model, requests, encoded=run.preview_text)
-    finally:
-        run.ready_to_train()
+    with run.fast.out():
+        run.model.prepare(
+            training=False, keep_text=run.keep_text, keep_images=run.training.views.in_loop, lean=True
+        )
+        try:
+            images = render(run.model, requests, encoded=run.preview_text)
+        finally:
+            run.ready_to_train()
     return b"".join(image.convert("RGB").tobytes() for image in images)
 
 

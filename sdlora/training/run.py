@@ -32,6 +32,7 @@ from ..families.parallel import SplitPredictor
 from ..files import refuse_used_folder, write_problem
 from ..generation.render import encode_prompts
 from ..run_folder import RunFolder, list_checkpoints
+from .fast import FastStep
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
 from .optimizers import make_optimizer, optimizer_kind
 from .processes import Processes
@@ -153,6 +154,7 @@ def _assemble(
     start = final.start or create_adapter(model, config.adapter, settings.seed)
     trainable = make_trainable(model, config, start)
     optimizer = make_optimizer(config.optimizer, trainable.groups)
+    splitter = _splitter(config, model)
     run = Run(
         config=config,
         folder=folder,
@@ -171,7 +173,9 @@ def _assemble(
         processes=processes,
         emit=emit,
         started_at=time.time(),
-        splitter=_splitter(config, model),
+        splitter=splitter,
+        made_splitter=splitter,
+        fast=FastStep(model, trainable, splitter),
         loader=_loader(config, data, model, processes.rank),
         preview_text=preview_text,
     )

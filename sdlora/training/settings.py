@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..families.base import DiffusionModel
 from ..families.compute import Compute
 from ..number_formats import dtype_name
+from .fast import chosen_paths
 from .optimizers import check_rates, optimizer_kind
 from .warm_start import warm_start
 
@@ -106,6 +107,7 @@ def finalise(
     rule = optimizer_kind(config.optimizer).rate
     fill_training(open_settings, data_facts(config, training, validation), rule)
     check_rates(open_settings.config, facts.parts)
+    chosen_paths(config.training.fast)
     outline = outline_data(open_settings, training, blueprint, num_processes)
     _check_warmup(open_settings.config, outline.steps)
     defaults = tuple(open_settings.defaults)

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from ..families.parallel import SplitPredictor
 from ..machine import version
 from ..run_folder import RunFolder, list_checkpoints
 from . import checkpoint, optimizer_state
+from .choices import Choice
+from .fast import FastStep
 from .masters import ParameterGroup
 from .memory import MemoryPlan
 from .optimizers import parameter_names
@@ -43,6 +45,7 @@ _FREE_ON_RESUME = (
     "data.folder",
     "data.cache_folder",
     "data.encode_captions",
+    "training.fast",  # but by rounding, which is said
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.validate_every",
@@ -63,6 +66,9 @@ class Run:
         overflowed: how often the loss of each image was not finite, by its name.
         told: what failed beside the training, as the user was told.
         held: what is given back when the run ends: the run folder.
+        made_splitter: how a batch can be computed in parts; ``splitter`` if it is.
+        choice: the way to compute; None for the usual one.
+        fast_before: the fast paths that the checkpoint was made with, if the run goes on from one.
     """
 
     config: Config
@@ -83,6 +89,7 @@ class Run:
     emit: Emitter
     started_at: float
     splitter: SplitPredictor | None
+    fast: FastStep
     loader: BatchLoader
     preview_text: Mapping[str, Conditioning]
     step: int = 0
@@ -93,6 +100,9 @@ class Run:
     overflowed: Counter[str] = field(default_factory=Counter)
     told: set[str] = field(default_factory=set)
     held: ExitStack = field(default_factory=ExitStack)
+    made_splitter: SplitPredictor | None = None
+    choice: Choice | None = None
+    fast_before: tuple[str, ...] | None = None
 
     @property
     def images_per_step(self) -> int:
@@ -123,6 +133,28 @@ class Run:
     def parameters(self) -> list[Tensor]:
         """Return the adapter's parameters inside the model, in the order of the masters."""
         return self.trainable.parameters()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of the parameters."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.splitter:
+            self.splitter.backward(self.parameters())
+        self.fast.gather()
+
+    def paths(self) -> tuple[str, ...]:
+        """Return the fast paths to use: those the settings allow, and a run that goes on had before."""
+        setting, before = self.config.training.fast, self.fast_before
+        names = self.fast.possible(setting)
+        if before is None:
+            return names
+        names = tuple(name for name in names if name in before) if setting == "auto" else names
+        if set(names) != set(before):
+            now, then = (", ".join(paths) or "none" for paths in (names, before))
+            text = (
+                f"{self.folder.path}: goes on with other fast paths ({now}) than before ({then}); the numbers"
+            )
+            self.emit(Notice(f"{text} differ by rounding from those of an uninterrupted run"))
+        return names
 
     @property
     def parameter_names(self) -> list[str]:
@@ -156,6 +188,8 @@ def run_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "base": dict(run.base),
         "micro_batches": run.processes.count * run.config.training.gradient_accumulation,
         "learned": run.learned,
+        "fast": list(run.fast.names),
+        "choice": None if run.choice is None else asdict(run.choice),
     }
 
 
@@ -186,6 +220,9 @@ def restore(run: Run) -> None:
         )
     run.step, run.started_at = saved.step, float(saved.state["started_at"])
     run.learned = bool(saved.state.get("learned", True))
+    if (choice := saved.state.get("choice")) is not None:
+        run.choice = Choice.of(choice)
+    run.fast_before = tuple(saved.state.get("fast", ()))  # before there were any, none was used
     starts = {group.name: f"{group.name}.start" for group in run.groups}
     run.trainable.restore_start(
         run.model, {name: saved.tensors[key] for name, key in starts.items() if key in saved.tensors}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..config.schema import Config
 from ..data.batching.batches import Batch
@@ -45,7 +46,7 @@ from .processes import Processes
 from .rescue import rescued
 from .run import prepare_run
 from .schedules import schedule_factor
-from .shown_weights import publish
+from .shown_weights import publish, putting_back
 from .state import Run, refuse_unchanged, run_folder, run_state
 from .validation import validate
 
@@ -171,8 +172,7 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
     recent: deque[float] = deque(maxlen=20)
     times: deque[float] = deque(maxlen=20)
     validation_loss: float | None = None
-    if run.step == 0:
-        validation_loss = _show(run, validating=True, previewing=True)
+    start = [group.master.flat.data.to("cpu", copy=True) for group in run.groups] if run.step == 0 else None
     while run.step < run.steps:
         began, waited = time.perf_counter(), run.loader.waited
         loss, norm, rate, count = train_step(run)
@@ -185,6 +185,9 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
         speed = count / times[-1]
         share = (run.loader.waited - waited) / times[-1]
         run.emit(StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left, share))
+        if start is not None:
+            validation_loss = _look_at_the_start(run, start)
+            start = None
         requests = _agreed(run, control.take())
         last = run.step == run.steps
         validating = last or _due(run.step, settings.validate_every)
@@ -211,6 +214,21 @@ def _show(run: Run, validating: bool, previewing: bool) -> float | None:
             loss = attempt(run, "validation", validate)
         if previewing:
             attempt(run, "the previews", preview)
+    return loss
+
+
+def _look_at_the_start(run: Run, start: Sequence[Tensor]) -> float | None:
+    """Validate and preview with the values before the first step, which need not wait for that."""
+    run.loader.settle()
+    now, run.step = run.step, 0
+    try:
+        with putting_back(run.groups):
+            for group, values in zip(run.groups, start, strict=True):
+                group.master.load(values)
+            loss = attempt(run, "validation", validate)
+            attempt(run, "the previews", preview)
+    finally:
+        run.step = now
     return loss
 
 
@@ -260,9 +278,7 @@ def _backward(run: Run, batch: Batch) -> tuple[float, int]:
     if not all(good):
         _note_non_finite(run, [name for name, fine in zip(batch.names, good, strict=True) if not fine])
     # The number of images of a full step, also in a short step: so each image weighs the same in an epoch.
-    run.scaler.scale(weighted.sum() / run.images_per_step).backward()
-    if split:
-        split.backward(run.parameters())
+    run.backward(run.scaler.scale(weighted.sum() / run.images_per_step))
     if all(good):
         return float(plain.sum()), len(good)
     return sum(loss for loss, fine in zip(plain.tolist(), good, strict=True) if fine), sum(good)

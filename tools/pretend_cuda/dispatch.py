@@ -147,7 +147,7 @@ class Pretending(TorchDispatchMode):
                 id(tensor.untyped_storage()): tensor.numel() * tensor.element_size()
                 for tensor in (*cuda, *results)
             }
-            self._ledger.launch(_kernels(name, args, kwargs), sum(sizes.values()))
+            self._ledger.launch(name, _kernels(name, args, kwargs), sum(sizes.values()))
         written: list[Tensor] = []
         _gather((args[place] for place in _written(func) if place < len(args)), written)
         for tensor in written:

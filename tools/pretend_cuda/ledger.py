@@ -80,6 +80,7 @@ class Ledger:
     def __init__(self) -> None:
         self.launches: Counter[StoredKey] = Counter()
         self.kernel_bytes: Counter[StoredKey] = Counter()
+        self.operations: Counter[tuple[str, bool]] = Counter()
         self.waits: Counter[tuple[str, StoredKey]] = Counter()
         self.copies: dict[tuple[Copy, StoredKey], Traffic] = {}
         self.calls: Counter[str] = Counter()
@@ -92,7 +93,15 @@ class Ledger:
 
     def clear(self) -> None:
         """Forget what was counted so far, but not what is alive."""
-        for counted in (self.launches, self.kernel_bytes, self.waits, self.copies, self.calls, self.touched):
+        for counted in (
+            self.launches,
+            self.operations,
+            self.kernel_bytes,
+            self.waits,
+            self.copies,
+            self.calls,
+            self.touched,
+        ):
             counted.clear()
         for memory in self.memory.values():
             memory.peak, memory.peaks, memory.holders = memory.alive, {}, {}
@@ -113,9 +122,11 @@ class Ledger:
         self._phase = phase or "start"
         return StoredKey(self._phase, site)
 
-    def launch(self, kernels: int, traffic: int) -> None:
-        """Note kernels, and the bytes they read and write."""
+    def launch(self, name: str, kernels: int, traffic: int) -> None:
+        """Note the kernels of an operation, and the bytes they read and write."""
         place = self.here()
+        # one each, however many kernels the library has for it; those over lists of tensors are several
+        self.operations[name, place.site == "backward"] += kernels if name.startswith("_foreach") else 1
         self.launches[place] += kernels
         self.kernel_bytes[place] += traffic
 
@@ -179,6 +190,22 @@ class Ledger:
             for (copy, place), traffic in self.copies.items()
             if copy.way == way and phase in (None, place.phase)
         )
+
+    def step(self) -> dict[str, Any]:
+        """Return what was counted since :meth:`clear`, and which operations the launches are."""
+        by_name: Counter[str] = Counter()
+        for (name, _), count in self.operations.items():
+            by_name[name] += count
+        return {
+            "launches": sum(self.operations.values()),
+            "backward": sum(count for (_, backward), count in self.operations.items() if backward),
+            "kernels": sum(self.launches.values()),
+            "kernel_bytes": sum(self.kernel_bytes.values()),
+            "waits": sum(self.waits.values()),
+            "waits_by_place": [[why, place.site, count] for (why, place), count in self.waits.most_common()],
+            "copies": sum(traffic.count for traffic in self.copies.values()),
+            "launches_by_operation": dict(by_name.most_common()),
+        }
 
     def to_dict(self) -> Mapping[str, Any]:
         """Return everything as JSON values, the largest first."""

@@ -26,6 +26,7 @@ from .refusal_plays import refusals
 from .stage import PROMPTS, Scenario
 from .train_plays import (
     card_settings,
+    one_step,
     optimizers_resumed,
     previews_out_of_memory,
     resumed,
@@ -137,6 +138,14 @@ SCENARIOS: dict[str, Scenario] = {
     "offload-merge": Scenario(offloaded_and_merged, "merge with --offload"),
     "command-line": Scenario(command_line, "sdlora train, sdlora generate"),
     "ui-worker": Scenario(ui_worker, "the UI's worker: a plan, a strip of strengths"),
+    "step-sd1": Scenario(one_step("sd1", "data.resolution=512", side=512), "SD1.5, 512 px: one step counted"),
+    "step-sdxl": Scenario(
+        one_step("sdxl", "data.resolution=1024", side=1024), "SDXL, 1024 px: one step counted"
+    ),
+    "step-sdxl-linear": Scenario(
+        one_step("sdxl", "data.resolution=1024", "adapter.targets=linear", side=1024),
+        "SDXL, 1024 px, all linear layers: one step counted",
+    ),
     "sd1": Scenario(true_base("sd1", "data.resolution=512", side=512), "a step of the true SD1.5, 512 px"),
     "sd2": Scenario(true_base("sd2", "data.resolution=768", side=768), "a step of the true SD2.1, 768 px"),
     "sdxl": Scenario(

@@ -79,7 +79,14 @@ def draw_images(folder: Path, count: int = 6, side: int = 96) -> Path:
     return folder
 
 
-def train(stage: Stage, *overrides: str, base: str = "mini", resume: bool = False, stop_at: int = 0) -> Path:
+def train(
+    stage: Stage,
+    *overrides: str,
+    base: str = "mini",
+    resume: bool = False,
+    stop_at: int = 0,
+    listen: Callable[[Event], None] | None = None,
+) -> Path:
     """Train with ``sdlora.train``; return the adapter's file, or the run's folder if it was stopped."""
     import sdlora
 
@@ -106,7 +113,7 @@ def train(stage: Stage, *overrides: str, base: str = "mini", resume: bool = Fals
         if type(event).__name__ == "StepDone" and getattr(event, "step", 0) == stop_at:
             control.stop()
 
-    result = sdlora.train(config, resume=resume, listeners=[stage.hear, stop], control=control)
+    result = sdlora.train(config, resume=resume, listeners=[listen or stage.hear, stop], control=control)
     if stop_at:
         assert result.stopped, "the run was to be stopped"
         return result.folder

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .stage import PROMPTS, Play, Stage, draw_images, only_card, train
+
+if TYPE_CHECKING:
+    from sdlora.events import Event
 
 
 def training(*overrides: str, base: str = "mini") -> Play:
@@ -63,6 +66,42 @@ def true_base(family: str, *overrides: str, side: int) -> Play:
                 base=str(base),
             )
         _plan_agrees(stage)
+
+    return play
+
+
+def one_step(family: str, *overrides: str, side: int) -> Play:
+    """Return a scenario that counts what a step of a base of the true size asks of the card, once warm.
+
+    Batch 1, rank 16, bf16. Counted is all that happens from the report of one step to that of the next.
+    """
+
+    def play(stage: Stage) -> None:
+        from .true_bases import reading_zeros, write_hollow_checkpoint
+
+        base, ledger, first = stage.folder / f"{family}.safetensors", stage.cards.ledger, 2
+        write_hollow_checkpoint(base, family)
+        draw_images(stage.folder / "images", count=4, side=side)
+        alive = 0
+
+        def listen(event: Event) -> None:
+            nonlocal alive
+            stage.hear(event)
+            step = getattr(event, "step", 0) if type(event).__name__ == "StepDone" else 0
+            if step == first:
+                alive = ledger.alive(0)
+                ledger.clear()
+            if step == first + 1:
+                stage.facts["step"] = {**ledger.step(), "activations": ledger.peak() - alive}
+
+        with reading_zeros():
+            train(
+                *(stage, f"training.steps={first + 1}", "training.precision=bf16", "training.batch_size=1"),
+                *("adapter.rank=16", "adapter.alpha=16", *overrides),
+                base=str(base),
+                listen=listen,
+            )
+        assert stage.facts["step"]["launches"] > 100, stage.facts
 
     return play
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,8 @@ from .entries import read_entry, write_entry
 from .views import AugmentationView, AugmentationViews, Colours, shown, shown_mask
 
 _FORMAT = "2"  # part of every key: raise it when what is stored changes meaning
-_PROMPTS = "2"  # raise it when a prompt comes to mean something else
+_PROMPTS = "3"  # raise it when a prompt comes to mean something else, or is kept in another number format
+_PIXELS_AT_ONCE = 512 * 512
 _MEMORY_BUDGET = 1 << 30  # bytes of encoded data kept in RAM; the rest is read again when needed
 
 
@@ -67,6 +68,20 @@ class EncoderPrints:
         return cls(
             model.encoder_fingerprint("images"), model.encoder_fingerprint("captions") if captions else ""
         )
+
+
+_Decoded = tuple[int, AugmentationView, Future[Tensor] | None]
+"""Image, view, and its pixels where it must be encoded."""
+_Encoded = tuple[int, AugmentationView, Posterior | None]
+
+
+def images_at_once(device: torch.device, height: int, width: int) -> int:
+    """Return how many images of a size in px are encoded at the same time.
+
+    On a CPU small images are, in parts of one core each; elsewhere, and from 512 px on, each goes by itself,
+    so that encoding takes no more memory than one image needs.
+    """
+    return max(1, _PIXELS_AT_ONCE // (height * width)) if device.type == "cpu" else 1
 
 
 def to_pixels(
@@ -144,11 +159,14 @@ class EncodedDataset:
         total = len(views) + len(captions)
         workers = max(1, min(16, os.cpu_count() or 1))
         done = 0
-        with ThreadPoolExecutor(workers) as pool:
-            for index, view, pixels in ahead(self._started(pool, views), 2 * workers):
-                if pixels is not None:
-                    self._keep(index, view, pixels)
-                emit(done := done + 1, total)
+        views.sort(key=lambda pair: pair[1].placement.bucket)  # images of one size are encoded together
+        with ThreadPoolExecutor(workers) as pool, self._encoders() as encoders:
+            decoded = ahead(self._started(pool, views), 2 * workers)
+            for batch in ahead(self._encoding(encoders, decoded), torch.get_num_threads()):
+                for index, view, posterior in batch.result():
+                    if posterior is not None:
+                        self._keep(index, view, posterior)
+                    emit(done := done + 1, total)
         for caption in captions:
             if not self._is_kept("captions", self._caption_key(caption)):
                 self.caption(caption)
@@ -173,6 +191,33 @@ class EncodedDataset:
             kept = self._is_kept("images", self._image_key(index, view))
             yield index, view, None if kept else pool.submit(self._pixels, index, view)
 
+    def _encoders(self) -> ThreadPoolExecutor:
+        """Return who encodes: on a CPU as many as it has cores, each on a single one; elsewhere one."""
+        if self._model.facts.device.type != "cpu":
+            return ThreadPoolExecutor(1)
+        return ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+
+    def _encoding(
+        self, encoders: ThreadPoolExecutor, views: Iterable[_Decoded]
+    ) -> Iterator[Future[list[_Encoded]]]:
+        """Yield the views in batches of one size, on their way through the encoder where they must be."""
+        batch: list[_Decoded] = []
+        for decoded in views:
+            size = decoded[1].placement.bucket
+            share = images_at_once(self._model.facts.device, *size) // max(1, torch.get_num_threads())
+            if batch and (size != batch[0][1].placement.bucket or len(batch) >= share):
+                yield encoders.submit(self._encoded, tuple(batch))
+                batch.clear()
+            batch.append(decoded)
+        if batch:
+            yield encoders.submit(self._encoded, tuple(batch))
+
+    def _encoded(self, batch: Sequence[_Decoded]) -> list[_Encoded]:
+        """Return each view of one size with its posterior, if it was to be encoded."""
+        missing = [pixels.result() for _, _, pixels in batch if pixels is not None]
+        found = iter(self._model.encode_images(torch.cat(missing)).apart() if missing else ())
+        return [(index, view, None if pixels is None else next(found)) for index, view, pixels in batch]
+
     def image(self, index: int, view: AugmentationView | None = None) -> EncodedImage:
         """Return one encoded image, by default in its view without random parts.
 
@@ -186,7 +231,9 @@ class EncodedDataset:
         return text if self.captions.emphasis else escape(text)
 
     def caption(self, text: str) -> Conditioning:
-        """Return one encoded caption, tensors without batch axis, float32.
+        """Return one encoded caption, tensors without batch axis, in the number format of the denoiser.
+
+        It rounds them so at every use; kept in 16 bit they are half as large on disk and in memory.
 
         Raises:
             DatasetError: if its encoding is not finite, naming the caption.
@@ -195,19 +242,19 @@ class EncodedDataset:
         def encode() -> dict[str, Tensor]:
             with torch.no_grad():
                 encoded = self._model.encode_text([self.prompt(text)])
-            return {name: tensor[0].float().cpu().contiguous() for name, tensor in encoded.items()}
+            dtype = self._model.facts.dtype
+            return {name: tensor[0].to("cpu", dtype).contiguous() for name, tensor in encoded.items()}
 
         what = f"caption `{text[:60]}`: its encoding is"
         keep = not self.captions.in_loop or text in self._kept_texts
         return self._tensors("captions", self._caption_key(text), encode, what, keep=keep)
 
-    def _keep(self, index: int, view: AugmentationView, pixels: Future[Tensor] | None) -> EncodedImage:
-        """Return one encoded image, made from ``pixels`` if they are given."""
+    def _keep(self, index: int, view: AugmentationView, ready: Posterior | None) -> EncodedImage:
+        """Return one encoded image, from what was encoded already if there is anything."""
         item, used = self.items[index], view.placement
 
         def encode() -> dict[str, Tensor]:
-            ready = self._pixels(index, view) if pixels is None else pixels.result()
-            posterior = self._model.encode_images(ready)
+            posterior = ready or self._model.encode_images(self._pixels(index, view))
             return {"mean": posterior.mean, "logvar": posterior.logvar}
 
         what = f"{item.path}: its latents are"
@@ -251,7 +298,7 @@ class EncodedDataset:
         return f"{self._prints.images} {self.items[index].digest} {geometry}"
 
     def _caption_key(self, text: str) -> str:
-        return f"{_PROMPTS} {self._prints.captions} {self.prompt(text)}"
+        return f"{_PROMPTS} {self._model.facts.dtype} {self._prints.captions} {self.prompt(text)}"
 
     def _is_kept(self, kind: str, key: str) -> bool:
         """Tell whether an entry is there, without reading it, and note that it is used."""

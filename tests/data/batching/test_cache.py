@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 
 from sdlora.config.schema import ModelConfig
 from sdlora.data.batching.buckets import Placement, make_buckets, place
@@ -17,6 +18,7 @@ from sdlora.data.batching.cache import EncodedDataset, to_pixels
 from sdlora.data.batching.views import AugmentationViews
 from sdlora.data.reading.folder import Dataset, scan
 from sdlora.errors import DatasetError
+from sdlora.families.base import Posterior
 from sdlora.families.loading import load_model
 from sdlora.families.sd1 import StableDiffusion1
 
@@ -58,6 +60,44 @@ def test_everything_is_encoded_once_and_found_again(
     assert entries(cache, "images") | entries(cache, "captions") == first
     for index in range(6):
         assert torch.equal(again.image(index).posterior.mean, data.image(index).posterior.mean)
+
+
+def test_images_encoded_together_are_those_encoded_alone(
+    image_folder: Make, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"))
+    dataset, calls, encode = scan(image_folder(24)), [], own.encode_images
+
+    def noting(pixels: torch.Tensor) -> Posterior:
+        calls.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(own, "encode_images", noting)
+    together = encoded(dataset, own, tmp_path / "together")
+    together.encode_all()
+    assert sum(calls) == 24 and len(calls) < 24
+    alone = encoded(dataset, own, tmp_path / "alone")
+    for index in range(24):
+        one, other = together.image(index).posterior, alone.image(index).posterior
+        assert one.mean.shape == other.mean.shape and one.mean.shape[0] == 1
+        assert torch.allclose(one.mean, other.mean, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(one.logvar, other.logvar, rtol=1e-4, atol=1e-5)
+    assert len(calls) > 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captions_are_kept_in_the_denoisers_number_format(
+    dtype: torch.dtype, image_folder: Make, tiny_base: Path, tmp_path: Path
+) -> None:
+    used = load_model(str(tiny_base), dtype=dtype, device=torch.device("cpu"))
+    data = encoded(scan(image_folder(1)), used, tmp_path)
+    data.encode_all()
+    files = sorted(entries(tmp_path, "captions"))
+    assert len(files) == 2
+    assert all(tensor.dtype == dtype for file in files for tensor in load_file(file).values())
+    with torch.no_grad():
+        (direct,) = used.encode_text([data.items[0].caption])["states"]
+    assert torch.equal(data.caption(data.items[0].caption)["states"], direct.to(dtype))
 
 
 def test_what_is_kept_is_the_posterior_and_each_draw_is_fresh(

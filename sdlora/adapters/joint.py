@@ -1,0 +1,229 @@
+"""Projections of attention computed together: q, k and v of a self-attention, the text's keys and values.
+
+n layers that see the same input are one product with their weights in one piece, and n updates are one
+batched product each for A and B, so rank, scale and sides must agree; where they do not, the layers stay
+single. The base's weights keep their place in the model: its parameters become views into the piece they were
+copied to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families.lean import AHEAD, LeanAttention, Projections
+from .direct import Anchors, DirectLayer, Factors, Gradients
+
+
+class JointLayers:
+    """n adapted linear layers of the same sides, rank and scale, without bias, computed as one.
+
+    Attributes:
+        layers: those layers.
+        factors: theirs, stacked.
+        gradients: of the factors, one a part of the batch.
+    """
+
+    def __init__(self, layers: Sequence[DirectLayer]) -> None:
+        self.layers = tuple(layers)
+        self.factors: Factors | None = None
+        self.gradients: list[Gradients] = []
+        self._weights: list[Tensor] = []
+
+    def place(self) -> None:
+        """Have the base's weights lie in one piece; to be called where they stay from now on."""
+        bases = [layer.base for layer in self.layers]
+        if not self._weights or not _lie_in(bases, self._weights[0]):
+            self._weights = [_in_one_piece(bases)]
+
+    @property
+    def weights(self) -> Tensor:
+        """The base's weights, (n, out, in)."""
+        return self._weights[0]
+
+    @property
+    def act(self) -> bool:
+        """Whether the adapter is part of the computation."""
+        return self.layers[0].acts
+
+
+class _SelfProjections(torch.autograd.Function):
+    """q, k and v from x (..., in): one product with the base's weights, two with the adapter's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor, joint: JointLayers, part: int) -> Projections:
+        factors = joint.factors
+        assert factors is not None
+        weights, flat = joint.weights, x.reshape(-1, x.shape[-1])  # (3, out, in), (N, in)
+        count, rank = weights.shape[0], factors.down.shape[1]
+        output = flat @ weights.flatten(0, 1).t()  # (N, 3 out)
+        inner = flat @ factors.down.flatten(0, 1).t()  # (N, 3 rank)
+        apart = output.view(len(flat), count, -1).transpose(0, 1)  # (3, N, out)
+        apart.baddbmm_(inner.view(len(flat), count, rank).transpose(0, 1), factors.up.transpose(1, 2))
+        ctx.save_for_backward(flat, inner)
+        ctx.joint, ctx.factors, ctx.sink, ctx.shape = joint, factors, joint.gradients[part], x.shape
+        query, key, value = output.view(*x.shape[:-1], count, -1).unbind(-2)
+        return query, key, value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        flat, inner = ctx.saved_tensors
+        factors, (count, rank) = ctx.factors, ctx.factors.down.shape[:2]
+        gradient = torch.cat(gradients, -1).view(len(flat), -1)  # (N, 3 out)
+        apart = gradient.view(len(flat), count, -1).transpose(0, 1)  # (3, N, out)
+        of_inner = torch.empty_like(inner)  # (N, 3 rank)
+        torch.bmm(apart, factors.up, out=of_inner.view(len(flat), count, rank).transpose(0, 1))
+        inner = inner.view(len(flat), count, rank).transpose(0, 1)
+        ctx.sink.up.baddbmm_(apart.transpose(1, 2), inner, alpha=factors.scale)
+        ctx.sink.down.flatten(0, 1).addmm_(of_inner.t(), flat)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        of_input = gradient @ ctx.joint.weights.flatten(0, 1)
+        of_input.addmm_(of_inner, factors.down.flatten(0, 1))
+        return of_input.view(ctx.shape), None, None, None
+
+
+class _ManyProjections(torch.autograd.Function):
+    """n outputs (B, S, out) of n layers from the same states (B, S, in)."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, _: Tensor, joint: JointLayers, part: int) -> tuple[Tensor, ...]:
+        factors = joint.factors
+        assert factors is not None
+        weights = joint.weights  # (n, out, in)
+        flat = states.reshape(1, -1, states.shape[-1])  # (1, N, in)
+        several = flat.expand(len(weights), -1, -1)
+        output = torch.bmm(several, weights.transpose(1, 2))  # (n, N, out)
+        inner = torch.bmm(several, factors.down.transpose(1, 2))  # (n, N, rank)
+        output.baddbmm_(inner, factors.up.transpose(1, 2))
+        ctx.save_for_backward(flat, inner)
+        ctx.joint, ctx.factors, ctx.sink, ctx.shape = joint, factors, joint.gradients[part], states.shape
+        return output.view(len(weights), *states.shape[:-1], -1).unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        flat, inner = ctx.saved_tensors
+        factors, count = ctx.factors, len(gradients)
+        gradient = torch.stack(gradients).view(count, flat.shape[1], -1)  # (n, N, out)
+        of_inner = torch.bmm(gradient, factors.up)  # (n, N, rank)
+        ctx.sink.up.baddbmm_(gradient.transpose(1, 2), inner, alpha=factors.scale)
+        ctx.sink.down.baddbmm_(of_inner.transpose(1, 2), flat.expand(count, -1, -1))
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        of_states = torch.bmm(gradient, ctx.joint.weights).baddbmm_(of_inner, factors.down).sum(0)
+        return of_states.view(ctx.shape), None, None, None
+
+
+class SelfProjections:
+    """Query, key and value of one self-attention; see :attr:`LeanAttention.self_projections`."""
+
+    def __init__(self, joint: JointLayers, anchors: Anchors) -> None:
+        self._joint, self._anchors = joint, anchors
+
+    def __call__(self, x: Tensor) -> Projections:
+        """Return them, each (..., out), from x (..., in)."""
+        if not self._joint.act:
+            query, key, value = (layer.base(x) for layer in self._joint.layers)
+            return query, key, value
+        applied: Projections = _SelfProjections.apply(
+            x, self._anchors.leaf, self._joint, self._anchors.part.index
+        )
+        return applied
+
+
+class TextProjections:
+    """Keys and values of all attentions to the text, computed before a denoiser's first block.
+
+    Registered as a forward pre-hook of the denoiser; see :data:`sdlora.families.lean.AHEAD`.
+    """
+
+    def __init__(
+        self, joints: Sequence[JointLayers], places: Mapping[nn.Module, tuple[int, int]], anchors: Anchors
+    ) -> None:
+        self._joints, self._anchors = tuple(joints), anchors
+        self._places = dict(places)  # attention -> which of all outputs are its key and its value
+
+    def __call__(
+        self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Add the keys and values to what the denoiser is told."""
+        states = options.get("encoder_hidden_states")
+        if states is None or options.get("cross_attention_kwargs") or not self._joints[0].act:
+            return None
+        outputs: list[Tensor] = []
+        for joint in self._joints:
+            outputs += _ManyProjections.apply(states, self._anchors.leaf, joint, self._anchors.part.index)
+        ahead = {attention: (outputs[k], outputs[v]) for attention, (k, v) in self._places.items()}
+        return args, {**options, "cross_attention_kwargs": {AHEAD: ahead}}
+
+
+def self_joints(
+    attentions: Sequence[LeanAttention], layers: Mapping[nn.Module, DirectLayer]
+) -> list[tuple[LeanAttention, JointLayers]]:
+    """Return the self-attentions whose q, k and v can be computed as one, each with these three."""
+    found = []
+    for attention in attentions:
+        module = attention.module
+        three = [layers.get(getattr(module, name)) for name in ("to_q", "to_k", "to_v")]
+        known = [layer for layer in three if layer is not None]
+        makes = {_make(layer) for layer in known}
+        if not module.is_cross_attention and len(known) == 3 and len(makes) == 1 and None not in makes:
+            found.append((attention, JointLayers(known)))
+    return found
+
+
+def text_joints(
+    attentions: Sequence[LeanAttention], layers: Mapping[nn.Module, DirectLayer]
+) -> tuple[list[JointLayers], dict[nn.Module, tuple[int, int]]]:
+    """Return keys and values of the attentions to the text, layers of one make together, and where each is.
+
+    Nothing, unless all such attentions have both adapted.
+    """
+    cross = [attention.module for attention in attentions if attention.module.is_cross_attention]
+    pairs = [(layers.get(module.to_k), layers.get(module.to_v)) for module in cross]
+    groups: dict[Any, list[DirectLayer]] = {}
+    for pair in pairs:
+        for layer in pair:
+            if layer is None or _make(layer) is None:
+                return [], {}
+            groups.setdefault(_make(layer), []).append(layer)
+    order = {id(layer): number for number, layer in enumerate(itertools.chain(*groups.values()))}
+    places = {
+        module: (order[id(key)], order[id(value)]) for module, (key, value) in zip(cross, pairs, strict=True)
+    }
+    return [JointLayers(group) for group in groups.values()], places
+
+
+def _make(layer: DirectLayer) -> tuple[Any, ...] | None:
+    """Return what must agree between layers that are computed together; None for one that stays single."""
+    base = layer.base
+    if not isinstance(base, nn.Linear) or base.bias is not None:
+        return None
+    return tuple(base.weight.shape), tuple(layer.down.shape), layer.scale, base.weight.dtype
+
+
+def _lie_in(bases: Sequence[Any], stacked: Tensor) -> bool:
+    memory = stacked.untyped_storage()._cdata
+    return all(base.weight.untyped_storage()._cdata == memory for base in bases)
+
+
+@torch.no_grad()
+def _in_one_piece(bases: Sequence[Any]) -> Tensor:
+    """Move the weights of n layers into one tensor (n, out, in), and have the layers keep them there.
+
+    They wait in main memory meanwhile, so that a card does not hold them twice.
+    """
+    device, dtype, shape = bases[0].weight.device, bases[0].weight.dtype, bases[0].weight.shape
+    waiting = []
+    for base in bases:
+        waiting.append(base.weight.detach().to("cpu"))
+        base.weight.data = torch.empty(0, dtype=dtype, device=device)
+    stacked = torch.empty((len(bases), *shape), dtype=dtype, device=device)
+    for piece, base in zip(stacked.unbind(), bases, strict=True):
+        piece.copy_(waiting.pop(0))
+        base.weight.data = piece
+    return stacked

@@ -1,0 +1,34 @@
+"""In which order a denoiser's convolutions keep their weights, and so the images that go through it.
+
+Both orders compute the same but for rounding. Which is faster depends on the device, the number format, the
+sizes and the version of torch: channels-last suits convolutions on CPUs and tensor cores, but group norm is
+many times slower in it in some formats, and forces the other one on CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Layout = Literal["channels-last", "channels-first"]
+LAYOUTS = {"channels-last": torch.channels_last, "channels-first": torch.contiguous_format}
+"""By name, torch's memory formats."""
+
+
+def usual_layout(device: torch.device) -> Layout:
+    """Return the layout that a denoiser is loaded in."""
+    # Measured on 2 AVX-512 cores in fp32: channels-last takes 5-10 % off a training step there.
+    return "channels-last" if device.type == "cpu" else "channels-first"
+
+
+def set_layout(denoiser: nn.Module, layout: Layout) -> None:
+    """Have a denoiser's own convolutions keep their weights that way.
+
+    Masters look into the memory of an adapter's weights, so these keep their place.
+    """
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Conv2d) and ".lora_" not in f".{name}":
+            weight: Any = module.weight
+            weight.data = weight.data.contiguous(memory_format=LAYOUTS[layout])

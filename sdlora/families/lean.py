@@ -1,0 +1,182 @@
+"""Forward passes of diffusers' blocks without what changes nothing there: the same results, bit for bit.
+
+diffusers divides the output of every attention and residual block by a factor that is 1 in all Stable
+Diffusion bases, forward and backward, and looks up at every call what its attention processor takes. What is
+put in place here leaves that out, and lets the projections of an attention be computed by somebody else
+(:mod:`sdlora.adapters.joint`). Blocks of any other form keep their own forward pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+Projections = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value of an attention, each (B, S, heads * d)."""
+AHEAD = "sdlora_ahead"
+"""Key among ``cross_attention_kwargs`` for keys and values that were computed before all blocks: attention ->
+(key, value)."""
+
+
+class LeanAttention:
+    """The forward pass of one of diffusers' ``Attention`` modules, to be set on it as ``forward``.
+
+    Attributes:
+        self_projections: gives query, key and value of a self-attention, if not its own layers.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        self._module = weakref.ref(attention)  # it holds this object
+        self._kernel = _KERNELS[type(attention.processor).__name__]
+        self.self_projections: Callable[[Tensor], Projections] | None = None
+
+    @property
+    def module(self) -> Any:
+        """The attention that this is the forward pass of."""
+        return self._module()
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Return what diffusers' own forward does; (B, S, C) to (B, S, C)."""
+        module: Any = self._module()
+        if attention_mask is not None or hidden_states.ndim != 3:
+            return type(module).forward(  # type: ignore[no-any-return]
+                module, hidden_states, encoder_hidden_states, attention_mask
+            )
+        ahead: Mapping[Any, tuple[Tensor, Tensor]] = options.get(AHEAD) or {}
+        if encoder_hidden_states is None and self.self_projections is not None:
+            query, key, value = self.self_projections(hidden_states)
+        else:
+            query = module.to_q(hidden_states)
+            if module in ahead:
+                key, value = ahead[module]
+            else:
+                states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+                key, value = module.to_k(states), module.to_v(states)
+        output: Tensor = module.to_out[0](self._kernel(module, query, key, value))
+        return output
+
+
+class LeanResidual:
+    """The forward pass of one of diffusers' ``ResnetBlock2D``, to be set on it as ``forward``."""
+
+    def __init__(self, block: Any) -> None:
+        self._module = weakref.ref(block)  # it holds this object
+        self._norms, self._act = (block.norm1, block.norm2), block.nonlinearity
+        self._convs, self._time = (block.conv1, block.conv2), block.time_emb_proj
+        self._shortcut = block.conv_shortcut
+
+    def __call__(self, input_tensor: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return what diffusers' own forward does; (B, C, h, w) to (B, C', h, w)."""
+        states = self._convs[0](self._act(self._norms[0](input_tensor)))
+        states = states + self._time(self._act(temb))[:, :, None, None]
+        states = self._convs[1](self._act(self._norms[1](states)))
+        if self._shortcut is not None:
+            module: Any = self._module()
+            input_tensor = self._shortcut(input_tensor.contiguous() if module.training else input_tensor)
+        return input_tensor + states
+
+
+def make_lean(model: nn.Module) -> list[LeanAttention]:
+    """Put the lean forward passes in place in a model; return those of its attentions.
+
+    The way each attention is computed is the one that is set at this moment; :func:`undo_lean` takes them
+    out.
+    """
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
+
+    attentions = []
+    for module in model.modules():
+        changed: Any = module
+        if isinstance(module, Attention) and _is_plain_attention(module):
+            changed.forward = lean = LeanAttention(module)
+            attentions.append(lean)
+        elif isinstance(module, ResnetBlock2D) and _is_plain_residual(module):
+            changed.forward = LeanResidual(module)
+    return attentions
+
+
+def undo_lean(model: nn.Module) -> None:
+    """Give every module its own forward pass back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), LeanAttention | LeanResidual):
+            del module.forward
+
+
+def _is_plain_attention(module: Any) -> bool:
+    """Tell whether a module's processor does nothing that :class:`LeanAttention` leaves out."""
+    return (
+        type(module.processor).__name__ in _KERNELS
+        and module.rescale_output_factor == 1.0
+        and not module.residual_connection
+        and not module.norm_cross
+        and all(
+            getattr(module, name, None) is None for name in ("spatial_norm", "group_norm", "norm_q", "norm_k")
+        )
+        and isinstance(module.to_out, nn.ModuleList)
+        and _does_nothing(module.to_out[1])
+    )
+
+
+def _is_plain_residual(module: Any) -> bool:
+    """Tell whether a block does nothing that :class:`LeanResidual` leaves out."""
+    return (
+        module.output_scale_factor == 1.0
+        and module.time_embedding_norm == "default"
+        and module.time_emb_proj is not None
+        and not module.skip_time_act
+        and module.upsample is None
+        and module.downsample is None
+        and _does_nothing(module.dropout)
+    )
+
+
+def _does_nothing(dropout: Any) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.p == 0.0
+
+
+def _fused(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Torch's fused attention, as ``AttnProcessor2_0`` has it."""
+    batch, heads = query.shape[0], module.heads
+    query, key, value = (
+        part.view(batch, -1, heads, part.shape[-1] // heads).transpose(1, 2) for part in (query, key, value)
+    )
+    output = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
+    return output.transpose(1, 2).reshape(batch, -1, heads * query.shape[-1])
+
+
+def _classic(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v by its three steps, as ``AttnProcessor`` has it."""
+    query, key, value = (module.head_to_batch_dim(part) for part in (query, key, value))
+    probabilities = module.get_attention_scores(query, key, None)
+    output: Tensor = module.batch_to_head_dim(torch.bmm(probabilities, value))
+    return output
+
+
+def _xformers(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The xformers library's, as ``XFormersAttnProcessor`` has it."""
+    operations: Any = importlib.import_module("xformers.ops")
+    split = (module.head_to_batch_dim(part).contiguous() for part in (query, key, value))
+    output = operations.memory_efficient_attention(*split, attn_bias=None, scale=module.scale)
+    merged: Tensor = module.batch_to_head_dim(output.to(query.dtype))
+    return merged
+
+
+_KERNELS: Mapping[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+    "AttnProcessor2_0": _fused,
+    "AttnProcessor": _classic,
+    "XFormersAttnProcessor": _xformers,
+}
+"""What computes an attention from its projections, by the class of diffusers' processor that does so, too."""

@@ -1,0 +1,165 @@
+"""Fast paths of a training step: which there are, when each can be used, putting them in place.
+
+A path computes what the reference (diffusers' blocks, PEFT's layers) computes, in fewer or cheaper kernels.
+It is used only after it has proven itself in this run, see :mod:`.proof`. ``training.fast`` chooses: ``auto``
+all that are possible, ``off`` none, or names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ..adapters.direct import can_be_direct
+from ..adapters.direct_adapter import DirectAdapter
+from ..errors import ConfigError
+from ..families.base import DiffusionModel
+from ..families.lean import LeanAttention, make_lean, undo_lean
+from ..families.parallel import SplitPredictor
+from .trainable import TrainableAdapter
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """One way to compute a step faster.
+
+    Attributes:
+        what: it does, for people.
+        possible: whether it can be used in a run.
+        needs: paths that it builds upon.
+    """
+
+    what: str
+    possible: Callable[[FastStep], bool] = lambda step: True
+    needs: tuple[str, ...] = ()
+
+
+@dataclass
+class FastStep:
+    """The fast paths of a run.
+
+    Attributes:
+        names: those in use, in the order of :data:`FAST_PATHS`; set by :meth:`use`.
+    """
+
+    model: DiffusionModel
+    trainable: TrainableAdapter
+    splitter: SplitPredictor | None
+    names: tuple[str, ...] = ()
+    _attentions: Sequence[LeanAttention] = ()
+    _direct: DirectAdapter | None = None
+    _in_place: bool = field(default=False)
+
+    def possible(self, setting: str) -> tuple[str, ...]:
+        """Return the paths that a setting allows and this run can use.
+
+        Raises:
+            ConfigError: for a path that is not there.
+        """
+        wanted = chosen_paths(setting)
+        names: list[str] = []
+        for name, path in FAST_PATHS.items():
+            if name in wanted and set(path.needs) <= set(names) and path.possible(self):
+                names.append(name)
+        return tuple(names)
+
+    def use(self, names: Sequence[str]) -> None:
+        """Compute with exactly these paths from now on."""
+        self.take_out()
+        self.names = tuple(names)
+        self.put_in_place()
+
+    def put_in_place(self) -> None:
+        """Take over the forward passes, the model being ready to train."""
+        if self._in_place or not self.names:
+            return
+        denoiser = self.model.components()[self.model.info.denoiser.component]
+        self._attentions = make_lean(denoiser) if "blocks" in self.names else ()
+        if "lora" in self.names:
+            if self._direct is None:
+                self._direct = DirectAdapter(self.model, self.trainable.layers)
+                for group in self.trainable.groups:
+                    group.master.followers.append(self.renew)
+            parts = self.splitter.most_parts if self.splitter else 1
+            self._direct.put_in_place(self._attentions if "joint" in self.names else (), parts=parts)
+            if self.splitter:
+                self.splitter.computing = self._direct.anchors.computing
+        self._in_place = True
+
+    def take_out(self) -> None:
+        """Give the forward passes back: the model computes as the reference does."""
+        if not self._in_place:
+            return
+        if self._direct is not None:
+            self._direct.take_out()
+        if self.splitter:
+            self.splitter.computing = None
+        undo_lean(self.model.components()[self.model.info.denoiser.component])
+        self._attentions, self._in_place = (), False
+
+    @contextmanager
+    def out(self) -> Iterator[None]:
+        """Have the model compute as the reference does for a while."""
+        was = self._in_place
+        self.take_out()
+        try:
+            yield
+        finally:
+            if was:
+                self.put_in_place()
+
+    def gather(self) -> None:
+        """Bring the gradients of a backward pass to the parameters; to be called after each."""
+        if self._in_place and self._direct is not None:
+            self._direct.gather()
+
+    def forget(self) -> None:
+        """Drop gradients of a pass that broke off."""
+        self.gather()
+        for group in self.trainable.groups:
+            group.master.collect()
+            group.master.publish()
+
+    def renew(self) -> None:
+        """Take note that the parameters have changed."""
+        if self._in_place and self._direct is not None:
+            self._direct.renew()
+
+
+def _is_plain_lora(step: FastStep) -> bool:
+    return step.trainable.start is None and can_be_direct(step.model, step.trainable.layers)
+
+
+FAST_PATHS: Mapping[str, FastPath] = {
+    "blocks": FastPath("attention and residual blocks without what changes nothing"),
+    "lora": FastPath("plain LoRA layers by functions of our own", _is_plain_lora),
+    "joint": FastPath(
+        "q, k and v of an attention as one product, and all keys and values of the text",
+        needs=("blocks", "lora"),
+    ),
+}
+"""By name, in the order in which they build upon each other. A new one is an entry here and its part in
+:meth:`FastStep.put_in_place` and :meth:`FastStep.take_out`."""
+
+
+def chosen_paths(setting: str) -> tuple[str, ...]:
+    """Return the names of the paths that ``training.fast`` means.
+
+    Raises:
+        ConfigError: for a name that is none of them.
+    """
+    if setting in ("auto", "off"):
+        return tuple(FAST_PATHS) if setting == "auto" else ()
+    names = tuple(name.strip() for name in setting.split(","))
+    for name in names:
+        if name not in FAST_PATHS:
+            raise ConfigError(
+                f"`training.fast={setting}`: there is no fast path `{name}`; use auto, off, or some of "
+                f"{', '.join(FAST_PATHS)}, separated by commas"
+            )
+        if missing := [other for other in FAST_PATHS[name].needs if other not in names]:
+            raise ConfigError(
+                f"`training.fast={setting}`: `{name}` builds upon {' and '.join(missing)}; name them, too"
+            )
+    return names
