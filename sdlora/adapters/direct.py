@@ -203,9 +203,9 @@ class DirectForward:
         layer = self._layer()
         assert layer is not None
         if not layer.acts:
-            return self._base(x)  # type: ignore[no-any-return]
+            return self._base(x)
         assert layer.factors is not None
-        return self._function.apply(  # type: ignore[no-any-return]
+        return self._function.apply(
             x, self._anchors.leaf, self._base, layer.factors, layer.gradients[self._anchors.part.index]
         )
 

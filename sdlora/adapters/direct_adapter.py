@@ -38,7 +38,7 @@ class DirectAdapter:
         leaf = torch.zeros((), device=first.device, dtype=torch.float32, requires_grad=True)
         self.anchors = Anchors(leaf)
         self._denoiser = model.components()[model.info.denoiser.component]
-        self._layers = [_direct(module_at(model, layer.key), layer) for layer in layers]
+        self.layers = [_direct(module_at(model, layer.key), layer) for layer in layers]
         self._self_joints: list[tuple[LeanAttention, JointLayers]] = []
         self._text_hook: RemovableHandle | None = None
         self._copies: list[tuple[Tensor, Tensor]] = []  # of a parameter, which it is copied into
@@ -55,14 +55,14 @@ class DirectAdapter:
             attentions: those whose projections may be computed together.
             parts: in how many parts a batch may be computed at once.
         """
-        by_module = {layer.peft: layer for layer in self._layers}
+        by_module = {layer.peft: layer for layer in self.layers}
         self._self_joints = self_joints(attentions, by_module)
         texts, places = text_joints(attentions, by_module)
         joints = [*(joint for _, joint in self._self_joints), *texts]
         self._make_room(joints, parts)
         for joint in joints:
             joint.place()
-        for layer in self._layers:
+        for layer in self.layers:
             module: Any = layer.peft
             module.forward = DirectForward(layer, self.anchors)
         for attention, joint in self._self_joints:
@@ -75,7 +75,7 @@ class DirectAdapter:
 
     def take_out(self) -> None:
         """Give all forward passes back."""
-        for layer in self._layers:
+        for layer in self.layers:
             if "forward" in layer.peft.__dict__:
                 del layer.peft.forward
         for attention, _ in self._self_joints:
@@ -104,7 +104,7 @@ class DirectAdapter:
     def _make_room(self, joints: Sequence[JointLayers], parts: int) -> None:
         """Give every layer and joint what it computes with, and gradients for each part."""
         joined = {id(layer) for joint in joints for layer in joint.layers}
-        single = [layer for layer in self._layers if id(layer) not in joined]
+        single = [layer for layer in self.layers if id(layer) not in joined]
         self._copies, self._scaled, self._homes, self._elsewhere = [], [], [], []
         for layer in single:
             layer.factors = Factors(layer.down.data, self._usable(layer), layer.scale)
@@ -142,7 +142,7 @@ class DirectAdapter:
         stacks = [factors for joint in joints if (factors := joint.factors) is not None]
         size = sum(layer.down.numel() + layer.up.numel() for layer in apart)
         size += sum(stack.down.numel() + stack.up.numel() for stack in stacks)
-        buffer = self.anchors.leaf.new_zeros(size, dtype=self._layers[0].down.dtype)
+        buffer = self.anchors.leaf.new_zeros(size, dtype=self.layers[0].down.dtype)
         rest = buffer.detach()
 
         def taken(shape: torch.Size) -> Tensor:

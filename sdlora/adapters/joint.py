@@ -165,15 +165,15 @@ def self_joints(
     attentions: Sequence[LeanAttention], layers: Mapping[nn.Module, DirectLayer]
 ) -> list[tuple[LeanAttention, JointLayers]]:
     """Return the self-attentions whose q, k and v can be computed as one, each with these three."""
-    found = []
+    joints = []
     for attention in attentions:
         module = attention.module
         three = [layers.get(getattr(module, name)) for name in ("to_q", "to_k", "to_v")]
         known = [layer for layer in three if layer is not None]
         makes = {_make(layer) for layer in known}
         if not module.is_cross_attention and len(known) == 3 and len(makes) == 1 and None not in makes:
-            found.append((attention, JointLayers(known)))
-    return found
+            joints.append((attention, JointLayers(known)))
+    return joints
 
 
 def text_joints(

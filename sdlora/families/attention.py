@@ -77,14 +77,14 @@ def choose_attention(
 
 def without_more_memory(name: str, device: torch.device) -> list[Literal["sdpa", "xformers", "classic"]]:
     """Return the other ways to compute attention that take no more memory than this one, and run here."""
-    found: list[Literal["sdpa", "xformers", "classic"]] = []
+    names: list[Literal["sdpa", "xformers", "classic"]] = []
     if name != "sdpa":
-        found.append("sdpa")
+        names.append("sdpa")
     if name != "xformers" and device.type == "cuda":
         with suppress(ConfigError):
             _check_xformers(device)
-            found.append("xformers")
-    return found
+            names.append("xformers")
+    return names
 
 
 def _check_xformers(device: torch.device) -> None:

@@ -51,9 +51,7 @@ class LeanAttention:
         """Return what diffusers' own forward does; (B, S, C) to (B, S, C)."""
         module: Any = self._module()
         if attention_mask is not None or hidden_states.ndim != 3:
-            return type(module).forward(  # type: ignore[no-any-return]
-                module, hidden_states, encoder_hidden_states, attention_mask
-            )
+            return type(module).forward(module, hidden_states, encoder_hidden_states, attention_mask)
         ahead: Mapping[Any, tuple[Tensor, Tensor]] = options.get(AHEAD) or {}
         if encoder_hidden_states is None and self.self_projections is not None:
             query, key, value = self.self_projections(hidden_states)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,7 @@ from ..events import Notice
 from ..families.attention import Attention, without_more_memory
 from ..families.layout import LAYOUTS, Layout, set_layout, usual_layout
 from ..files import parse_json, write_json
+from .fast import Choice
 from .proof import run_pass
 
 if TYPE_CHECKING:
@@ -36,42 +37,17 @@ _CLEARLY = 0.97  # another way must take less than this share of the time: diffe
 _REMEMBERED = 200  # choices kept
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A way to compute.
-
-    Attributes:
-        layout: of the denoiser's convolutions.
-        split: whether a batch goes through it in parts of one core each.
-        attention: name of the way that attention is computed.
-    """
-
-    layout: Layout
-    split: bool
-    attention: Literal["sdpa", "xformers", "classic"]
-
-    def render(self) -> str:
-        """Return it for people."""
-        return (
-            f"{self.layout}, {'batch in parts' if self.split else 'batch whole'}, {self.attention} attention"
-        )
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """Take back what :func:`dataclasses.asdict` gave."""
-        return cls(values["layout"], bool(values["split"]), values["attention"])
-
-
 def usual_choice(run: Run) -> Choice:
     """Return the way a run computes unless it measures."""
-    layout = usual_layout(run.model.facts.device)
-    return Choice(layout, run.made_splitter is not None, run.model.attention.training.name)
+    model: Any = run.model
+    attention = model.attention.training.name
+    return Choice(usual_layout(model.facts.device), run.made_splitter is not None, attention)
 
 
 def remembered_choice(run: Run) -> Choice | None:
     """Return what an earlier trial found for such a run here; all processes take the main one's."""
-    found = _valid(run, _remembered(_file()).get(_key(run)))
-    return _agreed(run, found)
+    known = _valid(run, _remembered(_file()).get(_key(run)))
+    return _agreed(run, known)
 
 
 def try_choices(run: Run, visits: tuple[Visit, ...]) -> Choice | None:

@@ -1,4 +1,4 @@
-"""Fast paths of a training step: which there are, when each can be used, putting them in place.
+"""How a step is computed: fast paths, when each can be used, putting them in place; and measured choices.
 
 A path computes what the reference (diffusers' blocks, PEFT's layers) computes, in fewer or cheaper kernels.
 It is used only after it has proven itself in this run, see :mod:`.proof`. ``training.fast`` chooses: ``auto``
@@ -10,14 +10,42 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 from ..adapters.direct import can_be_direct
 from ..adapters.direct_adapter import DirectAdapter
 from ..errors import ConfigError
 from ..families.base import DiffusionModel
+from ..families.layout import Layout
 from ..families.lean import LeanAttention, make_lean, undo_lean
 from ..families.parallel import SplitPredictor
 from .trainable import TrainableAdapter
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to compute.
+
+    Attributes:
+        layout: of the denoiser's convolutions.
+        split: whether a batch goes through it in parts of one core each.
+        attention: name of the way that attention is computed.
+    """
+
+    layout: Layout
+    split: bool
+    attention: Literal["sdpa", "xformers", "classic"]
+
+    def render(self) -> str:
+        """Return it for people."""
+        return (
+            f"{self.layout}, {'batch in parts' if self.split else 'batch whole'}, {self.attention} attention"
+        )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Take back what :func:`dataclasses.asdict` gave."""
+        return cls(values["layout"], bool(values["split"]), values["attention"])
 
 
 @dataclass(frozen=True)

@@ -77,14 +77,14 @@ def prove(run: Run, names: Sequence[str], visits: tuple[Visit, ...]) -> float:
             seconds, distance = reference.seconds, None
             if tried:
                 try:
-                    found = run_pass(run, visits)
+                    candidate = run_pass(run, visits)
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise
                     distance = Distance(math.inf, math.inf, f"{type(error).__name__}: {error}", fine=False)
                     run.fast.forget()
                 else:
-                    seconds, distance = found.seconds, distance_of(run, reference, found)
+                    seconds, distance = candidate.seconds, distance_of(run, reference, candidate)
             fine = distance is None or distance.fine
             if all(run.processes.exchange(fine)):
                 break
@@ -126,16 +126,16 @@ def run_pass(run: Run, visits: tuple[Visit, ...]) -> Pass:
 
 
 @torch.no_grad()
-def distance_of(run: Run, reference: Pass, found: Pass) -> Distance:
+def distance_of(run: Run, reference: Pass, candidate: Pass) -> Distance:
     """Compare two passes, each gradient with its own length, and with a hundredth of the usual one."""
     off: list[Tensor] = []
     lengths: list[Tensor] = []
-    for group, wanted, given in zip(run.groups, reference.gradients, found.gradients, strict=True):
+    for group, wanted, given in zip(run.groups, reference.gradients, candidate.gradients, strict=True):
         lengths += torch._foreach_norm(group.master.shaped(wanted))
         off += torch._foreach_norm(group.master.shaped(given - wanted))
     length = torch.stack(lengths)
     shares = torch.stack(off) / (length + 0.01 * length.square().mean().sqrt() + 1e-30)
-    loss = (found.losses.mean() / reference.losses.mean() - 1.0).abs()
+    loss = (candidate.losses.mean() / reference.losses.mean() - 1.0).abs()
     shares = torch.where(torch.isfinite(shares), shares, torch.inf)
     worst = int(shares.argmax())
     key, factor = [slot for group in run.groups for slot in group.slots][worst]

@@ -28,8 +28,7 @@ from ..families.parallel import SplitPredictor
 from ..machine import version
 from ..run_folder import RunFolder, list_checkpoints
 from . import checkpoint, optimizer_state
-from .choices import Choice
-from .fast import FastStep
+from .fast import Choice, FastStep
 from .masters import ParameterGroup
 from .memory import MemoryPlan
 from .optimizers import parameter_names
@@ -136,7 +135,7 @@ class Run:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss to those of the parameters."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if self.splitter:
             self.splitter.backward(self.parameters())
         self.fast.gather()

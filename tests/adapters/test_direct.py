@@ -104,11 +104,13 @@ def test_all_gradients_are_pefts_in_fp64(case: str, joint: bool, narrow_sdxl: Pa
     learning = Learning(narrow_sdxl if (case, joint) == ("attention", True) else tiny_base, **CASES[case])
     wanted, gradients = learning.backward()
     with learning.directly(joint=joint) as adapter:
-        given, found = learning.backward(adapter.gather)
+        given, directs = learning.backward(adapter.gather)
         again, once_more = learning.backward(adapter.gather)
     assert torch.allclose(given, wanted, rtol=1e-12, atol=1e-12) and torch.equal(again, given)
-    assert farthest(gradients, found) < 1e-11
-    assert all(torch.equal(a, b) for a, b in zip(found, once_more, strict=True)), "gradients were left behind"
+    assert farthest(gradients, directs) < 1e-11
+    assert all(torch.equal(a, b) for a, b in zip(directs, once_more, strict=True)), (
+        "gradients were left behind"
+    )
     back, as_before = learning.backward()
     assert torch.equal(back, wanted), "the forward passes are not PEFT's again"
     assert all(torch.equal(a, b) for a, b in zip(gradients, as_before, strict=True))
@@ -119,10 +121,10 @@ def test_rounding_costs_no_more_than_with_pefts_layers(dtype: torch.dtype, tiny_
     learning = Learning(tiny_base, dtype, targets="linear")
     _, reference = learning.backward()
     with learning.directly(joint=True) as adapter:
-        _, found = learning.backward(adapter.gather)
+        _, directs = learning.backward(adapter.gather)
     learning.model.components()["unet"].double()  # the same values, without rounding
     _, exact = learning.backward()
-    assert 0 < farthest(exact, found) < 1.5 * farthest(exact, reference)
+    assert 0 < farthest(exact, directs) < 1.5 * farthest(exact, reference)
 
 
 def test_with_checkpointing_and_gathered_from_two_parts(tiny_base: Path) -> None:
@@ -133,8 +135,8 @@ def test_with_checkpointing_and_gathered_from_two_parts(tiny_base: Path) -> None
         _, checkpointed = learning.backward(adapter.gather)
         with adapter.anchors.computing(1):
             _, second = learning.backward(adapter.gather)
-    for found in (checkpointed, second):
-        assert farthest(gradients, found) < 1e-11
+    for directs in (checkpointed, second):
+        assert farthest(gradients, directs) < 1e-11
 
 
 def test_the_weights_of_the_base_stay_what_they_are(tiny_base: Path) -> None:
@@ -175,17 +177,17 @@ def test_new_values_are_computed_with_once_they_are_renewed(tiny_base: Path) -> 
             for parameter in learning.parameters():
                 parameter.mul_(1.5)
         adapter.renew()
-        given, found = learning.backward(adapter.gather)
+        given, directs = learning.backward(adapter.gather)
     wanted, gradients = learning.backward()
-    assert torch.allclose(given, wanted, rtol=1e-12, atol=1e-12) and farthest(gradients, found) < 1e-11
+    assert torch.allclose(given, wanted, rtol=1e-12, atol=1e-12) and farthest(gradients, directs) < 1e-11
 
 
 def test_a_wrong_factor_is_seen_by_these_tests(tiny_base: Path) -> None:
     learning = Learning(tiny_base)
     _, gradients = learning.backward()
     with learning.directly(joint=False) as adapter:
-        for layer in adapter._layers:
+        for layer in adapter.layers:
             assert layer.factors is not None
             layer.factors = replace(layer.factors, down=layer.factors.down * 1.01)
-        _, found = learning.backward(adapter.gather)
-    assert farthest(gradients, found) > 1e-3
+        _, directs = learning.backward(adapter.gather)
+    assert farthest(gradients, directs) > 1e-3

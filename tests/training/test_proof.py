@@ -86,9 +86,9 @@ def test_all_paths_are_used_and_said_and_a_run_is_the_same_but_for_rounding(trai
 
 def _ten_times_too_large(original: Callable[..., Any]) -> Callable[..., Any]:
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        found = original(ctx, *gradients)
+        gradients_of_input = original(ctx, *gradients)
         ctx.sink.down.mul_(10.0)
-        return found
+        return gradients_of_input
 
     return backward
 
@@ -170,8 +170,8 @@ def test_a_stopped_run_goes_on_with_the_paths_it_had_bit_for_bit(make: Callable[
     train(make("parted"), resume=True, listeners=[events.append])  # auto: what it had, not all
     assert [value for value, _ in decided(events)] == ["blocks, lora"]
     assert whole.output.folder and parted.output.folder
-    one, other = _tensors(whole.output.folder), _tensors(parted.output.folder)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, other = _tensors(whole.output.folder), _tensors(parted.output.folder)
+    assert all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.slow

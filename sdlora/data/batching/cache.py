@@ -215,8 +215,8 @@ class EncodedDataset:
     def _encoded(self, batch: Sequence[_Decoded]) -> list[_Encoded]:
         """Return each view of one size with its posterior, if it was to be encoded."""
         missing = [pixels.result() for _, _, pixels in batch if pixels is not None]
-        found = iter(self._model.encode_images(torch.cat(missing)).apart() if missing else ())
-        return [(index, view, None if pixels is None else next(found)) for index, view, pixels in batch]
+        posteriors = iter(self._model.encode_images(torch.cat(missing)).apart() if missing else ())
+        return [(index, view, None if pixels is None else next(posteriors)) for index, view, pixels in batch]
 
     def image(self, index: int, view: AugmentationView | None = None) -> EncodedImage:
         """Return one encoded image, by default in its view without random parts.
