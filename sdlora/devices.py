@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
+from torch import Tensor
 
 from .errors import ConfigError
 from .machine import idle_card_notice, lack_of_kernels
@@ -89,6 +90,17 @@ def _check_cuda(setting: str, device: torch.device) -> None:
         )
     if lack := lack_of_kernels(device.index or 0):
         raise ConfigError(f"device `{setting}`: {lack}; `sdlora doctor` says which torch to install")
+
+
+def onto(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on a device, in a number format, without waiting for the device.
+
+    To a card it goes from page-locked memory and in its final format: the copy is queued behind the card's
+    work, and the memory is kept until it is done.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.to(dtype or tensor.dtype).pin_memory().to(device, non_blocking=True)
+    return tensor.to(device, dtype)
 
 
 _LACK_OF_MEMORY = (

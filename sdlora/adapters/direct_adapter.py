@@ -20,7 +20,15 @@ from ..families.base import DiffusionModel
 from ..families.lean import LeanAttention
 from .canonical import LowRankPair
 from .direct import Anchors, DirectForward, DirectLayer, Factors, Gradients
-from .joint import JointLayers, SelfProjections, TextProjections, self_joints, text_joints
+from .joint import (
+    JointLayers,
+    QueryProjection,
+    SelfProjections,
+    TextProjections,
+    query_joints,
+    self_joints,
+    text_joints,
+)
 from .module_paths import module_at
 from .trainable_layers import TrainedLayer
 
@@ -40,7 +48,9 @@ class DirectAdapter:
         self._denoiser = model.components()[model.info.denoiser.component]
         self.layers = [_direct(module_at(model, layer.key), layer) for layer in layers]
         self._self_joints: list[tuple[LeanAttention, JointLayers]] = []
+        self._query_joints: list[tuple[LeanAttention, JointLayers]] = []
         self._text_hook: RemovableHandle | None = None
+        self._joints: dict[tuple[Any, ...], JointLayers] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []  # of a parameter, which it is copied into
         self._scaled: list[tuple[Tensor, float]] = []
         self._homes: list[
@@ -56,22 +66,32 @@ class DirectAdapter:
             parts: in how many parts a batch may be computed at once.
         """
         by_module = {layer.peft: layer for layer in self.layers}
-        self._self_joints = self_joints(attentions, by_module)
-        texts, places = text_joints(attentions, by_module)
-        joints = [*(joint for _, joint in self._self_joints), *texts]
-        self._make_room(joints, parts)
+        self._self_joints = [(a, self._kept(joint)) for a, joint in self_joints(attentions, by_module)]
+        self._query_joints = [(a, self._kept(joint)) for a, joint in query_joints(attentions, by_module)]
+        new_texts, places = text_joints(attentions, by_module)
+        texts = [self._kept(joint) for joint in new_texts]
+        joints = [joint for _, joint in (*self._self_joints, *self._query_joints)] + texts
         for joint in joints:
             joint.place()
+        self._make_room(joints, parts)
         for layer in self.layers:
             module: Any = layer.peft
             module.forward = DirectForward(layer, self.anchors)
         for attention, joint in self._self_joints:
             attention.self_projections = SelfProjections(joint, self.anchors)
+        for attention, joint in self._query_joints:
+            attention.query_projection = QueryProjection(joint, self.anchors)
         if texts:
             self._text_hook = self._denoiser.register_forward_pre_hook(
                 TextProjections(texts, places, self.anchors), with_kwargs=True
             )
         self.renew()
+
+    def _kept(self, joint: JointLayers) -> JointLayers:
+        """Return what took the same layers together before: the base's weights need not move again."""
+        kept = self._joints.setdefault(joint.key, joint)
+        kept.output_kept = joint.output_kept
+        return kept
 
     def take_out(self) -> None:
         """Give all forward passes back."""
@@ -80,9 +100,11 @@ class DirectAdapter:
                 del layer.peft.forward
         for attention, _ in self._self_joints:
             attention.self_projections = None
+        for attention, _ in self._query_joints:
+            attention.query_projection = None
         if self._text_hook is not None:
             self._text_hook.remove()
-        self._self_joints, self._text_hook = [], None
+        self._self_joints, self._query_joints, self._text_hook = [], [], None
         self._copies, self._scaled, self._homes, self._elsewhere = [], [], [], []
 
     @torch.no_grad()
@@ -125,7 +147,7 @@ class DirectAdapter:
 
     def _stacked(self, joint: JointLayers) -> Factors:
         first, count = joint.layers[0], len(joint.layers)
-        down, up = first.down.new_empty(count, *first.down.shape), first.up.new_empty(count, *first.up.shape)
+        down, up = joint.room_for_down(), first.up.new_empty(count, *first.up.shape)
         for number, layer in enumerate(joint.layers):
             self._copies += [(down[number], layer.down.data), (up[number], layer.up.data)]
         if first.scale != 1.0:

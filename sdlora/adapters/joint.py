@@ -24,12 +24,18 @@ class JointLayers:
 
     Attributes:
         layers: those layers.
+        key: equal for the same layers taken together the same way.
+        output_kept: whether what they put out is kept for the backward pass anyway.
         factors: theirs, stacked.
         gradients: of the factors, one a part of the batch.
     """
 
-    def __init__(self, layers: Sequence[DirectLayer]) -> None:
-        self.layers = tuple(layers)
+    def __init__(
+        self, layers: Sequence[DirectLayer], *, wide: bool = False, output_kept: bool = False
+    ) -> None:
+        """Take layers together; ``wide`` puts A below the weights, so that both are one product."""
+        self.layers, self.output_kept, self._wide = tuple(layers), output_kept, wide
+        self.key = (wide, *map(id, layers))
         self.factors: Factors | None = None
         self.gradients: list[Gradients] = []
         self._weights: list[Tensor] = []
@@ -38,12 +44,26 @@ class JointLayers:
         """Have the base's weights lie in one piece; to be called where they stay from now on."""
         bases = [layer.base for layer in self.layers]
         if not self._weights or not _lie_in(bases, self._weights[0]):
-            self._weights = [_in_one_piece(bases)]
+            rank = self.layers[0].down.shape[0] if self._wide else 0
+            self._weights = [_in_one_piece(bases, below=rank * len(bases))]
 
     @property
     def weights(self) -> Tensor:
         """The base's weights, (n, out, in)."""
-        return self._weights[0]
+        base = self.layers[0].base
+        return self._weights[0][: base.out_features * len(self.layers)].view(-1, *base.weight.shape)
+
+    @property
+    def all_rows(self) -> Tensor | None:
+        """The base's weights and A below them, (n out + n rank, in), if they lie together."""
+        return self._weights[0] if self._wide else None
+
+    def room_for_down(self) -> Tensor:
+        """Return where A belongs, (n, rank, in)."""
+        first, count = self.layers[0].down, len(self.layers)
+        if self._wide:
+            return self._weights[0][-first.shape[0] * count :].view(count, *first.shape)
+        return first.new_empty(count, *first.shape)
 
     @property
     def act(self) -> bool:
@@ -52,32 +72,37 @@ class JointLayers:
 
 
 class _SelfProjections(torch.autograd.Function):
-    """q, k and v from x (..., in): one product with the base's weights, two with the adapter's."""
+    """n outputs (..., out) from x (..., in), which lie beside each other, such as q, k and v."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _: Tensor, joint: JointLayers, part: int) -> Projections:
+    def forward(ctx: Any, x: Tensor, _: Tensor, joint: JointLayers, part: int) -> tuple[Tensor, ...]:
         factors = joint.factors
         assert factors is not None
-        weights, flat = joint.weights, x.reshape(-1, x.shape[-1])  # (3, out, in), (N, in)
-        count, rank = weights.shape[0], factors.down.shape[1]
-        output = flat @ weights.flatten(0, 1).t()  # (N, 3 out)
-        inner = flat @ factors.down.flatten(0, 1).t()  # (N, 3 rank)
-        apart = output.view(len(flat), count, -1).transpose(0, 1)  # (3, N, out)
-        apart.baddbmm_(inner.view(len(flat), count, rank).transpose(0, 1), factors.up.transpose(1, 2))
+        flat, (count, rank) = x.reshape(-1, x.shape[-1]), factors.down.shape[:2]  # (N, in)
+        if joint.all_rows is None:
+            output = flat @ joint.weights.flatten(0, 1).t()  # (N, n out)
+            inner = flat @ factors.down.flatten(0, 1).t()  # (N, n rank)
+        else:
+            wide = flat @ joint.all_rows.t()  # (N, n out + n rank)
+            output, inner = wide[:, : -count * rank], wide[:, -count * rank :]
+            # a view would keep the output alive
+            inner = inner if joint.output_kept else inner.clone()
+        apart = output.unflatten(1, (count, -1)).transpose(0, 1)  # (n, N, out)
+        apart.baddbmm_(inner.unflatten(1, (count, rank)).transpose(0, 1), factors.up.transpose(1, 2))
         ctx.save_for_backward(flat, inner)
         ctx.joint, ctx.factors, ctx.sink, ctx.shape = joint, factors, joint.gradients[part], x.shape
-        query, key, value = output.view(*x.shape[:-1], count, -1).unbind(-2)
-        return query, key, value
+        return output.view(*x.shape[:-1], count, -1).unbind(-2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         flat, inner = ctx.saved_tensors
         factors, (count, rank) = ctx.factors, ctx.factors.down.shape[:2]
-        gradient = torch.cat(gradients, -1).view(len(flat), -1)  # (N, 3 out)
-        apart = gradient.view(len(flat), count, -1).transpose(0, 1)  # (3, N, out)
-        of_inner = torch.empty_like(inner)  # (N, 3 rank)
-        torch.bmm(apart, factors.up, out=of_inner.view(len(flat), count, rank).transpose(0, 1))
-        inner = inner.view(len(flat), count, rank).transpose(0, 1)
+        gradient = torch.cat(gradients, -1) if count > 1 else gradients[0]
+        gradient = gradient.reshape(len(flat), -1)  # (N, n out)
+        apart = gradient.unflatten(1, (count, -1)).transpose(0, 1)  # (n, N, out)
+        of_inner = gradient.new_empty(len(flat), count * rank)  # (N, n rank)
+        torch.bmm(apart, factors.up, out=of_inner.unflatten(1, (count, rank)).transpose(0, 1))
+        inner = inner.unflatten(1, (count, rank)).transpose(0, 1)
         ctx.sink.up.baddbmm_(apart.transpose(1, 2), inner, alpha=factors.scale)
         ctx.sink.down.flatten(0, 1).addmm_(of_inner.t(), flat)
         if not ctx.needs_input_grad[0]:
@@ -135,6 +160,20 @@ class SelfProjections:
         return applied
 
 
+class QueryProjection:
+    """The query of one attention to the text; see :attr:`LeanAttention.query_projection`."""
+
+    def __init__(self, joint: JointLayers, anchors: Anchors) -> None:
+        self._joint, self._anchors = joint, anchors
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return it, (..., out), from x (..., in)."""
+        if not self._joint.act:
+            return self._joint.layers[0].base(x)  # type: ignore[no-any-return]
+        (query,) = _SelfProjections.apply(x, self._anchors.leaf, self._joint, self._anchors.part.index)
+        return query  # type: ignore[no-any-return]
+
+
 class TextProjections:
     """Keys and values of all attentions to the text, computed before a denoiser's first block.
 
@@ -172,8 +211,29 @@ def self_joints(
         known = [layer for layer in three if layer is not None]
         makes = {_make(layer) for layer in known}
         if not module.is_cross_attention and len(known) == 3 and len(makes) == 1 and None not in makes:
-            joints.append((attention, JointLayers(known)))
+            joint = JointLayers(known, wide=_can_be_wide(known), output_kept=attention.keeps_projections)
+            joints.append((attention, joint))
     return joints
+
+
+def query_joints(
+    attentions: Sequence[LeanAttention], layers: Mapping[nn.Module, DirectLayer]
+) -> list[tuple[LeanAttention, JointLayers]]:
+    """Return the attentions to the text whose query can be computed in one product with its A."""
+    joints = []
+    for attention in attentions:
+        layer = layers.get(attention.module.to_q)
+        if not attention.module.is_cross_attention or not attention.keeps_projections or layer is None:
+            continue
+        if _make(layer) is not None and _can_be_wide([layer]):
+            joints.append((attention, JointLayers([layer], wide=True, output_kept=True)))
+    return joints
+
+
+def _can_be_wide(layers: Sequence[DirectLayer]) -> bool:
+    """Tell whether rows of outputs and inner values side by side begin where fused attention can read."""
+    rows = sum(layer.base.out_features + layer.down.shape[0] for layer in layers)
+    return rows % 8 == 0 and all(layer.base.weight.dtype == layer.down.dtype for layer in layers)
 
 
 def text_joints(
@@ -201,7 +261,7 @@ def text_joints(
 def _make(layer: DirectLayer) -> tuple[Any, ...] | None:
     """Return what must agree between layers that are computed together; None for one that stays single."""
     base = layer.base
-    if not isinstance(base, nn.Linear) or base.bias is not None:
+    if not isinstance(base, nn.Linear) or base.bias is not None or base.out_features % 8:
         return None
     return tuple(base.weight.shape), tuple(layer.down.shape), layer.scale, base.weight.dtype
 
@@ -212,8 +272,8 @@ def _lie_in(bases: Sequence[Any], stacked: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _in_one_piece(bases: Sequence[Any]) -> Tensor:
-    """Move the weights of n layers into one tensor (n, out, in), and have the layers keep them there.
+def _in_one_piece(bases: Sequence[Any], *, below: int) -> Tensor:
+    """Move the weights of n layers into one tensor (n out + below, in), and have the layers keep them there.
 
     They wait in main memory meanwhile, so that a card does not hold them twice.
     """
@@ -222,8 +282,9 @@ def _in_one_piece(bases: Sequence[Any]) -> Tensor:
     for base in bases:
         waiting.append(base.weight.detach().to("cpu"))
         base.weight.data = torch.empty(0, dtype=dtype, device=device)
-    stacked = torch.empty((len(bases), *shape), dtype=dtype, device=device)
-    for piece, base in zip(stacked.unbind(), bases, strict=True):
+    stacked = torch.empty((len(bases) * shape[0] + below, shape[1]), dtype=dtype, device=device)
+    pieces = stacked[: len(bases) * shape[0]].view(len(bases), *shape)
+    for piece, base in zip(pieces.unbind(), bases, strict=True):
         piece.copy_(waiting.pop(0))
         base.weight.data = piece
     return stacked

@@ -8,15 +8,17 @@ put in place here leaves that out, and lets the projections of an attention be c
 
 from __future__ import annotations
 
+import functools
 import importlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+_TIMES = "_sdlora_times"
 Projections = tuple[Tensor, Tensor, Tensor]
 """Query, key and value of an attention, each (B, S, heads * d)."""
 AHEAD = "sdlora_ahead"
@@ -29,17 +31,24 @@ class LeanAttention:
 
     Attributes:
         self_projections: gives query, key and value of a self-attention, if not its own layers.
+        query_projection: gives the query of an attention to the text, if not its own layer.
     """
 
     def __init__(self, attention: Any) -> None:
         self._module = weakref.ref(attention)  # it holds this object
         self._kernel = _KERNELS[type(attention.processor).__name__]
         self.self_projections: Callable[[Tensor], Projections] | None = None
+        self.query_projection: Callable[[Tensor], Tensor] | None = None
 
     @property
     def module(self) -> Any:
         """The attention that this is the forward pass of."""
         return self._module()
+
+    @property
+    def keeps_projections(self) -> bool:
+        """Whether the projections themselves, and not copies, are kept for the backward pass."""
+        return self._kernel is _fused
 
     def __call__(
         self,
@@ -56,7 +65,7 @@ class LeanAttention:
         if encoder_hidden_states is None and self.self_projections is not None:
             query, key, value = self.self_projections(hidden_states)
         else:
-            query = module.to_q(hidden_states)
+            query = (self.query_projection or module.to_q)(hidden_states)
             if module in ahead:
                 key, value = ahead[module]
             else:
@@ -66,19 +75,69 @@ class LeanAttention:
         return output
 
 
+class _GatedGelu(torch.autograd.Function):
+    """``a * gelu(b)`` of the two halves of (..., 2C); both gradients are written where they belong."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        plain, gate = both.chunk(2, dim=-1)
+        opened = functional.gelu(gate)
+        ctx.save_for_backward(both, opened)
+        return plain * opened
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        both, opened = ctx.saved_tensors
+        plain, gate = both.chunk(2, dim=-1)
+        of_both = torch.empty_like(both)
+        of_plain, of_gate = of_both.chunk(2, dim=-1)
+        torch.mul(gradient, opened, out=of_plain)
+        torch.ops.aten.gelu_backward.grad_input(gradient * plain, gate, grad_input=of_gate)
+        return of_both
+
+
+class LeanGatedGelu:
+    """The forward pass of one of diffusers' ``GEGLU``, to be set on it as ``forward``."""
+
+    def __init__(self, module: Any) -> None:
+        self._projection = module.proj
+
+    def __call__(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return what diffusers' own forward does; (..., C) to (..., C')."""
+        gated: Tensor = _GatedGelu.apply(self._projection(hidden_states))
+        return gated
+
+
 class LeanResidual:
-    """The forward pass of one of diffusers' ``ResnetBlock2D``, to be set on it as ``forward``."""
+    """The forward pass of one of diffusers' ``ResnetBlock2D``, to be set on it as ``forward``.
+
+    Attributes:
+        time_projection: gives what the block adds for a timestep (B, C'), if not its own layer.
+    """
 
     def __init__(self, block: Any) -> None:
         self._module = weakref.ref(block)  # it holds this object
         self._norms, self._act = (block.norm1, block.norm2), block.nonlinearity
         self._convs, self._time = (block.conv1, block.conv2), block.time_emb_proj
         self._shortcut = block.conv_shortcut
+        self.time_projection: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def time_layer(self) -> Any:
+        """The block's own projection of the timestep's embedding."""
+        return self._time
+
+    @property
+    def activation(self) -> Any:
+        """What the embedding goes through before it is projected."""
+        return self._act
 
     def __call__(self, input_tensor: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return what diffusers' own forward does; (B, C, h, w) to (B, C', h, w)."""
         states = self._convs[0](self._act(self._norms[0](input_tensor)))
-        states = states + self._time(self._act(temb))[:, :, None, None]
+        together = self.time_projection if self.time_projection and not temb.requires_grad else None
+        times = together(temb) if together else self._time(self._act(temb))  # (B, C')
+        states = states + times[:, :, None, None]
         states = self._convs[1](self._act(self._norms[1](states)))
         if self._shortcut is not None:
             module: Any = self._module()
@@ -92,6 +151,7 @@ def make_lean(model: nn.Module) -> list[LeanAttention]:
     The way each attention is computed is the one that is set at this moment; :func:`undo_lean` takes them
     out.
     """
+    from diffusers.models.activations import GEGLU
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -103,13 +163,51 @@ def make_lean(model: nn.Module) -> list[LeanAttention]:
             attentions.append(lean)
         elif isinstance(module, ResnetBlock2D) and _is_plain_residual(module):
             changed.forward = LeanResidual(module)
+        elif isinstance(module, GEGLU):
+            changed.forward = LeanGatedGelu(module)
     return attentions
+
+
+def join_times(model: nn.Module) -> None:
+    """Have lean residual blocks compute what they add for a timestep as one product, without gradients."""
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    blocks = [
+        forward
+        for forward in forwards
+        if isinstance(forward, LeanResidual) and _is_plain_linear(forward.time_layer)
+    ]
+    if len({(block.time_layer.in_features, type(block.activation)) for block in blocks}) == 1:
+        together = _TimeProjections(blocks)
+        for place, block in enumerate(blocks):
+            block.time_projection = functools.partial(together, place)
+
+
+class _TimeProjections:
+    """What several residual blocks add for a timestep, computed when the first of them asks."""
+
+    @torch.no_grad()
+    def __init__(self, blocks: Sequence[LeanResidual]) -> None:
+        layers = [block.time_layer for block in blocks]
+        self._act, self._sizes = blocks[0].activation, [layer.out_features for layer in layers]
+        self._weight = torch.cat([layer.weight for layer in layers])
+        self._bias = torch.cat([layer.bias for layer in layers])
+        for layer, piece in zip(layers, self._weight.split(self._sizes), strict=True):
+            layer.weight.data = piece  # so that the weights are not held twice
+
+    @torch.no_grad()
+    def __call__(self, place: int, embedding: Tensor) -> Tensor:
+        """Return what one block adds, (B, C'), for the embedding (B, E) that all blocks are given."""
+        pieces: Sequence[Tensor] | None = getattr(embedding, _TIMES, None)
+        if pieces is None:
+            pieces = functional.linear(self._act(embedding), self._weight, self._bias).split(self._sizes, 1)
+            setattr(embedding, _TIMES, pieces)
+        return pieces[place]
 
 
 def undo_lean(model: nn.Module) -> None:
     """Give every module its own forward pass back."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), LeanAttention | LeanResidual):
+        if isinstance(module.__dict__.get("forward"), LeanAttention | LeanResidual | LeanGatedGelu):
             del module.forward
 
 
@@ -139,6 +237,10 @@ def _is_plain_residual(module: Any) -> bool:
         and module.downsample is None
         and _does_nothing(module.dropout)
     )
+
+
+def _is_plain_linear(layer: Any) -> bool:
+    return type(layer) is nn.Linear and layer.bias is not None
 
 
 def _does_nothing(dropout: Any) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..devices import onto
 from .base import Conditioning, SizeHint
 from .clip import chunk_tokens, encode_penultimate, weigh_states
 from .facts import FamilyInfo, HeaderWords, TextEncoderInfo
@@ -82,6 +83,6 @@ class StableDiffusionXL(UNetModel):
     def _added(self, text: Conditioning, sizes: Sequence[SizeHint]) -> dict[str, Tensor]:
         ids = [[*size.original, *size.crop, *size.target] for size in sizes]
         return {
-            "text_embeds": text["pooled"].to(self.facts.device, self.facts.dtype),
-            "time_ids": torch.tensor(ids, dtype=torch.float32, device=self.facts.device),
+            "text_embeds": onto(text["pooled"], self.facts.device, self.facts.dtype),
+            "time_ids": onto(torch.tensor(ids, dtype=torch.float32), self.facts.device),
         }

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..devices import onto
 from ..diffusion.ddpm import DDPM
 from .base import Conditioning, SizeHint
 from .facts import DenoiserInfo
@@ -67,9 +68,9 @@ class UNetModel(LatentModel):
     ) -> Tensor:
         with self._working(self.denoiser):
             output = self.denoiser(
-                noisy.to(self.facts.device, self.facts.dtype),
-                timesteps.to(self.facts.device),
-                encoder_hidden_states=text["states"].to(self.facts.device, self.facts.dtype),
+                onto(noisy, self.facts.device, self.facts.dtype),
+                onto(timesteps, self.facts.device),
+                encoder_hidden_states=onto(text["states"], self.facts.device, self.facts.dtype),
                 added_cond_kwargs=self._added(text, sizes),
                 return_dict=False,
             )

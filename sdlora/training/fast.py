@@ -17,7 +17,7 @@ from ..adapters.direct_adapter import DirectAdapter
 from ..errors import ConfigError
 from ..families.base import DiffusionModel
 from ..families.layout import Layout
-from ..families.lean import LeanAttention, make_lean, undo_lean
+from ..families.lean import LeanAttention, join_times, make_lean, undo_lean
 from ..families.parallel import SplitPredictor
 from .trainable import TrainableAdapter
 
@@ -110,6 +110,8 @@ class FastStep:
                 for group in self.trainable.groups:
                     group.master.followers.append(self.renew)
             parts = self.splitter.most_parts if self.splitter else 1
+            if "joint" in self.names:
+                join_times(denoiser)
             self._direct.put_in_place(self._attentions if "joint" in self.names else (), parts=parts)
             if self.splitter:
                 self.splitter.computing = self._direct.anchors.computing

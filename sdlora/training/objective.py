@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adapters.attach import adapters_disabled
 from ..config.schema import Config
 from ..data.batching.batches import Batch
+from ..devices import onto
 from ..diffusion.process import draw_noise, per_image_loss
 from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
 
@@ -71,15 +72,16 @@ def loss_of(
         if blank:
             inputs = inputs.and_blank(_blank(model, batch))
         prediction = (predict or model.predict)(*inputs)  # (B, C, h, w), or (2B, C, h, w) with blank captions
-    target = corrupted.target.to(prediction.device)
+    target = onto(corrupted.target, prediction.device)
     weights = model.process.loss_weights(timesteps, settings.min_snr_gamma) * batch.weights
     if prior > 0 and not blank and any(batch.regularisation):
         rows = [row for row in range(count) if batch.regularisation[row]]
         target = target.clone()
         target[rows] = _of_base(model, batch, inputs, rows)
         weights = weights * torch.where(torch.tensor(batch.regularisation), prior, 1.0)
-    weights = weights.to(prediction.device)
-    plain = per_image_loss(prediction[:count], target, batch.mask)  # (B,)
+    weights = onto(weights, prediction.device)
+    mask = None if batch.mask is None else onto(batch.mask, prediction.device)
+    plain = per_image_loss(prediction[:count], target, mask)  # (B,)
     weighted = plain * weights  # w_i * mean((prediction_i - target_i)^2)
     if blank:
         base = _of_base(model, batch, inputs, range(count, 2 * count))

@@ -274,11 +274,13 @@ def _backward(run: Run, batch: Batch) -> tuple[float, int]:
     split = run.splitter
     predict = split.predict_with_gradients if split else None
     weighted, plain = loss_of(run.model, batch, run.config, predict)
-    good = torch.isfinite(weighted.detach()).tolist()
-    if not all(good):
-        _note_non_finite(run, [name for name, fine in zip(batch.names, good, strict=True) if not fine])
     # The number of images of a full step, also in a short step: so each image weighs the same in an epoch.
     run.backward(run.scaler.scale(weighted.sum() / run.images_per_step))
+    # read in one piece, and once all is on its way: reading waits for a card
+    objectives, plain = torch.stack([weighted.detach(), plain]).cpu()
+    good = torch.isfinite(objectives).tolist()
+    if not all(good):
+        _note_non_finite(run, [name for name, fine in zip(batch.names, good, strict=True) if not fine])
     if all(good):
         return float(plain.sum()), len(good)
     return sum(loss for loss, fine in zip(plain.tolist(), good, strict=True) if fine), sum(good)

@@ -17,7 +17,7 @@ from sdlora.adapters.direct_adapter import DirectAdapter
 from sdlora.adapters.trainable_layers import TrainedLayer, attach_for_training
 from sdlora.config.schema import AdapterConfig
 from sdlora.families.base import DiffusionModel, SizeHint
-from sdlora.families.lean import make_lean, undo_lean
+from sdlora.families.lean import join_times, make_lean, undo_lean
 from sdlora.families.loading import load_model
 
 CPU = torch.device("cpu")
@@ -77,7 +77,10 @@ class Learning:
     def directly(self, *, joint: bool, parts: int = 1) -> Iterator[DirectAdapter]:
         unet = self.model.components()["unet"]
         adapter = DirectAdapter(self.model, self.layers)
-        adapter.put_in_place(make_lean(unet) if joint else (), parts=parts)
+        attentions = make_lean(unet) if joint else []
+        if joint:
+            join_times(unet)
+        adapter.put_in_place(attentions, parts=parts)
         yield adapter
         adapter.take_out()
         undo_lean(unet)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from sdlora.families.attention import Attention as Chosen
 from sdlora.families.base import SizeHint
-from sdlora.families.lean import LeanAttention, LeanResidual, make_lean, undo_lean
+from sdlora.families.lean import LeanAttention, LeanGatedGelu, LeanResidual, make_lean, undo_lean
 from sdlora.families.loading import load_model
 
 CPU = torch.device("cpu")
@@ -42,11 +43,12 @@ def test_results_and_gradients_are_bit_for_bit_those_of_diffusers(
 
     wanted, gradients = computed()
     attentions = make_lean(unet)
-    counts = [sum(isinstance(m, kind) for m in unet.modules()) for kind in (Attention, ResnetBlock2D)]
+    counts = [sum(isinstance(m, kind) for m in unet.modules()) for kind in (Attention, ResnetBlock2D, GEGLU)]
     replaced = [m.__dict__.get("forward") for m in unet.modules() if "forward" in m.__dict__]
     assert len(attentions) == counts[0] > 4 and counts[1] > 4
     assert sum(isinstance(forward, LeanAttention) for forward in replaced) == counts[0]
     assert sum(isinstance(forward, LeanResidual) for forward in replaced) == counts[1]
+    assert sum(isinstance(forward, LeanGatedGelu) for forward in replaced) == counts[2] > 4
     lean, lean_gradients = computed()
     assert torch.equal(lean, wanted) and len(gradients) == len(lean_gradients) > 100
     assert all(torch.equal(a, b) for a, b in zip(gradients, lean_gradients, strict=True))

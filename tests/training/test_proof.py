@@ -16,12 +16,13 @@ from sdlora.adapters.direct import _Linear
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
-from sdlora.events import Control, Decided, Emitter, Event, Notice, StepDone
+from sdlora.events import Control, Decided, Emitter, Event, Notice, StepDone, Validated
 from sdlora.run_folder import list_checkpoints
 from sdlora.training.checkpoint import load_checkpoint
 from sdlora.training.fast import FAST_PATHS
 from sdlora.training.run import prepare_run
 from sdlora.training.train import train
+from tools.measure_step import draw_images
 
 Start = Callable[..., tuple[dict[str, Tensor], list[Event]]]
 
@@ -196,3 +197,36 @@ def test_names_that_mean_no_path_are_refused(make: Callable[..., Config]) -> Non
         train(make("run", "training.fast=blocks,wings"))
     with pytest.raises(ConfigError, match="`joint` builds upon blocks"):
         train(make("run", "training.fast=lora,joint"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_hundred_steps_end_at_the_same_held_out_loss(tmp_path: Path) -> None:
+    draw_images(tmp_path / "images", 24, 64)
+    losses = {}
+    for fast in ("off", "auto"):
+        config = load_config(
+            None,
+            [
+                *(
+                    "training.steps=200",
+                    "training.batch_size=2",
+                    "training.precision=bf16",
+                    "data.validation=4",
+                ),
+                *("sample.prompts=[]", "training.device=cpu", "data.resolution=64", f"training.fast={fast}"),
+                *("training.validate_every=200", "adapter.rank=8"),
+            ],
+            {
+                "data.folder": tmp_path / "images",
+                "model.base": "mini",
+                "output.folder": tmp_path / fast,
+                "data.cache_folder": tmp_path / "cache",
+            },
+        )
+        events: list[Event] = []
+        train(config, listeners=[events.append])
+        losses[fast] = [event.loss for event in events if isinstance(event, Validated)]
+    assert len(losses["off"]) == len(losses["auto"]) == 2
+    assert losses["off"][1] < 0.95 * losses["off"][0], f"nothing was learned: {losses}"
+    assert losses["auto"][1] == pytest.approx(losses["off"][1], rel=0.005), losses
