@@ -66,8 +66,9 @@ class Posterior:
 
     def apart(self) -> list[Posterior]:
         """Return those of the single images, each (1, C, h, w), with memory of their own."""
-        rows = range(len(self.mean))
-        return [Posterior(self.mean[r : r + 1].clone(), self.logvar[r : r + 1].clone()) for r in rows]
+        pairs = zip(self.mean.split(1), self.logvar.split(1), strict=True)
+        dense = torch.contiguous_format
+        return [Posterior(*(half.clone(memory_format=dense) for half in pair)) for pair in pairs]
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Draw latents (B, C, h, w) in float32 with noise from a CPU generator."""
