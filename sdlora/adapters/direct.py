@@ -113,7 +113,7 @@ class Anchors:
             self.part.index = before
 
 
-class _Linear(torch.autograd.Function):
+class DirectLinear(torch.autograd.Function):
     """Of a linear layer; the gradients of the factors are added where they belong, not returned."""
 
     @staticmethod
@@ -139,7 +139,7 @@ class _Linear(torch.autograd.Function):
         return of_input.view(ctx.shape), None, None, None, None
 
 
-class _Conv(torch.autograd.Function):
+class DirectConvolution(torch.autograd.Function):
     """The same of a 2-D convolution."""
 
     @staticmethod
@@ -171,7 +171,7 @@ class _Conv(torch.autograd.Function):
 
 
 def _rows(images: Tensor) -> Tensor | None:
-    """Return (B, C, h, w) as a matrix of one row a pixel (B h w, C) that shares its memory, if it can be."""
+    """Return (B, C, h, w) as a matrix, a row for each pixel (B h w, C), that shares its memory, if it can be."""
     pixels = images.permute(0, 2, 3, 1)
     return pixels.view(-1, images.shape[1]) if pixels.is_contiguous() else None
 
@@ -196,7 +196,7 @@ class DirectForward:
     def __init__(self, layer: DirectLayer, anchors: Anchors) -> None:
         self._peft = weakref.ref(layer.peft)  # it holds this object
         self._base, self._anchors, self._layer = layer.base, anchors, weakref.ref(layer)
-        self._function = _Linear if isinstance(layer.base, nn.Linear) else _Conv
+        self._function = DirectLinear if isinstance(layer.base, nn.Linear) else DirectConvolution
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the layer's output, (..., in) to (..., out) or (B, in, h, w) to (B, out, h', w')."""

@@ -71,7 +71,7 @@ class JointLayers:
         return self.layers[0].acts
 
 
-class _SelfProjections(torch.autograd.Function):
+class SideBySide(torch.autograd.Function):
     """n outputs (..., out) from x (..., in), which lie beside each other, such as q, k and v."""
 
     @staticmethod
@@ -112,7 +112,7 @@ class _SelfProjections(torch.autograd.Function):
         return of_input.view(ctx.shape), None, None, None
 
 
-class _ManyProjections(torch.autograd.Function):
+class OneByOne(torch.autograd.Function):
     """n outputs (B, S, out) of n layers from the same states (B, S, in)."""
 
     @staticmethod
@@ -154,9 +154,7 @@ class SelfProjections:
         if not self._joint.act:
             query, key, value = (layer.base(x) for layer in self._joint.layers)
             return query, key, value
-        applied: Projections = _SelfProjections.apply(
-            x, self._anchors.leaf, self._joint, self._anchors.part.index
-        )
+        applied: Projections = SideBySide.apply(x, self._anchors.leaf, self._joint, self._anchors.part.index)
         return applied
 
 
@@ -170,7 +168,7 @@ class QueryProjection:
         """Return it, (..., out), from x (..., in)."""
         if not self._joint.act:
             return self._joint.layers[0].base(x)  # type: ignore[no-any-return]
-        (query,) = _SelfProjections.apply(x, self._anchors.leaf, self._joint, self._anchors.part.index)
+        (query,) = SideBySide.apply(x, self._anchors.leaf, self._joint, self._anchors.part.index)
         return query  # type: ignore[no-any-return]
 
 
@@ -195,7 +193,7 @@ class TextProjections:
             return None
         outputs: list[Tensor] = []
         for joint in self._joints:
-            outputs += _ManyProjections.apply(states, self._anchors.leaf, joint, self._anchors.part.index)
+            outputs += OneByOne.apply(states, self._anchors.leaf, joint, self._anchors.part.index)
         ahead = {attention: (outputs[k], outputs[v]) for attention, (k, v) in self._places.items()}
         return args, {**options, "cross_attention_kwargs": {AHEAD: ahead}}
 

@@ -67,7 +67,7 @@ class Run:
         held: what is given back when the run ends: the run folder.
         made_splitter: how a batch can be computed in parts; ``splitter`` if it is.
         choice: the way to compute; None for the usual one.
-        fast_before: the fast paths that the checkpoint was made with, if the run goes on from one.
+        fast_before: the fast paths that the checkpoint was made with, if the run was resumed.
     """
 
     config: Config
@@ -149,9 +149,7 @@ class Run:
         names = tuple(name for name in names if name in before) if setting == "auto" else names
         if set(names) != set(before):
             now, then = (", ".join(paths) or "none" for paths in (names, before))
-            text = (
-                f"{self.folder.path}: goes on with other fast paths ({now}) than before ({then}); the numbers"
-            )
+            text = f"{self.folder.path}: continues with other fast paths ({now}) than before ({then}); the numbers"
             self.emit(Notice(f"{text} differ by rounding from those of an uninterrupted run"))
         return names
 

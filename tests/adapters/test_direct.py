@@ -59,16 +59,12 @@ class Learning:
         with torch.set_grad_enabled(self.learns_text):
             text = self.model.encode_text(["a cat", "a dog"])
         sizes = [SizeHint((32, 32), (0, 0), (32, 32))] * 2
-        unet: Any = self.model.components()["unet"]
-        added = self.model._added(text, sizes)  # type: ignore[attr-defined]
-        states = text["states"].to(unet.dtype)
-        # not by predict, which hands out fp32
-        output = unet(
-            self.noisy.to(unet.dtype),
-            torch.tensor([3, 900]),
-            encoder_hidden_states=states,
-            added_cond_kwargs=added and {name: tensor.to(unet.dtype) for name, tensor in added.items()},
-        ).sample
+        outputs: list[Tensor] = []  # the denoiser's own, as predict hands out fp32
+        unet = self.model.components()["unet"]
+        hook = unet.register_forward_hook(lambda _, __, given: outputs.append(given[0]))
+        self.model.predict(self.noisy, torch.tensor([3, 900]), text, sizes)
+        hook.remove()
+        (output,) = outputs
         output.square().sum().backward()  # type: ignore[no-untyped-call]
         after()
         return output.detach(), [parameter.grad.clone() for parameter in self.parameters()]

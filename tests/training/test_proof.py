@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sdlora.adapters.joint as joint
-from sdlora.adapters.direct import _Linear
+from sdlora.adapters.direct import DirectLinear
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
@@ -99,8 +99,8 @@ def test_a_path_that_is_wrong_is_not_used_and_the_run_says_so(
 ) -> None:
     without, _ = trained("without", "training.fast=blocks,lora")
     # an error in A's gradient alone, which zero B would hide
-    backward = _ten_times_too_large(joint._SelfProjections.backward)
-    monkeypatch.setattr(joint._SelfProjections, "backward", staticmethod(backward))
+    backward = _ten_times_too_large(joint.SideBySide.backward)
+    monkeypatch.setattr(joint.SideBySide, "backward", staticmethod(backward))
     tensors, events = trained("broken")
     (notice,) = [event.message for event in events if isinstance(event, Notice) and "fast" in event.message]
     assert "joint is not used in this run" in notice and "attn1" in notice and "lora_down" in notice
@@ -117,7 +117,7 @@ def test_where_everything_is_wrong_the_reference_is_used(
     trained: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference, _ = trained("off", "training.fast=off")
-    monkeypatch.setattr(_Linear, "backward", staticmethod(_ten_times_too_large(_Linear.backward)))
+    monkeypatch.setattr(DirectLinear, "backward", staticmethod(_ten_times_too_large(DirectLinear.backward)))
     tensors, events = trained("broken")
     assert [value for value, _ in decided(events)] == ["blocks"]
     assert all(torch.equal(reference[name], tensors[name]) for name in reference)
