@@ -171,7 +171,7 @@ class DirectConvolution(torch.autograd.Function):
 
 
 def _rows(images: Tensor) -> Tensor | None:
-    """Return (B, C, h, w) as a matrix, a row for each pixel (B h w, C), that shares its memory, if it can be."""
+    """Return (B, C, h, w) as a matrix with a row for each pixel (B h w, C), if it can share the memory."""
     pixels = images.permute(0, 2, 3, 1)
     return pixels.view(-1, images.shape[1]) if pixels.is_contiguous() else None
 

@@ -149,8 +149,8 @@ class Run:
         names = tuple(name for name in names if name in before) if setting == "auto" else names
         if set(names) != set(before):
             now, then = (", ".join(paths) or "none" for paths in (names, before))
-            text = f"{self.folder.path}: continues with other fast paths ({now}) than before ({then}); the numbers"
-            self.emit(Notice(f"{text} differ by rounding from those of an uninterrupted run"))
+            text = f"{self.folder.path}: continues with other fast paths ({now}) than before ({then}); the"
+            self.emit(Notice(f"{text} numbers differ by rounding from those of an uninterrupted run"))
         return names
 
     @property
