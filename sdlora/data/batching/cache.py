@@ -37,7 +37,7 @@ from .views import AugmentationView, AugmentationViews, Colours, shown, shown_ma
 
 _FORMAT = "2"  # part of every key: raise it when what is stored changes meaning
 _PROMPTS = "3"  # raise it when a prompt comes to mean something else, or is kept in another number format
-_PIXELS_AT_ONCE = 512 * 512
+_IMAGES_AT_ONCE, _PIXELS_AT_ONCE = 8, 512 * 512
 _MEMORY_BUDGET = 1 << 30  # bytes of encoded data kept in RAM; the rest is read again when needed
 
 
@@ -81,7 +81,7 @@ def images_at_once(device: torch.device, height: int, width: int) -> int:
     On a CPU small images are, in parts of one core each; elsewhere, and from 512 px on, each goes by itself,
     so that encoding takes no more memory than one image needs.
     """
-    return max(1, _PIXELS_AT_ONCE // (height * width)) if device.type == "cpu" else 1
+    return max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (height * width))) if device.type == "cpu" else 1
 
 
 def to_pixels(
