@@ -6,6 +6,10 @@ and how to fix it. The command line shows it without a traceback and exits with 
 
 from __future__ import annotations
 
+import re
+
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
 
 class SdloraError(Exception):
     """Something the user can correct; the message says what, where and how."""
@@ -37,6 +41,14 @@ class TrainingError(SdloraError):
 
 class OtherProcessError(TrainingError):
     """Another process of the same run failed and has said why; this one ends without a message."""
+
+
+def without_controls(text: str) -> str:
+    """Return a text for a terminal or a page: what commands a terminal or turns the writing becomes escapes.
+
+    Line ends and tabs stay.
+    """
+    return _COMMANDS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def shown(text: object, limit: int = 100) -> str:

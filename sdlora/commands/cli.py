@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ..errors import ConfigError, OtherProcessError, SdloraError
+from ..errors import ConfigError, OtherProcessError, SdloraError, without_controls
 from ..files import write_problem
 from ..machine import version
 from .arguments import nearest
@@ -105,7 +105,8 @@ def _leave_ascii() -> None:
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
     """Show a warning as a line for people; where in the code it arose means nothing to them."""
     ours = Path(filename).is_relative_to(Path(__file__).parent.parent)
-    print(f"note: {message}" if ours else f"{category.__name__}: {message}", file=sys.stderr)
+    text = without_controls(str(message))
+    print(f"note: {text}" if ours else f"{category.__name__}: {text}", file=sys.stderr)
 
 
 def _answer(words: Sequence[str]) -> int:
@@ -143,7 +144,7 @@ def _os_problem(error: OSError) -> str:
 
 def _refusal(message: str, kind: str) -> dict[str, Any]:
     """Print why there is no result; return the same for scripts."""
-    print(f"sdlora: {message}", file=sys.stderr)
+    print(f"sdlora: {without_controls(message)}", file=sys.stderr)
     return {"error": message, "kind": kind}
 
 

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ..errors import without_controls
 from ..events import (
     Caching,
     CheckpointSaved,
@@ -121,7 +122,7 @@ class TrainingDisplay:
         self._progress.update(self._tasks[what], completed=done, total=total, note=note)
 
     def _say(self, text: str) -> None:
-        self._console.print(Text(text))
+        self._console.print(Text(without_controls(text)))
 
 
 def _short(value: object) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import DatasetError
+from ...errors import DatasetError, without_controls
 from ...run_folder import RunFolder, was_run
 from .captions import CAPTION_ENDINGS
 from .image_files import IMAGE_ENDINGS, UNREAD_IMAGE_ENDINGS
@@ -231,7 +231,10 @@ def clashes(listing: Listing) -> list[Problem]:
 
 def _relative(path: Path, root: Path) -> str:
     name = "" if path == root else path.relative_to(root).as_posix()
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")  # names that are not UTF-8
+    text = name.encode("utf-8", "backslashreplace").decode("utf-8")  # names that are not UTF-8
+    return without_controls(text).replace(
+        "\n", "\\n"
+    )  # a name may hold commands for the terminal that shows it
 
 
 def sort_key(name: str) -> tuple[str, str]:

@@ -191,3 +191,20 @@ def test_thinning_out_a_cache_removes_nothing_that_a_link_leads_to(tmp_path: Pat
     assert [entry.path.name for entry in list_entries(cache)] == ["own.safetensors"]
     assert main(["cache", "--folder", str(cache), "--prune", "--yes"]) == 0
     assert os.listdir(models) == ["mine.safetensors"]
+
+
+def test_a_name_cannot_command_the_terminal_that_shows_it(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "a\x1b[31m\x07\u202e.png").write_bytes(b"no image")
+    (root / "b\x1b]0;title\x07.png").symlink_to("nothing.png")
+    assert main(["check", str(root), "--json"]) == 1
+    with pytest.raises(DatasetError) as caught:
+        scan(root)
+    report = capsys.readouterr()
+    for text in (report.out, report.err, str(caught.value)):
+        assert not set(text) & set("\x1b\x07\u202e")
+    assert "a\\x1b[31m\\x07" in str(caught.value)
+    (root / "na\u00efve\u3000rose \U0001f468\u200d\U0001f469.png").symlink_to(root / "x.png")
+    (item,) = (item for item in survey(root).dataset.items if item.name.startswith("na"))
+    assert item.name == "na\u00efve\u3000rose \U0001f468\u200d\U0001f469.png"
