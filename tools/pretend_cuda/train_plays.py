@@ -145,20 +145,20 @@ def served_by_the_second_card(stage: Stage) -> None:
 
 
 def previews_out_of_memory(stage: Stage) -> None:
-    """Previews do not fit on the card: a notice, and training goes on."""
+    """Previews do not fit on the card: one notice, however often, and training goes on."""
     train(
         *(stage, "training.precision=bf16", f"sample.prompts={PROMPTS}", "sample.steps=2"),
         *("data.validation=0.25", "data.resolution=64", "training.batch_size=1"),
     )
     notices = _notices(stage)
     skipped = [text for text in notices if "skipped, and training continues" in text]
-    assert len(skipped) == 2 and all("previews" in text for text in skipped), notices
+    assert len(skipped) == 1 and "previews" in skipped[0], notices
     counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Validated", "Sampled")}
     assert counts == {"StepDone": 2, "Validated": 2, "Sampled": 0}, counts
 
 
 def validation_out_of_memory(stage: Stage) -> None:
-    """Validation does not fit on the card: a notice each time, and training goes on."""
+    """Validation does not fit on the card: one notice, however often, and training goes on."""
     import torch
 
     allocate = stage.cards.allocate
@@ -172,7 +172,7 @@ def validation_out_of_memory(stage: Stage) -> None:
     train(stage, "training.precision=bf16", "data.validation=0.25", "training.validate_every=1")
     skipped = [text for text in _notices(stage) if "for validation; skipped, and training continues" in text]
     counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Validated")}
-    assert (len(skipped), counts) == (3, {"StepDone": 2, "Validated": 0}), (skipped, counts)
+    assert (len(skipped), counts) == (1, {"StepDone": 2, "Validated": 0}), (skipped, counts)
 
 
 def _notices(stage: Stage) -> list[str]:
