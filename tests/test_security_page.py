@@ -13,7 +13,7 @@ from sdlora import files, tensor_file
 from sdlora.config import toml
 from sdlora.data.reading import captions, decoding, metadata_files
 from sdlora.diffusion import ddpm
-from sdlora.families import base_files
+from sdlora.families import base_files, emphasis
 from sdlora.generation import png_info
 
 PAGE = (Path(sdlora.__file__).parent.parent / "docs" / "security.md").read_text(encoding="utf-8")
@@ -29,6 +29,7 @@ READ = {
     "an image's pixels": f"{int(Image.MAX_IMAGE_PIXELS or 0) // 10**6} million",
     "pixels being decoded": f"{decoding.MAX_PIXELS_AT_ONCE // 10**6} million",
     "a PNG's": f"{png_info.MAX_TEXT:,} characters",
+    "a prompt or caption": f"{emphasis.MAX_CHARS:,} characters",
     "a caption file": (
         f"{captions.MAX_CAPTION_BYTES // 1024} KiB; {metadata_files.MAX_SIDECAR_BYTES // 2**20} MiB; "
         f"{metadata_files.MAX_METADATA_BYTES // 2**20} MiB"

@@ -17,7 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, shown
+
 CHUNK_TOKENS = 75
+MAX_CHARS = 2**17
+"""Of a prompt or caption: some 400 chunks. What people write has a few hundred characters."""
 _ROUND = 1.1
 _BACKTRACK = 20
 """Tokens after the last comma of a full chunk that may move to the next one (the WebUI's default)."""
@@ -57,7 +61,16 @@ class Chunk:
 
 
 def parse(prompt: str) -> list[list[Fragment]]:
-    """Return the fragments of a prompt, in one list for each part between ``BREAK`` s."""
+    """Return the fragments of a prompt, in one list for each part between ``BREAK`` s.
+
+    Raises:
+        ConfigError: when it has more than :data:`MAX_CHARS` characters.
+    """
+    if len(prompt) > MAX_CHARS:
+        raise ConfigError(
+            f"the prompt or caption `{shown(prompt, 40)}` has {len(prompt)} characters; at most {MAX_CHARS} "
+            "are read"
+        )
     pieces: list[tuple[str | None, float]] = []  # a None is a BREAK
     open_round: list[int] = []
     open_square: list[int] = []

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdlora.errors import ConfigError
 from sdlora.families.base import DiffusionModel
-from sdlora.families.emphasis import Chunk, Fragment, escape, layout, parse, weigh
+from sdlora.families.emphasis import MAX_CHARS, Chunk, Fragment, escape, layout, parse, weigh
 from sdlora.families.loading import load_model
 from sdlora.generation.render import GenerateRequest, conditioning_of
 
@@ -213,3 +214,9 @@ def test_gradients_flow_through_weights(model: DiffusionModel) -> None:
     assert embedding.weight.grad is not None and float(embedding.weight.grad.abs().sum()) > 0
     embedding.weight.requires_grad_(False)
     embedding.weight.grad = None
+
+
+def test_a_prompt_without_end_is_refused() -> None:
+    assert len(parse("(a " * (MAX_CHARS // 3))) == 1
+    with pytest.raises(ConfigError, match=f"has {MAX_CHARS + 1} characters"):
+        parse("a" * (MAX_CHARS + 1))
