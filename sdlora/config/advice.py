@@ -1,4 +1,4 @@
-"""What is wrong with a setting, said so that the next try succeeds: the value, and how to write it."""
+"""What is wrong with a setting, so that the next try succeeds: the value, and how to write it."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ _PATTERNS = {
     "training.device": "must be cpu, cuda, cuda:1 or mps",
     "data.background": "must be a colour such as #ffffff",
 }
-"""What to say where a text does not match the pattern of its setting."""
+"""The message for a text that does not match the pattern of its setting."""
 _LONGEST_NAME = 200  # of which a nearest one is looked for
 _MOST_NAMES = 20  # of a section that there is not
 _AT_LINE = re.compile(r"at line (\d+)")
 
 
 def nearest_settings(key: str) -> list[str]:
-    """Return the settings that a wrong key is most likely to mean, none if nothing is like it.
+    """Return the settings that a wrong key most likely means; none if no setting resembles it.
 
     A name that exists in another section, or that other trainers use, goes before one that is spelled alike.
     """
@@ -95,7 +95,7 @@ def _called(key: str) -> list[str]:
 
 
 def nearest(key: str) -> str:
-    """Return a hint for a key that is no setting."""
+    """Return a hint for a key that is not a setting."""
     if "[" in key:
         return _nearest_in_table(key)
     close = " or ".join(f"`{name}`" for name in nearest_settings(key))
@@ -179,7 +179,7 @@ def _message(key: str, item: Mapping[str, Any], value: Any, on_command_line: boo
 
 
 def _brief(given: Any) -> str:
-    """Return a value that was given, as text; one that has no end only by its kind."""
+    """Return a given value as text; an endless one only by its type."""
     try:
         return str(given)
     except (ValueError, RecursionError):
@@ -187,13 +187,13 @@ def _brief(given: Any) -> str:
 
 
 def _is_union(key: str, inside: str) -> bool:
-    """Tell whether ``inside`` is one of the kinds that a setting may be of: pydantic speaks of each."""
+    """Tell whether ``inside`` is one of a setting's possible types: pydantic reports each of them."""
     field = dict(fields()).get(key)
     return field is not None and not inside.isdigit() and get_origin(field.annotation) is not dict
 
 
 def _as_number(text: str, *, whole: bool) -> str:
-    """Return how a number with a comma is written; nothing for what is none."""
+    """Return how to write a number with a decimal comma; an empty text for anything else."""
     if whole and re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", text):
         return f"; write {text.replace(',', '')}"
     if not whole and re.fullmatch(r"[+-]?\d+,\d+([eE][+-]?\d+)?", text):
@@ -215,7 +215,7 @@ def _quoted(key: str, value: Any) -> str:
 
 
 def _as_list_or_table(key: str, kind: str, given: Any, on_command_line: bool) -> str:
-    """Return how to write the list or table that a plain value was given for."""
+    """Return how to write the list or table where a plain value was given."""
     if key == "data.sources":
         return "is a list of tables: write [[data.sources]] tables in a TOML file, and give it with --config"
     text = str(given).strip().strip("[]{}")
@@ -265,5 +265,5 @@ def of_another_trainer(keys: Iterable[str], file: Path) -> list[str]:
 
 
 def where(file: Path | None) -> str:
-    """Return where settings came from, for the head of a message."""
+    """Return the source of settings, for the start of a message."""
     return f" in {file} and the command line" if file else ""

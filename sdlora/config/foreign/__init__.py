@@ -1,1 +1,1 @@
-"""Settings of other trainers, said in ours; what becomes of each of theirs is accounted for."""
+"""Settings of other trainers, translated into sdlora's, with an account of each one."""

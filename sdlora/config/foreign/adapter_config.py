@@ -11,7 +11,7 @@ _LINEAR = _ATTENTION | {"proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"}
 
 
 def translate(ledger: Ledger) -> None:
-    """Say what PEFT's settings become; a LoRA's only, as sdlora trains no other of its kinds from there."""
+    """Translate PEFT's settings: a LoRA's only, as sdlora trains no other of its kinds from there."""
     kind = ledger.text("peft_type", "LORA").upper()
     kinds = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
     ours = "dora" if kind == "LORA" and ledger.truth("use_dora") else kinds.get(kind)

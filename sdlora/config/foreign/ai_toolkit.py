@@ -63,7 +63,7 @@ def given(document: Mapping[str, Any], process: Mapping[str, Any]) -> dict[str, 
 
 
 def translate(ledger: Ledger, datasets: Sequence[Mapping[str, Any]]) -> None:
-    """Say what a job becomes.
+    """Translate a job.
 
     Args:
         ledger: its settings as :func:`given` returns them.

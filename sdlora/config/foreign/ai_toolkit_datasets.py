@@ -70,7 +70,7 @@ def _source(ledger: Ledger, number: int, dataset: Mapping[str, Any]) -> dict[str
 
 
 def _alike(ledger: Ledger, datasets: Sequence[Mapping[str, Any]]) -> None:
-    """Say what the data sets' ways with images and captions become, which all share here; the first
+    """Translate how the data sets treat images and captions, which is the same for all here: the first
     one's count."""
     for number, dataset in enumerate(datasets, 1):
         for theirs, key, value in (

@@ -13,7 +13,7 @@ _RATE = {"train_dreambooth_lora": 5e-4}
 
 
 def translate(ledger: Ledger, script: str) -> None:
-    """Say what arguments of one of the scripts become.
+    """Translate arguments of one of the scripts.
 
     Args:
         ledger: the arguments by their long names.

@@ -19,7 +19,7 @@ _FOREIGN = "the encoders of other model families"
 
 
 def translate(ledger: Ledger, datasets: Sequence[Mapping[str, Any]] = (), prompts: str | None = None) -> None:
-    """Say what settings of ``train_network.py`` become.
+    """Translate settings of ``train_network.py``.
 
     Args:
         ledger: the settings by their long names, ``network_dim``.

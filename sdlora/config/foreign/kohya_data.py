@@ -30,7 +30,7 @@ def folders(ledger: Ledger) -> None:
 
 
 def captions(ledger: Ledger) -> None:
-    """Say what the settings of captions become (of a command, or of a dataset TOML's general part)."""
+    """Translate the settings of captions (of a command, or of a dataset TOML's general part)."""
     extension = ledger.text("caption_extension") or ledger.text("caption_extention")
     for name in ("caption_extension", "caption_extention"):
         if extension.lstrip(".") in ("txt", "caption", "cap"):
@@ -80,7 +80,7 @@ def captions(ledger: Ledger) -> None:
 
 
 def images(ledger: Ledger) -> None:
-    """Say what the settings of images become."""
+    """Translate the settings of images."""
     sides = numbers(ledger.raw("resolution", []))
     if sides:
         side = round((sides[0] * sides[-1]) ** 0.5) if len(sides) > 1 else round(sides[0])

@@ -91,7 +91,7 @@ def given(general: Mapping[str, Any], sets: Sequence[Mapping[str, Any]]) -> dict
 
 
 def translate(ledger: Ledger, general: Mapping[str, Any], sets: Sequence[Mapping[str, Any]]) -> None:
-    """Say what a dataset TOML becomes: sources, and what all of them share.
+    """Translate a dataset TOML: sources, and what all of them share.
 
     Args:
         ledger: holds :func:`given` of the same tables.
@@ -145,7 +145,7 @@ def _shared(ledger: Ledger, general: Mapping[str, Any], sets: Sequence[Mapping[s
 
 
 def _sizes(ledger: Ledger, general: Mapping[str, Any], sets: Sequence[Mapping[str, Any]]) -> None:
-    """Say what resolutions and batch sizes become; the same folder at two resolutions is a further
+    """Translate resolutions and batch sizes; the same folder at two resolutions is a further
     resolution."""
     sides: list[int] = []
     for table in sets:
@@ -171,7 +171,7 @@ def _sizes(ledger: Ledger, general: Mapping[str, Any], sets: Sequence[Mapping[st
 def _source(
     ledger: Ledger, number: int, count: int, subset: Mapping[str, Any], outer: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return one folder as a source, and say what its options become."""
+    """Return one folder as a source, and translate its options."""
 
     def named(name: str) -> str:
         return f"dataset {number}, subset {count}: {name}"

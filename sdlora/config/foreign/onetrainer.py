@@ -139,7 +139,7 @@ def refuse_others(document: Mapping[str, Any], where: str) -> None:
 def translate(
     ledger: Ledger, concepts: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Say what a training configuration becomes.
+    """Translate a training configuration.
 
     Args:
         ledger: the configuration flat (``unet.learning_rate``), and of each concept ``concept 1: path``.

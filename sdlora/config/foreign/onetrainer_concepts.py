@@ -85,7 +85,7 @@ class _Alike:
         self._image, self._text = (part if isinstance(part, dict) else {} for part in parts)
 
     def tell(self) -> None:
-        """Say what they become."""
+        """Translate them."""
         self._images()
         self._captions()
         for name in self._ledger.names():

@@ -96,7 +96,7 @@ _OPTION = re.compile(r"\s--([a-z]+)\s")
 
 
 def optimizer(ledger: Ledger, name_of: str, args: Any = None, args_name: str = "") -> None:
-    """Say what an optimizer becomes, and its ``name=value`` arguments."""
+    """Translate an optimizer and its ``name=value`` arguments."""
     given = ledger.text(name_of, "adamw")
     plain = given.rpartition(".")[2].lower().replace("-", "_")
     ours = OPTIMIZERS.get(plain)
@@ -120,7 +120,7 @@ def optimizer(ledger: Ledger, name_of: str, args: Any = None, args_name: str = "
 
 
 def optimizer_arguments(ledger: Ledger, args: Any, label: str, ours: str) -> None:
-    """Say what arguments of an optimizer become, one row each."""
+    """Translate arguments of an optimizer, one row each."""
     table = key_values(args) if not isinstance(args, dict) else {k: str(v) for k, v in args.items()}
     keys = {
         "weight_decay": "optimizer.weight_decay",
@@ -150,7 +150,7 @@ def optimizer_arguments(ledger: Ledger, args: Any, label: str, ours: str) -> Non
 
 
 def schedule(ledger: Ledger, name_of: str, default: str = "constant") -> None:
-    """Say what a schedule of the learning rate becomes."""
+    """Translate a schedule of the learning rate."""
     given = ledger.text(name_of, default).lower()
     ours = SCHEDULES.get(given)
     if not ledger.has(name_of):
@@ -167,7 +167,7 @@ def schedule(ledger: Ledger, name_of: str, default: str = "constant") -> None:
 
 
 def precision(ledger: Ledger, name_of: str, key: str) -> None:
-    """Say what a number format becomes."""
+    """Translate a number format."""
     if not ledger.has(name_of):
         return
     given = ledger.text(name_of).lower()
@@ -181,7 +181,7 @@ def precision(ledger: Ledger, name_of: str, key: str) -> None:
 
 
 def sampler(ledger: Ledger, name_of: str) -> None:
-    """Say what a sampler of previews becomes."""
+    """Translate a sampler of previews."""
     if not ledger.has(name_of):
         return
     given = ledger.text(name_of)

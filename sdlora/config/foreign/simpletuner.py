@@ -50,7 +50,7 @@ def given(document: Mapping[str, Any], where: str) -> dict[str, Any]:
 def translate(
     ledger: Ledger, backends: Sequence[Mapping[str, Any]], lycoris: Mapping[str, Any] | None = None
 ) -> None:
-    """Say what SimpleTuner's options become.
+    """Translate SimpleTuner's options.
 
     Args:
         ledger: the options, and of each backend ``backend NAME: repeats``.
@@ -263,7 +263,7 @@ def _objective(ledger: Ledger) -> None:
 
 
 def _validation(ledger: Ledger) -> None:
-    """Say what SimpleTuner's validation becomes, which draws images: previews here."""
+    """Translate SimpleTuner's validation, which draws images, into previews."""
     if ledger.has("validation_prompt"):
         ledger.put(
             "validation_prompt",
