@@ -70,8 +70,8 @@ def _source(ledger: Ledger, number: int, dataset: Mapping[str, Any]) -> dict[str
 
 
 def _alike(ledger: Ledger, datasets: Sequence[Mapping[str, Any]]) -> None:
-    """Translate how the data sets treat images and captions, which is the same for all here: the first
-    one's count."""
+    """Translate how the data sets treat images and captions, which is the same for all here: that
+    of the first one is used."""
     for number, dataset in enumerate(datasets, 1):
         for theirs, key, value in (
             ("caption_dropout_rate", "data.caption_dropout", as_number(dataset.get("caption_dropout_rate"))),

@@ -76,8 +76,8 @@ def _source(ledger: Ledger, number: int, concept: Mapping[str, Any]) -> dict[str
 
 
 class _Alike:
-    """One concept's ways with images and captions, which all folders share here; the first concept's
-    count."""
+    """One concept's ways with images and captions, which all folders share here: those of the first
+    concept are used."""
 
     def __init__(self, ledger: Ledger, number: int, concept: Mapping[str, Any], first: bool) -> None:
         self._ledger, self._label, self._first = ledger, f"concept {number}: ", first
