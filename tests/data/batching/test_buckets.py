@@ -114,6 +114,13 @@ def test_the_order_of_the_buckets_does_not_matter() -> None:
         assert place(height, 700, buckets) == place(height, 700, buckets[::-1])
 
 
+def test_of_two_buckets_equally_near_the_larger_one_is_taken() -> None:
+    for buckets in ([(64, 64), (128, 128)], [(128, 128), (64, 64)]):
+        assert place(100, 100, buckets).bucket == (128, 128)
+    for buckets in ([(64, 128), (128, 256)], [(128, 256), (64, 128)]):
+        assert place(100, 300, buckets).bucket == (128, 256)
+
+
 def test_crop_offsets_are_in_resized_pixels_and_mirrored_by_a_flip() -> None:
     placement = place(1000, 1501, [(512, 512)])
     assert placement == Placement((512, 512), (512, 769), (0, 128))
