@@ -38,7 +38,8 @@ class DirectAdapter:
 
     Args:
         model: the adapter is in it.
-        layers: all that learn; their parameters have a ``grad`` (see :class:`MasterWeights`).
+        layers: all that learn; their parameters have a ``grad``, see
+            :class:`sdlora.training.masters.MasterWeights`.
     """
 
     def __init__(self, model: DiffusionModel, layers: Sequence[TrainedLayer]) -> None:

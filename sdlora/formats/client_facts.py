@@ -20,7 +20,7 @@ class Support:
     """How one client reads a file.
 
     Attributes:
-        client: one of :data:`CLIENTS`.
+        client: one of :data:`sdlora.formats.clients.CLIENTS`.
         full: whether every layer acts, at the right scale.
         reasons: why not.
         hint: another obstacle for its users, if there is one.

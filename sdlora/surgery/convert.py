@@ -78,7 +78,7 @@ def convert_adapter(
         rank: at most this rank in each module that is converted.
         energy: share of each update's sum of squared singular values to keep.
         error: largest relative Frobenius error of each update; instead of ``energy``.
-        drop: kinds of layers that are left out; see :data:`sdlora.formats.dropping.WORDS`.
+        drop: kinds of layers that are left out; see :func:`sdlora.formats.dropping.words`.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
         progress: called after each module.

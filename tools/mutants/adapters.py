@@ -181,14 +181,14 @@ MUTANTS = (
     Mutant(
         "a hook at strength 0 takes part",
         _HOOKS,
-        "if value != 0.0 and name in self.updates",
-        "if name in self.updates",
+        "if value != 0.0 and (name in self.updates",
+        "if (name in self.updates",
         _HOOK_TESTS,
     ),
     Mutant(
         "strengths of hooks are not used",
         _HOOKS,
-        "alpha=strength)",
+        "alpha=self._strengths[name])",
         "alpha=1.0)",
         _HOOK_TESTS,
     ),
@@ -223,8 +223,8 @@ MUTANTS = (
     Mutant(
         "undoing a merge leaves the weights",
         _ATTACH,
-        "base_weight(module_at(self._model, key)).copy_(original)",
-        "base_weight(module_at(self._model, key))",
+        "base_parameter(self._model, key).copy_(original)",
+        "base_parameter(self._model, key)",
         _ATTACH_TESTS,
     ),
     Mutant(
@@ -273,8 +273,8 @@ MUTANTS = (
     Mutant(
         "a module's alpha is not written",
         _WEBUI,
-        "if not (implied and path in pairs and update.rank == 1):",
-        "if False:",
+        "elif kind.stores_alpha and not (implied and path in pairs and update.rank == 1):",
+        "elif False:",
         _NAME_TESTS,
     ),
     Mutant(

@@ -320,8 +320,8 @@ MUTANTS = (
     Mutant(
         "a step's gradient is still there in the next one",
         _MASTERS,
-        "            self._compute.copy_(self.flat.data)\n        self.flat.grad.zero_()\n",
-        "            self._compute.copy_(self.flat.data)\n",
+        "            renew()\n        self.flat.grad.zero_()\n",
+        "            renew()\n",
         _MASTER_TESTS,
     ),
     Mutant(
