@@ -219,10 +219,18 @@ class Config(Section):
 
 def fields() -> Iterator[tuple[str, FieldInfo]]:
     """Yield every setting as (dotted key, pydantic field), in the order of declaration."""
-    for section, info in Config.model_fields.items():
-        assert isinstance(info.annotation, type) and issubclass(info.annotation, Section)
-        for name, field in info.annotation.model_fields.items():
+    for section, kind in sections().items():
+        for name, field in kind.model_fields.items():
             yield f"{section}.{name}", field
+
+
+def sections() -> dict[str, type[Section]]:
+    """Return the sections of the settings by name."""
+    kinds: dict[str, type[Section]] = {}
+    for name, info in Config.model_fields.items():
+        assert isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+        kinds[name] = info.annotation
+    return kinds
 
 
 def choices_of(field: FieldInfo) -> list[str]:

@@ -14,7 +14,7 @@ from ..errors import ConfigError, shown
 from ..files import parse_toml, write_text
 from .advice import explain, nearest, of_another_trainer, toml_problem, where
 from .contradictions import contradictions
-from .schema import Config
+from .schema import Config, sections
 
 MOST_PROBLEMS = 50  # explained at once: each is compared with the names of all settings
 
@@ -70,9 +70,10 @@ def read_value(key: str, text: str) -> Any:
     """
     section, name = key.split(".")
     try:
-        return Config.model_validate({section: {name: text}}).get(key)
+        return getattr(sections()[section].model_validate({name: text}), name)
     except ValidationError as error:
-        raise ConfigError("; ".join(explain(dict(item), {}) for item in error.errors())) from None
+        problems = [{**item, "loc": (section, *item["loc"])} for item in error.errors()]
+        raise ConfigError("; ".join(explain(problem, {}) for problem in problems)) from None
 
 
 def save_config(config: Config, file: Path) -> None:

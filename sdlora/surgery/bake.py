@@ -7,7 +7,6 @@ subtracts, which restores the weights to within the two roundings, not bit for b
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -24,19 +23,16 @@ from ..adapters.kinds.table import title_of
 from ..adapters.strength import Strength
 from ..errors import AdapterFileError, ConfigError, ModelError, OutputError
 from ..families.facts import is_text_encoder
-from ..files import parse_json, refuse_bad_names, replacing, size_text
+from ..files import refuse_bad_names, replacing, size_text
 from ..formats import adapter_files, dropping
 from ..tensor_file import DTYPE_NAMES, Header
+from .baked import baked_adapters, baked_records, entries_after
 from .checkpoints import Checkpoint, Site, open_checkpoint, variant_of, wide_dtype
 from .report import ModuleChange, SurgeryReport, relative, sorted_changes
 from .rewriting import Scratch, rewrite
-from .sources import Progress, fingerprints, refuse_source, silent
-from .strengths import ModuleStrength, check_blocks, component_strengths
+from .sources import Progress, refuse_source, silent
+from .strengths import ModuleStrength, check_blocks
 
-RECORD = "sdlora.baked"
-"""Header entry that lists what was baked in, as JSON."""
-_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-"""Entries that hold the hash of the data, which changes."""
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".pb", ".h5")
 
 
@@ -134,7 +130,7 @@ def bake_checkpoint(
         _plan(model, path, adapter, strength, sign, baking)
     if not baking.terms:
         raise ConfigError("every strength is 0, so the result would equal the input; give another strength")
-    records = _records(adapters, factors)
+    records = baked_records(adapters, factors)
     notes = _notes(model, records, inverse) + _untouched(adapters, opened)
     files = (
         [_bake_file(model, output, baking, records, inverse, progress)]
@@ -156,17 +152,6 @@ def _untouched(adapters: Sequence[tuple[Path, Strength]], opened: Sequence[Adapt
     """Return notes on what in the adapters' files changes no weight."""
     pairs = zip(adapters, opened, strict=True)
     return [note for (path, _), adapter in pairs for note in dropping.untouched(path, adapter)]
-
-
-def _records(
-    adapters: Sequence[tuple[Path, Strength]], blocks: Sequence[Mapping[str, float]]
-) -> list[dict[str, Any]]:
-    """Return what was baked in, for the header: by file names and hashes, without the user's folders."""
-    prints = fingerprints([path for path, _ in adapters])
-    return [
-        {**fingerprint, "strength": component_strengths(strength), **({"blocks": dict(b)} if b else {})}
-        for fingerprint, (_, strength), b in zip(prints, adapters, blocks, strict=True)
-    ]
 
 
 def _plan(
@@ -323,41 +308,6 @@ def _rewrite(
         lambda key, stored: baking.change(header, key, stored),
         counter.advance,
     )
-
-
-def entries_after(
-    metadata: Mapping[str, str], records: Sequence[Mapping[str, Any]], inverse: bool
-) -> dict[str, str]:
-    """Return a checkpoint's header entries after baking: all but stale hashes, and what was done."""
-    entries = {key: value for key, value in metadata.items() if key not in _STALE}
-    baked = baked_adapters(metadata)
-    names = [part.strip() for part in entries.get("modelspec.merged_from", "").split(",") if part.strip()]
-    for record in records:
-        name = Path(record["file"]).stem
-        if inverse and record in baked:
-            baked.remove(dict(record))
-            if name in names:
-                names.remove(name)
-        else:
-            baked.append({**record, **({"inverse": True} if inverse else {})})
-            if not inverse:
-                names.append(name)
-    entries.pop("modelspec.merged_from", None)
-    entries.pop(RECORD, None)
-    if names:
-        entries["modelspec.merged_from"] = ", ".join(names)
-    if baked:
-        entries[RECORD] = json.dumps(baked, ensure_ascii=False, separators=(",", ":"))
-    return entries
-
-
-def baked_adapters(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the adapters that were baked in, according to a checkpoint's header."""
-    try:
-        tree = parse_json(metadata.get(RECORD, "[]"), finite=False)
-    except ValueError:
-        return []
-    return [record for record in tree if isinstance(record, dict)] if isinstance(tree, list) else []
 
 
 def _notes(model: Checkpoint, records: Sequence[Mapping[str, Any]], inverse: bool) -> list[str]:

@@ -11,18 +11,13 @@ from __future__ import annotations
 
 import functools
 import json
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as functional
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from ..adapters.attach import create_adapter
 from ..adapters.trainable_layers import attach_for_training
@@ -34,6 +29,7 @@ from ..families.base import DiffusionModel, SizeHint
 from ..families.facts import AUTOENCODER
 from ..files import size_text
 from ..generation.render import most_at_once
+from .memory_count import counting_memory, fused_attention
 from .optimizers import optimizer_kind
 
 _TOLERANCE = 0.85  # the count may be 15 % too high; with less free than this share of it, a run cannot fit
@@ -282,7 +278,7 @@ def _encoding_bytes(model: DiffusionModel, config: Config) -> int:
     vae: Any = model.components()[AUTOENCODER]
     rows = images_at_once(torch.device(config.training.device or "cpu"), side, side)
     pixels = torch.empty((rows, 3, side, side), device="meta", dtype=vae.dtype)
-    with _fused_attention(), counting_memory() as memory:
+    with fused_attention(), counting_memory() as memory:
         posterior = vae.encode(pixels).latent_dist
         posterior.mean.float()
         del posterior
@@ -297,7 +293,7 @@ def _forward_bytes(model: DiffusionModel, side: int, rows: int) -> int:
     shape = (rows, *model.facts.latents.shape(side, side))
     latents, timesteps = torch.empty(shape, device="meta"), torch.zeros(rows, dtype=torch.long, device="meta")
     text = model.encode_text([""] * rows)
-    with _fused_attention(), counting_memory() as memory:
+    with fused_attention(), counting_memory() as memory:
         model.predict(latents, timesteps, text, [SizeHint((side, side), (0, 0), (side, side))] * rows)
     return memory.peak + sum(tensor.numel() * tensor.element_size() for tensor in (latents, *text.values()))
 
@@ -310,7 +306,7 @@ def _preview_bytes(model: DiffusionModel, config: Config, visiting: int) -> int:
     count, guided = _preview(config)
     rows = min(count, most_at_once(model, side, side)) * (2 if guided else 1)
     latents = torch.empty((1, *model.facts.latents.shape(side, side)), device="meta")
-    with _fused_attention(), counting_memory() as memory:
+    with fused_attention(), counting_memory() as memory:
         model.decode_latents(latents)
     return max(_forward_bytes(model, side, rows), visiting + memory.peak)
 
@@ -338,7 +334,7 @@ def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
     sizes = [SizeHint((side, side), (0, 0), (side, side))] * rows
     captions = [""] * rows  # one chunk of tokens, like nearly all captions
     latents, timesteps = torch.empty(shape, device=device), torch.zeros(rows, dtype=torch.long, device=device)
-    with _fused_attention(), torch.enable_grad():
+    with fused_attention(), torch.enable_grad():
         with torch.set_grad_enabled(adapts_text):
             text = None if adapts_text else model.encode_text(captions)
         with counting_memory() as memory:
@@ -359,79 +355,3 @@ def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
         if p.grad is not None
     )
     return max(0, memory.peak - gradients)
-
-
-@dataclass
-class MemoryCount:
-    """How many bytes of the tensors made while counting are alive, and the largest such amount so far."""
-
-    alive: int = 0
-    peak: int = 0
-    _known: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-
-    def see(self, tensor: Tensor) -> None:
-        """Count the memory of a tensor, unless it was counted already, and later its release."""
-        storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._release, size)
-
-    def _release(self, size: int) -> None:
-        self.alive -= size
-
-
-@contextmanager
-def counting_memory() -> Iterator[MemoryCount]:
-    """Count all memory that operations allocate for their results inside."""
-    count = MemoryCount()
-    with _Counting(count):
-        yield count
-
-
-class _Counting(TorchDispatchMode):
-    def __init__(self, count: MemoryCount) -> None:
-        super().__init__()
-        self._count = count
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        given = {
-            id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        }
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
-                self._count.see(leaf)
-        return out
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Keep fused attention one kernel on the meta device, where torch would unfold it.
-
-    The function is replaced for this time, not intercepted by a dispatch mode: gradient checkpointing calls
-    it again in the backward pass, where modes do not reach. Calls on other devices pass through.
-    """
-    original = functional.scaled_dot_product_attention
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-        if not query.is_meta:
-            return original(query, key, value, *rest, **options)
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out: Tensor = fused(query, key, value, 0.0, bool(options.get("is_causal", False)))[0]
-        return out
-
-    functional.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = original

@@ -22,11 +22,11 @@ from sdlora.families.loading import load_model
 from sdlora.training.masters import MasterWeights
 from sdlora.training.memory import (
     MemoryPlan,
-    counting_memory,
     free_memory,
     plan_memory,
     refuse_what_cannot_fit,
 )
+from sdlora.training.memory_count import counting_memory
 from tools.measure_step import measure_memory, most_allocated
 from tools.measure_step import settings as run_settings
 

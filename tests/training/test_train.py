@@ -52,29 +52,16 @@ FAST = (
     "data.validation=0",
     "sample.prompts=[]",
     "training.device=cpu",
+    "training.precision=fp32",
 )
 
 
 @pytest.fixture
-def settings(tiny_base: Path, image_folder: Make, tmp_path: Path) -> Callable[..., Config]:
+def settings(run_settings: Callable[..., Config], image_folder: Make) -> Callable[..., Config]:
     folder = image_folder()
 
     def make(run: str, *overrides: str, **values: Any) -> Config:
-        chosen = {override.partition("=")[0] for override in overrides}
-        defaults = [text for text in FAST if text.partition("=")[0] not in chosen]
-        if not any(key in chosen for key in ("training.precision",)):
-            defaults.append("training.precision=fp32")
-        return load_config(
-            None,
-            [*defaults, *overrides],
-            {
-                "data.folder": folder,
-                "model.base": str(tiny_base),
-                "output.folder": tmp_path / run,
-                "data.cache_folder": tmp_path / "cache",
-                **values,
-            },
-        )
+        return run_settings(run, FAST, overrides, {"data.folder": folder, **values})
 
     return make
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from sdlora.adapters.attach import adapters_disabled
 from sdlora.config.schema import Config
-from sdlora.config.toml import load_config
 from sdlora.data.batching.batches import generator_for, make_batch
 from sdlora.data.batching.cache import to_pixels
 from sdlora.data.reading.image_files import load_pixels
@@ -43,23 +42,11 @@ FAST = (
 
 
 @pytest.fixture
-def settings(tiny_base: Path, image_folder: Make, tmp_path: Path) -> Callable[..., Config]:
+def settings(run_settings: Callable[..., Config], image_folder: Make) -> Callable[..., Config]:
     folder = image_folder()
 
     def make(run: str, *overrides: str, **values: Any) -> Config:
-        chosen = {override.partition("=")[0] for override in overrides}
-        defaults = [text for text in FAST if text.partition("=")[0] not in chosen]
-        return load_config(
-            None,
-            [*defaults, *overrides],
-            {
-                "data.folder": folder,
-                "model.base": str(tiny_base),
-                "output.folder": tmp_path / run,
-                "data.cache_folder": tmp_path / "cache",
-                **values,
-            },
-        )
+        return run_settings(run, FAST, overrides, {"data.folder": folder, **values})
 
     return make
 

@@ -35,24 +35,20 @@ Settings = Callable[..., Config]
 CPU = torch.device("cpu")
 
 
+USUAL = (
+    *("training.batch_size=2", "data.validation=0", "sample.prompts=[]", "training.device=cpu"),
+    *("training.precision=fp32", "training.steps=3", "data.resolution=32"),
+)
+
+
 @pytest.fixture
-def settings(tiny_base: Path, image_folder: Callable[..., Path], tmp_path: Path) -> Settings:
+def settings(run_settings: Callable[..., Config], image_folder: Callable[..., Path]) -> Settings:
     folder = image_folder(4)
 
     def make(run: str, *overrides: str) -> Config:
-        fixed = ("training.batch_size=2", "data.validation=0", "sample.prompts=[]", "training.device=cpu")
-        usual = ("adapter.rank=2", "training.precision=fp32", "training.steps=3", "data.resolution=32")
-        given = {text.partition("=")[0] for text in overrides}
-        left = [text for text in usual if text.partition("=")[0] not in given]
-        if any(text.startswith("adapter.from_file") for text in overrides):
-            left = [text for text in left if text != "adapter.rank=2"]
-        places = {
-            "data.folder": folder,
-            "model.base": str(tiny_base),
-            "output.folder": tmp_path / run,
-            "data.cache_folder": tmp_path / "cache",
-        }
-        return load_config(None, [*fixed, *left, *overrides], places)
+        from_file = any(text.startswith("adapter.from_file") for text in overrides)  # has its rank
+        usual = USUAL if from_file else (*USUAL, "adapter.rank=2")
+        return run_settings(run, usual, overrides, {"data.folder": folder})
 
     return make
 

@@ -26,13 +26,13 @@ from .kind import (
     require_parts,
     take_over_factors,
 )
-from .lycoris import merged_core, renamed, with_kernel
+from .lycoris import NamedFactors, merged_core, with_kernel
 
 _PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
 
 @dataclass(frozen=True)
-class LoHa(Update):
+class LoHa(NamedFactors):
     """``alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b)``, the middle product element by element.
 
     Attributes:
@@ -44,6 +44,7 @@ class LoHa(Update):
     """
 
     kind: ClassVar[str] = "loha"
+    parts: ClassVar[tuple[str, ...]] = _PARTS
 
     w1_a: Tensor
     w1_b: Tensor
@@ -96,22 +97,6 @@ class LoHa(Update):
         # dW = alpha / rank * (a1 @ b1) * (a2 @ b2), element by element: both (out, in * kh * kw)
         product = (a1 @ b1) * (a2 @ b2) * self.scale
         return product.reshape(self.shape if weight is None else weight.shape)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the four factors, and the cores if there are any."""
-        factors = {
-            "hada_w1_a": self.w1_a,
-            "hada_w1_b": self.w1_b,
-            "hada_w2_a": self.w2_a,
-            "hada_w2_b": self.w2_b,
-            "hada_t1": self.t1,
-            "hada_t2": self.t2,
-        }
-        return {name: tensor for name, tensor in factors.items() if tensor is not None}
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LoHa:
-        """Return it with other factors."""
-        return replace(self, **renamed(self, tensors))
 
     def factors(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         """Return the row-wise Khatri-Rao products: a LoHa of rank r is exactly a LoRA of rank r * r."""

@@ -27,7 +27,7 @@ from .kind import (
     require_parts,
     take_over_factors,
 )
-from .lycoris import merged_core, renamed, uniform, with_kernel
+from .lycoris import NamedFactors, merged_core, uniform, with_kernel
 
 _PARTS = (
     *("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
@@ -36,7 +36,7 @@ _PARTS = (
 
 
 @dataclass(frozen=True)
-class LoKr(Update):
+class LoKr(NamedFactors):
     """``scale * kron(w1, w2)``, each of the two full or the product of two factors.
 
     The scale is alpha / rank, the rank being that of the decomposed factor (of ``w2`` if both are); where
@@ -53,6 +53,7 @@ class LoKr(Update):
     """
 
     kind: ClassVar[str] = "lokr"
+    parts: ClassVar[tuple[str, ...]] = _PARTS
 
     w1: Tensor | None
     w2: Tensor | None
@@ -139,23 +140,6 @@ class LoKr(Update):
         return (torch.kron(first, second) * self.scale).reshape(
             self.shape if weight is None else weight.shape
         )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the factors that are there."""
-        factors = {
-            "lokr_w1": self.w1,
-            "lokr_w1_a": self.w1_a,
-            "lokr_w1_b": self.w1_b,
-            "lokr_w2": self.w2,
-            "lokr_w2_a": self.w2_a,
-            "lokr_w2_b": self.w2_b,
-            "lokr_t2": self.t2,
-        }
-        return {name: tensor for name, tensor in factors.items() if tensor is not None}
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> LoKr:
-        """Return it with other factors."""
-        return replace(self, **renamed(self, tensors))
 
     def factors(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         """Return the Kronecker products of the two sides' factors: of rank(w1) * rank(w2)."""
