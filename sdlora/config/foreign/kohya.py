@@ -15,7 +15,6 @@ from .ledger import OWN_WAY, Ledger, is_off, key_values, numbers
 from .shared import optimizer, precision, prompt_lines, sampler, schedule
 
 OTHER_MODELS = ("flux", "sd3", "lumina", "hunyuan", "anima", "chroma")
-_FOREIGN = "the encoders of other model families"
 
 
 def translate(ledger: Ledger, datasets: Sequence[Mapping[str, Any]] = (), prompts: str | None = None) -> None:

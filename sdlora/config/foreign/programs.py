@@ -30,7 +30,6 @@ from .texts import command_words, flags, flattened, line_of, read_table, read_te
 
 _KEY = re.compile(r"`([a-z]+\.[a-z0-9_]+)")
 _LORA_SCRIPTS = ("train_text_to_image_lora", "train_dreambooth_lora")
-_KOHYA_SCRIPTS = ("train_network", "sdxl_train_network")
 _DATASET_FLAGS = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}
 
 
