@@ -267,7 +267,7 @@ def test_peft_refuses_lycoris_factors_that_its_settings_cannot_make(tmp_path: Pa
             ModuleKey("unet", "mid_block.resnets.0.conv2"): loha((8, 12, 3, 3), core=True),
         },
         "first factor decomposed": {KEY: lokr((8, 12), form="both")},
-        "split otherwise": {KEY: lokr((8, 12), (4, 3))},
+        "is not split as PEFT would": {KEY: lokr((8, 12), (4, 3))},
         "keeps the whole factor": {KEY: lokr((8, 12), (2, 3), rank=3)},
     }
     for reason, updates in refused.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -14,6 +14,7 @@ from ..canonical import Update
 from .kind import Kernel
 
 
+@dataclass(frozen=True)
 class NamedFactors(Update):
     """An update, as a frozen dataclass, whose factors in files are its attributes behind a prefix.
 
