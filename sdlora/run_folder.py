@@ -67,6 +67,11 @@ class RunFolder:
         """Held, by the operating system, by the process that trains here."""
         return self.path / LOCK
 
+    @property
+    def trackers(self) -> Path:
+        """The folder of TensorBoard's and W&B's own files."""
+        return self.path / "trackers"
+
     def exists(self) -> bool:
         """Return whether a run has begun here: its settings are written."""
         return self.config_file.is_file()

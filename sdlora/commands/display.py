@@ -91,7 +91,9 @@ class TrainingDisplay:
             case StepDone():
                 self._step(event)
             case Validated():
-                self._say(f"step {event.step}: loss {event.loss:.4f} on {event.num_images} held-out images")
+                learned = "" if event.learned_loss is None else f" (as learned {event.learned_loss:.4f})"
+                what = f"loss {event.loss:.4f}{learned} on {event.num_images} held-out images"
+                self._say(f"step {event.step}: {what}")
             case Sampled():
                 self._say(f"step {event.step}: previews in {event.grid}")
             case CheckpointSaved():
@@ -111,6 +113,8 @@ class TrainingDisplay:
 
     def _step(self, event: StepDone) -> None:
         note = f"loss {event.loss:.4f}  {event.images_per_second:.1f} images/s"
+        if event.found_rate is not None:
+            note += f"  d {event.found_rate:.2e}"
         self._advance("training", event.step, event.steps, note)
         every = max(1, event.steps // 20)
         if not self._live and (event.step % every == 0 or event.step == event.steps):

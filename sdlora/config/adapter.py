@@ -77,6 +77,12 @@ class AdapterConfig(Section):
     """Continue from this adapter file: its layers, ranks and alphas are taken."""
     dropout: Dropout = 0.0
     """Share of the adapter's inputs set to zero in training."""
+    rank_dropout: Dropout = 0.0
+    """Share of the ranks left out in training, drawn for each image and layer of the U-Net, so that no rank
+    relies on another one; 0.1 to 0.3 against learning few images by heart."""
+    module_dropout: Dropout = 0.0
+    """Share of the layers whose whole update is left out in training, drawn for each image, in the U-Net;
+    0.1 against an adapter that works only in one piece."""
     text_encoder: bool = False
     """Also adapt the text encoder (of SDXL: both, unless `adapter.text_encoder_2` says otherwise)."""
     text_encoder_rank: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -160,7 +160,7 @@ def _message(key: str, item: Mapping[str, Any], value: Any, on_command_line: boo
     if on_command_line and value == "":
         return "is empty; give a value, or leave it out"
     if kind == "literal_error":
-        choices = choices_of(dict(fields())[key])
+        choices = choices_of(dict(fields())[key.partition("[")[0]])
         close = difflib.get_close_matches(_brief(given)[:_LONGEST_NAME], choices, 1)
         return "must be one of " + ", ".join(choices) + (f" (did you mean {close[0]}?)" if close else "")
     if kind in ("tuple_type", "dict_type"):

@@ -8,8 +8,8 @@ from pathlib import Path
 from .adapter import PART_KEYS
 from .data import DataConfig
 from .kinds import KIND_RULES
-from .schema import USUAL_SCHEDULE, Config, OptimizerConfig
-from .section import OnlyFor
+from .schema import USUAL_SCHEDULE, Config, OptimizerConfig, TrainingConfig
+from .section import OnlyFor, Section
 
 
 def contradictions(config: Config) -> list[str]:
@@ -27,10 +27,15 @@ def contradictions(config: Config) -> list[str]:
     if config.model.zero_terminal_snr and config.model.prediction_type == "epsilon":
         problems.append("`model.zero_terminal_snr=true` needs `model.prediction_type=v_prediction`")
     problems += [*_about_adapter(config), *_about_optimizer(config.optimizer)]
+    problems += [*_about_objective(config.training), *_about_limits(config)]
     if config.sample.prompts == ():
         for name in ("every", "guidance"):
             if getattr(config.sample, name) is not None:
                 problems.append(f"`sample.{name}` has no effect with `sample.prompts=[]`")
+    if "wandb" not in config.output.trackers:
+        for name in ("tracker_project", "wandb_mode"):
+            if getattr(config.output, name) != type(config.output).model_fields[name].default:
+                problems.append(f'`output.{name}` has no effect without `output.trackers=["wandb"]`')
     if config.data.validation == 0 and config.training.validate_every is not None:
         problems.append("`training.validate_every` has no effect with `data.validation=0`")
     problems += _about_data(config.data)
@@ -107,17 +112,71 @@ def _by_start(config: Config) -> Iterator[str]:
 
 
 def _about_optimizer(settings: OptimizerConfig) -> Iterator[str]:
-    """Yield the settings that the chosen optimizer does not have."""
+    """Yield what the optimizer, its schedule and its limits do not go together with."""
+    yield from _foreign("optimizer", settings)
+    if settings.name == "adamw_schedulefree" and settings.schedule not in (None, "constant"):
+        yield (
+            f"`optimizer.schedule={settings.schedule}` works against `optimizer.name=adamw_schedulefree`, "
+            "whose average takes a schedule's place; leave optimizer.schedule out, or set it to constant"
+        )
+    if settings.schedule == "constant" and settings.schedule_floor > 0:
+        yield "`optimizer.schedule_floor` has no effect with `optimizer.schedule=constant`, which never falls"
+    if settings.warmup_steps is not None and settings.warmup_share is not None:
+        yield "`optimizer.warmup_steps` and `optimizer.warmup_share` both fix the warm-up: give one of them"
+
+
+def _foreign(section: str, settings: Section) -> Iterator[str]:
+    """Yield the settings of a section that the choice beside them has no use for."""
     for name, field in type(settings).model_fields.items():
         for mark in field.metadata:
             foreign = isinstance(mark, OnlyFor) and getattr(settings, mark.of) not in mark.names
             if foreign and getattr(settings, name) != field.default:  # a saved run names all of them
                 chosen = getattr(settings, mark.of) or USUAL_SCHEDULE
-                yield f"`optimizer.{name}` has no effect with `optimizer.{mark.of}={chosen}`"
-    if settings.schedule == "constant" and settings.schedule_floor > 0:
-        yield "`optimizer.schedule_floor` has no effect with `optimizer.schedule=constant`, which never falls"
-    if settings.warmup_steps is not None and settings.warmup_share is not None:
-        yield "`optimizer.warmup_steps` and `optimizer.warmup_share` both fix the warm-up: give one of them"
+                yield f"`{section}.{name}` has no effect with `{section}.{mark.of}={chosen}`"
+
+
+def _about_objective(settings: TrainingConfig) -> Iterator[str]:
+    """Yield what loss, weights, timesteps and noise do not go together with."""
+    yield from _foreign("training", settings)
+    if settings.loss_weighting == "soft_min_snr" and settings.min_snr_gamma == 0:
+        yield "`training.loss_weighting=soft_min_snr` has no effect with `training.min_snr_gamma=0`"
+    if settings.min_timestep >= settings.max_timestep:
+        yield (
+            f"`training.min_timestep={settings.min_timestep}` must be below "
+            f"`training.max_timestep={settings.max_timestep}`, or no timestep is left"
+        )
+    if settings.multires_noise_iterations > 0 and settings.noise_offset > 0:
+        yield (
+            "`training.noise_offset` and `training.multires_noise_iterations` both change the noise at large "
+            "scale: use one of them"
+        )
+    if settings.multires_noise_iterations == 0 and settings.multires_noise_discount != 0.3:
+        yield "`training.multires_noise_discount` has no effect with `training.multires_noise_iterations=0`"
+
+
+def _about_limits(config: Config) -> Iterator[str]:
+    """Yield where dropout of ranks, the limit of updates and the end of text encoders cannot work."""
+    adapter, optimizer = config.adapter, config.optimizer
+    for key in ("rank_dropout", "module_dropout"):
+        if getattr(adapter, key) > 0 and adapter.kind != "lora":
+            yield f"`adapter.{key}` works between the two factors of a plain LoRA, which {adapter.kind} lacks"
+        if getattr(adapter, key) > 0 and adapter.init in ("pissa", "olora"):
+            yield f"`adapter.{key}` would leave out what `adapter.init={adapter.init}` subtracts again"
+    if optimizer.max_update_norm is not None:
+        given = f"`optimizer.max_update_norm={optimizer.max_update_norm:g}`"
+        if adapter.kind != "lora":
+            yield f"{given} scales the two factors of a plain LoRA, which {adapter.kind} does not have"
+        if adapter.init in ("pissa", "olora"):
+            yield f"{given} cannot be with `adapter.init={adapter.init}`, which starts from large factors"
+        if optimizer.name == "adamw_schedulefree":
+            yield f"{given} cannot be with `optimizer.name=adamw_schedulefree`, which keeps values of its own"
+    if optimizer.name == "adamw_schedulefree" and config.training.average != "none":
+        yield (
+            f"`training.average={config.training.average}` cannot be with "
+            "`optimizer.name=adamw_schedulefree`, whose weights are an average already"
+        )
+    if optimizer.text_encoder_until < 1 and not adapter.adapts_text:
+        yield "`optimizer.text_encoder_until` has no effect without `adapter.text_encoder=true`"
 
 
 def _about_data(data: DataConfig) -> Iterator[str]:

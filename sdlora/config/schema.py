@@ -33,12 +33,21 @@ from .section import (
     Section,
 )
 
-OptimizerName = Literal["adamw"]
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "adamw_schedulefree", "came"]
 Schedule = Literal[
     "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "rex", "inverse_sqrt"
 ]
 USUAL_SCHEDULE: Schedule = "cosine"
 """The schedule if the user gives none and the optimizer needs no other."""
+AverageOfWeights = Literal["none", "ema", "tail"]
+AverageViews = Literal["both", "average"]
+ExportedWeights = Literal["average", "learned"]
+Loss = Literal["l2", "huber", "smooth_l1"]
+HuberSchedule = Literal["snr", "exponential", "constant"]
+LossWeighting = Literal["min_snr", "soft_min_snr", "debiased"]
+TimestepDistribution = Literal["uniform", "logit_normal", "low_noise", "high_noise"]
+TrackerName = Literal["tensorboard", "wandb"]
+WandbMode = Literal["offline", "online"]
 SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
 PredictionType = Literal["epsilon", "v_prediction"]
 AttentionName = Literal["auto", "sdpa", "xformers"]
@@ -63,21 +72,29 @@ class ModelConfig(Section):
     """Use the n-th last layer of the CLIP text encoder (1 = the last, as the base was trained); SD1 only."""
 
 
+_ADAMS = ("adamw", "adamw8bit", "adamw_schedulefree")
+
+
 class OptimizerConfig(Section):
     """How the adapter's weights follow the gradient."""
 
     name: OptimizerName = "adamw"
-    """The optimizer."""
+    """What makes steps of gradients: `adamw`, the usual one; `adamw8bit` in a quarter of its memory;
+    `adafactor` in next to none; `lion`, half its memory at a third of the rate; `prodigy`, which finds the
+    rate itself, one for all components; `adamw_schedulefree`, which needs no schedule, so that a run can end
+    at any step; `came`, in half its memory, for large batches. docs/training.md compares them."""
     learning_rate: PositiveFloat | None = None
-    """Peak learning rate of the U-Net's adapter."""
+    """Peak learning rate of the U-Net's adapter; for `prodigy` a factor on what it finds, usually 1."""
     text_encoder_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the text encoder's adapter; a fifth of the U-Net's when left open."""
     text_encoder_2_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the second text encoder's adapter; as the first one's when left open."""
-    betas: Annotated[tuple[Dropout, Dropout], OnlyFor(("adamw",))] = (0.9, 0.99)
-    """Decay rates of AdamW's running mean and variance."""
-    epsilon: Annotated[PositiveFloat, OnlyFor(("adamw",))] = 1e-8
+    betas: Annotated[tuple[Dropout, Dropout], OnlyFor((*_ADAMS, "lion"))] = (0.9, 0.99)
+    """Decay rates of AdamW's running mean and variance, or of Lion's two means."""
+    epsilon: Annotated[PositiveFloat, OnlyFor(_ADAMS)] = 1e-8
     """AdamW's guard against division by zero."""
+    d_coef: Annotated[PositiveFloat, OnlyFor(("prodigy",))] = 1.0
+    """Factor on Prodigy's estimate of the rate: 2 if it learns too little, 0.5 if too much."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
     schedule: Schedule | None = None
@@ -104,6 +121,13 @@ class OptimizerConfig(Section):
     """Share of the run's steps over which the learning rate rises, instead of `warmup_steps`."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients longer than this are shortened to it; 0 switches clipping off."""
+
+    max_update_norm: PositiveFloat | None = None
+    """Longest that the update of a layer may become (Frobenius norm; kohya's `scale_weight_norms`): it is
+    scaled back after each step, against single layers that burn. 1 is usual; no limit when left open."""
+    text_encoder_until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the run after which text encoders learn no more; 0.3 to 0.5 guards words against being
+    forgotten."""
 
     def warmup(self, steps: int) -> int:
         """Return the number of warm-up steps in a run of ``steps``; the settings must be final."""
@@ -132,10 +156,48 @@ class TrainingConfig(Section):
     """`cpu`, `cuda`, `cuda:1`, `mps`; the fastest one present when left open."""
     attention: AttentionName = "auto"
     """How attention is computed: torch's own (`sdpa`), `xformers`, or the fastest one here (`auto`)."""
-    min_snr_gamma: NonNegativeFloat = 5.0
-    """Limit of the signal-to-noise weight (Hang et al. 2023); 0 gives all timesteps the same weight."""
+    loss: Loss = "l2"
+    """How an error counts: squared (`l2`), or less where it is large, so that odd images pull less (`huber`,
+    `smooth_l1`; Khrapov et al. 2024)."""
+    huber_c: Annotated[PositiveFloat, OnlyFor(("huber", "smooth_l1"), "loss")] = 0.1
+    """Size of the errors that count as large, at the noisiest timestep; smaller is more robust."""
+    huber_schedule: Annotated[HuberSchedule, OnlyFor(("huber", "smooth_l1"), "loss")] = "snr"
+    """Where that size goes from 1, for little noise, to `huber_c`: with the signal-to-noise ratio (`snr`),
+    with the timestep (`exponential`), or it is `constant`."""
+    loss_weighting: LossWeighting = "min_snr"
+    """How timesteps count: `min_snr` (Hang et al. 2023), the same without a corner (`soft_min_snr`; Crowson
+    et al. 2024), or `debiased` (Yu et al. 2023), which stresses much noise, so shapes and colours."""
+    min_snr_gamma: Annotated[NonNegativeFloat, OnlyFor(("min_snr", "soft_min_snr"), "loss_weighting")] = 5.0
+    """Limit of the signal-to-noise weight (Hang et al. 2023); 0 weighs all timesteps alike."""
+    timestep_distribution: TimestepDistribution = "uniform"
+    """Which timesteps are trained most: all alike (`uniform`), those in the middle (`logit_normal`; Esser et
+    al. 2024), with much noise (`high_noise`, for composition), or with little (`low_noise`, for texture)."""
+    min_timestep: Annotated[int, Field(ge=0, le=999)] = 0
+    """Least noise that is trained on, in thousandths of the base's timesteps."""
+    max_timestep: Annotated[int, Field(ge=1, le=1000)] = 1000
+    """Where the trained timesteps end, in thousandths; 1000 is all of them."""
     noise_offset: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Size of a constant added per channel to the noise, which helps very dark or bright styles."""
+    multires_noise_iterations: Annotated[int, Field(ge=0, le=10)] = 0
+    """Levels of coarser noise added to the noise (Whitaker 2023), for dark, bright and large-scale styles;
+    6 is usual, 0 adds none."""
+    multires_noise_discount: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of each coarser level in the level before it; 0.1 is little, 0.8 much."""
+    input_perturbation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of further noise in the denoiser's input alone (Ning et al. 2023), against the errors that add
+    up in drawing; 0.1 is usual."""
+    average: AverageOfWeights = "none"
+    """Whether an average of the adapter over the steps is kept, which is often calmer than where the steps
+    end: one that forgets (`ema`), or that of the last steps, all alike (`tail`)."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1), OnlyFor(("ema",), "average")] = 0.99
+    """Share of the `ema` average that stays at each step; 0.99 looks back over about 100 steps. The first
+    steps count more, as (1 + step) / (10 + step) is smaller then."""
+    average_share: Annotated[float, Field(gt=0, le=1), OnlyFor(("tail",), "average")] = 0.25
+    """Last share of the run that the `tail` average goes over; before it, the weights are as learned."""
+    average_views: Annotated[AverageViews, OnlyFor(("ema", "tail"), "average")] = "both"
+    """Whether validation and previews show the weights as learned, too (`both`), or the `average` alone."""
+    export_weights: Annotated[ExportedWeights, OnlyFor(("ema", "tail"), "average")] = "average"
+    """Which weights go into the adapter file and the checkpoints' adapters: `average`, or as `learned`."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, but takes far less memory."""
     fast: Annotated[str, Field(pattern=r"^(auto|off|[a-z]+(, *[a-z]+)*)$")] = "auto"
@@ -181,6 +243,14 @@ class OutputConfig(Section):
     """Free text stored in the adapter file."""
     license: str = ""
     """Licence of the adapter, stored in the file."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Programs that follow the run, as `["tensorboard"]`: TensorBoard (`tensorboard --logdir RUN/trackers`),
+    Weights & Biases (`wandb`); losses, rates, gradient norm, validation, previews, memory and speed."""
+    tracker_project: Annotated[str, Field(min_length=1, max_length=100)] = "sdlora"
+    """Project that W&B files the run under."""
+    wandb_mode: WandbMode = "offline"
+    """Whether W&B keeps the run in its folder (`offline`; `wandb sync` sends it later) or sends it while
+    training (`online`, after `wandb login`)."""
     private: bool = False
     """Keep folder names, captions, tags, prompts and file names out of the adapter file and its card."""
 

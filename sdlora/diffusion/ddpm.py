@@ -17,6 +17,7 @@ from torch import Tensor
 from .prediction import PREDICTIONS, Prediction
 from .process import Corrupted, MakeScheduler
 from .samplers import SAMPLERS
+from .weighting import loss_weights
 
 MOST_STEPS = 100_000
 
@@ -123,15 +124,8 @@ class DDPM:
         return (alpha_bar / (1.0 - alpha_bar)).float().to(timesteps.device)
 
     def loss_weights(self, timesteps: Tensor, min_snr_gamma: float) -> Tensor:
-        """Return the weight (B,) of each image's loss; all ones for gamma 0.
-
-        Min-SNR (Hang et al. 2023, section 3.4) weights errors in the clean latents with min(snr, gamma).
-        """
-        if min_snr_gamma <= 0:
-            return torch.ones(timesteps.shape, dtype=torch.float32, device=timesteps.device)
-        snr = self.snr(timesteps)
-        limited = snr.clamp(max=min_snr_gamma)
-        return limited / self.prediction.error_ratio(snr)  # min(snr, gamma) / ratio, (B,)
+        """Return the min-SNR weight (B,) of each image's loss; all ones for gamma 0."""
+        return loss_weights(self, timesteps, "min_snr", min_snr_gamma)
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw ``count`` uniform timesteps from a CPU generator, (count,) int64."""

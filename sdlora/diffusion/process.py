@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from .prediction import Prediction
@@ -98,16 +99,41 @@ def draw_noise(shape: Sequence[int], generator: torch.Generator, *, noise_offset
     return noise
 
 
-def per_image_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mean squared error of each image, (B,) float32.
+def multires_noise(noise: Tensor, generator: torch.Generator, *, iterations: int, discount: float) -> Tensor:
+    """Add noise of ever coarser resolution to float32 noise (1, C, h, w); the deviation becomes 1 again.
+
+    Level i (from 0) is ``discount^i`` of noise whose sides are divided by r^i, r drawn from 2 to 4 for each
+    level, and enlarged again in straight lines (Whitaker 2023); it ends with a side of one value.
+    """
+    size = noise.shape[2:]
+    for level in range(iterations):
+        ratio = 2.0 + 2.0 * float(torch.rand(1, generator=generator))
+        size = torch.Size(max(1, int(side / ratio**level)) for side in size)
+        coarse = torch.randn((*noise.shape[:2], *size), generator=generator)
+        noise = noise + discount**level * functional.interpolate(
+            coarse, size=noise.shape[2:], mode="bilinear", align_corners=False
+        )
+        if 1 in size:
+            break
+    return noise / noise.std()
+
+
+def per_image_loss(
+    prediction: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    error: Callable[[Tensor], Tensor] = torch.square,
+) -> Tensor:
+    """Return the mean error of each image, (B,) float32.
 
     Args:
         prediction: (B, C, h, w).
         target: of the same shape.
         mask: (B or 1, 1, h, w) from 0 to 1: the mean is weighted with it, so that an image with a small
             unmasked part weighs as much as any other. For a mask that is 0 everywhere, the error is 0.
+        error: of a difference, element by element.
     """
-    errors = (prediction.float() - target.float()).square()
+    errors = error(prediction.float() - target.float())
     if mask is None:
         return errors.flatten(1).mean(1)
     weights = mask.to(errors).expand(errors.shape[0], 1, *errors.shape[2:])

@@ -37,6 +37,7 @@ MAX_THUMBNAIL_BYTES = 64 * 1024
 _SGM = "https://github.com/Stability-AI/generative-models"
 _NOT_CARRIED = ("sshs_", "lora_adapter_metadata", folding.RECORDED_ALPHAS, "modelspec.hash_sha256")
 """Entries that describe one particular file, so that another file must not inherit them."""
+_DROPOUTS = ("rank_dropout", "module_dropout")
 _NEVER_NONE = {
     *("tag_frequency", "dataset_dirs", "bucket_info", "training_started_at", "training_finished_at"),
     *("min_bucket_reso", "max_bucket_reso"),
@@ -278,7 +279,12 @@ def _setting_entries(config: Config) -> dict[str, Any]:
         "gradient_accumulation_steps": training.gradient_accumulation,
         "gradient_checkpointing": training.gradient_checkpointing,
         "mixed_precision": named(training.precision).kohya if training.precision else None,
-        "min_snr_gamma": training.min_snr_gamma or None,
+        "min_snr_gamma": (training.min_snr_gamma or None) if training.loss_weighting == "min_snr" else None,
+        "debiased_estimation": training.loss_weighting == "debiased",
+        "ip_noise_gamma": training.input_perturbation or None,
+        "multires_noise_iterations": training.multires_noise_iterations or None,
+        "multires_noise_discount": training.multires_noise_discount,
+        "scale_weight_norms": optimizer.max_update_norm,
         "noise_offset": training.noise_offset or None,
         "clip_skip": config.model.clip_skip if config.model.clip_skip > 1 else None,
         "caption_dropout_rate": data.caption_dropout,
@@ -290,10 +296,15 @@ def _setting_entries(config: Config) -> dict[str, Any]:
         "bucket_no_upscale": not data.upscale,
         "prior_loss_weight": data.prior_preservation or None,
         "cache_latents": True,
-        "loss_type": "l2",
+        "loss_type": training.loss,
+        "huber_schedule": training.huber_schedule if training.loss != "l2" else None,
+        "huber_c": training.huber_c if training.loss != "l2" else None,
         "full_fp16": False,
         "max_token_length": None,
         "network_dropout": config.adapter.dropout or None,
+        "network_args": {
+            key: str(getattr(config.adapter, key)) for key in _DROPOUTS if getattr(config.adapter, key) > 0
+        },
         "training_comment": config.output.description or None,
     }
 
@@ -317,8 +328,12 @@ def _modelspec(facts: TrainingFacts) -> dict[str, str | None]:
         "thumbnail": thumbnail(facts.preview) if facts.preview else None,
         "prediction_type": _prediction(facts),
         "encoder_layer": str(config.model.clip_skip) if config else None,
-        "timestep_range": "0,1000",
+        "timestep_range": _timestep_range(config),
     }
+
+
+def _timestep_range(config: Config | None) -> str:
+    return f"{config.training.min_timestep},{config.training.max_timestep}" if config else "0,1000"
 
 
 def _own_entries(facts: TrainingFacts) -> dict[str, str | None]:
@@ -362,7 +377,7 @@ def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[
     ranks, alphas = {p.rank for p in pairs}, {p.alpha for p in pairs}
     dimension = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     alpha = str(_plain(alphas.pop())) if len(alphas) == 1 else "Dynamic"
-    arguments: dict[str, str] = {}
+    arguments = _kept_arguments(texts.get("ss_network_args", ""))
     kinds = [KINDS[name] for name in weights.kinds()]
     algorithms = [kind.algorithm for kind in kinds if kind.algorithm]
     if algorithms:
@@ -384,6 +399,15 @@ def _network_entries(weights: AdapterWeights, texts: Mapping[str, str]) -> dict[
         "ss_network_alpha": alpha,
         "ss_network_args": json.dumps(arguments) if arguments else "None",
     }
+
+
+def _kept_arguments(text: str) -> dict[str, str]:
+    """Return of an adapter's arguments those that its tensors do not tell."""
+    try:
+        known = entry_json(text)
+    except ValueError:
+        return {}
+    return {key: str(known[key]) for key in _DROPOUTS if key in known} if isinstance(known, dict) else {}
 
 
 def _implementation(info: FamilyInfo) -> str:

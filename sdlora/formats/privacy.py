@@ -20,7 +20,8 @@ _KOHYA = (
     *("zero_terminal_snr", "caption_dropout_rate", "loss_type", "seed", "cache_latents", "flip_aug"),
     *("enable_bucket", "bucket_no_upscale", "training_started_at", "training_finished_at"),
     *("caption_tag_dropout_rate", "shuffle_caption", "keep_tokens", "color_aug", "random_crop"),
-    "prior_loss_weight",
+    *("prior_loss_weight", "huber_schedule", "huber_c", "debiased_estimation", "ip_noise_gamma"),
+    *("multires_noise_iterations", "multires_noise_discount", "scale_weight_norms"),
 )
 _MODELSPEC = (
     *("sai_model_spec", "architecture", "implementation", "title", "resolution", "date", "author"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +151,69 @@ def loss_curve(
     figure.align_ylabels()
     with replacing(file) as temporary:
         figure.savefig(temporary)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is drawn of one run.
+
+    Attributes:
+        label: its name.
+        losses: (step, loss), ascending.
+        validation: (step, held-out loss), ascending; may be empty.
+        rates: (step, learning rate), ascending.
+    """
+
+    label: str
+    losses: Sequence[tuple[int, float]]
+    validation: Sequence[tuple[int, float]]
+    rates: Sequence[tuple[int, float]]
+
+
+def compare_curves(curves: Sequence[Curve], file: Path) -> None:
+    """Write a PNG of several runs over each other: smoothed loss, held-out loss and learning rate.
+
+    Args:
+        curves: one a run.
+        file: where the PNG goes; an old one is replaced.
+
+    Raises:
+        OutputError: when the file cannot be written.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    held_out = any(curve.validation for curve in curves)
+    figure = Figure(figsize=(9.0, 7.5 if held_out else 5.5), dpi=110, layout="constrained")
+    rows = 3 if held_out else 2
+    panels = list(figure.subplots(rows, 1, sharex=True, height_ratios=(3.0, 3.0, 1.0)[3 - rows :]))
+    colours = colormaps["tab10"].resampled(10)
+    for number, curve in enumerate(curves):
+        look: dict[str, Any] = {"color": colours(number % 10), "label": curve.label}
+        steps = [step for step, loss in curve.losses if math.isfinite(loss)]
+        smooth = _smooth([loss for _, loss in curve.losses if math.isfinite(loss)])
+        panels[0].plot(steps, smooth, linewidth=1.8, **look)
+        if held_out:
+            panels[1].plot(*_axes_of(curve.validation), linewidth=1.4, marker="o", markersize=4, **look)
+        panels[-1].plot(*_axes_of(curve.rates), linewidth=1.4, **look)
+    panels[0].set_ylabel("loss, smoothed")
+    panels[0].legend(frameon=False, loc="upper right")
+    if held_out:
+        panels[1].set_ylabel("held-out loss")
+    panels[-1].set_ylabel("learning rate")
+    panels[-1].set_xlabel("step")
+    panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels:
+        _tidy(axes)
+    figure.align_ylabels()
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _axes_of(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _tidy(axes: Any) -> None:

@@ -158,7 +158,8 @@ class FastStep:
 
 
 def _is_plain_lora(step: FastStep) -> bool:
-    return step.trainable.start is None and can_be_direct(step.model, step.trainable.layers)
+    plain = step.trainable.start is None and step.trainable.random_parts is None
+    return plain and can_be_direct(step.model, step.trainable.layers)
 
 
 FAST_PATHS: Mapping[str, FastPath] = {

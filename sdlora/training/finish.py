@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,8 @@ def adapter_file(run: Run, *, final_loss: float | None = None, preview: Path | N
         sdlora_version=version(),
     )
     info = AdapterInfo(run.model.info.name, config.output.name, triggers, build_header(facts))
-    with run.shown.in_model():
+    as_learned = config.training.average != "none" and config.training.export_weights == "learned"
+    with nullcontext() if as_learned else run.shown.in_model():
         return AdapterFile(run.masters(), info)
 
 

@@ -37,6 +37,7 @@ class MasterWeights:
         self._compute = self.flat.data if self._dtype == torch.float32 else flat.to(self._dtype)
         self._compute_grad = torch.zeros_like(self._compute)
         self.followers: list[Callable[[], None]] = []  # called whenever the model's values have changed
+        self._stepped = [self.flat]
         start = 0
         for parameter in self._parameters:
             end = start + parameter.numel()
@@ -50,18 +51,26 @@ class MasterWeights:
 
         ``add(sum, gradient)`` adds in place; with several processes it adds the gradients of the others, too.
         """
-        assert self.flat.grad is not None
+        if self.flat.grad is None:  # frozen
+            return
         add(self.flat.grad, self._compute_grad)
         self._compute_grad.zero_()
 
+    def freeze(self) -> None:
+        """Learn no more: gradients are not made any longer, and optimizers pass over what has none."""
+        for parameter in self._parameters:
+            parameter.requires_grad_(False)
+        for stepped in (self.flat, *self._stepped):
+            stepped.grad = None
+
     def publish(self) -> None:
         """Round the master's values into the model and clear its gradient; call after each step."""
-        assert self.flat.grad is not None
         if self._dtype != torch.float32:
             self._compute.copy_(self.flat.data)
         for renew in self.followers:
             renew()
-        self.flat.grad.zero_()
+        if self.flat.grad is not None:
+            self.flat.grad.zero_()
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -79,6 +88,7 @@ class MasterWeights:
         views = [nn.Parameter(part) for part in self.shaped(self.flat.data)]
         for view, gradient in zip(views, self.shaped(self.flat.grad), strict=True):
             view.grad = gradient
+        self._stepped = views
         return views
 
     def tensors(self) -> list[Tensor]:

@@ -126,7 +126,7 @@ class _Question:
 def _structure(config: Config) -> str:
     """Return the settings that a step's memory depends on, as text."""
     tree = config.model_dump(mode="json")
-    training = ("batch_size", "precision", "device", "gradient_checkpointing", "attention")
+    training = ("batch_size", "precision", "device", "gradient_checkpointing", "attention", "average")
     wanted = [
         tree["model"],
         tree["adapter"],
@@ -179,7 +179,8 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
     values = _attach(model, config.adapter)
     # fp32 master and gradient; the model's own copy and gradient, which in fp32 is the master
     layer_bytes = 2 * model.facts.dtype.itemsize if model.facts.dtype != torch.float32 else 4
-    adapter = int(values * (8 + layer_bytes + optimizer_kind(config.optimizer).bytes_per_value))
+    average = 4 * (config.training.average != "none")
+    adapter = int(values * (8 + layer_bytes + average + optimizer_kind(config.optimizer).bytes_per_value))
     model.prepare(
         training=True,
         gradient_checkpointing=config.training.gradient_checkpointing,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..adapters.attach import adapters_disabled
-from ..config.schema import Config
+from ..config.schema import Config, TrainingConfig
 from ..data.batching.batches import Batch
 from ..devices import onto
-from ..diffusion.process import draw_noise, per_image_loss
+from ..diffusion.process import Corrupted, NoiseProcess, draw_noise, multires_noise, per_image_loss
+from ..diffusion.weighting import ERRORS, SnrProcess, huber_threshold, loss_weights
+from ..errors import ConfigError
 from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
+
+_PARTS = 1000  # of the range of timesteps, in which settings count
 
 Predict = Callable[[Tensor, Tensor, Conditioning, Sequence[SizeHint]], Tensor]
 """(noisy latents, timesteps, text, sizes) -> the denoiser's output, as :meth:`DiffusionModel.predict`."""
@@ -48,9 +53,9 @@ def loss_of(
     config: Config,
     predict: Predict | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the objective of each image and its plain error, both (B,) float32.
+    """Return the objective of each image and its plain squared error, both (B,) float32.
 
-    The objective is the mean squared error of the prediction (over the mask) times the min-SNR weight and
+    The objective is the mean error of the prediction (over the mask) times the weight of its timestep and
     the image's own. With prior preservation, what the base itself predicts is the target of
     regularisation images; without such images, it is that of a second prediction of every image, for
     the empty caption. Noise and timestep of an image follow from its visit, whatever else is in the batch;
@@ -59,8 +64,8 @@ def loss_of(
     """
     settings, prior = config.training, config.data.prior_preservation
     count = len(batch.names)
-    noise, timesteps = _drawn(model, batch, settings.noise_offset)
-    corrupted = model.process.corrupt(batch.latents, noise, timesteps)
+    corrupted = _corrupted(model, batch, settings)
+    timesteps = corrupted.timesteps
     # only this card's generator: saving the state of every card's would open a CUDA context on each of them
     cards = [model.facts.device] if model.facts.device.type == "cuda" else []
     with torch.random.fork_rng(cards, enabled=config.adapter.dropout > 0):
@@ -68,12 +73,12 @@ def loss_of(
             torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=batch.generators("dropout")[0])))
         text = batch.text if batch.text is not None else model.encode_text(batch.captions)
         inputs = _Inputs(corrupted.noisy, timesteps, text, batch.sizes)
-        blank = prior > 0 and not config.data.has_regularisation
+        blank = predicts_blank(config)
         if blank:
             inputs = inputs.and_blank(_blank(model, batch))
         prediction = (predict or model.predict)(*inputs)  # (B, C, h, w), or (2B, C, h, w) with blank captions
     target = onto(corrupted.target, prediction.device)
-    weights = model.process.loss_weights(timesteps, settings.min_snr_gamma) * batch.weights
+    weights = _weights(model.process, timesteps, settings) * batch.weights
     if prior > 0 and not blank and any(batch.regularisation):
         rows = [row for row in range(count) if batch.regularisation[row]]
         target = target.clone()
@@ -81,22 +86,92 @@ def loss_of(
         weights = weights * torch.where(torch.tensor(batch.regularisation), prior, 1.0)
     weights = onto(weights, prediction.device)
     mask = None if batch.mask is None else onto(batch.mask, prediction.device)
-    plain = per_image_loss(prediction[:count], target, mask)  # (B,)
-    weighted = plain * weights  # w_i * mean((prediction_i - target_i)^2)
+    error = _error(model.process, timesteps, settings, prediction.device)
+    losses = per_image_loss(prediction[:count], target, mask, error)  # (B,)
+    weighted = losses * weights  # w_i * mean(error(prediction_i - target_i))
     if blank:
         base = _of_base(model, batch, inputs, range(count, 2 * count))
-        weighted = weighted + prior * weights * per_image_loss(prediction[count:], base)
+        weighted = weighted + prior * weights * per_image_loss(prediction[count:], base, None, error)
+    plain = losses if settings.loss == "l2" else per_image_loss(prediction[:count], target, mask)
     return weighted, plain.detach()
 
 
-def _drawn(model: DiffusionModel, batch: Batch, noise_offset: float) -> tuple[Tensor, Tensor]:
-    """Return each image's noise (B, C, h, w) float32 and timestep (B,) int64."""
+def predicts_blank(config: Config) -> bool:
+    """Return whether every image is predicted a second time, for the empty caption."""
+    return config.data.prior_preservation > 0 and not config.data.has_regularisation
+
+
+def _corrupted(model: DiffusionModel, batch: Batch, settings: TrainingConfig) -> Corrupted:
+    """Return the batch noised, each image with the noise and at the timestep that its visit draws."""
     shape = (1, *batch.latents.shape[1:])
     noises, timesteps = [], []
     for generator in batch.generators("noise"):
-        noises.append(draw_noise(shape, generator, noise_offset=noise_offset))
-        timesteps.append(model.process.draw_timesteps(1, generator))
-    return torch.cat(noises), torch.cat(timesteps)
+        noises.append(draw_noise(shape, generator, noise_offset=settings.noise_offset))
+        timesteps.append(draw_timestep(model.process, generator, settings))
+    if levels := settings.multires_noise_iterations:
+        pairs = zip(noises, batch.generators("multires"), strict=True)
+        discount = settings.multires_noise_discount
+        noises = [multires_noise(n, draws, iterations=levels, discount=discount) for n, draws in pairs]
+    noise, times = torch.cat(noises), torch.cat(timesteps)
+    corrupted = model.process.corrupt(batch.latents, noise, times)
+    if settings.input_perturbation > 0:
+        more = torch.cat([torch.randn(shape, generator=draws) for draws in batch.generators("perturbation")])
+        disturbed = model.process.corrupt(batch.latents, noise + settings.input_perturbation * more, times)
+        corrupted = replace(corrupted, noisy=disturbed.noisy)  # the target stays that of the noise itself
+    return corrupted
+
+
+def draw_timestep(process: NoiseProcess, generator: torch.Generator, settings: TrainingConfig) -> Tensor:
+    """Draw one timestep (1,) as settings say: of which range, and which of it most.
+
+    The share of the range is u uniform in 0..1; ``logit_normal``: the sigmoid of a standard normal number
+    (Esser et al. 2024, section 3.1); ``low_noise``: u^2, half of all in the lowest quarter; ``high_noise``:
+    1 - u^2.
+    """
+    low, high, distribution = settings.min_timestep, settings.max_timestep, settings.timestep_distribution
+    if distribution == "uniform" and (low, high) == (0, _PARTS):
+        return process.draw_timesteps(1, generator)
+    if distribution == "logit_normal":
+        share = float(torch.randn(1, generator=generator).sigmoid())
+    else:
+        uniform = float(torch.rand(1, generator=generator))
+        shares = {"uniform": uniform, "low_noise": uniform**2, "high_noise": 1.0 - uniform**2}
+        share = shares[distribution]
+    part = min(low + int(share * (high - low)), high - 1)
+    return process.spread_timesteps(_PARTS)[part : part + 1]
+
+
+def check_objective(process: NoiseProcess, settings: TrainingConfig) -> None:
+    """Refuse settings that need a signal-to-noise ratio for a base whose noise has none.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if isinstance(process, SnrProcess):
+        return
+    for key, value in (("loss_weighting", "min_snr"), ("loss", "l2")):
+        if getattr(settings, key) != value:
+            raise ConfigError(
+                f"`training.{key}={getattr(settings, key)}`: the noise of a base that predicts "
+                f"{process.prediction.name} has no such weights; use {value}"
+            )
+
+
+def _weights(process: NoiseProcess, timesteps: Tensor, settings: TrainingConfig) -> Tensor:
+    if settings.loss_weighting == "min_snr" or not isinstance(process, SnrProcess):
+        return process.loss_weights(timesteps, settings.min_snr_gamma)
+    return loss_weights(process, timesteps, settings.loss_weighting, settings.min_snr_gamma)
+
+
+def _error(
+    process: NoiseProcess, timesteps: Tensor, settings: TrainingConfig, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Return what a difference (B, C, h, w) counts, element by element."""
+    if settings.loss == "l2" or not isinstance(process, SnrProcess):
+        return torch.square
+    threshold = huber_threshold(process, timesteps, settings.huber_schedule, settings.huber_c)
+    size, count = onto(threshold.view(-1, 1, 1, 1), device), ERRORS[settings.loss]
+    return lambda difference: count(difference, size)
 
 
 def _blank(model: DiffusionModel, batch: Batch) -> Conditioning:

@@ -5,7 +5,11 @@ The loop, the memory plan, checkpoints and file headers read the record and know
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +39,9 @@ class OptimizerKind:
         has_eval_mode: whether the values it steps differ from those to be used: ``eval()`` puts the latter
             into the parameters and ``train()`` takes them out again (schedule-free optimizers, Defazio et
             al. 2024).
+        package: what it needs besides sdlora's own dependencies, by the name that is imported.
+        distribution: that package's name for pip, where it is another one.
+        found_rate: returns the rate it works out by itself, for progress and events.
     """
 
     make: Callable[[Sequence[OptimizerGroup], OptimizerConfig], torch.optim.Optimizer]
@@ -43,6 +50,20 @@ class OptimizerKind:
     rate: RateRule = USUAL_RATE
     looks_at_shapes: bool = False
     has_eval_mode: bool = False
+    package: str | None = None
+    distribution: str | None = None
+    found_rate: Callable[[torch.optim.Optimizer], float] | None = None
+
+
+def _header(name: str, *keys: str, **more: Any) -> Callable[[OptimizerConfig], str]:
+    """Return what writes ``NAME(key=value,...)``, as kohya's scripts do: settings, and more."""
+
+    def write(settings: OptimizerConfig) -> str:
+        values = {"eps" if key == "epsilon" else key: getattr(settings, key) for key in keys} | more
+        shown = [f"{key}={value}".replace(" ", "") for key, value in values.items()]
+        return f"{name}({','.join(shown)})"
+
+    return write
 
 
 def _adamw(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
@@ -56,13 +77,111 @@ def _adamw(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch
     )
 
 
-def _adamw_header(settings: OptimizerConfig) -> str:
-    betas = ",".join(map(str, settings.betas))
-    return f"torch.optim.adamw.AdamW(betas=({betas}),weight_decay={settings.weight_decay})"
+def _adamw8bit(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW with both moments in 8 bits, scaled by blocks of 256 values (Dettmers et al. 2022)."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, betas=settings.betas, eps=settings.epsilon)
+
+
+def _adafactor(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer and Stern 2018) with rates as given.
+
+    Its own rates, relative to the size of the values, would leave factors that start at zero there for long
+    and take no account of the rates of single components.
+    """
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups, lr=0.0, scale_parameter=False, relative_step=False, warmup_init=False)
+
+
+def _lion(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Lion (Chen et al. 2023): the sign of a mean of the gradients."""
+    from pytorch_optimizer import Lion
+
+    return Lion(groups, betas=settings.betas)
+
+
+def _prodigy(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Prodigy (Mishchenko and Defazio 2023), as its authors advise for diffusion models."""
+    from prodigyopt import Prodigy
+
+    with redirect_stdout(io.StringIO()):  # it prints how it decays, and stdout is for answers
+        return Prodigy(groups, d_coef=settings.d_coef, use_bias_correction=True, safeguard_warmup=True)
+
+
+def _schedule_free(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Schedule-free AdamW (Defazio et al. 2024)."""
+    from schedulefree import AdamWScheduleFree
+
+    return AdamWScheduleFree(groups, betas=settings.betas, eps=settings.epsilon)
+
+
+def _came(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """CAME (Luo et al. 2023): Adafactor with a momentum that distrusts what varies."""
+    from pytorch_optimizer import CAME
+
+    return CAME(groups)
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(_adamw, _adamw_header, bytes_per_value=8),  # two fp32 moments
+    "adamw": OptimizerKind(
+        _adamw,
+        _header("torch.optim.adamw.AdamW", "betas", "weight_decay"),
+        bytes_per_value=8,  # two fp32 moments
+    ),
+    "adamw8bit": OptimizerKind(
+        _adamw8bit,
+        _header("bitsandbytes.optim.adamw.AdamW8bit", "betas", "weight_decay"),
+        bytes_per_value=2.04,  # two moments of a byte, and two fp32 scales for 256 values
+        package="bitsandbytes",
+    ),
+    "adafactor": OptimizerKind(
+        _adafactor,
+        _header(
+            "transformers.optimization.Adafactor",
+            *("weight_decay",),
+            **{"scale_parameter": False, "relative_step": False, "warmup_init": False},
+        ),
+        bytes_per_value=1,  # fp32 rows and columns: 4 / rank and little more
+        looks_at_shapes=True,
+    ),
+    "lion": OptimizerKind(
+        _lion,
+        _header("pytorch_optimizer.optimizer.lion.Lion", "betas", "weight_decay"),
+        bytes_per_value=4,  # one fp32 moment
+        rate=RateRule(3e-5, "a third of AdamW's: every value moves by the whole rate"),
+        package="pytorch_optimizer",
+        distribution="pytorch-optimizer",
+    ),
+    "prodigy": OptimizerKind(
+        _prodigy,
+        _header(
+            "prodigyopt.prodigy.Prodigy",
+            *("weight_decay", "d_coef"),
+            **{"use_bias_correction": True, "safeguard_warmup": True},
+        ),
+        bytes_per_value=16,  # two moments, where it started, and a sum of gradients
+        rate=RateRule(1.0, "Prodigy finds it", follows_scale=False, one_rate=True),
+        package="prodigyopt",
+        found_rate=lambda optimizer: float(optimizer.param_groups[0]["d"]),
+    ),
+    "adamw_schedulefree": OptimizerKind(
+        _schedule_free,
+        _header("schedulefree.adamw_schedulefree.AdamWScheduleFree", "betas", "weight_decay"),
+        bytes_per_value=8,  # the second moment, and the values that are not averaged
+        rate=RateRule(schedule="constant"),
+        has_eval_mode=True,
+        package="schedulefree",
+    ),
+    "came": OptimizerKind(
+        _came,
+        _header("pytorch_optimizer.optimizer.came.CAME", "weight_decay"),
+        bytes_per_value=6,  # one fp32 moment, and twice Adafactor's rows and columns
+        looks_at_shapes=True,
+        package="pytorch_optimizer",
+        distribution="pytorch-optimizer",
+    ),
 }
 """By the name in ``optimizer.name``; a new one is an entry here, its name in ``config/schema.py``, and its
 settings there, marked with ``OnlyFor``."""
@@ -72,12 +191,21 @@ def optimizer_kind(settings: OptimizerConfig) -> OptimizerKind:
     """Return the record of the optimizer that settings name.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or the package that has it is not installed.
     """
     kind = OPTIMIZERS.get(settings.name)
     if kind is None:
         raise ConfigError(f"`optimizer.name={settings.name}`: no such optimizer; use {', '.join(OPTIMIZERS)}")
+    if kind.package is not None and not _is_there(kind.package):
+        raise ConfigError(
+            f"`optimizer.name={settings.name}`: the package {kind.distribution or kind.package} is not "
+            f"installed; run: pip install {kind.distribution or kind.package}"
+        )
     return kind
+
+
+def _is_there(package: str) -> bool:
+    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 def check_rates(config: Config, parts: Sequence[AdaptedPart]) -> None:

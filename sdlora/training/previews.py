@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from .state import Run
 
 
-def preview(run: Run) -> None:
-    """Render the preview prompts with the adapter as it is, and redraw the grid of all steps so far.
+def preview(run: Run, learned: Sequence[bytes] | None = None) -> None:
+    """Draw the preview prompts with the adapter as it is, and redraw the grid of all steps so far.
 
-    The sampler, size and prompt layout are those of generation. Each process draws its share; the main one
-    writes them.
+    Args:
+        run: its model holds the values to show.
+        learned: what :func:`draw` returned with the values as learned, to be shown beside.
 
     Raises:
         torch.OutOfMemoryError: in all processes, if one of them lacks memory.
@@ -31,23 +32,42 @@ def preview(run: Run) -> None:
     prompts = run.config.sample.prompts
     if not prompts:
         return
-    requests = [preview_request(run, prompt, number) for number, prompt in enumerate(prompts)]
-    count = run.processes.count
-    shares = run.processes.together(lambda: _pixels(run, requests[run.processes.rank :: count]))
+    drawings = [draw(run), *([learned] if learned is not None else [])]
     if not run.processes.is_main:
         return
     files = []
-    for number, request in enumerate(requests):
-        size = request.width * request.height * 3
-        start = number // count * size
-        image = Image.frombytes(
-            "RGB", (request.width, request.height), shares[number % count][start : start + size]
-        )
-        file = run.folder.preview(run.step, number + 1)
-        save_png(image, file, parameters_text(request, base=run.model.base))
-        files.append(file)
-    _draw_grid(run.folder, list(prompts))
+    for row, shares in enumerate(drawings):
+        for number, prompt in enumerate(prompts):
+            request = preview_request(run, prompt, number)
+            file = run.folder.preview(run.step, row * len(prompts) + number + 1)
+            save_png(_image(shares, request, number), file, parameters_text(request, base=run.model.base))
+            files.append(file)
+    columns = [*prompts, *(f"{prompt} (as learned)" for prompt in prompts * (learned is not None))]
+    _draw_grid(run.folder, columns)
     run.emit(Sampled(run.step, tuple(files), run.folder.grid))
+
+
+def draw(run: Run) -> list[bytes]:
+    """Return the pixels of the previews with what the model holds now, each process drawing its share.
+
+    The sampler, size and prompt layout are those of generation.
+
+    Raises:
+        torch.OutOfMemoryError: in all processes, if one of them lacks memory.
+    """
+    requests = [
+        preview_request(run, prompt, number) for number, prompt in enumerate(run.config.sample.prompts or ())
+    ]
+    share = requests[run.processes.rank :: run.processes.count]
+    return run.processes.together(lambda: _pixels(run, share)) if requests else []
+
+
+def _image(shares: Sequence[bytes], request: GenerateRequest, number: int) -> Image.Image:
+    """Return the ``number``-th preview (from 0), the processes having drawn one each in turn."""
+    size = request.width * request.height * 3
+    start = number // len(shares) * size
+    pixels = shares[number % len(shares)][start : start + size]
+    return Image.frombytes("RGB", (request.width, request.height), pixels)
 
 
 def _pixels(run: Run, requests: Sequence[GenerateRequest]) -> bytes:

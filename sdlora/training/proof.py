@@ -111,6 +111,7 @@ def run_pass(run: Run, visits: tuple[Visit, ...]) -> Pass:
     _wait_for(run.model.facts.device)
     began = time.perf_counter()
     predict = run.splitter.predict_with_gradients if run.splitter else None
+    run.leave_out_parts(batch)
     losses, _ = loss_of(run.model, batch, run.config, predict)
     # in fp16 small gradients would vanish
     run.backward(losses.mean() * (1024.0 if run.model.facts.dtype == torch.float16 else 1.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -33,12 +33,14 @@ from ..files import refuse_used_folder, write_problem
 from ..generation.render import encode_prompts
 from ..run_folder import RunFolder, list_checkpoints
 from .fast import FastStep
+from .masters import ParameterGroup
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
 from .optimizers import make_optimizer, optimizer_kind
 from .processes import Processes
 from .settings import Final, Images, finalise
-from .shown_weights import weights_to_show
+from .shown_weights import ShownWeights, averaged, weights_to_show
 from .state import Run, check_alike, check_same, masters_digest, restore, run_folder
+from .trackers import check_trackers
 from .trainable import make_trainable
 
 _META = torch.device("meta")
@@ -53,6 +55,7 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
     folder = run_folder(config)
     if config.data.folder is None and not config.data.sources:
         raise ConfigError("no folder of images given: sdlora train FOLDER, or data.folder in the settings")
+    check_trackers(config.output)
     processes = processes or Processes()
     if processes.is_main:  # the run folder is only looked at here: other machines need not have it
         _check_folder(folder, emit, resume=resume)
@@ -168,7 +171,7 @@ def _assemble(
         memory=plan,
         trainable=trainable,
         optimizer=optimizer,
-        shown=weights_to_show(optimizer_kind(config.optimizer), optimizer, trainable.groups),
+        shown=_shown(config, optimizer, trainable.groups, data.steps),
         scaler=torch.amp.GradScaler(model.facts.device.type, enabled=settings.precision == "fp16"),
         processes=processes,
         emit=emit,
@@ -224,6 +227,13 @@ def _alone_in(folder: RunFolder) -> Iterator[None]:
         lock.release()
 
 
+def _shown(
+    config: Config, optimizer: torch.optim.Optimizer, groups: Sequence[ParameterGroup], steps: int
+) -> ShownWeights:
+    plain = weights_to_show(optimizer_kind(config.optimizer), optimizer, groups)
+    return averaged(config.training, plain, groups, steps)
+
+
 def _preview_text(config: Config, model: DiffusionModel) -> dict[str, Conditioning]:
     """Encode the previews' prompts while the text encoders are there; none if the encoders will change."""
     if not config.sample.prompts or config.adapter.adapts_text:
@@ -238,7 +248,9 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
     A trained text encoder is one graph that all parts would walk through; dropout draws from the
     global generator, which threads would share.
     """
-    whole = config.adapter.adapts_text or config.adapter.dropout > 0 or config.training.gradient_checkpointing
+    adapter = config.adapter
+    dropout = adapter.dropout > 0 or adapter.rank_dropout > 0 or adapter.module_dropout > 0
+    whole = adapter.adapts_text or dropout or config.training.gradient_checkpointing
     return SplitPredictor(model) if model.facts.device.type == "cpu" and not whole else None
 
 

@@ -21,8 +21,13 @@ from ..families.base import DiffusionModel
 from ..families.compute import Compute
 from ..number_formats import dtype_name
 from .fast import chosen_paths
+from .objective import check_objective
 from .optimizers import check_rates, optimizer_kind
 from .warm_start import warm_start
+
+_PURE_NOISE = (
+    "weighs snr + 1 instead of snr, as the base's schedule ends in pure noise, which would have no weight"
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ def finalise(
     check_components(config, facts)
     open_settings = OpenSettings(config, facts)
     _fill_compute(open_settings, compute)
+    if blueprint.process.ends_in_noise and config.training.min_snr_gamma > 0:
+        open_settings.say("training.loss_weighting", config.training.loss_weighting, _PURE_NOISE)
     fill_data(open_settings, len(images.learned.items))
     training, validation = divide(
         images.learned,
@@ -105,6 +112,7 @@ def finalise(
     training = joined(training, images.priors)
     start = None if config.adapter.from_file is None else warm_start(open_settings, blueprint)
     rule = optimizer_kind(config.optimizer).rate
+    check_objective(blueprint.process, config.training)
     fill_training(open_settings, data_facts(config, training, validation), rule)
     check_rates(open_settings.config, facts.parts)
     chosen_paths(config.training.fast)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..adapters.canonical import AdapterWeights
 from ..config.schema import Config
 from ..config.toml import load_config
+from ..data.batching.batches import Batch
 from ..data.batching.cache import EncodedDataset
 from ..data.batching.loader import BatchLoader
 from ..data.batching.order import Order
@@ -31,6 +32,7 @@ from . import checkpoint, optimizer_state
 from .fast import Choice, FastStep
 from .masters import ParameterGroup
 from .memory import MemoryPlan
+from .objective import predicts_blank
 from .optimizers import parameter_names
 from .processes import Processes
 from .shown_weights import ShownWeights
@@ -48,6 +50,8 @@ _FREE_ON_RESUME = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.validate_every",
+    "training.average_views",
+    "training.export_weights",
 )
 
 
@@ -119,6 +123,17 @@ class Run:
     def keep_text(self) -> bool:
         """Whether the text encoder is needed while training."""
         return self.config.adapter.adapts_text or self.config.data.encode_captions == "in loop"
+
+    @property
+    def shows_both(self) -> bool:
+        """Whether validation and previews show the learned values beside an average of them."""
+        return self.config.training.average != "none" and self.config.training.average_views == "both"
+
+    def leave_out_parts(self, batch: Batch) -> None:
+        """Draw the ranks and layers that each image of a batch does without, if settings ask for it."""
+        if self.trainable.random_parts is not None:
+            times = 2 if predicts_blank(self.config) else 1
+            self.trainable.random_parts.draw(batch.generators("parts"), times=times)
 
     def ready_to_train(self) -> None:
         """Set the modules' modes and devices as training steps need them."""

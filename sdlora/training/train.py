@@ -12,9 +12,11 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,14 +43,16 @@ from .extras import attempt, reason
 from .finish import finish_run, write_checkpoint_adapter
 from .masters import clip_
 from .objective import loss_of
-from .previews import draw_loss_curve, preview
+from .optimizers import optimizer_kind
+from .previews import draw, draw_loss_curve, preview
 from .processes import Processes
 from .rescue import rescued
 from .run import prepare_run
 from .schedules import schedule_factor
 from .shown_weights import publish, putting_back
 from .state import Run, refuse_unchanged, run_folder, run_state
-from .validation import validate
+from .trackers import tracking
+from .validation import measure, validate
 
 _MOST_SKIPPED = 16  # in a row: by then the scaler's 2^16 is halved down to 1, which is no scaling at all
 _PATIENT_STEPS = 20  # a process that takes as long as this many usual steps is believed to be gone
@@ -116,8 +120,8 @@ def _train(
     early: list[Event] = []
     emit = _BeforeTheFirstStep((early.append, *listeners), control)
     run = prepare_run(config, resume=resume, emit=emit, processes=processes)
-    with run.held, _journal(run, early) as journal, run.loader:
-        run.emit = Emitter((journal, *listeners))
+    with run.held, _journal(run, early) as journal, tracking(run) as trackers, run.loader:
+        run.emit = Emitter((journal, *listeners, *trackers))
         losses, validation_loss, stopped = _loop(run, control)
         refuse_unchanged(run)
         waited = run.loader.waited / max(run.step_seconds, 1e-9)
@@ -184,7 +188,8 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
         epoch = run.order.epoch_of(run.step - 1)
         speed = count / times[-1]
         share = (run.loader.waited - waited) / times[-1]
-        run.emit(StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left, share))
+        done = StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left, share)
+        run.emit(replace(done, **rates_of(run)))
         if start is not None:
             validation_loss = _look_at_the_start(run, start)
             start = None
@@ -208,13 +213,7 @@ def _show(run: Run, validating: bool, previewing: bool) -> float | None:
     if not validating and not previewing:
         return None
     run.loader.settle()  # both move the model and switch its modes
-    loss = None
-    with run.shown.in_model():
-        if validating:
-            loss = attempt(run, "validation", validate)
-        if previewing:
-            attempt(run, "the previews", preview)
-    return loss
+    return _look(run, validating, previewing, run.shown.in_model())
 
 
 def _look_at_the_start(run: Run, start: Sequence[Tensor]) -> float | None:
@@ -225,10 +224,30 @@ def _look_at_the_start(run: Run, start: Sequence[Tensor]) -> float | None:
         with putting_back(run.groups):
             for group, values in zip(run.groups, start, strict=True):
                 group.master.load(values)
-            loss = attempt(run, "validation", validate)
-            attempt(run, "the previews", preview)
+            return _look(run, True, True, nullcontext())
     finally:
         run.step = now
+
+
+def _look(run: Run, validating: bool, previewing: bool, shown: AbstractContextManager[None]) -> float | None:
+    """Measure and draw with the values to show, and with the learned ones, too, if these are an average.
+
+    Args:
+        run: its model holds the learned values.
+        validating: measure the held-out images.
+        previewing: draw the previews.
+        shown: has the model hold the values to show.
+    """
+    losses, images, loss = None, None, None
+    if run.shows_both:
+        losses = attempt(run, "validation", measure) if validating else None
+        images = attempt(run, "the previews", draw) if previewing else None
+    learned = sum(losses) / len(losses) if losses else None
+    with shown:
+        if validating:
+            loss = attempt(run, "validation", partial(validate, learned=learned))
+        if previewing:
+            attempt(run, "the previews", partial(preview, learned=images))
     return loss
 
 
@@ -244,12 +263,24 @@ def _finish(run: Run, losses: Sequence[float]) -> Path:
         raise rescued(run, error) from error
 
 
+def rates_of(run: Run) -> dict[str, Any]:
+    """Return what :class:`StepDone` tells of the rates of the last step."""
+    find = optimizer_kind(run.config.optimizer).found_rate
+    pairs = zip(run.groups, run.optimizer.param_groups, strict=True)
+    return {
+        "rates": {group.name: float(options["lr"]) for group, options in pairs},
+        "found_rate": None if find is None else find(run.optimizer),
+    }
+
+
 def train_step(run: Run) -> tuple[float, float, float, int]:
     """Make one optimizer step; return (mean loss, gradient norm, learning rate, images seen)."""
     config = run.config
     factor = schedule_factor(config.optimizer, run.step, run.steps)
     for options, parameter_group in zip(run.optimizer.param_groups, run.groups, strict=True):
         options["lr"] = parameter_group.learning_rate * factor
+    if run.step >= math.ceil(config.optimizer.text_encoder_until * run.steps):
+        run.trainable.freeze_text(run.model)
     total, finite, count = 0.0, 0, 0
     names: list[str] = []
     # torch makes a scaler's scale at its first use: a rank without images in this step needs one, too
@@ -273,6 +304,7 @@ def _backward(run: Run, batch: Batch) -> tuple[float, int]:
     """Compute the gradients of a micro-batch; return the sum of its finite losses, and their number."""
     split = run.splitter
     predict = split.predict_with_gradients if split else None
+    run.leave_out_parts(batch)
     weighted, plain = loss_of(run.model, batch, run.config, predict)
     # The number of images of a full step, also in a short step: so each image weighs the same in an epoch.
     run.backward(run.scaler.scale(weighted.sum() / run.images_per_step))
@@ -341,6 +373,8 @@ def _apply(run: Run, names: Sequence[str]) -> float:
     run.skipped = run.skipped + 1 if not math.isfinite(norm) else 0
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if (longest := run.config.optimizer.max_update_norm) is not None:
+        run.trainable.limit(longest)
     publish(run.groups)
     run.shown.step_done()
     return norm

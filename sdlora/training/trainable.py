@@ -17,6 +17,7 @@ from torch import Tensor
 from ..adapters.attach import attach, attached_layers, set_strengths, write_weights
 from ..adapters.blocks import check_patterns, value_for
 from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.random_parts import RandomParts
 from ..adapters.trainable_layers import TrainedLayer, attach_for_training
 from ..config.adapter import PART_KEYS
 from ..config.schema import Config
@@ -36,11 +37,13 @@ class TrainableAdapter:
         layers: in the order of the components.
         groups: masters by learning rate.
         start: the values each group's masters started at, if these are subtracted again (PiSSA, OLoRA).
+        random_parts: leaves out ranks and layers at random, if settings ask for it.
     """
 
     layers: list[TrainedLayer]
     groups: list[ParameterGroup]
     start: dict[str, Tensor] | None
+    random_parts: RandomParts | None = None
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters inside the model, in the order of the masters."""
@@ -50,6 +53,32 @@ class TrainableAdapter:
         """Return what was learned so far, relative to the unchanged base: fp32 copies on the CPU."""
         now = self._weights({group.name: group.master.flat.data for group in self.groups})
         return now if self.start is None else difference(now, self._weights(self.start))
+
+    @torch.no_grad()
+    def limit(self, longest: float) -> None:
+        """Scale back every update whose Frobenius norm is above ``longest``, both factors alike.
+
+        Max-norm regularisation (Srivastava et al. 2014, section 5.1) of scale * up @ down, whose squared norm
+        is the sum over (up^T up) * (down down^T), so that the product itself need not be made.
+        """
+        factors: dict[ModuleKey, dict[str, Tensor]] = {}
+        for group in self.groups:
+            for (key, name), values in zip(group.slots, group.master.tensors(), strict=True):
+                factors.setdefault(key, {})[name] = values
+        for layer in self.layers:
+            assert isinstance(layer.update, LowRankPair)
+            down, up = (factors[layer.key][name] for name in ("lora_down.weight", "lora_up.weight"))
+            rows, columns = down.flatten(1), up.flatten(1)  # (rank, in), (out, rank)
+            norm = ((columns.T @ columns) * (rows @ rows.T)).sum().clamp(min=0).sqrt() * layer.update.scale
+            share = (longest / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1).sqrt()
+            down.mul_(share)
+            up.mul_(share)
+
+    def freeze_text(self, model: DiffusionModel) -> None:
+        """Let the text encoders learn no more."""
+        for group in self.groups:
+            if group.slots[0][0].component != model.info.denoiser.component:
+                group.master.freeze()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the flat starting values by name, for checkpoints, if they are subtracted."""
@@ -93,7 +122,14 @@ def make_trainable(model: DiffusionModel, config: Config, weights: AdapterWeight
     layers.sort(key=lambda layer: (component_order(layer.key.component), layer.key))
     groups = _groups(config, model.info.components, layers)
     start = {group.name: group.master.flat.data.clone() for group in groups} if subtracted else None
-    return TrainableAdapter(layers, groups, start)
+    return TrainableAdapter(layers, groups, start, _random_parts(model, config, layers))
+
+
+def _random_parts(
+    model: DiffusionModel, config: Config, layers: Sequence[TrainedLayer]
+) -> RandomParts | None:
+    shares = {"rank_share": config.adapter.rank_dropout, "module_share": config.adapter.module_dropout}
+    return RandomParts(model, ADAPTER_NAME, layers, **shares) if any(shares.values()) else None
 
 
 def difference(now: AdapterWeights, start: AdapterWeights) -> AdapterWeights:

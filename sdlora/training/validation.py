@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,20 +19,36 @@ if TYPE_CHECKING:
     from .state import Run
 
 
+def validate(run: Run, learned: float | None = None) -> float | None:
+    """Measure the held-out images, emit the mean and return it; None if there are none.
+
+    Args:
+        run: its model holds the values to show.
+        learned: the mean of the values as learned, where what is shown is an average of them.
+
+    Raises:
+        torch.OutOfMemoryError: in all processes, if one of them lacks memory.
+    """
+    losses = measure(run)
+    if not losses:
+        return None
+    mean = sum(losses) / len(losses)
+    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    run.emit(Validated(run.step, mean, len(losses), error, learned))
+    return mean
+
+
 @torch.no_grad()
-def validate(run: Run) -> float | None:
-    """Measure the held-out images, each process its share, and emit the mean; None if there are none.
+def measure(run: Run) -> list[float]:
+    """Return the loss of each held-out image with what the model holds now, each process measuring its share.
 
     Raises:
         torch.OutOfMemoryError: in all processes, if one of them lacks memory.
     """
     if not run.validation.items:
-        return None
+        return []
     shares = run.processes.together(lambda: json.dumps(_losses(run)).encode())
-    losses = [loss for _, loss in sorted(pair for share in shares for pair in json.loads(share))]
-    mean = sum(losses) / len(losses)
-    run.emit(Validated(run.step, mean, len(losses)))
-    return mean
+    return [loss for _, loss in sorted(pair for share in shares for pair in json.loads(share))]
 
 
 def _losses(run: Run) -> list[tuple[int, float]]:

@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdlora.config.schema import Config, OptimizerConfig
+from sdlora.config.schema import Config, OptimizerConfig, TrainingConfig
 from sdlora.config.toml import load_config
 from sdlora.events import Control, Event, Sampled, StepDone, Validated
 from sdlora.run_folder import list_checkpoints
 from sdlora.training import run as run_module
-from sdlora.training.masters import ParameterGroup
+from sdlora.training.masters import MasterWeights, ParameterGroup
 from sdlora.training.optimizers import OPTIMIZERS, OptimizerGroup, OptimizerKind
-from sdlora.training.shown_weights import publish, putting_back
+from sdlora.training.shown_weights import AsLearned, Averaged, averaged, publish, putting_back
 from sdlora.training.train import TrainResult, train
 
 
@@ -200,3 +200,77 @@ def test_an_optimizer_with_an_eval_mode_is_shown_in_it_and_stepped_out_of_it(
     assert {event.loss for event in shown_losses} == {losses[0].loss}
     assert len(images) == 4 and len(set(images)) == 1
     assert all(not tensor.any() for tensor in adapters(result))
+
+
+def test_averages_are_those_of_their_formulae() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    groups = [ParameterGroup("unet", MasterWeights([parameter], [torch.zeros(3)]), 1.0)]
+    values = [torch.full((3,), float(number**2)) for number in range(1, 21)]
+
+    def means(average: Averaged) -> list[float]:
+        shown = []
+        for value in values:
+            groups[0].master.load(value)
+            average.step_done()
+            with average.in_model():
+                shown.append(float(parameter.detach()[0]))
+            assert torch.equal(groups[0].master.flat.data, value)
+        return shown
+
+    learned = [float(value[0]) for value in values]
+    tail_average = Averaged(groups, first=15)
+    tail = means(tail_average)
+    assert tail[:16] == learned[:16]
+    assert tail[16:] == pytest.approx([sum(learned[15:end]) / (end - 15) for end in range(17, 21)])
+    groups[0].master.load(torch.zeros(3))
+    mean, wanted = 0.0, []
+    for number, value in enumerate(learned, 1):
+        decay = min(0.5, (1 + number) / (10 + number))
+        mean = decay * mean + (1 - decay) * value
+        wanted.append(mean)
+    assert means(Averaged(groups, decay=0.5)) == pytest.approx(wanted)
+    resumed = Averaged(groups, first=15)
+    resumed.restore({name: tensor.clone() for name, tensor in tail_average.tensors().items()})
+    assert means(resumed) == means(tail_average)
+
+
+def test_settings_say_which_average_and_over_which_steps() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    groups = [ParameterGroup("unet", MasterWeights([parameter], [torch.zeros(3)]), 1.0)]
+
+    def shown(steps: int, **values: Any) -> Any:
+        return averaged(TrainingConfig(**values), AsLearned(), groups, steps)
+
+    assert isinstance(shown(100), AsLearned)
+    assert shown(100, average="ema", ema_decay=0.9).decay == 0.9
+    assert shown(100, average="tail").first == 75 and shown(100, average="tail", average_share=1).first == 0
+    assert shown(1, average="tail", average_share=0.01).first == 0
+
+
+def test_an_average_asked_for_is_shown_beside_what_was_learned_and_exported(settings: Settings) -> None:
+    more = ("training.average=ema", "sample.steps=1", "training.steps=2", "training.export_weights=learned")
+    result, losses, images = trained(settings("run", *more))
+    state = load_file(list_checkpoints(result.folder / "checkpoints")[-1].optimizer_file)
+    assert not torch.equal(state["shown.unet"], state["unet.master"]) and int(state["shown.steps"]) == 2
+    assert len(losses) == 3 and len(images) == 6  # one prompt, both ways
+    assert losses[0].loss == losses[0].learned_loss and losses[-1].loss != losses[-1].learned_loss
+    assert images[0] == images[1]
+    assert torch.equal(adapters(result)[-1].sort().values, state["unet.master"].sort().values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", ["ema", "tail"])
+def test_the_average_of_a_run_resumes_exactly_and_is_what_files_hold(
+    average: str, settings: Settings
+) -> None:
+    share = ["training.average_share=0.9"] if average == "tail" else []
+    overrides = [f"training.average={average}", "sample.steps=1", *share]
+    whole, losses, images = trained(settings("whole", *overrides))
+    trained(settings("halves", *overrides), stop_at=2)
+    halves, _, _ = trained(settings("halves", *overrides), resume=True)
+    folders = [list_checkpoints(result.folder / "checkpoints")[-1] for result in (whole, halves)]
+    assert folders[0].optimizer_file.read_bytes() == folders[1].optimizer_file.read_bytes()
+    state = load_file(folders[0].optimizer_file)
+    assert not torch.equal(state["shown.unet"], state["unet.master"]) and int(state["shown.steps"]) == 3
+    assert len(losses) == 4 and len(images) == 8
+    assert torch.equal(adapters(whole)[-1].sort().values, state["shown.unet"].sort().values)

@@ -37,9 +37,18 @@ _FREE = (
     "training.seed",
     "training.min_snr_gamma",
     "training.noise_offset",
+    "training.multires_noise",
+    "training.input_perturbation",
+    "training.huber_",
+    "training.loss_weighting",
+    "training.timestep_distribution",
+    "training.min_timestep",
+    "training.max_timestep",
     "data.caption_dropout",
 )
 """Settings that change neither the time of a step nor the memory."""
+_COUNTS = ("optimizer.name",)
+"""Those of them that do, as optimizers keep more or less for each value."""
 
 
 def plan(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
@@ -97,5 +106,5 @@ def _structure(config: Config) -> dict[str, Any]:
         key: value
         for section, part in config.model_dump(mode="json").items()
         for name, value in part.items()
-        if not (key := f"{section}.{name}").startswith(_FREE)
+        if not (key := f"{section}.{name}").startswith(_FREE) or key in _COUNTS
     }

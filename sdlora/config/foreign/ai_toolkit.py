@@ -250,7 +250,7 @@ def _objective(ledger: Ledger) -> None:
     else:
         ledger.put("train.loss_type", "training.loss", {"mae": "l1"}.get(loss, loss))
     if ledger.text("train.content_or_style", "balanced") != "balanced":
-        late = "lower" if ledger.text("train.content_or_style") == "content" else "higher"
+        late = "high_noise" if ledger.text("train.content_or_style") == "content" else "low_noise"
         ledger.put(
             "train.content_or_style", "training.timestep_distribution", late, "timesteps are drawn to one end"
         )
@@ -260,12 +260,9 @@ def _objective(ledger: Ledger) -> None:
     if low == 0 and high in (999, 1000):
         ledger.default(names, "all timesteps are drawn anyway")
     else:
-        ledger.put(
-            [n for n in names if ledger.has(n)],
-            "training.timestep_range",
-            (low, (high or 999) + 1),
-            "both together",
-        )
+        for end, number in (("min", low or 0), ("max", min((high or 999) + 1, 1000))):
+            if ledger.has(f"train.{end}_denoising_steps"):
+                ledger.put(f"train.{end}_denoising_steps", f"training.{end}_timestep", number)
     ledger.default(
         ("train.noise_scheduler", "train.timestep_type", "train.linear_timesteps"),
         "the base's own noise schedule",

@@ -100,7 +100,7 @@ def _adapter(ledger: Ledger) -> None:
     _network_arguments(ledger, arguments, kind)
     if ledger.number("scale_weight_norms", 0.0):
         limit = ledger.number("scale_weight_norms")
-        ledger.put("scale_weight_norms", "training.max_norm", limit)
+        ledger.put("scale_weight_norms", "optimizer.max_update_norm", limit)
     ledger.none(("base_weights", "base_weights_multiplier"), "bake them into the base first: `sdlora bake`")
 
 
@@ -258,9 +258,13 @@ def _length(ledger: Ledger) -> None:
 
 def _objective(ledger: Ledger) -> None:
     gamma = ledger.number("min_snr_gamma")
-    if gamma is not None:
-        ledger.put("min_snr_gamma", "training.min_snr_gamma", gamma)
-    ledger.implied("min_snr_gamma", "training.min_snr_gamma", 0.0, "off by default there")
+    if ledger.truth("debiased_estimation_loss"):
+        ledger.put("debiased_estimation_loss", "training.loss_weighting", "debiased")
+        ledger.none("min_snr_gamma", "timesteps have one weight here, and the debiased one is taken")
+    else:
+        if gamma is not None:
+            ledger.put("min_snr_gamma", "training.min_snr_gamma", gamma)
+        ledger.implied("min_snr_gamma", "training.min_snr_gamma", 0.0, "off by default there")
     if ledger.number("noise_offset", 0.0):
         ledger.put("noise_offset", "training.noise_offset", ledger.number("noise_offset"))
     if ledger.text("loss_type", "l2").lower() in ("l2", "mse"):
@@ -273,23 +277,21 @@ def _objective(ledger: Ledger) -> None:
             ledger.put("huber_schedule", "training.huber_schedule", ledger.text("huber_schedule"))
         if ledger.has("huber_c"):
             ledger.put("huber_c", "training.huber_c", ledger.number("huber_c"))
-    if ledger.truth("debiased_estimation_loss"):
-        ledger.put("debiased_estimation_loss", "training.debiased", True)
     lowest, highest = ledger.whole("min_timestep", 0), ledger.whole("max_timestep", 1000)
     if (lowest, highest) != (0, 1000):
-        key, span = "training.timestep_range", (lowest, highest)
-        ledger.put(("min_timestep", "max_timestep"), key, span)
+        ledger.put("min_timestep", "training.min_timestep", lowest)
+        ledger.put("max_timestep", "training.max_timestep", highest)
     else:
         ledger.default(("min_timestep", "max_timestep"), "all timesteps are drawn anyway")
     if ledger.number("ip_noise_gamma", 0.0):
         key = "training.input_perturbation"
         ledger.put("ip_noise_gamma", key, ledger.number("ip_noise_gamma"))
     if ledger.whole("multires_noise_iterations", 0):
-        key = "training.multires_noise"
-        ledger.put(
-            "multires_noise_iterations", key, ledger.number("multires_noise_discount", 0.3), "its discount"
-        )
-    ledger.default("multires_noise_discount", "said by training.multires_noise, or no effect")
+        levels = ledger.whole("multires_noise_iterations", 0)
+        ledger.put("multires_noise_iterations", "training.multires_noise_iterations", levels)
+        if discount := ledger.number("multires_noise_discount", 0.0):
+            ledger.put("multires_noise_discount", "training.multires_noise_discount", discount)
+    ledger.default("multires_noise_discount", "no effect without multires noise")
     lacking = ("scale_v_pred_loss_like_noise_pred", "v_pred_like_loss", "adaptive_noise_scale")
     ledger.none(
         (*lacking, "noise_offset_random_strength", "ip_noise_gamma_random_strength"),

@@ -353,9 +353,10 @@ def _objective(ledger: Ledger) -> None:
             names, "training.min_snr_gamma", ledger.number("loss_weight_strength", 5.0), "its strength"
         )
     else:
-        ledger.implied("loss_weight_fn (min-SNR)", "training.min_snr_gamma", 0.0, "another weight there")
+        if weight != "DEBIASED_ESTIMATION":
+            ledger.implied("loss_weight_fn (min-SNR)", "training.min_snr_gamma", 0.0, "another weight there")
         if weight == "DEBIASED_ESTIMATION":
-            ledger.put("loss_weight_fn", "training.debiased", True, "the same weight")
+            ledger.put("loss_weight_fn", "training.loss_weighting", "debiased", "the same weight")
         elif weight == "CONSTANT":
             ledger.default("loss_weight_fn", "all timesteps weigh alike")
         else:
@@ -370,13 +371,10 @@ def _objective(ledger: Ledger) -> None:
         ledger.put("perturbation_noise_weight", key, ledger.number("perturbation_noise_weight"))
     low, high = ledger.number("min_noising_strength", 0.0) or 0.0, ledger.number("max_noising_strength", 1.0)
     if (low, high) != (0.0, 1.0) and high is not None:
-        span = (round(low * 1000), round(high * 1000))
-        ledger.put(
-            ("min_noising_strength", "max_noising_strength"),
-            "training.timestep_range",
-            span,
-            "of 1000 timesteps",
-        )
+        for end, strength in (("min", low), ("max", high)):
+            if ledger.has(f"{end}_noising_strength"):
+                key, thousandths = f"training.{end}_timestep", round(strength * 1000)
+                ledger.put(f"{end}_noising_strength", key, thousandths, "in thousandths")
     else:
         ledger.default(("min_noising_strength", "max_noising_strength"), "all timesteps are drawn anyway")
     distribution = ledger.text("timestep_distribution", "UNIFORM")
