@@ -12,13 +12,14 @@ import argparse
 import codecs
 import errno
 import json
+import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 from ..errors import ConfigError, OtherProcessError, SdloraError, without_controls
 from ..files import write_problem
@@ -38,6 +39,7 @@ from .models import (
     run_ui,
     settings_help,
 )
+from .runs import declare_runs, run_runs
 from .settings import declare_import, run_import
 from .streams import tolerant_streams
 from .surgery import (
@@ -75,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         _leave_ascii()
         warnings.showwarning = _show_warning
+        # PEFT loads bitsandbytes wherever it is installed, and that reports kernels nobody asked for
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     words = sys.argv[1:] if arguments is None else list(arguments)
     with tolerant_streams() as lost:
         code = _answer(words)
@@ -102,7 +106,14 @@ def _leave_ascii() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Show a warning as a line for people; where in the code it arose means nothing to them."""
     ours = Path(filename).is_relative_to(Path(__file__).parent.parent)
     text = without_controls(str(message))
@@ -268,6 +279,7 @@ COMMANDS: dict[str, Command] = {
     "import": Command("read the settings of another trainer", declare_import, run_import),
     "doctor": Command("show what this machine can compute with", declare_doctor, run_doctor),
     "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
+    "runs": Command("list training runs, draw their curves over each other", declare_runs, run_runs),
     "demo": Command("learn an ink style on the built-in base and show it", declare_demo, run_demo),
     "ui": Command("train, draw and export in the browser", declare_ui, run_ui),
 }

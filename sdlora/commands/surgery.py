@@ -128,8 +128,6 @@ def declare_convert(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="turn LoHa, LoKr and Tucker LoCon into plain LoRA, exactly or cut to a size; DoRA with --base",
     )
-    parser.add_argument("--base", type=path_argument, help="checkpoint or folder that a DoRA was trained on")
-    _declare_cut(parser)
     parser.add_argument("--family", metavar="NAME", help=FAMILY_HELP)
     parser.add_argument(
         "--base",

@@ -65,6 +65,7 @@ class TrackerListener:
         self._name, self._run, self._notice = name, run, notice
         self._tracker: Any = None
         self._failed = False
+        self._newest = 0
 
     def __call__(self, event: Event) -> None:
         """Tell the tracker of one event."""
@@ -103,7 +104,15 @@ class TrackerListener:
                 self._images(event)
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
-        self._tracker.log(dict(values), step=step)
+        self._tracker.log(dict(values), step=self._at(step))
+
+    def _at(self, step: int) -> int:
+        """Return the step to file values under: W&B throws away what comes after a later step's.
+
+        What the start looks like is measured after the first step.
+        """
+        self._newest = max(self._newest, step)
+        return self._newest if self._name == "wandb" else step
 
     def _images(self, event: Sampled) -> None:
         import numpy as np
@@ -114,7 +123,7 @@ class TrackerListener:
             with Image.open(file) as image:
                 images.append(np.asarray(image.convert("RGB")))
         more = {"dataformats": "NHWC"} if self._name == "tensorboard" else {}
-        self._tracker.log_images({"previews": np.stack(images)}, step=event.step, **more)
+        self._tracker.log_images({"previews": np.stack(images)}, step=self._at(event.step), **more)
 
 
 def shareable_settings(config: Config) -> dict[str, bool | int | float | str]:
