@@ -100,6 +100,37 @@ def corpus() -> dict[str, bytes]:
         ),
         "lokr": (several(webui[0], lokr_w1=(2, 2), lokr_w2_a=(2, 1), lokr_w2_b=(1, 3), alpha=()), {}),
         "dora": (kohya | several(webui[0], dora_scale=(4, 1)), {}),
+        "full": (
+            several(webui[0], diff=(4, 3), diff_b=(4,))
+            | several("lora_unet_mid_block_resnets_0_norm1", w_norm=(4,), b_norm=(4,)),
+            {},
+        ),
+        "glora": (
+            several(webui[0], **{"a1.weight": (3, 2), "a2.weight": (2, 3), "b1.weight": (4, 2)})
+            | several(webui[0], **{"b2.weight": (2, 3), "alpha": ()}),
+            {},
+        ),
+        "ia3": (several(webui[0], weight=(4,), on_input=()), {}),
+        "oft": (several(webui[0], oft_blocks=(2, 2, 2), rescale=(4, 1), alpha=()), {}),
+        "boft": (several(webui[0], oft_blocks=(1, 2, 2, 2), alpha=()), {}),
+        "bundle": (
+            kohya
+            | {
+                "bundle_emb.ink.string_to_param.*": torch.ones(1, 8),
+                "lora_te_text_model_embeddings_position_ids": torch.arange(4),
+            },
+            {},
+        ),
+        "fp8": (
+            {key: t.to(torch.float8_e4m3fn) if t.ndim else t for key, t in kohya.items()}
+            | {f"{webui[0]}.lora_down.scale_weight": torch.tensor(0.5)},
+            {},
+        ),
+        "lora_bias": (
+            low_rank(f"unet.{MODULE}", down=".lora_A.weight", up=".lora_B.weight", alpha=False)
+            | {f"unet.{MODULE}.lora_B.bias": torch.ones(4)},
+            {},
+        ),
         "checkpoint": ({"model.diffusion_model.out.2.weight": torch.ones(2)}, {}),
         "embedding": ({"emb_params": torch.ones(2, 768)}, {}),
     }

@@ -61,8 +61,8 @@ def _biases(client: str, facts: Facts) -> list[str]:
     """Return what becomes of differences of biases and norms, and of LoRA on embeddings."""
     updates = facts.weights.updates
     biases = [key for key in updates if key.is_bias]
-    if client == "stable-diffusion.cpp" and biases:
-        return [f"leaves out differences of biases ({len(biases)} layers)"]
+    if client == "stable-diffusion.cpp" and (facts.any_end(".w_norm") or facts.any_end(".b_norm")):
+        return ["does not know `w_norm` and `b_norm`; export it again"]
     if client != "WebUI":
         return []
     layers = {key: updates.get(ModuleKey(key.component, key.layer)) for key in biases}

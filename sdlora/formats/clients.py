@@ -242,7 +242,7 @@ def _bare(facts: Facts) -> bool:
 
 def comfyui_reasons(client: str, facts: Facts) -> list[str]:
     """Return why a client does not load a file with ComfyUI's own keys fully."""
-    if client in BY_KEY:
+    if client in (*BY_KEY, "stable-diffusion.cpp"):
         return [
             *unknown_reasons(client, facts),
             *other_reasons(client, facts),

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
@@ -45,12 +46,19 @@ def update_of(
     kernel = None if is_text_encoder(module.component) else kernel_by_name(module.path)
     mine = {part.name: parts[part.name] for part in kind.parts if part.name in parts}
     update: Update = kind.build(where, mine, alpha, kernel)
-    if scale is not None:
+    if scale is not None and update.has_rank:
         update = dataclasses.replace(update, alpha=scale * update.rank)  # type: ignore[type-var]
+    elif scale is not None and not kind.alpha_is_bound:  # WebUI multiplies any other update by it, too
+        update = update.with_tensors({name: times(t, scale) for name, t in update.tensors().items()})
     for wrapper in KINDS.values():
         if wrapper.wrap is not None and any(part.name in parts for part in wrapper.parts):
             update = wrapper.wrap(where, update, parts)
     return update
+
+
+def times(tensor: Tensor, factor: float) -> Tensor:
+    """Return tensor * factor, float32 or wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
 
 
 def as_low_rank(

@@ -85,8 +85,11 @@ PROGRAMS: Mapping[str, Program] = {
         unet_parts=frozenset({"lora_A", "lora.down", "_lora.down"}),
     ),
     "stable-diffusion.cpp": Program(
-        frozenset(_KOHYA | {"lycoris", "unet", "unet-attention", "unet-processor", "bare", "bare-attention"}),
-        _OLD_PARTS | {"lora_A"},
+        frozenset(
+            _KOHYA
+            | {"lycoris", "generic", "unet", "unet-attention", "unet-processor", "bare", "bare-attention"}
+        ),
+        frozenset({"lora_down", "lora.down", "_lora.down", "lora_A", "lora_A.default", "lora_A.bare"}),
         "src/model/adapter/lora.hpp, src/name_conversion.cpp, 97d2990 of 2026-08-19",
         only_text_layers=False,
     ),

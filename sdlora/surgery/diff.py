@@ -22,7 +22,7 @@ from .factors import Factors, common_shape, distance, factors_of, inner_product
 from .heatmap import draw_heatmap
 from .report import table_text
 from .similarity import Likeness, grouped, together
-from .sources import Progress, kind_notes, open_adapters, refuse_source, silent
+from .sources import Opened, Progress, kind_notes, open_adapters, refuse_source, silent
 from .strengths import block_of
 from .workers import in_order
 
@@ -106,6 +106,15 @@ class AdapterDiff:
         return "\n".join(lines)
 
 
+def _vector_notes(adapters: Sequence[Opened]) -> list[str]:
+    """Return notes on differences of norms and biases, which have no factors to compare."""
+    return [
+        f"{adapter.path}: {len(adapter.vectors)} differences of norms and biases were not compared"
+        for adapter in adapters
+        if len(adapter.vectors)
+    ]
+
+
 def diff_adapters(
     source: Path,
     other: Path,
@@ -145,7 +154,7 @@ def diff_adapters(
         (len(first) - shared, len(second) - shared),
         image,
         time.perf_counter() - started,
-        kind_notes(adapters),
+        (*kind_notes(adapters), *_vector_notes(adapters)),
     )
 
 

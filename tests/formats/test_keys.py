@@ -233,7 +233,9 @@ def test_who_reads_which_spelling() -> None:
     pair = LowRankPair(torch.ones(2, 3), torch.ones(3, 2), 2.0)
     weights = AdapterWeights({ModuleKey("unet", "mid_block.attentions.0.proj_in"): pair})
     cases = {
-        ("comfyui", "diffusion_model.middle_block.1.proj_in.lora_up.weight"): {"ComfyUI", "Forge"},
+        ("comfyui", "diffusion_model.middle_block.1.proj_in.lora_up.weight"): {
+            *("ComfyUI", "Forge", "stable-diffusion.cpp")
+        },
         ("lycoris", "lycoris_mid_block_attentions_0_proj_in.lora_up.weight"): {
             *("ComfyUI", "Forge", "stable-diffusion.cpp")
         },

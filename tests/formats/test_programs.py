@@ -190,7 +190,7 @@ def full(claims: dict[str, Support]) -> set[str]:
         # A1111 drops the alpha of lora_A; Forge and ComfyUI take it
         (SD1, "kohya", ".lora_A.weight", True, {"Forge", "ComfyUI", "stable-diffusion.cpp"}),
         (SD1, "kohya", ".lora_A.weight", False, {"WebUI", "Forge", "ComfyUI", "stable-diffusion.cpp"}),
-        (SD1, "kohya", ".lora_A.default.weight", False, {"ComfyUI"}),
+        (SD1, "kohya", ".lora_A.default.weight", False, {"ComfyUI", "stable-diffusion.cpp"}),
         (
             SD1,
             "kohya other blocks",

@@ -10,8 +10,10 @@ from adapters import kinds
 
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, ModuleKey
 from sdlora.errors import AdapterFileError, ConfigError
+from sdlora.exporting.export import export_adapter
 from sdlora.families.table import family_info
 from sdlora.formats.adapter_files import OpenAdapter, read_adapter, write_adapter
+from sdlora.inspecting.inspection import edit_adapter
 from sdlora.surgery.convert import convert_adapter, plain_parts
 from sdlora.surgery.factors import Cut
 from sdlora.surgery.result import finish
@@ -39,6 +41,21 @@ def test_a_conversion_keeps_every_update(tmp_path: Path, format: str) -> None:
     assert max(relative_errors(weights_read, {m: exact(p) for m, p in weights.items()}).values()) < 2e-7
     assert report.total_error is not None and report.total_error < 2e-7
     assert len(report.changes) == len(weights)
+
+
+def test_a_new_file_has_its_own_alias_and_a_title_that_somebody_wrote_stays(tmp_path: Path) -> None:
+    source = saved(tmp_path, "old", mixed_adapter())
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    convert_adapter(source, first)
+    entries = OpenAdapter(first).headers[0].metadata
+    assert (entries["ss_output_name"], entries["modelspec.title"]) == ("first", "first")
+    assert entries["sshs_model_hash"] == OpenAdapter(first).data_hash()
+    edit_adapter(first, ["modelspec.title=Ink by Ann"], [])
+    convert_adapter(first, second, dtype="fp16")
+    entries = OpenAdapter(second).headers[0].metadata
+    assert (entries["ss_output_name"], entries["modelspec.title"]) == ("second", "Ink by Ann")
+    report = export_adapter(second, "webui", tmp_path / "third.safetensors")
+    assert OpenAdapter(report.adapter).headers[0].metadata["ss_output_name"] == "third"
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 1e-3), ("bf16", 8e-3)])
