@@ -50,6 +50,8 @@ class DoRA(WrappedUpdate):
     magnitude: Tensor
 
     def __post_init__(self) -> None:
+        if len(self.direction.shape) < 2:
+            raise ValueError(f"factors do not fit: a DoRA of a vector of {tuple(self.direction.shape)}")
         out, width = self.direction.shape[:2]
         shape = tuple(self.magnitude.shape)
         fits = not isinstance(self.direction, DoRA) and len(shape) in (2, 4)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..canonical import Update, check_factors
-from .kind import AdapterKind, FilePart, Kernel, check_floats, does_not_fit
+from .kind import AdapterKind, FilePart, Kernel, check_floats, does_not_fit, require_parts
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,11 @@ def build(where: str, parts: Mapping[str, Tensor], alpha: float | None, kernel: 
     """Return the update of one module of a file; see :class:`AdapterKind`."""
     check_floats(where, parts.values())
     rotation = "oft_diag" in parts
-    blocks = parts["oft_diag" if rotation else "oft_blocks"] if len(parts) else None
+    require_parts(where, parts, ("oft_diag" if rotation else "oft_blocks",))
+    blocks = parts["oft_diag" if rotation else "oft_blocks"]
     try:
-        if blocks is None or ("oft_diag" in parts and "oft_blocks" in parts):
-            raise ValueError("factors do not fit: two sets of blocks, or none")
+        if rotation and "oft_blocks" in parts:
+            raise ValueError("factors do not fit: two sets of blocks")
         kind = BOFT if blocks.ndim == 4 else OFT
         update = kind(blocks, 0.0 if alpha is None else alpha, parts.get("rescale"), rotation)
         if kind is BOFT:
