@@ -78,6 +78,11 @@ def test_clipping_shortens_all_groups_together() -> None:
         master = MasterWeights([nn.Parameter(torch.zeros(1))], [torch.zeros(1)])
         master.flat.grad = torch.tensor([value])
         groups.append(ParameterGroup("g", master, 1.0))
-    assert clip_(groups, 1.0) == pytest.approx(5.0)
-    clipped = [float(group.master.flat.grad[0]) for group in groups if group.master.flat.grad is not None]
-    assert clipped == pytest.approx([0.6, 0.8], rel=1e-5)
+
+    def left(limit: float) -> list[float]:
+        assert clip_(groups, limit) == pytest.approx(5.0)
+        return [float(group.master.flat.grad[0]) for group in groups if group.master.flat.grad is not None]
+
+    assert left(0.0) == [3.0, 4.0], "0 switches clipping off"
+    assert left(10.0) == [3.0, 4.0], "shorter gradients are never lengthened"
+    assert left(1.0) == pytest.approx([0.6, 0.8], rel=1e-5)
