@@ -180,8 +180,10 @@ def _tensorboard(run: Run) -> Any:
 
 def _wandb(run: Run) -> Any:
     import wandb
+    from accelerate import PartialState
     from accelerate.tracking import WandBTracker
 
+    PartialState()  # accelerate's own log asks it; several processes have joined it already
     output, folder = run.config.output, run.folder.trackers
     folder.mkdir(parents=True, exist_ok=True)
     identity = hashlib.sha256(f"{run.folder.path.resolve()} {run.started_at}".encode()).hexdigest()[:16]
