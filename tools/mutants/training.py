@@ -167,8 +167,8 @@ MUTANTS = (
     Mutant(
         "the setting for the noise offset is not used",
         _OBJECTIVE,
-        "_drawn(model, batch, settings.noise_offset)",
-        "_drawn(model, batch, 0.0)",
+        "noise_offset=settings.noise_offset)",
+        "noise_offset=0.0)",
         _OBJECTIVE_TESTS,
     ),
     Mutant(
@@ -244,9 +244,9 @@ MUTANTS = (
     ),
     Mutant(
         "min-SNR takes the larger of both",
-        _DDPM,
-        "snr.clamp(max=min_snr_gamma)",
-        "snr.clamp(min=min_snr_gamma)",
+        "sdlora/diffusion/weighting.py",
+        "snr.clamp(max=gamma)",
+        "snr.clamp(min=gamma)",
         _NOISE_TESTS,
     ),
     Mutant(
@@ -259,15 +259,15 @@ MUTANTS = (
     Mutant(
         "the setting for min-SNR is not used",
         _OBJECTIVE,
-        "settings.min_snr_gamma)",
-        "0.0)",
+        "return process.loss_weights(timesteps, settings.min_snr_gamma)",
+        "return process.loss_weights(timesteps, 0.0)",
         _OBJECTIVE_TESTS,
     ),
     Mutant(
         "images do not weigh what they are given",
         _OBJECTIVE,
-        "settings.min_snr_gamma) * batch.weights",
-        "settings.min_snr_gamma)",
+        "_weights(model.process, timesteps, settings) * batch.weights",
+        "_weights(model.process, timesteps, settings)",
         ("training/test_train_data.py::test_the_weight_of_a_source_is_the_weight_of_its_gradient",),
     ),
     Mutant(
@@ -320,8 +320,8 @@ MUTANTS = (
     Mutant(
         "a step's gradient is still there in the next one",
         _MASTERS,
-        "            renew()\n        self.flat.grad.zero_()\n",
-        "            renew()\n",
+        "if self.flat.grad is not None:\n            self.flat.grad.zero_()\n",
+        "",
         _MASTER_TESTS,
     ),
     Mutant(
