@@ -392,6 +392,9 @@ def run_cases(
         for number in range(options.first, options.first + options.count):
             outcome, seconds = watched.outcome(number, Path(name))
             slowest = max(slowest, (seconds, number))
+            outcome = outcome.encode(
+                "ascii", "backslashreplace"
+            ).decode()  # half characters cannot be printed
             outcomes[outcome] += 1
             examples.setdefault(outcome, number)
     for outcome, times in outcomes.most_common():
