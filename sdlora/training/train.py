@@ -35,6 +35,7 @@ from ..events import (
     RunFinished,
     RunStarted,
     StepDone,
+    read_events,
 )
 from ..run_folder import SAMPLE, SAVE, STOP, list_checkpoints
 from . import checkpoint
@@ -177,6 +178,8 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
     times: deque[float] = deque(maxlen=20)
     validation_loss: float | None = None
     start = [group.master.flat.data.to("cpu", copy=True) for group in run.groups] if run.step == 0 else None
+    if run.step:  # saving comes before showing: a run that was killed in between shows now
+        validation_loss = _show(run, *_not_shown(run))
     while run.step < run.steps:
         began, waited = time.perf_counter(), run.loader.waited
         loss, norm, rate, count = train_step(run)
@@ -214,6 +217,22 @@ def _show(run: Run, validating: bool, previewing: bool) -> float | None:
         return None
     run.loader.settle()  # both move the model and switch its modes
     return _look(run, validating, previewing, run.shown.in_model())
+
+
+def _not_shown(run: Run) -> tuple[bool, bool]:
+    """Return whether the step that a resumed run begins at was to be validated, and previewed, but was not."""
+    last = run.step == run.steps
+    missing = False, False
+    if run.processes.is_main:
+        validated = {
+            event.get("step") for event in read_events(run.folder.path) if event.get("event") == "Validated"
+        }
+        drawn = {preview.number for preview in run.folder.list_previews() if preview.step == run.step}
+        prompts = len(run.config.sample.prompts or ())
+        missing = run.step not in validated, not drawn >= set(range(1, prompts + 1))
+    not_validated, not_drawn = run.processes.exchange(list(missing))[0]
+    validating = not_validated and (last or _due(run.step, run.config.training.validate_every))
+    return validating, not_drawn and (last or _due(run.step, run.config.sample.every))
 
 
 def _look_at_the_start(run: Run, start: Sequence[Tensor]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.errors import OutputError, TrainingError
-from sdlora.events import Control, Event, StepDone
+from sdlora.events import Control, Event, StepDone, read_events
 from sdlora.run_folder import RunFolder, list_checkpoints
 from sdlora.training.train import train
 
@@ -69,3 +70,24 @@ def test_a_run_does_not_go_on_with_another_base(config: Config, tmp_path: Path) 
         with pytest.raises(TrainingError, match=f"its {name} changed since step-000001"):
             train(config, resume=True)
         file.write_bytes(sound)
+
+
+def test_what_a_killed_run_had_saved_but_not_shown_is_shown_when_it_goes_on(config: Config) -> None:
+    changes = {"data.validation": 1, "sample.prompts": ("a cat",), "sample.steps": 1, "training.steps": 2}
+    config = config.with_values(changes)
+    train(config)
+    assert config.output.folder is not None
+    run = RunFolder(config.output.folder)
+    newest = run.list_previews()[-1]
+    pixels, lines = newest.file.read_bytes(), run.events_file.read_text(encoding="utf-8").splitlines()
+    newest.file.unlink()
+    loss = next(json.loads(line)["loss"] for line in lines if '"Validated"' in line and '"step": 2,' in line)
+    run.events_file.write_text(
+        "\n".join(line for line in lines if '"Validated"' not in line) + "\n", encoding="utf-8"
+    )
+    train(config, resume=True)
+    events = [event for event in read_events(run.path) if event["event"] == "Validated"]
+    assert [(event["step"], event["loss"]) for event in events] == [(2, loss)]
+    assert newest.file.read_bytes() == pixels
+    train(config, resume=True)  # nothing is shown twice
+    assert len([event for event in read_events(run.path) if event["event"] == "Validated"]) == 1
