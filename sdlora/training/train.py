@@ -220,7 +220,7 @@ def _show(run: Run, validating: bool, previewing: bool) -> float | None:
 
 
 def _not_shown(run: Run) -> tuple[bool, bool]:
-    """Return whether the step that a resumed run begins at was to be validated, and previewed, but was not."""
+    """Return whether the step a resumed run begins at was to be validated, and previewed, but was not."""
     last = run.step == run.steps
     missing = False, False
     if run.processes.is_main:
