@@ -256,10 +256,16 @@ def text_joints(
     return [JointLayers(group) for group in groups.values()], places
 
 
+def can_be_joined(peft: Any) -> bool:
+    """Tell whether one of PEFT's layers is of a build that can be computed together with others."""
+    base = peft.get_base_layer()
+    return isinstance(base, nn.Linear) and base.bias is None and base.out_features % 8 == 0
+
+
 def _make(layer: DirectLayer) -> tuple[Any, ...] | None:
     """Return what must agree between layers that are computed together; None for one that stays single."""
     base = layer.base
-    if not isinstance(base, nn.Linear) or base.bias is not None or base.out_features % 8:
+    if not can_be_joined(layer.peft):
         return None
     return tuple(base.weight.shape), tuple(layer.down.shape), layer.scale, base.weight.dtype
 

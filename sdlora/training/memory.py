@@ -20,8 +20,11 @@ import torch
 from torch import nn
 
 from ..adapters.attach import create_adapter
+from ..adapters.direct import can_be_direct
+from ..adapters.joint import can_be_joined
+from ..adapters.module_paths import module_at
 from ..adapters.trainable_layers import attach_for_training
-from ..config.schema import AdapterConfig, Config
+from ..config.schema import Config
 from ..data.batching.cache import images_at_once
 from ..diffusion.process import per_image_loss
 from ..errors import TrainingError
@@ -29,6 +32,7 @@ from ..families.base import DiffusionModel, SizeHint
 from ..families.facts import AUTOENCODER
 from ..files import size_text
 from ..generation.render import most_at_once
+from .fast import chosen_paths
 from .memory_count import counting_memory, fused_attention
 from .optimizers import optimizer_kind
 
@@ -126,7 +130,7 @@ class _Question:
 def _structure(config: Config) -> str:
     """Return the settings that a step's memory depends on, as text."""
     tree = config.model_dump(mode="json")
-    training = ("batch_size", "precision", "device", "gradient_checkpointing", "attention", "average")
+    training = ("batch_size", "precision", "device", "gradient_checkpointing", "attention", "fast", "average")
     wanted = [
         tree["model"],
         tree["adapter"],
@@ -176,11 +180,12 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
     text = sum(sizes.values())
     weights = denoiser + text * (waiting or _keeps_text(config)) + images * (waiting or _keeps_images(config))
     encoding = text + images + denoiser * waiting + _encoding_bytes(model, config)
-    values = _attach(model, config.adapter)
+    values, copied = _attach(model, config)
     # fp32 master and gradient; the model's own copy and gradient, which in fp32 is the master
     layer_bytes = 2 * model.facts.dtype.itemsize if model.facts.dtype != torch.float32 else 4
     average = 4 * (config.training.average != "none")
     adapter = int(values * (8 + layer_bytes + average + optimizer_kind(config.optimizer).bytes_per_value))
+    adapter += 2 * model.facts.dtype.itemsize * copied  # a copy, and its gradient
     model.prepare(
         training=True,
         gradient_checkpointing=config.training.gradient_checkpointing,
@@ -312,17 +317,26 @@ def _preview_bytes(model: DiffusionModel, config: Config, visiting: int) -> int:
     return max(_forward_bytes(model, side, rows), visiting + memory.peak)
 
 
-def _attach(model: DiffusionModel, config: AdapterConfig) -> int:
-    """Put a fresh adapter of the same kind and shapes on the blueprint; return how many numbers it has."""
+def _attach(model: DiffusionModel, config: Config) -> tuple[int, int]:
+    """Put a fresh adapter of the same kind and shapes on the blueprint.
+
+    Returns:
+        How many numbers it has, and of how many there are copies, as several layers are computed together.
+    """
     # starting values computed from the base's weights have the same shapes as any others
     with torch.device("meta"):  # no number is drawn
-        fresh = create_adapter(model, config.model_copy(update={"init": "default"}), 0)
-    count = 0
-    for layer in attach_for_training(model, fresh, "planned", dropout=config.dropout):
+        fresh = create_adapter(model, config.adapter.model_copy(update={"init": "default"}), 0)
+    layers = attach_for_training(model, fresh, "planned", dropout=config.adapter.dropout)
+    together = config.adapter.init in ("default", "gaussian") and can_be_direct(model, layers)
+    together = together and "joint" in chosen_paths(config.training.fast)
+    count = copied = 0
+    for layer in layers:
+        numbers = sum(parameter.numel() for parameter in layer.parameters.values())
         for parameter in layer.parameters.values():
             parameter.requires_grad_(True)
-            count += parameter.numel()
-    return count
+        count += numbers
+        copied += numbers if together and can_be_joined(module_at(model, layer.key)) else 0
+    return count, copied
 
 
 def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
