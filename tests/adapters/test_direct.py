@@ -47,7 +47,7 @@ class Learning:
         model.prepare(training=True)
         self.model: DiffusionModel = model
         self.noisy = torch.randn(2, 4, 8, 8, generator=generator)
-        self.learns_text = config.text_encoder
+        self.learns_text, self.count = config.text_encoder, 2
 
     def parameters(self) -> list[Any]:
         return [parameter for layer in self.layers for parameter in layer.parameters.values()]
@@ -57,12 +57,13 @@ class Learning:
         for parameter in self.parameters():
             parameter.grad.zero_()
         with torch.set_grad_enabled(self.learns_text):
-            text = self.model.encode_text(["a cat", "a dog"])
-        sizes = [SizeHint((32, 32), (0, 0), (32, 32))] * 2
+            text = self.model.encode_text(["a cat", "a dog"][: self.count])
+        sizes = [SizeHint((32, 32), (0, 0), (32, 32))] * self.count
         outputs: list[Tensor] = []  # the denoiser's own, as predict hands out fp32
         unet = self.model.components()["unet"]
         hook = unet.register_forward_hook(lambda _, __, given: outputs.append(given[0]))
-        self.model.predict(self.noisy, torch.tensor([3, 900]), text, sizes)
+        times = torch.tensor([3, 900])[: self.count]
+        self.model.predict(self.noisy[: self.count], times, text, sizes)
         hook.remove()
         (output,) = outputs
         output.square().sum().backward()  # type: ignore[no-untyped-call]
@@ -136,6 +137,16 @@ def test_with_checkpointing_and_gathered_from_two_parts(tiny_base: Path) -> None
             _, second = learning.backward(adapter.gather)
     for directs in (checkpointed, second):
         assert farthest(gradients, directs) < 1e-11
+
+
+def test_a_single_image_is_computed_the_same(tiny_base: Path) -> None:
+    learning = Learning(tiny_base)
+    learning.count = 1
+    wanted, gradients = learning.backward()
+    with learning.directly(joint=True) as adapter:
+        given, directs = learning.backward(adapter.gather)
+    assert len(given) == 1 and torch.allclose(given, wanted, rtol=1e-12, atol=1e-12)
+    assert farthest(gradients, directs) < 1e-11
 
 
 def test_the_weights_of_the_base_stay_what_they_are(tiny_base: Path) -> None:
