@@ -22,6 +22,7 @@ _GRANULE = 512  # bytes; CUDA's caching allocator hands out multiples of it
 _SNAPSHOT_STEP = 1.02  # who holds the memory at the peak is noted anew when the peak grew by 2 %
 PHASES = {
     "encode_all": "encoding",
+    "_encoded": "encoding",
     "measure_cost": "step",
     "train_step": "step",
     "validate": "validation",
