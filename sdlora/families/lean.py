@@ -112,8 +112,7 @@ class LeanResidual:
     """The forward pass of one of diffusers' ``ResnetBlock2D``, to be set on it as ``forward``.
 
     Attributes:
-        time_projection: gives what the block adds for a timestep (B, C'), :attr:`first_bias` included, if not
-            its own layer.
+        time_projection: gives what the block adds for a timestep (B, C'), if not its own layer.
     """
 
     def __init__(self, block: Any) -> None:
@@ -133,27 +132,12 @@ class LeanResidual:
         """What the embedding goes through before it is projected."""
         return self._act
 
-    @property
-    def first_bias(self) -> Tensor | None:
-        """What the first convolution adds to every pixel, if it is the base's own and adds something."""
-        first = self._convs[0]
-        return first.bias if type(first) is nn.Conv2d else None
-
-    def _timed(self, states: Tensor, temb: Tensor) -> Tensor:
-        """Return the first convolution's output with what is added for the timestep."""
-        first = self._convs[0]
-        if self.time_projection is None or temb.requires_grad:
-            return first(states) + self._time(self._act(temb))[:, :, None, None]  # type: ignore[no-any-return]
-        times = self.time_projection(temb)  # (B, C'), the bias included
-        if self.first_bias is None:
-            return first(states) + times[:, :, None, None]  # type: ignore[no-any-return]
-        if len(times) == 1:
-            return first._conv_forward(states, first.weight, times[0])  # type: ignore[no-any-return]
-        return first._conv_forward(states, first.weight, None) + times[:, :, None, None]  # type: ignore[no-any-return]
-
     def __call__(self, input_tensor: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return what diffusers' own forward does; (B, C, h, w) to (B, C', h, w)."""
-        states = self._timed(self._act(self._norms[0](input_tensor)), temb)
+        states = self._convs[0](self._act(self._norms[0](input_tensor)))
+        together = self.time_projection if self.time_projection and not temb.requires_grad else None
+        times = together(temb) if together else self._time(self._act(temb))  # (B, C')
+        states = states + times[:, :, None, None]
         states = self._convs[1](self._act(self._norms[1](states)))
         if self._shortcut is not None:
             module: Any = self._module()
@@ -206,9 +190,7 @@ class _TimeProjections:
         layers = [block.time_layer for block in blocks]
         self._act, self._sizes = blocks[0].activation, [layer.out_features for layer in layers]
         self._weight = torch.cat([layer.weight for layer in layers])
-        biases = [block.first_bias for block in blocks]
-        pairs = zip(layers, biases, strict=True)
-        self._bias = torch.cat([layer.bias if bias is None else layer.bias + bias for layer, bias in pairs])
+        self._bias = torch.cat([layer.bias for layer in layers])
         for layer, piece in zip(layers, self._weight.split(self._sizes), strict=True):
             layer.weight.data = piece  # so that the weights are not held twice
 
