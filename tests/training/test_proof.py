@@ -202,7 +202,7 @@ def test_names_that_mean_no_path_are_refused(make: Callable[..., Config]) -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_hundred_steps_end_at_the_same_held_out_loss(tmp_path: Path) -> None:
-    draw_images(tmp_path / "images", 24, 64)
+    draw_images(tmp_path / "images", 16, 64)
     losses = {}
     for fast in ("off", "auto"):
         config = load_config(
