@@ -158,6 +158,8 @@ def is_known(program: Program, key: str, parsed: ParsedKey) -> bool:
     parts = program.parts if fewer is None else fewer
     if style not in program.names or (part and part not in parts):
         return False
+    if style.endswith("-flat") and parsed.module.component != "text_encoder":
+        return False  # only encoders without a projection lost `text_model.` in transformers
     if not is_text_encoder(parsed.module.component) or not program.only_text_layers:
         return True
     path = parsed.module.layer
