@@ -1,10 +1,9 @@
-"""Disturb runs, the queue and the page in every way, and print what was tried and what held.
+"""Disturb runs and the queue in every way, and print what was tried and what held.
 
-    python -m tools.torture [--only a,b,...] [--trials N] [--seed N] [--minutes N] [--keep FOLDER]
+    python -m tools.torture [--only a,b,...] [--trials N] [--seed N] [--keep FOLDER]
 
 a kill -9 at random moments, b writes that fail, c images, cache, base and records changed between stop and
-resume, d signals, closed pipes, a jumping clock, e two at once, f the server killed during a queue, g a soak
-of the page. Without ``--trials`` each makes its full number; a failure prints how to repeat it. Linux.
+resume, d signals, closed pipes, a jumping clock, e two at once, f the server killed during a queue. Without ``--trials`` each makes its full number; a failure prints how to repeat it. Linux.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first trial; each further one has one more"
     )
-    parser.add_argument("--minutes", type=float, default=120.0, help="of the soak")
     parser.add_argument("--keep", type=Path, help="folder to work in, which stays")
     options = parser.parse_args(arguments)
     wanted = options.only.split(",")
@@ -59,14 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         play = None
         for letter in wanted:
             begun = time.monotonic()
-            if letter == "g":
-                from .soak import soak  # needs a browser
-
-                title, tally = "memory of the page flat within 10 %", soak(folder, options.minutes, _say)
-            else:
-                title, full, scene = SCENES[letter]
-                play = play or Play(folder, stack.enter_context(Warm(folder / "streams")))
-                tally = scene(play, options.trials or full, options.seed, _say)
+            title, full, scene = SCENES[letter]
+            play = play or Play(folder, stack.enter_context(Warm(folder / "streams")))
+            tally = scene(play, options.trials or full, options.seed, _say)
             rows.append((f"{letter} {title}", tally, time.monotonic() - begun))
             _say(f"{letter}: {tally.held} of {tally.tried} held")
     print(f"{'':60} tried  held   time")
