@@ -3,7 +3,8 @@
     python -m tools.torture [--only a,b,...] [--trials N] [--seed N] [--keep FOLDER]
 
 a kill -9 at random moments, b writes that fail, c images, cache, base and records changed between stop and
-resume, d signals, closed pipes, a jumping clock, e two at once, f the server killed during a queue. Without ``--trials`` each makes its full number; a failure prints how to repeat it. Linux.
+resume, d signals, closed pipes, a jumping clock, e two at once, f the server killed during a queue.
+Without ``--trials`` each makes its full number; a failure prints how to repeat it. Linux only.
 """
 
 from __future__ import annotations
