@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -119,7 +120,8 @@ def _fields(summary: AdapterSummary) -> list[tuple[str, str]]:
 
 
 def _bars(summary: AdapterSummary, *, plain: bool) -> Table:
-    largest = max((block.norm for block in summary.blocks), default=0.0) or 1.0
+    norms = [block.norm for block in summary.blocks if math.isfinite(block.norm)]
+    largest = max(norms, default=0.0) or 1.0  # values near a number format's end have no finite norm
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(min_width=0)
     table.add_column()
@@ -127,10 +129,11 @@ def _bars(summary: AdapterSummary, *, plain: bool) -> Table:
     table.add_column(width=_BAR)
     table.add_column(no_wrap=True)
     for block_norm in summary.blocks:
+        size = block_norm.norm if math.isfinite(block_norm.norm) else largest
         colour = _COLOURS[_number(block_norm.component)]
-        bar: Bar | Text = Bar(largest, 0, block_norm.norm, width=_BAR, color=colour)
+        bar: Bar | Text = Bar(largest, 0, size, width=_BAR, color=colour)
         if plain:
-            bar = Text("#" * max(1 if block_norm.norm > 0 else 0, round(_BAR * block_norm.norm / largest)))
+            bar = Text("#" * max(1 if size > 0 else 0, round(_BAR * size / largest)))
         label = Text(f"{block_norm.component} {shown(block_norm.block, 60)}")
         layers = f"{block_norm.num_modules} layer{'' if block_norm.num_modules == 1 else 's'}"
         table.add_row(Text(""), label, Text(f"{block_norm.norm:.4g}"), bar, Text(layers))
