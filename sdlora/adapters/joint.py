@@ -167,9 +167,9 @@ class QueryProjection:
     def __call__(self, x: Tensor) -> Tensor:
         """Return it, (..., out), from x (..., in)."""
         if not self._joint.act:
-            return self._joint.layers[0].base(x)  # type: ignore[no-any-return]
+            return self._joint.layers[0].base(x)
         (query,) = SideBySide.apply(x, self._anchors.leaf, self._joint, self._anchors.part.index)
-        return query  # type: ignore[no-any-return]
+        return query
 
 
 class TextProjections:

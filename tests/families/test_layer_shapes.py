@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdlora.families.layer_shapes import clip_shapes, has_bias, kernel_of, true_shapes, unet_shapes
 from sdlora.families.ldm import TEXT_ROOT
-from sdlora.families.loading import ASSETS
+from sdlora.families.locating import ASSETS
 from sdlora.families.table import FAMILIES, family_info
 
 
