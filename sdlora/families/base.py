@@ -64,12 +64,6 @@ class Posterior:
     mean: Tensor
     logvar: Tensor
 
-    def apart(self) -> list[Posterior]:
-        """Return those of the single images, each (1, C, h, w), with memory of their own."""
-        pairs = zip(self.mean.split(1), self.logvar.split(1), strict=True)
-        dense = torch.contiguous_format
-        return [Posterior(*(half.clone(memory_format=dense) for half in pair)) for pair in pairs]
-
     def sample(self, generator: torch.Generator) -> Tensor:
         """Draw latents (B, C, h, w) in float32 with noise from a CPU generator."""
         mean = self.mean.float()

@@ -8,11 +8,11 @@ models.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import parse_json
 from .facts import FamilyInfo
 from .ldm import TEXT_ROOT
 from .table import FAMILIES, family_info
@@ -75,7 +75,7 @@ def has_bias(path: str) -> bool:
 
 def _config(info: FamilyInfo, component: str) -> dict[str, Any]:
     text = (_ASSETS / info.assets / component / "config.json").read_text(encoding="utf-8")
-    tree = json.loads(text)
+    tree = parse_json(text)
     assert isinstance(tree, dict)
     return tree
 

@@ -101,7 +101,8 @@ def name_style(key: str, parsed: ParsedKey) -> str:
 
     ``kohya`` (diffusers' block names), ``kohya-ldm`` (original ones), ``kohya-te``, ``-te1``, ``-te2`` and
     those with ``-flat`` (without ``text_model_``); ``lycoris``; ``generic`` and ``generic-te`` (ComfyUI's
-    own), ``generic-other`` (the same with names it does not have); ``unet`` and ``bare``, with ``-attention``
+    own), ``generic-other`` (the same with names it does not have); ``unet`` (behind the denoiser's name) and
+    ``bare``, with ``-attention``
     where the layer is a projection of attention, with ``-processor`` in old files; ``te`` and ``te-flat``.
     """
     for start, style in (("lora_te_", "kohya-te"), ("lora_te1_", "kohya-te1"), ("lora_te2_", "kohya-te2")):
@@ -122,7 +123,7 @@ def name_style(key: str, parsed: ParsedKey) -> str:
     if key.startswith("diffusion_model."):
         original = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
         return "generic" if key.removeprefix("diffusion_model.").startswith(original) else "generic-other"
-    start = "unet" if key.startswith("unet.") else "bare"
+    start = "unet" if key.startswith(f"{parsed.module.component}.") else "bare"
     if key.startswith("model.diffusion_model."):
         return "generic-other"
     if ".processor." in key:

@@ -25,7 +25,6 @@ from ..adapters.joint import can_be_joined
 from ..adapters.module_paths import module_at
 from ..adapters.trainable_layers import attach_for_training
 from ..config.schema import Config
-from ..data.batching.cache import images_at_once
 from ..diffusion.process import per_image_loss
 from ..errors import TrainingError
 from ..families.base import DiffusionModel, SizeHint
@@ -279,11 +278,10 @@ def _rounded(model: DiffusionModel, side: int) -> int:
 
 @torch.no_grad()
 def _encoding_bytes(model: DiffusionModel, config: Config) -> int:
-    """Encode images of the largest size, and one caption; return the largest amount alive."""
+    """Encode an image of the largest size, and one caption; return the largest amount alive."""
     side = _rounded(model, _side(config))
     vae: Any = model.components()[AUTOENCODER]
-    rows = images_at_once(torch.device(config.training.device or "cpu"), side, side)
-    pixels = torch.empty((rows, 3, side, side), device="meta", dtype=vae.dtype)
+    pixels = torch.empty((1, 3, side, side), device="meta", dtype=vae.dtype)
     with fused_attention(), counting_memory() as memory:
         posterior = vae.encode(pixels).latent_dist
         posterior.mean.float()

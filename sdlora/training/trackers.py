@@ -11,12 +11,14 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 from ..config.schema import Config, OutputConfig
+from ..data.reading.decoding import opened_image
 from ..errors import ConfigError
 from ..events import Event, Listener, Notice, RunStarted, Sampled, StepDone, Validated
 
@@ -116,12 +118,11 @@ class TrackerListener:
 
     def _images(self, event: Sampled) -> None:
         import numpy as np
-        from PIL import Image
 
         images = []
         for file in event.files:
-            with Image.open(file) as image:
-                images.append(np.asarray(image.convert("RGB")))
+            with opened_image(Path(file)) as loaded:
+                images.append(np.asarray(loaded.image.convert("RGB")))
         more = {"dataformats": "NHWC"} if self._name == "tensorboard" else {}
         self._tracker.log_images({"previews": np.stack(images)}, step=self._at(event.step), **more)
 

@@ -205,7 +205,9 @@ def full(claims: dict[str, Support]) -> set[str]:
         (SD1, "diffusers", ".lora_A.default.weight", False, set()),
     ],
     # the order of a set's text differs from worker to worker
-    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else getattr(value, "name", str(value)),
+    ids=lambda value: (
+        "+".join(sorted(value)) if isinstance(value, set) else getattr(value, "name", str(value))
+    ),
 )
 def test_who_reads_what(
     family: FamilyInfo, style: str, part: str, alpha: bool, readers: set[str], tmp_path: Path

@@ -20,7 +20,7 @@ def test_what_is_missing_stands_with_its_commands() -> None:
     html = page_html(answer)
     assert "built &lt;without&gt; CUDA" in html
     assert (
-        "<td>mend</td><td>lies idle<br><code>pip uninstall -y torch</code><br><code>a &amp; b</code></td>"
+        "<td>problem</td><td>lies idle<br><code>pip uninstall -y torch</code><br><code>a &amp; b</code></td>"
         in html
     )
 

@@ -70,7 +70,7 @@ def test_the_process_stays_between_calls(worker: WorkerClient) -> None:
 def test_an_error_has_the_tasks_own_words(worker: WorkerClient) -> None:
     with pytest.raises(CallFailed, match="not so"):
         worker.ask("refuse", {})
-    with pytest.raises(CallFailed, match="unforeseen: KeyError"):
+    with pytest.raises(CallFailed, match="unexpected error: KeyError"):
         worker.ask("stumble", {})
     assert worker.ask("count", {"to": 1})["to"] == 1
 
@@ -129,7 +129,7 @@ def test_the_worker_ends_with_its_input() -> None:
     out = io.StringIO()
     worker_module.serve(io.StringIO('{"id": 1, "task": "no such", "arguments": {}}\n'), out)
     [line] = out.getvalue().splitlines()[1:]
-    assert "unforeseen" in json.loads(line)["error"]
+    assert "unexpected error" in json.loads(line)["error"]
 
 
 class Silent:

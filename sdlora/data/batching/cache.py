@@ -37,7 +37,6 @@ from .views import AugmentationView, AugmentationViews, Colours, shown, shown_ma
 
 _FORMAT = "2"  # part of every key: raise it when what is stored changes meaning
 _PROMPTS = "3"  # raise it when a prompt comes to mean something else, or is kept in another number format
-_IMAGES_AT_ONCE, _PIXELS_AT_ONCE = 8, 512 * 512
 _MEMORY_BUDGET = 1 << 30  # bytes of encoded data kept in RAM; the rest is read again when needed
 
 
@@ -73,15 +72,6 @@ class EncoderPrints:
 _Decoded = tuple[int, AugmentationView, Future[Tensor] | None]
 """Image, view, and its pixels where it must be encoded."""
 _Encoded = tuple[int, AugmentationView, Posterior | None]
-
-
-def images_at_once(device: torch.device, height: int, width: int) -> int:
-    """Return how many images of a size in px are encoded at the same time.
-
-    On a CPU small images are, in parts of one core each; elsewhere, and from 512 px on, each goes by itself,
-    so that encoding takes no more memory than one image needs.
-    """
-    return max(1, min(_IMAGES_AT_ONCE, _PIXELS_AT_ONCE // (height * width))) if device.type == "cpu" else 1
 
 
 def to_pixels(
@@ -159,14 +149,13 @@ class EncodedDataset:
         total = len(views) + len(captions)
         workers = max(1, min(16, os.cpu_count() or 1))
         done = 0
-        views.sort(key=lambda pair: pair[1].placement.bucket)  # images of one size are encoded together
         with ThreadPoolExecutor(workers) as pool, self._encoders() as encoders:
             decoded = ahead(self._started(pool, views), 2 * workers)
-            for batch in ahead(self._encoding(encoders, decoded), torch.get_num_threads()):
-                for index, view, posterior in batch.result():
-                    if posterior is not None:
-                        self._keep(index, view, posterior)
-                    emit(done := done + 1, total)
+            for future in ahead(self._encoding(encoders, decoded), torch.get_num_threads()):
+                index, view, posterior = future.result()
+                if posterior is not None:
+                    self._keep(index, view, posterior)
+                emit(done := done + 1, total)
         for caption in captions:
             if not self._is_kept("captions", self._caption_key(caption)):
                 self.caption(caption)
@@ -199,24 +188,27 @@ class EncodedDataset:
 
     def _encoding(
         self, encoders: ThreadPoolExecutor, views: Iterable[_Decoded]
-    ) -> Iterator[Future[list[_Encoded]]]:
-        """Yield the views in batches of one size, on their way through the encoder where they must be."""
-        batch: list[_Decoded] = []
-        for decoded in views:
-            size = decoded[1].placement.bucket
-            share = images_at_once(self._model.facts.device, *size) // max(1, torch.get_num_threads())
-            if batch and (size != batch[0][1].placement.bucket or len(batch) >= share):
-                yield encoders.submit(self._encoded, tuple(batch))
-                batch.clear()
-            batch.append(decoded)
-        if batch:
-            yield encoders.submit(self._encoded, tuple(batch))
+    ) -> Iterator[Future[_Encoded]]:
+        """Yield each view, on its way through the encoder where it must be.
 
-    def _encoded(self, batch: Sequence[_Decoded]) -> list[_Encoded]:
-        """Return each view of one size with its posterior, if it was to be encoded."""
-        missing = [pixels.result() for _, _, pixels in batch if pixels is not None]
-        posteriors = iter(self._model.encode_images(torch.cat(missing)).apart() if missing else ())
-        return [(index, view, None if pixels is None else next(posteriors)) for index, view, pixels in batch]
+        Each by itself: what comes out depends on how many images are encoded together (in the last bits), so
+        an entry encoded again later, or by another number of processes, would not be the same.
+        """
+        for decoded in views:
+            yield encoders.submit(self._encoded, decoded)
+
+    def _encoded(self, decoded: _Decoded) -> _Encoded:
+        """Return a view with its posterior, if it was to be encoded."""
+        index, view, pixels = decoded
+        return index, view, None if pixels is None else self._model.encode_images(pixels.result())
+
+    def _encoded_late(self, index: int, view: AugmentationView) -> Posterior:
+        """Encode a view in the middle of a run: one that was never kept, or whose entry has gone."""
+        pixels = self._pixels(index, view)
+        if self._is_fleeting(index, view):
+            return self._model.encode_images(pixels)
+        with self._encoders() as encoders:  # on as many threads as before, or its last bits would differ
+            return encoders.submit(self._model.encode_images, pixels).result()
 
     def image(self, index: int, view: AugmentationView | None = None) -> EncodedImage:
         """Return one encoded image, by default in its view without random parts.
@@ -254,7 +246,7 @@ class EncodedDataset:
         item, used = self.items[index], view.placement
 
         def encode() -> dict[str, Tensor]:
-            posterior = ready or self._model.encode_images(self._pixels(index, view))
+            posterior = ready or self._encoded_late(index, view)
             return {"mean": posterior.mean, "logvar": posterior.logvar}
 
         what = f"{item.path}: its latents are"

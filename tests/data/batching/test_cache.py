@@ -18,7 +18,6 @@ from sdlora.data.batching.cache import EncodedDataset, to_pixels
 from sdlora.data.batching.views import AugmentationViews
 from sdlora.data.reading.folder import Dataset, scan
 from sdlora.errors import DatasetError
-from sdlora.families.base import Posterior
 from sdlora.families.loading import load_model
 from sdlora.families.sd1 import StableDiffusion1
 
@@ -60,29 +59,6 @@ def test_everything_is_encoded_once_and_found_again(
     assert entries(cache, "images") | entries(cache, "captions") == first
     for index in range(6):
         assert torch.equal(again.image(index).posterior.mean, data.image(index).posterior.mean)
-
-
-def test_images_encoded_together_are_those_encoded_alone(
-    image_folder: Make, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu"))
-    dataset, calls, encode = scan(image_folder(12)), [], used.encode_images
-
-    def noting(pixels: torch.Tensor) -> Posterior:
-        calls.append(len(pixels))
-        return encode(pixels)
-
-    monkeypatch.setattr(used, "encode_images", noting)
-    together = encoded(dataset, used, tmp_path / "together")
-    together.encode_all()
-    assert sum(calls) == 12 and len(calls) < 12
-    alone = encoded(dataset, used, tmp_path / "alone")
-    for index in range(12):
-        first, other = together.image(index).posterior, alone.image(index).posterior
-        assert first.mean.shape == other.mean.shape and first.mean.shape[0] == 1
-        assert torch.allclose(first.mean, other.mean, rtol=1e-4, atol=1e-5)
-        assert torch.allclose(first.logvar, other.logvar, rtol=1e-4, atol=1e-5)
-    assert len(calls) > 12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
