@@ -159,6 +159,7 @@ def rehearse(kind: str, tmp_path: Path, *words: str, minutes: float = 20.0) -> d
     return report
 
 
+@pytest.mark.slow  # ``.ci/run`` runs it
 def test_one_job_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     """Through all of it: the job's process, its answer, the report."""
     report = rehearse("cpu", tmp_path, "--only", "draw-sd1-plain")

@@ -12,7 +12,7 @@ from tools.pretend_cuda.build import Unavailable, built
 from tools.pretend_cuda.command import play
 from tools.pretend_cuda.scenarios import SCENARIOS
 
-USUAL = ("refusals", "merge")  # ``.ci/run`` runs more of them
+USUAL = ("refusals",)  # ``.ci/run`` runs more of them
 """Those of every test run; the others take ten minutes."""
 
 Play = Callable[[str], dict[str, Any]]

@@ -20,7 +20,9 @@ from tools.torture.changes import DISTURBANCES, disturbed
 from tools.torture.play import Play
 from tools.torture.warm import Warm
 
-FEW = {"a": 1}  # ``.ci/run`` runs more of them
+pytestmark = pytest.mark.slow  # ``.ci/run`` runs a part of them
+
+FEW = {"a": 1}
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +39,10 @@ def test_what_is_disturbed_holds(play: Play, letter: str) -> None:
     assert (tally.failures, tally.tried) == ([], FEW[letter])
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_though_strange_files_lie_in_it(play: Play) -> None:
     assert disturbed(play, "strange files lie in the run", seed=1) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("letter", SCENES)
 def test_what_is_disturbed_holds_many_times(play: Play, letter: str) -> None:
     _, _, scene = SCENES[letter]

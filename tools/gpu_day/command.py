@@ -20,7 +20,7 @@ from .runner import Day
 
 _NEEDED = (
     *("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy"),
-    *("pydantic", "imagehash", "platformdirs", "psutil", "filelock", "rich", "matplotlib", "tomli_w", "PIL"),
+    *("pydantic", "platformdirs", "psutil", "filelock", "rich", "matplotlib", "tomli_w", "PIL"),
     *("pytest", "xdist", "pytest_timeout", "hypothesis"),
 )
 
