@@ -143,6 +143,7 @@ def test_recognise_train_resume_export_and_draw(
     assert images[0].image.tobytes() != images[1].image.tobytes()
 
 
+@pytest.mark.slow  # ``.ci/run`` runs it
 def test_each_text_encoder_has_its_own_rank_alpha_and_rate(
     family: str, make: Callable[..., Config], tmp_path: Path
 ) -> None:

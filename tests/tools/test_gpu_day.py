@@ -81,6 +81,7 @@ def test_a_failure_a_job_that_hangs_and_one_that_is_skipped_stop_nothing(
     assert {file.name for file in (tmp_path / "report").iterdir()} == {"report.json", "report.md", "logs.zip"}
 
 
+@pytest.mark.slow  # ``.ci/run`` runs it
 def test_a_second_call_goes_on_with_what_did_not_fit(day: Callable[..., Day], tmp_path: Path) -> None:
     mark = "open('{}', 'a').write('x')"
     first, second = tmp_path / "first", tmp_path / "second"

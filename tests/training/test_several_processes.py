@@ -174,6 +174,7 @@ def test_two_processes_give_the_bits_of_one_and_either_goes_on_from_the_other(
     assert_same_bits(tmp_path / "on", tmp_path / "one", 3)
 
 
+@pytest.mark.slow  # ``.ci/run`` runs it
 def test_a_fault_that_all_find_is_told_once_and_is_the_exit_code(settings: Callable[..., Config]) -> None:
     config = settings("run").with_values({"model.base": "/nowhere/base.safetensors"})
     code, _, errors = end_of(start(config, options=["--processes", "2"]), config)
