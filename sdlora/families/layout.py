@@ -31,4 +31,6 @@ def set_layout(denoiser: nn.Module, layout: Layout) -> None:
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.Conv2d) and ".lora_" not in f".{name}":
             weight: Any = module.weight
-            weight.data = weight.data.contiguous(memory_format=LAYOUTS[layout])
+            # not contiguous(), which counts a 1x1 kernel as laid out either way and leaves its strides, by
+            # which torch chooses the kernel that it computes with
+            weight.data = weight.data.to(memory_format=LAYOUTS[layout])

@@ -6,6 +6,7 @@ Usage: python -m tools.same_bits record --checkout DIR --output FILE.json [--onl
 
 ``record`` is told a word of the command lines that the checkout spells in another way, ``compare`` a word of
 keys and texts that was renamed on purpose: ``--renamed=--picture=--image``, ``--renamed Noticed=Notice``.
+``record --train-with training.fast=off`` adds a setting that the other checkout does not know.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ class Recorder:
         commands: of the checkout.
         work: an empty folder.
         names: words of the command lines that this checkout spells in another way (old -> new).
+        settings: added to the command lines that train.
     """
 
-    def __init__(self, commands: Commands, work: Path, names: Mapping[str, str]) -> None:
-        self._commands, self._work, self._names = commands, work, names
+    def __init__(
+        self, commands: Commands, work: Path, names: Mapping[str, str], settings: Sequence[str] = ()
+    ) -> None:
+        self._commands, self._work, self._names, self._settings = commands, work, names, settings
         self._material = lay_out(commands.checkout, commands.python, work / "material")
         self._places = {
             str(work.resolve()): "<work>",
@@ -64,6 +68,8 @@ class Recorder:
         answers = []
         for number, command in enumerate(case.commands):
             words = [filled(word) for word in renamed(list(command.arguments), self._names)]
+            if words[0] == "train":
+                words += self._settings
             stop = None
             if command.stopped:
                 events = self._work / f"events-{name}-{number}.jsonl"
@@ -95,7 +101,7 @@ def record(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="same-bits-", dir=options.output.parent.absolute()) as folder:
         work = Path(folder)
         with Commands(checkout, work, options.python, options.threads) as commands:
-            recorder = Recorder(commands, work, _pairs(options.renamed))
+            recorder = Recorder(commands, work, _pairs(options.renamed), options.train_with)
             about = {"commit": _commit(checkout), "threads": options.threads, **commands.versions()}
             cases = _kept(options.output, about) if options.only else {}
             for name in with_needs(asked):
@@ -180,6 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recording.add_argument("--threads", type=int, default=1)
     recording.add_argument(
         "--renamed", action="append", default=[], metavar="OLD=NEW", help="word of the command lines"
+    )
+    recording.add_argument(
+        "--train-with", action="append", default=[], metavar="KEY=VALUE", help="setting of every training"
     )
     two = actions.add_parser("compare", help="show what differs between two records")
     two.add_argument("before", type=Path)
