@@ -198,6 +198,28 @@ def is_used(folder: Path) -> bool:
     return any(path.name != LOCK and not _TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
 
 
+def list_files(folder: Path, *endings: str) -> list[Path]:
+    """Return the files with one of these endings in a folder and those below it, by path.
+
+    Hidden files and folders are left out: what :func:`replacing` has not finished, which is renamed at any
+    moment, and what macOS puts beside files (``._x.png``). What vanishes meanwhile or cannot be looked into
+    is passed over; links to folders are not followed.
+
+    Args:
+        folder: where to look; one that does not exist has no files.
+        endings: in small letters, with their dot (``.png``).
+    """
+    files = []
+    for current, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [
+            Path(current, name)
+            for name in names
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in endings
+        ]
+    return sorted(files)
+
+
 def refuse_used_folder(folder: Path, what: str) -> None:
     """Check that ``folder`` is missing or empty, so that writing there can lose nothing.
 

@@ -7,6 +7,7 @@ a person or a sync program left there is neither checkpoint nor preview, and is 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,10 +107,15 @@ class RunFolder:
         if previews := [preview.file for preview in self.list_previews() if preview.number == 1]:
             return previews[-1]
         for folder, pattern in ((self.samples, "**/*"), (self.path, "*sweep*")):
-            files = [file for file in folder.glob(pattern) if file.is_file()]
-            images = [file for file in files if file.suffix.lower() in IMAGE_ENDINGS]
-            if images:
-                return max(images, key=lambda file: (file.stat().st_mtime_ns, file.name))
+            dated = []
+            for file in folder.glob(pattern):
+                # a hidden one is just being written, and is renamed at any moment
+                if file.suffix.lower() in IMAGE_ENDINGS and not file.name.startswith("."):
+                    with suppress(OSError):  # removed meanwhile
+                        if file.is_file():
+                            dated.append((file.stat().st_mtime_ns, file.name, file))
+            if dated:
+                return max(dated)[-1]
         return None
 
 

@@ -56,6 +56,17 @@ def _nothing_goes_on_after_a_module(request: pytest.FixtureRequest) -> Iterator[
     request.config.stash[_watch].sweep()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_in_the_repository() -> Iterator[None]:
+    """Tests write below their own folders, also when what they test falls back to the current one."""
+    root = Path(__file__).resolve().parents[1]
+    before = set(root.iterdir())
+    yield
+    ours = (".safetensors", ".png", ".json", ".toml")  # somebody else may work here meanwhile
+    strays = sorted(path.name for path in set(root.iterdir()) - before if path.suffix in ours)
+    assert not strays, f"left in {root}: {strays}"
+
+
 @pytest.fixture
 def processes_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever the test starts ends with it, detached or not."""

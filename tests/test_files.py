@@ -19,6 +19,7 @@ from sdlora.files import (
     MAX_TOML_CHARS,
     as_file_name,
     given_path,
+    list_files,
     name_problem,
     parse_json,
     parse_toml,
@@ -58,6 +59,20 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_done(tmp_pat
             refuse_used_folder(place, "a run")
     refuse_used_folder(tmp_path / "new" / "run", "a run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_that_are_being_written_are_not_listed(tmp_path: Path) -> None:
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    for name in ("z.png", "b/A.PNG", "b/c/d.png", "._z.png", ".hidden/e.png", "b/x.txt"):
+        (tmp_path / name).touch()
+    with replacing(tmp_path / "new.png") as half, replacing(tmp_path / "folder") as folder:
+        half.touch()
+        folder.mkdir()
+        (folder / "inside.png").touch()
+        listed = list_files(tmp_path, ".png", ".jpg")
+    assert [file.relative_to(tmp_path).as_posix() for file in listed] == ["b/A.PNG", "b/c/d.png", "z.png"]
+    assert list_files(tmp_path / "missing", ".png") == []
 
 
 def test_amounts_of_bytes_are_told_in_mebibytes_until_a_gibibyte() -> None:

@@ -60,6 +60,8 @@ def test_the_newest_preview_is_found(tmp_path: Path) -> None:
     old, new = touched(run.samples / "b.png"), touched(run.samples / "a.png")
     os.utime(old, (1, 1))
     assert run.newest_preview() == new
+    touched(run.samples / ".0123456789ab.png")  # one that is just being written
+    assert run.newest_preview() == new
     touched(run.preview(20, 1))
     last = touched(run.preview(100, 1))
     os.utime(last, (1, 1))

@@ -12,6 +12,8 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
+from sdlora.files import list_files
+
 from .server.allowed_paths import AllowedPaths
 
 
@@ -21,8 +23,8 @@ def list_images(paths: AllowedPaths, limit: int) -> dict[str, Any]:
     Links that lead to nothing, or out of the server's folders, are passed over.
     """
     dated, folder = [], paths.images
-    for file in folder.rglob("*.png") if folder.is_dir() else ():
-        if file.name.startswith(".") or (file.is_symlink() and not paths.reaches(file)):
+    for file in list_files(folder, ".png"):
+        if file.is_symlink() and not paths.reaches(file):
             continue
         with suppress(OSError):  # removed meanwhile
             state = file.stat()

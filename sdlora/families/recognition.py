@@ -17,6 +17,7 @@ import torch
 
 from ..config.schema import PredictionType
 from ..errors import ModelError, shown
+from ..files import list_files
 from ..tensor_file import Header
 from .base_files import read_json
 from .facts import FamilyInfo
@@ -314,7 +315,7 @@ def _recognise_folder(folder: Path) -> Recognised:
     prediction = _prediction_of(scheduler)
     if prediction not in family.predictions:
         raise ModelError(f"{folder}: predicts `{shown(prediction)}`, which this version does not train")
-    weights = sorted((folder / there[0]).glob("*.safetensors"))
+    weights = list_files(folder / there[0], ".safetensors")
     rescaled = bool(scheduler.get("rescale_betas_zero_snr", False))
     return Recognised(
         path=folder,

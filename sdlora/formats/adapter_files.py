@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey, Update
 from ..errors import AdapterFileError, shown
+from ..files import list_files
 from ..number_formats import PRECISIONS, writable_dtypes
 from ..tensor_file import Header, Load, data_sha256, opened, read_header, shapes_only
 from . import folding, foreign, metadata
@@ -207,7 +208,7 @@ def _tensor_files(path: Path) -> list[Path]:
     for format in FORMATS.values():
         if format.is_folder and (files := format.code().files(path)):
             return files
-    names = sorted(file.name for file in path.glob("*.safetensors"))
+    names = [file.name for file in list_files(path, ".safetensors") if file.parent == path]
     names += sorted(file.parent.parent.name for file in path.glob(f"*/*/{CONFIG_FILE}"))
     hint = f"name one of its files ({', '.join(names[:3])})" if names else "name a .safetensors file"
     raise AdapterFileError(f"{path}: is a folder without {CONFIG_FILE}; {hint} or a PEFT folder")

@@ -40,6 +40,38 @@ PHONE = (390, 844)
 NAME = "#train-name textarea, #train-name input"
 
 
+class Element:
+    """What a selector means when it is asked: the page may replace it between finding and reading."""
+
+    def __init__(self, page: Page, css: str) -> None:
+        self.page, self.css = page, css
+
+    @property
+    def text(self) -> str:
+        return str(self._asked(lambda element: element.text))
+
+    def get_attribute(self, name: str) -> str | None:
+        value = self._asked(lambda element: element.get_attribute(name))
+        return None if value is None else str(value)
+
+    def send_keys(self, *keys: str) -> None:
+        self._asked(lambda element: element.send_keys(*keys))
+
+    def _asked(self, ask: Callable[[Any], Any]) -> Any:
+        from selenium.common import exceptions
+
+        replaced = (exceptions.StaleElementReferenceException, exceptions.ElementNotInteractableException)
+        answers: list[Any] = []
+
+        def answered() -> bool:
+            with suppress(*replaced):
+                answers.append(ask(self.page.found(self.css)))
+            return bool(answers)
+
+        wait_for(answered, f"`{self.css}` to answer")
+        return answers[0]
+
+
 class Page:
     """A browser window on the server, found by what a user sees."""
 
@@ -53,7 +85,12 @@ class Page:
     def all(self, css: str) -> list[Any]:
         return list(self.js(VISIBLE, css))
 
-    def one(self, css: str) -> Any:
+    def one(self, css: str) -> Element:
+        """Wait until it is there."""
+        self.found(css)
+        return Element(self, css)
+
+    def found(self, css: str) -> Any:
         try:
             return wait_for(lambda: self.all(css), f"`{css}`")[0]
         except AssertionError as error:
@@ -203,7 +240,7 @@ def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., An
     slider.send_keys("\ue012" * 4)  # the left arrow, four times
     wait(lambda: float(slider.get_attribute("value")) == pytest.approx(0.8))
     wait(lambda: image(page) not in (None, first))
-    drawn = sorted((page.server.home / "images").glob("*.png"))
+    drawn = drawn_images(page)
     assert len(drawn) >= 2
 
     page.click("#sweep")
@@ -287,10 +324,14 @@ def the_text_encoder_has_its_own_strength(page: Page, wait: Callable[..., Any]) 
 
 def drawn_with(page: Page, *phrases: str) -> bool:
     """Tell whether an image was drawn whose settings hold all of these."""
-    texts = [
-        Image.open(file).info.get("parameters", "") for file in (page.server.home / "images").glob("*.png")
-    ]
+    texts = [Image.open(file).info.get("parameters", "") for file in drawn_images(page)]
     return any(all(phrase in text for phrase in phrases) for text in texts)
+
+
+def drawn_images(page: Page) -> list[Path]:
+    """Return the whole images by name; one that is just being written has a hidden one."""
+    files = (page.server.home / "images").glob("*.png")
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def choose(page: Page, wait: Callable[..., Any], css: str, label: str) -> None:

@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options.only.split(",")
     rows: list[tuple[str, Tally, float]] = []
     with ExitStack() as stack:
-        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        kept = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = kept.resolve()
         play = None
         for letter in wanted:
             begun = time.monotonic()

@@ -80,7 +80,7 @@ def _queue(folder: Path, rng: random.Random, kills: int, servers: int) -> tuple[
     }
 
     def begin() -> subprocess.Popen[bytes]:
-        server = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, cwd=ROOT)
+        server = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, cwd=folder)
         assert server.stdout is not None
         server.stdout.readline()
         return server

@@ -112,10 +112,12 @@ class Warm:
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(self._scratch),
+            "HOME": str(self._scratch),
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tools.torture.warm", str(library)],
-            cwd=ROOT,
+            cwd=self._scratch,  # where a trained adapter is rescued to when its own folders cannot be written
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

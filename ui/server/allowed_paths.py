@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.errors import SdloraError
-from sdlora.files import refuse_bad_names
+from sdlora.files import list_files, refuse_bad_names
 
 STATE = ".sdlora-ui"
 _MODEL_FOLDERS = (
@@ -194,7 +194,7 @@ def model_files(paths: AllowedPaths, kind: str) -> list[Path]:
     folders = [folder for folder in paths.models if folder.name in endings]
     folders += [folder for folder in paths.allowed if folder.name in endings]
     folders += [root / inside for root in paths.allowed for inside in wanted if (root / inside).is_dir()]
-    files = [file for folder in dict.fromkeys(folders) for file in sorted(folder.rglob("*.safetensors"))]
+    files = [file for folder in dict.fromkeys(folders) for file in list_files(folder, ".safetensors")]
     return [file for file in dict.fromkeys(files) if file.is_file() and paths.reaches(file)]
 
 
