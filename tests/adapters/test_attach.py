@@ -151,6 +151,28 @@ def test_strength_zero_is_the_base_bit_for_bit(model: DiffusionModel) -> None:
     assert torch.equal(output(model), base)
 
 
+def test_an_adapter_at_strength_zero_takes_no_part(model: DiffusionModel) -> None:
+    """0 times what overflowed is no number: only what is not computed at all leaves the others alone."""
+    broken = AdapterWeights(
+        {
+            key: LowRankPair(pair.down, torch.full_like(pair.up, torch.inf), pair.alpha)
+            for key, pair in trained(model).items()
+        }
+    )
+    base = output(model)
+    attach(model, broken, "one")
+    set_strengths(model, {"one": 0.0})
+    assert torch.equal(output(model), base)
+    attach(model, trained(model, seed=1), "two")
+    set_strengths(model, {"two": 0.7})
+    alone = output(model)
+    set_strengths(model, {"one": 0.0, "two": 0.7})
+    assert torch.equal(output(model), alone)
+    merged = Merged(model, {"one": 0.0, "two": 0.7})
+    assert bool(torch.isfinite(output(model)).all())
+    merged.undo()
+
+
 def test_strengths_change_back_and_forth_exactly(model: DiffusionModel) -> None:
     attach(model, trained(model), "one")
     set_strengths(model, {"one": 0.7})
@@ -321,6 +343,29 @@ def test_a_bf16_base_rounds_a_merge_once_and_undoes_it(tiny_base: Path) -> None:
     detach(model, "one")
     after = state(model)
     assert len(after) == len(before) and all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_a_merge_of_two_into_a_bf16_base_is_the_rounded_sum(tiny_base: Path) -> None:
+    model = load_model(str(tiny_base), dtype=torch.bfloat16, device=torch.device("cpu"))
+    unet = model.components()["unet"]
+    strengths: dict[str, Strength] = {"one": 0.7, "two": -0.4}
+    originals = {name: value.detach().double() for name, value in unet.named_parameters()}
+    adapters = {"one": trained(model, seed=1), "two": trained(model, seed=2)}
+    wanted = {}
+    for name, strength in strengths.items():
+        for key, pair in adapters[name].items():
+            if key.component == "unet":
+                weight = f"{key.path}.weight"
+                product = pair.up.bfloat16().double().flatten(1) @ pair.down.bfloat16().double().flatten(1)
+                delta = (pair.alpha / pair.down.shape[0] * product).reshape(originals[weight].shape)
+                wanted[weight] = wanted.get(weight, originals[weight]) + float(strength) * delta  # type: ignore[arg-type]
+        attach(model, adapters[name], name)
+    merged = Merged(model, strengths)
+    values = {name.replace(".base_layer.", "."): value for name, value in unet.named_parameters()}
+    differing = sum(int((values[name] != wanted[name].bfloat16()).sum()) for name in wanted)
+    # a sum in float32 may lie on the other side of a rounding boundary, here and there
+    assert differing < 1e-3 * sum(value.numel() for value in wanted.values())
+    merged.undo()
 
 
 def test_an_adapter_for_another_shape_is_refused_by_layer(model: DiffusionModel) -> None:

@@ -167,6 +167,23 @@ def test_strength_zero_is_the_base_bit_for_bit(model: DiffusionModel) -> None:
         assert torch.equal(output(model), base)
 
 
+def test_an_adapter_at_strength_zero_takes_no_part(model: DiffusionModel) -> None:
+    """0 times what overflowed is no number: only what is not computed at all leaves the base alone."""
+    whole = mixture(model, 0)
+    broken = {
+        key: dataclasses.replace(update, alpha=1e300)  # type: ignore[type-var]
+        for key, update in whole.all_items()
+        if "alpha" in {field.name for field in dataclasses.fields(update)}  # type: ignore[arg-type]
+    }
+    assert len(broken) > 10
+    base = output(model)
+    attach(model, AdapterWeights(broken), "one")
+    set_strengths(model, {"one": 1.0})
+    assert not bool(torch.isfinite(output(model)).all())
+    set_strengths(model, {"one": 0.0})
+    assert torch.equal(output(model), base)
+
+
 def test_an_adapter_comes_and_goes_beside_another(model: DiffusionModel) -> None:
     first, second = mixture(model, 0), mixture(model, 1)
     attach(model, first, "one")
