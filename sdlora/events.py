@@ -92,8 +92,28 @@ class StepDone(Event):
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A mean and its 90 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class NoiseBand:
+    """Part of what was validated: the timesteps from ``start`` to ``end``, as shares of the base's range."""
+
+    start: float
+    end: float
+    loss: float
+    against_base: Estimate | None
+    """Loss minus the base's, image by image; None with fewer than two images."""
+
+
+@dataclass(frozen=True)
 class Validated(Event):
-    """Loss on the held-out images with fixed noise and timesteps."""
+    """Loss on the held-out images, at noise and timesteps that are the same at every step."""
 
     step: int
     loss: float
@@ -102,6 +122,18 @@ class Validated(Event):
     """Of the mean over the images; the true mean lies within twice of it, 19 times of 20."""
     learned_loss: float | None = None
     """That of the values as learned, where what is shown is an average of them."""
+    against_base: Estimate | None = None
+    """Loss minus that of the base alone, image by image; None with fewer than two images."""
+    best_step: int | None = None
+    """The step before this one with the lowest loss."""
+    against_best: Estimate | None = None
+    """Loss minus that of ``best_step``, image by image."""
+    bands: tuple[NoiseBand, ...] = ()
+    """The same by how much noise there was, least first."""
+    losses: tuple[tuple[float, ...], ...] = ()
+    """Of each image (outer) in each part of the range of timesteps (inner), for later comparisons."""
+    base_losses: tuple[tuple[float, ...], ...] | None = None
+    """The same of the base alone; only where they were measured."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +178,10 @@ def to_json(event: Event) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

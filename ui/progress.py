@@ -42,6 +42,7 @@ class RunView:
         self.expected_bytes: int | None = None
         self.loss: dict[int, float] = {}
         self.validation: dict[int, float] = {}
+        self.against_base: dict[int, tuple[float, float]] = {}
         self.rate: float | None = None
         self.samples: dict[int, list[str]] = {}
         self.checkpoints: list[int] = []
@@ -88,6 +89,8 @@ class RunView:
         elif kind == "Validated":
             if event["loss"] is not None:
                 self.validation[event["step"]] = event["loss"]
+            if against := event.get("against_base"):
+                self.against_base[event["step"]] = float(against["low"]), float(against["high"])
         elif kind == "Sampled":
             self.samples[event["step"]] = list(event["files"])
         elif kind == "CheckpointSaved":
@@ -123,6 +126,7 @@ class RunView:
         return self.brief() | {
             "losses": thinned(self.loss),
             "validation": sorted(self.validation.items()),
+            "against_base": self.against_base.get(max(self.validation, default=-1)),
             "samples": [[step, self.samples[step]] for step in sorted(self.samples)],
             "checkpoints": sorted(set(self.checkpoints)),
             "defaults": [[key, value, reason] for key, (value, reason) in self.defaults.items()],

@@ -24,6 +24,7 @@ from ..events import (
     Caching,
     CheckpointSaved,
     Decided,
+    Estimate,
     Event,
     Notice,
     RunFinished,
@@ -93,7 +94,7 @@ class TrainingDisplay:
             case Validated():
                 learned = "" if event.learned_loss is None else f" (as learned {event.learned_loss:.4f})"
                 what = f"loss {event.loss:.4f}{learned} on {event.num_images} held-out images"
-                self._say(f"step {event.step}: {what}")
+                self._say(f"step {event.step}: {what}{_compared(event)}")
             case Sampled():
                 self._say(f"step {event.step}: previews in {event.grid}")
             case CheckpointSaved():
@@ -127,6 +128,24 @@ class TrainingDisplay:
 
     def _say(self, text: str) -> None:
         self._console.print(Text(without_controls(text)))
+
+
+def _compared(event: Validated) -> str:
+    """Return what a measurement says against the base and against the best step before it."""
+    if event.against_base is None:
+        return "; one image says nothing of others" if event.num_images == 1 else ""
+    told = f"; {_against(event.against_base, 'the base')}"
+    if event.best_step is not None and event.against_best is not None:
+        told += f"; {_against(event.against_best, f'step {event.best_step}, the best so far')}"
+    return told
+
+
+def _against(difference: Estimate, other: str) -> str:
+    if difference.low <= 0 <= difference.high:
+        return f"not to be told from {other} ({difference.low:+.4f} to {difference.high:+.4f})"
+    word = "below" if difference.mean < 0 else "above"
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    return f"{abs(difference.mean):.4f} ({low:.4f} to {high:.4f}) {word} {other}"
 
 
 def _short(value: object) -> str:

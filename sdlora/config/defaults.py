@@ -16,6 +16,8 @@ from .schema import USUAL_SCHEDULE, Config, OptimizerConfig, Schedule
 
 USUAL_GUIDANCE = 7.0
 """Guidance scale for a base that recommends none."""
+VALIDATION_SHARE = 0.1
+"""Of the time of training, how much the measurements on held-out images may cost."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,30 @@ def hold_out(num_images: int) -> tuple[int, str]:
     """Return how many images are held out to measure progress, and why."""
     if num_images >= 20:
         return min(8, max(2, round(num_images * 0.1))), f"a tenth of {num_images} images, at most 8"
-    return 0, f"{num_images} images are too few to hold some out"
+    return 0, (
+        f"{num_images} images are too few to hold some out, so whether more is learned than these by heart "
+        "cannot be known"
+    )
+
+
+def validation_draws(
+    steps: int, images_per_step: int, every: int, num_held_out: int, most: int = 16
+) -> float:
+    """Return how many noised versions of each held-out image :data:`VALIDATION_SHARE` of the run pays for.
+
+    An image costs a forward pass there and about two in training. Measured are the start, each interval, the
+    end, and the base alone.
+
+    Args:
+        steps: of the run.
+        images_per_step: images of a full step.
+        every: steps between measurements.
+        num_held_out: images held out.
+        most: the largest answer; more would hardly make the figures surer.
+    """
+    measurements = steps // every + (steps % every > 0) + 2
+    paid = VALIDATION_SHARE * steps * images_per_step * 2
+    return min(float(most), paid / (measurements * max(1, num_held_out)))
 
 
 def fill_training(open_settings: OpenSettings, data: DataFacts, rule: RateRule = USUAL_RATE) -> None:
@@ -292,7 +317,11 @@ def _fill_intervals(open_settings: OpenSettings, data: DataFacts) -> None:
     every = max(10, min(250, steps // 5))
     open_settings.fill("training.checkpoint_every", every, "the most steps that a crash may cost")
     if data.num_held_out:
-        open_settings.fill("training.validate_every", max(5, steps // 10), "about ten points on the curve")
+        every, reason = max(5, steps // 10), "about ten points on the curve"
+        # in runs that are short for so many images: rarer, so that each measurement is worth something
+        while every < steps and validation_draws(steps, images_per_step, every, data.num_held_out) < 2:
+            every, reason = min(steps, every + max(1, every // 4)), "as often as a tenth of the time pays for"
+        open_settings.fill("training.validate_every", every, reason)
     # up to four; those of held-out images come first, as they show what was learned and not just remembered
     prompts = tuple(dict.fromkeys(prompt for prompt in data.prompts if prompt))[:4]
     open_settings.fill("sample.prompts", prompts, "captions of the images")

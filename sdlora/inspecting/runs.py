@@ -42,6 +42,7 @@ class RunSummary:
         losses: (step, loss) of every step.
         validation: (step, held-out loss).
         rates: (step, learning rate).
+        gains: (step, (low, high)): held-out loss minus the base's, 90 % interval.
         seconds: that its last part took, if that ended.
     """
 
@@ -53,6 +54,7 @@ class RunSummary:
     losses: Sequence[tuple[int, float]] = ()
     validation: Sequence[tuple[int, float]] = ()
     rates: Sequence[tuple[int, float]] = ()
+    gains: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     seconds: float | None = None
 
     @property
@@ -83,6 +85,7 @@ class RunSummary:
             "steps": self.steps,
             "loss": self.loss,
             "best_validation": None if best is None else {"step": best[0], "loss": best[1]},
+            "best_against_base": None if best is None else self.gains.get(best[0]),
             "seconds": self.seconds,
         }
         if curves:
@@ -109,11 +112,15 @@ class RunTable:
     def render(self, *, width: int = 140) -> str:
         """Return a table for people, and below it the settings that differ."""
         table = Table(box=None, pad_edge=False)
-        for title in ("run", "state", "steps", "loss", "best validation", "at step"):
+        for title in ("run", "state", "steps", "loss", "best validation", "at step", "against base"):
             table.add_column(title, overflow="fold", justify="left" if title in ("run", "state") else "right")
         for run in self.runs:
             best = run.best
-            measured = ("", "") if best is None else (f"{best[1]:.5f}", str(best[0]))
+            measured = ("", "", "")
+            if best is not None:
+                span = run.gains.get(best[0])
+                gain = "" if span is None else f"{span[0]:+.4f} to {span[1]:+.4f}"
+                measured = (f"{best[1]:.5f}", str(best[0]), gain)
             loss = "" if run.loss is None else f"{run.loss:.5f}"
             total = "?" if run.steps is None else run.steps
             table.add_row(str(run.folder), run.state, f"{run.step}/{total}", loss, *measured)
@@ -205,7 +212,11 @@ def read_run(folder: Path) -> RunSummary:
             told.take(event)
     name = str(settings.get("output.name", folder.name))
     losses, validation, rates = (sorted(told.points[kind].items()) for kind in _KINDS)
-    return RunSummary(folder, name, settings, told.steps, told.state, losses, validation, rates, told.seconds)
+    return RunSummary(
+        *(folder, name, settings, told.steps, told.state, losses, validation, rates),
+        gains=told.gains,
+        seconds=told.seconds,
+    )
 
 
 class _Told:
@@ -216,6 +227,7 @@ class _Told:
         self.seconds: float | None = None
         self.state = "unfinished"
         self.points: dict[str, dict[int, float]] = {kind: {} for kind in _KINDS}
+        self.gains: dict[int, tuple[float, float]] = {}
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Take one event in."""
@@ -231,7 +243,11 @@ class _Told:
                 loss, rate = float(event["loss"]), float(event["learning_rate"])
                 self.points["loss"][step], self.points["rate"][step] = loss, rate
             case "Validated":
-                self.points["validation"][int(event["step"])] = float(event["loss"])
+                step = int(event["step"])
+                self.points["validation"][step] = float(event["loss"])
+                self.gains.pop(step, None)
+                if (against := event.get("against_base")) is not None:
+                    self.gains[step] = float(against["low"]), float(against["high"])
             case "RunFinished":
                 self.state = "stopped" if event["stopped"] else "finished"
                 self.seconds = float(event["seconds"])

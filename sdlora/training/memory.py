@@ -36,7 +36,7 @@ from .memory_count import counting_memory, fused_attention
 from .optimizers import optimizer_kind
 
 _TOLERANCE = 0.85  # the count may be 15 % too high; with less free than this share of it, a run cannot fit
-VALIDATION_TIMESTEPS = 4  # at which each held-out image is measured
+_VALIDATION_ROWS = 4  # timesteps of a held-out image that are predicted together
 _SPARED = ("validation", "previews")  # phases that are skipped where they do not fit
 
 
@@ -102,7 +102,7 @@ def validation_rows(config: Config) -> int:
     So validation takes less memory than training and fits wherever training does.
     """
     assert config.training.batch_size is not None
-    return min(VALIDATION_TIMESTEPS, config.training.batch_size)
+    return min(_VALIDATION_ROWS, config.training.batch_size)
 
 
 def plan_memory(config: Config, blueprint: Callable[[], DiffusionModel], *, free: int | None) -> MemoryPlan:

@@ -26,6 +26,7 @@ from ..errors import ConfigError, TrainingError
 from ..events import Emitter, Notice
 from ..families.base import Conditioning, DiffusionModel
 from ..families.parallel import SplitPredictor
+from ..judging.held_out import Measured
 from ..machine import version
 from ..run_folder import RunFolder, list_checkpoints
 from . import checkpoint, optimizer_state
@@ -72,6 +73,7 @@ class Run:
         made_splitter: how a batch can be computed in parts; ``splitter`` if it is.
         choice: the way to compute; None for the usual one.
         fast_before: the fast paths that the checkpoint was made with, if the run was resumed.
+        measured: what validation measured so far; None before the first time.
     """
 
     config: Config
@@ -106,6 +108,7 @@ class Run:
     made_splitter: SplitPredictor | None = None
     choice: Choice | None = None
     fast_before: tuple[str, ...] | None = None
+    measured: Measured | None = None
 
     @property
     def images_per_step(self) -> int:

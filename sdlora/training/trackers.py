@@ -161,6 +161,13 @@ def _of_validation(event: Validated) -> dict[str, float]:
         values["validation/loss high"] = event.loss + 2 * event.standard_error
     if event.learned_loss is not None:
         values["validation/loss as learned"] = event.learned_loss
+    for name, difference in (("base", event.against_base), ("best step", event.against_best)):
+        if difference is not None:
+            values[f"validation/against {name}"] = difference.mean
+            values[f"validation/against {name} low"] = difference.low
+            values[f"validation/against {name} high"] = difference.high
+    for band in event.bands:
+        values[f"validation/noise {band.start:.0%} to {band.end:.0%}"] = band.loss
     return values
 
 

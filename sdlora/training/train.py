@@ -37,6 +37,7 @@ from ..events import (
     StepDone,
     read_events,
 )
+from ..judging.held_out import Losses, mean_loss
 from ..run_folder import SAMPLE, SAVE, STOP, list_checkpoints
 from . import checkpoint
 from .cost import measure_cost
@@ -53,7 +54,7 @@ from .schedules import schedule_factor
 from .shown_weights import publish, putting_back
 from .state import Run, refuse_unchanged, run_folder, run_state
 from .trackers import tracking
-from .validation import measure, validate
+from .validation import cost_notice, measure, validate
 
 _MOST_SKIPPED = 16  # in a row: by then the scaler's 2^16 is halved down to 1, which is no scaling at all
 _PATIENT_STEPS = 20  # a process that takes as long as this many usual steps is believed to be gone
@@ -257,11 +258,12 @@ def _look(run: Run, validating: bool, previewing: bool, shown: AbstractContextMa
         previewing: draw the previews.
         shown: has the model hold the values to show.
     """
-    losses, images, loss = None, None, None
+    losses: Losses | None = None
+    images, loss = None, None
     if run.shows_both:
         losses = attempt(run, "validation", measure) if validating else None
         images = attempt(run, "the previews", draw) if previewing else None
-    learned = sum(losses) / len(losses) if losses else None
+    learned = mean_loss(losses) if losses else None
     with shown:
         if validating:
             loss = attempt(run, "validation", partial(validate, learned=learned))
@@ -366,6 +368,8 @@ def save(run: Run) -> Exception | None:
 def _start(run: Run) -> None:
     cost = measure_cost(run)
     run.processes.patience = max(run.processes.patience, _PATIENT_STEPS * cost.seconds_per_step)
+    if notice := cost_notice(run):
+        run.emit(Notice(notice))
     run.processes.exchange("ready")
     left = run.steps - run.step
     run.emit(

@@ -120,7 +120,10 @@ def test_validation_predicts_no_more_at_once_than_a_step(
     batch_size: int, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepared(
-        settings("run", "data.validation=1", "sample.prompts=[]", f"training.batch_size={batch_size}")
+        settings(
+            *("run", "data.validation=1", "sample.prompts=[]", f"training.batch_size={batch_size}"),
+            *("training.steps=200", "training.validate_every=100"),
+        )
     )
     rows: list[int] = []
     predict = run.model.predict
@@ -133,7 +136,8 @@ def test_validation_predicts_no_more_at_once_than_a_step(
     with run.loader:
         loss = validate(run)
     assert loss is not None and loss > 0
-    assert rows == {1: [1, 1, 1, 1], 3: [3, 1], 8: [4]}[batch_size]
+    assert sum(rows) > 8  # of the base alone, and with the adapter
+    assert max(rows) == min(4, batch_size)
 
 
 def test_the_encoders_are_read_once_for_training_and_held_out_images(

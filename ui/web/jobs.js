@@ -131,6 +131,7 @@ class Jobs extends Live {
     const tiles = [live && run.started ? tile(duration(run.seconds_left), "left") : tile(run.seconds ? duration(run.seconds) : "", "took"),
       tile(run.steps ? `${run.step} / ${run.steps}` : "", "steps"), tile(run.loss?.toFixed(4), "loss, last 20 steps"),
       tile(held === null ? "" : held.toFixed(4), "loss on held-out images"),
+      tile(run.against_base ? run.against_base.map((value) => (value > 0 ? "+" : "") + value.toFixed(4)).join(" … ") : "", "against the base alone (90 %)"),
       live ? tile(bytes(run.memory?.process), "memory") : null, live ? tile(bytes(run.memory?.gpu), "GPU memory") : null].filter(Boolean);
     return tiles.length ? [el("div", { class: "sd-facts" }, tiles)] : [];
   }
