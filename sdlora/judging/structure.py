@@ -1,8 +1,8 @@
 """How alike two images are in what is drawn where, whatever the tones, the colours and the width of lines.
 
-An image becomes its edges: how strong they are and along which line they run, in 16 x 16 cells. The edges come
-from the structure tensor (Bigun and Granlund 1987), summed over lightness and both colour axes, which takes no
-sides: light on dark gives what dark on light gives, and so does any other pair of colours. Strength
+An image becomes its edges: how strong they are and along which line they run, in 16 x 16 cells. The edges
+come from the structure tensor (Bigun and Granlund 1987), summed over lightness and both colour axes, which
+takes no sides: light on dark gives what dark on light gives, and so does any other pair of colours. Strength
 saturates, so that faint lines count almost as bold ones. Numpy and Pillow only.
 """
 
@@ -28,8 +28,8 @@ _CHANNELS = 3
 def structure_likeness(first: Sequence[Image], second: Sequence[Image]) -> Array:
     """Return the likeness (n, m) in drawing of every image of ``first`` to every one of ``second``.
 
-    The correlation of the edges, the highest over small moves (a sixteenth of the side at most). 1 is the same
-    drawing; drawings of different things have about 0 to 0.5. An image without edges is like none: 0.
+    The correlation of the edges, the highest over small moves (a sixteenth of the side at most). 1 is the
+    same drawing; drawings of different things have about 0 to 0.5. An image without edges is like none: 0.
     """
     known = np.stack([_standardised(_pooled(fine_edges(image))) for image in second])
     best = []
@@ -46,7 +46,7 @@ def pair_likeness(first: Sequence[Image], second: Sequence[Image]) -> Array:
 
 
 def fine_edges(image: Image) -> Array:
-    """Return the edges of an image, (32, 32, 3): strength 0..1, and that times cos and sin of twice the angle."""
+    """Return an image's edges, (32, 32, 3): strength 0..1, and that times cos and sin of twice the angle."""
     from PIL import Image as Pil
 
     small = image.convert("RGB").resize((_SIDE, _SIDE), Pil.Resampling.BOX)
