@@ -42,7 +42,7 @@ def structure_likeness(first: Sequence[Image], second: Sequence[Image]) -> Array
 def pair_likeness(first: Sequence[Image], second: Sequence[Image]) -> Array:
     """Return the likeness (n,) of each image of ``first`` to the one of ``second`` at the same place."""
     pairs = zip(first, second, strict=True)
-    return np.array([structure_likeness([one], [other])[0, 0] for one, other in pairs])
+    return np.array([structure_likeness([image], [other])[0, 0] for image, other in pairs])
 
 
 def fine_edges(image: Image) -> Array:

@@ -12,8 +12,8 @@ from sdlora.judging.intervals import estimate
 @pytest.mark.parametrize("count", [2, 5, 12, 40])
 def test_the_interval_holds_the_true_mean_nine_times_of_ten(count: int) -> None:
     draw = np.random.default_rng(count)
-    found = [estimate(draw.normal(3.0, 2.0, count).tolist()) for _ in range(4000)]
-    inside = [known is not None and known.low <= 3.0 <= known.high for known in found]
+    estimates = [estimate(draw.normal(3.0, 2.0, count).tolist()) for _ in range(4000)]
+    inside = [known is not None and known.low <= 3.0 <= known.high for known in estimates]
     assert np.mean(inside) == pytest.approx(0.9, abs=0.015)  # three standard errors of this mean
 
 

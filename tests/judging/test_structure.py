@@ -14,9 +14,9 @@ from sdlora.judging.structure import pair_likeness, structure_likeness
 BASES, TRUES = BASE[:24], TRUE[:24]  # the same subjects in two hands: flat colours, and black strokes
 
 
-def closer(images: Images, own: Images) -> float:
-    """Return how often an image is more like its own partner than like another one's: chance is 0.5."""
-    table = structure_likeness(images, own)
+def closer(images: Images, partners: Images) -> float:
+    """Return how often an image is more like its partner than like others' partners: chance is 0.5."""
+    table = structure_likeness(images, partners)
     ranks = [(table[row, row] > np.delete(table[row], row)).mean() for row in range(len(table))]
     return float(np.mean(ranks))
 
