@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from .errors import OutputError, TrainingError
 from .run_folder import LOCK, RunFolder
 
+ASSETS = Path(__file__).parent / "assets"
+"""What comes with the program: the mini base, the families' configs and tokenizers, the report's page."""
 MAX_LEVELS = 64
 """Of brackets inside brackets, and of names in a dotted key: more than anything real has, and few enough that
 whatever goes through the value level by level comes to its end."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import sdlora
+from sdlora.files import ASSETS
 
-_MINI = Path(sdlora.__file__).parent / "assets" / "mini"
+_MINI = ASSETS / "mini"
 
 
 def write_tiny_base(folder: Path, seed: int = 7) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
+from ..files import ASSETS
 from .base_files import component_config, read_json
 from .facts import DenoiserInfo
 from .latent_model import Parts
 from .ldm import VAE_PREFIX, StoredKey, text_key_map, unet_key_map, vae_key_map
-from .locating import ASSETS, CODE_SUFFIXES, from_hub
+from .locating import CODE_SUFFIXES, from_hub
 from .recognition import Recognised
 from .table import FAMILIES
 from .weights import TensorSource, fill, weight_files, without_memory

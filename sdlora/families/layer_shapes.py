@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from ..files import parse_json
+from ..files import ASSETS, parse_json
 from .facts import FamilyInfo
 from .ldm import TEXT_ROOT
 from .table import FAMILIES, family_info
 
 Shape = tuple[int, ...]
-_ASSETS = Path(__file__).parent.parent / "assets"
-_NO_BIAS = (".to_q", ".to_k", ".to_v", "_embedding", "text_projection")
 _CONVOLUTIONS: Mapping[str, tuple[int, int]] = {
     **{ending: (3, 3) for ending in (".conv1", ".conv2", ".conv", "conv_in", "conv_out")},
     ".conv_shortcut": (1, 1),
@@ -68,13 +65,8 @@ def kernel_by_name(path: str) -> tuple[int, int] | None:
     return next((size for ending, size in _CONVOLUTIONS.items() if path.endswith(ending)), None)
 
 
-def has_bias(path: str) -> bool:
-    """Tell whether the layer at a path has a bias, in U-Nets and text encoders of these families."""
-    return not path.endswith(_NO_BIAS)
-
-
 def _config(info: FamilyInfo, component: str) -> dict[str, Any]:
-    text = (_ASSETS / info.assets / component / "config.json").read_text(encoding="utf-8")
+    text = (ASSETS / info.assets / component / "config.json").read_text(encoding="utf-8")
     tree = parse_json(text)
     assert isinstance(tree, dict)
     return tree

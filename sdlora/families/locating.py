@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ..errors import ModelError
+from ..files import ASSETS
 from ..tensor_file import CONVERT
 from .facts import AUTOENCODER
 from .table import FAMILIES, component_names
 
-ASSETS = Path(__file__).parent.parent / "assets"
 CODE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of files that can run code when they are opened; these files are never opened."""
 _VARIANTS = (".fp16.", ".bf16.", ".non_ema.")

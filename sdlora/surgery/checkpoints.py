@@ -24,6 +24,7 @@ from ..families.facts import FamilyInfo, TextEncoderInfo, component_order, is_te
 from ..families.ldm import UNET_PREFIX, StoredKey, text_key_map
 from ..families.table import FAMILIES, component_names, family_info
 from ..families.weights import checked_header
+from ..files import ASSETS
 from ..formats import names
 from ..tensor_file import FLOAT_DTYPES, Header, TensorSpec
 
@@ -41,7 +42,6 @@ _VARIANT = re.compile(r"^(?:diffusion_pytorch_)?model(?:\.(?P<variant>[\w-]+?))?
 _ENDING = ".weight"
 _BIAS = ".bias"
 _ENDINGS = (_ENDING, _BIAS)
-_ASSETS = Path(__file__).parent.parent / "assets"
 PICKLE_ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -269,7 +269,7 @@ def _key_map(header: Header, encoder: TextEncoderInfo, assets: str) -> Iterator[
 
     SD2's checkpoints hold one layer more than is used; no adapter has that layer.
     """
-    config = json.loads((_ASSETS / assets / encoder.component / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((ASSETS / assets / encoder.component / "config.json").read_text(encoding="utf-8"))
     last = int(config["num_hidden_layers"])
     pattern = _LAYER_NUMBER[encoder.checkpoint_layout]
     numbers = {

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdlora.families.locating import ASSETS
+from sdlora.files import ASSETS
 
 FAMILY_NAMES = ("sd1", "sd2", "sdxl")
 FORMS = ("folder", "file", "hub cache")

@@ -32,8 +32,8 @@ from sdlora.families.clip import chunk_tokens, encode_penultimate, weigh_states
 from sdlora.families.facts import DenoiserInfo, FamilyInfo, HeaderWords, TextEncoderInfo
 from sdlora.families.latent_model import TEXT_TARGETS, LatentModel
 from sdlora.families.loading import load_model
-from sdlora.families.locating import ASSETS
 from sdlora.families.table import FAMILIES
+from sdlora.files import ASSETS
 from sdlora.formats.adapter_files import OpenAdapter, read_adapter
 from sdlora.generation.image_generator import ImageGenerator
 from sdlora.generation.render import GenerateRequest

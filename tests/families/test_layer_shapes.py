@@ -11,23 +11,21 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.families.layer_shapes import clip_shapes, has_bias, kernel_of, true_shapes, unet_shapes
+from sdlora.families.layer_shapes import clip_shapes, kernel_of, true_shapes, unet_shapes
 from sdlora.families.ldm import TEXT_ROOT
-from sdlora.families.locating import ASSETS
 from sdlora.families.table import FAMILIES, family_info
+from sdlora.files import ASSETS
 
 
-def shapes_in(model: nn.Module, prefix: str = "") -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Return module path -> shape of its weight, and the paths of those with a bias."""
-    shapes, biased = {}, set()
+def shapes_in(model: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Return module path -> shape of its weight."""
+    shapes = {}
     for key, tensor in model.state_dict().items():
         path, _, name = key.rpartition(".")
         path = path if not prefix or path.startswith((prefix, "text_projection")) else prefix + path
         if name == "weight":
             shapes[path] = tuple(tensor.shape)
-        elif name == "bias":
-            biased.add(path)
-    return shapes, biased
+    return shapes
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -47,9 +45,8 @@ def test_every_weight_of_the_true_models_has_its_shape_and_kernel(family: str) -
     computed = true_shapes(family)
     assert set(computed) == set(models)
     for component, model in models.items():
-        shapes, biased = shapes_in(model, "" if component == "unet" else TEXT_ROOT)
+        shapes = shapes_in(model, "" if component == "unet" else TEXT_ROOT)
         assert len(shapes) > 90 and dict(computed[component]) == shapes
-        assert {path for path in shapes if has_bias(path)} == biased
         for path, shape in shapes.items():
             assert kernel_of(family, component, path) == (shape[2:] if len(shape) == 4 else None), path
 
@@ -64,12 +61,12 @@ def test_the_shapes_of_narrow_models_of_the_same_build() -> None:
         attention_head_dim=2,
         norm_num_groups=4,
     )
-    assert unet_shapes(unet.config) == shapes_in(unet)[0]
+    assert unet_shapes(unet.config) == shapes_in(unet)
     config = CLIPTextConfig(
         hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, projection_dim=10
     )
     encoder = CLIPTextModelWithProjection(config)
-    assert clip_shapes(config.to_dict(), True) == shapes_in(encoder, TEXT_ROOT)[0]
+    assert clip_shapes(config.to_dict(), True) == shapes_in(encoder, TEXT_ROOT)
 
 
 def test_layers_that_no_true_model_has_go_by_their_names() -> None:

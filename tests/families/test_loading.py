@@ -24,9 +24,10 @@ from sdlora.config.schema import ModelConfig
 from sdlora.errors import ConfigError, ModelError
 from sdlora.families.components import load_parts
 from sdlora.families.loading import load_model
-from sdlora.families.locating import ASSETS, wanted_files
+from sdlora.families.locating import wanted_files
 from sdlora.families.recognition import recognise
 from sdlora.families.unet_model import UNetModel
+from sdlora.files import ASSETS
 from sdlora.tensor_file import CONVERT
 from tools.measure_step import most_allocated
 

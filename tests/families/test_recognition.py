@@ -18,9 +18,9 @@ from torch import Tensor
 from sdlora.config.schema import ModelConfig
 from sdlora.errors import ModelError
 from sdlora.families.loading import load_model
-from sdlora.families.locating import ASSETS
 from sdlora.families.recognition import recognise
 from sdlora.families.table import FAMILIES
+from sdlora.files import ASSETS
 from tools.true_sizes import checkpoint_shapes
 
 from .narrow import FAMILY_NAMES, States, as_ldm, make_base

@@ -9,15 +9,15 @@ from typing import Any
 
 import gradio as gr
 
-import sdlora
 from sdlora.errors import ConfigError, SdloraError
+from sdlora.files import ASSETS
 
 from ..server.uploads import folder_name
 from ..site import EXPORTED, Site
 from .shared import checked_number, choices, hint, problem, working
 
 _NUM_MERGED = 3
-MINI = Path(sdlora.__file__).parent / "assets" / "mini"
+MINI = ASSETS / "mini"
 
 
 def build(site: Site) -> list[gr.Dropdown]:

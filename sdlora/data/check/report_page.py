@@ -11,14 +11,14 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from ...files import write_text
+from ...files import ASSETS, write_text
 from ..reading.measure import Progress
 from .doctor import TRAINED, ExaminedImage, Report
 from .findings import SEVERITIES, Finding, Severity
 from .report_charts import bucket_chart, length_chart, tag_chart
 from .thumbnails import thumbnails
 
-_ASSETS = Path(__file__).parents[2] / "assets" / "report"
+_PAGE = ASSETS / "report"
 _SIDE = 300  # px of the longer side of a thumbnail
 MOST_IMAGES = 600
 """Images shown on a page; those with findings come first."""
@@ -41,9 +41,9 @@ def write_report_page(report: Report, file: Path, progress: Progress | None = No
         for examined, image in zip(shown, images, strict=True)
     ]
     hidden = len(report.images) - len(shown)
-    page = Template((_ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
-        style=(_ASSETS / "page.css").read_text(encoding="utf-8"),
-        script=(_ASSETS / "page.js").read_text(encoding="utf-8"),
+    page = Template((_PAGE / "page.html").read_text(encoding="utf-8")).substitute(
+        style=(_PAGE / "page.css").read_text(encoding="utf-8"),
+        script=(_PAGE / "page.js").read_text(encoding="utf-8"),
         title=escape(report.folder.resolve().name or str(report.folder)),
         path=escape(str(report.folder.resolve())),
         about=escape(_about(report)),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ...files import ASSETS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 75
 """Tokens of a caption that the text encoder sees at once."""
 
-_FOLDER = Path(__file__).parents[2] / "assets" / "sd1" / "tokenizer"
+_FOLDER = ASSETS / "sd1" / "tokenizer"
 # Words as CLIP's own tokenizer splits them (openai/CLIP, simple_tokenizer.py), special tokens apart.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
