@@ -199,7 +199,7 @@ class Emitter:
                 self._listeners.remove(listener)
                 problem = f"event listener {listener!r} failed and was dropped: {error}"
                 if self._listeners:
-                    self(Notice(f"{problem}; training goes on"))
+                    self(Notice(f"{problem}; training continues"))
                 warnings.warn(problem, stacklevel=2)
 
 

@@ -33,7 +33,7 @@ whatever goes through the value level by level comes to its end."""
 MAX_TOML_CHARS = 2**19
 _TEMPORARY = re.compile(r"\.[0-9a-f]{12}(\.\w+)?")  # a name of `replacing`
 MAX_DIGITS = 40  # of a whole number; 2**128 has 39
-# both match to the end of the text where a quote is never closed: else each quote would look for its end anew
+# both match to the end where a quote is never closed: else each quote would look for its end again
 _JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 _TOML_STRING = re.compile(
     r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*(?:"""|\\?\Z)'

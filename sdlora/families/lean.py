@@ -2,7 +2,7 @@
 
 diffusers divides the output of every attention and residual block by a factor that is 1 in all Stable
 Diffusion bases, forward and backward, and looks up at every call what its attention processor takes. What is
-put in place here leaves that out, and lets the projections of an attention be computed by somebody else
+put in place here leaves that out, and lets the projections of an attention be computed elsewhere
 (:mod:`sdlora.adapters.joint`). Blocks of any other form keep their own forward pass.
 """
 

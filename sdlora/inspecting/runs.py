@@ -38,7 +38,7 @@ class RunSummary:
         name: of its adapter.
         settings: all of them, by dotted key.
         steps: of the whole run; None if it made none.
-        state: ``finished``, ``stopped``, or ``unfinished``: it goes on, or was ended from outside.
+        state: ``finished``, ``stopped``, or ``unfinished``: it is still running, or was ended from outside.
         losses: (step, loss) of every step.
         validation: (step, held-out loss).
         rates: (step, learning rate).

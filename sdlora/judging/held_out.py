@@ -1,6 +1,6 @@
 """Losses on held-out images: at which noise they are measured, and what two measurements say of each other.
 
-Each image is noised anew in each of K equal parts of the range of timesteps, at a place that differs from
+Each image is noised again in each of K equal parts of the range of timesteps, at a place that differs from
 image to image so that all places together cover the range evenly (a Kronecker sequence; Niederreiter 1992,
 section 3.1). Noise and place follow from the image, not from seed or step. So the difference between two
 steps, or between a step and the base alone, is taken image by image: what makes some images harder than

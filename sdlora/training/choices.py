@@ -3,7 +3,7 @@
 Layout of the images in memory, a batch whole or in parts of one core each, which attention: what is fastest
 depends on device, number format, sizes and versions. The trial takes at most 2 % of the run, so a short one
 computes the usual way; what it found is remembered for this machine, these versions and shapes. All ways
-compute the same but for rounding, and a run that goes on keeps the way it has.
+compute the same but for rounding, and a resumed run keeps the way it has.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def attempt(run: Run, what: str, work: Callable[[Run], Result]) -> Result | None
     except Exception as error:
         if run.processes.is_end(error):
             raise
-        problem = f"{what} could not be made ({reason(error)}); training goes on without"
+        problem = f"{what} could not be made ({reason(error)}); training continues without"
         if is_out_of_memory(error):
             problem = (
                 f"{run.model.facts.device} does not have enough memory for {what}; skipped, and training "

@@ -78,9 +78,7 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
     except TrainingError as error:
         if not resume:
             raise
-        raise TrainingError(
-            f"{error}; a run that goes on keeps its settings: start another for that"
-        ) from None
+        raise TrainingError(f"{error}; a resumed run keeps its settings: start another for that") from None
     model = _base(final.config, compute, compute.device)
     return _assemble(final, folder, model, plan, processes, emit, resume=resume)
 
@@ -197,7 +195,7 @@ def _assemble(
 
 
 def _digests(model: DiffusionModel, data: PreparedData) -> dict[str, str]:
-    """Return what says whether the base is another one when the run goes on."""
+    """Return what says whether the base is another one when the run is resumed."""
     captions = data.prints.captions or model.encoder_fingerprint("captions")
     return {"denoiser": model.base.digest, "autoencoder": data.prints.images, "text encoder": captions}
 

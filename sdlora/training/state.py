@@ -159,7 +159,7 @@ class Run:
         self.fast.gather()
 
     def paths(self) -> tuple[str, ...]:
-        """Return the fast paths to use: those the settings allow, and a run that goes on had before."""
+        """Return the fast paths to use: those the settings allow, and a resumed run had before."""
         setting, before = self.config.training.fast, self.fast_before
         names = self.fast.possible(setting)
         if before is None:

@@ -1,6 +1,6 @@
 """TensorBoard and Weights & Biases as listeners, through accelerate's trackers.
 
-A tracker only listens: one that fails is dropped with a notice, and training goes on. What it gets is what
+A tracker only listens: one that fails is dropped with a notice, and training continues. What it gets is what
 the run's events tell: losses, the rates of all groups, gradient norm, speed, memory, validation with its
 interval, and previews.
 """
@@ -75,10 +75,10 @@ class TrackerListener:
             return
         try:
             self._take(event)
-        except Exception as error:  # whatever it is, training goes on without it
+        except Exception as error:  # whatever it is, training continues without it
             self._failed = True
             what = str(error).strip().partition("\n")[0] or type(error).__name__
-            self._notice(f"{self._name} failed ({what}); training goes on without it")
+            self._notice(f"{self._name} failed ({what}); training continues without it")
 
     def close(self) -> None:
         """Have the tracker write what is left."""
@@ -182,7 +182,7 @@ def _memory(run: Run) -> int:
 def _tensorboard(run: Run) -> Any:
     from accelerate.tracking import TensorBoardTracker
 
-    # what a run told after its last checkpoint is told again when it goes on: the earlier points go
+    # what a run told after its last checkpoint is told again when it is resumed: the earlier points go
     return TensorBoardTracker(run.config.output.name, run.folder.trackers, purge_step=run.step + 1)
 
 

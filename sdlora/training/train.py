@@ -357,7 +357,7 @@ def save(run: Run) -> Exception | None:
             checkpoint.prune_checkpoints(root, run.config.training.keep_checkpoints)
         except Exception as error:
             problem = error
-            text = f"step {run.step}: no checkpoint was saved ({reason(error)}); training goes on"
+            text = f"step {run.step}: no checkpoint was saved ({reason(error)}); training continues"
             run.emit(Notice(text))
         else:
             run.emit(CheckpointSaved(run.step, folder))

@@ -105,7 +105,7 @@ def test_a_tracker_that_fails_is_a_notice_and_the_run_goes_on(
     result, events = followed(settings('output.trackers=["tensorboard"]'))
     assert result.step == 2 and result.adapter_file is not None and result.adapter_file.is_file()
     failed = [event.message for event in events if isinstance(event, Notice) and "failed" in event.message]
-    assert failed == ["tensorboard failed (no space left at step 1); training goes on without it"]
+    assert failed == ["tensorboard failed (no space left at step 1); training continues without it"]
 
 
 def test_a_missing_package_is_refused_before_anything_is_done(

@@ -100,7 +100,7 @@ class Page:
         return str(self.driver.find_element("tag name", "body").text)
 
     def click(self, css: str) -> None:
-        """Click as soon as nothing covers it (a message that fades) or replaces it (a list made anew)."""
+        """Click as soon as nothing covers it (a message that fades) or replaces it (a list made again)."""
         wait_for(lambda: self._clicked(css, 0), f"a click on `{css}`")
 
     def _clicked(self, css: str, number: int) -> bool:
@@ -282,7 +282,7 @@ def tools_work(page: Page, wait: Callable[..., Any]) -> None:
     """Inspect, merge, resize and bake the adapter that was trained and the one that was exported."""
     exported = page.server.home / "runs" / "exported"
     page.tab(2)
-    page.tab(3)  # the lists are made anew
+    page.tab(3)  # the lists are made again
     choose(page, wait, "#inspect-file input", "exported/ink-icons")
     page.click("button#inspect, #inspect button")
     assert "inkicon" in page.one("#inspect-report pre").text
@@ -335,7 +335,7 @@ def drawn_images(page: Page) -> list[Path]:
 
 
 def choose(page: Page, wait: Callable[..., Any], css: str, label: str) -> None:
-    """Choose from a list by typing what it is called; the page may be making the list anew meanwhile."""
+    """Choose from a list by typing what it is called; the page may be making the list again meanwhile."""
     from selenium.common.exceptions import ElementClickInterceptedException, ElementNotInteractableException
 
     def chosen() -> bool:

@@ -1,6 +1,6 @@
 """``python -m tools.gpu_day``: does what only a card can show, as much as fits into the time, and reports.
 
-Everything is one call's or several': a second one with the same --output goes on. Exit code 0: all is done
+Everything is one call's or several': a second one with the same --output continues. Exit code 0: all is done
 and well; 1: something failed; 2: there is no card; 3: all is well, but not all is done.
 """
 
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer-script", type=Path, help="diffusers' train_text_to_image_lora.py")
     parser.add_argument("--kohya", type=Path, help="a checkout of kohya's sd-scripts, its packages installed")
     parser.add_argument("--only", nargs="+", metavar="JOB", help="these jobs")
-    parser.add_argument("--again", action="store_true", help="do anew what did not end well")
+    parser.add_argument("--again", action="store_true", help="do again what did not end well")
     parser.add_argument("--list", action="store_true", help="list the jobs, the most valuable ones first")
     return parser
 

@@ -190,7 +190,7 @@ def _read(answer: Path) -> Any:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a job and all that it started, its own end notwithstanding."""
+    """End a job and all that it started, even if it ended itself."""
     if os.name == "posix":  # it leads a session of its own
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -93,7 +93,7 @@ def run_workers(stage: str, arguments: list[str], count: int) -> None:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         # Large arrays stay with the process instead of going back to the
-        # system and coming anew, page by page, in every step.
+        # system and coming again, page by page, in every step.
         "MALLOC_MMAP_THRESHOLD_": "4000000000",
         "MALLOC_TRIM_THRESHOLD_": "16000000000",
         "MALLOC_TOP_PAD_": "268435456",

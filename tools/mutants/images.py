@@ -45,7 +45,7 @@ MUTANTS = (
         _ORDER_TESTS,
     ),
     Mutant(
-        "the last steps of an epoch begin anew instead of being short",
+        "the last steps of an epoch start again instead of being short",
         _ORDER,
         "plan[at] if at < after else ()",
         "plan[at % len(plan)]",

@@ -470,21 +470,21 @@ MUTANTS = (
     ),
     # resuming
     Mutant(
-        "the optimizer begins anew when a run is resumed",
+        "the optimizer starts again when a run is resumed",
         _STATE,
         "    _restore_optimizer(run, saved)\n",
         "",
         _RESUME_TESTS,
     ),
     Mutant(
-        "the scaler begins anew when a run is resumed",
+        "the scaler starts again when a run is resumed",
         _STATE,
         'run.scaler.load_state_dict(saved.state["scaler"])',
         "pass",
         (*_RESUME_TESTS, "training/test_train_steps.py"),
     ),
     Mutant(
-        "the values begin anew when a run is resumed",
+        "the values start again when a run is resumed",
         _STATE,
         'group.master.load(saved.tensors[f"{group.name}.master"])',
         "pass",

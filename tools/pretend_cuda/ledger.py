@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[2]
 _WATCHED = (f"{ROOT / 'sdlora'}/", f"{ROOT / 'ui'}/")
 _GRANULE = 512  # bytes; CUDA's caching allocator hands out multiples of it
-_SNAPSHOT_STEP = 1.02  # who holds the memory at the peak is noted anew when the peak grew by 2 %
+_SNAPSHOT_STEP = 1.02  # who holds the memory at the peak is noted again when the peak grew by 2 %
 PHASES = {
     "encode_all": "encoding",
     "_encoded": "encoding",

@@ -23,7 +23,7 @@ def _trained(stage: Stage, overrides: Sequence[str], base: str) -> None:
 
 
 def resumed(*overrides: str) -> Play:
-    """Return a scenario that stops after one step of three and goes on from the checkpoint."""
+    """Return a scenario that stops after one step of three and resumes from the checkpoint."""
 
     def play(stage: Stage) -> None:
         settings = ("training.steps=3", *overrides)
@@ -145,7 +145,7 @@ def served_by_the_second_card(stage: Stage) -> None:
 
 
 def previews_out_of_memory(stage: Stage) -> None:
-    """Previews do not fit on the card: one notice, however often, and training goes on."""
+    """Previews do not fit on the card: one notice, however often, and training continues."""
     train(
         *(stage, "training.precision=bf16", f"sample.prompts={PROMPTS}", "sample.steps=2"),
         *("data.validation=0.25", "data.resolution=64", "training.batch_size=1"),
@@ -158,7 +158,7 @@ def previews_out_of_memory(stage: Stage) -> None:
 
 
 def validation_out_of_memory(stage: Stage) -> None:
-    """Validation does not fit on the card: one notice, however often, and training goes on."""
+    """Validation does not fit on the card: one notice, however often, and training continues."""
     import torch
 
     allocate = stage.cards.allocate

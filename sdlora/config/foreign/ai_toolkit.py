@@ -171,7 +171,7 @@ def _optimizer(ledger: Ledger) -> None:
     for name in ("train.unet_lr", "train.lr"):
         if ledger.has(name) and ledger.number(name) == rate:
             ledger.put(name, "optimizer.learning_rate", rate)
-    ledger.default("train.lr", "unet_lr goes before it")
+    ledger.default("train.lr", "unet_lr takes precedence")
     if not ledger.has("train.unet_lr"):
         ledger.implied("train.lr", "optimizer.learning_rate", 1e-6, "its default there")
     if ledger.truth("train.train_text_encoder"):

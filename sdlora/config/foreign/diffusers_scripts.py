@@ -207,7 +207,7 @@ def _length(ledger: Ledger, script: str, dreambooth: bool) -> None:
     steps, epochs = ledger.whole("max_train_steps"), ledger.whole("num_train_epochs")
     if steps:
         ledger.put("max_train_steps", "training.steps", steps)
-        ledger.default("num_train_epochs", "max_train_steps goes before it")
+        ledger.default("num_train_epochs", "max_train_steps takes precedence")
     elif epochs:
         ledger.put("num_train_epochs", "training.epochs", epochs)
     else:

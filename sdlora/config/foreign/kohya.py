@@ -128,7 +128,7 @@ def _text_encoder(ledger: Ledger) -> None:
     shared = ledger.number("learning_rate", 2e-6)
     if ledger.has("unet_lr"):
         ledger.put("unet_lr", "optimizer.learning_rate", ledger.number("unet_lr"))
-        ledger.default("learning_rate", "unet_lr goes before it")
+        ledger.default("learning_rate", "unet_lr takes precedence")
     elif ledger.has("learning_rate"):
         ledger.put("learning_rate", "optimizer.learning_rate", shared)
     ledger.implied("learning_rate", "optimizer.learning_rate", 2e-6, "its default there")
@@ -155,7 +155,7 @@ def _network_arguments(ledger: Ledger, arguments: Mapping[str, str], kind: str) 
         elif name == "factor":
             ledger.default(full, "chosen near the square root of the sides anyway")
         elif name in ("algo", "dora_wd", "preset"):
-            ledger.default(full, "said by adapter.kind and adapter.targets")
+            ledger.default(full, "set by adapter.kind and adapter.targets")
         elif name == "conv_dim" and ledger.text("network_dim", "4") == value:
             ledger.default(full, "convolutions have the same rank anyway")
         elif name in ("conv_dim", "conv_alpha"):
@@ -217,14 +217,14 @@ def _length(ledger: Ledger) -> None:
     epochs = ledger.whole("max_train_epochs")
     if epochs:
         ledger.put("max_train_epochs", "training.epochs", epochs)
-        ledger.default("max_train_steps", "max_train_epochs goes before it")
+        ledger.default("max_train_steps", "max_train_epochs takes precedence")
     elif ledger.has("max_train_steps"):
         ledger.put("max_train_steps", "training.steps", ledger.whole("max_train_steps"))
     else:
         ledger.implied("max_train_steps", "training.steps", 1600, "its default there")
     batch = ledger.whole("train_batch_size")
     if "training.batch_size" in ledger.values:
-        ledger.default("train_batch_size", "the data set's own goes before it")
+        ledger.default("train_batch_size", "the data set's own takes precedence")
     elif batch:
         ledger.put("train_batch_size", "training.batch_size", batch)
     else:

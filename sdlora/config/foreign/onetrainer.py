@@ -257,7 +257,7 @@ def _adapter(ledger: Ledger) -> None:
         attention = all("attn" in word or "attention" in word for word in pattern.split(","))
         reason = f"the nearest set of layers to `{shown(pattern)}`"
         ledger.put("layer_filter", "adapter.targets", "linear" if attention else "all", reason)
-    ledger.default("layer_filter_regex", "said by adapter.targets")
+    ledger.default("layer_filter_regex", "set by adapter.targets")
     if ledger.number("dropout_probability", 0.0):
         ledger.put("dropout_probability", "adapter.dropout", ledger.number("dropout_probability"))
     for part in ("text_encoder", "text_encoder_2"):
@@ -291,7 +291,7 @@ def _optimizer(ledger: Ledger) -> None:
     rate = ledger.number("unet.learning_rate") or ledger.number("learning_rate", 3e-6)
     if ledger.has("unet.learning_rate"):
         ledger.put("unet.learning_rate", "optimizer.learning_rate", rate)
-        ledger.default("learning_rate", "unet.learning_rate goes before it")
+        ledger.default("learning_rate", "unet.learning_rate takes precedence")
     elif ledger.has("learning_rate"):
         ledger.put("learning_rate", "optimizer.learning_rate", rate)
     ledger.implied("learning_rate", "optimizer.learning_rate", 3e-6, "its default there")

@@ -70,7 +70,7 @@ def _source(ledger: Ledger, number: int, concept: Mapping[str, Any]) -> dict[str
     )
     ledger.default(
         (named("image_variations"), named("text_variations")),
-        "each visit is drawn anew, or data.variants counts",
+        "each visit is drawn again, or data.variants counts",
     )
     return source
 
@@ -104,7 +104,7 @@ class _Alike:
         for what in _COLOURS:
             strength, reason = min(max(strengths, default=0.0), 0.5), "one strength for all three"
             self._say(f"image.enable_random_{what}", what in changes, "data.colour_jitter", strength, reason)
-            reason = "said by data.colour_jitter, or off"
+            reason = "set by data.colour_jitter, or off"
             self._ledger.default(f"{self._label}image.random_{what}_max_strength", reason)
 
     def _captions(self) -> None:
@@ -119,7 +119,7 @@ class _Alike:
         dropout = as_number(text.get("tag_dropout_probability")) or 0.0
         drops = bool(text.get("tag_dropout_enable")) and dropout > 0
         self._say("text.tag_dropout_enable", drops, "data.tag_dropout", dropout)
-        self._ledger.default(f"{self._label}text.tag_dropout_probability", "said by data.tag_dropout, or off")
+        self._ledger.default(f"{self._label}text.tag_dropout_probability", "set by data.tag_dropout, or off")
         source = str(text.get("prompt_source", "sample"))
         self._say("text.prompt_source", source == "filename", "data.caption_from", "file name")
         if source == "concept":

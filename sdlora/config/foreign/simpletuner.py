@@ -122,7 +122,7 @@ def _adapter(ledger: Ledger, lycoris: Mapping[str, Any] | None) -> None:
         ledger.put("train_text_encoder", "adapter.text_encoder", True)
     if ledger.has("init_lora"):
         ledger.put("init_lora", "adapter.from_file", ledger.text("init_lora"))
-    ledger.default("lora_type", "said by adapter.kind")
+    ledger.default("lora_type", "set by adapter.kind")
 
 
 def _lycoris(ledger: Ledger, config: Mapping[str, Any] | None) -> None:
@@ -206,7 +206,7 @@ def _length(ledger: Ledger) -> None:
     steps, epochs = ledger.whole("max_train_steps", 0), ledger.whole("num_train_epochs", 0)
     if steps:
         ledger.put("max_train_steps", "training.steps", steps)
-        ledger.default("num_train_epochs", "max_train_steps goes before it")
+        ledger.default("num_train_epochs", "max_train_steps takes precedence")
     elif epochs:
         ledger.put("num_train_epochs", "training.epochs", epochs)
         ledger.default("max_train_steps", "0 leaves the length to num_train_epochs")
@@ -305,7 +305,7 @@ def _validation(ledger: Ledger) -> None:
             "evaluation_type",
             "validation_disable_unconditional",
         ),
-        "no effect, or said by the previews' settings",
+        "no effect, or set by the previews' settings",
     )
 
 

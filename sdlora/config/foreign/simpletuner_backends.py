@@ -78,7 +78,7 @@ def _resolution(ledger: Ledger, sides: list[int]) -> None:
     elif general:
         ledger.put("resolution", "data.resolution", general, "the side of a square of that area")
         ledger.implied("resolution", "data.resolution", general, "its default there")
-    ledger.default("resolution_type", "said by data.resolution: the side of a square of the area trained at")
+    ledger.default("resolution_type", "set by data.resolution: the side of a square of the area trained at")
 
 
 def _side(table: Mapping[str, Any], ledger: Ledger) -> int | None:
@@ -111,11 +111,11 @@ def _source(ledger: Ledger, name: str, backend: Mapping[str, Any]) -> dict[str, 
         ledger.put(named("crop_aspect"), "data.buckets", False, "images are cut to squares")
     shuffle = backend.get("caption_shuffle")
     if isinstance(shuffle, dict) and shuffle.get("enable"):
-        ledger.put(named("caption_shuffle"), "data.shuffle_tags", True, "shuffled anew at each visit")
+        ledger.put(named("caption_shuffle"), "data.shuffle_tags", True, "shuffled again at each visit")
         ledger.values["data.keep_tags"] = round(as_number(shuffle.get("position_start", 0)) or 0)
     ledger.default(
         [named(setting) for setting in ("resolution", "resolution_type")],
-        "said by data.resolution and data.more_resolutions",
+        "set by data.resolution and data.more_resolutions",
     )
     ledger.default(
         [
@@ -166,7 +166,9 @@ def _captions(ledger: Ledger, name: str, backend: Mapping[str, Any], source: dic
     elif strategy == "instanceprompt" or backend.get("only_instance_prompt"):
         source["caption"] = prompt
         ledger.tell_source(named("instance_prompt"), "caption", prompt)
-        ledger.none(named("caption_strategy"), "text files beside the images go before it here; remove them")
+        ledger.none(
+            named("caption_strategy"), "text files beside the images take precedence here; remove them"
+        )
     elif strategy == "textfile":
         ledger.default(named("caption_strategy"), "text files are read anyway")
         ledger.implied(

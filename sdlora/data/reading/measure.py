@@ -123,7 +123,7 @@ def _to_json(facts: Measured) -> str:
 
 
 def _from_json(text: str) -> Measured | None:
-    """Return the facts of an entry of the index; None for one that is damaged, which is measured anew."""
+    """Return the facts of an entry of the index; None for one that is damaged, which is measured again."""
     try:
         facts = parse_json(text)
         bits, mirrored = facts["hashes"]

@@ -313,7 +313,7 @@ def test_a_command_reads_the_files_that_it_names_beside_it(tmp_path: Path) -> No
             "sample.steps": 28,
             "sample.every": 200,
             "sample.sampler": "Euler a",
-            "training.batch_size": 4,  # the dataset TOML goes before the command
+            "training.batch_size": 4,  # the dataset TOML takes precedence over the command
             "data.shuffle_tags": True,
         },
     )

@@ -94,7 +94,7 @@ def test_addresses_are_forgotten_from_the_oldest_on_so_that_memory_is_bounded(cl
         guesses.wrong(f"b{number}")
     clock.now += 1_000.0
     guesses.wrong("oldest")
-    assert guesses.wait_for("oldest") == 0, "it begins anew, as it was forgotten"
+    assert guesses.wait_for("oldest") == 0, "it starts again, as it was forgotten"
 
 
 def test_passwords_are_long_or_made_up() -> None:
