@@ -22,7 +22,8 @@ from sdlora.events import Emitter, Event, StepDone
 from sdlora.training.memory import MemoryPlan
 from sdlora.training.run import prepare_run
 from sdlora.training.state import Run
-from sdlora.training.train import train, train_step
+from sdlora.training.step import train_step
+from sdlora.training.train import train
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.operations:
         for name, answer in answers.items():
             print(f"\n{name}")
+            moved = _step(answer).get("bytes_by_operation", {})
             for operation, count in _step(answer).get("launches_by_operation", {}).items():
-                print(f"  {operation:45} {count:6}")
+                print(f"  {operation:45} {count:6} {moved[operation] / 1e9:8.2f} GB")
     return int(any(missed))
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..devices import onto
 from ..errors import ConfigError, shown
 
 CHUNK_TOKENS = 75
@@ -148,7 +149,7 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
     plain = (weights == 1).all(dim=1)  # asked on the weights' own device, so that nothing waits for the card
     if bool(plain.all()):
         return states
-    weights, plain = weights.to(states.device), plain.to(states.device)
+    weights, plain = onto(weights, states.device), onto(plain, states.device)
     wide = states.float()
     scaled = wide * weights.float()[..., None]
     before, after = wide.mean(dim=(1, 2), keepdim=True), scaled.mean(dim=(1, 2), keepdim=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import ModelConfig
-from ..devices import is_out_of_memory
+from ..devices import is_out_of_memory, onto
 from ..diffusion.process import NoiseProcess
 from .attention import Attentions
 from .base import (
@@ -247,4 +247,4 @@ def one_encoder_states(model: LatentModel, captions: Sequence[str]) -> Tensor:
     """Return the states of the only text encoder with its final norm applied, (B, 77 n, width)."""
     (name, encoder), *_ = model.text_encoders.items()
     ids, weights = chunk_tokens(model.tokenizers[name], captions)
-    return weigh_states(encode_chunks(encoder, ids.to(encoder.device), model.settings.clip_skip), weights)
+    return weigh_states(encode_chunks(encoder, onto(ids, encoder.device), model.settings.clip_skip), weights)

@@ -72,7 +72,7 @@ class StableDiffusionXL(UNetModel):
         states, pooled = [], None
         for name, encoder in self.text_encoders.items():
             ids, weights = chunk_tokens(self.tokenizers[name], captions)
-            ids = ids.to(encoder.device)
+            ids = onto(ids, encoder.device)
             hidden, last = encode_penultimate(encoder, ids, self.tokenizers[name].eos_token_id)
             # the states of each encoder are weighted by themselves; the pooled vector is not
             states.append(weigh_states(hidden, weights))

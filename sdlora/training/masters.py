@@ -127,6 +127,11 @@ class ParameterGroup:
 
 def clip_(groups: Sequence[ParameterGroup], max_norm: float) -> float:
     """Shorten the joint gradient to at most ``max_norm`` (0: leave it as it is); return its norm before."""
+    return float(shorten_(groups, max_norm))
+
+
+def shorten_(groups: Sequence[ParameterGroup], max_norm: float) -> Tensor:
+    """Do what :func:`clip_` does without waiting for the device; the norm is a number there."""
     gradients = [group.master.flat.grad for group in groups if group.master.flat.grad is not None]
     # the norm over all groups together: the root of the sum of the groups' squared norms
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
@@ -135,4 +140,4 @@ def clip_(groups: Sequence[ParameterGroup], max_norm: float) -> float:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(factor)
-    return float(norm)
+    return norm

@@ -47,11 +47,49 @@ class _Inputs(NamedTuple):
         return _Inputs(*twice, text, [*self.sizes, *self.sizes])
 
 
+class StepInputs(NamedTuple):
+    """What the loss of B images is computed from, as far as no learned value takes part.
+
+    Attributes:
+        noisy: (B, C, h, w), what the denoiser is given.
+        timesteps: (B,) whole numbers.
+        target: (B, C, h, w) float32.
+        weights: (B,) float32, of the timestep times the image's own.
+        mask: (B, 1, h, w) float32, or None.
+        threshold: (B, 1, 1, 1) float32, from where a robust loss grows no faster; None for squared errors.
+        text: conditioning of the captions; None when it is encoded in the loop.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    weights: Tensor
+    mask: Tensor | None
+    threshold: Tensor | None
+    text: Conditioning | None
+
+
+def inputs_of(process: NoiseProcess, batch: Batch, settings: TrainingConfig) -> StepInputs:
+    """Draw noise and timestep of each image, and return what follows from them; all on the CPU."""
+    corrupted = _corrupted(process, batch, settings)
+    timesteps = corrupted.timesteps
+    return StepInputs(
+        corrupted.noisy,
+        timesteps,
+        corrupted.target,
+        _weights(process, timesteps, settings) * batch.weights,
+        batch.mask,
+        _threshold(process, timesteps, settings),
+        batch.text,
+    )
+
+
 def loss_of(
     model: DiffusionModel,
     batch: Batch,
     config: Config,
     predict: Predict | None = None,
+    given: StepInputs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the objective of each image and its plain squared error, both (B,) float32.
 
@@ -60,33 +98,34 @@ def loss_of(
     regularisation images; without such images, it is that of a second prediction of every image, for
     the empty caption. Noise and timestep of an image follow from its visit, whatever else is in the batch;
     only dropout, which torch draws for whole batches, follows from the first visit. ``predict`` stands in
-    for the model's own call.
+    for the model's own call. ``given`` is :func:`inputs_of` the batch, if that is on the device already;
+    not with prior preservation.
     """
     settings, prior = config.training, config.data.prior_preservation
+    assert given is None or prior == 0
     count = len(batch.names)
-    corrupted = _corrupted(model, batch, settings)
-    timesteps = corrupted.timesteps
+    start = inputs_of(model.process, batch, settings) if given is None else given
+    target, weights = start.target, start.weights
     # only this card's generator: saving the state of every card's would open a CUDA context on each of them
     cards = [model.facts.device] if model.facts.device.type == "cuda" else []
     with torch.random.fork_rng(cards, enabled=config.adapter.dropout > 0):
         if config.adapter.dropout > 0:  # torch's dropout draws from the global generator
             torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=batch.generators("dropout")[0])))
-        text = batch.text if batch.text is not None else model.encode_text(batch.captions)
-        inputs = _Inputs(corrupted.noisy, timesteps, text, batch.sizes)
+        text = start.text if start.text is not None else model.encode_text(batch.captions)
+        inputs = _Inputs(start.noisy, start.timesteps, text, batch.sizes)
         blank = predicts_blank(config)
         if blank:
             inputs = inputs.and_blank(_blank(model, batch))
         prediction = (predict or model.predict)(*inputs)  # (B, C, h, w), or (2B, C, h, w) with blank captions
-    target = onto(corrupted.target, prediction.device)
-    weights = _weights(model.process, timesteps, settings) * batch.weights
+    target = onto(target, prediction.device)
     if prior > 0 and not blank and any(batch.regularisation):
         rows = [row for row in range(count) if batch.regularisation[row]]
         target = target.clone()
         target[rows] = _of_base(model, batch, inputs, rows)
         weights = weights * torch.where(torch.tensor(batch.regularisation), prior, 1.0)
     weights = onto(weights, prediction.device)
-    mask = None if batch.mask is None else onto(batch.mask, prediction.device)
-    error = _error(model.process, timesteps, settings, prediction.device)
+    mask = None if start.mask is None else onto(start.mask, prediction.device)
+    error = _error(settings, start.threshold, prediction.device)
     losses = per_image_loss(prediction[:count], target, mask, error)  # (B,)
     weighted = losses * weights  # w_i * mean(error(prediction_i - target_i))
     if blank:
@@ -101,22 +140,22 @@ def predicts_blank(config: Config) -> bool:
     return config.data.prior_preservation > 0 and not config.data.has_regularisation
 
 
-def _corrupted(model: DiffusionModel, batch: Batch, settings: TrainingConfig) -> Corrupted:
+def _corrupted(process: NoiseProcess, batch: Batch, settings: TrainingConfig) -> Corrupted:
     """Return the batch noised, each image with the noise and at the timestep that its visit draws."""
     shape = (1, *batch.latents.shape[1:])
     noises, timesteps = [], []
     for generator in batch.generators("noise"):
         noises.append(draw_noise(shape, generator, noise_offset=settings.noise_offset))
-        timesteps.append(draw_timestep(model.process, generator, settings))
+        timesteps.append(draw_timestep(process, generator, settings))
     if levels := settings.multires_noise_iterations:
         pairs = zip(noises, batch.generators("multires"), strict=True)
         discount = settings.multires_noise_discount
         noises = [multires_noise(n, draws, iterations=levels, discount=discount) for n, draws in pairs]
     noise, times = torch.cat(noises), torch.cat(timesteps)
-    corrupted = model.process.corrupt(batch.latents, noise, times)
+    corrupted = process.corrupt(batch.latents, noise, times)
     if settings.input_perturbation > 0:
         more = torch.cat([torch.randn(shape, generator=draws) for draws in batch.generators("perturbation")])
-        disturbed = model.process.corrupt(batch.latents, noise + settings.input_perturbation * more, times)
+        disturbed = process.corrupt(batch.latents, noise + settings.input_perturbation * more, times)
         corrupted = replace(corrupted, noisy=disturbed.noisy)  # the target stays that of the noise itself
     return corrupted
 
@@ -163,14 +202,20 @@ def _weights(process: NoiseProcess, timesteps: Tensor, settings: TrainingConfig)
     return loss_weights(process, timesteps, settings.loss_weighting, settings.min_snr_gamma)
 
 
+def _threshold(process: NoiseProcess, timesteps: Tensor, settings: TrainingConfig) -> Tensor | None:
+    if settings.loss == "l2" or not isinstance(process, SnrProcess):
+        return None
+    threshold = huber_threshold(process, timesteps, settings.huber_schedule, settings.huber_c)
+    return threshold.view(-1, 1, 1, 1)
+
+
 def _error(
-    process: NoiseProcess, timesteps: Tensor, settings: TrainingConfig, device: torch.device
+    settings: TrainingConfig, threshold: Tensor | None, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """Return what a difference (B, C, h, w) counts, element by element."""
-    if settings.loss == "l2" or not isinstance(process, SnrProcess):
+    if threshold is None:
         return torch.square
-    threshold = huber_threshold(process, timesteps, settings.huber_schedule, settings.huber_c)
-    size, count = onto(threshold.view(-1, 1, 1, 1), device), ERRORS[settings.loss]
+    size, count = onto(threshold, device), ERRORS[settings.loss]
     return lambda difference: count(difference, size)
 
 

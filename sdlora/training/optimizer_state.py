@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ..errors import TrainingError
 
+_HOW = ("fused", "foreach", "capturable")
+"""Options of torch's optimizers that say by which kernels they step here, not what they compute."""
+
 
 def pack(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return an optimizer's tensors by name, and everything else as JSON that says where each belongs.
@@ -79,7 +82,7 @@ def unpack(
             "param_groups": [
                 {
                     **{key: _unpacked(value, tensors) for key, value in group.items()},
-                    "params": fresh_group["params"],
+                    **{key: fresh_group[key] for key in ("params", *_HOW) if key in fresh_group},
                 }
                 for group, fresh_group in zip(values["groups"], fresh, strict=True)
             ],

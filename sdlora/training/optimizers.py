@@ -36,6 +36,8 @@ class OptimizerKind:
         rate: the learning rate if the user gives none, and whether all components must have the same.
         looks_at_shapes: whether it tells matrices from vectors; it then gets each factor in its shape
             instead of one flat buffer.
+        heeds_found_inf: whether it changes nothing where its attribute ``found_inf`` is 1.0 on the device,
+            and takes rates that are numbers there, as torch's that step in one kernel do.
         has_eval_mode: whether the values it steps differ from those to be used: ``eval()`` puts the latter
             into the parameters and ``train()`` takes them out again (schedule-free optimizers, Defazio et
             al. 2024).
@@ -49,6 +51,7 @@ class OptimizerKind:
     bytes_per_value: float
     rate: RateRule = USUAL_RATE
     looks_at_shapes: bool = False
+    heeds_found_inf: bool = False
     has_eval_mode: bool = False
     package: str | None = None
     distribution: str | None = None
@@ -68,12 +71,14 @@ def _header(name: str, *keys: str, **more: Any) -> Callable[[OptimizerConfig], s
 
 def _adamw(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019)."""
+    device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(
         groups,
         betas=settings.betas,
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
-        fused=groups[0]["params"][0].device.type in ("cpu", "cuda"),
+        fused=device in ("cpu", "cuda"),
+        capturable=device == "cuda",
     )
 
 
@@ -129,6 +134,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         _adamw,
         _header("torch.optim.adamw.AdamW", "betas", "weight_decay"),
         bytes_per_value=8,  # two fp32 moments
+        heeds_found_inf=True,
     ),
     "adamw8bit": OptimizerKind(
         _adamw8bit,

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from ..adapters.attach import create_adapter
 from ..config.schema import Config
 from ..config.toml import save_config
-from ..data.batching.batches import Batch, make_batch
+from ..data.batching.batches import make_batch
 from ..data.batching.loader import BatchLoader
 from ..data.batching.order import MicroBatch
 from ..data.batching.prepare import PreparedData, prepare_data
@@ -33,10 +33,14 @@ from ..files import refuse_used_folder, write_problem
 from ..generation.render import encode_prompts
 from ..run_folder import RunFolder, list_checkpoints
 from .fast import FastStep
+from .inputs import Ready, Sender
 from .masters import ParameterGroup
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
+from .objective import inputs_of
 from .optimizers import make_optimizer, optimizer_kind
 from .processes import Processes
+from .reports import Reports
+from .schedules import schedule_factor
 from .settings import Final, Images, finalise
 from .shown_weights import ShownWeights, averaged, weights_to_show
 from .state import Run, check_alike, check_same, masters_digest, restore, run_folder
@@ -177,7 +181,11 @@ def _assemble(
         splitter=splitter,
         made_splitter=splitter,
         fast=FastStep(model, trainable, splitter),
-        loader=_loader(config, data, model, processes.rank),
+        loader=_loader(config, data, model, processes.rank, [g.learning_rate for g in trainable.groups]),
+        reports=Reports(
+            deferred=model.facts.device.type == "cuda" and optimizer_kind(config.optimizer).heeds_found_inf,
+            together=processes.count > 1,
+        ),
         preview_text=preview_text,
     )
     run.start = masters_digest(run)
@@ -252,17 +260,26 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
     return SplitPredictor(model) if model.facts.device.type == "cpu" and not whole else None
 
 
-def _loader(config: Config, data: PreparedData, model: DiffusionModel, rank: int) -> BatchLoader:
-    seed = config.training.seed
+def _loader(
+    config: Config, data: PreparedData, model: DiffusionModel, rank: int, peaks: Sequence[float]
+) -> BatchLoader[Ready]:
+    settings, device = config.training, model.facts.device
+    ahead = device.type == "cuda" and config.data.prior_preservation == 0
+    sender = Sender(device, model.facts.dtype) if ahead else None
 
-    def make(step: int, micro: int, visits: MicroBatch) -> Batch:
-        return make_batch(
+    def make(step: int, micro: int, visits: MicroBatch) -> Ready:
+        batch = make_batch(
             data.training,
             model,
             visits,
-            seed=seed,
+            seed=settings.seed,
             caption_dropout=config.data.caption_dropout,
             unmasked_weight=config.data.unmasked_weight,
         )
+        if sender is None:
+            return Ready(batch)
+        factor = schedule_factor(config.optimizer, step, data.steps)
+        inputs = inputs_of(model.process, batch, settings)
+        return Ready(batch, sender.send(inputs, [peak * factor for peak in peaks]))
 
-    return BatchLoader(data.order, rank, data.steps, make, single_threaded=model.facts.device.type == "cpu")
+    return BatchLoader(data.order, rank, data.steps, make, single_threaded=device.type == "cpu")

@@ -31,11 +31,13 @@ from ..machine import version
 from ..run_folder import RunFolder, list_checkpoints
 from . import checkpoint, optimizer_state
 from .fast import Choice, FastStep
+from .inputs import Ready
 from .masters import ParameterGroup
 from .memory import MemoryPlan
 from .objective import predicts_blank
 from .optimizers import parameter_names
 from .processes import Processes
+from .reports import Reports
 from .shown_weights import ShownWeights
 from .trainable import TrainableAdapter
 from .warm_start import digest_of
@@ -64,6 +66,7 @@ class Run:
         base: digests of the base's components.
         step: optimizer steps done.
         step_seconds: seconds that these steps took.
+        reports: of steps, not known or not told yet.
         start: digest of the masters before the first step.
         learned: some step had a gradient.
         skipped: steps in a row whose fp16 gradients overflowed.
@@ -95,7 +98,8 @@ class Run:
     started_at: float
     splitter: SplitPredictor | None
     fast: FastStep
-    loader: BatchLoader
+    loader: BatchLoader[Ready]
+    reports: Reports
     preview_text: Mapping[str, Conditioning]
     step: int = 0
     step_seconds: float = 0.0

@@ -1,9 +1,8 @@
 """The training loop, to be read from top to bottom.
 
-A step: for each micro-batch compute the loss, refuse it if it is not finite, and gather its gradients
-in fp32; then clip, step, emit; then checkpoint, validate and preview when they are due; then stop if
-asked to. Nothing that is only looked at ends a run. Everything random follows from the seed and the visits,
-so a resumed run repeats the uninterrupted one exactly, and the number of processes does not matter.
+Make a step (:mod:`.step`) and tell what it did; then checkpoint, validate and preview when they are due; then
+stop if asked to. Nothing that is only looked at ends a run. Everything random follows from the seed and the
+visits, so a resumed run repeats the uninterrupted one exactly, and the number of processes does not matter.
 """
 
 from __future__ import annotations
@@ -13,16 +12,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config.schema import Config
-from ..data.batching.batches import Batch
 from ..errors import TrainingError
 from ..events import (
     CheckpointSaved,
@@ -38,25 +34,22 @@ from ..events import (
     read_events,
 )
 from ..judging.held_out import Losses, mean_loss
-from ..run_folder import SAMPLE, SAVE, STOP, list_checkpoints
+from ..run_folder import SAMPLE, SAVE, STOP
 from . import checkpoint
 from .cost import measure_cost
 from .extras import attempt, reason
 from .finish import finish_run, write_checkpoint_adapter
-from .masters import clip_
-from .objective import loss_of
 from .optimizers import optimizer_kind
 from .previews import draw, draw_loss_curve, preview
 from .processes import Processes
 from .rescue import rescued
 from .run import prepare_run
-from .schedules import schedule_factor
-from .shown_weights import publish, putting_back
+from .shown_weights import putting_back
 from .state import Run, refuse_unchanged, run_folder, run_state
+from .step import finished_steps, launch_step
 from .trackers import tracking
 from .validation import cost_notice, measure, validate
 
-_MOST_SKIPPED = 16  # in a row: by then the scaler's 2^16 is halved down to 1, which is no scaling at all
 _PATIENT_STEPS = 20  # a process that takes as long as this many usual steps is believed to be gone
 
 
@@ -175,26 +168,20 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
     """Make all remaining steps; return (recent losses, last validation loss, whether stopped)."""
     settings = run.config.training
     _start(run)
-    recent: deque[float] = deque(maxlen=20)
-    times: deque[float] = deque(maxlen=20)
+    told = _Told(run)
     validation_loss: float | None = None
     start = [group.master.flat.data.to("cpu", copy=True) for group in run.groups] if run.step == 0 else None
     if run.step:  # saving comes before showing: a run that was killed in between shows now
         validation_loss = _show(run, *_not_shown(run))
     while run.step < run.steps:
         began, waited = time.perf_counter(), run.loader.waited
-        loss, norm, rate, count = train_step(run)
-        times.append(time.perf_counter() - began)
-        run.step_seconds += times[-1]
-        if math.isfinite(loss):  # not that of a step left out
-            recent.append(loss)
-        left = (run.steps - run.step) * sum(times) / len(times)
-        epoch = run.order.epoch_of(run.step - 1)
-        speed = count / times[-1]
-        share = (run.loader.waited - waited) / times[-1]
-        done = StepDone(run.step, run.steps, epoch, loss, rate, norm, count, speed, left, share)
-        run.emit(replace(done, **rates_of(run)))
+        step = launch_step(run)
+        step.seconds = time.perf_counter() - began
+        step.waiting_share = (run.loader.waited - waited) / step.seconds
+        run.step_seconds += step.seconds
+        told.tell()
         if start is not None:
+            told.tell(everything=True)
             validation_loss = _look_at_the_start(run, start)
             start = None
         requests = _agreed(run, control.take())
@@ -203,13 +190,52 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
         previewing = last or SAMPLE in requests or _due(run.step, run.config.sample.every)
         # saving comes before showing: whatever goes wrong with an image, the steps are kept
         saving = last or requests & {SAVE, STOP} or _due(run.step, settings.checkpoint_every)
+        if requests or saving or validating or previewing:
+            told.tell(everything=True)
         problem = save(run) if saving else None
         validation_loss = _show(run, validating, previewing) or validation_loss
         if STOP in requests and not last:
             if problem is not None:
                 raise rescued(run, problem)
-            return list(recent), validation_loss, True
-    return list(recent), validation_loss, False
+            return list(told.losses), validation_loss, True
+    return list(told.losses), validation_loss, False
+
+
+class _Told:
+    """Tells what steps did, in their order.
+
+    Attributes:
+        losses: of the last 20 steps that were not left out.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.losses: deque[float] = deque(maxlen=20)
+        self._times: deque[float] = deque(maxlen=20)
+
+    def tell(self, *, everything: bool = False) -> None:
+        """Emit what is known, or wait for all that was begun."""
+        run = self._run
+        for done in finished_steps(run, everything=everything):
+            self._times.append(done.seconds)
+            if math.isfinite(done.loss):  # not that of a step left out
+                self.losses.append(done.loss)
+            run.emit(
+                StepDone(
+                    step=done.step,
+                    steps=run.steps,
+                    epoch=run.order.epoch_of(done.step - 1),
+                    loss=done.loss,
+                    learning_rate=done.rate,
+                    grad_norm=done.norm,
+                    num_images=done.images,
+                    images_per_second=done.images / done.seconds,
+                    seconds_left=(run.steps - done.step) * sum(self._times) / len(self._times),
+                    data_wait_share=done.waiting_share,
+                    rates=dict(done.rates),
+                    found_rate=found_rate(run),
+                )
+            )
 
 
 def _show(run: Run, validating: bool, previewing: bool) -> float | None:
@@ -284,59 +310,10 @@ def _finish(run: Run, losses: Sequence[float]) -> Path:
         raise rescued(run, error) from error
 
 
-def rates_of(run: Run) -> dict[str, Any]:
-    """Return what :class:`StepDone` tells of the rates of the last step."""
+def found_rate(run: Run) -> float | None:
+    """Return the rate that the optimizer works out by itself, if it does."""
     find = optimizer_kind(run.config.optimizer).found_rate
-    pairs = zip(run.groups, run.optimizer.param_groups, strict=True)
-    return {
-        "rates": {group.name: float(options["lr"]) for group, options in pairs},
-        "found_rate": None if find is None else find(run.optimizer),
-    }
-
-
-def train_step(run: Run) -> tuple[float, float, float, int]:
-    """Make one optimizer step; return (mean loss, gradient norm, learning rate, images seen)."""
-    config = run.config
-    factor = schedule_factor(config.optimizer, run.step, run.steps)
-    for options, parameter_group in zip(run.optimizer.param_groups, run.groups, strict=True):
-        options["lr"] = parameter_group.learning_rate * factor
-    if run.step >= math.ceil(config.optimizer.text_encoder_until * run.steps):
-        run.trainable.freeze_text(run.model)
-    total, finite, count = 0.0, 0, 0
-    names: list[str] = []
-    # torch makes a scaler's scale at its first use: a rank without images in this step needs one, too
-    run.scaler.scale(torch.zeros((), device=run.model.facts.device))
-    batches = run.loader.step(run.step)
-    for _ in range(run.order.rounds(run.step)):  # in each round all processes add their gradients
-        batch = next(batches, None)
-        report = (0.0, 0, 0) if batch is None else (*_backward(run, batch), len(batch.names))
-        names += () if batch is None else batch.names
-        for loss, good, seen in run.processes.exchange(report, at_once=True):
-            total, finite, count = total + loss, finite + good, count + seen
-        for group in run.groups:
-            group.master.collect(run.processes.add_in_order)
-    norm = _apply(run, names)
-    run.step += 1
-    mean = total / finite if finite else math.nan
-    return mean, norm, run.groups[0].learning_rate * factor, count
-
-
-def _backward(run: Run, batch: Batch) -> tuple[float, int]:
-    """Compute the gradients of a micro-batch; return the sum of its finite losses, and their number."""
-    split = run.splitter
-    predict = split.predict_with_gradients if split else None
-    run.leave_out_parts(batch)
-    weighted, plain = loss_of(run.model, batch, run.config, predict)
-    # The number of images of a full step, also in a short step: so each image weighs the same in an epoch.
-    run.backward(run.scaler.scale(weighted.sum() / run.images_per_step))
-    # read in one piece, and once all is on its way: reading waits for a card
-    objectives, plain = torch.stack([weighted.detach(), plain]).cpu()
-    good = torch.isfinite(objectives).tolist()
-    if not all(good):
-        _note_non_finite(run, [name for name, fine in zip(batch.names, good, strict=True) if not fine])
-    if all(good):
-        return float(plain.sum()), len(good)
-    return sum(loss for loss, fine in zip(plain.tolist(), good, strict=True) if fine), sum(good)
+    return None if find is None else find(run.optimizer)
 
 
 def save(run: Run) -> Exception | None:
@@ -383,63 +360,6 @@ def _start(run: Run) -> None:
             expected_bytes=cost.bytes,
             expected_phases=run.memory.phases,
         )
-    )
-
-
-def _apply(run: Run, names: Sequence[str]) -> float:
-    """Clip and step with the gradients gathered so far; return their norm."""
-    run.scaler.unscale_(run.optimizer)
-    norm = clip_(run.groups, run.config.optimizer.max_grad_norm)
-    if not math.isfinite(norm):
-        _note_overflow(run, names)
-    run.learned = run.learned or (math.isfinite(norm) and norm > 0)
-    run.skipped = run.skipped + 1 if not math.isfinite(norm) else 0
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    if (longest := run.config.optimizer.max_update_norm) is not None:
-        run.trainable.limit(longest)
-    publish(run.groups)
-    run.shown.step_done()
-    return norm
-
-
-def _note_non_finite(run: Run, names: Sequence[str]) -> None:
-    """Refuse a loss that is not finite; in fp16 only if it happens again for the same image.
-
-    Overflows are what a scaler is for: by itself it leaves the step out and scales down.
-    """
-    run.overflowed.update(names)
-    again = [name for name in names if run.overflowed[name] > 1]
-    if not run.scaler.is_enabled():
-        raise TrainingError(_not_finite(run, "the loss", run.step, names))
-    if again:
-        raise TrainingError(_not_finite(run, "the loss, once more,", run.step, again))
-
-
-def _note_overflow(run: Run, names: Sequence[str]) -> None:
-    """Refuse a gradient that is not finite; in fp16 only if it stays so at every scale."""
-    if run.scaler.is_enabled() and run.skipped < _MOST_SKIPPED:
-        scale = run.scaler.get_scale() * run.scaler.get_backoff_factor()
-        text = (
-            f"step {run.step + 1}: fp16 overflowed; the step is left out, and losses are scaled by {scale:g}"
-        )
-        run.emit(Notice(text))
-        return
-    everywhere = [name for share in run.processes.exchange(list(names)) for name in share]
-    what = f"the gradient, {run.skipped + 1} steps in a row," if run.skipped else "the gradient"
-    raise TrainingError(_not_finite(run, what, run.step, everywhere))
-
-
-def _not_finite(run: Run, what: str, step: int, names: Sequence[str]) -> str:
-    saved = list_checkpoints(run.folder.checkpoints)
-    kept = ""
-    if saved:
-        kept = f"; with adapter.from_file={saved[-1].adapter_file} it continues from step {saved[-1].step}"
-    return (
-        f"step {step + 1}: {what} is not a finite number for {', '.join(names)}; the adapter's weights were "
-        "not touched. Look at these images, and start a new run in another --output with a lower "
-        f"optimizer.learning_rate (now {run.config.optimizer.learning_rate:g}) or with "
-        f"training.precision=bf16 or fp32 (now {run.config.training.precision}){kept}"
     )
 
 

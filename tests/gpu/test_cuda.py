@@ -16,7 +16,8 @@ from sdlora.families.loading import load_model
 from sdlora.training.checkpoint import load_newest
 from sdlora.training.memory import free_memory, plan_memory
 from sdlora.training.run import prepare_run
-from sdlora.training.train import train, train_step
+from sdlora.training.step import train_step
+from sdlora.training.train import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -329,7 +329,7 @@ def test_stopping_without_room_for_a_checkpoint_is_an_error_that_says_where_the_
 def test_advice_after_a_loss_that_is_no_number_can_be_followed(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss_of = sys.modules["sdlora.training.train"].loss_of
+    loss_of = sys.modules["sdlora.training.step"].loss_of
     steps = []
 
     def poisoned(*arguments: Any) -> Any:
@@ -338,7 +338,7 @@ def test_advice_after_a_loss_that_is_no_number_can_be_followed(
         return (weighted * float("nan") if len(steps) > 2 else weighted), plain
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["sdlora.training.train"], "loss_of", poisoned)
+        patch.setattr(sys.modules["sdlora.training.step"], "loss_of", poisoned)
         with pytest.raises(SdloraError, match="not a finite number") as caught:
             train(settings("run"))
     text = str(caught.value)

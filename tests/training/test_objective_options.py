@@ -26,7 +26,7 @@ from sdlora.training.finish import adapter_file
 from sdlora.training.objective import check_objective, draw_timestep, loss_of
 from sdlora.training.run import prepare_run
 from sdlora.training.state import Run
-from sdlora.training.train import rates_of, train_step
+from sdlora.training.step import launch_step, train_step
 
 EPSILON = DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon")
 VELOCITY = DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, "v_prediction")
@@ -213,7 +213,7 @@ def test_what_is_drawn_for_an_image_is_the_same_in_any_company(settings: Setting
 
 
 def check_any_company(run: Run) -> None:
-    batches = [batch for step in range(4) for batch in run.loader.step(step)]
+    batches = [ready.batch for step in range(4) for ready in run.loader.step(step)]
     batch = max(batches, key=lambda batch: len(batch.names))
     count = len(batch.names)
     for group in run.groups:  # the up factors start at zero, where dropout changes nothing
@@ -273,7 +273,7 @@ def test_a_text_encoder_learns_up_to_its_share_of_the_run(settings: Settings) ->
     seen = []
     with run.loader:
         for _ in range(4):
-            train_step(run)
+            step = launch_step(run)
             seen.append({group.name: group.master.flat.detach().clone() for group in run.groups})
     changed = [
         {name: not torch.equal(before[name], after[name]) for name in before}
@@ -282,10 +282,8 @@ def test_a_text_encoder_learns_up_to_its_share_of_the_run(settings: Settings) ->
     names = ("unet", "unet x4.0", "text_encoder", "text_encoder x4.0")
     stays = {name: name.startswith("unet") for name in names}
     assert changed == [dict.fromkeys(names, True), stays, stays]
-    told = rates_of(run)
     base = run.groups[0].learning_rate
-    assert told["found_rate"] is None  # AdamW finds none by itself
-    shares = {name: rate / base for name, rate in told["rates"].items()}
+    shares = {name: rate / base for name, rate in step.rates.items()}
     assert shares == pytest.approx(dict(zip(names, (1.0, 4.0, 0.2, 0.8), strict=True)))
 
 

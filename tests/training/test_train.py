@@ -43,7 +43,8 @@ from sdlora.training.masters import clip_
 from sdlora.training.objective import loss_of
 from sdlora.training.run import prepare_run
 from sdlora.training.state import Run
-from sdlora.training.train import TrainResult, train, train_step
+from sdlora.training.step import train_step
+from sdlora.training.train import TrainResult, train
 
 Make = Callable[..., Path]
 FAST = (
@@ -194,7 +195,7 @@ def test_interrupt_finishes_the_step_saves_and_says_how_to_go_on(
             signal.raise_signal(number)
         return clip_(groups, most)
 
-    monkeypatch.setattr(sys.modules["sdlora.training.train"], "clip_", interrupted)
+    monkeypatch.setattr(sys.modules["sdlora.training.step"], "clip_", interrupted)
     before = signal.getsignal(number)
     save_config(settings("run", "training.steps=9"), tmp_path / "run.toml")
     code = main(["train", "--config", str(tmp_path / "run.toml"), "--json"])
@@ -338,7 +339,7 @@ def test_non_finite_loss_stops_before_the_weights_and_names_the_images(
         poisoned.name = batch.names[0]  # type: ignore[attr-defined]
         return weighted * bad, plain
 
-    monkeypatch.setattr(sys.modules["sdlora.training.train"], "loss_of", poisoned)
+    monkeypatch.setattr(sys.modules["sdlora.training.step"], "loss_of", poisoned)
     with pytest.raises(TrainingError, match="not a finite number") as caught:
         train_step(run)
     assert poisoned.name in str(caught.value)  # type: ignore[attr-defined]
@@ -361,7 +362,7 @@ def test_fp16_leaves_out_a_step_that_overflows_and_names_images_only_when_it_com
         wrong = torch.tensor([float("inf") if name in bad else 1.0 for name in batch.names])
         return weighted * wrong, plain * wrong
 
-    monkeypatch.setattr(sys.modules["sdlora.training.train"], "loss_of", poisoned)
+    monkeypatch.setattr(sys.modules["sdlora.training.step"], "loss_of", poisoned)
     before, scale = run.masters(), run.scaler.get_scale()
     loss, norm, _, count = train_step(run)
     assert same(run.masters(), before)
@@ -383,7 +384,7 @@ def test_gradients_that_overflow_at_every_scale_end_the_run(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepared(settings("run", "training.steps=90", "training.precision=fp16"))
-    monkeypatch.setattr(sys.modules["sdlora.training.train"], "clip_", lambda groups, most: math.inf)
+    monkeypatch.setattr(sys.modules["sdlora.training.step"], "clip_", lambda groups, most: math.inf)
     with pytest.raises(TrainingError, match="the gradient, 17 steps in a row,"):
         for _ in range(90):
             train_step(run)
@@ -401,7 +402,7 @@ def test_an_adapter_that_did_not_change_is_an_error(
             weighted, plain = loss_of(model, batch, config, predict)
             return weighted * 0, plain
 
-        monkeypatch.setattr(sys.modules["sdlora.training.train"], "loss_of", detached)
+        monkeypatch.setattr(sys.modules["sdlora.training.step"], "loss_of", detached)
         reason = "in 2 steps no step had a gradient"
     else:
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)

@@ -27,7 +27,8 @@ from sdlora.run_folder import list_checkpoints
 from sdlora.training.objective import loss_of
 from sdlora.training.run import prepare_run
 from sdlora.training.state import Run
-from sdlora.training.train import train, train_step
+from sdlora.training.step import train_step
+from sdlora.training.train import train
 
 Make = Callable[..., Path]
 FAST = (

@@ -28,7 +28,8 @@ from sdlora.formats.adapter_files import read_adapter, write_adapter
 from sdlora.run_folder import list_checkpoints
 from sdlora.training.run import prepare_run
 from sdlora.training.state import Run
-from sdlora.training.train import TrainResult, train, train_step
+from sdlora.training.step import train_step
+from sdlora.training.train import TrainResult, train
 from sdlora.training.warm_start import warm_start
 
 Settings = Callable[..., Config]

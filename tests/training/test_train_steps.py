@@ -17,7 +17,8 @@ from sdlora.run_folder import RunFolder, list_checkpoints
 from sdlora.training.run import prepare_run
 from sdlora.training.schedules import schedule_factor
 from sdlora.training.state import Run
-from sdlora.training.train import train, train_step
+from sdlora.training.step import train_step
+from sdlora.training.train import train
 
 Settings = Callable[..., Config]
 

@@ -20,7 +20,8 @@ from sdlora.events import Control, Emitter, Event, Notice, RunStarted, Sampled, 
 from sdlora.run_folder import list_checkpoints
 from sdlora.training.objective import loss_of
 from sdlora.training.run import prepare_run
-from sdlora.training.train import train, train_step
+from sdlora.training.step import train_step
+from sdlora.training.train import train
 
 from .watch import Watch
 
@@ -216,7 +217,7 @@ def gradient_of(config: Config) -> tuple[float, torch.Tensor]:
         noise = torch.randn(group.master.flat.shape, generator=generator).to(group.master.flat.device)
         group.master.load(group.master.flat.data + 0.01 * noise)
     with run.loader:
-        for batch in run.loader.step(0):
+        for batch in [ready.batch for ready in run.loader.step(0)]:
             weighted, plain = loss_of(run.model, batch, run.config)
             loss += float(plain.float().sum())
             (weighted.sum() * 64.0).backward()  # a small scale, for what is small in fp16

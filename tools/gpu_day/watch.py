@@ -15,7 +15,7 @@ PHASES = {
     "sdlora.training.run.prepare_data": "encoding",
     "sdlora.training.run.encode_prompts": "encoding",
     "sdlora.training.train.measure_cost": "step",
-    "sdlora.training.train.train_step": "step",
+    "sdlora.training.train.launch_step": "step",
     "sdlora.training.train.validate": "validation",
     "sdlora.training.train.preview": "previews",
 }

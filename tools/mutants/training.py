@@ -17,6 +17,7 @@ _PRIOR_TESTS = (
     "training/test_train_data.py::test_without_such_images_the_empty_caption_holds_it",
 )
 _TRAIN = "sdlora/training/train.py"
+_STEP = "sdlora/training/step.py"
 _ATTACH = "sdlora/adapters/attach.py"
 _MASTERS = "sdlora/training/masters.py"
 _MASTER_TESTS = ("training/test_masters.py",)
@@ -137,9 +138,9 @@ MUTANTS = (
     ),
     Mutant(
         "the rate of a step does not follow the schedule",
-        _TRAIN,
-        'options["lr"] = parameter_group.learning_rate * factor',
-        'options["lr"] = parameter_group.learning_rate',
+        _STEP,
+        "[group.learning_rate * factor for",
+        "[group.learning_rate for",
         _RATE_TESTS,
     ),
     # noise
@@ -305,7 +306,7 @@ MUTANTS = (
     # gradients and steps
     Mutant(
         "the gradient is divided by the images of this micro-batch, not of a full step",
-        _TRAIN,
+        _STEP,
         "weighted.sum() / run.images_per_step",
         "weighted.mean()",
         _WEIGHT_TESTS,
@@ -355,7 +356,7 @@ MUTANTS = (
     ),
     Mutant(
         "the setting for clipping is not used",
-        _TRAIN,
+        _STEP,
         "clip_(run.groups, run.config.optimizer.max_grad_norm)",
         "clip_(run.groups, 0.0)",
         _RATE_TESTS,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -116,6 +117,8 @@ class Cards:
 
             return call
 
+        stream = type("Stream", (_Stream,), {"ledger": self.ledger})
+
         def rng_state(device: Any = "cuda") -> Any:
             self._asked("get_rng_state", device)
             return state.clone()
@@ -124,6 +127,10 @@ class Cards:
             self._asked("set_rng_state", device)
 
         return {
+            "Event": type("Event", (_Event,), {"ledger": self.ledger}),
+            "Stream": stream,
+            "current_stream": stream,
+            "stream": lambda stream: nullcontext(stream),
             "_lazy_init": lambda: None,
             "_exchange_device": self.exchange,
             "_maybe_exchange_device": self.exchange,
@@ -173,6 +180,42 @@ class Cards:
                 f"CUDA error: invalid device ordinal (cuda:{index} of {len(self.cards)} pretended cards)"
             )
         return index
+
+
+class _Event:
+    """A mark in a stream: all work is done when it is asked for, but waiting for it is waiting."""
+
+    ledger: ClassVar[Ledger]
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.ledger.calls["Event"] += 1
+
+    def record(self, stream: Any = None) -> None:
+        """See torch."""
+
+    def query(self) -> bool:
+        """See torch."""
+        return True
+
+    def synchronize(self) -> None:
+        """See torch."""
+        self.ledger.wait("torch.cuda.Event.synchronize")
+
+
+class _Stream:
+    """A queue of work; which work is in which is not followed."""
+
+    ledger: ClassVar[Ledger]
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.ledger.calls["Stream"] += 1
+
+    def wait_event(self, event: _Event) -> None:
+        """See torch."""
+
+    def synchronize(self) -> None:
+        """See torch."""
+        self.ledger.wait("torch.cuda.Stream.synchronize")
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,8 @@ class Pretending(TorchDispatchMode):
             return answer[0]
         if name in _INDEXING and cuda:
             self._note_indices(args)
+        if name in _FUSED and isinstance(kwargs.get("lr"), Tensor):  # fake tensors know the other form only
+            func, kwargs = func.overloadpacket.default, {**kwargs, "lr": 1.0}
         with self._fake:
             if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
                 args, kwargs = tree_map(_as_fake, args), tree_map(_as_fake, kwargs)
@@ -202,7 +204,7 @@ class Pretending(TorchDispatchMode):
     def _copied_into(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
         target, source, *rest = args
         if not is_on_card(target):
-            self._copy("to host", source, target.dtype, kwargs, *rest)
+            self._copy("to host", source, target.dtype, kwargs, *rest, host=target)
             return (self._numbers(source, target.fill_(0)),)
         if not is_on_card(source):
             self._copy("to card", source, target.dtype, kwargs, *rest)
@@ -211,10 +213,17 @@ class Pretending(TorchDispatchMode):
         return None
 
     def _copy(
-        self, way: str, source: Tensor, dtype: torch.dtype, kwargs: dict[str, Any], background: bool = False
+        self,
+        way: str,
+        source: Tensor,
+        dtype: torch.dtype,
+        kwargs: dict[str, Any],
+        background: bool = False,
+        host: Tensor | None = None,
     ) -> None:
         background = background or bool(kwargs.get("non_blocking"))
-        pinned = not is_on_card(source) and source.untyped_storage() in self._pinned
+        there = source if host is None else host
+        pinned = not is_on_card(there) and there.untyped_storage() in self._pinned
         # into pageable memory even a copy in the background is waited for; single numbers go with the launch
         waits = way != "between cards" and not (background and (pinned or way == "to card"))
         self._ledger.copy(Copy(way, pinned, waits), source.numel() * dtype.itemsize)
@@ -253,6 +262,7 @@ def install(cards: Cards) -> Pretending:
         _library.impl(name, _never, "CUDA")
     cards.install()
     nn.Module._apply = _apply  # type: ignore[method-assign]
+    Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign]
     functional.scaled_dot_product_attention = _attention(functional.scaled_dot_product_attention)
     mode = Pretending(cards, ThreadedFakeMode(allow_non_fake_inputs=True), WeakIdKeyDictionary())
     threading.Thread.start = _start_within(mode, threading.Thread.start)  # type: ignore[method-assign]

@@ -24,7 +24,7 @@ PHASES = {
     "encode_all": "encoding",
     "_encoded": "encoding",
     "measure_cost": "step",
-    "train_step": "step",
+    "launch_step": "step",
     "validate": "validation",
     "preview": "previews",
     "encode_prompts": "encoding",
@@ -82,6 +82,7 @@ class Ledger:
         self.launches: Counter[StoredKey] = Counter()
         self.kernel_bytes: Counter[StoredKey] = Counter()
         self.operations: Counter[tuple[str, bool]] = Counter()
+        self.operation_bytes: Counter[tuple[str, bool]] = Counter()
         self.waits: Counter[tuple[str, StoredKey]] = Counter()
         self.copies: dict[tuple[Copy, StoredKey], Traffic] = {}
         self.calls: Counter[str] = Counter()
@@ -97,6 +98,7 @@ class Ledger:
         for counted in (
             self.launches,
             self.operations,
+            self.operation_bytes,
             self.kernel_bytes,
             self.waits,
             self.copies,
@@ -128,6 +130,7 @@ class Ledger:
         place = self.here()
         # one each, however many kernels the library has for it; those over lists of tensors are several
         self.operations[name, place.site == "backward"] += kernels if name.startswith("_foreach") else 1
+        self.operation_bytes[name, place.site == "backward"] += traffic
         self.launches[place] += kernels
         self.kernel_bytes[place] += traffic
 
@@ -194,9 +197,10 @@ class Ledger:
 
     def step(self) -> dict[str, Any]:
         """Return what was counted since :meth:`clear`, and which operations the launches are."""
-        by_name: Counter[str] = Counter()
-        for (name, _), count in self.operations.items():
+        by_name, bytes_by_name = Counter[str](), Counter[str]()
+        for (name, backward), count in self.operations.items():
             by_name[name] += count
+            bytes_by_name[name] += self.operation_bytes[name, backward]
         return {
             "launches": sum(self.operations.values()),
             "backward": sum(count for (_, backward), count in self.operations.items() if backward),
@@ -206,6 +210,7 @@ class Ledger:
             "waits_by_place": [[why, place.site, count] for (why, place), count in self.waits.most_common()],
             "copies": sum(traffic.count for traffic in self.copies.values()),
             "launches_by_operation": dict(by_name.most_common()),
+            "bytes_by_operation": dict(bytes_by_name),
         }
 
     def to_dict(self) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ from .refusal_plays import refusals
 from .stage import PROMPTS, Scenario
 from .train_plays import (
     card_settings,
+    not_waiting,
     one_step,
     optimizers_resumed,
     previews_out_of_memory,
@@ -104,6 +105,26 @@ SCENARIOS: dict[str, Scenario] = {
         resumed("training.precision=bf16", "adapter.init=pissa", "optimizer.lora_plus_ratio=4"),
         "--resume, PiSSA and LoRA+",
     ),
+    **{
+        f"no-wait-{name}": Scenario(not_waiting(*overrides), f"steps that do not wait for the card: {what}")
+        for name, what, overrides in (
+            ("bf16", "bf16", ("training.precision=bf16",)),
+            (
+                "fp16",
+                "fp16, two micro-batches",
+                ("training.precision=fp16", "training.gradient_accumulation=2"),
+            ),
+            ("text", "text encoder", ("training.precision=bf16", "adapter.text_encoder=true")),
+            (
+                "more",
+                "Huber loss, LoRA+, masks, an average",
+                (
+                    *("training.precision=bf16", "training.loss=huber", "optimizer.lora_plus_ratio=4"),
+                    *("data.alpha_mask=true", "training.average=ema", "optimizer.max_update_norm=1"),
+                ),
+            ),
+        )
+    },
     "whole-run": Scenario(whole_run, "training with validation and previews, stopped and resumed"),
     "oom-previews": Scenario(
         previews_out_of_memory, "previews that do not fit", (Card(bytes=CONTEXT_BYTES + 39_000_000),)

@@ -22,6 +22,24 @@ def _trained(stage: Stage, overrides: Sequence[str], base: str) -> None:
     assert wanted, "no step was told"
 
 
+def not_waiting(*overrides: str) -> Play:
+    """Return a scenario that trains five steps, of which the third and fourth must not wait for the card."""
+
+    def play(stage: Stage) -> None:
+        def listen(event: Event) -> None:
+            stage.hear(event)
+            if type(event).__name__ == "StepDone" and getattr(event, "step", 0) == 2:
+                stage.cards.ledger.clear()
+            if type(event).__name__ == "StepDone" and getattr(event, "step", 0) == 4:
+                stage.facts["step"] = stage.cards.ledger.step()
+
+        train(stage, "training.steps=5", "training.checkpoint_every=5", *overrides, listen=listen)
+        step = stage.facts["step"]
+        assert step["launches"] > 100 and not step["waits"], step["waits_by_place"]
+
+    return play
+
+
 def resumed(*overrides: str) -> Play:
     """Return a scenario that stops after one step of three and resumes from the checkpoint."""
 

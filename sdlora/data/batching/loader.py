@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import torch
 
-from .batches import Batch
 from .order import MicroBatch, Order
 
 _AHEAD = 2
 
+Loaded = TypeVar("Loaded")
 
-class BatchLoader:
+
+class BatchLoader(Generic[Loaded]):
     """Gives the micro-batches of one process, step by step.
 
     Args:
@@ -40,7 +41,7 @@ class BatchLoader:
         order: Order,
         rank: int,
         steps: int,
-        make: Callable[[int, int, MicroBatch], Batch],
+        make: Callable[[int, int, MicroBatch], Loaded],
         *,
         single_threaded: bool,
         clock: Callable[[], float] = time.perf_counter,
@@ -49,7 +50,7 @@ class BatchLoader:
         self._clock = clock
         threads = (torch.set_num_threads, (1,)) if single_threaded else (None, ())
         self._pool = ThreadPoolExecutor(1, "batches", *threads)
-        self._pending: dict[tuple[int, int], Future[Batch]] = {}
+        self._pending: dict[tuple[int, int], Future[Loaded]] = {}
         self.waited = 0.0
 
     def __enter__(self) -> Self:
@@ -60,7 +61,7 @@ class BatchLoader:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def step(self, step: int) -> Iterator[Batch]:
+    def step(self, step: int) -> Iterator[Loaded]:
         """Yield the micro-batches of an optimizer step that are not empty.
 
         Raises:
@@ -92,5 +93,5 @@ class BatchLoader:
             micro_batch for micro_batch in enumerate(self._order.step(step)[self._rank]) if micro_batch[1]
         ]
 
-    def _submit(self, step: int, micro: int, visits: MicroBatch) -> Future[Batch]:
+    def _submit(self, step: int, micro: int, visits: MicroBatch) -> Future[Loaded]:
         return self._pool.submit(self._make, step, micro, visits)
