@@ -176,7 +176,7 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
     while run.step < run.steps:
         began, waited = time.perf_counter(), run.loader.waited
         step = launch_step(run)
-        step.seconds = time.perf_counter() - began
+        step.seconds = time.perf_counter() - began + told.waiting()
         step.waiting_share = (run.loader.waited - waited) / step.seconds
         run.step_seconds += step.seconds
         told.tell()
@@ -212,11 +212,22 @@ class _Told:
         self._run = run
         self.losses: deque[float] = deque(maxlen=20)
         self._times: deque[float] = deque(maxlen=20)
+        self._waiting = 0.0
+
+    def waiting(self) -> float:
+        """Return the seconds that a card was waited for since this was asked: they belong to the steps."""
+        seconds, self._waiting = self._waiting, 0.0
+        return seconds
 
     def tell(self, *, everything: bool = False) -> None:
         """Emit what is known, or wait for all that was begun."""
-        run = self._run
-        for done in finished_steps(run, everything=everything):
+        run, steps = self._run, finished_steps(self._run, everything=everything)
+        while True:
+            began = time.perf_counter()
+            done = next(steps, None)
+            self._waiting += time.perf_counter() - began
+            if done is None:
+                return
             self._times.append(done.seconds)
             if math.isfinite(done.loss):  # not that of a step left out
                 self.losses.append(done.loss)
