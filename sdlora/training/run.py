@@ -145,8 +145,7 @@ def _assemble(
     *,
     resume: bool,
 ) -> Run:
-    config = final.config
-    settings = config.training
+    config, settings = final.config, final.config.training
     share = processes.rank, processes.count
     data = prepare_data(
         config, final.outline, final.validation, model, emit, share=share, meet=processes.exchange
@@ -182,10 +181,7 @@ def _assemble(
         made_splitter=splitter,
         fast=FastStep(model, trainable, splitter),
         loader=_loader(config, data, model, processes.rank, [g.learning_rate for g in trainable.groups]),
-        reports=Reports(
-            deferred=model.facts.device.type == "cuda" and optimizer_kind(config.optimizer).heeds_found_inf,
-            together=processes.count > 1,
-        ),
+        reports=_reports(config, model, processes),
         preview_text=preview_text,
     )
     run.start = masters_digest(run)
@@ -258,6 +254,11 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
     dropout = adapter.dropout > 0 or adapter.rank_dropout > 0 or adapter.module_dropout > 0
     whole = adapter.adapts_text or dropout or config.training.gradient_checkpointing
     return SplitPredictor(model) if model.facts.device.type == "cpu" and not whole else None
+
+
+def _reports(config: Config, model: DiffusionModel, processes: Processes) -> Reports:
+    deferred = model.facts.device.type == "cuda" and optimizer_kind(config.optimizer).heeds_found_inf
+    return Reports(deferred=deferred, together=processes.count > 1)
 
 
 def _loader(
