@@ -33,6 +33,7 @@ ALPHAS = (None, 1.5, 2.0, 0.0)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _SHRINK = 8
 _BY_ROTATION = ("oft", "oft_diag", "boft", "ia3 out", "ia3 in")
+_TEXT = (*(f".self_attn.{name}_proj" for name in ("q", "k", "v", "out")), ".mlp.fc1")
 _CLIP = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
@@ -69,7 +70,7 @@ def layers(family: str) -> dict[ModuleKey, tuple[int, ...]]:
     endings = (".attn1.to_out.0", ".attn2.to_k", ".proj_in", ".resnets.0.conv1", ".ff.net.0.proj", ".0.conv")
     shapes_found: dict[ModuleKey, tuple[int, ...]] = {}
     for component, shapes in true_shapes(family).items():
-        wanted = (".self_attn.q_proj", ".mlp.fc1") if is_text_encoder(component) else endings
+        wanted = _TEXT if is_text_encoder(component) else endings
         for ending in wanted:
             path = next(path for path in shapes if path.endswith(ending))
             out, width, *kernel = shapes[path]

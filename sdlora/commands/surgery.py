@@ -28,6 +28,12 @@ def declare_merge(parser: argparse.ArgumentParser) -> None:
     _declare_blocks(parser)
     _declare_cut(parser)
     parser.add_argument("--family", metavar="NAME", help=FAMILY_HELP)
+    parser.add_argument(
+        "--base",
+        type=path_argument,
+        metavar="MODEL",
+        help="base that DoRA, GLoRA, IA3, OFT or BOFT adapters were trained on, whose weights they need",
+    )
     _declare_drops(parser)
     _declare_output(parser)
 
@@ -50,6 +56,7 @@ def run_merge(options: argparse.Namespace) -> Result:
             seed=options.seed,
             blocks=blocks,
             family=options.family,
+            base=options.base,
             drop=options.drop,
             progress=progress,
             **_cut(options),

@@ -114,7 +114,8 @@ class Facts:
     @property
     def scaled_rank_one(self) -> bool:
         """Whether some module of rank 1 has its own alpha."""
-        return 1 in {self.weights.updates[module].rank for module in self.with_alpha()}
+        updates = [self.weights.updates[module] for module in self.with_alpha()]
+        return any(update.has_rank and update.rank == 1 for update in updates)
 
     @property
     def ldm_names(self) -> bool:

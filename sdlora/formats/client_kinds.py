@@ -8,8 +8,14 @@ from ..adapters.canonical import AdapterWeights, WrappedUpdate
 from ..adapters.kinds.table import KINDS
 
 
-def kind_reasons(client: str, weights: AdapterWeights) -> list[str]:
-    """Return why a client does not compute an adapter in WebUI keys correctly; nothing for plain LoRA."""
+def kind_reasons(client: str, weights: AdapterWeights, format: str = "webui") -> list[str]:
+    """Return why a client that finds an adapter's keys does not compute it; nothing for plain LoRA.
+
+    Args:
+        client: which.
+        weights: the adapter.
+        format: in whose parts it is spelled, ``webui`` or ``diffusers``.
+    """
     reasons = [reason for kind, count in weights.kinds().items() for reason in _unread(client, kind, count)]
     inside = [
         update.direction.kind for update in weights.updates.values() if isinstance(update, WrappedUpdate)
@@ -17,7 +23,7 @@ def kind_reasons(client: str, weights: AdapterWeights) -> list[str]:
     reasons += [
         reason for kind in sorted(set(inside)) for reason in _unread(client, kind, inside.count(kind))
     ]
-    return list(dict.fromkeys(reasons + quirks(client, "webui", weights)))
+    return list(dict.fromkeys(reasons + quirks(client, format, weights)))
 
 
 def quirks(client: str, format: str, weights: AdapterWeights) -> list[str]:

@@ -17,7 +17,7 @@ from ..families.layer_shapes import Shape
 from .client_facts import Facts as Facts
 from .client_facts import Support as Support
 from .client_keys import other_reasons, unknown_reasons
-from .client_kinds import is_refused, kind_reasons, quirks
+from .client_kinds import is_refused, kind_reasons
 from .folding import CONFIG_ENTRY
 from .programs import name_style
 
@@ -186,7 +186,7 @@ def diffusers_reasons(client: str, facts: Facts) -> list[str]:
     if client == "diffusers":
         return _by_diffusers(facts) + _shapes(client, facts)
     if client in BY_KEY:
-        reasons = quirks(client, "diffusers", facts.weights)
+        reasons = kind_reasons(client, facts.weights, _parts_spelling(facts))
         attention = {
             parsed.module
             for key, parsed in facts.unknown_to(client).items()
@@ -202,12 +202,32 @@ def diffusers_reasons(client: str, facts: Facts) -> list[str]:
         else:
             reasons += unknown_reasons(client, facts)
         return reasons + other_reasons(client, facts) + _alphas_in_header(facts) + _shapes(client, facts)
-    if client == "stable-diffusion.cpp":
-        reasons = quirks(client, "diffusers", facts.weights) + _alphas_in_header(facts)
-        if any(is_text_encoder(component) for component in facts.weights.components()):
-            reasons.append("leaves out text encoders in diffusers keys; export as webui")
-        return reasons
+    if client == BY_NAME:
+        return by_name_reasons(client, facts)
     return ["reads no diffusers keys; export as webui"]
+
+
+def by_name_reasons(client: str, facts: Facts) -> list[str]:
+    """Return why stable-diffusion.cpp, which converts each name by itself, does not load a file fully."""
+    unknown = facts.unknown_to(client)
+    dotted = unknown and all(name_style(key, parsed) in ("te", "te-flat") for key, parsed in unknown.items())
+    return [
+        *kind_reasons(client, facts.weights, _parts_spelling(facts)),
+        *(_alphas_in_header(facts) if facts.format == "diffusers" else []),
+        *(
+            ["leaves out text encoders in diffusers keys; export as webui"]
+            if dotted
+            else unknown_reasons(client, facts)
+        ),
+        *other_reasons(client, facts),
+        *_shapes(client, facts),
+        *_layers(client, facts),
+    ]
+
+
+def _parts_spelling(facts: Facts) -> str:
+    """Return whose spelling a DoRA's magnitudes have in a file with dotted names."""
+    return "diffusers" if facts.any_part(".lora_magnitude_vector") else "webui"
 
 
 def _by_diffusers(facts: Facts) -> list[str]:
@@ -242,7 +262,9 @@ def _bare(facts: Facts) -> bool:
 
 def comfyui_reasons(client: str, facts: Facts) -> list[str]:
     """Return why a client does not load a file with ComfyUI's own keys fully."""
-    if client in (*BY_KEY, "stable-diffusion.cpp"):
+    if client == BY_NAME:
+        return by_name_reasons(client, facts)
+    if client in BY_KEY:
         return [
             *unknown_reasons(client, facts),
             *other_reasons(client, facts),
@@ -254,8 +276,9 @@ def comfyui_reasons(client: str, facts: Facts) -> list[str]:
 
 def lycoris_reasons(client: str, facts: Facts) -> list[str]:
     """Return why a client does not load a file with LyCORIS wrapper keys fully."""
-    readers = (*BY_KEY, "stable-diffusion.cpp")
-    if client in readers:
+    if client == BY_NAME:
+        return by_name_reasons(client, facts)
+    if client in BY_KEY:
         return [
             *unknown_reasons(client, facts),
             *other_reasons(client, facts),
@@ -276,3 +299,5 @@ def peft_reasons(client: str, facts: Facts) -> list[str]:
 
 BY_KEY = ("ComfyUI", "Forge")
 """Clients that look up every key by itself, so that spellings may be mixed."""
+BY_NAME = "stable-diffusion.cpp"
+"""Converts every name by itself, so that spellings may be mixed as well."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from ..adapters.canonical import AdapterWeights
 from .base_shapes import BaseShapes
-from .clients import BY_KEY, CLIENTS, Facts, Support, hint
+from .clients import BY_KEY, BY_NAME, CLIENTS, Facts, Support, by_name_reasons, hint
 from .keys import FileKeys
 from .table import FORMATS
 
@@ -36,7 +36,9 @@ def client_support(
     supports = []
     for client in CLIENTS:
         reasons = reasons_of(client, facts)
-        if len(mixed) > 1 and client not in BY_KEY:
+        if len(mixed) > 1 and client == BY_NAME:
+            reasons = by_name_reasons(client, facts)
+        elif len(mixed) > 1 and client not in BY_KEY:
             reasons = [
                 f"reads part of it at most: its keys mix the {' and '.join(mixed)} spellings; export it again"
             ]

@@ -8,18 +8,17 @@ cuts it to that size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.kinds.table import title_of
 from ..adapters.plain import as_plain
 from ..config.schema import Precision
-from ..errors import AdapterFileError, ConfigError, ModelError
+from ..errors import AdapterFileError, ConfigError
 from ..formats import adapter_files, dropping
 from ..formats.folding import own_dtype
 from ..formats.kinds import drop_word
@@ -28,6 +27,7 @@ from .checkpoints import open_checkpoint
 from .dense import cut_matrix
 from .factors import Cut, cut_of, distance, factors_of
 from .methods import layer_seed
+from .on_base import BaseWeight, delta_on, fitted, weights_of
 from .report import ModuleChange, SurgeryReport, relative, sorted_changes
 from .result import Part, cut_part, finish
 from .sources import (
@@ -43,9 +43,6 @@ from .sources import (
     write_adapter,
 )
 from .workers import in_order
-
-BaseWeight = Callable[[ModuleKey], Tensor]
-"""Gives the base's weight of a module, float32, in the layer's shape."""
 
 
 def convert_adapter(
@@ -155,13 +152,14 @@ def _part_on_base(module: ModuleKey, update: Update, cut: Cut | None, base: Base
     if base is None:
         raise AdapterFileError(f"{where}, whose update depends on the base's weights; give --base")
     if cut is None and update.exact_factors:
-        return cut_part(module, factors_of(as_plain(update, base(module)).pair), None)
+        weight = base(module)
+        return cut_part(module, factors_of(as_plain(fitted(module, update, weight), weight).pair), None)
     if cut is None:
         raise AdapterFileError(
             f"{where}, whose update is not of low rank, so it cannot be plain exactly; give --rank, --energy "
             "or --error"
         )
-    delta = update.delta(base(module))
+    delta = delta_on(module, update, base)
     factors, norm, lost = cut_matrix(delta.flatten(1), tuple(delta.shape), cut, layer_seed(0, module))
     return Part(module, factors, update.rank, norm, lost)
 
@@ -177,22 +175,8 @@ def _plain(
 ) -> tuple[AdapterWeights, tuple[ModuleChange, ...]]:
     if opened.weights.is_plain:
         raise ConfigError(f"--to-lora: {opened.path} is a plain LoRA already; leave it out")
-    parts = plain_parts(opened.weights, cut, None if base is None else _weights_of(base), progress)
+    parts = plain_parts(opened.weights, cut, None if base is None else weights_of(base), progress)
     return finish(parts, format, number, with_errors=report)
-
-
-def _weights_of(base: Path) -> BaseWeight:
-    model = open_checkpoint(base)
-
-    def weight(module: ModuleKey) -> Tensor:
-        sites = model.sites(module)
-        if not sites:
-            raise ModelError(
-                f"{base}: has no {module.component}.{module.path}; give the base the adapter was trained on"
-            )
-        return sites[0].read()
-
-    return weight
 
 
 def _rounding(

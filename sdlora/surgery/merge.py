@@ -7,14 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey
+import torch
+
+from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update
+from ..adapters.kinds.table import title_of
+from ..adapters.plain import as_plain
 from ..adapters.strength import Strength
 from ..config.schema import Precision
 from ..errors import ConfigError
 from ..number_formats import dtype_name
+from .checkpoints import open_checkpoint
 from .dense import cut_matrix
-from .factors import Cut, common_shape, cut_of, factors_of, joined
+from .factors import Cut, Factors, common_shape, cut_of, factors_of, joined
 from .methods import METHODS, combined, layer_seed
+from .on_base import BaseWeight, delta_on, fitted, weights_in
 from .report import SurgeryReport
 from .result import Part, cut_part, finish
 from .sources import (
@@ -34,6 +40,8 @@ from .sources import (
 )
 from .strengths import ModuleStrength, check_blocks, component_strengths
 from .workers import in_order
+
+_ON_BASE = "give the base it was trained on, --base BASE, and a size, e.g. --rank 32"
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class MergeMethod:
 @dataclass(frozen=True)
 class _Job:
     module: ModuleKey
-    terms: tuple[tuple[int, LowRankPair, float], ...]
+    terms: tuple[tuple[int, Update, float], ...]
 
 
 def merge_adapters(
@@ -94,12 +102,16 @@ def merge_adapters(
     format: str = "webui",
     dtype: Precision | None = None,
     family: str | None = None,
+    base: Path | None = None,
     drop: Sequence[str] = (),
     overwrite: bool = False,
     report: bool = False,
     progress: Progress = silent,
 ) -> SurgeryReport:
     """Merge adapters into one and write it; ``linear`` without a size gives the exact sum.
+
+    An adapter whose update depends on the base's weights (DoRA, IA3, OFT, BOFT, GLoRA) counts as what it adds
+    to the weights of ``base``, strength times, as in drawing and baking.
 
     Args:
         sources: (file, strength) of each adapter; strengths may be negative, and differ by component.
@@ -114,6 +126,8 @@ def merge_adapters(
         format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; the widest of the sources when None.
         family: what the sources are for, where they do not tell.
+        base: checkpoint or diffusers folder they were trained on, for kinds that need its weights. Such
+            updates have no low rank (but for GLoRA), so a size is needed, too.
         drop: kinds of layers that are left out; see :func:`sdlora.formats.dropping.words`.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
@@ -126,14 +140,16 @@ def merge_adapters(
     """
     started = time.perf_counter()
     how = MergeMethod(method, density, seed, cut_of(rank, energy, error))
-    adapters = _opened(sources, output, format, overwrite, family, drop)
+    adapters = _opened(sources, output, format, overwrite, family, base, drop)
     given = _weighted(adapters, sources, blocks)
     number = number_format(dtype, adapters)
-    ranks = summed_ranks(given) if how.cut is None else None
-    weights, changes = finish(merged(given, how, progress), format, number, with_errors=report, ranks=ranks)
-    info = result_info(adapters, output.stem, _record(sources, blocks, how), keep_all=False)
+    weight_of = None if base is None else _base_weights(base, adapters)
+    ranks = summed_ranks(given) if how.cut is None and base is None else None
+    parts = merged(given, how, progress, weight_of)
+    weights, changes = finish(parts, format, number, with_errors=report, ranks=ranks)
+    info = result_info(adapters, output.stem, _record(sources, blocks, how, base), keep_all=False)
     strengths = [(adapter, strength.of) for adapter, (_, strength) in zip(adapters, given, strict=True)]
-    vectors = summed_vectors(strengths, number)
+    vectors = summed_vectors(strengths, number, weight_of)
     result = AdapterFile(AdapterWeights({**weights.updates, **vectors}), info, all_embeddings(adapters))
     written = write_adapter(result, family_of(adapters), output, format, number)
     seconds, notes = time.perf_counter() - started, (*kind_notes(adapters), *_gone(adapters, weights))
@@ -147,6 +163,7 @@ def _opened(
     format: str,
     overwrite: bool,
     family: str | None,
+    base: Path | None,
     drop: Sequence[str],
 ) -> list[Opened]:
     """Return the adapters after checking that a result can be written."""
@@ -154,9 +171,26 @@ def _opened(
         raise ConfigError("merge needs adapters: give FILE:WEIGHT, e.g. style.safetensors:0.8")
     paths = [path for path, _ in sources]
     check_target(output, format, overwrite, paths)
-    adapters = open_adapters(paths, family, drop)
+    adapters = open_adapters(paths, family, drop, has_base=base is not None, remedy=_ON_BASE)
     family_of(adapters)
+    if base is not None and not any(
+        update.needs_base
+        for adapter in adapters
+        for update in (*adapter.on_base.updates.values(), *adapter.vectors.updates.values())
+    ):
+        raise ConfigError(f"--base {base}: no adapter here needs the base's weights; leave it out")
     return adapters
+
+
+def _base_weights(base: Path, adapters: Sequence[Opened]) -> BaseWeight:
+    """Return what gives the base's weights, after checking that it is one for these adapters."""
+    model, made_for = open_checkpoint(base), family_of(adapters)
+    if model.family.name != made_for.name:
+        raise ConfigError(
+            f"--base {base}: is {model.family.title}, but the adapters are for {made_for.title}; give the "
+            "base they were trained on"
+        )
+    return weights_in(model)
 
 
 def _weighted(
@@ -167,14 +201,14 @@ def _weighted(
     """Return each adapter with its strength by module."""
     factors = blocks or [{}] * len(sources)
     strengths = [ModuleStrength(s, b) for (_, s), b in zip(sources, factors, strict=True)]
-    given = [(adapter.weights, strength) for adapter, strength in zip(adapters, strengths, strict=True)]
+    given = [(adapter.matrices, strength) for adapter, strength in zip(adapters, strengths, strict=True)]
     check_blocks(given)
     return given
 
 
 def _gone(adapters: Sequence[Opened], weights: AdapterWeights) -> list[str]:
     """Return a note on modules that no adapter has a weight for."""
-    every = {module for adapter in adapters for module in adapter.weights.pairs}
+    every = {module for adapter in adapters for module in adapter.matrices.updates}
     gone = len(every) - len(weights)
     return [f"{gone} modules have weight 0 in every adapter and were left out"] if gone else []
 
@@ -183,31 +217,33 @@ def merged(
     adapters: Sequence[tuple[AdapterWeights, ModuleStrength]],
     how: MergeMethod,
     progress: Progress = silent,
+    base: BaseWeight | None = None,
 ) -> Iterator[Part]:
     """Yield each module's merged update, sorted by module.
 
     Raises:
-        AdapterFileError: when two adapters hold a layer in different shapes.
+        AdapterFileError: when two adapters hold a layer in different shapes, or one needs the base and there
+            is none.
         ConfigError: when every weight is 0.
     """
     jobs = _jobs(adapters)
-    for done, part in enumerate(in_order(lambda job: _merge_module(job, how), jobs), 1):
+    for done, part in enumerate(in_order(lambda job: _merge_module(job, how, base), jobs), 1):
         yield part
         progress(done, len(jobs))
 
 
 def summed_ranks(adapters: Sequence[tuple[AdapterWeights, ModuleStrength]]) -> dict[ModuleKey, int]:
     """Return the rank of each module of the exact sum."""
-    return {job.module: sum(pair.rank for _, pair, _ in job.terms) for job in _jobs(adapters)}
+    return {job.module: sum(update.rank for _, update, _ in job.terms) for job in _jobs(adapters)}
 
 
 def _jobs(adapters: Sequence[tuple[AdapterWeights, ModuleStrength]]) -> list[_Job]:
     jobs = []
-    for module in sorted({module for weights, _ in adapters for module in weights.pairs}):
+    for module in sorted({module for weights, _ in adapters for module in weights.updates}):
         terms = tuple(
-            (place, weights.pairs[module], strength.of(module))
+            (place, weights.updates[module], strength.of(module))
             for place, (weights, strength) in enumerate(adapters)
-            if module in weights.pairs and strength.of(module) != 0.0
+            if module in weights.updates and strength.of(module) != 0.0
         )
         if terms:
             jobs.append(_Job(module, terms))
@@ -216,25 +252,57 @@ def _jobs(adapters: Sequence[tuple[AdapterWeights, ModuleStrength]]) -> list[_Jo
     return jobs
 
 
-def _merge_module(job: _Job, how: MergeMethod) -> Part:
+def _merge_module(job: _Job, how: MergeMethod, base: BaseWeight | None) -> Part:
     where = f"two adapters for `{job.module.component}.{job.module.path}`"
+    if how.name == "linear" and (exact := _joined(job, where, base)) is not None:
+        return cut_part(job.module, exact, how.cut)
+    if how.cut is None:
+        (needy, *_) = (update for _, update, _ in job.terms if update.needs_base)
+        raise ConfigError(
+            f"`{job.module.component}.{job.module.path}` is a {title_of(needy)}, whose update is not of low "
+            "rank, so there is no exact sum; give --rank, --energy or --error"
+        )
+    shapes, deltas = [], []
+    for _, term, strength in job.terms:
+        delta = delta_on(job.module, term, base)
+        shapes.append(tuple(delta.shape))
+        deltas.append(delta.flatten(1) * strength)
+    shape = common_shape(shapes, where)
     if how.name == "linear":
-        update = joined([factors_of(pair, weight) for _, pair, weight in job.terms], where)
-        return cut_part(job.module, update, how.cut)
-    assert how.cut is not None and how.density is not None, "checked when the method was made"
-    shape = common_shape([(p.up.shape[0], *p.down.shape[1:]) for _, p, _ in job.terms], where)
-    deltas = [pair.delta().flatten(1) * weight for _, pair, weight in job.terms]
-    places = [place for place, _, _ in job.terms]
-    matrix = combined(deltas, how.name, how.density, how.seed or 0, job.module, places)
+        matrix = torch.stack(deltas).sum(0)
+    else:
+        assert how.density is not None, "checked when the method was made"
+        places = [place for place, _, _ in job.terms]
+        matrix = combined(deltas, how.name, how.density, how.seed or 0, job.module, places)
     update, norm, lost = cut_matrix(matrix, shape, how.cut, layer_seed(0, job.module))
-    return Part(job.module, update, sum(pair.rank for _, pair, _ in job.terms), norm, lost)
+    return Part(job.module, update, sum(term.rank for _, term, _ in job.terms), norm, lost)
+
+
+def _joined(job: _Job, where: str, base: BaseWeight | None) -> Factors | None:
+    """Return the exact sum as factors; None if some update has no exact factors."""
+    factors = []
+    for _, update, strength in job.terms:
+        if isinstance(update, LowRankPair):
+            factors.append(factors_of(update, strength))
+            continue
+        if not update.exact_factors or base is None:
+            return None
+        weight = base(job.module)
+        plain = as_plain(fitted(job.module, update, weight), weight).pair
+        factors.append(factors_of(plain, strength))
+    return joined(factors, where)
 
 
 def _record(
-    sources: Sequence[tuple[Path, Strength]], blocks: Sequence[Mapping[str, float]], how: MergeMethod
+    sources: Sequence[tuple[Path, Strength]],
+    blocks: Sequence[Mapping[str, float]],
+    how: MergeMethod,
+    base: Path | None,
 ) -> dict[str, object]:
     """Return what was done, for the header: by file names and hashes, without the user's folders."""
-    settings = {"method": how.name, "density": how.density, "seed": how.seed}
+    settings: dict[str, object] = {"method": how.name, "density": how.density, "seed": how.seed}
+    if base is not None:
+        settings["base"] = base.name
     if how.cut is not None:
         settings |= vars(how.cut)
     prints = fingerprints([path for path, _ in sources])

@@ -24,6 +24,7 @@ from ..formats.folding import own_dtype
 from ..formats.proof import write_proven
 from ..formats.table import find_format
 from ..number_formats import dtype_name, dtype_of
+from .on_base import BaseWeight, delta_on
 
 if TYPE_CHECKING:
     from ..families.facts import FamilyInfo
@@ -62,7 +63,8 @@ class Opened:
         info: its name and header.
         dtype: number format of the file's factors, float32 where they differ.
         converted: kind -> modules that were turned into plain pairs, without any loss.
-        vectors: differences of norms and biases, which no pair can hold.
+        on_base: updates that depend on the base's weights, as they are; empty where no base is given.
+        vectors: what changes norms and biases, which no pair can hold.
         embeddings: textual-inversion embeddings that its file brings along.
         notes: what users are told about it.
     """
@@ -72,18 +74,36 @@ class Opened:
     info: AdapterInfo
     dtype: torch.dtype
     converted: Mapping[str, int]
+    on_base: AdapterWeights = field(default_factory=lambda: AdapterWeights({}))
     vectors: AdapterWeights = field(default_factory=lambda: AdapterWeights({}))
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def matrices(self) -> AdapterWeights:
+        """Everything but the vectors."""
+        return AdapterWeights({**self.weights.updates, **self.on_base.updates})
 
-def open_adapters(paths: Sequence[Path], family: str | None = None, drop: Sequence[str] = ()) -> list[Opened]:
+
+_TO_LORA = "turn it into a plain LoRA first: sdlora convert FILE --to-lora --base BASE --rank N"
+
+
+def open_adapters(
+    paths: Sequence[Path],
+    family: str | None = None,
+    drop: Sequence[str] = (),
+    *,
+    has_base: bool = False,
+    remedy: str = _TO_LORA,
+) -> list[Opened]:
     """Read adapters that are to be worked on; other kinds become plain pairs where that is exact.
 
     Args:
         paths: files or folders.
         family: what the user says they are for.
         drop: kinds of layers that are left out; see :func:`sdlora.formats.dropping.words`.
+        has_base: whether the base's weights are at hand, so that kinds that need them are taken.
+        remedy: what to do about them otherwise, for messages.
 
     Raises:
         AdapterFileError: when one cannot be read, has no exact plain form, or two are for different
@@ -101,18 +121,21 @@ def open_adapters(paths: Sequence[Path], family: str | None = None, drop: Sequen
         matrices = {key: u for key, u in adapter.weights.updates.items() if key not in vectors}
         adapter = replace(adapter, weights=AdapterWeights(matrices))
         kinds = {kind: count for kind, count in adapter.weights.kinds().items() if kind != LowRankPair.kind}
-        needy = next((update for update in adapter.weights.updates.values() if update.needs_base), None)
-        if needy is not None:
+        on_base = {key: update for key, update in matrices.items() if update.needs_base}
+        needy = next(
+            (update for update in (*matrices.values(), *vectors.values()) if update.needs_base), None
+        )
+        if needy is not None and not has_base:
             raise AdapterFileError(
                 f"{path}: is a {title_of(needy)}, whose update depends on the base's weights and is not of "
-                "low rank; turn it into a plain LoRA first: "
-                "sdlora convert FILE --to-lora --base BASE --rank N"
+                f"low rank; {remedy}"
             )
-        plain, _ = to_plain(adapter.weights)
+        plain, _ = to_plain(AdapterWeights({k: u for k, u in matrices.items() if k not in on_base}))
+        exact = {kind: count for kind, count in kinds.items() if not _is_among(kind, on_base.values())}
         opened.append(
             Opened(
-                *(path, plain, with_family(path, adapter, family).info, own_dtype(whole.weights), kinds),
-                *(AdapterWeights(vectors), adapter.embeddings, notes),
+                *(path, plain, with_family(path, adapter, family).info, own_dtype(whole.weights), exact),
+                *(AdapterWeights(on_base), AdapterWeights(vectors), adapter.embeddings, notes),
             )
         )
     known = [(source.path, source.info.family) for source in opened if source.info.family]
@@ -123,6 +146,10 @@ def open_adapters(paths: Sequence[Path], family: str | None = None, drop: Sequen
                 "model family"
             )
     return opened
+
+
+def _is_among(kind: str, updates: Iterable[Update]) -> bool:
+    return any(update.kind == kind for update in updates)
 
 
 def with_family(path: Path, adapter: AdapterFile, family: str | None) -> AdapterFile:
@@ -149,18 +176,21 @@ def kind_notes(adapters: Sequence[Opened]) -> tuple[str, ...]:
 
 
 def summed_vectors(
-    adapters: Sequence[tuple[Opened, Callable[[ModuleKey], float]]], dtype: torch.dtype
+    adapters: Sequence[tuple[Opened, Callable[[ModuleKey], float]]],
+    dtype: torch.dtype,
+    base: BaseWeight | None = None,
 ) -> dict[ModuleKey, Update]:
     """Return the weighted sum of the differences of norms and biases, exact but for one rounding.
 
     Args:
         adapters: each with the strength of a module.
         dtype: of the result.
+        base: gives the base's values, where kinds that need them were taken.
     """
     sums: dict[ModuleKey, Tensor] = {}
     for adapter, strength in adapters:
         for key, update in adapter.vectors.all_items():
-            term = update.delta().double() * strength(key)
+            term = delta_on(key, update, base).double() * strength(key)
             sums[key] = sums[key] + term if key in sums else term
     return {key: Difference(total.to(dtype)) for key, total in sums.items() if bool(total.any())}
 

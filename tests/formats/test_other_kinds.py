@@ -134,6 +134,33 @@ def test_every_kind_is_baked_and_made_a_plain_lora(
     for key, (_, delta) in wanted.items():
         relative = float((pairs[key].delta().double() - delta).norm() / delta.norm())
         assert relative < 2e-4, key
+    merge_adapters(
+        [(file, 0.5), (file, -1.25), (plain, 0.25)],
+        tmp_path / "sum.safetensors",
+        base=needs,
+        dtype="fp32",
+        **size,
+    )
+    pairs = read_adapter(tmp_path / "sum.safetensors").weights.pairs
+    for key, (_, delta) in wanted.items():
+        assert float((pairs[key].delta().double() + 0.5 * delta).norm() / delta.norm()) < 4e-4, key
+
+
+def test_what_needs_the_base_is_merged_only_on_the_right_base_and_to_a_size(
+    model: DiffusionModel, tiny_base: Path, narrow_sdxl: Path, tmp_path: Path
+) -> None:
+    file, plain, target = (tmp_path / f"{name}.safetensors" for name in ("ia3", "plain", "sum"))
+    made(model, "ia3 out", file)
+    made(model, "lora", plain)
+    with pytest.raises(AdapterFileError, match=r"--base BASE, and a size, e.g. --rank 32"):
+        merge_adapters([(file, 1.0)], target)
+    with pytest.raises(ConfigError, match=r"IA3.*no exact sum; give --rank, --energy or --error"):
+        merge_adapters([(file, 1.0)], target, base=tiny_base)
+    with pytest.raises(ConfigError, match=r"no adapter here needs the base's weights"):
+        merge_adapters([(plain, 1.0)], target, base=tiny_base)
+    with pytest.raises(ConfigError, match=r"is Stable Diffusion XL, but the adapters are"):
+        merge_adapters([(file, 1.0)], target, base=narrow_sdxl, rank=4)
+    assert not target.exists()
 
 
 def comfyui_file(model: DiffusionModel, path: Path) -> dict[ModuleKey, tuple[Tensor, Tensor]]:

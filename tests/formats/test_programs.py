@@ -236,3 +236,28 @@ def test_kohya_loses_an_sdxl_file_with_both_namings_of_the_blocks(tmp_path: Path
     claims = supports(both, SDXL, tmp_path)
     assert "whole file" in str(claims["kohya sd-scripts"].reasons)
     assert not claims["diffusers"].full and claims["ComfyUI"].full
+
+
+def test_a_kind_that_a_program_does_not_compute_is_not_said_to_load_in_dotted_names(tmp_path: Path) -> None:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    claims = supports(
+        {f"{name}.weight": torch.ones(1280), f"{name}.on_input": torch.tensor(0)}, SD1, tmp_path
+    )
+    for client in ("ComfyUI", "Forge", "stable-diffusion.cpp"):
+        assert "does not read IA3" in str(claims[client].reasons), client
+
+
+def test_stable_diffusion_cpp_takes_each_name_by_itself(tmp_path: Path) -> None:
+    weights = some_weights(models_in(make_pipeline(SD1)))
+    lycoris = tensors_of("lycoris", ".lora_down.weight", True, False, SD1, weights)
+    assert supports(lycoris, SD1, tmp_path)["stable-diffusion.cpp"].full
+    dotted = tensors_of("diffusers", ".lora_down.weight", True, False, SD1, weights)
+    text = {key: tensor for key, tensor in dotted.items() if key.startswith("text_encoder")}
+    unet = {key: tensor for key, tensor in lycoris.items() if key.startswith("lycoris")}
+    claims = supports(unet | text, SD1, tmp_path)
+    assert "leaves out text encoders in diffusers keys" in str(claims["stable-diffusion.cpp"].reasons)
+    outer = {
+        "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(320, 2, 1, 1),
+    }
+    assert "leaves out `conv_in`" in str(supports(outer, SD1, tmp_path)["stable-diffusion.cpp"].reasons)

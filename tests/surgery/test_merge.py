@@ -285,5 +285,5 @@ def test_a_dora_is_refused_with_the_way_out(tmp_path: Path) -> None:
     module = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     dora = kinds.dora(kinds.pair((16, 16)), torch.randn(16, 16))
     source = saved(tmp_path, "dora", AdapterWeights({module: dora}))
-    with pytest.raises(AdapterFileError, match=r"is a DoRA.*sdlora convert FILE --to-lora --base"):
+    with pytest.raises(AdapterFileError, match=r"is a DoRA.*give the base it was trained on, --base BASE"):
         merge_adapters([(source, 1.0)], tmp_path / "out.safetensors")
