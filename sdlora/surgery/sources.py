@@ -110,34 +110,11 @@ def open_adapters(
             families.
         ConfigError: for a word that leaves nothing out.
     """
-    opened = []
     read = [(path, adapter_files.read_adapter(path)) for path in paths]
     for word in drop:
         if not any(dropping.holds(adapter, word) for _, adapter in read):
             dropping.without(paths[0], read[0][1], [word])  # says what is wrong with it
-    for path, whole in read:
-        adapter, notes = dropping.without(path, whole, [w for w in drop if dropping.holds(whole, w)])
-        vectors = {key: u for key, u in adapter.weights.updates.items() if len(u.shape) == 1}
-        matrices = {key: u for key, u in adapter.weights.updates.items() if key not in vectors}
-        adapter = replace(adapter, weights=AdapterWeights(matrices))
-        kinds = {kind: count for kind, count in adapter.weights.kinds().items() if kind != LowRankPair.kind}
-        on_base = {key: update for key, update in matrices.items() if update.needs_base}
-        needy = next(
-            (update for update in (*matrices.values(), *vectors.values()) if update.needs_base), None
-        )
-        if needy is not None and not has_base:
-            raise AdapterFileError(
-                f"{path}: is a {title_of(needy)}, whose update depends on the base's weights and is not of "
-                f"low rank; {remedy}"
-            )
-        plain, _ = to_plain(AdapterWeights({k: u for k, u in matrices.items() if k not in on_base}))
-        exact = {kind: count for kind, count in kinds.items() if not _is_among(kind, on_base.values())}
-        opened.append(
-            Opened(
-                *(path, plain, with_family(path, adapter, family).info, own_dtype(whole.weights), exact),
-                *(AdapterWeights(on_base), AdapterWeights(vectors), adapter.embeddings, notes),
-            )
-        )
+    opened = [_opened(path, adapter, family, drop, has_base, remedy) for path, adapter in read]
     known = [(source.path, source.info.family) for source in opened if source.info.family]
     for path, family in known[1:]:
         if family != known[0][1]:
@@ -148,8 +125,27 @@ def open_adapters(
     return opened
 
 
-def _is_among(kind: str, updates: Iterable[Update]) -> bool:
-    return any(update.kind == kind for update in updates)
+def _opened(
+    path: Path, whole: AdapterFile, family: str | None, drop: Sequence[str], has_base: bool, remedy: str
+) -> Opened:
+    """Return one adapter, sorted by what can be done with its updates."""
+    adapter, notes = dropping.without(path, whole, [w for w in drop if dropping.holds(whole, w)])
+    vectors = {key: u for key, u in adapter.weights.updates.items() if len(u.shape) == 1}
+    matrices = {key: u for key, u in adapter.weights.updates.items() if key not in vectors}
+    on_base = {key: update for key, update in matrices.items() if update.needs_base}
+    needy = next((u for u in (*matrices.values(), *vectors.values()) if u.needs_base), None)
+    if needy is not None and not has_base:
+        raise AdapterFileError(
+            f"{path}: is a {title_of(needy)}, whose update depends on the base's weights and is not of low "
+            f"rank; {remedy}"
+        )
+    rest = AdapterWeights({key: update for key, update in matrices.items() if key not in on_base})
+    converted = {kind: count for kind, count in rest.kinds().items() if kind != LowRankPair.kind}
+    plain, _ = to_plain(rest)
+    return Opened(
+        *(path, plain, with_family(path, adapter, family).info, own_dtype(whole.weights), converted),
+        *(AdapterWeights(on_base), AdapterWeights(vectors), adapter.embeddings, notes),
+    )
 
 
 def with_family(path: Path, adapter: AdapterFile, family: str | None) -> AdapterFile:
