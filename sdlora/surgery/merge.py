@@ -110,9 +110,6 @@ def merge_adapters(
 ) -> SurgeryReport:
     """Merge adapters into one and write it; ``linear`` without a size gives the exact sum.
 
-    An adapter whose update depends on the base's weights (DoRA, IA3, OFT, BOFT, GLoRA) counts as what it adds
-    to the weights of ``base``, strength times, as in drawing and baking.
-
     Args:
         sources: (file, strength) of each adapter; strengths may be negative, and differ by component.
         output: the new file, or the folder for ``peft``.
@@ -126,8 +123,7 @@ def merge_adapters(
         format: a key of :data:`sdlora.formats.table.FORMATS`.
         dtype: number format; the widest of the sources when None.
         family: what the sources are for, where they do not tell.
-        base: checkpoint or diffusers folder they were trained on, for kinds that need its weights. Such
-            updates have no low rank (but for GLoRA), so a size is needed, too.
+        base: what kinds that need its weights were trained on; see :mod:`sdlora.surgery.on_base`.
         drop: kinds of layers that are left out; see :func:`sdlora.formats.dropping.words`.
         overwrite: replace an existing file.
         report: also measure each module's error, rounding included.
@@ -148,8 +144,7 @@ def merge_adapters(
     parts = merged(given, how, progress, weight_of)
     weights, changes = finish(parts, format, number, with_errors=report, ranks=ranks)
     info = result_info(adapters, output.stem, _record(sources, blocks, how, base), keep_all=False)
-    strengths = [(adapter, strength.of) for adapter, (_, strength) in zip(adapters, given, strict=True)]
-    vectors = summed_vectors(strengths, number, weight_of)
+    vectors = _vectors(adapters, given, number, weight_of)
     result = AdapterFile(AdapterWeights({**weights.updates, **vectors}), info, all_embeddings(adapters))
     written = write_adapter(result, family_of(adapters), output, format, number)
     seconds, notes = time.perf_counter() - started, (*kind_notes(adapters), *_gone(adapters, weights))
@@ -204,6 +199,17 @@ def _weighted(
     given = [(adapter.matrices, strength) for adapter, strength in zip(adapters, strengths, strict=True)]
     check_blocks(given)
     return given
+
+
+def _vectors(
+    adapters: Sequence[Opened],
+    given: Sequence[tuple[AdapterWeights, ModuleStrength]],
+    number: torch.dtype,
+    base: BaseWeight | None,
+) -> dict[ModuleKey, Update]:
+    """Return the sum of what changes norms and biases."""
+    strengths = [(adapter, strength.of) for adapter, (_, strength) in zip(adapters, given, strict=True)]
+    return summed_vectors(strengths, number, base)
 
 
 def _gone(adapters: Sequence[Opened], weights: AdapterWeights) -> list[str]:

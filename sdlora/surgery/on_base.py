@@ -1,4 +1,8 @@
-"""Updates that depend on the base's weights (DoRA, GLoRA, IA3, OFT, BOFT), worked out on a given base."""
+"""Updates that depend on the base's weights (DoRA, GLoRA, IA3, OFT, BOFT), worked out on a given base.
+
+Such an update counts as what it adds to the base's weights, strength times, as in drawing and baking. GLoRA's
+is of low rank; the others' are not, so that a plain LoRA of them needs a size.
+"""
 
 from __future__ import annotations
 
