@@ -138,14 +138,13 @@ def merge_adapters(
     how = MergeMethod(method, density, seed, cut_of(rank, energy, error))
     adapters = _opened(sources, output, format, overwrite, family, base, drop)
     given = _weighted(adapters, sources, blocks)
-    number = number_format(dtype, adapters)
-    weight_of = None if base is None else _base_weights(base, adapters)
+    number, weight_of = number_format(dtype, adapters), _base_weights(base, adapters)
     ranks = summed_ranks(given) if how.cut is None and base is None else None
     parts = merged(given, how, progress, weight_of)
     weights, changes = finish(parts, format, number, with_errors=report, ranks=ranks)
     info = result_info(adapters, output.stem, _record(sources, blocks, how, base), keep_all=False)
-    vectors = _vectors(adapters, given, number, weight_of)
-    result = AdapterFile(AdapterWeights({**weights.updates, **vectors}), info, all_embeddings(adapters))
+    updates = {**weights.updates, **_vectors(adapters, given, number, weight_of)}
+    result = AdapterFile(AdapterWeights(updates), info, all_embeddings(adapters))
     written = write_adapter(result, family_of(adapters), output, format, number)
     seconds, notes = time.perf_counter() - started, (*kind_notes(adapters), *_gone(adapters, weights))
     details = {"method": method, "dtype": dtype_name(number), "format": format}
@@ -177,8 +176,10 @@ def _opened(
     return adapters
 
 
-def _base_weights(base: Path, adapters: Sequence[Opened]) -> BaseWeight:
-    """Return what gives the base's weights, after checking that it is one for these adapters."""
+def _base_weights(base: Path | None, adapters: Sequence[Opened]) -> BaseWeight | None:
+    """Return what gives the weights of a base, if one is given, after checking that it fits these adapters."""
+    if base is None:
+        return None
     model, made_for = open_checkpoint(base), family_of(adapters)
     if model.family.name != made_for.name:
         raise ConfigError(
