@@ -177,7 +177,7 @@ def _opened(
 
 
 def _base_weights(base: Path | None, adapters: Sequence[Opened]) -> BaseWeight | None:
-    """Return what gives the weights of a base, if one is given, after checking that it fits these adapters."""
+    """Return what gives the weights of a base, if one is given, after checking that it fits."""
     if base is None:
         return None
     model, made_for = open_checkpoint(base), family_of(adapters)
