@@ -106,30 +106,30 @@ class Loader:
         pipeline = pipeline_of(self._family, self.models)
         try:
             pipeline.load_lora_weights(str(path))
-            found = changes(self.models)
+            computed = changes(self.models)
             for model in self.models.values():
                 _check_computes(model)
         except (ValueError, LookupError, RuntimeError, TypeError, AttributeError, NotImplementedError):
-            found = None
+            computed = None
         self.models = copy.deepcopy(self._pristine)
-        return found
+        return computed
 
     def loaded_by_peft(self, folder: Path) -> dict[ModuleKey, Tensor] | None:
         """Return what PEFT makes of the folders of an adapter; None if it refuses one."""
         from peft import PeftModel
 
-        found: dict[ModuleKey, Tensor] | None = {}
+        computed: dict[ModuleKey, Tensor] | None = {}
         for component in self.models:
             if not (folder / component).is_dir():
                 continue
             try:
                 model: Any = PeftModel.from_pretrained(self.models[component], str(folder / component))
-                found = {**(found or {}), **changes({component: model.base_model.model})}
+                computed = {**(computed or {}), **changes({component: model.base_model.model})}
             except (ValueError, LookupError, RuntimeError, TypeError, AttributeError):
-                found = None
+                computed = None
                 break
         self.models = copy.deepcopy(self._pristine)
-        return found
+        return computed
 
 
 def _check_computes(model: nn.Module) -> None:
@@ -151,17 +151,19 @@ def claims_part(tally: Tally, family: str, every: int) -> None:
             wanted = _wanted(loader, references)
             clients = {client.client: client for client in inspect_adapter(path).clients}
             for client, support in clients.items():
-                said = "full" if support.full else support.reasons[0]
+                claim = "full" if support.full else support.reasons[0]
                 if case.spelling == "kohya":
-                    tally.table.setdefault((f"kind {case.kind}", client), Counter())[said] += 1
+                    tally.table.setdefault((f"kind {case.kind}", client), Counter())[claim] += 1
                 if case.kind == "lora":
-                    tally.table.setdefault((f"spelling {case.spelling}", client), Counter())[said] += 1
-            found = loader.loaded(path)
-            works = found is not None and difference(found, wanted) < _TOLERANCE
+                    tally.table.setdefault((f"spelling {case.spelling}", client), Counter())[claim] += 1
+            computed = loader.loaded(path)
+            works = computed is not None and difference(computed, wanted) < _TOLERANCE
             tally.counts["claims about diffusers compared"] += 1
             tally.counts[f"of them, diffusers loads {'fully' if works else 'not fully'}"] += 1
             if works != clients["diffusers"].full:
-                verdict = "refuses it" if found is None else f"is off by {difference(found, wanted):.1e}"
+                verdict = (
+                    "refuses it" if computed is None else f"is off by {difference(computed, wanted):.1e}"
+                )
                 tally.failures.append(
                     f"{case}: diffusers {'loads it' if works else verdict}, but is said to "
                     f"{'load it fully' if clients['diffusers'].full else str(clients['diffusers'].reasons)}"
@@ -185,8 +187,8 @@ def written_part(tally: Tally, family: str, every: int) -> None:
                     tally.table.setdefault((f"write {case.kind}", format), Counter())[reason[:90]] += 1
                     tally.counts[f"not written as {format}: no place for the kind"] += 1
                     continue
-                found = loader.loaded(target) if format == "diffusers" else loader.loaded_by_peft(target)
-                error_of = float("inf") if found is None else difference(found, wanted)
+                computed = loader.loaded(target) if format == "diffusers" else loader.loaded_by_peft(target)
+                error_of = float("inf") if computed is None else difference(computed, wanted)
                 tally.counts[f"written as {format} and loaded there"] += 1
                 tally.table.setdefault((f"write {case.kind}", format), Counter())["full"] += 1
                 if error_of >= _TOLERANCE:
@@ -206,7 +208,7 @@ def peft_part(tally: Tally, family: str, every: int) -> None:
             where = f"{family} {component}, {title}, {dtype}"
             try:
                 adapter = read_adapter(folder)
-                found = {
+                computed = {
                     key: update.delta(_parameter(pristine, key)).double()
                     for key, update in adapter.weights.updates.items()
                 }
@@ -216,7 +218,7 @@ def peft_part(tally: Tally, family: str, every: int) -> None:
                     tally.failures.append(f"{where}: {error}")
                 continue
             tally.table.setdefault((f"PEFT's {title}", "sdlora"), Counter())["full"] += 1
-            error_of = difference(found, wanted)
+            error_of = difference(computed, wanted)
             if error_of >= (_TOLERANCE if dtype == torch.float32 else 2e-2):
                 tally.failures.append(f"{where}: read with an error of {error_of:.1e}")
 
@@ -244,10 +246,10 @@ def show(tally: Tally, seconds: float) -> None:
     """Print counts, the table and what differs."""
     for what, count in sorted(tally.counts.items()):
         print(f"{count:7} {what}")
-    for (what, client), said in sorted(tally.table.items()):
-        total = sum(said.values())
-        full = said.pop("full", 0)
-        reason = "; ".join(text for text, _ in said.most_common(2))
+    for (what, client), claims in sorted(tally.table.items()):
+        total = sum(claims.values())
+        full = claims.pop("full", 0)
+        reason = "; ".join(text for text, _ in claims.most_common(2))
         print(f"{what:<22} {client:<20} {full:>4} of {total:<4} fully  {reason}")
     for failure in tally.failures:
         print("DIFFERS", failure)
