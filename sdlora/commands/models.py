@@ -147,6 +147,15 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:STRENGTH[:TEXT]]",
         help="adapter and its strength (a second number is the text encoder's); may be repeated",
     )
+    parser.add_argument(
+        "--adapter-folder",
+        type=path_argument,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="where <lora:NAME:0.8> in prompts is looked for: a run, a folder of runs, a WebUI's folder or "
+        "any other; may be repeated (runs/ is looked at, too)",
+    )
     parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be repeated")
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what to avoid")
     parser.add_argument(
@@ -195,6 +204,7 @@ def run_generate(options: argparse.Namespace) -> Result:
             merge=options.merge,
             count=options.count,
             output=options.output,
+            adapter_folders=options.adapter_folder,
             device=given["training.device"],
             precision=given["training.precision"],
             attention=given["training.attention"] or "auto",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import ConfigError
 from .adapter import PART_KEYS
 from .data import DataConfig
 from .kinds import KIND_RULES
-from .schema import USUAL_SCHEDULE, Config, OptimizerConfig, TrainingConfig
+from .schema import USUAL_SCHEDULE, Config, OptimizerConfig, SampleConfig, TrainingConfig
 from .section import OnlyFor, Section
 
 
@@ -32,6 +33,7 @@ def contradictions(config: Config) -> list[str]:
         for name in ("every", "guidance"):
             if getattr(config.sample, name) is not None:
                 problems.append(f"`sample.{name}` has no effect with `sample.prompts=[]`")
+    problems += _about_prompts(config.sample)
     if "wandb" not in config.output.trackers:
         for name in ("tracker_project", "wandb_mode"):
             if getattr(config.output, name) != type(config.output).model_fields[name].default:
@@ -45,6 +47,18 @@ def contradictions(config: Config) -> list[str]:
         problem = warmup_problem(config.optimizer, steps, f"`training.steps={steps}`")
         problems += [problem] if problem else []
     return problems
+
+
+def _about_prompts(sample: SampleConfig) -> Iterator[str]:
+    """Return what contradicts the prompts of previews."""
+    if sample.prompt_file is not None and sample.prompt_options is False:
+        yield "`sample.prompt_options=false` contradicts `sample.prompt_file`, whose lines have options"
+    elif sample.prompt_file is not None and sample.prompts is not None and not sample.prompt_options:
+        yield "`sample.prompts` and `sample.prompt_file` both say what previews show: give one of them"
+    try:
+        list(sample.lines)
+    except ConfigError as error:
+        yield f"`sample.prompts`: {error}"
 
 
 def warmup_problem(settings: OptimizerConfig, steps: int, length: str) -> str | None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ..errors import ConfigError, ModelError
 from .adapter import PART_KEYS, AdaptedPart
 from .kinds import KIND_RULES
+from .prompt_lines import TAG, read_prompt_file
 from .schema import USUAL_SCHEDULE, Config, OptimizerConfig, Schedule
 
 USUAL_GUIDANCE = 7.0
@@ -323,7 +324,11 @@ def _fill_intervals(open_settings: OpenSettings, data: DataFacts) -> None:
             every, reason = min(steps, every + max(1, every // 4)), "as often as a tenth of the time pays for"
         open_settings.fill("training.validate_every", every, reason)
     # up to four; those of held-out images come first, as they show what was learned and not just remembered
-    prompts = tuple(dict.fromkeys(prompt for prompt in data.prompts if prompt))[:4]
+    plain = (TAG.sub("", prompt).strip() for prompt in data.prompts)  # captions of WebUI's images have tags
+    prompts = tuple(dict.fromkeys(prompt for prompt in plain if prompt))[:4]
+    if (file := open_settings.config.sample.prompt_file) is not None:
+        open_settings.fill("sample.prompts", tuple(read_prompt_file(file)), f"the lines of {file.name}")
+        open_settings.fill("sample.prompt_options", True, f"as in {file.name}")
     open_settings.fill("sample.prompts", prompts, "captions of the images")
     if open_settings.config.sample.prompts:
         open_settings.fill("sample.every", max(10, steps // 4), "four rows of previews")

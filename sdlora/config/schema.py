@@ -19,6 +19,7 @@ from ..number_formats import Precision as Precision
 from .adapter import AdapterConfig as AdapterConfig
 from .adapter import Targets as Targets
 from .data import DataConfig
+from .prompt_lines import PromptLine, read_line
 from .section import (
     Dropout,
     FileName,
@@ -215,7 +216,15 @@ class SampleConfig(Section):
     """Preview images during training."""
 
     prompts: tuple[str, ...] | None = None
-    """What the previews show; taken from the captions when left open, `[]` for no previews."""
+    """What the previews show; taken from the captions when left open, `[]` for no previews. `<lora:NAME:0.8>`
+    in one adds another adapter, or this one (by `output.name`) at another strength."""
+    prompt_file: GivenPath | None = None
+    """A file of prompts instead, one a line, with kohya's options: `a cat --n blurry --w 512 --s 30`."""
+    prompt_options: bool | None = None
+    """Whether `sample.prompts` have these options, too."""
+    adapter_folder: GivenPath | None = None
+    """Where `<lora:NAME:0.8>` in prompts is looked for, before the folder that holds the run folder: a folder
+    of runs, a WebUI's, any folder of adapters."""
     negative_prompt: str = ""
     """What the previews should avoid."""
     every: Positive | None = None
@@ -228,6 +237,16 @@ class SampleConfig(Section):
     """The sampler."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
     """Seed of the first prompt's noise; the next prompts count on."""
+
+    @property
+    def lines(self) -> list[PromptLine]:
+        """The prompts with their options.
+
+        Raises:
+            ConfigError: for an option that says nothing clear.
+        """
+        given = self.prompts or ()
+        return [read_line(text) if self.prompt_options else PromptLine(text) for text in given]
 
 
 class OutputConfig(Section):

@@ -4,6 +4,7 @@ One grammar for training, previews and generation, so that a caption means the s
 bracket multiplies the weight of its content by 1.1 or by the number after a colon; a square bracket divides
 it by 1.1; brackets that are not closed extend to the end. Chunks of 75 tokens are filled as in the WebUI: an
 item between commas that would be cut moves to the next chunk as a whole, and ``BREAK`` begins a new one.
+``\\AND`` is the word: where images are drawn, ``AND`` joins prompts (:mod:`sdlora.generation.prompt_parts`).
 (WebUI: modules/prompt_parser.py, sd_hijack_clip.py, sd_emphasis.py, behaviour only.)
 """
 
@@ -29,7 +30,7 @@ _BACKTRACK = 20
 _LEAST_MEAN = 1e-4  # of the root mean square
 
 _TOKEN = re.compile(
-    r"""(?P<literal>\\[()\[\]\\]|\\BREAK\b)
+    r"""(?P<literal>\\[()\[\]\\]|\\(?:BREAK|AND)\b)
       | (?P<weight>:\s*(?P<number>[+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\))
       | (?P<bracket>[()\[\]])
       | (?P<text>[^\\()\[\]:]+|.)""",
@@ -109,7 +110,7 @@ def parse(prompt: str) -> list[list[Fragment]]:
 
 def escape(text: str) -> str:
     """Return the prompt that means ``text`` literally: brackets and backslashes have no meaning in it."""
-    return re.sub(r"([()\[\]\\])|\b(?=BREAK\b)", lambda match: f"\\{match[1] or ''}", text)
+    return re.sub(r"([()\[\]\\])|\b(?=(?:BREAK|AND)\b)", lambda match: f"\\{match[1] or ''}", text)
 
 
 def layout(prompt: str, tokenize: Callable[[str], Sequence[int]], comma: int | None) -> list[Chunk]:

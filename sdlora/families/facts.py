@@ -15,6 +15,8 @@ from ..config.adapter import AdaptedPart
 
 AUTOENCODER = "vae"
 """Name of the component that encodes and decodes images; it gets no adapter."""
+WEBUI_STRENGTHS = {"te": "text encoders", "unet": "denoiser"}
+"""What WebUI calls the two strengths of an adapter in a prompt, and whose they are."""
 _TEXT_ENCODER = "text_encoder"
 
 

@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from ..diffusion.samplers import find_sampler
 from ..errors import ConfigError, OutputError
 from ..families.base import DiffusionModel
 from ..files import refuse_bad_names, replacing, write_problem
+from .adapter_folders import find_adapter
 from .grids import grid
 from .image_generator import ImageGenerator
+from .lora_tags import refuse_tags, take_tags
 from .png_info import parameters_text, save_png
 from .render import GeneratedImage, GenerateRequest, Progress, check_request, render, usual_guidance
 
@@ -53,6 +55,7 @@ def generate(
     prompts: Sequence[str],
     output: str | Path,
     *,
+    adapter_folders: Sequence[str | Path] = (),
     negative_prompt: str = "",
     seed: int | None = None,
     height: int | None = None,
@@ -72,12 +75,13 @@ def generate(
     """Make images and write them as ``00001-SEED.png``, numbered on from those in the folder.
 
     Every prompt gets the same ``count`` seeds, from ``seed`` upwards. What is left open follows the base or
-    :class:`sdlora.config.schema.SampleConfig`; how it is computed, see :meth:`ImageGenerator.load`.
+    :class:`.SampleConfig`; how it is computed, see :meth:`ImageGenerator.load`.
 
     Args:
         base: ``mini``, a diffusers folder, a ``.safetensors`` file or a hub id, or the settings of one.
         adapters: (file, strength) of each adapter; see :func:`sdlora.adapters.strength.parse_adapter`.
-        prompts: what to show.
+        prompts: what to show; ``<lora:NAME:0.8>`` in one adds an adapter for it alone.
+        adapter_folders: where these are (:func:`.find_adapter`), before the folders of ``adapters`` and runs.
         output: folder for the images; created if it is missing, and nothing in it is overwritten.
         strengths: each prompt and seed at each of these, and a grid of all; see :func:`swept`.
         merge: fold the adapters into the base's weights first.
@@ -86,28 +90,40 @@ def generate(
 
     Raises:
         ConfigError: for settings that contradict each other or are impossible.
-        ModelError: for a base that cannot be loaded.
-        AdapterFileError: for an adapter that cannot be read or does not fit.
-        OutputError: for a folder that cannot be written.
+        ModelError, AdapterFileError, OutputError: for what cannot be loaded, does not fit, cannot be written.
     """
-    started, folder = time.perf_counter(), Path(output)
-    sampler = sampler or SampleConfig().sampler
-    _check_call(adapters, prompts, sampler, strengths, count)
+    started, folder, sampler = time.perf_counter(), Path(output), sampler or SampleConfig().sampler
+    refuse_tags(negative_prompt)
+    asked = [take_tags(prompt) for prompt in prompts]
+    _check_call([*adapters, *_tagged(asked)], prompts, sampler, strengths, count)
+    named = _files_of({name for name, _ in _tagged(asked)}, adapters, adapter_folders)
     generator = ImageGenerator.load(
         base, device=device, precision=precision, attention=attention, offload=offload
     )
-    model = generator.model
     given = {generator.add_adapter(Path(file)): strength for file, strength in adapters}
-    plain = _plain_request(model, negative_prompt, (height, width), steps, guidance, sampler, seed)
-    columns = [given] if strengths is None else [swept(given, value) for value in strengths]
-    requests = _requests(plain, prompts, count, columns)
-    for request in requests:
-        check_request(model, request)
+    _add_named(generator, named)
+    plain = _plain_request(generator.model, negative_prompt, (height, width), steps, guidance, sampler, seed)
+    requests = _requests(plain, [(prompt, given | tags) for prompt, tags in asked], count, strengths)
+    _check_requests(generator.model, requests)
     make_folder(folder)  # after all checks, before the long work
     images = generator.generate(requests, merge=merge, progress=progress)
     files = _write_images(folder, images, generator)
-    sheet = None if strengths is None else _write_sweep(folder, images, strengths, given)
+    sheet = None if strengths is None else _write_sweep(folder, images, strengths)
     return GenerateResult(tuple(files), sheet, time.perf_counter() - started)
+
+
+def _add_named(generator: ImageGenerator, files: Mapping[str, Path]) -> None:
+    for name, file in files.items():
+        generator.add_adapter(file, name)
+
+
+def _check_requests(model: DiffusionModel, requests: Sequence[GenerateRequest]) -> None:
+    for request in requests:
+        check_request(model, request)
+
+
+def _tagged(asked: Sequence[tuple[str, Mapping[str, Strength]]]) -> list[tuple[str, Strength]]:
+    return [pair for _, tags in asked for pair in tags.items()]
 
 
 def _plain_request(
@@ -133,15 +149,32 @@ def _plain_request(
     )
 
 
+def _files_of(
+    names: Iterable[str], adapters: Sequence[tuple[str | Path, Strength]], folders: Sequence[str | Path]
+) -> dict[str, Path]:
+    """Return the file of each adapter that prompts name and that is not among those given."""
+    given = [Path(file) for file, _ in adapters]
+    known = {file.name if file.is_dir() else file.stem for file in given}
+    places = [*(Path(folder).expanduser() for folder in folders), *(file.parent for file in given)]
+    usual = Path("runs")  # where `sdlora train` puts them
+    places += [usual] if usual.is_dir() or not places else []
+    return {
+        name: find_adapter(name, list(dict.fromkeys(places))) for name in sorted(names) if name not in known
+    }
+
+
 def _requests(
-    plain: GenerateRequest, prompts: Sequence[str], count: int, columns: Sequence[Mapping[str, Strength]]
+    plain: GenerateRequest,
+    prompts: Sequence[tuple[str, Mapping[str, Strength]]],
+    count: int,
+    strengths: Sequence[float] | None,
 ) -> list[GenerateRequest]:
-    """Return a request for every prompt, seed and column of strengths, in this order."""
+    """Return a request for every prompt with its adapters, seed and strength of the sweep, in this order."""
     return [
         dataclasses.replace(plain, prompt=prompt, seed=plain.seed + i, strengths=column)
-        for prompt in prompts
+        for prompt, given in prompts
         for i in range(count)
-        for column in columns
+        for column in ([given] if strengths is None else [swept(given, value) for value in strengths])
     ]
 
 
@@ -229,14 +262,14 @@ def _write_sweep(
     folder: Path,
     generated: Sequence[GeneratedImage],
     strengths: Sequence[float],
-    given: Mapping[str, Strength],
 ) -> Path:
     rows = generated[:: len(strengths)]
     several = len({row.request.seed for row in rows}) > 1
     labels = [row.request.prompt + (f" (seed {row.request.seed})" if several else "") for row in rows]
     heads = [f"{value:g}" for value in strengths]
+    acting = dict.fromkeys(name for row in rows for name in row.request.strengths)
     sheet = grid(
-        [image.image for image in generated], len(heads), labels, heads, f"strength of {' and '.join(given)}"
+        [image.image for image in generated], len(heads), labels, heads, f"strength of {' and '.join(acting)}"
     )
     file = _reserve(folder, r"grid-(\d{4,})\.png", lambda number: f"grid-{number:04d}.png")
     with _giving_back(file), replacing(file) as temporary:

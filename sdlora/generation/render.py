@@ -16,6 +16,8 @@ from ..diffusion.samplers import check_sampling, find_sampler, make_scheduler
 from ..errors import ConfigError, ModelError
 from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
 from ..families.parallel import SplitPredictor
+from .lora_tags import refuse_tags
+from .prompt_parts import Part, parts_of, schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,8 +37,8 @@ class GenerateRequest:
     """One image to be made.
 
     Attributes:
-        prompt: what to show.
-        negative_prompt: what to avoid; it has no effect without guidance.
+        prompt: what to show; one that changes or is several: :mod:`sdlora.generation.prompt_parts`.
+        negative_prompt: what to avoid; it has no effect without guidance. It may change, too.
         height: px.
         width: px.
         steps: denoising steps.
@@ -122,6 +124,9 @@ def render(
 def check_request(model: DiffusionModel, request: GenerateRequest) -> None:
     """Raise ConfigError if the model cannot make such an image, naming what it could make."""
     check_sampling(request.sampler, model.process, request.steps)
+    for text in (request.prompt, request.negative_prompt):
+        refuse_tags(text)
+    _Told.check(request)
     multiple = model.facts.size_multiple
     for name, value in (("height", request.height), ("width", request.width)):
         if value < multiple or value % multiple:
@@ -143,10 +148,13 @@ def _batches(model: DiffusionModel, requests: Sequence[GenerateRequest]) -> Iter
     """Yield indices of requests that can go through the denoiser together."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, request in enumerate(requests):
+        parts = len(parts_of(request.prompt, request.steps))
         key = (request.height, request.width, request.steps, request.guidance, find_sampler(request.sampler))
-        alike.setdefault(key, []).append(i)
+        alike.setdefault((*key, parts), []).append(i)
     for indices in alike.values():
-        size = most_at_once(model, requests[indices[0]].height, requests[indices[0]].width)
+        first = requests[indices[0]]
+        parts = len(parts_of(first.prompt, first.steps))
+        size = max(1, most_at_once(model, first.height, first.width) // parts)
         yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
 
@@ -172,7 +180,7 @@ def denoise(
         tick: called after every denoising step.
         encoded: see :func:`render`.
     """
-    first, count = requests[0], len(requests)
+    first = requests[0]
     scheduler = make_scheduler(first.sampler, model.process, first.steps)
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     extra = {"generator": generators} if find_sampler(first.sampler).ancestral else {}
@@ -181,37 +189,102 @@ def denoise(
         [torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators]
     )
     latents = noise.to(model.facts.device) * float(scheduler.init_noise_sigma)
-    guided = first.guidance > 1.0
-    text = conditioning_of(model, requests, guided, encoded)
-    copies = 2 if guided else 1
+    told = _Told(model, requests, encoded)
     pixels = (first.height, first.width)
-    sizes = [SizeHint(original=pixels, crop=(0, 0), target=pixels)] * (count * copies)
+    sizes = [SizeHint(original=pixels, crop=(0, 0), target=pixels)] * told.rows
     with SplitPredictor(model) as split:
-        for timestep in scheduler.timesteps:
-            inputs = torch.cat([scheduler.scale_model_input(latents, timestep)] * copies)
-            prediction = split.predict(inputs, timestep.repeat(count * copies), text, sizes)
-            if guided:  # Ho and Salimans 2022, equation 6, in the scale that users know (w + 1)
-                negative, positive = prediction.chunk(2)
-                prediction = negative + first.guidance * (positive - negative)
+        for call, timestep in enumerate(scheduler.timesteps):
+            inputs = told.spread(scheduler.scale_model_input(latents, timestep))
+            prediction = split.predict(inputs, timestep.repeat(told.rows), told.at(call), sizes)
+            prediction = told.guided(prediction)
             latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
             if tick is not None:
                 tick()
     return latents
 
 
+class _Told:
+    """What the denoiser is told about a batch in each of its calls, and how its answers are put together.
+
+    Rows are the negative prompts, if there is guidance, then the prompts, those joined by ``AND`` in turn.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        requests: Sequence[GenerateRequest],
+        encoded: Mapping[str, Conditioning] | None,
+    ) -> None:
+        first = requests[0]
+        self._model, self._count = model, len(requests)
+        self._parts = [parts_of(request.prompt, first.steps) for request in requests]
+        self._composed = any(_is_composed(request) for request in requests)
+        self._guidance = max(1.0, first.guidance)
+        guides = first.guidance > 1.0 or self._composed
+        self._negative = [schedule(r.negative_prompt, first.steps) for r in requests] if guides else []
+        flat = [Part(1.0, texts) for texts in self._negative] + [p for parts in self._parts for p in parts]
+        self._flat = flat
+        self.rows = len(flat)
+        texts = [text for part in flat for _, text in part.texts]
+        known = dict(encoded or {})
+        self._known = known | encode_prompts(model, [text for text in texts if text not in known])
+        self._stacked: tuple[list[str], Conditioning] | None = None
+
+    @staticmethod
+    def check(request: GenerateRequest) -> None:
+        """Raise ConfigError for a prompt that changes more than is drawn."""
+        parts_of(request.prompt, request.steps)
+        schedule(request.negative_prompt, request.steps)
+
+    def at(self, call: int) -> Conditioning:
+        """Return the conditioning of a call, the first one being 0, on the denoiser's device."""
+        texts = [part.at(call) for part in self._flat]
+        if self._stacked is None or self._stacked[0] != texts:
+            stacked = stack_conditioning([self._known[text] for text in texts])
+            device = self._model.facts.device
+            self._stacked = texts, {name: tensor.to(device) for name, tensor in stacked.items()}
+        return self._stacked[1]
+
+    def spread(self, latents: Tensor) -> Tensor:
+        """Return latents (B, C, h, w) as often as they are looked at, (rows, C, h, w)."""
+        each = [latents[i : i + 1].expand(len(parts), -1, -1, -1) for i, parts in enumerate(self._parts)]
+        shown = torch.cat(each) if self._composed else latents
+        return torch.cat([latents, shown]) if self._negative else shown
+
+    def guided(self, prediction: Tensor) -> Tensor:
+        """Return the prediction (B, C, h, w) of predictions for all rows."""
+        if not self._negative:
+            return prediction
+        negative, rest = prediction[: self._count], prediction[self._count :]
+        if not self._composed:  # Ho and Salimans 2022, equation 6, in the scale that users know (w + 1)
+            return negative + self._guidance * (rest - negative)
+        towards = []
+        for i, parts in enumerate(self._parts):  # Liu et al. 2022, equation 11
+            towards_it, rest = rest[: len(parts)], rest[len(parts) :]
+            weights = torch.tensor([part.weight for part in parts]).to(rest).reshape(-1, 1, 1, 1)
+            towards.append((weights * (towards_it - negative[i])).sum(0))
+        return negative + self._guidance * torch.stack(towards)
+
+
+def _is_composed(request: GenerateRequest) -> bool:
+    """Tell whether a prompt is several joined by ``AND``."""
+    return len(parts_of(request.prompt, request.steps)) > 1
+
+
 def conditioning_of(
-    model: DiffusionModel,
-    requests: Sequence[GenerateRequest],
-    guided: bool,
-    encoded: Mapping[str, Conditioning] | None = None,
+    model: DiffusionModel, requests: Sequence[GenerateRequest], call: int = 0
 ) -> Conditioning:
-    """Encode each prompt by itself and stack: all negative prompts (if guided), then all prompts."""
-    prompts = [request.negative_prompt for request in requests] if guided else []
-    prompts += [request.prompt for request in requests]
-    known = dict(encoded or {})
-    known |= encode_prompts(model, [prompt for prompt in prompts if prompt not in known])
-    stacked = stack_conditioning([known[prompt] for prompt in prompts])
-    return {name: tensor.to(model.facts.device) for name, tensor in stacked.items()}
+    """Return what the denoiser is told in a call: all negative prompts (if guided), then all prompts."""
+    return _Told(model, requests, None).at(call)
+
+
+def texts_of(request: GenerateRequest) -> list[str]:
+    """Return all texts that are encoded to draw an image."""
+    parts = [
+        *parts_of(request.prompt, request.steps),
+        Part(1.0, schedule(request.negative_prompt, request.steps)),
+    ]
+    return [text for part in parts for _, text in part.texts]
 
 
 @torch.no_grad()

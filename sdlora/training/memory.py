@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,9 +141,18 @@ def _structure(config: Config) -> str:
     return json.dumps([*wanted, bool(config.data.validation), config.data.resolution, _preview(config)])
 
 
-def _preview(config: Config) -> tuple[int, bool]:
-    """Return how many previews are drawn together, and whether they are guided."""
-    return len(config.sample.prompts or ()), (config.sample.guidance or 0) > 1
+def _preview(config: Config) -> tuple[int, bool, int]:
+    """Return how many previews are drawn together, whether they are guided, and the px of the largest one.
+
+    0 px are those of the run's resolution.
+    """
+    lines = config.sample.lines
+    guided = any(
+        ((config.sample.guidance if line.guidance is None else line.guidance) or 0) > 1 for line in lines
+    )
+    side = config.data.resolution or 0
+    most = max(((line.width or side) * (line.height or side) for line in lines), default=0)
+    return len(lines), guided, most if most > side * side else 0
 
 
 def _side(config: Config) -> int:
@@ -306,8 +316,10 @@ def _forward_bytes(model: DiffusionModel, side: int, rows: int) -> int:
 def _preview_bytes(model: DiffusionModel, config: Config, visiting: int) -> int:
     """Predict for the previews, then decode one of them with the decoder on the device for that time."""
     assert config.data.resolution is not None
+    count, guided, most = _preview(config)
     side = _rounded(model, config.data.resolution)
-    count, guided = _preview(config)
+    if most:
+        side = -(-math.isqrt(most) // model.facts.size_multiple) * model.facts.size_multiple
     rows = min(count, most_at_once(model, side, side)) * (2 if guided else 1)
     latents = torch.empty((1, *model.facts.latents.shape(side, side)), device="meta")
     with fused_attention(), counting_memory() as memory:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ..adapters.attach import attach, detach, set_strengths
+from ..adapters.strength import Strength, by_role, pair_of
 from ..data.reading.decoding import ImageFileError, opened_image
 from ..events import Sampled, read_events
+from ..formats.adapter_files import OpenAdapter
 from ..generation.generate import GenerateRequest, render
 from ..generation.grids import loss_curve, steps_by_prompts
 from ..generation.png_info import parameters_text, save_png
 from ..run_folder import RunFolder
+from .preview_prompts import preview_requests
+from .trainable import ADAPTER_NAME
 
 if TYPE_CHECKING:
     from .state import Run
@@ -37,12 +42,13 @@ def preview(run: Run, learned: Sequence[bytes] | None = None) -> None:
         return
     files = []
     for row, shares in enumerate(drawings):
-        for number, prompt in enumerate(prompts):
-            request = preview_request(run, prompt, number)
+        for number, request in enumerate(preview_requests(run.config, run.model)):
             file = run.folder.preview(run.step, row * len(prompts) + number + 1)
-            save_png(_image(shares, request, number), file, parameters_text(request, base=run.model.base))
+            image = _image(shares, preview_requests(run.config, run.model), number)
+            save_png(image, file, parameters_text(request, base=run.model.base))
             files.append(file)
-    columns = [*prompts, *(f"{prompt} (as learned)" for prompt in prompts * (learned is not None))]
+    shown = [line.prompt for line in run.config.sample.lines]
+    columns = [*shown, *(f"{prompt} (as learned)" for prompt in shown * (learned is not None))]
     _draw_grid(run.folder, columns)
     run.emit(Sampled(run.step, tuple(files), run.folder.grid))
 
@@ -55,18 +61,17 @@ def draw(run: Run) -> list[bytes]:
     Raises:
         torch.OutOfMemoryError: in all processes, if one of them lacks memory.
     """
-    requests = [
-        preview_request(run, prompt, number) for number, prompt in enumerate(run.config.sample.prompts or ())
-    ]
+    requests = preview_requests(run.config, run.model)
     share = requests[run.processes.rank :: run.processes.count]
     return run.processes.together(lambda: _pixels(run, share)) if requests else []
 
 
-def _image(shares: Sequence[bytes], request: GenerateRequest, number: int) -> Image.Image:
+def _image(shares: Sequence[bytes], requests: Sequence[GenerateRequest], number: int) -> Image.Image:
     """Return the ``number``-th preview (from 0), the processes having drawn one each in turn."""
-    size = request.width * request.height * 3
-    start = number // len(shares) * size
-    pixels = shares[number % len(shares)][start : start + size]
+    count = len(shares)
+    before = sum(r.width * r.height * 3 for r in requests[number % count : number : count])
+    request = requests[number]
+    pixels = shares[number % count][before : before + request.width * request.height * 3]
     return Image.frombytes("RGB", (request.width, request.height), pixels)
 
 
@@ -74,34 +79,50 @@ def _pixels(run: Run, requests: Sequence[GenerateRequest]) -> bytes:
     """Return the RGB bytes of some previews, one after the other."""
     if not requests:
         return b""
+    drawn: dict[int, Image.Image] = {}
     with run.fast.out():
         run.model.prepare(
             training=False, keep_text=run.keep_text, keep_images=run.training.views.in_loop, lean=True
         )
         try:
-            images = render(run.model, requests, encoded=run.preview_text)
+            usual = [i for i, request in enumerate(requests) if not request.strengths]
+            images = render(run.model, [requests[i] for i in usual], encoded=run.preview_text)
+            drawn |= zip(usual, images, strict=True)
+            for i in sorted(set(range(len(requests))) - set(usual)):
+                with _acting(run, requests[i].strengths):
+                    drawn[i] = render(run.model, [requests[i]])[0]
         finally:
             run.ready_to_train()
-    return b"".join(image.convert("RGB").tobytes() for image in images)
+    return b"".join(drawn[i].convert("RGB").tobytes() for i in range(len(requests)))
 
 
-def preview_request(run: Run, prompt: str, number: int) -> GenerateRequest:
-    """Return the request for the preview of the ``number``-th prompt (from 0)."""
-    settings = run.config.sample
-    assert settings.guidance is not None and run.config.data.resolution is not None
-    multiple = run.model.facts.size_multiple
-    side = max(multiple, run.config.data.resolution // multiple * multiple)
-    return GenerateRequest(
-        prompt=prompt,
-        negative_prompt=settings.negative_prompt,
-        height=side,
-        width=side,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        sampler=settings.sampler,
-        seed=settings.seed + number,
-        strengths={},
-    )
+@contextmanager
+def _acting(run: Run, strengths: Mapping[str, Strength]) -> Iterator[None]:
+    """Have the run's adapter act at a strength of its own, and others beside it, within the block."""
+    model, usual = run.model, run.trainable.strengths
+    learning = [p for module in model.components().values() for p in module.parameters() if p.requires_grad]
+    of_run = strengths.get(run.config.output.name, 1.0)
+    added: list[str] = []
+    acting: dict[str, Strength] = {name: _times(of_run, factor) for name, factor in usual.items()}
+    try:
+        for name, strength in strengths.items():
+            if name != run.config.output.name:
+                added.append(f"{ADAPTER_NAME}-beside-{len(added)}")
+                attach(model, OpenAdapter(run.preview_adapters[name]).read().weights, added[-1])
+                acting[added[-1]] = strength
+        set_strengths(model, acting)
+        yield
+    finally:
+        for name in added:
+            detach(model, name)
+        set_strengths(model, usual)
+        for parameter in learning:  # attaching takes that from all parameters
+            parameter.requires_grad_(True)
+
+
+def _times(strength: Strength, factor: float) -> Strength:
+    denoiser, text = pair_of(strength)
+    return factor * denoiser if denoiser == text else by_role(factor * denoiser, factor * text)
 
 
 def _draw_grid(folder: RunFolder, prompts: list[str]) -> None:

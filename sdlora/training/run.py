@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
@@ -25,12 +26,11 @@ from ..data.batching.prepare import PreparedData, prepare_data
 from ..devices import choose_dtype
 from ..errors import ConfigError, OutputError, TrainingError
 from ..events import Decided, Emitter, Notice
-from ..families.base import Conditioning, DiffusionModel
+from ..families.base import DiffusionModel
 from ..families.compute import Compute
 from ..families.loading import load_model
 from ..families.parallel import SplitPredictor
 from ..files import refuse_used_folder, write_problem
-from ..generation.render import encode_prompts
 from ..run_folder import RunFolder, list_checkpoints
 from .fast import FastStep
 from .inputs import Ready, Sender
@@ -38,6 +38,7 @@ from .masters import ParameterGroup
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
 from .objective import inputs_of
 from .optimizers import make_optimizer, optimizer_kind
+from .preview_prompts import find_preview_adapters, preview_text
 from .processes import Processes
 from .reports import Reports
 from .schedules import schedule_factor
@@ -77,6 +78,7 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
     if resume and processes.is_main:
         check_same(final.config, folder, processes.count)
     check_alike(final.config, final.training, blueprint, processes)
+    preview_adapters = find_preview_adapters(final.config, blueprint, folder)
     try:
         plan = _plan_memory(final.config, compute, blueprint, emit)
     except TrainingError as error:
@@ -84,7 +86,7 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
             raise
         raise TrainingError(f"{error}; a resumed run keeps its settings: start another for that") from None
     model = _base(final.config, compute, compute.device)
-    return _assemble(final, folder, model, plan, processes, emit, resume=resume)
+    return _assemble(final, folder, model, plan, preview_adapters, processes, emit, resume=resume)
 
 
 def _check_folder(folder: RunFolder, emit: Emitter, *, resume: bool) -> None:
@@ -140,6 +142,7 @@ def _assemble(
     folder: RunFolder,
     model: DiffusionModel,
     plan: MemoryPlan,
+    preview_adapters: Mapping[str, Path],
     processes: Processes,
     emit: Emitter,
     *,
@@ -147,10 +150,9 @@ def _assemble(
 ) -> Run:
     config, settings = final.config, final.config.training
     share = processes.rank, processes.count
-    data = prepare_data(
-        config, final.outline, final.validation, model, emit, share=share, meet=processes.exchange
-    )
-    preview_text = _preview_text(config, model)
+    outline, held_out, meet = final.outline, final.validation, processes.exchange
+    data = prepare_data(config, outline, held_out, model, emit, share=share, meet=meet)
+    encoded = preview_text(config, model)
     # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
     keep_text = config.adapter.adapts_text or config.data.encode_captions == "in loop"
     model.prepare(training=True, keep_text=keep_text, keep_images=data.training.views.in_loop)
@@ -158,7 +160,6 @@ def _assemble(
     start = final.start or create_adapter(model, config.adapter, settings.seed)
     trainable = make_trainable(model, config, start)
     optimizer = make_optimizer(config.optimizer, trainable.groups)
-    splitter = _splitter(config, model)
     run = Run(
         config=config,
         folder=folder,
@@ -177,12 +178,13 @@ def _assemble(
         processes=processes,
         emit=emit,
         started_at=time.time(),
-        splitter=splitter,
+        splitter=(splitter := _splitter(config, model)),
         made_splitter=splitter,
         fast=FastStep(model, trainable, splitter),
         loader=_loader(config, data, model, processes.rank, [g.learning_rate for g in trainable.groups]),
         reports=_reports(config, model, processes),
-        preview_text=preview_text,
+        preview_text=encoded,
+        preview_adapters=preview_adapters,
     )
     run.start = masters_digest(run)
     with ExitStack() as held:
@@ -234,14 +236,6 @@ def _shown(
 ) -> ShownWeights:
     plain = weights_to_show(optimizer_kind(config.optimizer), optimizer, groups)
     return averaged(config.training, plain, groups, steps)
-
-
-def _preview_text(config: Config, model: DiffusionModel) -> dict[str, Conditioning]:
-    """Encode the previews' prompts while the text encoders are there; none if the encoders will change."""
-    if not config.sample.prompts or config.adapter.adapts_text:
-        return {}
-    encoded = encode_prompts(model, [config.sample.negative_prompt, *config.sample.prompts])
-    return {prompt: {name: tensor.cpu() for name, tensor in text.items()} for prompt, text in encoded.items()}
 
 
 def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:

@@ -101,6 +101,7 @@ class Run:
     loader: BatchLoader[Ready]
     reports: Reports
     preview_text: Mapping[str, Conditioning]
+    preview_adapters: Mapping[str, Path]
     step: int = 0
     step_seconds: float = 0.0
     start: str = ""

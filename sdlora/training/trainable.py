@@ -45,6 +45,11 @@ class TrainableAdapter:
     start: dict[str, Tensor] | None
     random_parts: RandomParts | None = None
 
+    @property
+    def strengths(self) -> Mapping[str, float]:
+        """The strengths that the adapters in the model act at while it learns, by name."""
+        return {ADAPTER_NAME: 1.0} | ({} if self.start is None else {START_NAME: -1.0})
+
     def parameters(self) -> list[Tensor]:
         """Return the parameters inside the model, in the order of the masters."""
         return [parameter for group in self.groups for parameter in group.master.parameters]

@@ -200,7 +200,7 @@ def test_training_previews_and_generation_read_a_prompt_alike(model: DiffusionMo
     request = GenerateRequest(
         prompt=prompt, height=32, width=32, steps=1, guidance=1.0, sampler="Euler", seed=0, strengths={}
     )
-    drawn = conditioning_of(model, [request], False)["states"][0]
+    drawn = conditioning_of(model, [request])["states"][0]
     assert trained.shape == (154, 16)
     torch.testing.assert_close(trained, drawn)
     literal = EncodedDataset((), AugmentationViews((), ()), model, tmp_path).caption(prompt)["states"]

@@ -62,9 +62,7 @@ def test_prompts_of_previews_are_encoded_once_before_the_first_step(
     run = prepared(config, events)
     with run.loader:
         run.model.prepare(training=False, lean=True)
-        requests = [
-            previews.preview_request(run, text, i) for i, text in enumerate(config.sample.prompts or ())
-        ]
+        requests = previews.preview_requests(run.config, run.model)
         expected = render(run.model, requests)
 
         def refuse(captions: Sequence[str]) -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import get_args
 
+from sdlora.adapters.strength import pair_of
 from sdlora.config.schema import SamplerName
-
-_TAG = re.compile(r"<lora:([^:>]+):([^:>]+)(?::([^>]{1,64}))?>")
+from sdlora.errors import ConfigError
+from sdlora.generation.lora_tags import read_tag, split_tags
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,15 @@ class ImportedSettings:
 
 def from_parameters(values: Mapping[str, str]) -> ImportedSettings:
     """Return the settings that :func:`sdlora.generation.png_info.read_parameters` found in an image."""
-    text = values.get("Prompt", "")
+    prompt, tags = split_tags(values.get("Prompt", ""))
     adapters = []
-    for name, first, second in _TAG.findall(text):
-        with suppress(ValueError):
-            # with two numbers the text encoder's comes first, as WebUI writes it
-            denoiser, encoder = (float(second), float(first)) if second else (float(first), float(first))
-            adapters.append((name, denoiser, encoder))
+    for text in tags:
+        with suppress(ConfigError):
+            tag = read_tag(text)
+            adapters.append((tag.name, *pair_of(tag.strength)))
     width, _, height = values.get("Size", "").partition("x")
     return ImportedSettings(
-        prompt=_without_tags(text),
+        prompt=prompt.strip(),
         negative=values.get("Negative prompt", ""),
         seed=_whole(values.get("Seed")),
         width=_whole(width),
@@ -55,12 +54,6 @@ def from_parameters(values: Mapping[str, str]) -> ImportedSettings:
         model=values.get("Model"),
         adapters=tuple(adapters),
     )
-
-
-def _without_tags(text: str) -> str:
-    """Return a prompt without its tags and the blanks in front of them."""
-    *parts, last = _TAG.split(text)[:: 1 + _TAG.groups]
-    return "".join([*(part.rstrip() for part in parts), last]).strip()
 
 
 def _sampler(name: str, schedule: str) -> str | None:

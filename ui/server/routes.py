@@ -210,9 +210,9 @@ class _Own:
     def _prompts(self, job: Job) -> list[str]:
         for file in (RunFolder(job.run).config_file, self.queue.settings(job.id)):
             if file.is_file() and self.paths.reaches(file):
-                prompts = load_config(file).sample.prompts
-                if prompts is not None:
-                    return list(prompts)
+                sample = load_config(file).sample
+                if sample.prompts is not None:
+                    return [line.prompt for line in sample.lines]
         return []
 
 
