@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 
 import torch
@@ -118,6 +119,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in _LACK_OF_MEMORY)
+
+
+def release_unused() -> None:
+    """Free what nothing uses any more, at once: main memory, and what torch keeps of a card for later.
+
+    A model holds itself in circles (forward passes that are set on its modules), which Python frees some time
+    later only: the next run of the process would not find the memory that its plan counts on.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def make_current(device: torch.device) -> None:

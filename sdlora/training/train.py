@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config.schema import Config
+from ..devices import release_unused
 from ..errors import TrainingError
 from ..events import (
     CheckpointSaved,
@@ -104,6 +105,8 @@ def train(
     except BaseException as error:
         processes.fail(error)
         raise
+    finally:
+        release_unused()
     processes.leave()
     return result
 

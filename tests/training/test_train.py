@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import signal
 import subprocess
 import sys
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +38,11 @@ from sdlora.events import (
     StepDone,
     Validated,
 )
+from sdlora.families.base import DiffusionModel
 from sdlora.formats.adapter_files import read_adapter
 from sdlora.machine import Card, MachineFacts, notice_of
 from sdlora.run_folder import RunFolder, list_checkpoints
+from sdlora.training import run as run_module
 from sdlora.training.checkpoint import load_checkpoint
 from sdlora.training.masters import clip_
 from sdlora.training.objective import loss_of
@@ -223,6 +228,36 @@ def test_asked_to_stop_while_encoding_it_ends_before_the_first_step(
         train(settings("run", "training.steps=9"), listeners=[stop], control=control)
     assert sum(isinstance(event, Caching) for event in seen) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_leaves_its_model_in_no_memory(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python frees what holds itself in circles at some time; the next run counts on the memory at once."""
+    models = []
+    real = run_module.load_model
+
+    def load(*arguments: Any, **options: Any) -> DiffusionModel:
+        model = real(*arguments, **options)
+        models.append(weakref.ref(model.components()["unet"]))
+        return model
+
+    monkeypatch.setattr(run_module, "load_model", load)
+    control = Control()
+    with no_collection():
+        train(settings("run", "training.steps=3"), listeners=[Recorder(control, 1)], control=control)
+        train(settings("run", "training.steps=3"), resume=True)
+        assert len(models) >= 2 and [model() for model in models] == [None] * len(models)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Nothing is collected but by who asks for it."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def test_stop_file_ends_the_run_and_is_removed(settings: Callable[..., Config], tmp_path: Path) -> None:

@@ -6,17 +6,15 @@ cost of a step is measured by a trial step, and again only when a setting change
 
 from __future__ import annotations
 
-import gc
 import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
+from sdlora.devices import release_unused
 from sdlora.events import Caching, Decided, Emitter, Event
 from sdlora.training.cost import Cost, measure_cost
 from sdlora.training.run import prepare_run
@@ -87,9 +85,7 @@ def plan(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         "fits": run.memory.fits() is not False,
     }
     del run
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_unused()
     return answer
 
 
