@@ -187,6 +187,7 @@ def _ours(settings: Settings, images: Images, folder: Path, steps: int, seed: in
         "training.min_snr_gamma": settings.min_snr_gamma,
         "training.checkpoint_every": steps,
         "sample.prompts": "[]",
+        "judge.every": "0",
         "output.dtype": "fp32",
     }
     start = [sys.executable, "-m", "sdlora", "train", str(images.folders["sdlora"])]

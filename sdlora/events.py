@@ -146,6 +146,31 @@ class Sampled(Event):
 
 
 @dataclass(frozen=True)
+class Judged(Event):
+    """A checkpoint was judged at some strengths; which step and strength are the best so far, and why."""
+
+    step: int
+    strengths: tuple[float, ...]
+    scores: tuple[Estimate, ...]
+    best_step: int
+    best_strength: float
+    reason: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reported(Event):
+    """The run's page was written; what it recommends, and whether more steps would help."""
+
+    page: Path
+    best_step: int
+    strength: float
+    reason: str
+    more_steps: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class CheckpointSaved(Event):
     """A resumable state was written."""
 

@@ -59,6 +59,26 @@ class RunFolder:
         return self.samples / "grid.png"
 
     @property
+    def judging(self) -> Path:
+        """The folder of the images that a run judged itself by."""
+        return self.path / "judging"
+
+    @property
+    def judging_file(self) -> Path:
+        """What was judged, and how well it did."""
+        return self.judging / "judging.json"
+
+    def judged_images(self, step: int | None, strength: float) -> Path:
+        """Return the file of a judged checkpoint's images at a strength; of the base's for None."""
+        name = "base" if step is None else f"{step_name(step)}-at-{strength:g}"
+        return self.judging / f"{name}.png"
+
+    @property
+    def report(self) -> Path:
+        """The page that says which step and strength are best."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"

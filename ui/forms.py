@@ -29,6 +29,7 @@ SECTION_TITLES = {
     "optimizer": "Optimizer",
     "training": "Training",
     "sample": "Previews",
+    "judge": "Best step and strength",
     "output": "Output",
 }
 

@@ -20,6 +20,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "Validated": {"step": int, "loss": _NUMBER | None},
     "Sampled": {"step": int, "files": list},
     "CheckpointSaved": {"step": int},
+    "Judged": {"best_step": int, "best_strength": _NUMBER, "reason": str},
+    "Reported": {"best_step": int, "strength": _NUMBER, "reason": str, "page": str},
     "Decided": {"key": str, "reason": str},
     "Notice": {"message": str},
     "Noticed": {"message": str},
@@ -48,6 +50,8 @@ class RunView:
         self.checkpoints: list[int] = []
         self.defaults: dict[str, tuple[Any, str]] = {}
         self.notes: list[str] = []
+        self.best: dict[str, Any] | None = None
+        self.reported = False
         self.adapter_file: str | None = None
         self.seconds: float | None = None
 
@@ -95,6 +99,10 @@ class RunView:
             self.samples[event["step"]] = list(event["files"])
         elif kind == "CheckpointSaved":
             self.checkpoints.append(event["step"])
+        elif kind in ("Judged", "Reported"):
+            strength = event["strength" if kind == "Reported" else "best_strength"]
+            self.best = {"step": event["best_step"], "strength": strength, "reason": event["reason"]}
+            self.reported = kind == "Reported"
         elif kind == "Decided":
             self.defaults[event["key"]] = event["value"], event["reason"]
         elif kind in ("Notice", "Noticed"):  # the latter in run folders of earlier versions
@@ -131,6 +139,8 @@ class RunView:
             "checkpoints": sorted(set(self.checkpoints)),
             "defaults": [[key, value, reason] for key, (value, reason) in self.defaults.items()],
             "notes": self.notes[-20:],
+            "best": self.best,
+            "reported": self.reported,
             "rate": self.rate,
             "images_per_second": self.images_per_second,
             "expected_seconds": self.expected_seconds,

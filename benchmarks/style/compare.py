@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdlora.data.reading.folder import ImageItem, load_pixels
-from sdlora.demonstration.demo import recommended_strength
 from sdlora.judging.score import through_autoencoder
+from sdlora.judging.verdict import PanelJudge, choose_strength
 
 from . import icon_sets
 from .entries import Entry
@@ -35,7 +35,7 @@ class Row:
         entry: what it is.
         strengths: strength -> images' measures; images that were made elsewhere have the single key 1.
         images: strength -> one image a subject.
-        recommended: the strength that follows from the style scores; None for images made elsewhere.
+        recommended: where style times subject kept is highest; None for images made elsewhere.
     """
 
     entry: Entry
@@ -156,9 +156,9 @@ def _row(
     measured = {strength: yardstick.measure(drawn) for strength, drawn in images.items()}
     recommended = None
     if entry.adapter is not None and any(strength > 0 for strength in measured):
-        recommended = recommended_strength(
-            {strength: measures.style for strength, measures in measured.items()}
-        )
+        judge = PanelJudge(yardstick.base, yardstick.training, yardstick.true)
+        drawn = {strength: shown for strength, shown in images.items() if strength > 0}
+        recommended = choose_strength(judge, drawn).best.strength
     return Row(entry, measured, images, recommended)
 
 

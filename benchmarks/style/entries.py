@@ -71,7 +71,7 @@ class Workshop:
     def ours(self, name: str, settings: Sequence[str]) -> tuple[Entry, Config]:
         """Train with sdlora and the given ``key=value`` texts; all else as the base and data recommend."""
         base = str(Path(self.base).resolve()) if Path(self.base).is_dir() else self.base
-        given = [f"training.seed={self.seed}", "sample.prompts=[]", *settings]
+        given = [f"training.seed={self.seed}", "sample.prompts=[]", "judge.every=0", *settings]
         place, known = self._place(name, [base, *given, _code()])
         if known is None:
             self.say(f"{name}: training with sdlora {' '.join(settings)}".rstrip())

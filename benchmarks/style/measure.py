@@ -120,7 +120,7 @@ class Yardstick:
         if not len(subjects) == len(base) == len(true):
             raise ConfigError(f"{len(subjects)} subjects, {len(base)} base and {len(true)} true images")
         self.subjects, self.training = tuple(subjects), tuple(training)
-        self.true = tuple(true)
+        self.base, self.true = tuple(base), tuple(true)
         self.ruler = StyleRuler(base, true, seed=seed)
         self._ranks, count = ranks, len(subjects)
         self._weights = (

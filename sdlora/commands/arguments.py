@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..errors import ConfigError
 from ..files import given_path
 
 FAMILY_HELP = "family the adapter is for (e.g. sd1), if its file does not say"
@@ -47,3 +48,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint for a word that is not among those known, or nothing."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    """Return the numbers that a text lists with commas between them.
+
+    Raises:
+        ConfigError: when it is no such list.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: give numbers with commas between them, e.g. 0,0.5,1") from None

@@ -39,7 +39,7 @@ from .models import (
     run_ui,
     settings_help,
 )
-from .runs import declare_runs, run_runs
+from .runs import declare_judge, declare_runs, run_judge, run_runs
 from .settings import declare_import, run_import
 from .streams import tolerant_streams
 from .surgery import (
@@ -279,6 +279,7 @@ COMMANDS: dict[str, Command] = {
     "import": Command("read the settings of another trainer", declare_import, run_import),
     "doctor": Command("show what this machine can compute with", declare_doctor, run_doctor),
     "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
+    "judge": Command("say which adapter is best, and at which strength", declare_judge, run_judge),
     "runs": Command("list training runs, draw their curves over each other", declare_runs, run_runs),
     "demo": Command("learn an ink style on the built-in base and show it", declare_demo, run_demo),
     "ui": Command("train, draw and export in the browser", declare_ui, run_ui),

@@ -26,7 +26,9 @@ from ..events import (
     Decided,
     Estimate,
     Event,
+    Judged,
     Notice,
+    Reported,
     RunFinished,
     RunStarted,
     Sampled,
@@ -97,6 +99,17 @@ class TrainingDisplay:
                 self._say(f"step {event.step}: {what}{_compared(event)}")
             case Sampled():
                 self._say(f"step {event.step}: previews in {event.grid}")
+            case Judged():
+                best = f"step {event.best_step} at strength {event.best_strength:g}, {event.reason}"
+                self._say(f"step {event.step}: judged; best so far {best}")
+            case Reported():
+                more = "; more steps would help (--continue-for N)" if event.more_steps else ""
+                self._say(
+                    f"best: step {event.best_step} at strength {event.strength:g}, {event.reason}{more}"
+                )
+                for note in event.notes:
+                    self._say(f"note: {note}")
+                self._say(f"report: {event.page}")
             case CheckpointSaved():
                 self._say(f"step {event.step}: saved {event.folder}")
             case RunFinished():

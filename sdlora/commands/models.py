@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from ..files import find_settings
 from ..run_folder import RunFolder
-from .arguments import folder_argument, path_argument
+from .arguments import folder_argument, numbers, path_argument
 from .flags import base_of, declare_base, declare_setting, settings_of
 
 if TYPE_CHECKING:
@@ -31,6 +31,12 @@ def declare_train(parser: argparse.ArgumentParser) -> None:
     declare_setting(parser, "output.folder", "--output", metavar="DIR")
     parser.add_argument("--config", type=path_argument, metavar="FILE", help="settings as TOML")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    parser.add_argument(
+        "--continue-for",
+        type=int,
+        metavar="N",
+        help="with --output DIR: N steps more than that run has made",
+    )
     declare_setting(parser, "data.trigger_word", "--trigger", metavar="WORD")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="train on N cards")
     parser.add_argument(
@@ -61,9 +67,13 @@ def run_train(options: argparse.Namespace) -> Result:
     from ..config.toml import load_config
 
     file, given = options.config, settings_of(options)
-    if file is None and options.resume:
+    more: int | None = options.continue_for
+    if more is not None and more < 1:
+        raise ConfigError(f"--continue-for {more}: must be 1 or more")
+    if file is None and (options.resume or more is not None):
         if given["output.folder"] is None:
-            raise ConfigError("--resume needs --output DIR, the run folder to continue")
+            flag = "--resume" if more is None else "--continue-for"
+            raise ConfigError(f"{flag} needs --output DIR, the run folder to continue")
         file = find_settings(given["output.folder"])
     folder = options.folder and Path(options.folder)
     config = load_config(file, options.overrides, {**given, "data.folder": folder})
@@ -78,7 +88,7 @@ def run_train(options: argparse.Namespace) -> Result:
         if options.events and _is_main_process():
             listeners.append(_event_listener(options.events))
         stack.enter_context(control.on_interrupt())
-        result = train(config, resume=options.resume, listeners=listeners, control=control)
+        result = train(config, resume=options.resume, continue_for=more, listeners=listeners, control=control)
     if not _is_main_process():
         options.json = False
     elif result.stopped:
@@ -90,11 +100,14 @@ def run_train(options: argparse.Namespace) -> Result:
         print(f"adapter: {result.adapter_file}")
         if (grid := RunFolder(result.folder).grid).is_file():
             print(f"previews: {grid}")
+        if (report := RunFolder(result.folder).report).is_file():
+            print(f"report: {report}")
     return {
         "adapter_file": result.adapter_file,
         "run": result.folder,
         "step": result.step,
         "stopped": result.stopped,
+        "report": report if (report := RunFolder(result.folder).report).is_file() else None,
         "loss": result.loss,
         "validation_loss": result.validation_loss,
         "seconds": round(result.seconds, 2),
@@ -176,7 +189,7 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
 
 def run_generate(options: argparse.Namespace) -> Result:
     """Run ``sdlora generate``."""
-    strengths = _numbers(options.strengths, "--strengths") if options.strengths else None
+    strengths = numbers(options.strengths, "--strengths") if options.strengths else None
     width, height = _size(options.size) if options.size else (None, None)
     for name, least in (("count", 1), ("steps", 1), ("seed", 0)):
         value = getattr(options, name)
@@ -214,13 +227,6 @@ def run_generate(options: argparse.Namespace) -> Result:
     for file in [*result.files, *([result.grid] if result.grid else [])]:
         print(file)
     return {"files": list(result.files), "grid": result.grid, "seconds": round(result.seconds, 2)}, 0
-
-
-def _numbers(text: str, flag: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{flag} {text}: give numbers with commas between them, e.g. 0,0.5,1") from None
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -1,10 +1,13 @@
-"""The command about training runs: list them, compare them."""
+"""The commands about training runs and their adapters: list them, compare them, judge them."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 from typing import Any
+
+from .arguments import numbers, path_argument
+from .flags import base_of, declare_base, declare_setting, settings_of
 
 Result = tuple[dict[str, Any], int]
 
@@ -42,3 +45,53 @@ def run_runs(options: argparse.Namespace) -> Result:
         table = list_runs(Path(words[0] if words else "runs"))
     print(table.render())
     return table.to_dict(), 0
+
+
+def declare_judge(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora judge``."""
+    parser.add_argument(
+        "sources", nargs="+", type=path_argument, metavar="RUN|FILE", help="run folders, or adapter files"
+    )
+    parser.add_argument(
+        "--against",
+        type=path_argument,
+        required=True,
+        metavar="FOLDER",
+        help="images in the style, captioned",
+    )
+    declare_base(parser)
+    parser.add_argument(
+        "--output", type=path_argument, default=Path("judged.html"), metavar="HTML", help="the report"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that exists")
+    parser.add_argument("--strengths", metavar="A,B,...", help="0.5,0.75,1,1.25,1.5 when left out")
+    parser.add_argument("--count", type=int, default=8, help="prompts drawn at each strength (default 8)")
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps (default 10)")
+    for key in ("training.device", "training.precision"):
+        declare_setting(parser, key)
+    declare_setting(parser, "data.trigger_word", "--trigger", metavar="WORD")
+
+
+def run_judge(options: argparse.Namespace) -> Result:
+    """Run ``sdlora judge``."""
+    from ..inspecting.judging import STRENGTHS, judge_adapters
+    from .display import progress_bar
+
+    given = settings_of(options)
+    with progress_bar("drawing") as progress:
+        result = judge_adapters(
+            options.sources,
+            options.against,
+            options.output,
+            base=base_of(options) if any(key.startswith("model.") for key in given if given[key]) else None,
+            strengths=numbers(options.strengths, "--strengths") if options.strengths else STRENGTHS,
+            images=options.count,
+            steps=options.steps,
+            trigger_word=given["data.trigger_word"],
+            device=given["training.device"],
+            precision=given["training.precision"],
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    print(result.render())
+    return result.to_dict(), 0

@@ -17,6 +17,9 @@ from .schema import USUAL_SCHEDULE, Config, OptimizerConfig, Schedule
 
 USUAL_GUIDANCE = 7.0
 """Guidance scale for a base that recommends none."""
+LEAST_STEPS_TO_JUDGE = 100
+"""Shorter runs are not judged unless asked for."""
+
 VALIDATION_SHARE = 0.1
 """Of the time of training, how much the measurements on held-out images may cost."""
 
@@ -323,6 +326,11 @@ def _fill_intervals(open_settings: OpenSettings, data: DataFacts) -> None:
         while every < steps and validation_draws(steps, images_per_step, every, data.num_held_out) < 2:
             every, reason = min(steps, every + max(1, every // 4)), "as often as a tenth of the time pays for"
         open_settings.fill("training.validate_every", every, reason)
+    reason = "up to eight checkpoints are tried for the best step and strength"
+    if steps < LEAST_STEPS_TO_JUDGE:
+        reason = f"in fewer than {LEAST_STEPS_TO_JUDGE} steps the last one is the best"
+    judge_every = max(10, math.ceil(steps / 8)) if steps >= LEAST_STEPS_TO_JUDGE else 0
+    open_settings.fill("judge.every", judge_every, reason)
     # up to four; those of held-out images come first, as they show what was learned and not just remembered
     plain = (TAG.sub("", prompt).strip() for prompt in data.prompts)  # captions of WebUI's images have tags
     prompts = tuple(dict.fromkeys(prompt for prompt in plain if prompt))[:4]

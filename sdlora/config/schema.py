@@ -19,6 +19,7 @@ from ..number_formats import Precision as Precision
 from .adapter import AdapterConfig as AdapterConfig
 from .adapter import Targets as Targets
 from .data import DataConfig
+from .judge import JudgeConfig
 from .prompt_lines import PromptLine, read_line
 from .section import (
     Dropout,
@@ -283,6 +284,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     sample: SampleConfig = SampleConfig()
+    judge: JudgeConfig = JudgeConfig()
     output: OutputConfig = OutputConfig()
 
     def with_values(self, values: Mapping[str, Any]) -> Self:

@@ -12,8 +12,8 @@ from ..config.toml import load_config
 from ..errors import DatasetError
 
 STYLE, HOLDOUT = "ink-icons", "ink-icons-holdout"
-SETTINGS = ("adapter.targets=all", "sample.steps=10", "sample.every=75")
-"""What the demo sets besides the base's recommended settings."""
+SETTINGS = ("adapter.targets=all", "sample.steps=10", "sample.every=75", "judge.every=0")
+"""What the demo sets besides the base's recommended settings; it judges the adapter itself."""
 
 
 def find_data() -> Path:

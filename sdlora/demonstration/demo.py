@@ -9,7 +9,7 @@ export for WebUI.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,8 @@ from ..events import Control, Emitter, Event, Listener, Notice, RunFinished, Run
 from ..files import find_settings, refuse_used_folder, replacing, write_json
 from ..generation.grids import grid
 from ..judging.copying import copying
-from ..judging.score import StyleRuler, StyleScore, through_autoencoder
+from ..judging.score import StyleRuler, through_autoencoder
+from ..judging.verdict import PanelJudge, choose_strength
 from .data import HOLDOUT, STYLE, demo_config, find_data
 from .report import DemoResult, Drawn, write_demo_page, write_sweep
 
@@ -116,7 +117,9 @@ def _show(
     emit(Notice("3 of 3: scoring against the true icons, exporting, writing the page"))
     ruler = StyleRuler(drawn.images[0.0], drawn.true)
     scores = {strength: ruler.score(images) for strength, images in drawn.images.items()}
-    chosen = recommended_strength(scores)
+    judge = PanelJudge(drawn.images[0.0], drawn.training, drawn.true)
+    verdict = choose_strength(judge, {strength: drawn.images[strength] for strength in MEASURED})
+    chosen = verdict.best.strength
     sheet = write_sweep(drawn, output / "sweep.png")
     report = _export(output, chosen, drawn, config)
     result = DemoResult(
@@ -139,16 +142,6 @@ def _show(
     result = replace(result, seconds=time.monotonic() - begun)
     write_json(output / "score.json", result.to_dict())
     return result
-
-
-def recommended_strength(scores: Mapping[float, StyleScore]) -> float:
-    """Return the weakest strength whose score lies within the best one's interval.
-
-    The weakest, because strength also costs something that the style score does not see: the subject.
-    """
-    above = {strength: score for strength, score in scores.items() if strength > 0}
-    best = max(above.values(), key=lambda score: score.value)
-    return min(strength for strength, score in above.items() if score.value >= best.low)
 
 
 def _train(config: Config, listeners: Sequence[Listener], *, resume: bool) -> tuple[TrainResult, int]:

@@ -29,7 +29,7 @@ class DemoResult:
         adapter_file: the WebUI file.
         grid: strength sweep.
         page: before/after page.
-        recommended: the weakest strength whose score lies within the best one's interval.
+        recommended: the measured strength at which style times subject kept is highest.
         scores: strength -> score over all held-out subjects; 0 is the base.
         ceiling: score of true icons against other true icons.
         copying: whether training images were repeated.

@@ -84,6 +84,23 @@ def grid(
     return page
 
 
+def side_by_side(images: Sequence[Image]) -> Image:
+    """Return images of one size in a row without gaps, to be taken apart again.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    from PIL import Image as Pil
+
+    if not images:
+        raise ValueError("a row needs images")
+    width, height = images[0].size
+    row = Pil.new("RGB", (width * len(images), height))
+    for number, image in enumerate(images):
+        row.paste(image, (number * width, 0))
+    return row
+
+
 def steps_by_prompts(rows: Mapping[int, Sequence[Image]], prompts: Sequence[str], file: Path) -> None:
     """Write a PNG of a run's previews: a row for each step, a column for each prompt.
 

@@ -1,14 +1,15 @@
 """How alike two images are in what they show where, and whether generated images repeat training images.
 
 Unlike the style score, which compares sets, this compares single images: the correlation of their
-lightness at 16 x 16 px, the best one over small moves. A copy that was mirrored, moved a little or drawn
-a little larger is still a copy; the same moves are allowed for the images it is judged against.
+lightness at 16 x 16 px, the best one over views. A copy that was mirrored, turned by quarters, moved a
+little, cropped or drawn smaller or larger is still a copy; the same views are taken of the images it is
+judged against.
 Numpy and Pillow only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 _SIDE = 16  # px at which images are compared
 _FINE = 2  # moves are made at this many times as many px
-_SHIFTS = (-2, -1, 0, 1, 2)  # in fine px: up to a sixteenth of the side
-_SIZES = (0.875, 1.0, 1.125)
+_NEAR = (-2, -1, 0, 1, 2)  # moves in fine px: up to a sixteenth of the side
+_FAR = (-6, -4, -2, 0, 2, 4, 6)
+_ENLARGED = {1.125: _NEAR, 4 / 3: _FAR}
+"""Sizes of the views besides 1, with the moves of each in both directions."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,22 @@ def copying(generated: Sequence[Image], training: Sequence[Image], true: Sequenc
 def likeness(first: Sequence[Image], second: Sequence[Image]) -> Array:
     """Return the likeness (n, m) of every image of ``first`` to every one of ``second``.
 
-    The correlation of lightness (Oklab) at 16 x 16 px, the highest over the views of the first one: it and
-    its mirror image, at 7/8, 1 and 9/8 of its size, moved by up to a sixteenth of the side. 1 is a copy;
-    images of different things in one style have about 0 to 0.8.
+    The correlation of lightness (Oklab) at 16 x 16 px, the highest over views: turned by quarters, mirrored
+    or not, at 3/4 to 4/3 of the other's size, moved by up to a sixteenth of the side (by a fifth where it is
+    much smaller or larger, so crops of 3/4 are among them). 1 is a copy; images of different things in one
+    style have about 0 to 0.8.
     """
-    known = _standardised(np.stack([_shrunk(_lightness(image)).ravel() for image in second]))
-    views = _standardised(np.stack([view for image in first for view in _views(image)]))
-    best: Array = (views @ known.T).reshape(len(first), -1, len(second)).max(1)
-    return best
+    known = [_views(image, _ENLARGED) for image in second]
+    plain = _standardised(np.stack([_shrunk(_lightness(image)[None])[0].ravel() for image in second]))
+    enlarged = _standardised(np.concatenate([views.reshape(len(views), -1) for views in known]))
+    best = []
+    for image in first:
+        smaller = _standardised(_turned(_views(image, {1.0: _NEAR, **_ENLARGED}))) @ plain.T
+        # where the first one shows a crop, it is the second one that has to be enlarged
+        larger = _standardised(_turned(_views(image, {1.0: (0,)}))) @ enlarged.T
+        cropped = larger.max(0).reshape(len(second), -1).max(1)
+        best.append(np.maximum(smaller.max(0), cropped))
+    return np.stack(best)
 
 
 def _lightness(image: Image) -> Array:
@@ -83,13 +94,14 @@ def _lightness(image: Image) -> Array:
     return lightness
 
 
-def _views(image: Image) -> Iterator[Array]:
-    """Yield the image's views as flat vectors; beyond its edge, the edge's pixels are repeated."""
+def _views(image: Image, moves: Mapping[float, Sequence[int]]) -> Array:
+    """Return an image's views, (views, 16, 16); beyond its edge, the edge's pixels are repeated."""
     from PIL import Image as Pil
 
     side, margin = _SIDE * _FINE, 8
     lightness = _lightness(image)
-    for size in _SIZES:
+    windows = []
+    for size, shifts in moves.items():
         length = round(size * side)
         scaled = lightness
         if length != side:
@@ -97,16 +109,24 @@ def _views(image: Image) -> Iterator[Array]:
             scaled = np.asarray(floats.resize((length, length), Pil.Resampling.BICUBIC), dtype=np.float64)
         padded = np.pad(scaled, margin, mode="edge")
         corner = margin + (length - side) // 2
-        for down in _SHIFTS:
-            for right in _SHIFTS:
+        for down in shifts:
+            for right in shifts:
                 top, left = corner + down, corner + right
-                view = _shrunk(padded[top : top + side, left : left + side])
-                yield view.ravel()
-                yield view[:, ::-1].ravel()
+                windows.append(padded[top : top + side, left : left + side])
+    return _shrunk(np.stack(windows))
+
+
+def _turned(views: Array) -> Array:
+    """Return views turned by quarters, mirrored or not, as flat vectors: (n, 16, 16) -> (8 n, 256)."""
+    quarters = [np.rot90(views, turns, (1, 2)) for turns in range(4)]
+    every = np.concatenate([*quarters, *(view[:, :, ::-1] for view in quarters)])
+    flat: Array = every.reshape(len(every), -1)
+    return flat
 
 
 def _shrunk(lightness: Array) -> Array:
-    shrunk: Array = lightness.reshape(_SIDE, _FINE, _SIDE, _FINE).mean((1, 3))
+    """Return means over squares of the fine px: (n, 32, 32) -> (n, 16, 16)."""
+    shrunk: Array = lightness.reshape(len(lightness), _SIDE, _FINE, _SIDE, _FINE).mean((2, 4))
     return shrunk
 
 

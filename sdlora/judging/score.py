@@ -122,6 +122,26 @@ class StyleRuler:
         rows: Array = np.stack([features_of(image) for image in images]) / self._scale
         return rows
 
+    def resampled(self, rows: Array, base: Array, weights: Array) -> Array:
+        """Return the score (draws,) for each resampling of the subjects.
+
+        Args:
+            rows: (n, d) :meth:`features` of generated images.
+            base: those of the base's images of the same subjects, in the same order.
+            weights: (draws, n) how often each subject is drawn.
+        """
+        generator = np.random.default_rng(self._seed)
+        count = len(self._true)
+        others = generator.multinomial(count, np.full(count, 1 / count), len(weights)).astype(float)
+        distances = _weighted_energy(rows, self._true, weights, others)
+        units = _weighted_energy(base, self._true, weights, others)
+        scores: Array = 1 - distances / np.maximum(units, _FLOOR)
+        return scores
+
+    def of_features(self, rows: Array) -> float:
+        """Return the score of a set of :meth:`features`, (n, d)."""
+        return 1 - energy_distance(rows, self._true) / self.base_distance
+
     def ceiling(self) -> float:
         """Return the mean score of one half of the true images against the other: about 1.
 
@@ -235,17 +255,24 @@ def features_of_all(images: Sequence[Image], what: str = "") -> Array:
 # --- the base's own eyes ---------------------------------------------------------------------------------
 
 
-def through_autoencoder(model: DiffusionModel, images: Sequence[Image]) -> list[Image]:
+def through_autoencoder(
+    model: DiffusionModel, images: Sequence[Image], side: int | None = None
+) -> list[Image]:
     """Return images as the base could draw them at best: resized, encoded and decoded again.
 
     Its autoencoder's blur is then on both sides of a comparison, and not charged to an adapter.
+
+    Args:
+        model: the base.
+        images: of any size; the middle square is seen.
+        side: px of the results; the base's own resolution when None.
     """
     from PIL import Image as Pil
 
     from ..data.batching.buckets import place, square_bucket
     from ..data.batching.cache import to_pixels
 
-    bucket = square_bucket(model.facts.native_resolution, model.facts.size_multiple)
+    bucket = square_bucket(side or model.facts.native_resolution, model.facts.size_multiple)
     seen = []
     for image in images:
         pixels = to_pixels(image, place(image.height, image.width, bucket), mirror=False)

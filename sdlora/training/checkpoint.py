@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,14 +145,21 @@ def _state_of(folder: CheckpointFolder) -> dict[str, Any]:
     return state
 
 
-def prune_checkpoints(root: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest; never the newest one, nor the newest intact one."""
+def prune_checkpoints(root: Path, keep: int, spared: Collection[int] = ()) -> None:
+    """Remove all but the ``keep`` newest; never the newest one, nor the newest intact one.
+
+    Args:
+        root: the folder of checkpoints.
+        keep: how many of the newest are kept.
+        spared: steps whose checkpoints stay as well.
+    """
     folders = list_checkpoints(root)
     old, kept = folders[: -max(1, keep)], folders[-max(1, keep) :]
     if not any(is_whole(folder) for folder in reversed(kept)):
-        spared = next((folder for folder in reversed(old) if is_whole(folder)), None)
-        old = [folder for folder in old if folder != spared]
+        intact = next((folder for folder in reversed(old) if is_whole(folder)), None)
+        old = [folder for folder in old if folder != intact]
     for folder in old:
-        shutil.rmtree(folder.path, ignore_errors=True)
+        if folder.step not in spared:
+            shutil.rmtree(folder.path, ignore_errors=True)
     for leftover in root.glob(".*"):  # half-written by a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)

@@ -40,7 +40,7 @@ def attempt(run: Run, what: str, work: Callable[[Run], Result]) -> Result | None
             problem = (
                 f"{run.model.facts.device} does not have enough memory for {what}; skipped, and training "
                 "continues. It fits with a smaller data.resolution; or switch it off: sample.prompts=[], "
-                "data.validation=0"
+                "data.validation=0, judge.every=0"
             )
     if run.model.facts.device.type == "cuda":
         torch.cuda.empty_cache()  # what the failed work had reached is released with its error

@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +17,12 @@ from ..adapters.canonical import AdapterFile, AdapterInfo
 from ..events import Notice
 from ..exporting.export import write_finished
 from ..exporting.webui_card import card_image
-from ..formats.adapter_files import write_adapter
-from ..formats.metadata import TrainingFacts, build_header
+from ..formats.adapter_files import read_adapter, write_adapter
+from ..formats.metadata import TrainingFacts, build_header, thumbnail
+from ..judging.verdict import Verdict, choose
 from ..machine import version
+from ..run_folder import CheckpointFolder, list_checkpoints
+from .checkpoint import is_whole
 from .extras import attempt
 from .optimizers import optimizer_kind
 
@@ -26,24 +31,81 @@ if TYPE_CHECKING:
     from .state import Run
 
 
-def finish_run(run: Run, losses: Sequence[float]) -> Path:
-    """Write ``NAME.safetensors`` in the family's format into the run folder, proven by reading it back."""
-    target = run.folder.adapter_file(run.config.output.name)
-    output, preview = run.config.output, attempt(run, "the adapter's preview", _usable_preview)
-    adapter = adapter_file(run, final_loss=sum(losses) / len(losses) if losses else None, preview=preview)
-    report = write_finished(adapter, target, output.dtype, run.model.info, preview, private=output.private)
-    for problem in report.problems:
-        run.emit(Notice(problem))
+def finish_run(run: Run, losses: Sequence[float], verdict: Verdict | None = None) -> Path:
+    """Write ``NAME.safetensors`` in the family's format into the run folder, proven by reading it back.
+
+    Args:
+        run: at its end.
+        losses: of the last steps.
+        verdict: what judging says: its best step is written, at its recommended strength, and the last one
+            beside it as ``NAME-last.safetensors``; without one, the last step is.
+    """
+    name, best = run.config.output.name, _best_checkpoint(run, verdict)
+    preview = attempt(
+        run, "the adapter's preview", partial(_usable_preview, step=best.step if best else None)
+    )
+    strength = None if verdict is None else verdict.strength
+    if best is not None:
+        strength = None if verdict is None else _strength_of_last(run, verdict)
+    last = adapter_file(
+        run,
+        final_loss=sum(losses) / len(losses) if losses else None,
+        preview=preview,
+        preferred_strength=strength,
+    )
+    target = run.folder.adapter_file(name)
+    if best is None:
+        _write(run, last, target, preview)
+        return target
+    assert verdict is not None
+    _write(run, last, run.folder.adapter_file(f"{name}-last"), None)
+    chosen = read_adapter(best.adapter_file)
+    entries = {**chosen.info.metadata, "sdlora.preferred_strength": repr(verdict.strength)}
+    if preview is not None:
+        entries["modelspec.thumbnail"] = thumbnail(preview)
+    _write(run, replace(chosen, info=replace(chosen.info, metadata=entries)), target, preview)
     return target
 
 
-def _usable_preview(run: Run) -> Path | None:
-    """Return the newest preview.
+def _write(run: Run, adapter: AdapterFile, target: Path, preview: Path | None) -> None:
+    output = run.config.output
+    report = write_finished(adapter, target, output.dtype, run.model.info, preview, private=output.private)
+    for problem in report.problems:
+        run.emit(Notice(problem))
+
+
+def _best_checkpoint(run: Run, verdict: Verdict | None) -> CheckpointFolder | None:
+    """Return the checkpoint to export instead of the last step; None for that step itself."""
+    if verdict is None or verdict.best.step == run.step:
+        return None
+    saved = [
+        folder for folder in list_checkpoints(run.folder.checkpoints) if folder.step == verdict.best.step
+    ]
+    if saved and is_whole(saved[0]):
+        return saved[0]
+    text = f"step {verdict.best.step} is the best, but its checkpoint is not there (any more)"
+    run.emit(Notice(f"{text}, so the last step is the adapter"))
+    return None
+
+
+def _strength_of_last(run: Run, verdict: Verdict) -> float | None:
+    """Return the strength at which the last step is best, if it was judged."""
+    cells = [cell for cell in verdict.cells if cell.step == run.step]
+    return choose(cells).strength if cells else None
+
+
+def _usable_preview(run: Run, step: int | None = None) -> Path | None:
+    """Return the newest preview, or the newest one up to a step.
 
     Raises:
         OutputError: if it is no image (any more).
     """
     preview = run.folder.newest_preview()
+    if step is not None:
+        earlier = [
+            shown.file for shown in run.folder.list_previews() if shown.number == 1 and shown.step <= step
+        ]
+        preview = earlier[-1] if earlier else preview
     card_image(preview)
     return preview
 
@@ -54,7 +116,13 @@ def write_checkpoint_adapter(run: Run, target: Path) -> None:
     write_adapter(adapter_file(run), info.adapter_format, target, torch.float32, info)
 
 
-def adapter_file(run: Run, *, final_loss: float | None = None, preview: Path | None = None) -> AdapterFile:
+def adapter_file(
+    run: Run,
+    *,
+    final_loss: float | None = None,
+    preview: Path | None = None,
+    preferred_strength: float | None = None,
+) -> AdapterFile:
     """Return the adapter as it now stands (averaged, if the run averages), with its header."""
     config, items = run.config, run.dataset.items
     triggers = (config.data.trigger_word,) if config.data.trigger_word else ()
@@ -89,6 +157,7 @@ def adapter_file(run: Run, *, final_loss: float | None = None, preview: Path | N
         finished_at=time.time(),
         final_loss=final_loss,
         trigger_words=triggers,
+        preferred_strength=preferred_strength,
         preview=preview,
         sdlora_version=version(),
     )

@@ -44,7 +44,7 @@ def preview(run: Run, learned: Sequence[bytes] | None = None) -> None:
     for row, shares in enumerate(drawings):
         for number, request in enumerate(preview_requests(run.config, run.model)):
             file = run.folder.preview(run.step, row * len(prompts) + number + 1)
-            image = _image(shares, preview_requests(run.config, run.model), number)
+            image = shared_image(shares, preview_requests(run.config, run.model), number)
             save_png(image, file, parameters_text(request, base=run.model.base))
             files.append(file)
     shown = [line.prompt for line in run.config.sample.lines]
@@ -66,8 +66,8 @@ def draw(run: Run) -> list[bytes]:
     return run.processes.together(lambda: _pixels(run, share)) if requests else []
 
 
-def _image(shares: Sequence[bytes], requests: Sequence[GenerateRequest], number: int) -> Image.Image:
-    """Return the ``number``-th preview (from 0), the processes having drawn one each in turn."""
+def shared_image(shares: Sequence[bytes], requests: Sequence[GenerateRequest], number: int) -> Image.Image:
+    """Return the ``number``-th image (from 0), the processes having drawn one each in turn."""
     count = len(shares)
     before = sum(r.width * r.height * 3 for r in requests[number % count : number : count])
     request = requests[number]

@@ -51,8 +51,22 @@ from .trainable import make_trainable
 _META = torch.device("meta")
 
 
-def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Processes | None = None) -> Run:
+def prepare_run(
+    config: Config,
+    *,
+    resume: bool,
+    emit: Emitter,
+    processes: Processes | None = None,
+    longer: bool = False,
+) -> Run:
     """Make a run ready to step; ``processes`` says which ones train together, by default one alone.
+
+    Args:
+        config: as given.
+        resume: continue from the newest checkpoint.
+        emit: gets notices and progress.
+        processes: those that train together.
+        longer: the run that is continued may have had another length; its folder's settings get the new one.
 
     Raises:
         SdloraError: for anything the user can correct; nothing has been overwritten then.
@@ -76,7 +90,7 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
     for default in final.defaults:
         emit(Decided(default.key, default.value, default.reason))
     if resume and processes.is_main:
-        check_same(final.config, folder, processes.count)
+        check_same(final.config, folder, processes.count, longer=longer)
     check_alike(final.config, final.training, blueprint, processes)
     preview_adapters = find_preview_adapters(final.config, blueprint, folder)
     try:
@@ -86,7 +100,10 @@ def prepare_run(config: Config, *, resume: bool, emit: Emitter, processes: Proce
             raise
         raise TrainingError(f"{error}; a resumed run keeps its settings: start another for that") from None
     model = _base(final.config, compute, compute.device)
-    return _assemble(final, folder, model, plan, preview_adapters, processes, emit, resume=resume)
+    run = _assemble(final, folder, model, plan, preview_adapters, processes, emit, resume=resume)
+    if longer and processes.is_main:
+        save_config(run.config, folder.config_file)
+    return run
 
 
 def _check_folder(folder: RunFolder, emit: Emitter, *, resume: bool) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from ..events import Emitter, Notice
 from ..families.base import Conditioning, DiffusionModel
 from ..families.parallel import SplitPredictor
 from ..judging.held_out import Measured
+from ..judging.panel import Panel
+from ..judging.verdict import Verdict
 from ..machine import version
 from ..run_folder import RunFolder, list_checkpoints
 from . import checkpoint, optimizer_state
@@ -42,9 +44,48 @@ from .shown_weights import ShownWeights
 from .trainable import TrainableAdapter
 from .warm_start import digest_of
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Judge(Protocol):
+    """Judges checkpoints of a run; :class:`sdlora.training.judge.RunJudge`."""
+
+    @property
+    def panel(self) -> Panel:
+        """The prompts, once something was judged."""
+
+    @property
+    def share(self) -> float:
+        """What judging took so far, as a share of the training's time."""
+
+    def images(self) -> Mapping[tuple[str, float], Sequence[Image]]:
+        """Return the panel's images by (``step 20``, strength), and the base's under ``("base", 0)``."""
+
+    @property
+    def enough(self) -> bool:
+        """Whether the run has gone on for as long without getting better as the settings allow."""
+
+    def due(self, step: int) -> bool:
+        """Return whether this step's checkpoint is to be judged, the same in all processes."""
+
+    def missing(self, step: int) -> bool:
+        """Return whether the step that a resumed run begins at was to be judged, but was not."""
+
+    def look(self) -> None:
+        """Draw and judge the run as it is now."""
+
+    def conclude(self) -> Verdict | None:
+        """Return what everything judged says, in the main process."""
+
+    def kept_steps(self) -> frozenset[int]:
+        """Return the steps whose checkpoints are kept."""
+
+
 # what a resumed run may change, as none of it alters the numbers of the adapter
 _FREE_ON_RESUME = (
     "sample.",
+    "judge.",
     "output.",
     "data.folder",
     "data.cache_folder",
@@ -65,7 +106,8 @@ class Run:
     Attributes:
         base: digests of the base's components.
         step: optimizer steps done.
-        step_seconds: seconds that these steps took.
+        step_seconds: seconds that the steps of this process took.
+        steps_here: how many these are.
         reports: of steps, not known or not told yet.
         start: digest of the masters before the first step.
         learned: some step had a gradient.
@@ -77,6 +119,7 @@ class Run:
         choice: the way to compute; None for the usual one.
         fast_before: the fast paths that the checkpoint was made with, if the run was resumed.
         measured: what validation measured so far; None before the first time.
+        judge: what judges checkpoints, if the settings ask for it.
     """
 
     config: Config
@@ -104,6 +147,7 @@ class Run:
     preview_adapters: Mapping[str, Path]
     step: int = 0
     step_seconds: float = 0.0
+    steps_here: int = 0
     start: str = ""
     learned: bool = False
     skipped: int = 0
@@ -114,6 +158,7 @@ class Run:
     choice: Choice | None = None
     fast_before: tuple[str, ...] | None = None
     measured: Measured | None = None
+    judge: Judge | None = None
 
     @property
     def images_per_step(self) -> int:
@@ -358,16 +403,25 @@ def _settings_that_count(config: Config) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if not key.startswith(_FREE_ON_RESUME)}
 
 
-def check_same(config: Config, folder: RunFolder, num_processes: int = 1) -> None:
+def check_same(config: Config, folder: RunFolder, num_processes: int = 1, *, longer: bool = False) -> None:
     """Refuse to resume under settings that would change the numbers.
 
     Another number of processes gives the same numbers if the micro-batches of a step stay the same.
+
+    Args:
+        config: final settings.
+        folder: of the run.
+        num_processes: processes that train together now.
+        longer: another length is wanted.
 
     Raises:
         ConfigError: naming each such setting, as it was and as it is.
     """
     stored = _settings_that_count(load_config(folder.config_file, schema=type(config)))
     current = _settings_that_count(config)
+    if longer:
+        for values in (stored, current):
+            del values["training.steps"], values["training.epochs"]
     key = "training.gradient_accumulation"
     kept, accumulation = stored.pop(key), current.pop(key)
     was, now = checkpoint.micro_batches(folder.checkpoints) or kept, num_processes * accumulation

@@ -35,14 +35,17 @@ from ..events import (
     read_events,
 )
 from ..judging.held_out import Losses, mean_loss
-from ..run_folder import SAMPLE, SAVE, STOP
+from ..judging.verdict import Verdict
+from ..run_folder import SAMPLE, SAVE, STOP, list_checkpoints
 from . import checkpoint
 from .cost import measure_cost
 from .extras import attempt, reason
 from .finish import finish_run, write_checkpoint_adapter
+from .judge import make_judge
 from .optimizers import optimizer_kind
 from .previews import draw, draw_loss_curve, preview
 from .processes import Processes
+from .report import write_report
 from .rescue import rescued
 from .run import prepare_run
 from .shown_weights import putting_back
@@ -83,6 +86,7 @@ def train(
     config: Config,
     *,
     resume: bool = False,
+    continue_for: int | None = None,
     listeners: Sequence[Listener] = (),
     control: Control | None = None,
 ) -> TrainResult:
@@ -91,6 +95,8 @@ def train(
     Args:
         config: settings; those left open follow the data.
         resume: continue from the newest checkpoint in the run folder.
+        continue_for: make that many steps more than the run in the folder has made; the learning rate
+            follows the schedule of a run that long from there on.
         listeners: receive every :class:`sdlora.events.Event`.
         control: asks the run to stop, save or preview; by default files in the run folder do.
 
@@ -100,7 +106,10 @@ def train(
     control = control or Control(run_folder(config).path)
     processes = Processes.join(config.training.device)
     try:
-        result = _train(config, processes, resume, listeners, control)
+        if continue_for is not None:
+            config = _longer(config, processes, continue_for)
+        resume, longer = resume or continue_for is not None, continue_for is not None
+        result = _train(config, processes, resume, longer, listeners, control)
         processes.exchange("all is written")
     except BaseException as error:
         processes.fail(error)
@@ -111,22 +120,44 @@ def train(
     return result
 
 
+def _longer(config: Config, processes: Processes, more: int) -> Config:
+    """Return the settings of a run that makes ``more`` steps than it has made.
+
+    Raises:
+        TrainingError: if there is no checkpoint to continue from.
+    """
+    folder = run_folder(config)
+    saved = list_checkpoints(folder.checkpoints) if processes.is_main else []
+    before = processes.exchange(saved[-1].step if saved else 0)[0]
+    if not before:
+        raise TrainingError(f"{folder.path}: has no checkpoint to continue from; train it to one first")
+    return config.with_values({"training.steps": before + more, "training.epochs": None})
+
+
 def _train(
-    config: Config, processes: Processes, resume: bool, listeners: Sequence[Listener], control: Control
+    config: Config,
+    processes: Processes,
+    resume: bool,
+    longer: bool,
+    listeners: Sequence[Listener],
+    control: Control,
 ) -> TrainResult:
     begun = time.monotonic()
     early: list[Event] = []
     emit = _BeforeTheFirstStep((early.append, *listeners), control)
-    run = prepare_run(config, resume=resume, emit=emit, processes=processes)
+    run = prepare_run(config, resume=resume, emit=emit, processes=processes, longer=longer)
     with run.held, _journal(run, early) as journal, tracking(run) as trackers, run.loader:
         run.emit = Emitter((journal, *listeners, *trackers))
         losses, validation_loss, stopped = _loop(run, control)
         refuse_unchanged(run)
+        verdict = _judged(run) if not stopped else None
         waited = run.loader.waited / max(run.step_seconds, 1e-9)
         adapter_file = None
         if processes.is_main:
-            adapter_file = None if stopped else _finish(run, losses)
+            adapter_file = None if stopped else _finish(run, losses, verdict)
             attempt(run, "the loss curve", draw_loss_curve)
+            if verdict is not None:
+                attempt(run, "the report", partial(write_report, verdict=verdict))
         seconds = time.monotonic() - begun
         run.emit(RunFinished(run.step, stopped, seconds, adapter_file, waited))
     loss = sum(losses) / len(losses) if losses else None
@@ -176,12 +207,14 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
     start = [group.master.flat.data.to("cpu", copy=True) for group in run.groups] if run.step == 0 else None
     if run.step:  # saving comes before showing: a run that was killed in between shows now
         validation_loss = _show(run, *_not_shown(run))
+        if run.judge is not None and run.judge.missing(run.step):
+            attempt(run, "judging", _judge)
     while run.step < run.steps:
         began, waited = time.perf_counter(), run.loader.waited
         step = launch_step(run)
         step.seconds = time.perf_counter() - began + told.waiting()
         step.waiting_share = (run.loader.waited - waited) / step.seconds
-        run.step_seconds += step.seconds
+        run.step_seconds, run.steps_here = run.step_seconds + step.seconds, run.steps_here + 1
         told.tell()
         if start is not None:
             told.tell(everything=True)
@@ -192,11 +225,16 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
         validating = last or _due(run.step, settings.validate_every)
         previewing = last or SAMPLE in requests or _due(run.step, run.config.sample.every)
         # saving comes before showing: whatever goes wrong with an image, the steps are kept
-        saving = last or requests & {SAVE, STOP} or _due(run.step, settings.checkpoint_every)
+        judging = run.judge is not None and run.judge.due(run.step)
+        saving = last or judging or requests & {SAVE, STOP} or _due(run.step, settings.checkpoint_every)
         if requests or saving or validating or previewing:
             told.tell(everything=True)
         problem = save(run) if saving else None
         validation_loss = _show(run, validating, previewing) or validation_loss
+        if judging:
+            attempt(run, "judging", _judge)
+        if judging and _enough(run):
+            return list(told.losses), _show(run, not validating, not previewing) or validation_loss, False
         if STOP in requests and not last:
             if problem is not None:
                 raise rescued(run, problem)
@@ -250,6 +288,16 @@ class _Told:
                     found_rate=found_rate(run),
                 )
             )
+
+
+def _enough(run: Run) -> bool:
+    """Return whether the run ends here because it gets no better; say so."""
+    if run.judge is None or run.step == run.steps or not run.judge.enough:
+        return False
+    patience = run.config.judge.patience
+    text = f"the last {patience} judged checkpoints were not better than the best one before by the interval"
+    run.emit(Notice(f"step {run.step}: {text}, so the run ends here (judge.patience={patience})"))
+    return True
 
 
 def _show(run: Run, validating: bool, previewing: bool) -> float | None:
@@ -312,14 +360,35 @@ def _look(run: Run, validating: bool, previewing: bool, shown: AbstractContextMa
     return loss
 
 
-def _finish(run: Run, losses: Sequence[float]) -> Path:
+def _judged(run: Run) -> Verdict | None:
+    """Return what judging says of the whole run, in the main process; None where nothing was judged."""
+    judge = run.judge
+    return None if judge is None else attempt(run, "the judging's result", lambda run: judge.conclude())
+
+
+def _judge(run: Run) -> None:
+    assert run.judge is not None
+    run.judge.look()
+    if run.processes.is_main:
+        _prune(run)
+
+
+def _prune(run: Run) -> None:
+    keep, root = run.config.training.keep_checkpoints, run.folder.checkpoints
+    if run.judge is None:
+        checkpoint.prune_checkpoints(root, keep)
+    else:
+        checkpoint.prune_checkpoints(root, min(keep, 2), run.judge.kept_steps())
+
+
+def _finish(run: Run, losses: Sequence[float], verdict: Verdict | None) -> Path:
     """Write the adapter.
 
     Raises:
         SdloraError: if it could not be written as planned; it says where it is instead.
     """
     try:
-        return finish_run(run, losses)
+        return finish_run(run, losses, verdict)
     except Exception as error:
         raise rescued(run, error) from error
 
@@ -345,7 +414,7 @@ def save(run: Run) -> Exception | None:
                 *run_state(run),
                 lambda path: write_checkpoint_adapter(run, path),
             )
-            checkpoint.prune_checkpoints(root, run.config.training.keep_checkpoints)
+            _prune(run)
         except Exception as error:
             problem = error
             text = f"step {run.step}: no checkpoint was saved ({reason(error)}); training continues"
@@ -358,6 +427,7 @@ def save(run: Run) -> Exception | None:
 
 def _start(run: Run) -> None:
     cost = measure_cost(run)
+    run.judge = make_judge(run, cost.seconds_per_step)
     run.processes.patience = max(run.processes.patience, _PATIENT_STEPS * cost.seconds_per_step)
     if notice := cost_notice(run):
         run.emit(Notice(notice))

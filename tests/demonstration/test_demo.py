@@ -13,13 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdlora.demonstration.data import find_data
-from sdlora.demonstration.demo import MEASURED, SHOWN, STRENGTHS, demo, recommended_strength
+from sdlora.demonstration.demo import MEASURED, SHOWN, STRENGTHS, demo
 from sdlora.demonstration.report import DemoResult
 from sdlora.errors import OutputError, TrainingError
 from sdlora.events import Event, Listener, Notice, RunFinished, StepDone, read_events
 from sdlora.exporting.export import open_source
 from sdlora.generation.png_info import read_parameters
-from sdlora.judging.score import StyleScore
 from sdlora.judging.style_features import FEATURES
 
 NUM_SUBJECTS = 5
@@ -190,17 +189,6 @@ def test_the_sample_images_are_found_and_the_shown_subjects_are_held_out() -> No
     assert len(trained) >= 32 and len(held_out) >= 48
     assert not trained & held_out
     assert set(SHOWN) <= held_out and len(SHOWN) == 8
-
-
-def _score(value: float, low: float) -> StyleScore:
-    return StyleScore(value, low, value + 0.05, {}, 1 - value, 1.0, 60)
-
-
-def test_the_recommended_strength_is_the_weakest_of_the_best() -> None:
-    scores = {0.0: _score(0, -0.1), 0.5: _score(0.6, 0.5), 1.0: _score(0.88, 0.8), 1.25: _score(0.9, 0.85)}
-    assert recommended_strength(scores) == 1.0
-    scores[1.0] = _score(0.8, 0.7)
-    assert recommended_strength(scores) == 1.25
 
 
 def test_previews_carry_the_settings_that_made_them(small: tuple[DemoResult, list[Event]]) -> None:

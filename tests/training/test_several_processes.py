@@ -174,6 +174,28 @@ def test_two_processes_give_the_bits_of_one_and_either_goes_on_from_the_other(
     assert_same_bits(tmp_path / "on", tmp_path / "one", 3)
 
 
+@pytest.mark.slow
+def test_two_processes_judge_as_one_does(
+    settings: Callable[..., Config], tmp_path: Path, one_thread: None
+) -> None:
+    judged = (
+        *("data.validation=1", "sample.prompts=['a cat']", "sample.steps=1", "sample.guidance=1"),
+        *("judge.every=2", "judge.share=1000", "judge.images=4", "judge.strengths=[0.5, 1.0]"),
+    )
+    answer = launched(settings("two", *judged), options=["--processes", "2"])
+    assert answer["report"] is not None
+    train(settings("one", *judged, "training.gradient_accumulation=2"))
+    assert_same_bits(tmp_path / "one", tmp_path / "two", 3)
+    cells = [
+        json.loads(RunFolder(tmp_path / name).judging_file.read_text(encoding="utf-8"))["cells"]
+        for name in ("one", "two")
+    ]
+    places = [[(cell["step"], cell["strength"]) for cell in each] for each in cells]
+    assert places[0] == places[1] == [(2, 0.5), (2, 1.0), (3, 0.5), (3, 1.0)]
+    for first, second in zip(*cells, strict=True):  # drawn in other batches, whose sums round otherwise
+        assert first["score"] == pytest.approx(second["score"], abs=0.02)
+
+
 @pytest.mark.slow  # ``.ci/run`` runs it
 def test_a_fault_that_all_find_is_told_once_and_is_the_exit_code(settings: Callable[..., Config]) -> None:
     config = settings("run").with_values({"model.base": "/nowhere/base.safetensors"})

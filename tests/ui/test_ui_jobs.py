@@ -24,7 +24,7 @@ from sdlora_ui.progress import RunView, thinned
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError, OutputError
-from sdlora.events import StepDone, to_json
+from sdlora.events import Estimate, Judged, Reported, StepDone, to_json
 
 # What `sdlora train` does as far as the queue can see it: events, STOP, checkpoints, one JSON line. Half way
 # it waits for as long as there is a file "hold" where it works, and heeds only STOP.
@@ -251,6 +251,23 @@ def test_a_half_written_event_waits_for_its_rest(tmp_path: Path) -> None:
         stream.write('dated", "step": 6, "loss": 0.25}\n')
     view.refresh()
     assert view.validation == {3: 0.5, 6: 0.25}
+
+
+def test_the_best_step_and_the_report_are_shown(tmp_path: Path) -> None:
+    view = RunView(tmp_path / "events.jsonl")
+    score = Estimate(0.5, 0.4, 0.6)
+    judged = Judged(20, (1.0,), (score,), 20, 1.0, "score 0.50")
+    reported = Reported(tmp_path / "report.html", 20, 0.9, "score 0.60", more_steps=False)
+    (tmp_path / "events.jsonl").write_text(f"{to_json(judged)}\n", encoding="utf-8")
+    view.refresh()
+    assert (view.full()["best"], view.full()["reported"]) == (
+        {"step": 20, "strength": 1.0, "reason": "score 0.50"},
+        False,
+    )
+    with (tmp_path / "events.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(f"{to_json(reported)}\n")
+    view.refresh()
+    assert (view.full()["best"]["strength"], view.full()["reported"]) == (0.9, True)
 
 
 def test_a_step_that_fp16_left_out_is_counted_and_has_no_loss(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def routes(paths: AllowedPaths, queue: JobQueue) -> list[BaseRoute]:
         Route("/sdlora/jobs", _reading(endpoints.jobs)),
         Route("/sdlora/jobs/{id}", _reading(endpoints.job)),
         Route("/sdlora/jobs/{id}/log", _reading(endpoints.log)),
+        Route("/sdlora/jobs/{id}/report", endpoints.report),
         Route("/sdlora/jobs/{id}/{action}", _writing(endpoints.act), methods=["POST"]),
     ]
 
@@ -180,6 +181,19 @@ class _Own:
             "shown_run": self.paths.shown(job.run),
             "shown_adapter": self.paths.shown(Path(adapter)) if adapter else "",
         }
+
+    async def report(self, request: Request) -> Response:
+        """Serve a run's report, in which nothing can run and which can load nothing."""
+        try:
+            page = self.paths.readable(str(RunFolder(self.queue.get(request.path_params["id"]).run).report))
+        except PathRefused as error:
+            return JSONResponse({"error": str(error)}, 403)
+        except SdloraError as error:
+            return JSONResponse({"error": str(error)}, 422)
+        if not page.is_file():
+            return JSONResponse({"error": "this run has no report (any more)"}, 404)
+        policy = "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+        return FileResponse(page, media_type="text/html", headers={"content-security-policy": policy})
 
     def log(self, request: Request) -> dict[str, Any]:
         return {"text": self.queue.log(request.path_params["id"])}

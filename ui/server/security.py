@@ -52,6 +52,8 @@ _POLICY = (
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
     "connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
 )
+SANDBOX = b"sandbox;"
+"""How the policy of an answer begins in which nothing may run."""
 _HEADERS = [
     (b"content-security-policy", _POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -252,7 +254,12 @@ def _cleaned(send: Send, path: str) -> Send:
         nonlocal start
         if message["type"] == "http.response.start":
             replaced = {name for name, _ in _HEADERS} | {b"access-control-allow-origin"}
-            kept = [(name, value) for name, value in message["headers"] if name.lower() not in replaced]
+            kept = [
+                (name, value)
+                for name, value in message["headers"]
+                # a stricter policy of an answer holds besides ours: browsers obey both
+                if name.lower() not in replaced or value.startswith(SANDBOX)
+            ]
             message = {**message, "headers": [*kept, *_HEADERS]}
             if path == "/" and _is_html(kept):
                 start = message

@@ -25,6 +25,7 @@ from ..worker import Emit
 _costs: dict[str, Cost] = {}
 _FREE = (
     "sample.",
+    "judge.",
     "output.",
     "optimizer.",
     "training.steps",

@@ -67,10 +67,10 @@ class Jobs extends Live {
     this.fill("head", JSON.stringify([run.status, run.error, run.notes]), [
       run.error ? el("p", { class: "sd-problem", role: "alert" }, run.error) : null,
       run.status === "finished" ? el("p", { class: "sd-done", role: "status" }, `Done: ${run.shown_adapter}`) : null].filter(Boolean));
-    this.fill("actions", `${run.status}${run.started}`, this.actions(run));
+    this.fill("actions", `${run.status}${run.started}${run.reported}`, this.actions(run));
     this.fill("curve", `${run.step}|${run.validation.length}`, run.losses.length ? [curve(run)] : []);
     this.fill("previews", JSON.stringify(run.samples), this.previews(run));
-    this.fill("tiles", JSON.stringify([run.memory, run.step, run.status, run.seconds_left, run.validation.length]), this.tiles(run));
+    this.fill("tiles", JSON.stringify([run.memory, run.step, run.status, run.seconds_left, run.validation.length, run.best]), this.tiles(run));
     this.fill("facts", JSON.stringify([run.rate, run.command, run.status, run.images_per_second]), this.facts(run));
   }
   actions(run) {
@@ -85,6 +85,7 @@ class Jobs extends Live {
       run.status === "finished" ? button("Try it out", () => sendToPython("try-run", JSON.stringify({ id: run.id, at: Date.now() })), "primary", { "data-what": "try" }) : null,
       run.status === "finished" ? button("Export", () => sendToPython("export-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "export" }) : null,
       button("Clone", () => sendToPython("clone-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "clone" }),
+      run.reported ? el("a", { class: "sd-button", href: `/sdlora/jobs/${run.id}/report`, target: "_blank", rel: "noopener", "data-what": "report", title: run.best.reason }, "Report") : null,
       button("Log", () => this.showLog(run), "", { "data-what": "log" }),
       ended || run.status === "waiting" ? button("Delete", () => this.confirmDelete(run), "danger", { "data-what": "delete" }) : null)];
   }
@@ -131,6 +132,7 @@ class Jobs extends Live {
     const tiles = [live && run.started ? tile(duration(run.seconds_left), "left") : tile(run.seconds ? duration(run.seconds) : "", "took"),
       tile(run.steps ? `${run.step} / ${run.steps}` : "", "steps"), tile(run.loss?.toFixed(4), "loss, last 20 steps"),
       tile(held === null ? "" : held.toFixed(4), "loss on held-out images"),
+      tile(run.best ? `${run.best.step} at ${run.best.strength}` : "", "best step, at strength"),
       tile(run.against_base ? run.against_base.map((value) => (value > 0 ? "+" : "") + value.toFixed(4)).join(" … ") : "", "against the base alone (90 %)"),
       live ? tile(bytes(run.memory?.process), "memory") : null, live ? tile(bytes(run.memory?.gpu), "GPU memory") : null].filter(Boolean);
     return tiles.length ? [el("div", { class: "sd-facts" }, tiles)] : [];

@@ -129,6 +129,23 @@ def test_the_page_names_no_other_site_and_may_load_from_none() -> None:
     assert int(answer.headers["content-length"]) == len(answer.content)
 
 
+def test_an_answer_in_which_nothing_may_run_keeps_that_policy() -> None:
+    async def report(request: Request) -> Response:
+        return HTMLResponse(PAGE, headers={"content-security-policy": "sandbox; default-src 'none'"})
+
+    async def loose(request: Request) -> Response:
+        return HTMLResponse(PAGE, headers={"content-security-policy": "default-src *"})
+
+    app = Starlette(routes=[Route("/sdlora/jobs/x/report", report), Route("/sdlora/file", loose)])
+    door = TestClient(
+        SecurityMiddleware(app, host="127.0.0.1", password=None), base_url="http://127.0.0.1:7860"
+    )
+    policies = door.get("/sdlora/jobs/x/report").headers.get_list("content-security-policy")
+    assert policies[0] == "sandbox; default-src 'none'" and "frame-ancestors 'none'" in policies[1]
+    (policy,) = door.get("/sdlora/file").headers.get_list("content-security-policy")
+    assert "default-src 'self'" in policy
+
+
 def test_taking_out_other_sites_keeps_the_text() -> None:
     assert "see http://example.org" in without_other_sites(PAGE)
 
