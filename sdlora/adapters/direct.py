@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..families.base import DiffusionModel
+from ..families.lean_blocks import with_room
 from .canonical import LowRankPair
 from .module_paths import module_at
 from .trainable_layers import TrainedLayer
@@ -39,11 +40,13 @@ class Factors:
         down: A, ([n,] rank, in[, kh, kw]).
         up: ``scale * B``, ([n,] out, rank[, 1, 1]).
         scale: ``alpha / rank`` of each of them.
+        rows: the base's weight with A below it in one piece, (out + rank, in), if they lie so.
     """
 
     down: Tensor
     up: Tensor
     scale: float
+    rows: Tensor | None = None
 
 
 @dataclass
@@ -129,13 +132,22 @@ class DirectLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         flat, inner = ctx.saved_tensors
+        factors: Factors = ctx.factors
         gradient = gradient.reshape(-1, gradient.shape[-1])  # (N, out)
-        of_inner = gradient @ ctx.factors.up  # (N, rank)
-        ctx.sink.up.addmm_(gradient.t(), inner, alpha=ctx.factors.scale)
+        both = None if factors.rows is None else with_room(gradient, factors.down.shape[0])
+        if both is None:
+            of_inner = gradient @ factors.up  # (N, rank)
+        else:
+            of_inner = torch.mm(gradient, factors.up, out=both[:, gradient.shape[1] :])
+        ctx.sink.up.addmm_(gradient.t(), inner, alpha=factors.scale)
         ctx.sink.down.addmm_(of_inner.t(), flat)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        of_input = (gradient @ ctx.base.weight).addmm_(of_inner, ctx.factors.down)
+        if both is None:
+            of_input = (gradient @ ctx.base.weight).addmm_(of_inner, factors.down)
+        else:
+            assert factors.rows is not None
+            of_input = both @ factors.rows  # g W + (g s B) A
         return of_input.view(ctx.shape), None, None, None, None
 
 

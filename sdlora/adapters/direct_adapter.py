@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..families.base import DiffusionModel
 from ..families.lean import LeanAttention
+from ..families.lean_blocks import lean_blocks
 from .canonical import LowRankPair
 from .direct import Anchors, DirectForward, DirectLayer, Factors, Gradients
 from .joint import (
@@ -25,6 +26,7 @@ from .joint import (
     QueryProjection,
     SelfProjections,
     TextProjections,
+    following_sums,
     query_joints,
     self_joints,
     text_joints,
@@ -52,6 +54,7 @@ class DirectAdapter:
         self._query_joints: list[tuple[LeanAttention, JointLayers]] = []
         self._text_hook: RemovableHandle | None = None
         self._joints: dict[tuple[Any, ...], JointLayers] = {}
+        self._stacks: dict[DirectLayer, JointLayers] = {}  # single ones whose A lies below their weight
         self._copies: list[tuple[Tensor, Tensor]] = []  # of a parameter, which it is copied into
         self._scaled: list[tuple[Tensor, float]] = []
         self._homes: list[
@@ -72,7 +75,9 @@ class DirectAdapter:
         new_texts, places = text_joints(attentions, by_module)
         texts = [self._kept(joint) for joint in new_texts]
         joints = [joint for _, joint in (*self._self_joints, *self._query_joints)] + texts
-        for joint in joints:
+        sums = following_sums(lean_blocks(self._denoiser) if attentions else (), by_module)
+        self._stacks = {layer: self._kept(stack) for layer, stack in sums.items()}
+        for joint in (*joints, *self._stacks.values()):
             joint.place()
         self._make_room(joints, parts)
         for layer in self.layers:
@@ -130,7 +135,11 @@ class DirectAdapter:
         single = [layer for layer in self.layers if id(layer) not in joined]
         self._copies, self._scaled, self._homes, self._elsewhere = [], [], [], []
         for layer in single:
-            layer.factors = Factors(layer.down.data, self._usable(layer), layer.scale)
+            down, rows, stack = layer.down.data, None, self._stacks.get(layer)
+            if stack is not None:
+                (down,), rows = stack.room_for_down(), stack.all_rows
+                self._copies.append((down, layer.down.data))
+            layer.factors = Factors(down, self._usable(layer), layer.scale, rows)
             layer.gradients = []
         for joint in joints:
             joint.factors, joint.gradients = self._stacked(joint), []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families.lean import AHEAD, LeanAttention, Projections
+from ..families.lean_blocks import LeanBlock
 from .direct import Anchors, DirectLayer, Factors, Gradients
 
 
@@ -97,18 +98,27 @@ class SideBySide(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         flat, inner = ctx.saved_tensors
         factors, (count, rank) = ctx.factors, ctx.factors.down.shape[:2]
-        gradient = torch.cat(gradients, -1) if count > 1 else gradients[0]
-        gradient = gradient.reshape(len(flat), -1)  # (N, n out)
+        both = None
+        if count > 1 and ctx.joint.all_rows is not None:
+            both = gradients[0].new_empty(len(flat), count * (factors.up.shape[1] + rank))
+            gradient, of_inner = both[:, : -count * rank], both[:, -count * rank :]
+            torch.cat([part.reshape(len(flat), -1) for part in gradients], 1, out=gradient)
+        else:
+            gradient = torch.cat(gradients, -1) if count > 1 else gradients[0]
+            gradient = gradient.reshape(len(flat), -1)  # (N, n out)
+            of_inner = gradient.new_empty(len(flat), count * rank)  # (N, n rank)
         apart = gradient.unflatten(1, (count, -1)).transpose(0, 1)  # (n, N, out)
-        of_inner = gradient.new_empty(len(flat), count * rank)  # (N, n rank)
         torch.bmm(apart, factors.up, out=of_inner.unflatten(1, (count, rank)).transpose(0, 1))
         inner = inner.unflatten(1, (count, rank)).transpose(0, 1)
         ctx.sink.up.baddbmm_(apart.transpose(1, 2), inner, alpha=factors.scale)
         ctx.sink.down.flatten(0, 1).addmm_(of_inner.t(), flat)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        of_input = gradient @ ctx.joint.weights.flatten(0, 1)
-        of_input.addmm_(of_inner, factors.down.flatten(0, 1))
+        if both is None:
+            of_input = gradient @ ctx.joint.weights.flatten(0, 1)
+            of_input.addmm_(of_inner, factors.down.flatten(0, 1))
+        else:
+            of_input = both @ ctx.joint.all_rows
         return of_input.view(ctx.shape), None, None, None
 
 
@@ -226,6 +236,30 @@ def query_joints(
         if _make(layer) is not None and _can_be_wide([layer]):
             joints.append((attention, JointLayers([layer], wide=True, output_kept=True)))
     return joints
+
+
+def following_sums(
+    rows_of_blocks: Sequence[Sequence[tuple[Any, LeanBlock]]], layers: Mapping[nn.Module, DirectLayer]
+) -> dict[DirectLayer, JointLayers]:
+    """Return the layers whose output is added to the states of a lean block, with A below their weight.
+
+    The blocks are told to leave room for them beside the gradient g of that sum: such a layer writes g (s B)
+    there, and has the gradient of its input in one product with both.
+    """
+    stacks = {}
+    for blocks in rows_of_blocks:
+        following = [*blocks[1:], (None, None)]
+        for (block, lean), (_, then) in zip(blocks, following, strict=True):
+            # what is added before a norm has the gradient of that norm's input
+            attentions = (block.attn1.to_out[0], lean, 1), (block.attn2.to_out[0], lean, 2)
+            for module, leaving, number in (*attentions, (block.ff.net[2], then, 0)):
+                layer = layers.get(module)
+                if leaving is None or layer is None or type(layer.base) is not nn.Linear:
+                    continue
+                if _can_be_wide([layer]):
+                    leaving.rooms[number] = layer.down.shape[0]
+                    stacks[layer] = JointLayers([layer], wide=True)
+    return stacks
 
 
 def _can_be_wide(layers: Sequence[DirectLayer]) -> bool:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from .lean_blocks import LeanBlock, is_plain_block
+
 _TIMES = "_sdlora_times"
 Projections = tuple[Tensor, Tensor, Tensor]
 """Query, key and value of an attention, each (B, S, heads * d)."""
@@ -92,7 +94,8 @@ class _GatedGelu(torch.autograd.Function):
         of_both = torch.empty_like(both)
         of_plain, of_gate = of_both.chunk(2, dim=-1)
         torch.mul(gradient, opened, out=of_plain)
-        torch.ops.aten.gelu_backward.grad_input(gradient * plain, gate, grad_input=of_gate)
+        torch.mul(gradient, plain, out=of_gate)
+        torch.ops.aten.gelu_backward.grad_input(of_gate, gate, grad_input=of_gate)
         return of_both
 
 
@@ -152,6 +155,7 @@ def make_lean(model: nn.Module) -> list[LeanAttention]:
     out.
     """
     from diffusers.models.activations import GEGLU
+    from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import ResnetBlock2D
 
@@ -165,6 +169,8 @@ def make_lean(model: nn.Module) -> list[LeanAttention]:
             changed.forward = LeanResidual(module)
         elif isinstance(module, GEGLU):
             changed.forward = LeanGatedGelu(module)
+        elif isinstance(module, BasicTransformerBlock) and is_plain_block(module):
+            changed.forward = LeanBlock(module)
     return attentions
 
 
@@ -204,10 +210,13 @@ class _TimeProjections:
         return pieces[place]
 
 
+_LEAN = (LeanAttention, LeanResidual, LeanGatedGelu, LeanBlock)
+
+
 def undo_lean(model: nn.Module) -> None:
     """Give every module its own forward pass back."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), LeanAttention | LeanResidual | LeanGatedGelu):
+        if isinstance(module.__dict__.get("forward"), _LEAN):
             del module.forward
 
 

@@ -1,0 +1,132 @@
+"""The forward pass of diffusers' transformer blocks, with gradients laid out for what follows.
+
+The results are diffusers', bit for bit. Where the gradient of a norm meets that of what goes past it, the sum
+can leave room beside each row, which saves a product to whoever multiplies it next (``adapters.direct``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Forked(torch.autograd.Function):
+    """x and its layer norm, both (B, S, C); their gradients are added with room beside the sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, room: int
+    ) -> tuple[Tensor, Tensor]:
+        normed, mean, deviation = torch.native_layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+        ctx.save_for_backward(x, mean, deviation, weight, bias)
+        ctx.room = room
+        return x.view_as(x), normed
+
+    @staticmethod
+    def backward(ctx: Any, of_x: Tensor, of_normed: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, deviation, weight, bias = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        through_norm, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+            of_normed, x, x.shape[-1:], mean, deviation, weight, bias, wanted
+        )
+        if not wanted[0]:
+            return None, of_weight, of_bias, None, None
+        if not ctx.room:
+            return through_norm.add_(of_x), of_weight, of_bias, None, None
+        both = x.new_empty(*x.shape[:-1], x.shape[-1] + ctx.room)
+        return torch.add(through_norm, of_x, out=both[..., : x.shape[-1]]), of_weight, of_bias, None, None
+
+
+def with_room(gradient: Tensor, room: int) -> Tensor | None:
+    """Return a gradient (N, C) that a lean block has left room beside together with the room, (N, C + room).
+
+    None for any other: the memory must be exactly that of N rows of C + room.
+    """
+    rows, width = gradient.shape
+    whole = width + room
+    size = gradient.untyped_storage().nbytes()
+    if gradient.stride() != (whole, 1) or size != rows * whole * gradient.element_size():
+        return None
+    return gradient.as_strided((rows, whole), (whole, 1), 0)
+
+
+class LeanBlock:
+    """The forward pass of one of diffusers' ``BasicTransformerBlock``, to be set on it as ``forward``.
+
+    Attributes:
+        rooms: how many numbers beside each row the gradient of the three norms' inputs leaves free, for
+            whoever multiplies it next and can use that (:func:`with_room`).
+    """
+
+    def __init__(self, block: Any) -> None:
+        self._module = weakref.ref(block)  # it holds this object
+        self.rooms = [0, 0, 0]
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Return what diffusers' own forward does; (B, S, C) to (B, S, C)."""
+        module: Any = self._module()
+        options = cross_attention_kwargs or {}
+        masked = attention_mask is not None or encoder_attention_mask is not None
+        if masked or hidden_states.ndim != 3 or "gligen" in options:
+            plain: Tensor = type(module).forward(
+                module,
+                hidden_states,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                class_labels,
+                added_cond_kwargs,
+            )
+            return plain
+        x, normed = self._forked(0, module.norm1, hidden_states)
+        x = module.attn1(normed, **options) + x
+        x, normed = self._forked(1, module.norm2, x)
+        x = module.attn2(normed, encoder_hidden_states=encoder_hidden_states, **options) + x
+        x, normed = self._forked(2, module.norm3, x)
+        output: Tensor = module.ff(normed) + x
+        return output
+
+    def _forked(self, number: int, norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+        forked: tuple[Tensor, Tensor] = _Forked.apply(x, norm.weight, norm.bias, norm.eps, self.rooms[number])
+        return forked
+
+
+def lean_blocks(model: nn.Module) -> list[list[tuple[Any, LeanBlock]]]:
+    """Return the transformer blocks of a model that have a lean forward pass, each with that, by the list
+    that they follow each other in."""
+    rows = []
+    for module in model.modules():
+        if isinstance(blocks := getattr(module, "transformer_blocks", None), nn.ModuleList):
+            pairs = [(block, block.__dict__.get("forward")) for block in blocks]
+            rows.append([(block, lean) for block, lean in pairs if isinstance(lean, LeanBlock)])
+    return rows
+
+
+def is_plain_block(module: Any) -> bool:
+    """Tell whether a block does nothing that :class:`LeanBlock` leaves out."""
+    return (
+        module.norm_type == "layer_norm"
+        and module.pos_embed is None
+        and module.attn2 is not None
+        and not module.only_cross_attention
+        and module._chunk_size is None
+        and all(
+            type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+            for norm in (module.norm1, module.norm2, module.norm3)
+        )
+    )
