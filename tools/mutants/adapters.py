@@ -70,8 +70,8 @@ MUTANTS = (
     Mutant(
         "PiSSA's start is added to the base",
         "sdlora/training/trainable.py",
-        "START_NAME: -1.0}",
-        "START_NAME: 1.0}",
+        "set_strengths(model, {ADAPTER_NAME: 1.0, START_NAME: -1.0})",
+        "set_strengths(model, {ADAPTER_NAME: 1.0, START_NAME: 1.0})",
         (
             "training/test_train_kinds.py::test_each_variant_starts_at_the_base_resumes_exactly_and_is_what_it_trained[pissa]",
         ),

@@ -325,8 +325,8 @@ MUTANTS = (
     Mutant(
         "guidance counts from 0",
         "sdlora/generation/render.py",
-        "negative + first.guidance * (positive - negative)",
-        "positive + first.guidance * (positive - negative)",
+        "negative + self._guidance * (rest - negative)",
+        "rest + self._guidance * (rest - negative)",
         _SAMPLER_TESTS,
     ),
 )

@@ -267,8 +267,8 @@ MUTANTS = (
     Mutant(
         "images do not weigh what they are given",
         _OBJECTIVE,
-        "_weights(model.process, timesteps, settings) * batch.weights",
-        "_weights(model.process, timesteps, settings)",
+        "_weights(process, timesteps, settings) * batch.weights",
+        "_weights(process, timesteps, settings)",
         ("training/test_train_data.py::test_the_weight_of_a_source_is_the_weight_of_its_gradient",),
     ),
     Mutant(
