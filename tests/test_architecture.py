@@ -21,6 +21,7 @@ PACKAGES = (
     "data.reading",
     "data.batching",
     "data.check",
+    "data.captioning",
     "adapters",
     "formats",
     "generation",
@@ -35,7 +36,8 @@ PACKAGES = (
 """Each package may import from the modules at the root and from earlier packages; docs/architecture.md."""
 
 MOST_ROOT_MODULES = 10
-MOST_PACKAGES = 16
+MOST_PACKAGES = 17
+"""Sixteen, and captioning: it runs models, which neither reading nor checking a folder may wait for."""
 MOST_FUNCTION_LINES = 60
 MOST_FAMILY_MEMBERS = 11
 """Eight were meant. Three of those are one now (`facts`); `info` and `base` are data, no work for a family;

@@ -25,6 +25,7 @@ from ..errors import ConfigError, OtherProcessError, SdloraError, without_contro
 from ..files import write_problem
 from ..machine import version
 from .arguments import nearest
+from .captions import declare_caption, declare_tags, run_caption, run_tags
 from .data import declare_cache, declare_check, run_cache, run_check
 from .files import declare_export, declare_inspect, run_export, run_inspect
 from .machine import declare_doctor, run_doctor
@@ -276,6 +277,8 @@ COMMANDS: dict[str, Command] = {
     "diff": Command("compare two adapters by block and layer", declare_diff, run_diff),
     "convert": Command("write an adapter in another format or kind", declare_convert, run_convert),
     "check": Command("look for problems in a folder of images", declare_check, run_check),
+    "caption": Command("write captions for images with a model", declare_caption, run_caption),
+    "tags": Command("count and change the tags of all captions", declare_tags, run_tags),
     "import": Command("read the settings of another trainer", declare_import, run_import),
     "doctor": Command("show what this machine can compute with", declare_doctor, run_doctor),
     "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),

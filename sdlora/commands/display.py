@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -173,3 +174,33 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def image_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function (done, total) that shows images done, rate and time left on stderr.
+
+    A terminal gets a bar, anything else a line every twentieth of the way.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    began = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None, rate="")
+
+        def show(done: int, total: int) -> None:
+            each = (time.monotonic() - began) / max(1, done)
+            rate = f"{1 / each:.1f} images/s" if each <= 1 else f"{each:.1f} s an image"
+            progress.update(task, completed=done, total=total, rate=rate)
+            if not console.is_terminal and (done % max(1, total // 20) == 0 or done == total):
+                left = duration(each * (total - done))
+                console.print(Text(f"{what} {done}/{total}  {rate}  {left} left"))
+
+        yield show

@@ -120,7 +120,7 @@ def read_row(
     image = values.get("file_name")
     if not isinstance(image, str) or not image.strip():
         return Problem("bad caption", where, "has no `file_name`", "add the column `file_name`")
-    wanted = column or next((name for name in _CAPTION_COLUMNS if name in values), None)
+    wanted = caption_column(values, column)
     if wanted is None or wanted not in values:
         has = ", ".join(str(name) for name in values if name != "file_name") or "nothing else"
         what = f"has no column `{wanted or 'text'}` (it has {has})"
@@ -129,6 +129,11 @@ def read_row(
     if lines is None:
         return Problem("bad caption", where, f"has no text in `{wanted}`", "write the caption as a string")
     return image.strip().replace("\\", "/"), lines
+
+
+def caption_column(values: Mapping[str, Any], column: str | None) -> str | None:
+    """Return the column of a line that holds the caption, None where it has none of the known ones."""
+    return column or next((name for name in _CAPTION_COLUMNS if name in values), None)
 
 
 def image_key(metadata: str, image: str) -> str:
