@@ -80,7 +80,7 @@ def make_app(site: Site) -> FastAPI:
         site.end()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.router.routes.extend(routes(site.paths, site.queue))
+    app.router.routes.extend(routes(site.paths, site.queue, site.captioning))
     page = build(site)
     # Gradio checks that a file named by a request was uploaded only for pages started by its own launch()
     page.has_launched = True

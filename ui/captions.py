@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sdlora.data.captioning import restore
 from sdlora.data.reading.captions import CAPTION_ENDINGS
 from sdlora.data.reading.folder import survey, with_trigger
 from sdlora.data.reading.image_files import IMAGE_ENDINGS
@@ -23,6 +24,8 @@ from .server.allowed_paths import AllowedPaths
 
 MAX_CAPTION = 16_000
 MAX_UNDO = 200
+_POINT = "\0restore point"
+"""In the place of a file's name: a change made by `sdlora caption` or `sdlora tags`, here or in a shell."""
 
 
 def tidy(text: str) -> str:
@@ -151,7 +154,13 @@ class CaptionBook:
                 raise DatasetError("nothing to undo in this folder")
             self._typing.pop(folder, None)
             undone = 0
-            for name, (before, after) in history.pop().items():
+            change = history.pop()
+            if _POINT in change:
+                name = change[_POINT][1] or ""
+                point = next(file for file in restore.points(folder) if file.name == name)
+                undone = len(restore.undo(folder, point).restored)
+                change = {}
+            for name, (before, after) in change.items():
                 file = self._paths.writable(folder / name)
                 if file.suffix.lower() not in CAPTION_ENDINGS or _tidy_text(file) != after:
                     continue
@@ -193,10 +202,15 @@ class CaptionBook:
         return self._paths.state / "captions" / f"{key}.json"
 
     def _history(self, folder: Path) -> list[dict[str, tuple[str | None, str | None]]]:
+        """Return the changes that can be undone, restore points of the folder among them."""
+        history: list[dict[str, tuple[str | None, str | None]]] = []
         with suppress(OSError, ValueError):
-            history = parse_json(self._record(folder).read_text(encoding="utf-8"))
-            return history if _is_history(history) else []
-        return []
+            kept = parse_json(self._record(folder).read_text(encoding="utf-8"))
+            history = kept if _is_history(kept) else []
+        there = [file.name for file in restore.points(folder)]
+        history = [change for change in history if _POINT not in change or change[_POINT][1] in there]
+        listed = {change[_POINT][1] for change in history if _POINT in change}
+        return [*history, *({_POINT: (None, name)} for name in there if name not in listed)]
 
     def _remember(
         self, folder: Path, change: dict[str, tuple[str | None, str | None]], *, going_on: bool

@@ -9,6 +9,7 @@ from pathlib import Path
 from sdlora.config.toml import load_config
 from sdlora.run_folder import CheckpointFolder, RunFolder, list_checkpoints
 
+from .captioning import Captioning
 from .drafts import Drafts
 from .jobs import JobQueue
 from .plans import Plans
@@ -32,13 +33,15 @@ class Choice:
 class Site:
     """The parts of one server.
 
-    The workers start when something needs torch: one draws, the other plans, exports and changes adapters.
+    The workers start when something needs torch: one draws, one plans, exports and changes adapters, one
+    captions.
     """
 
     paths: AllowedPaths
     queue: JobQueue
     draw: WorkerClient = field(init=False)
     desk: WorkerClient = field(init=False)
+    captioning: Captioning = field(init=False)
     plans: Plans = field(init=False)
     drafts: Drafts = field(init=False)
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -46,6 +49,7 @@ class Site:
     def __post_init__(self) -> None:
         """Make the workers, without starting them, and the store for forms."""
         self.draw, self.desk = WorkerClient(self.paths.home), WorkerClient(self.paths.home)
+        self.captioning = Captioning(self.paths, WorkerClient(self.paths.home, idle_seconds=_TEND_EVERY))
         self.plans = Plans(self.desk, self.queue)
         self.drafts = Drafts(self.paths.state / "forms")
 
@@ -62,7 +66,7 @@ class Site:
 
         def tend() -> None:
             while not self._ended.wait(_TEND_EVERY):
-                for worker in (self.draw, self.desk):
+                for worker in self._workers():
                     worker.end_if_idle()
 
         threading.Thread(target=tend, name="tend workers", daemon=True).start()
@@ -71,8 +75,11 @@ class Site:
         """Stop the queue and the workers; running jobs continue."""
         self._ended.set()
         self.queue.close()
-        for worker in (self.draw, self.desk):
+        for worker in self._workers():
             worker.close()
+
+    def _workers(self) -> tuple[WorkerClient, ...]:
+        return self.draw, self.desk, self.captioning.worker
 
     def make_room(self) -> None:
         """Stop planning, and on a GPU release its memory: a job is about to start."""

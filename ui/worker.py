@@ -23,6 +23,7 @@ from sdlora.errors import SdloraError
 TASKS = {
     "draw": "sdlora_ui.tasks.draw:draw",
     "plan": "sdlora_ui.tasks.plan:plan",
+    "caption": "sdlora_ui.tasks.caption:caption",
     "export": "sdlora_ui.tasks.tools:export",
     "inspect": "sdlora_ui.tasks.tools:inspect",
     "merge": "sdlora_ui.tasks.tools:merge",

@@ -25,6 +25,7 @@ from sdlora.files import parse_json
 from sdlora.generation.png_info import read_parameters
 from sdlora.run_folder import SAMPLE, SAVE, RunFolder
 
+from ..captioning import Captioning
 from ..captions import CaptionBook
 from ..dataset_view import DataSets, version_of
 from ..gallery import list_images
@@ -37,9 +38,9 @@ MAX_THUMB = 1024
 Handler = Callable[[Request], dict[str, Any]]
 
 
-def routes(paths: AllowedPaths, queue: JobQueue) -> list[BaseRoute]:
+def routes(paths: AllowedPaths, queue: JobQueue, captioning: Captioning) -> list[BaseRoute]:
     """Return the routes of one server."""
-    endpoints = _Own(paths, queue)
+    endpoints = _Own(paths, queue, captioning)
     web = Path(__file__).parent.parent / "web"
     return [
         Mount("/sdlora/web", StaticFiles(directory=web)),
@@ -50,6 +51,8 @@ def routes(paths: AllowedPaths, queue: JobQueue) -> list[BaseRoute]:
         Route("/sdlora/settings", _reading(endpoints.settings)),
         Route("/sdlora/images", _reading(endpoints.images)),
         Route("/sdlora/captions/{what}", _writing(endpoints.captions), methods=["POST"]),
+        Route("/sdlora/captioning", _reading(endpoints.captioning_state)),
+        Route("/sdlora/captioning/{what}", _writing(endpoints.caption), methods=["POST"]),
         Route("/sdlora/jobs", _reading(endpoints.jobs)),
         Route("/sdlora/jobs/{id}", _reading(endpoints.job)),
         Route("/sdlora/jobs/{id}/log", _reading(endpoints.log)),
@@ -101,8 +104,8 @@ def _answered(handler: Handler, request: Request) -> Response:
 class _Own:
     """The handlers, with the objects they share."""
 
-    def __init__(self, paths: AllowedPaths, queue: JobQueue) -> None:
-        self.paths, self.queue = paths, queue
+    def __init__(self, paths: AllowedPaths, queue: JobQueue, captioning: Captioning) -> None:
+        self.paths, self.queue, self.captioning = paths, queue, captioning
         self.book, self.sets, self.memory = CaptionBook(paths), DataSets(), MemoryWatch()
 
     async def file(self, request: Request) -> Response:
@@ -166,6 +169,21 @@ class _Own:
         else:
             raise ConfigError(f"{what}: is not an action for captions")
         return {"changed": changed, "undo": self.book.changes(folder)}
+
+    def captioning_state(self, request: Request) -> dict[str, Any]:
+        return self.captioning.state(self.paths.readable(request.query_params.get("folder", "")))
+
+    def caption(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        folder, what = self.paths.writable(str(body["folder"])), request.path_params["what"]
+        if what == "stop":
+            self.captioning.stop(folder)
+        elif what in ("preview", "start"):
+            if any(job.status in ("running", "stopping") for job in self.queue.all()):
+                raise ConfigError("a run is training, and would share its memory; caption when it has ended")
+            self.captioning.start(folder, body, preview=what == "preview")
+        else:
+            raise ConfigError(f"{what}: is not an action for captioning")
+        return self.captioning.state(folder)
 
     def jobs(self, request: Request) -> dict[str, Any]:
         return {"jobs": [self._brief(job) for job in self.queue.all()]}

@@ -1,6 +1,6 @@
 // The data set: images, captions edited in place, the doctor's findings, crops, buckets, tags.
 
-import { ask, attempt, button, el, Live, say, thumbUrl } from "./base.js";
+import { ask, attempt, button, duration, el, Live, say, thumbUrl } from "./base.js";
 
 const PAGE = 60;
 const SAVE_AFTER = 250; // ms without a key press
@@ -21,6 +21,7 @@ class DataSet extends Live {
       this.page = 0;
       this.cards = new Map();
       this.parts.tools.replaceChildren();
+      this.parts.captioner.replaceChildren();
       if (this.isConnected) this.load();
     });
   }
@@ -32,7 +33,7 @@ class DataSet extends Live {
     this.flush = () => this.cards.forEach((card) => card.save(true));
     addEventListener("pagehide", this.flush);
     document.addEventListener("visibilitychange", this.flush);
-    this.parts = Object.fromEntries(["summary", "findings", "charts", "tools", "cards", "pages"].map((name) => [name, el("div", { class: `sd-${name}` })]));
+    this.parts = Object.fromEntries(["summary", "findings", "charts", "tools", "captioner", "cards", "pages"].map((name) => [name, el("div", { class: `sd-${name}` })]));
   }
   disconnectedCallback() {
     super.disconnectedCallback();
@@ -51,6 +52,7 @@ class DataSet extends Live {
     if (!this.folder || this.loading) return;
     if (!this.state) { await this.load(); return; }
     this.cards.forEach((card) => card.save());
+    this.captioner?.refresh();
     const now = await ask(`dataset/progress?${this.where}`).catch(() => null);
     if (now && now.version && now.version !== this.state.version) await this.load();
   }
@@ -88,6 +90,7 @@ class DataSet extends Live {
     put("findings", this.findings(state));
     put("charts", this.charts(state));
     if (!this.parts.tools.firstChild) put("tools", this.toolbar(state));
+    if (!this.parts.captioner.firstChild) { this.captioner = new Captioner(this, state.trigger || ""); put("captioner", this.captioner.node); }
     this.drawTools(state);
     const old = this.cards;
     this.cards = new Map(state.cards.map((card) => [card.name, old.get(card.name) || new Card(this)]));
@@ -169,6 +172,63 @@ class DataSet extends Live {
     const go = (to) => () => { this.page = to; this.load().then(() => this.parts.tools.scrollIntoView()); };
     return el("nav", { class: "sd-row", "aria-label": "Pages of images" }, button("Previous", go(this.page - 1), "", { disabled: this.page === 0 }),
       el("span", {}, `${this.page + 1} of ${last + 1}`), button("Next", go(this.page + 1), "", { disabled: this.page >= last }));
+  }
+}
+
+// Captions by a model: the same as `sdlora caption`, done by the server whether the page is open or not.
+class Captioner {
+  constructor(owner, trigger) {
+    this.owner = owner;
+    const field = (label, name, placeholder, value = "") => el("label", { class: "sd-field" }, el("span", {}, label), el("input", { type: "text", id: `sd-caption-${name}`, placeholder, value }));
+    this.over = el("input", { type: "checkbox", id: "sd-caption-overwrite" });
+    this.buttons = ["preview", "start", "stop"].map((what, i) => button(["Show 8 captions", "Caption all", "Stop"][i], () => this.act(what), what === "start" ? "primary" : "", { id: `sd-caption-${what}` }));
+    this.status = el("div", { id: "sd-caption-status", role: "status" });
+    this.node = el("details", { class: "sd-panel", id: "sd-caption" }, el("summary", {}, "Caption with a model"),
+      el("p", { class: "sd-dim" }, "A transformers model (BLIP, Florence-2, Qwen-VL, …) or an ONNX tagger (WD14, …): its folder or hub id. Captions that are there are kept, and Undo takes all of it back."),
+      el("div", { class: "sd-toolrow" },
+        el("div", { class: "sd-tool" }, field("Model", "model", "folder or owner/name"), field("Prompt", "prompt", "its usual question")),
+        el("div", { class: "sd-tool" }, field("Put in front", "prefix", "nothing"), field("Trigger word", "trigger", "none", trigger), field("Longest, in tokens", "max_tokens", "no limit")),
+        el("div", { class: "sd-tool" }, field("Tagger's thresholds", "threshold", "0.35 character=0.85"), field("Tags left out", "blacklist", "none"))),
+      el("label", { class: "sd-check" }, this.over, " replace captions that are there"),
+      el("div", { class: "sd-row" }, this.buttons), this.status);
+    this.show({ status: "none" });
+    this.refresh();
+  }
+  act(what) {
+    const body = { folder: this.owner.folder, overwrite: this.over.checked };
+    for (const input of this.node.querySelectorAll("input[type=text]")) body[input.id.replace("sd-caption-", "")] = input.value;
+    return attempt(async () => {
+      await Promise.all([...this.owner.cards.values()].map((card) => card.save()));
+      this.show(await ask(`captioning/${what}`, body));
+    });
+  }
+  async refresh() {
+    const state = await ask(`captioning?${this.owner.where}`).catch(() => null);
+    if (state) this.show(state);
+  }
+  show(state) {
+    const shown = JSON.stringify(state);
+    if (shown === this.shown) return;
+    this.shown = shown;
+    const busy = ["running", "stopping"].includes(state.status);
+    if (busy) this.node.open = true;
+    this.buttons.forEach((control, i) => { control.disabled = i === 2 ? state.status !== "running" : busy; });
+    const failed = Object.values(state.failed || {});
+    const rate = state.images_per_second ? `, ${state.images_per_second.toFixed(1)} images/s, ${duration(state.seconds_left)} left` : "";
+    const parts = {
+      none: () => [],
+      running: () => [el("div", { class: "sd-working" }, el("progress", { max: 1, value: state.total ? state.done / state.total : 0, "aria-label": "Captioning" }),
+        el("span", {}, state.total && state.done ? `${state.note}: ${state.done} of ${state.total}${rate}` : `${state.note} …`))],
+      stopped: () => [el("p", {}, "Stopped; “Caption all” continues. What was written can be undone.")],
+      failed: () => [el("p", { class: "sd-problem", role: "alert" }, state.error)],
+      finished: () => state.preview
+        ? [el("p", {}, `${plural(state.todo, "image")} to caption, ${state.kept} keep theirs. Nothing is written yet:`),
+          el("dl", {}, state.preview.flatMap((one) => [el("dt", {}, one.image), el("dd", {}, one.caption || one.problem)]))]
+        : [el("p", {}, `${plural(state.written, "caption")} written, ${state.kept} kept.`),
+          failed.slice(0, 20).map((text) => el("p", { class: "sd-hint warning" }, text)),
+          failed.length > 20 ? el("p", { class: "sd-dim" }, `and ${failed.length - 20} more`) : null],
+    };
+    this.status.replaceChildren(...parts[state.status === "stopping" ? "running" : state.status]().flat().filter(Boolean));
   }
 }
 
