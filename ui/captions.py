@@ -210,7 +210,8 @@ class CaptionBook:
         there = [file.name for file in restore.points(folder)]
         history = [change for change in history if _POINT not in change or change[_POINT][1] in there]
         listed = {change[_POINT][1] for change in history if _POINT in change}
-        return [*history, *({_POINT: (None, name)} for name in there if name not in listed)]
+        history += [{_POINT: (None, name)} for name in there if name not in listed]
+        return history
 
     def _remember(
         self, folder: Path, change: dict[str, tuple[str | None, str | None]], *, going_on: bool

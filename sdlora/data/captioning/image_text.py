@@ -155,7 +155,7 @@ def _without_videos(folder: Path, kind: str, images: Any, tokenizer: Any) -> Any
         return None
     whole: Any = getattr(transformers, name)
 
-    class ImagesOnly(whole):  # type: ignore[misc]
+    class ImagesOnly(whole):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             if argument_name == "video_processor" and argument is None:
                 return type(None)
