@@ -455,6 +455,32 @@ def test_captions_are_replaced_in_all_images_and_get_the_trigger_word(
     wait(lambda: page.one(shown).get_attribute("value") == "inkicon, a drawing of a dog")
 
 
+def test_a_folder_is_captioned_by_a_model_and_put_back(page: Page, wait: Callable[..., Any]) -> None:
+    pytest.importorskip("onnxruntime")
+    from data.captioning.tiny_captioners import write_tagger
+
+    images = page.server.home / "training-images"
+    shutil.copytree(ROOT / "datasets" / "ink-icons", images / "bare", ignore=few)
+    for file in (images / "bare").glob("*.txt"):
+        file.unlink()
+    write_tagger(page.server.home / "runs" / "tagger")
+    page.open()
+    open_folder(page, "bare")
+    page.click("#sd-caption summary")
+    page.type("#sd-caption-model", "runs/tagger")
+    page.type("#sd-caption-threshold", "0")
+    page.click("#sd-caption-preview")
+    wait(lambda: "4 images to caption" in page.one("#sd-caption-status").text)
+    assert list((images / "bare").glob("*.txt")) == []
+    page.click("#sd-caption-start")
+    wait(lambda: "4 captions written, 0 kept" in page.one("#sd-caption-status").text)
+    caption = (images / "bare" / "bee.txt").read_text().strip()
+    assert caption
+    wait(lambda: page.one("textarea[data-name='bee.png']").get_attribute("value") == caption)
+    page.click("#sd-undo")
+    wait(lambda: list((images / "bare").glob("*.txt")) == [])
+
+
 def test_two_tabs_agree_about_a_caption(page: Page, wait: Callable[..., Any]) -> None:
     driver, shown = page.driver, "textarea[data-name='cheese.png']"
     page.open()
