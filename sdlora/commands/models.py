@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import ConfigError
 from ..files import find_settings
@@ -152,6 +152,8 @@ def _is_main_process() -> bool:
 
 def declare_generate(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``sdlora generate``."""
+    from ..config.schema import SamplerName
+
     declare_base(parser)
     parser.add_argument(
         "--adapter",
@@ -179,7 +181,8 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="in px; the base's own size when left out")
     parser.add_argument("--steps", type=int, help="denoising steps; 20 when left out")
     parser.add_argument("--guidance", type=float, help="guidance scale; the base's own when left out")
-    parser.add_argument("--sampler", help="DDIM, Euler, Euler a, DPM++ 2M, or DPM++ 2M Karras (the default)")
+    samplers = f"DPM++ 2M Karras when left out; there are {', '.join(get_args(SamplerName))}"
+    parser.add_argument("--sampler", metavar="NAME", help=samplers)
     parser.add_argument("--strengths", metavar="A,B,...", help="render a sweep grid, e.g. 0,0.25,0.5,0.75,1")
     parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights first")
     for key in ("training.device", "training.precision", "training.attention"):

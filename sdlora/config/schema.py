@@ -50,7 +50,20 @@ LossWeighting = Literal["min_snr", "soft_min_snr", "debiased"]
 TimestepDistribution = Literal["uniform", "logit_normal", "low_noise", "high_noise"]
 TrackerName = Literal["tensorboard", "wandb"]
 WandbMode = Literal["offline", "online"]
-SamplerName = Literal["DDIM", "Euler", "Euler a", "DPM++ 2M", "DPM++ 2M Karras"]
+SamplerName = Literal[
+    "DDIM",
+    "Euler",
+    "Euler a",
+    "DPM++ 2M",
+    "DPM++ 2M Karras",
+    "DPM++ 2M SDE",
+    "DPM++ 2M SDE Karras",
+    "DPM++ SDE Karras",
+    "UniPC",
+    "LCM",
+    "Heun",
+    "Euler trailing",
+]
 PredictionType = Literal["epsilon", "v_prediction"]
 AttentionName = Literal["auto", "sdpa", "xformers"]
 

@@ -9,7 +9,11 @@ A1111's WebUI, so that a preview shows what its users will get:
   with this rule, above 100 steps only numbers that divide T start from full noise.
 * ``Euler``, ``Euler a``, ``DPM++ 2M``: evenly from the last timestep to the first, then to no noise.
   (DPM++ takes whole timesteps, so its inner ones are rounded; WebUI's are fractions.)
-* ``DPM++ 2M Karras``: noise levels spaced as in Karras et al. 2022, equation 5, rho 7.
+* ``... Karras``: noise levels spaced as in Karras et al. 2022, equation 5, rho 7.
+* ``Euler trailing``: in equal steps from the very last timestep on, WebUI's schedule type ``Simple``, but for
+  rounding; few steps are better for it.
+* ``UniPC``: of third order, bh1, WebUI's defaults, evenly from the last timestep down.
+* ``LCM``: of the 50 timesteps that such adapters are distilled at; above 50 steps, of all.
 
 A base whose schedule ends in pure noise (zero terminal SNR) is sampled from that last timestep on, in equal
 steps ("trailing", Lin et al. 2024, section 3.3); its infinite noise level is taken as 4096, as in diffusers.
@@ -20,6 +24,7 @@ A scheduler counts its steps, so each one serves a single batch.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -41,6 +46,7 @@ class Sampler:
         webui_name: WebUI's word for it in the ``Sampler:`` field of an image's settings.
         webui_schedule: WebUI's ``Schedule type:``, or None where it states none.
         ancestral: new noise enters at every step.
+        second_order: every step but the last calls the denoiser twice.
         build: makes the diffusers scheduler of a discrete diffusion from the settings of its schedule
             (:meth:`sdlora.diffusion.ddpm.DDPM.schedule`) and the number of steps.
     """
@@ -49,6 +55,7 @@ class Sampler:
     webui_schedule: str | None
     ancestral: bool
     build: Build
+    second_order: bool = False
 
 
 def find_sampler(name: str) -> Sampler:
@@ -145,10 +152,10 @@ def _even(steps: int) -> str:
     return "linspace" if steps > 1 else "trailing"
 
 
-def _dpm(shared: dict[str, Any], steps: int) -> Any:
+def _dpm(shared: dict[str, Any], steps: int, **more: Any) -> Any:
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(**shared, **_DPM)
+    scheduler = DPMSolverMultistepScheduler(**shared, **{**_DPM, **more})
     count = shared["num_train_timesteps"]
     first = count / steps - 1 if _spacing(shared, "even") == "trailing" else 0
     # given one by one: diffusers' own "linspace" makes one step more and drops the first timestep
@@ -158,10 +165,69 @@ def _dpm(shared: dict[str, Any], steps: int) -> Any:
     return scheduler
 
 
-def _dpm_karras(shared: dict[str, Any], steps: int) -> Any:
+def _dpm_karras(shared: dict[str, Any], steps: int, **more: Any) -> Any:
     from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(**shared, **_DPM, use_karras_sigmas=True)
+    scheduler = DPMSolverMultistepScheduler(**shared, **{**_DPM, **more}, use_karras_sigmas=True)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _dpm_sde(shared: dict[str, Any], steps: int) -> Any:
+    return _dpm(shared, steps, algorithm_type="sde-dpmsolver++")
+
+
+def _dpm_sde_karras(shared: dict[str, Any], steps: int) -> Any:
+    return _dpm_karras(shared, steps, algorithm_type="sde-dpmsolver++")
+
+
+def _single_step_sde_karras(shared: dict[str, Any], steps: int) -> Any:
+    from .dpm_sde import DPMSolverSDE
+
+    return _two_calls(DPMSolverSDE, shared, steps, use_karras_sigmas=True)
+
+
+def _heun(shared: dict[str, Any], steps: int) -> Any:
+    from diffusers import HeunDiscreteScheduler
+
+    return _two_calls(HeunDiscreteScheduler, shared, steps)
+
+
+def _two_calls(kind: Any, shared: dict[str, Any], steps: int, **more: Any) -> Any:
+    """Return a scheduler of a class that knows no schedule that ends in pure noise."""
+    settings = dict(shared)
+    betas = list(settings["trained_betas"])
+    if settings.pop("rescale_betas_zero_snr"):  # 2^-24 of signal is kept, as in diffusers' others
+        before = math.prod(1.0 - beta for beta in betas[:-1])
+        betas[-1] = 1.0 - 2.0**-24 / before
+    spacing = _spacing(shared, _even(steps))
+    scheduler = kind(**{**settings, "trained_betas": betas}, timestep_spacing=spacing, **more)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _unipc(shared: dict[str, Any], steps: int) -> Any:
+    from diffusers import UniPCMultistepScheduler
+
+    spacing = _spacing(shared, "linspace")
+    scheduler = UniPCMultistepScheduler(**shared, solver_order=3, solver_type="bh1", timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _lcm(shared: dict[str, Any], steps: int) -> Any:
+    from diffusers import LCMScheduler
+
+    trained = shared["num_train_timesteps"]
+    scheduler = LCMScheduler(**shared, clip_sample=False)
+    scheduler.set_timesteps(steps, original_inference_steps=50 if steps <= 50 <= trained else trained)
+    return scheduler
+
+
+def _euler_trailing(shared: dict[str, Any], steps: int) -> Any:
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler(**shared, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -180,5 +246,12 @@ SAMPLERS: dict[SamplerName, Sampler] = {
     "Euler a": Sampler("Euler a", "Automatic", True, _euler_ancestral),
     "DPM++ 2M": Sampler("DPM++ 2M", "Uniform", False, _dpm),
     "DPM++ 2M Karras": Sampler("DPM++ 2M", "Karras", False, _dpm_karras),
+    "DPM++ 2M SDE": Sampler("DPM++ 2M SDE", "Uniform", True, _dpm_sde),
+    "DPM++ 2M SDE Karras": Sampler("DPM++ 2M SDE", "Karras", True, _dpm_sde_karras),
+    "DPM++ SDE Karras": Sampler("DPM++ SDE", "Karras", True, _single_step_sde_karras, second_order=True),
+    "UniPC": Sampler("UniPC", None, False, _unipc),
+    "LCM": Sampler("LCM", "Automatic", True, _lcm),
+    "Heun": Sampler("Heun", "Automatic", False, _heun, second_order=True),
+    "Euler trailing": Sampler("Euler", "Simple", False, _euler_trailing),
 }
 assert tuple(SAMPLERS) == get_args(SamplerName)

@@ -143,14 +143,14 @@ class ImageGenerator:
         for request in asked:
             check_request(self.model, request)
             self._check_loaded(request.strengths)
-        total, before = sum(request.steps for request in asked), 0
+        total, before = sum(request.calls for request in asked), 0
         images: dict[int, Image] = {}
         for strengths, indices in _by_strengths(asked):
             members = [asked[i] for i in indices]
             shifted = None if progress is None else _shifted(progress, before, total)
             with self._acting(strengths, merge):
                 images |= zip(indices, render(self.model, members, progress=shifted), strict=True)
-            before += sum(request.steps for request in members)
+            before += sum(request.calls for request in members)
         return [GeneratedImage(images[i], request) for i, request in enumerate(asked)]
 
     def merge(self, strengths: Mapping[str, Strength]) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Progress = Callable[[int, int], None]
-"""Called after every denoising step: (images times steps done, all of them)."""
+"""Called after every call of the denoiser: (images times calls done, all of them)."""
 
 MOST_PX = 8192
 """Of a side: more is a slip of the finger, and would take all memory of the machine."""
@@ -58,6 +58,16 @@ class GenerateRequest:
     sampler: str
     seed: int
     strengths: Mapping[str, Strength] = field(default_factory=dict)
+
+    @property
+    def calls(self) -> int:
+        """How often the denoiser is called."""
+        return 2 * self.steps - 1 if find_sampler(self.sampler).second_order else self.steps
+
+    @property
+    def counted_calls(self) -> int:
+        """The calls that changes in prompts are shares of: as WebUI counts, two for every step, or one."""
+        return 2 * self.steps if find_sampler(self.sampler).second_order else self.steps
 
 
 def usual_guidance(model: DiffusionModel) -> float:
@@ -99,7 +109,7 @@ def render(
     """
     for request in requests:
         check_request(model, request)
-    total, done = sum(request.steps for request in requests), 0
+    total, done = sum(request.calls for request in requests), 0
     images: dict[int, Image] = {}
     for batch in _batches(model, requests):
         members = [requests[i] for i in batch]
@@ -148,12 +158,12 @@ def _batches(model: DiffusionModel, requests: Sequence[GenerateRequest]) -> Iter
     """Yield indices of requests that can go through the denoiser together."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, request in enumerate(requests):
-        parts = len(parts_of(request.prompt, request.steps))
+        parts = len(parts_of(request.prompt, request.counted_calls))
         key = (request.height, request.width, request.steps, request.guidance, find_sampler(request.sampler))
         alike.setdefault((*key, parts), []).append(i)
     for indices in alike.values():
         first = requests[indices[0]]
-        parts = len(parts_of(first.prompt, first.steps))
+        parts = len(parts_of(first.prompt, first.counted_calls))
         size = max(1, most_at_once(model, first.height, first.width) // parts)
         yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
@@ -217,11 +227,12 @@ class _Told:
     ) -> None:
         first = requests[0]
         self._model, self._count = model, len(requests)
-        self._parts = [parts_of(request.prompt, first.steps) for request in requests]
+        self._parts = [parts_of(request.prompt, first.counted_calls) for request in requests]
         self._composed = any(_is_composed(request) for request in requests)
         self._guidance = max(1.0, first.guidance)
         guides = first.guidance > 1.0 or self._composed
-        self._negative = [schedule(r.negative_prompt, first.steps) for r in requests] if guides else []
+        unwanted = [request.negative_prompt for request in requests] if guides else []
+        self._negative = [schedule(text, first.counted_calls) for text in unwanted]
         flat = [Part(1.0, texts) for texts in self._negative] + [p for parts in self._parts for p in parts]
         self._flat = flat
         self.rows = len(flat)
@@ -233,8 +244,8 @@ class _Told:
     @staticmethod
     def check(request: GenerateRequest) -> None:
         """Raise ConfigError for a prompt that changes more than is drawn."""
-        parts_of(request.prompt, request.steps)
-        schedule(request.negative_prompt, request.steps)
+        parts_of(request.prompt, request.counted_calls)
+        schedule(request.negative_prompt, request.counted_calls)
 
     def at(self, call: int) -> Conditioning:
         """Return the conditioning of a call, the first one being 0, on the denoiser's device."""
@@ -268,7 +279,7 @@ class _Told:
 
 def _is_composed(request: GenerateRequest) -> bool:
     """Tell whether a prompt is several joined by ``AND``."""
-    return len(parts_of(request.prompt, request.steps)) > 1
+    return len(parts_of(request.prompt, request.counted_calls)) > 1
 
 
 def conditioning_of(
@@ -281,8 +292,8 @@ def conditioning_of(
 def texts_of(request: GenerateRequest) -> list[str]:
     """Return all texts that are encoded to draw an image."""
     parts = [
-        *parts_of(request.prompt, request.steps),
-        Part(1.0, schedule(request.negative_prompt, request.steps)),
+        *parts_of(request.prompt, request.counted_calls),
+        Part(1.0, schedule(request.negative_prompt, request.counted_calls)),
     ]
     return [text for part in parts for _, text in part.texts]
 

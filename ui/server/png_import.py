@@ -58,6 +58,8 @@ def from_parameters(values: Mapping[str, str]) -> ImportedSettings:
 
 def _sampler(name: str, schedule: str) -> str | None:
     known = get_args(SamplerName)
+    if name == "Euler" and schedule in ("Simple", "SGM Uniform"):
+        return "Euler trailing"
     return next((candidate for candidate in (f"{name} {schedule}", name) if candidate in known), None)
 
 

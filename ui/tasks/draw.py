@@ -85,7 +85,7 @@ def draw(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     studio = _loaded(str(arguments["base"]), emit)
     make_folder(Path(arguments["folder"]))
     cells = list(_cells(studio, arguments))
-    steps_total = sum(request.steps for _, _, request in cells)
+    steps_total = sum(request.calls for _, _, request in cells)
     done, files, used = 0, [], set()
     for row, column, request in cells:
         before = done
@@ -94,7 +94,7 @@ def draw(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
             emit.progress(before + step, steps_total, "drawing")
 
         generated = studio.generator.generate([request], progress=progress)[0]
-        done += request.steps
+        done += request.calls
         used |= set(request.strengths)
         files.append(_write(studio, generated, Path(arguments["folder"])))
         emit.part({"row": row, "column": column, **files[-1]})
