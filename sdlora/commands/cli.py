@@ -28,6 +28,7 @@ from .arguments import nearest
 from .captions import declare_caption, declare_tags, run_caption, run_tags
 from .data import declare_cache, declare_check, run_cache, run_check
 from .files import declare_export, declare_inspect, run_export, run_inspect
+from .hub import declare_publish, run_publish
 from .machine import declare_doctor, run_doctor
 from .models import (
     declare_demo,
@@ -269,6 +270,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("train a LoRA on a folder of images", declare_train, run_train, settings_help),
     "generate": Command("draw images with adapters at any strength", declare_generate, run_generate),
     "export": Command("write an adapter for WebUI, diffusers or PEFT", declare_export, run_export),
+    "publish": Command("put an adapter with its model card on the hub", declare_publish, run_publish),
     "inspect": Command("show what an adapter file or a base model holds", declare_inspect, run_inspect),
     "merge": Command("merge adapters into one", declare_merge, run_merge),
     "resize": Command("write an adapter with fewer ranks", declare_resize, run_resize),

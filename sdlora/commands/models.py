@@ -171,7 +171,13 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
         help="where <lora:NAME:0.8> in prompts is looked for: a run, a folder of runs, a WebUI's folder or "
         "any other; may be repeated (runs/ is looked at, too)",
     )
-    parser.add_argument("--prompt", action="append", required=True, help="what to draw; may be repeated")
+    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be repeated")
+    parser.add_argument(
+        "--prompts",
+        type=path_argument,
+        metavar="FILE",
+        help="a file of prompts, one a line, with kohya's options: a cat --n blurry --w 512 --d 1 --s 30",
+    )
     parser.add_argument("--negative", default="", metavar="PROMPT", help="what to avoid")
     parser.add_argument(
         "--output", type=path_argument, required=True, metavar="DIR", help="where the PNGs go"
@@ -184,6 +190,14 @@ def declare_generate(parser: argparse.ArgumentParser) -> None:
     samplers = f"DPM++ 2M Karras when left out; there are {', '.join(get_args(SamplerName))}"
     parser.add_argument("--sampler", metavar="NAME", help=samplers)
     parser.add_argument("--strengths", metavar="A,B,...", help="render a sweep grid, e.g. 0,0.25,0.5,0.75,1")
+    parser.add_argument(
+        "--grid",
+        nargs="+",
+        default=[],
+        metavar="AXIS=A,B",
+        help="a labelled grid over one or two of strength, seed, checkpoint (steps, or all), steps, "
+        "guidance, sampler: --grid strength=0,0.5,1 seed=1,2; what --output holds already is not drawn again",
+    )
     parser.add_argument("--merge", action="store_true", help="fold the adapters into the weights first")
     for key in ("training.device", "training.precision", "training.attention"):
         declare_setting(parser, key)
@@ -199,16 +213,19 @@ def run_generate(options: argparse.Namespace) -> Result:
         if value is not None and value < least:
             raise ConfigError(f"--{name} {value}: must be {least} or more")
     from ..adapters.strength import parse_adapter
+    from ..config.prompt_lines import read_line, read_prompt_file
     from ..generation.generate import generate
     from .display import progress_bar
 
     adapters = [parse_adapter(text) for text in options.adapter]
+    from_file = [read_line(line) for line in read_prompt_file(options.prompts)] if options.prompts else []
+    prompts = [*options.prompt, *from_file]
     given = settings_of(options)
     with progress_bar("drawing") as progress:
         result = generate(
             base_of(options),
             adapters,
-            options.prompt,
+            prompts,
             negative_prompt=options.negative,
             seed=options.seed,
             height=height,
@@ -217,6 +234,7 @@ def run_generate(options: argparse.Namespace) -> Result:
             guidance=options.guidance,
             sampler=options.sampler,
             strengths=strengths,
+            axes=options.grid,
             merge=options.merge,
             count=options.count,
             output=options.output,

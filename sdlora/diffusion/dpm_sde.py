@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 
-class DPMSolverSDE(HeunDiscreteScheduler):  # type: ignore[misc]
+class DPMSolverSDE(HeunDiscreteScheduler):
     """A :class:`sdlora.diffusion.process.Scheduler`: two calls a step, one for the last."""
 
     def set_timesteps(self, num_inference_steps: int, *args: Any, **more: Any) -> None:

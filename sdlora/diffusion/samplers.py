@@ -12,7 +12,8 @@ A1111's WebUI, so that a preview shows what its users will get:
 * ``... Karras``: noise levels spaced as in Karras et al. 2022, equation 5, rho 7.
 * ``Euler trailing``: in equal steps from the very last timestep on, WebUI's schedule type ``Simple``, but for
   rounding; few steps are better for it.
-* ``UniPC``: of third order, bh1, WebUI's defaults, evenly from the last timestep down.
+* ``UniPC``: evenly from the last timestep down, of second order (bh2), as its authors advise with guidance;
+  WebUI's default is the third (bh1), which cannot end without noise.
 * ``LCM``: of the 50 timesteps that such adapters are distilled at; above 50 steps, of all.
 
 A base whose schedule ends in pure noise (zero terminal SNR) is sampled from that last timestep on, in equal
@@ -210,7 +211,7 @@ def _unipc(shared: dict[str, Any], steps: int) -> Any:
     from diffusers import UniPCMultistepScheduler
 
     spacing = _spacing(shared, "linspace")
-    scheduler = UniPCMultistepScheduler(**shared, solver_order=3, solver_type="bh1", timestep_spacing=spacing)
+    scheduler = UniPCMultistepScheduler(**shared, timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
     return scheduler
 

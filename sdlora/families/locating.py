@@ -78,12 +78,13 @@ def from_hub(source: str, *, vae: bool = False, fetch: bool = True) -> Path:
 
     try:
         if constants.HF_HUB_OFFLINE or not fetch:
-            return Path(snapshot_download(source, local_files_only=True))
-        names = HfApi().list_repo_files(source)
+            return cached(source)
+        # not list_repo_files: without a network it tries for half a minute
+        names = [file.rfilename for file in HfApi().model_info(source).siblings or ()]
         return Path(snapshot_download(source, allow_patterns=wanted_files(names, vae=vae)))
     except Exception as error:
         try:
-            return Path(snapshot_download(source, local_files_only=True))
+            return cached(source)
         except Exception:
             if not fetch:
                 raise ModelError(
@@ -95,6 +96,24 @@ def from_hub(source: str, *, vae: bool = False, fetch: bool = True) -> Path:
                 f"{source}: neither a path here nor a model that the hub gives ({reason}); check the "
                 "spelling and the network, or give a local folder or .safetensors file"
             ) from error
+
+
+def cached(source: str) -> Path:
+    """Return the folder of what the hub's cache holds of a repository, which need not be all of it.
+
+    Raises:
+        OSError: if it holds nothing.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        # hub 2 takes a folder for incomplete that lacks files which were never wanted
+        if (folder := getattr(error, "snapshot_path", None)) is None:
+            raise
+        return Path(folder)
 
 
 def wanted_files(names: Sequence[str], *, vae: bool = False) -> list[str]:

@@ -18,6 +18,7 @@ from ..families.compute import Compute
 from ..families.loading import load_model
 from ..formats import dropping
 from ..formats.adapter_files import OpenAdapter
+from ..formats.hub_adapters import locate_adapter
 from .render import GeneratedImage, GenerateRequest, Progress, check_request, render
 
 if TYPE_CHECKING:
@@ -227,8 +228,9 @@ def _read(adapter: str | Path | AdapterFile) -> tuple[AdapterFile, str, str, Ope
     if isinstance(adapter, AdapterFile):
         name = adapter.info.name or "adapter"
         return adapter, name, name, None
-    file = OpenAdapter(Path(adapter).expanduser())
-    name = file.path.name if file.path.is_dir() else file.path.stem
+    place, hub_name = locate_adapter(Path(adapter).expanduser())
+    file = OpenAdapter(place)
+    name = hub_name or (file.path.name if file.path.is_dir() else file.path.stem)
     read = file.read()
     for note in dropping.untouched(file.path, read):
         warnings.warn(note, stacklevel=3)

@@ -102,7 +102,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     ),
     "DPM++ SDE Karras": (lambda: diffusers_sde(), {"num_inference_steps": STEPS}),
     "UniPC": (
-        lambda: diffusers.UniPCMultistepScheduler(**NOISE, solver_order=3, solver_type="bh1"),
+        lambda: diffusers.UniPCMultistepScheduler(**NOISE),
         {"num_inference_steps": STEPS},
     ),
     "LCM": (lambda: diffusers.LCMScheduler(**NOISE), {"num_inference_steps": STEPS}),
@@ -158,9 +158,9 @@ def test_latents_equal_those_of_the_diffusers_pipeline(mini: DiffusionModel, nam
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_step_is_that_of_diffusers_scheduler(name: str, kind: PredictionType) -> None:
     build, arguments = PIPELINES[name]
-    made = build()
-    config = {key: value for key, value in dict(made.config).items() if not key.startswith("_")}
-    theirs = type(made)(**{**config, "prediction_type": kind})
+    scheduler = build()
+    config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+    theirs = type(scheduler)(**{**config, "prediction_type": kind})
     theirs.set_timesteps(**arguments)
     ours = make_scheduler(name, process(kind), STEPS)
     mine, other = (torch.Generator().manual_seed(1) for _ in range(2))
