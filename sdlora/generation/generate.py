@@ -340,7 +340,7 @@ def _check_call(asked: Asked, strengths: Sequence[float] | None) -> None:
     adapters = [*(strength for _, strength in asked.adapters), *asked.tags.values()]
     problems: list[str] = []
     if not asked.lines:
-        problems.append("no prompt given; say what to show with --prompt")
+        problems.append("no prompt given; say what to show with --prompt, or --prompts FILE")
     if asked.count < 1:
         problems.append(f"`count={asked.count}`: make at least 1 image a prompt")
     if strengths is not None and not strengths:

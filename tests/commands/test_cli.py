@@ -303,7 +303,7 @@ def test_output_that_exists_is_left_as_it_is(
     [
         (["check", "somewhere", "--no-such-option"], "--no-such-option"),
         (["check", "somewhere", "--resolutoin", "64"], "did you mean --resolution?"),
-        (["generate"], "--prompt, --output"),
+        (["generate"], "required: --output"),
         (["generate", "--prompt", "x", "--output", "y", "--seed", "one"], "--seed: invalid int value: 'one'"),
         (["resize", "x", "--output", "y", "--energy", "0,9"], "write 0.9, with a point"),
         (["export", "x", "--format", "ckpt"], "'webui', 'diffusers', 'peft'"),

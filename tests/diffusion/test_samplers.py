@@ -288,8 +288,8 @@ def test_names_are_found_in_any_case_and_misspellings_get_the_nearest() -> None:
     assert find_sampler("EULER A") is SAMPLERS["Euler a"]
     with pytest.raises(ConfigError, match=r"`Eulr a`.*did you mean `Euler a`\?.*DDIM, Euler, Euler a, DPM"):
         find_sampler("Eulr a")
-    with pytest.raises(ConfigError, match=r"`Zebra`: unknown; There are"):
-        find_sampler("Zebra")
+    with pytest.raises(ConfigError, match=r"`XQ`: unknown; There are"):
+        find_sampler("XQ")
 
 
 def test_the_tiny_base_runs_with_v_prediction(tiny_base: Path) -> None:
@@ -316,7 +316,8 @@ def test_a_schedule_that_ends_in_noise_is_sampled_from_its_very_end(name: str) -
         alpha_bar = rescaled.alphas_cumprod[int(float(timestep))].float()
         a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         noise = (scaled - a * clean) / s
-        latents = scheduler.step(a * noise - s * clean, timestep, latents, **generator).prev_sample
+        output = a * noise - s * clean
+        latents = scheduler.step(output, timestep, latents, **generator, return_dict=False)[0]
     assert bool(torch.isfinite(latents).all())
     # DDIM ends at the first trained noise level, 0.03
     torch.testing.assert_close(latents, clean, rtol=0, atol=0.1)
