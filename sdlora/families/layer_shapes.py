@@ -17,6 +17,7 @@ from .ldm import TEXT_ROOT
 from .table import FAMILIES, family_info
 
 Shape = tuple[int, ...]
+_NO_BIAS = (".to_q", ".to_k", ".to_v", "_embedding", "text_projection")
 _CONVOLUTIONS: Mapping[str, tuple[int, int]] = {
     **{ending: (3, 3) for ending in (".conv1", ".conv2", ".conv", "conv_in", "conv_out")},
     ".conv_shortcut": (1, 1),
@@ -63,6 +64,11 @@ def kernel_of(family: str | None, component: str, path: str) -> tuple[int, int] 
 def kernel_by_name(path: str) -> tuple[int, int] | None:
     """Return the kernel that a U-Net's layer of such a name has, whatever its family; None if it has none."""
     return next((size for ending, size in _CONVOLUTIONS.items() if path.endswith(ending)), None)
+
+
+def has_bias(path: str) -> bool:
+    """Tell whether the layer at a path has a bias, in U-Nets and text encoders of these families."""
+    return not path.endswith(_NO_BIAS)
 
 
 def _config(info: FamilyInfo, component: str) -> dict[str, Any]:

@@ -35,8 +35,9 @@ def other_reasons(client: str, facts: Facts) -> list[str]:
         reasons.append(f"{what} the embedding that comes with it; leave it out with --drop embedding")
     if keys.stray and client == "diffusers":
         reasons.append(f"refuses the file for `{shown(keys.stray[0], 60)}`; export it again")
-    if client == "WebUI" and any(key.startswith("lora_") for key in keys.stray):
-        reasons.append(f"loses the whole file for `{shown(keys.stray[0], 60)}`; export it again")
+    lost = next((key for key in keys.stray if key.startswith("lora_")), None)
+    if client == "WebUI" and lost is not None:
+        reasons.append(f"loses the whole file for `{shown(lost, 60)}`; export it again")
     if facts.any_end(".scale_weight") or facts.any_end(".weight_scale"):
         reasons.append("does not know the scales of its fp8 values; export it again")
     if client == "kohya sd-scripts" and any(
@@ -61,6 +62,13 @@ def _biases(client: str, facts: Facts) -> list[str]:
     """Return what becomes of differences of biases and norms, and of LoRA on embeddings."""
     updates = facts.weights.updates
     biases = [key for key in updates if key.is_bias]
+    of_factors = [
+        key for key, parsed in facts.file_keys.parsed.items() if parsed and parsed.part == "up_bias"
+    ]
+    if of_factors and client != "diffusers":
+        return [f"does not know `{shown(of_factors[0], 60)}` and leaves such biases out; export it again"]
+    if of_factors and facts.any_part(".lora_magnitude_vector"):
+        return ["refuses the file: PEFT has no biases beside DoRA"]
     if client == "stable-diffusion.cpp" and (facts.any_end(".w_norm") or facts.any_end(".b_norm")):
         return ["does not know `w_norm` and `b_norm`; export it again"]
     if client != "WebUI":

@@ -27,6 +27,8 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _STYLES = ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up."))
 _QKV = {"q_proj", "k_proj", "v_proj"}
 _TEXT_ATTENTION = {*_QKV, "out_proj"}
+TEXT_ATTENTION = tuple(f".{name}" for name in sorted(_TEXT_ATTENTION))
+"""Endings of the attention's layers in text encoders."""
 _UNSEEN_BY_KOHYA = ("conv_in", "conv_out", "conv_norm_out", "time_embedding", "add_embedding")
 
 
@@ -239,6 +241,11 @@ def _by_diffusers(facts: Facts) -> list[str]:
         reasons.append(f"finds nothing without `{facts.denoiser}.` before the names; export it again")
     if foreign := [key for key in facts.keys if "lora" not in key]:
         reasons.append(f"refuses the file for its `{shown(foreign[0].rpartition('.')[2], 20)}` keys")
+    reasons += _texts_in_diffusers(facts)
+    if _some_biases(facts):
+        reasons.append(
+            "leaves layers without values: only some of them have a `lora_B.bias`; export it again"
+        )
     named = [key for key in facts.keys if key.startswith(f"{facts.denoiser}.")]
     styles = [parts for parts in _STYLES if any(part in key for key in named for part in parts)]
     if len(styles) > 1:
@@ -248,6 +255,31 @@ def _by_diffusers(facts: Facts) -> list[str]:
         if f'"{component}.' not in settings:
             reasons.append(f"refuses the file: the header entry `{CONFIG_ENTRY}` leaves out `{component}`")
     return reasons
+
+
+def _texts_in_diffusers(facts: Facts) -> list[str]:
+    """Return text encoders whose spelling diffusers cannot tell, or without a layer it takes a rank from."""
+    reasons = []
+    for component in filter(is_text_encoder, facts.weights.components()):
+        paths = [path for path in facts.weights.updates_of(component) if not path.endswith(".bias")]
+        keys = [key for key in facts.keys if key.startswith(f"{component}.")]
+        attends = any(path.endswith(TEXT_ATTENTION) for path in paths)
+        older = any("lora_linear_layer" in key or "to_out_lora" in key for key in keys)
+        if keys and not (attends or older):
+            reasons.append(f"refuses the file: `{component}` has no attention layer; export it again")
+        elif keys and not any(path.endswith((*TEXT_ATTENTION, ".fc1", ".fc2")) for path in paths):
+            reasons.append(f"refuses the file: `{component}` has neither attention nor MLP layers")
+    return reasons
+
+
+def _some_biases(facts: Facts) -> bool:
+    """Tell whether some of the denoiser's layers have PEFT's bias of the second factor, but not all."""
+    parts: dict[str, set[str]] = {}
+    for parsed in facts.file_keys.parsed.values():
+        if parsed is not None and parsed.module.component == facts.denoiser:
+            parts.setdefault(parsed.module.layer, set()).add(parsed.part)
+    biased = [path for path, present in parts.items() if "up_bias" in present]
+    return bool(biased) and len(biased) < sum("up" in present for present in parts.values())
 
 
 def _alphas_in_header(facts: Facts) -> list[str]:

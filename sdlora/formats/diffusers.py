@@ -21,7 +21,7 @@ from ..adapters.canonical import AdapterFile, AdapterWeights
 from ..families.facts import is_text_encoder
 from ..tensor_file import write_tensors
 from . import folding, kinds, metadata, names, peft, single_file
-from .clients import diffusers_reasons
+from .clients import TEXT_ATTENTION, diffusers_reasons
 from .folding import CONFIG_ENTRY
 from .format_code import FormatCode, ReadBack, grouped, spelled
 from .other_readers import through_diffusers
@@ -38,15 +38,30 @@ def encode(
     Raises:
         AdapterFileError: for a kind that diffusers cannot hold, or values that do not fit the number format.
     """
-    weights, magnitudes = kinds.as_low_rank(where, "diffusers", weights)
+    stored = kinds.as_low_rank(where, "diffusers", weights)
+    weights, magnitudes = stored.weights, stored.magnitudes
     fold = all(folding.folds_freely(pair.up, pair.scale, dtype) for pair in weights.pairs.values())
+    without_attention = {
+        component
+        for component in weights.components()
+        if is_text_encoder(component)
+        and not any(path.endswith(TEXT_ATTENTION) for path in weights.component(component))
+    }
     tensors: dict[str, Tensor] = {}
     for module, pair in weights.items():
         at = f"{where}: module `{module.component}.{module.path}`"
         up = folding.scaled(pair.up, pair.scale) if fold and pair.scale != 1.0 else pair.up
         key = f"{module.component}.{module.path}"
-        tensors[f"{key}.lora_A.weight"] = folding.fitting(at, pair.down, dtype)
-        tensors[f"{key}.lora_B.weight"] = folding.fitting(at, up, dtype)
+        # diffusers tells a text encoder's spelling by its attention; without any it knows only the older one
+        older = module.component in without_attention
+        down_part, up_part = (
+            ("lora_linear_layer.down", "lora_linear_layer.up") if older else ("lora_A", "lora_B")
+        )
+        tensors[f"{key}.{down_part}.weight"] = folding.fitting(at, pair.down, dtype)
+        tensors[f"{key}.{up_part}.weight"] = folding.fitting(at, up, dtype)
+        if module in stored.biases:  # PEFT multiplies them by the scale that it knows
+            bias = folding.scaled(stored.biases[module], 1.0 if fold else 1.0 / pair.scale)
+            tensors[f"{key}.lora_B.bias"] = folding.fitting(at, bias, dtype)
         if module in magnitudes:
             # transformers' loader of text encoders finds the magnitude only with `.weight`
             ending = ".weight" if is_text_encoder(module.component) else ""
@@ -55,11 +70,11 @@ def encode(
             )
     if fold:
         return tensors, {folding.RECORDED_ALPHAS: folding.recorded_alphas(weights), "format": "pt"}
-    dora = {module.component for module in magnitudes}
-    return tensors, {CONFIG_ENTRY: _settings(weights, dora), "format": "pt"}
+    dora, biased = ({module.component for module in part} for part in (magnitudes, stored.biases))
+    return tensors, {CONFIG_ENTRY: _settings(weights, dora, biased), "format": "pt"}
 
 
-def _settings(weights: AdapterWeights, dora: Collection[str]) -> str:
+def _settings(weights: AdapterWeights, dora: Collection[str], biased: Collection[str]) -> str:
     """Return the PEFT settings of all components, as diffusers 0.34 and later write them.
 
     Text-encoder modules are named without ``text_model.``: PEFT matches the end of a name, so releases of
@@ -71,7 +86,7 @@ def _settings(weights: AdapterWeights, dora: Collection[str]) -> str:
         settings = peft.settings_of(
             weights.component(component), spelled, anchor="" if is_text_encoder(component) else "^"
         )
-        settings["use_dora"] = component in dora
+        settings |= {"use_dora": component in dora, "lora_bias": component in biased}
         entries |= {f"{component}.{name}": value for name, value in settings.items()}
     return json.dumps(entries, separators=(",", ":"))
 

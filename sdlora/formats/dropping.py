@@ -14,7 +14,8 @@ from .foreign import listing
 from .kinds import drop_word
 
 OTHERS = ("bias", "norm", "embedding")
-"""Beside the names of kinds: differences of biases and of norms, and bundled embeddings."""
+"""Beside the names of kinds: differences of biases; norms with their biases; embeddings, both those that come
+with the adapter and what changes the text encoder's own."""
 
 
 def words() -> tuple[str, ...]:
@@ -24,8 +25,8 @@ def words() -> tuple[str, ...]:
 
 def holds(adapter: AdapterFile, word: str) -> bool:
     """Tell whether an adapter has anything that a word would leave out."""
-    if word == "embedding":
-        return bool(adapter.embeddings)
+    if word == "embedding" and adapter.embeddings:
+        return True
     return any(drop_word(key, update) == word for key, update in adapter.weights.updates.items())
 
 
@@ -50,7 +51,7 @@ def without(path: Path, adapter: AdapterFile, drop: Sequence[str]) -> tuple[Adap
         gone = {key: u for key, u in adapter.weights.all_items() if drop_word(key, u) == word}
         names = [f"{key.component}.{key.path}" for key in gone]
         if word == "embedding":
-            names = embedding_names(adapter.embeddings)
+            names += embedding_names(adapter.embeddings)
             adapter = replace(adapter, embeddings={})
         if not names:
             raise ConfigError(f"--drop {word}: {path} has nothing of that kind; leave it out")

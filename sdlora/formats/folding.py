@@ -103,6 +103,15 @@ def times(update: Update, factor: float) -> Update:
     return update.with_tensors({name: scaled(tensor, factor) for name, tensor in update.tensors().items()})
 
 
+def is_zero(update: Update) -> bool:
+    """Tell whether an update, of a single tensor, is all zeros; False while its values are not known.
+
+    PEFT has a bias for all layers of a component or for none, so most may be zeros, also those of layers
+    without a bias in the base.
+    """
+    return not any(tensor.is_meta or bool(tensor.any()) for tensor in update.tensors().values())
+
+
 def scaled(tensor: Tensor, factor: float) -> Tensor:
     """Return tensor * factor with one rounding to float32 (float64 stays float64)."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor

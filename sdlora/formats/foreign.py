@@ -11,19 +11,20 @@ from ..errors import AdapterFileError, shown
 from ..families.table import component_names
 from ..tensor_file import TensorSpec
 
-_PEFT_MERGES = "PEFT can merge it into its base (PeftModel.merge_and_unload)"
+PEFT_MERGES = "PEFT can merge it into its base (PeftModel.merge_and_unload)"
+WHOLE_LAYERS = "a PEFT adapter with whole layers or biases saved beside the LoRA"
 _KINDS: tuple[tuple[str, str, str], ...] = (
-    (r"\.(oft_[rR]|boft_[rRs])\b|\.boft_R\.", "an OFT or BOFT adapter of PEFT", _PEFT_MERGES),
+    (r"\.(oft_[rR]|boft_[rRs])\b|\.boft_R\.", "an OFT or BOFT adapter of PEFT", PEFT_MERGES),
     (r"\.bm\.weight$", "a GLoRA adapter with Tucker factors", "LyCORIS can merge it into its base"),
     (
         r"\.modules_to_save\.|\.base_layer\.",
-        "a PEFT adapter with whole layers saved beside the LoRA",
-        _PEFT_MERGES,
+        WHOLE_LAYERS,
+        PEFT_MERGES,
     ),
     (
         r"\.(vera|hra|fourierft|randlora|c3a|lora_ga)_",
         "an adapter of a kind that only PEFT has",
-        _PEFT_MERGES,
+        PEFT_MERGES,
     ),
     (r"\.set_weight$|\.reshape_weight$", "an adapter that replaces whole weights", "ComfyUI loads it"),
     (r"lora_controlnet|^lora_controlnet", "a Control-LoRA", "ComfyUI and WebUI's ControlNet load it"),

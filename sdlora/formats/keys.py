@@ -127,7 +127,10 @@ class FileKeys:
             if meaning is None and self._is_stray(key):
                 continue
             parsed[key] = meaning
-        return parsed
+        # an alpha whose layer is not there changes nothing; most programs pass over it
+        used = {meaning.module.layer for meaning in parsed.values() if meaning and not _is_scale(meaning)}
+        lone = [key for key, m in parsed.items() if m and _is_scale(m) and m.module.layer not in used]
+        return {key: meaning for key, meaning in parsed.items() if key not in lone} if used else parsed
 
     @cached_property
     def embeddings(self) -> tuple[str, ...]:
@@ -189,6 +192,10 @@ class FileKeys:
         if unknown:
             raise foreign.unknown_keys(Path(self._where), unknown)
         return groups
+
+
+def _is_scale(parsed: ParsedKey) -> bool:
+    return f".{parsed.part}" in _SCALES
 
 
 def _beside(key: str, known: Container[str]) -> ParsedKey | None:

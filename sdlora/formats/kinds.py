@@ -15,11 +15,15 @@ from torch import Tensor
 
 from ..adapters.canonical import AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.kinds.dora import DoRA
+from ..adapters.kinds.full import Difference
 from ..adapters.kinds.kind import AdapterKind
 from ..adapters.kinds.table import KINDS, title_of
 from ..errors import AdapterFileError
 from ..families.facts import is_text_encoder
 from ..families.layer_shapes import kernel_by_name
+
+_EMBEDDINGS = "text_model.embeddings."
+"""Where text encoders have tables of words and positions, which no client adapts like a layer."""
 
 
 def update_of(
@@ -61,29 +65,50 @@ def times(tensor: Tensor, factor: float) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
 
 
-def as_low_rank(
-    where: str, format: str, weights: AdapterWeights
-) -> tuple[AdapterWeights, dict[ModuleKey, Tensor]]:
-    """Return an adapter as PEFT stores it: plain pairs, and the magnitudes that make them DoRA.
+@dataclasses.dataclass(frozen=True)
+class AsPeft:
+    """An adapter as PEFT stores it.
+
+    Attributes:
+        weights: plain pairs.
+        magnitudes: what makes them DoRA, PEFT's ``lora_magnitude_vector``: (out,), for convolutions
+            (1, out, 1, 1).
+        biases: layer -> (out,), what it adds to the layer's bias; all layers of a component or none.
+    """
+
+    weights: AdapterWeights
+    magnitudes: dict[ModuleKey, Tensor]
+    biases: dict[ModuleKey, Tensor]
+
+
+def as_low_rank(where: str, format: str, weights: AdapterWeights) -> AsPeft:
+    """Return an adapter as PEFT stores it.
 
     Args:
         where: file, for messages.
         format: what users call it.
-        weights: plain LoRA, or DoRA of plain pairs by output row.
-
-    Returns:
-        The pairs, and by module PEFT's ``lora_magnitude_vector``: (out,), for convolutions (1, out, 1, 1).
+        weights: plain LoRA, or DoRA of plain pairs by output row; a difference of a bias has a place beside a
+            plain pair of the same layer (``lora_bias``).
 
     Raises:
         AdapterFileError: for what the format cannot hold, with the reason.
     """
     pairs: dict[ModuleKey, LowRankPair] = {}
     magnitudes: dict[ModuleKey, Tensor] = {}
+    dora = {key.component for key, update in weights.updates.items() if isinstance(update, DoRA)}
+    biases: dict[ModuleKey, Tensor] = {}
     for module, update in weights.all_items():
+        layer = ModuleKey(module.component, module.layer)
+        has_place = module.component not in dora and isinstance(weights.updates.get(layer), LowRankPair)
+        if module.is_bias and isinstance(update, Difference) and has_place:
+            biases[layer] = update.delta()
+            continue
         pair = update.direction if isinstance(update, DoRA) else update
-        if not isinstance(pair, LowRankPair):
+        word = drop_word(module, pair)
+        if not isinstance(pair, LowRankPair) or word == "embedding":
+            what = f"{title_of(pair)} of an embedding" if word == "embedding" else title_of(pair)
             raise AdapterFileError(
-                f"{where}: `{module.component}.{module.path}` is {title_of(pair)}, which {format} "
+                f"{where}: `{module.component}.{module.path}` is {what}, which {format} "
                 f"has no place for; export as webui, {_way_out(module, pair)}"
             )
         pairs[module] = pair
@@ -95,28 +120,34 @@ def as_low_rank(
                 )
             shape = (-1,) if len(update.shape) == 2 else (1, -1, 1, 1)
             magnitudes[module] = update.magnitude.reshape(shape)
-    components = {module.component for module in magnitudes}
-    plain = next(
-        (key for key in sorted(pairs) if key.component in components and key not in magnitudes), None
-    )
+    plain = next((key for key in sorted(pairs) if key.component in dora and key not in magnitudes), None)
     if plain is not None:
         raise AdapterFileError(
             f"{where}: `{plain.component}.{plain.path}` is a plain LoRA beside DoRA layers, but "
             f"{format} makes all layers of a component DoRA or none; export as webui"
         )
-    return AdapterWeights(pairs), magnitudes
+    biased = {layer.component for layer in biases}
+    none = {key: torch.zeros(pair.shape[0]) for key, pair in pairs.items() if key.component in biased}
+    return AsPeft(AdapterWeights(dict(pairs)), magnitudes, {**none, **biases})
 
 
 def _way_out(module: ModuleKey, update: Update) -> str:
     """Return what else can be done about an update that a format has no place for."""
-    drop = f"leave such layers out with --drop {drop_word(module, update)}"
-    return drop if len(update.shape) == 1 else f"convert the adapter to a plain LoRA first, or {drop}"
+    word = drop_word(module, update)
+    drop = f"leave such layers out with --drop {word}"
+    return (
+        drop
+        if len(update.shape) == 1 or word == "embedding"
+        else f"convert the adapter to a plain LoRA first, or {drop}"
+    )
 
 
 def drop_word(module: ModuleKey, update: Update) -> str:
     """Return the word after ``--drop`` that leaves an update out."""
+    if _EMBEDDINGS in module.path:
+        return "embedding"
     if module.is_bias:
-        return "bias"
+        return "norm" if "norm" in module.layer.rpartition(".")[2] else "bias"
     return "norm" if len(update.shape) == 1 else update.kind
 
 

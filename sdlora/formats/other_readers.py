@@ -18,6 +18,7 @@ from torch import nn
 
 from ..adapters.canonical import AdapterWeights, ModuleKey, Update
 from ..adapters.kinds.dora import MAGNITUDE
+from ..adapters.kinds.full import Difference
 from ..adapters.kinds.table import kind_of
 from ..errors import AdapterFileError
 from ..families.facts import is_text_encoder
@@ -94,11 +95,12 @@ def _loading(path: Path, program: str) -> Iterator[None]:
 
 
 def _standins(weights: AdapterWeights) -> dict[str, nn.Module]:
+    layers = AdapterWeights({key: update for key, update in weights.updates.items() if not key.is_bias})
     return {
-        name: _text_encoder(TEXT_CLASSES[name], weights.updates_of(name))
+        name: _text_encoder(TEXT_CLASSES[name], layers.updates_of(name))
         if is_text_encoder(name)
-        else _denoiser(weights.updates_of(name))
-        for name in weights.components()
+        else _denoiser(layers.updates_of(name))
+        for name in layers.components()
     }
 
 
@@ -179,6 +181,8 @@ def loaded_updates(component: str, model: nn.Module) -> Iterator[tuple[ModuleKey
                 parts[MAGNITUDE.name] = any_layer.lora_magnitude_vector[name].weight.detach()
             module = ModuleKey(component, canonical)
             yield module, kinds.update_of(canonical, module, parts, alpha)
+            if (bias := any_layer.lora_B[name].bias) is not None:
+                yield module.bias, Difference(bias.detach() * float(any_layer.scaling[name]))
 
 
 def _lycoris(module: ModuleKey, layer: Any) -> Update:

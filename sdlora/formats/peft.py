@@ -20,9 +20,12 @@ from torch import Tensor
 
 from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, Update
 from ..adapters.kinds.full import PEFT_BIAS
+from ..adapters.kinds.ia3 import IA3
+from ..adapters.kinds.kind import ADAPTER_NAME
 from ..adapters.kinds.table import KINDS, file_parts, kind_of
 from ..errors import AdapterFileError, OutputError, shown
 from ..families.facts import is_text_encoder
+from ..families.layer_shapes import has_bias
 from ..families.table import component_names
 from ..files import parse_json, replacing, write_json
 from ..tensor_file import MAX_ENTRY_CHARS, PICKLE_SUFFIXES, Header, Load, write_tensors
@@ -54,7 +57,7 @@ def encode(
         AdapterFileError: for what PEFT's settings cannot describe, or values too large for the format.
     """
     updates = weights.updates_of(component)
-    spelled = {path: installed_name(component, path) for path in updates}
+    spelled = {path: installed_name(component, path) for path in updates}  # those of biases are not used
     tensors: dict[str, Tensor] = {}
     if any(kind_of(update).peft is not None for update in updates.values()):
         settings = other_settings(f"{where}: {component}", updates, spelled)
@@ -66,17 +69,20 @@ def encode(
     component_weights = AdapterWeights(
         {ModuleKey(component, path): update for path, update in updates.items()}
     )
-    weights, magnitudes = kinds.as_low_rank(where, "PEFT", component_weights)
-    pairs = weights.component(component)
+    stored = kinds.as_low_rank(where, "PEFT", component_weights)
+    pairs = stored.weights.component(component)
     for path, pair in pairs.items():
         at = f"{where}: module `{component}.{path}`"
         tensors[f"{PREFIX}{spelled[path]}.lora_A.weight"] = folding.fitting(at, pair.down, dtype)
         tensors[f"{PREFIX}{spelled[path]}.lora_B.weight"] = folding.fitting(at, pair.up, dtype)
-        if (magnitude := magnitudes.get(ModuleKey(component, path))) is not None:
+        if (bias := stored.biases.get(ModuleKey(component, path))) is not None:
+            value = folding.scaled(bias, 1.0 / pair.scale)  # PEFT multiplies it by the scale
+            tensors[f"{PREFIX}{spelled[path]}.lora_B.bias"] = folding.fitting(at, value, dtype)
+        if (magnitude := stored.magnitudes.get(ModuleKey(component, path))) is not None:
             name = f"{PREFIX}{spelled[path]}.lora_magnitude_vector"
             tensors[name] = folding.fitting(at, magnitude, torch.float32)
     settings = settings_of(pairs, spelled)
-    settings["use_dora"] = any(module.component == component for module in magnitudes)
+    settings |= {"use_dora": bool(stored.magnitudes), "lora_bias": bool(stored.biases)}
     return tensors, settings
 
 
@@ -203,13 +209,16 @@ def read_modules(header: Header, groups: Groups, load: Load) -> Iterator[tuple[M
             if down is None:
                 raise AdapterFileError(f"{where}: is a bias without its factors; export the adapter again")
             rank = header.tensors[down].shape[0] if header.tensors[down].shape else 1
-            yield module, folding.times(update, alphas.of(where, layer, rank) / max(rank, 1))
+            if not folding.is_zero(update):
+                yield module, folding.times(update, alphas.of(where, layer, rank) / max(rank, 1))
             continue
         if kind_of(update).peft_type != kind:
             raise AdapterFileError(f"{where}: is not a {kind}, as its settings say; export the adapter again")
         if (folder := kind_of(update).peft) is not None:
             update = folder.rescaled(update, update.alpha / ranks.of(where, module, 1))
         yield module, update
+        if isinstance(update, IA3) and not update.on_input and has_bias(module.path):
+            yield module.bias, update.of_bias()  # PEFT scales all that a layer puts out
 
 
 def group_keys(header: Header, keys: FileKeys) -> Groups:
@@ -220,7 +229,7 @@ def group_keys(header: Header, keys: FileKeys) -> Groups:
     """
     part_names = {part.peft: part.name for part in file_parts().values() if part.peft is not None}
     factor = re.compile(  # the adapter's name may stand behind the part's
-        rf"^base_model\.model\.(?P<path>.+?)\.(?P<part>{'|'.join(part_names)})(?:\.(?!(?:weight|bias)$)[A-Za-z]\w*)?(?:\.weight)?$"
+        rf"^base_model\.model\.(?P<path>.+?)\.(?P<part>{'|'.join(part_names)}){ADAPTER_NAME}(?:\.weight)?$"
     )
     parts_by_path: dict[str, dict[str, str]] = {}
     unknown: list[str] = []
@@ -238,6 +247,8 @@ def group_keys(header: Header, keys: FileKeys) -> Groups:
         else:
             parts_by_path[match["path"]][part] = key
     if unknown:
+        if _saves_more(header.path.with_name(CONFIG_FILE)):
+            raise foreign.unsupported(header.path, foreign.WHOLE_LAYERS, foreign.PEFT_MERGES, unknown)
         raise foreign.unknown_keys(header.path, unknown)
     folder = header.path.parent.name
     component = folder if folder in component_names() else _component_of(header, parts_by_path)
@@ -251,6 +262,12 @@ def group_keys(header: Header, keys: FileKeys) -> Groups:
             )
         groups[module] = parts
     return groups
+
+
+def _saves_more(config: Path) -> bool:
+    """Tell whether a folder's settings say that whole layers or biases of the base lie beside the factors."""
+    settings = read_config(config)
+    return bool(settings.get("modules_to_save")) or settings.get("bias", "none") != "none"
 
 
 def read_config(path: Path) -> dict[str, Any]:

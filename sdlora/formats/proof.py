@@ -189,6 +189,7 @@ def compare(
         AdapterFileError: when a module is missing or added, or an element differs by more than rounding
             both factors to ``dtype`` can cause.
     """
+    wanted, written = _without_zero_biases(wanted), _without_zero_biases(written)
     missing = set(wanted.updates) ^ set(written.updates)
     if missing:
         first = min(missing)
@@ -198,6 +199,12 @@ def compare(
         )
     with _one_thread():
         return _compare_modules(wanted, written, dtype, where)
+
+
+def _without_zero_biases(weights: AdapterWeights) -> AdapterWeights:
+    """Return an adapter without what changes no bias: PEFT's files have a bias for all layers or for none."""
+    zeros = {key for key, update in weights.updates.items() if key.is_bias and folding.is_zero(update)}
+    return _without(weights, zeros)
 
 
 def _compare_modules(
@@ -211,7 +218,7 @@ def _compare_modules(
                 f"{where}: module `{module.component}.{module.path}` is {other.kind} of {_shapes(other)} "
                 f"instead of {update.kind} of {_shapes(update)}; this is a fault of sdlora, please report it"
             )
-        difference, allowed, tolerable = largest_difference(update, other, dtype)
+        difference, allowed, tolerable = largest_difference(update, other, dtype, divided=module.is_bias)
         if not difference <= allowed:  # so that NaN fails, too
             raise AdapterFileError(
                 f"{where}: the update of `{module.component}.{module.path}` differs by {difference:.3g} "
@@ -261,11 +268,14 @@ def _largest_of(wanted: LowRankPair, written: LowRankPair, dtype: torch.dtype) -
     return largest, math.inf, tolerable
 
 
-def largest_difference(wanted: Update, written: Update, dtype: torch.dtype) -> tuple[float, float, float]:
+def largest_difference(
+    wanted: Update, written: Update, dtype: torch.dtype, *, divided: bool = False
+) -> tuple[float, float, float]:
     """Return (difference, allowed, tolerable) of one module, as :func:`_largest_of` does.
 
     What is not a plain pair is compared factor by factor, as files hold these factors unscaled and unfolded:
-    each value may differ by one rounding, and the scale must be equal.
+    each value may differ by one rounding, and the scale must be equal. What PEFT's files hold ``divided`` by
+    the scale (biases) is divided and multiplied again in float32, two roundings more.
     """
     if isinstance(wanted, LowRankPair) and isinstance(written, LowRankPair):
         return _largest_of(wanted, written, dtype)
@@ -289,19 +299,22 @@ def largest_difference(wanted: Update, written: Update, dtype: torch.dtype) -> t
     if kind_of(wanted).alpha_is_bound and not math.isclose(wanted.alpha, written.alpha, rel_tol=1e-6):
         return abs(wanted.alpha - written.alpha), 0.0, 1.0
     return _of_factors(
-        [(factor, theirs[name]) for name, factor in wanted.tensors().items()], dtype, wanted.rank
+        [(factor, theirs[name]) for name, factor in wanted.tensors().items()],
+        dtype,
+        wanted.rank,
+        more=torch.finfo(torch.float32).eps if divided else 0.0,
     )
 
 
 def _of_factors(
-    factors: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype, rank: int
+    factors: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype, rank: int, more: float = 0.0
 ) -> tuple[float, float, float]:
     numbers = torch.finfo(dtype)
     unit, half_step = numbers.eps / 2, numbers.smallest_normal * numbers.eps / 2
     largest = tolerable = 0.0
     for ours, theirs in factors:
         difference = (ours.float() - theirs.float()).abs()
-        bound = ours.float().abs() * unit * (1 + unit) + half_step
+        bound = ours.float().abs() * (unit * (1 + unit) + more) + half_step
         if not bool((difference <= bound).all()):
             worst = int((difference - bound).argmax())
             return float(difference.flatten()[worst]), float(bound.flatten()[worst]), 1.0

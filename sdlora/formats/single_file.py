@@ -45,6 +45,8 @@ def read_modules(header: Header, groups: Groups, load: Load) -> Iterator[tuple[M
             layer = ModuleKey(module.component, module.layer)
             if layer not in groups:
                 raise AdapterFileError(f"{where}: is a bias without its factors; export the adapter again")
+            if folding.is_zero(update):
+                continue
             factors = _update(where, groups[layer], load, settings.get(module.component), layer)
             update = folding.times(update, factors.scale)
         yield module, _restored(update, module, originals)

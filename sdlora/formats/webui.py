@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..adapters.canonical import AdapterFile, AdapterWeights, LowRankPair, ModuleKey, WrappedUpdate
-from ..adapters.kinds.table import file_parts, kind_of
+from ..adapters.kinds.full import Difference
+from ..adapters.kinds.table import file_parts, kind_of, title_of
 from ..errors import AdapterFileError
 from ..tensor_file import write_tensors
 from . import folding, hashes, keys, metadata, names, single_file
@@ -51,6 +52,11 @@ def encode(
                 )
             taken.add((module, key.is_bias))
             alpha, factors = update.alpha, update.tensors()
+            if key.is_bias and not isinstance(update, Difference):
+                raise AdapterFileError(
+                    f"{where}: `{component}.{path}` is {title_of(update)} of a bias, which this format has "
+                    "no place for; leave it out with --drop bias, or bake or merge the adapter with --base"
+                )
             if path in pairs and uniform is not None and alpha != uniform:
                 factors["lora_up.weight"] = folding.scaled(pairs[path].up, alpha / uniform)
                 alpha, folded = uniform, True

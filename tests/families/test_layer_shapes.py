@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.families.layer_shapes import clip_shapes, kernel_of, true_shapes, unet_shapes
+from sdlora.families.layer_shapes import clip_shapes, has_bias, kernel_of, true_shapes, unet_shapes
 from sdlora.families.ldm import TEXT_ROOT
 from sdlora.families.table import FAMILIES, family_info
 from sdlora.files import ASSETS
@@ -47,6 +47,10 @@ def test_every_weight_of_the_true_models_has_its_shape_and_kernel(family: str) -
     for component, model in models.items():
         shapes = shapes_in(model, "" if component == "unet" else TEXT_ROOT)
         assert len(shapes) > 90 and dict(computed[component]) == shapes
+        biased = {key.removesuffix(".bias") for key in model.state_dict() if key.endswith(".bias")}
+        if component != "unet":
+            biased = {path if path.startswith(TEXT_ROOT) else TEXT_ROOT + path for path in biased}
+        assert {path for path in shapes if has_bias(path)} == biased
         for path, shape in shapes.items():
             assert kernel_of(family, component, path) == (shape[2:] if len(shape) == 4 else None), path
 

@@ -23,6 +23,7 @@ from sdlora.surgery.bake import bake_checkpoint
 from sdlora.surgery.convert import convert_adapter
 from sdlora.surgery.merge import merge_adapters
 from sdlora.surgery.resize import resize_adapter
+from tools import peft_folders
 from tools.adapter_references import KINDS
 
 ENTRIES = {"ss_base_model_version": "sd_v1", "ss_output_name": "strange"}
@@ -243,17 +244,84 @@ def test_what_comfyui_extracts_acts_on_norms_biases_and_embeddings(
 def test_what_a_format_has_no_place_for_goes_only_by_name(model: DiffusionModel, tmp_path: Path) -> None:
     file, target = tmp_path / "extracted.safetensors", tmp_path / "out.safetensors"
     comfyui_file(model, file)
-    with pytest.raises(AdapterFileError, match=r"--drop bias"):
+    with pytest.raises(AdapterFileError, match=r"LoRA of an embedding.*--drop embedding"):
         convert_adapter(file, target, format="diffusers")
     with pytest.raises(AdapterFileError, match=r"--drop norm"):
-        convert_adapter(file, target, format="diffusers", drop=["bias"])
+        convert_adapter(file, target, format="diffusers", drop=["embedding"])
     with pytest.raises(ConfigError, match="nothing of that kind"):
         convert_adapter(file, target, drop=["boft"])
     with pytest.raises(ConfigError, match="is no kind of layers"):
         convert_adapter(file, target, drop=["nonsense"])
-    report = convert_adapter(file, target, format="diffusers", drop=["bias", "norm"])
-    assert len(report.notes) == 2 and "conv_norm_out" in str(report.notes)
+    report = convert_adapter(file, target, format="diffusers", drop=["embedding", "norm"])
+    assert len(report.notes) == 2 and "final_layer_norm.bias" in str(report.notes)
+    kept = {key: update.delta() for key, update in read_adapter(target).weights.updates.items()}
+    source = read_adapter(file).weights.updates
+    assert len(kept) == 5 and sum(key.is_bias for key in kept) == 2
+    for key, delta in kept.items():
+        assert_close(delta, source[key].delta().double(), key)
+    convert_adapter(file, target, format="diffusers", drop=["embedding", "norm", "bias"], overwrite=True)
     assert all(update.kind == "lora" for update in read_adapter(target).weights.updates.values())
+
+
+@pytest.mark.parametrize("format", ["diffusers", "peft"])
+@pytest.mark.parametrize("scale", [{}, {"lora_alpha": 4}, {"rank_pattern": {"to_out.0": 2}}])
+def test_biases_of_peft_stay_where_there_is_a_place_for_them(
+    format: str, scale: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    unet = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu")).components()["unet"]
+    config = peft_folders.lora(["to_q", "to_out.0"], lora_bias=True, **scale)
+    peft_folders.saved(unet, config, torch.float32, tmp_path / "unet")
+    source, target = read_adapter(tmp_path / "unet").weights.updates, tmp_path / "new"
+    target = target if format == "peft" else target.with_suffix(".safetensors")
+    report = convert_adapter(tmp_path / "unet", target, format=format, family="sd1")
+    assert f"sdlora and {format}" in str(report.proof)
+    again = read_adapter(target).weights.updates
+    assert sorted(again) == sorted(source) and sum(key.is_bias for key in source) * 2 == len(source)
+    for key, update in again.items():
+        assert_close(update.delta(), source[key].delta().double(), key)
+
+
+def test_diffusers_has_no_values_for_layers_without_a_bias_beside_some_with(tmp_path: Path) -> None:
+    name, tensors = f"unet.{BLOCK}.attn1", {}
+    for layer in ("to_q", "to_k"):
+        tensors |= {f"{name}.{layer}.lora_A.weight": torch.ones(2, 8)}
+        tensors |= {f"{name}.{layer}.lora_B.weight": torch.ones(8, 2)}
+    tensors[f"{name}.to_q.lora_B.bias"] = torch.ones(8)
+    save_file(tensors, tmp_path / "a.safetensors", ENTRIES)
+    (claim,) = (s for s in inspect_adapter(tmp_path / "a.safetensors").clients if s.client == "diffusers")
+    assert not claim.full and "without values" in claim.reasons[0]
+    tensors[f"{name}.to_k.lora_B.bias"] = torch.zeros(8)
+    save_file(tensors, tmp_path / "a.safetensors", ENTRIES)
+    (claim,) = (s for s in inspect_adapter(tmp_path / "a.safetensors").clients if s.client == "diffusers")
+    assert claim.full and len(read_adapter(tmp_path / "a.safetensors").weights) == 3
+    tensors = {
+        key.replace("unet.", "lora_unet_").replace(f"{BLOCK}.attn1.", f"{BLOCK}.attn1.".replace(".", "_")): t
+        for key, t in tensors.items()
+    }
+    save_file(tensors, tmp_path / "a.safetensors", ENTRIES)
+    for support in inspect_adapter(tmp_path / "a.safetensors").clients:
+        assert not support.full, support.client  # none knows `lora_B.bias` behind kohya's names
+
+
+@pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])
+def test_a_text_encoder_without_attention_is_written_so_that_diffusers_finds_its_layers(
+    encoder: str, tmp_path: Path
+) -> None:
+    name = f"{encoder}.text_model.encoder.layers.0.mlp.fc1"
+    sides = (768, 3072) if encoder == "text_encoder" else (1280, 5120)
+    tensors = {
+        f"{name}.lora_A.weight": torch.randn(2, sides[0]),
+        f"{name}.lora_B.weight": torch.randn(sides[1], 2),
+    }
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_base_model_version": "sdxl_base_v1-0"})
+    (claim,) = (s for s in inspect_adapter(tmp_path / "a.safetensors").clients if s.client == "diffusers")
+    assert "has no attention layer" in claim.reasons[0]
+    report = convert_adapter(
+        tmp_path / "a.safetensors", tmp_path / "b.safetensors", format="diffusers", family="sdxl"
+    )
+    assert "read back by sdlora and diffusers, largest delta difference 0.0" in str(report.proof)
+    (claim,) = (s for s in inspect_adapter(tmp_path / "b.safetensors").clients if s.client == "diffusers")
+    assert claim.full
 
 
 def plain_file(model: DiffusionModel, path: Path, **more: Tensor) -> dict[ModuleKey, tuple[Tensor, Tensor]]:
@@ -288,6 +356,74 @@ def test_keys_without_weights_are_told_and_go_no_further(model: DiffusionModel, 
     report = convert_adapter(file, target)
     assert "position_ids" in report.notes[0] and len(load_file(target)) == 3
     assert OpenAdapter(file).keys.stray == ("lora_te_text_model_embeddings.position_ids",)
+
+
+def test_an_alpha_without_a_layer_is_told_and_changes_nothing(model: DiffusionModel, tmp_path: Path) -> None:
+    file, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    lone = "lora_unet_" + LAYERS["context"].replace(".", "_") + ".alpha"
+    plain_file(model, file, **{lone: torch.tensor(2.0)})
+    assert list(read_adapter(file).weights.updates) == [ModuleKey("unet", LAYERS["linear"])]
+    full = {support.client for support in inspect_adapter(file).clients if support.full}
+    assert full == {"Forge", "ComfyUI", "kohya sd-scripts", "stable-diffusion.cpp"}
+    assert lone in convert_adapter(file, target).notes[0] and lone not in load_file(target)
+    save_file({lone: torch.tensor(2.0)}, file)
+    with pytest.raises(AdapterFileError):
+        read_adapter(file)
+
+
+@pytest.mark.parametrize("adapter", ["default", "default_0", "my-style", "1", "old style"])
+def test_whatever_peft_calls_the_adapter_its_layers_are_read(adapter: str, tmp_path: Path) -> None:
+    down, up, size = torch.randn(2, 8), torch.randn(8, 2), torch.rand(8) + 1
+    name = f"unet.{LAYERS['linear']}"
+    parts = {f"lora_A.{adapter}.weight": down, f"lora_B.{adapter}.weight": up}
+    parts |= {f"lora_magnitude_vector.{adapter}.weight": size, f"lora_B.{adapter}.bias": torch.randn(8)}
+    save_file({f"{name}.{part}": tensor for part, tensor in parts.items()}, tmp_path / "a.safetensors")
+    updates = read_adapter(tmp_path / "a.safetensors").weights.updates
+    assert sorted(update.kind for update in updates.values()) == ["dora", "full"]
+    assert not any(support.full for support in inspect_adapter(tmp_path / "a.safetensors").clients)
+
+
+def test_pefts_ia3_scales_the_bias_too(model: DiffusionModel, tiny_base: Path, tmp_path: Path) -> None:
+    import peft
+
+    unet = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu")).components()["unet"]
+    before = {name: value.detach().clone().double() for name, value in unet.state_dict().items()}
+    config = peft.IA3Config(
+        target_modules=["to_q", "to_out.0"], feedforward_modules=[], init_ia3_weights=False
+    )
+    saved: Any = peft_folders.saved(unet, lambda: config, torch.float32, tmp_path / "unet")
+    merged = saved.merge_and_unload().state_dict()
+    updates = read_adapter(tmp_path / "unet").weights.updates
+    assert sum(key.is_bias for key in updates) == sum(key.path.endswith("to_out.0") for key in updates) > 1
+    for key, update in updates.items():
+        name = f"{key.layer}.{key.parameter}"
+        assert_close(update.delta(before[name].float()), merged[name].double() - before[name], key)
+    attach(model, read_adapter(tmp_path / "unet").weights, "ia3")
+    detach(model, "ia3")
+    with pytest.raises(AdapterFileError, match=r"IA3 of a bias.*--drop bias"):
+        convert_adapter(tmp_path / "unet", tmp_path / "new.safetensors", family="sd1")
+    merge_adapters(
+        [(tmp_path / "unet", 0.5)],
+        tmp_path / "sum.safetensors",
+        base=tiny_base,
+        error=1e-4,
+        family="sd1",
+        dtype="fp32",
+    )
+    for key, update in read_adapter(tmp_path / "sum.safetensors").weights.updates.items():
+        name = f"{key.layer}.{key.parameter}"
+        delta = 0.5 * (merged[name].double() - before[name])
+        assert float((update.delta().double() - delta).norm() / delta.norm()) < 2e-4, key
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["conv_out"]}, {"bias": "lora_only"}])
+def test_what_peft_saves_beside_the_factors_is_refused_by_name(
+    more: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    unet = load_model(str(tiny_base), dtype=torch.float32, device=torch.device("cpu")).components()["unet"]
+    peft_folders.saved(unet, peft_folders.lora(["to_out.0"], **more), torch.float32, tmp_path / "unet")
+    with pytest.raises(AdapterFileError, match=r"whole layers or biases saved beside.*PEFT can merge it"):
+        read_adapter(tmp_path / "unet")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

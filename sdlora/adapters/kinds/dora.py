@@ -17,7 +17,7 @@ from ...errors import AdapterFileError
 from ..canonical import LowRankPair, Update, WrappedUpdate, check_factors
 from ..initial import low_rank
 from . import lora
-from .kind import EVERY_CLIENT, AdapterKind, FilePart, TrainedForm, check_floats, does_not_fit
+from .kind import ADAPTER_NAME, EVERY_CLIENT, AdapterKind, FilePart, TrainedForm, check_floats, does_not_fit
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -27,7 +27,7 @@ SCALE = FilePart("dora_scale", "dora_scale", r"\.dora_scale$", always_wide=True)
 MAGNITUDE = FilePart(
     "magnitude",
     "dora_scale",
-    r"\.lora_magnitude_vector(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$",
+    rf"\.lora_magnitude_vector{ADAPTER_NAME}(?:\.weight)?$",
     "lora_magnitude_vector",
 )
 """PEFT's, always one value an output row."""

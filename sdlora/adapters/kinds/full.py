@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ...errors import AdapterFileError
 from ..canonical import Update, check_factors
-from .kind import AdapterKind, FilePart, Kernel, check_floats
+from .kind import ADAPTER_NAME, AdapterKind, FilePart, Kernel, check_floats
 
 WEIGHT = FilePart("diff", "diff", r"\.diff$")
 BIAS = FilePart("diff_b", "diff", r"\.diff_b$", of_bias=True)
 NORM_WEIGHT = FilePart("w_norm", "diff", r"\.w_norm$")
 NORM_BIAS = FilePart("b_norm", "diff", r"\.b_norm$", of_bias=True)
-PEFT_BIAS = FilePart("up_bias", "diff", r"\.lora_(?:up|B)(?:\.(?!bias$)[A-Za-z_]\w*)?\.bias$", of_bias=True)
+PEFT_BIAS = FilePart("up_bias", "diff", rf"\.lora_(?:up|B){ADAPTER_NAME}\.bias$", of_bias=True)
 """Of PEFT's ``lora_bias``: a bias behind the second factor, which the adapter's scale multiplies too."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import AdapterFileError
 from ..canonical import Update, check_factors
-from .kind import AdapterKind, FilePart, Kernel, check_floats, does_not_fit, require_parts
+from .kind import ADAPTER_NAME, AdapterKind, FilePart, Kernel, check_floats, does_not_fit, require_parts
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class IA3(Update):
         """Return it with other scales."""
         return replace(self, w=tensors["weight"])
 
+    def of_bias(self) -> IA3:
+        """Return the same for the layer's bias, where everything that it puts out is scaled (PEFT)."""
+        return replace(self, w=self.w.reshape(-1), layer=(self.w.numel(),))
+
     def norm(self) -> float:
         """Return the norm of the scales, which is known without the base."""
         return float(torch.linalg.norm(self.w.double()))
@@ -119,7 +123,7 @@ IA3_KIND = AdapterKind(
     parts=(
         FilePart("weight", "weight", r"\.weight$", beside=".on_input"),
         _SIDE,
-        FilePart("ia3_l", "ia3_l", r"\.ia3_l(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$", "ia3_l"),
+        FilePart("ia3_l", "ia3_l", rf"\.ia3_l{ADAPTER_NAME}(?:\.weight)?$", "ia3_l"),
     ),
     build=build,
     stores_alpha=False,

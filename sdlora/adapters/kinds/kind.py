@@ -24,6 +24,8 @@ Kernel = tuple[int, int]
 """Height and width of a convolution's kernel."""
 
 EVERY_CLIENT = ("WebUI", "Forge", "ComfyUI", "kohya sd-scripts", "diffusers", "stable-diffusion.cpp")
+ADAPTER_NAME = r"(?:\.(?!(?:weight|bias)$)[^.]{1,80})?"
+"""PEFT may write the adapter's name, which has no dot, behind that of a part."""
 LYCORIS_CLIENTS = ("WebUI", "Forge", "ComfyUI", "stable-diffusion.cpp")
 """Those that compute what LyCORIS defined, from WebUI keys (formats.md 3.2)."""
 

@@ -14,20 +14,28 @@ from ...errors import AdapterFileError
 from ...tensor_file import FLOAT_DTYPES
 from ..canonical import LowRankPair
 from ..initial import from_weight, low_rank
-from .kind import EVERY_CLIENT, AdapterKind, FilePart, Kernel, TrainedForm, does_not_fit, require_parts
+from .kind import (
+    ADAPTER_NAME,
+    EVERY_CLIENT,
+    AdapterKind,
+    FilePart,
+    Kernel,
+    TrainedForm,
+    does_not_fit,
+    require_parts,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_ADAPTER_NAME = r"(?:\.(?!(?:weight|bias)$)[A-Za-z_]\w*)?(?:\.weight)?$"
-"""PEFT may write the adapter's name behind that of a part."""
+_ADAPTER_NAME = rf"{ADAPTER_NAME}(?:\.weight)?$"
 _OLD = r"(?:\.lora|_lora|\.lora_linear_layer)"
 DOWN = FilePart(
     "down", "lora_down.weight", rf"\.lora_(?:down|A){_ADAPTER_NAME}|{_OLD}\.down\.weight$", "lora_A"
 )
 UP = FilePart("up", "lora_up.weight", rf"\.lora_(?:up|B){_ADAPTER_NAME}|{_OLD}\.up\.weight$", "lora_B")
 
-_EMBEDDING_END = r"(?:\.(?!weight$)[A-Za-z_]\w*)?(?:\.weight)?$"
+_EMBEDDING_END = _ADAPTER_NAME
 EMBEDDING_A = FilePart(
     "embedding_a", "lora_up.weight", rf"\.lora_embedding_A{_EMBEDDING_END}", "lora_embedding_A"
 )
