@@ -182,10 +182,16 @@ class FileKeys:
                 continue
             group = groups.setdefault(parsed.module, {})
             if parsed.part in group:
+                first, other = (part_at_end(name) for name in (group[parsed.part], key))
+                is_named_alike = first is not None and other is not None and first[0] == other[0]
+                why = (
+                    "these are two adapters, save one of them alone"
+                    if is_named_alike
+                    else "the file mixes two namings, export it again"
+                )
                 raise AdapterFileError(
                     f"{self._where}: module `{parsed.module.component}.{parsed.module.path}` is there twice "
-                    f"({foreign.listing([group[parsed.part], key])}); the file mixes two namings, export it "
-                    "again"
+                    f"({foreign.listing([group[parsed.part], key])}); {why}"
                 )
             group[parsed.part] = key
         unknown = [key for key, parsed in self.parsed.items() if parsed is None]

@@ -381,6 +381,10 @@ def test_whatever_peft_calls_the_adapter_its_layers_are_read(adapter: str, tmp_p
     updates = read_adapter(tmp_path / "a.safetensors").weights.updates
     assert sorted(update.kind for update in updates.values()) == ["dora", "full"]
     assert not any(support.full for support in inspect_adapter(tmp_path / "a.safetensors").clients)
+    both = {f"{name}.lora_{x}.{which}.weight": torch.ones(2, 2) for x in "AB" for which in (adapter, "other")}
+    save_file(both, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=r"is there twice.*two adapters, save one of them alone"):
+        read_adapter(tmp_path / "a.safetensors")
 
 
 def test_pefts_ia3_scales_the_bias_too(model: DiffusionModel, tiny_base: Path, tmp_path: Path) -> None:
