@@ -251,7 +251,7 @@ def test_who_reads_which_spelling() -> None:
         assert all(client.reasons for client in support if not client.full)
     keys = [key for _, key in cases]
     mixed = client_support("webui", "sd1", weights, keys)
-    assert {client.client for client in mixed if client.full} == {"ComfyUI", "Forge"}
+    assert {client.client for client in mixed if client.full} == {"ComfyUI", "Forge", "stable-diffusion.cpp"}
 
 
 @pytest.mark.parametrize("format", written_formats())
