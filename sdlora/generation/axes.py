@@ -10,7 +10,8 @@ from typing import Any
 from ..adapters.strength import Strength
 from ..diffusion.samplers import find_sampler
 from ..errors import ConfigError, shown
-from ..run_folder import CheckpointFolder, RunFolder, list_checkpoints
+from ..run_folder import CheckpointFolder, RunFolder, checkpoint_of, list_checkpoints
+from .adapter_folders import checkpoint_name
 from .render import GenerateRequest
 
 MOST_VALUES = 100
@@ -118,7 +119,9 @@ def _checkpoints(values: list[str], adapters: tuple[Path, ...]) -> Axis:
                 f"--grid checkpoint={shown(value, 60)}: neither a file nor a checkpoint ({steps})"
             )
         files.append(file)
-        labels.append(f"step {step.step}" if step else file.stem)
+        belongs = checkpoint_of(file)
+        of_file = checkpoint_name(*belongs) if belongs else file.stem
+        labels.append(f"step {step.step}" if step else of_file)
     if not files:
         raise ConfigError(
             "--grid checkpoint=all: the run of --adapter has no checkpoints; give files instead"

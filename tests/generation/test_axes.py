@@ -139,4 +139,4 @@ def test_checkpoints_are_named_by_step_or_all_of_them(run: RunFolder) -> None:
     saved = [checkpoint.adapter_file for checkpoint in list_checkpoints(run.checkpoints)]
     assert read_axis("checkpoint=all", (adapter,)).values == tuple(saved)
     assert read_axis("checkpoint=2", (saved[0],)).values == (saved[1],)
-    assert read_axis(f"checkpoint={adapter}", ()).labels == ("ink",)
+    assert read_axis(f"checkpoint={adapter},{saved[0]}", ()).labels == ("ink", "run-step-000001")
