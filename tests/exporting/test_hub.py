@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,14 +16,17 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
 
 from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
+from sdlora.config.toml import load_config, save_config
 from sdlora.errors import AdapterFileError, ModelError, OutputError
 from sdlora.exporting.publish import publish
 from sdlora.families.locating import locate
 from sdlora.families.sd1 import StableDiffusion1
 from sdlora.formats.adapter_files import OpenAdapter, write_adapter
 from sdlora.formats.hub_adapters import locate_adapter
+from sdlora.run_folder import RunFolder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_test"
@@ -222,6 +226,31 @@ def test_an_adapter_is_published_with_its_card_and_comes_back(
     for key, pair in mine.weights.pairs.items():
         torch.testing.assert_close(back.weights.pairs[key].delta(), pair.delta(), rtol=1e-3, atol=1e-3)
     assert back.info.metadata["sdlora.preferred_strength"] == "0.8"
+
+
+def test_the_card_of_a_run_shows_its_last_previews_and_links_its_base(
+    hub: Hub, adapter: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    values = {
+        "model.base": "ann/base",
+        "output.name": "ink",
+        "output.folder": run.path,
+        "output.license": "MIT",
+    }
+    prompts = ["sample.prompts=['a cat | on *paper*', 'a dog --s 3']", "sample.prompt_options=true"]
+    run.samples.mkdir(parents=True)
+    save_config(load_config(None, prompts, values), run.config_file)
+    shutil.copyfile(adapter, run.adapter_file("ink"))
+    for step, number, colour in ((1, 1, "red"), (2, 1, "green"), (2, 2, "blue")):
+        Image.new("RGB", (8, 8), colour).save(run.preview(step, number))
+    shown = publish(run.path, "ann/ink", dry_run=True)
+    assert shown.files == ("README.md", "images/1.png", "images/2.png", "ink.safetensors") and hub.asked == []
+    head = shown.card.split("---")[1]
+    assert "base_model: ann/base" in head and "- text: a dog" in head and "--s 3" not in shown.card
+    assert "![a cat \\| on \\*paper\\*](images/1.png)" in shown.card
+    hidden = publish(run.path, "ann/ink", dry_run=True, private=True)
+    assert "a cat" not in hidden.card and "images/1.png" in hidden.card
 
 
 @pytest.mark.slow

@@ -10,14 +10,14 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from sdlora.adapters.strength import Strength, pair_of
 from sdlora.config.schema import SampleConfig, SamplerName
 from sdlora.config.toml import load_config
-from sdlora.errors import ConfigError, SdloraError, shown
-from sdlora.generation.lora_tags import refuse_tags, split_tags, take_tags
+from sdlora.errors import ConfigError, SdloraError
+from sdlora.generation.lora_tags import split_tags
 from sdlora.generation.png_info import read_parameters
 
 from ..gallery import compare_html, grid_html, image_html, strip_html
+from ..prompt_tags import adapters_by_name, with_tagged
 from ..server.png_import import ImportedSettings, from_parameters
 from ..settings import checked_base
 from ..site import Site
@@ -345,7 +345,7 @@ def adapter_label(file: str) -> str:
 
 def _filled(site: Site, imported: ImportedSettings) -> list[Any]:
     """Return the value of every control according to an image's settings."""
-    by_label = _adapters_by_name(site)
+    by_label = adapters_by_name(site)
     missing = [name for name, _, _ in imported.adapters if name not in by_label]
     if missing:
         gr.Warning(f"not found here: {', '.join(missing)}; all other settings were set")
@@ -394,28 +394,6 @@ def _rows(held: Sequence[Any]) -> list[list[dict[str, Any]]]:
     return [row]
 
 
-def _tagged(site: Site, name: str, strength: Strength) -> dict[str, Any]:
-    """Return the adapter of ``<lora:NAME:...>`` as one of a row.
-
-    Raises:
-        ConfigError: when none has that name, saying where it was looked for.
-    """
-    path = _adapters_by_name(site).get(name)
-    if path is None:
-        raise ConfigError(
-            f"<lora:{shown(name, 60)}>: there is no such adapter; looked in {site.paths.runs} and the "
-            "models' folders that this page may read; start the page with --allow DIR for another one"
-        )
-    denoiser, text = pair_of(strength)
-    return {"file": path, "denoiser": denoiser, "text": text}
-
-
-def _adapters_by_name(site: Site) -> dict[str, str]:
-    """Return the files of the adapters by their label and by their own name."""
-    by_label = {label: path for label, path in choices(site.adapters())}
-    return {Path(path).stem: path for path in by_label.values()} | by_label
-
-
 def _arguments(
     site: Site, held: Sequence[Any], rows: Sequence[Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
@@ -427,10 +405,7 @@ def _arguments(
             raise ConfigError(f"{name}: give a number")
     for name in ("width", "height", "guidance"):
         values[name] = checked_number(name, str(values[name] or ""), whole=name != "guidance")
-    values["prompt"], tags = take_tags(str(values["prompt"]))
-    refuse_tags(str(values["negative"] or ""))
-    named = [_tagged(site, name, strength) for name, strength in tags.items()]
-    rows = [[*row, *named] if row or len(rows) == 1 else row for row in rows]  # an empty row shows the base
+    values["prompt"], rows = with_tagged(site, str(values["prompt"]), str(values["negative"] or ""), rows)
     checked = [[{**cell, "file": str(site.paths.model(cell["file"]))} for cell in row] for row in rows]
     base = checked_base(site.paths, str(values["base"] or ""))
     return values | {"base": base, "rows": checked, "folder": str(site.paths.images)}
