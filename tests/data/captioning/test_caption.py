@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_captioners import write_tagger
+from tiny_captioners import write_blip, write_tagger
 
 from sdlora.data.captioning.caption import Captioning, CaptionReport, CaptionSettings
 from sdlora.data.captioning.restore import FOLDER, undo
@@ -206,6 +207,23 @@ def test_the_preview_is_spread_over_the_folder_and_writes_nothing(
         assert {captioned.caption for captioned in shown} == {ALL} and state(folder) == before
         assert work.run().written == 12
     assert sum(asked) == 12  # each image was looked at once
+
+
+def test_the_model_is_freed_at_the_end(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import BlipForConditionalGeneration
+
+    def models() -> int:
+        return sum(type(thing) is BlipForConditionalGeneration for thing in gc.get_objects())
+
+    model = str(write_blip(tmp_path / "blip"))
+    gc.collect()
+    assert models() == 0
+    with Captioning(
+        image_folder(1, caption=False), CaptionSettings(model, device="cpu", new_tokens=2)
+    ) as work:
+        work.preview(1)
+        assert models() == 1
+    assert models() == 0
 
 
 def test_a_folder_that_may_not_be_written_is_refused_at_once(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.data.captioning.restore import undo
-from sdlora.data.captioning.tag_lists import thresholds_of
+from sdlora.data.captioning.tag_lists import Tag, TagChoice, thresholds_of
 from sdlora.data.captioning.tags import TagEdit, TagFolder, read_implications
 from sdlora.data.captioning.wording import with_spaces
 from sdlora.errors import ConfigError, DatasetError
@@ -104,3 +104,30 @@ def test_thresholds_are_read_by_category() -> None:
     for wrong in ("x", "general=2", "=0.5", "nan"):
         with pytest.raises(ConfigError, match="threshold"):
             thresholds_of([wrong])
+
+
+OUTPUTS = [
+    (Tag("safe", "rating"), 0.9),
+    (Tag("long_hair", "general"), 0.5),
+    (Tag("a,b", "meta"), 0.8),
+    (Tag("mia_(x)", "character"), 0.86),
+    (Tag("o_o", "general"), 0.7),
+    (Tag("Cat", "general"), 0.34),
+]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (TagChoice(), ["mia (x)", "a b", "o_o", "long hair"]),
+        (TagChoice({"general": 0.3}), ["mia (x)", "a b", "o_o", "long hair", "Cat"]),
+        (TagChoice({"character": 0.9, "meta": 0.9}), ["o_o", "long hair"]),
+        (TagChoice(blacklist=["Long Hair", "O_O"]), ["mia (x)", "a b"]),
+        (TagChoice(underscores=True, order="list"), ["long_hair", "a b", "mia_(x)", "o_o"]),
+        (TagChoice({"rating": 0.5}, order="category"), ["safe", "mia (x)", "o_o", "long hair", "a b"]),
+        (TagChoice({"general": 0.3}, order="name"), ["a b", "Cat", "long hair", "mia (x)", "o_o"]),
+    ],
+)
+def test_a_taggers_tags_are_chosen_and_ordered(choice: TagChoice, expected: list[str]) -> None:
+    tags, probabilities = zip(*OUTPUTS, strict=True)
+    assert choice.of(tags, probabilities) == expected

@@ -119,6 +119,40 @@ def write_qwen2_vl(folder: Path) -> Path:
     return saved(Qwen2VLForConditionalGeneration(config), folder, tokenizer, eyes)
 
 
+def write_florence2(folder: Path) -> Path:
+    """Write a Florence-2: windows of an image and a question into a BART."""
+    from transformers import (
+        CLIPImageProcessor,
+        Florence2Config,
+        Florence2ForConditionalGeneration,
+        Florence2Processor,
+    )
+
+    specials = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
+    named = {"bos_token": "<s>", "eos_token": "</s>", "extra_special_tokens": {"image_token": "<image>"}}
+    tokenizer = tokenizer_of(specials, None, **named)
+    side = {"height": 32, "width": 32}
+    eyes = CLIPImageProcessor(size=side, crop_size=side)
+    eyes.image_seq_length = 17  # of 4 x 4 patches at the end, and their mean
+    ids = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "decoder_start_token_id": 3}
+    layers = {f"{part}_layers": 1 for part in ("encoder", "decoder")}
+    layers |= {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    layers |= {f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")}
+    text = {"model_type": "bart", "vocab_size": len(tokenizer), "d_model": 16, **layers, **ids}
+    vision = {"depths": (1, 1), "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1)}
+    vision |= {"patch_prenorm": (False, True), "embed_dim": (8, 16), "num_heads": (2, 2)}
+    vision |= {"num_groups": (2, 2), "window_size": 4, "projection_dim": 16}
+    vision |= {"max_temporal_embeddings": 5, "max_position_embeddings": 10}
+    config = Florence2Config(
+        text_config={**text, "max_position_embeddings": 128, "forced_eos_token_id": None},
+        vision_config=vision,
+        image_token_id=4,
+        **ids,
+    )
+    processor = Florence2Processor(eyes, tokenizer)
+    return saved(Florence2ForConditionalGeneration(config), folder, processor)
+
+
 TAGS = (
     ("general", 9),
     ("explicit", 9),
