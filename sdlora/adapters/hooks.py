@@ -9,7 +9,7 @@ factors at every call, which costs little beside the layer itself and spares a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,15 @@ _ATTRIBUTE = "_sdlora_hook"
 
 
 class UpdateHook:
-    """A forward hook: the updates of one layer, by adapter."""
+    """A forward hook: the updates of one layer, by adapter.
+
+    Attributes:
+        by_row: what multiplies the part of an adapter (B, ...) by the strength of each row, instead of one
+            strength for all.
+    """
 
     def __init__(self) -> None:
+        self.by_row: Mapping[str, Callable[[Tensor], Tensor]] = {}
         self.updates: dict[str, Update] = {}
         self.biases: dict[str, Update] = {}
         self._strengths: dict[str, float] = {}
@@ -42,20 +48,29 @@ class UpdateHook:
         """Return the layer's output with the updates' part, or None to leave it as it is."""
         if not self._strengths:
             return None
+        if not self.by_row:
+            return output + self._part(layer, inputs[0], output.dtype, list(self._strengths))
+        for name in self._strengths:
+            part = self._part(layer, inputs[0], output.dtype, [name])
+            output = output + self.by_row[name](part.expand_as(output))
+        return output
+
+    def _part(self, layer: nn.Module, inputs: Tensor, dtype: torch.dtype, names: Sequence[str]) -> Tensor:
+        """Return what some of the adapters add to the output."""
         weight: Any = layer.weight
-        part = self._sum(self.updates, weight)
-        bias = self._sum(self.biases, getattr(layer, "bias", None))
+        part = self._sum(self.updates, weight, names)
+        bias = self._sum(self.biases, getattr(layer, "bias", None), names)
         # sum of strength * dW; output = W x + b + this: all of these layers are linear in W and b
-        return output + _computed(
+        return _computed(
             layer,
-            inputs[0],
-            None if part is None else part.to(output.dtype),
-            None if bias is None else bias.to(output.dtype),
+            inputs,
+            None if part is None else part.to(dtype),
+            None if bias is None else bias.to(dtype),
         )
 
-    def _sum(self, updates: dict[str, Update], value: Tensor | None) -> Tensor | None:
+    def _sum(self, updates: dict[str, Update], value: Tensor | None, names: Sequence[str]) -> Tensor | None:
         """Return the sum of what acts on a weight or bias, in its shape; None if nothing does."""
-        acting = [name for name in self._strengths if name in updates]
+        acting = [name for name in names if name in updates]
         if not acting or value is None:
             return None
         total = torch.zeros(value.shape, dtype=torch.float32, device=value.device)

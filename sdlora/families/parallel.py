@@ -32,6 +32,8 @@ class SplitPredictor:
         self._model = model
         # set by who has the gradients of each part added where they belong, instead of returned by torch
         self.computing: Callable[[int], AbstractContextManager[None]] | None = None
+        # set by who computes rows differently: it is told which rows of the batch a part is
+        self.of_rows: Callable[[slice], AbstractContextManager[None]] | None = None
         self.most_parts = torch.get_num_threads() if model.facts.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self.most_parts, initializer=torch.set_num_threads, initargs=(1,))
         self._outputs: list[Tensor] = []
@@ -92,7 +94,9 @@ class SplitPredictor:
             rows = slice(edges[index], edges[index + 1])
             part_text = {name: tensor[rows] for name, tensor in text.items()}
             computing = self.computing(index) if self.computing else nullcontext()
-            with computing, torch.set_grad_enabled(gradients):  # a thread does not inherit the caller's mode
+            told = self.of_rows(rows) if self.of_rows else nullcontext()
+            # a thread does not inherit the caller's mode
+            with computing, told, torch.set_grad_enabled(gradients):
                 return self._model.predict(noisy[rows], timesteps[rows], part_text, list(sizes)[rows])
 
         return self._map(part, range(parts))

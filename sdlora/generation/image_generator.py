@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from ..adapters.attach import Merged, attach, detach, set_strengths
 from ..adapters.canonical import AdapterFile
-from ..adapters.strength import Strength
+from ..adapters.strength import Strength, strength_of
 from ..config.schema import AttentionName, ModelConfig, Precision
 from ..errors import AdapterFileError, ConfigError
 from ..families.compute import Compute
@@ -125,7 +125,12 @@ class ImageGenerator:
         self._files.pop(name, None)
 
     def generate(
-        self, requests: Iterable[GenerateRequest], *, merge: bool = False, progress: Progress | None = None
+        self,
+        requests: Iterable[GenerateRequest],
+        *,
+        merge: bool = False,
+        strengths_together: bool = True,
+        progress: Progress | None = None,
     ) -> list[GeneratedImage]:
         """Return the images of ``requests``, in their order, each with its own adapter strengths.
 
@@ -134,6 +139,8 @@ class ImageGenerator:
         Args:
             requests: what to make; those with equal strengths are made together.
             merge: fold the adapters into the base's weights while each group is drawn.
+            strengths_together: those with other strengths of the same adapters share batches, too, which
+                changes an image by rounding only.
             progress: called after each denoising step.
 
         Raises:
@@ -146,11 +153,16 @@ class ImageGenerator:
             self._check_loaded(request.strengths)
         total, before = sum(request.calls for request in asked), 0
         images: dict[int, Image] = {}
-        for strengths, indices in _by_strengths(asked):
+        together = strengths_together and not merge and self._merged is None
+        for groups in _that_share_batches(_by_strengths(asked), self.model, together=together):
+            indices = [i for _, of_group in groups for i in of_group]
             members = [asked[i] for i in indices]
             shifted = None if progress is None else _shifted(progress, before, total)
-            with self._acting(strengths, merge):
-                images |= zip(indices, render(self.model, members, progress=shifted), strict=True)
+            with self._acting(groups[0][0], merge):
+                rendered = render(
+                    self.model, members, progress=shifted, each_at_its_strengths=len(groups) > 1
+                )
+                images |= zip(indices, rendered, strict=True)
             before += sum(request.calls for request in members)
         return [GeneratedImage(images[i], request) for i, request in enumerate(asked)]
 
@@ -207,8 +219,12 @@ class ImageGenerator:
             raise ConfigError(f"{what} while adapters are merged; call unmerge first")
 
 
-def _by_strengths(requests: Sequence[GenerateRequest]) -> list[tuple[Mapping[str, Strength], list[int]]]:
-    groups: list[tuple[Mapping[str, Strength], list[int]]] = []
+_Group = tuple[Mapping[str, Strength], list[int]]
+"""Strengths, and the numbers of the requests that have them."""
+
+
+def _by_strengths(requests: Sequence[GenerateRequest]) -> list[_Group]:
+    groups: list[_Group] = []
     for i, request in enumerate(requests):
         for strengths, indices in groups:
             if strengths == request.strengths:
@@ -217,6 +233,21 @@ def _by_strengths(requests: Sequence[GenerateRequest]) -> list[tuple[Mapping[str
         else:
             groups.append((request.strengths, [i]))
     return groups
+
+
+def _that_share_batches(
+    groups: Sequence[_Group], model: DiffusionModel, *, together: bool
+) -> list[list[_Group]]:
+    """Return groups of equal strengths by what may share a batch: the same adapters act in the denoiser.
+
+    At strength 0 an adapter is to be left out of the computation, not to be multiplied by 0.
+    """
+    component, shared = model.info.denoiser.component, dict[object, list[_Group]]()
+    for number, (strengths, indices) in enumerate(groups):
+        acting = frozenset(name for name, value in strengths.items() if strength_of(value, component) != 0.0)
+        key: object = acting if together and acting else number
+        shared.setdefault(key, []).append((strengths, indices))
+    return list(shared.values())
 
 
 def _shifted(progress: Progress, before: int, total: int) -> Progress:

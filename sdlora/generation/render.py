@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..adapters.strength import Strength
+from ..adapters.attach import set_strengths
+from ..adapters.row_strengths import RowStrengths
+from ..adapters.strength import Strength, strength_of
 from ..config.defaults import USUAL_GUIDANCE
 from ..diffusion.samplers import check_sampling, find_sampler, make_scheduler
 from ..errors import ConfigError, ModelError
@@ -90,6 +93,7 @@ def render(
     *,
     progress: Progress | None = None,
     encoded: Mapping[str, Conditioning] | None = None,
+    each_at_its_strengths: bool = False,
 ) -> list[Image]:
     """Return the images of ``requests``, in their order, with the adapters as they act in the model now.
 
@@ -102,6 +106,7 @@ def render(
         requests: what to make.
         progress: called after every denoising step.
         encoded: prompts encoded before (:func:`encode_prompts`); the others are encoded now.
+        each_at_its_strengths: let the adapters act as each request says, whatever else is in its batch.
 
     Raises:
         ConfigError: for a size, sampler or number of steps that does not exist.
@@ -120,7 +125,7 @@ def render(
             if progress is not None:
                 progress(done, total)
 
-        latents = denoise(model, members, tick, encoded=encoded)
+        latents = denoise(model, members, tick, encoded=encoded, each_at_its_strengths=each_at_its_strengths)
         for request, latent in zip(members, latents, strict=True):
             if not bool(torch.isfinite(latent).all()):
                 raise ModelError(
@@ -181,6 +186,7 @@ def denoise(
     tick: Callable[[], None] | None = None,
     *,
     encoded: Mapping[str, Conditioning] | None = None,
+    each_at_its_strengths: bool = False,
 ) -> Tensor:
     """Return clean scaled latents (B, C, h, w) float32 of requests that share all but prompts and seed.
 
@@ -189,6 +195,7 @@ def denoise(
         requests: one batch.
         tick: called after every denoising step.
         encoded: see :func:`render`.
+        each_at_its_strengths: see :func:`render`; no adapter acts afterwards.
     """
     first = requests[0]
     scheduler = make_scheduler(first.sampler, model.process, first.steps)
@@ -199,10 +206,12 @@ def denoise(
         [torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators]
     )
     latents = noise.to(model.facts.device) * float(scheduler.init_noise_sigma)
-    told = _Told(model, requests, encoded)
+    told = _Told(model, requests, encoded, each_at_its_strengths)
+    by_row = RowStrengths(model, told.strengths) if each_at_its_strengths else None
     pixels = (first.height, first.width)
     sizes = [SizeHint(original=pixels, crop=(0, 0), target=pixels)] * told.rows
-    with SplitPredictor(model) as split:
+    with SplitPredictor(model) as split, by_row.acting() if by_row is not None else nullcontext():
+        split.of_rows = by_row.rows if by_row is not None else None
         for call, timestep in enumerate(scheduler.timesteps):
             inputs = told.spread(scheduler.scale_model_input(latents, timestep))
             prediction = split.predict(inputs, timestep.repeat(told.rows), told.at(call), sizes)
@@ -224,6 +233,7 @@ class _Told:
         model: DiffusionModel,
         requests: Sequence[GenerateRequest],
         encoded: Mapping[str, Conditioning] | None,
+        each_at_its_strengths: bool = False,
     ) -> None:
         first = requests[0]
         self._model, self._count = model, len(requests)
@@ -236,10 +246,20 @@ class _Told:
         flat = [Part(1.0, texts) for texts in self._negative] + [p for parts in self._parts for p in parts]
         self._flat = flat
         self.rows = len(flat)
-        texts = [text for part in flat for _, text in part.texts]
-        known = dict(encoded or {})
-        self._known = known | encode_prompts(model, [text for text in texts if text not in known])
-        self._stacked: tuple[list[str], Conditioning] | None = None
+        owners = [requests[i] for i in range(len(self._negative))]
+        owners += [request for request, parts in zip(requests, self._parts, strict=True) for _ in parts]
+        self.strengths = [request.strengths for request in owners]
+        self._keys = [_of_text(model, r.strengths) if each_at_its_strengths else None for r in owners]
+        self._known: dict[tuple[object, str], Conditioning] = {}
+        for key, strengths in dict(zip(self._keys, self.strengths, strict=True)).items():
+            rows = [part for part, other in zip(flat, self._keys, strict=True) if other == key]
+            texts = [text for part in rows for _, text in part.texts]
+            known = dict(encoded or {}) if key is None else {}
+            if key is not None:
+                set_strengths(model, strengths)
+            known |= encode_prompts(model, [text for text in texts if text not in known])
+            self._known |= {(key, text): conditioning for text, conditioning in known.items()}
+        self._stacked: tuple[list[tuple[object, str]], Conditioning] | None = None
 
     @staticmethod
     def check(request: GenerateRequest) -> None:
@@ -249,7 +269,7 @@ class _Told:
 
     def at(self, call: int) -> Conditioning:
         """Return the conditioning of a call, the first one being 0, on the denoiser's device."""
-        texts = [part.at(call) for part in self._flat]
+        texts = [(key, part.at(call)) for key, part in zip(self._keys, self._flat, strict=True)]
         if self._stacked is None or self._stacked[0] != texts:
             stacked = stack_conditioning([self._known[text] for text in texts])
             device = self._model.facts.device
@@ -275,6 +295,14 @@ class _Told:
             weights = torch.tensor([part.weight for part in parts]).to(rest).reshape(-1, 1, 1, 1)
             towards.append((weights * (towards_it - negative[i])).sum(0))
         return negative + self._guidance * torch.stack(towards)
+
+
+def _of_text(model: DiffusionModel, strengths: Mapping[str, Strength]) -> object:
+    """Return what tells apart strengths that act differently in the text encoders."""
+    encoders = [name for name in model.info.components if name != model.info.denoiser.component]
+    return frozenset(
+        (a, name, strength_of(value, name)) for a, value in strengths.items() for name in encoders
+    )
 
 
 def _is_composed(request: GenerateRequest) -> bool:

@@ -11,11 +11,20 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from adapters.kinds import dora, loha
 from PIL import Image
 from torch import Tensor
 
 from sdlora.adapters.attach import create_adapter, target_modules
-from sdlora.adapters.canonical import AdapterFile, AdapterInfo, AdapterWeights, LowRankPair, ModuleKey
+from sdlora.adapters.canonical import (
+    AdapterFile,
+    AdapterInfo,
+    AdapterWeights,
+    LowRankPair,
+    ModuleKey,
+    Update,
+)
+from sdlora.adapters.module_paths import base_weight, module_at
 from sdlora.adapters.strength import Strength
 from sdlora.config.schema import AdapterConfig, SampleConfig
 from sdlora.diffusion.samplers import SAMPLERS
@@ -44,6 +53,17 @@ def trained(model: DiffusionModel, seed: int, text_encoder: bool = True, size: f
             for key, pair in create_adapter(model, config, seed).items()
         }
     )
+
+
+def acting(model: DiffusionModel, seed: int, kind: str) -> AdapterWeights:
+    """Return an adapter of a kind that changes the image."""
+    updates: dict[ModuleKey, Update] = {}
+    for key, pair in trained(model, seed).items():
+        weight = base_weight(module_at(model, key))
+        updates[key] = pair if kind == "lora" else dora(pair, weight)
+        if kind == "loha":
+            updates[key] = loha(tuple(weight.shape), alpha=6.0, seed=seed)
+    return AdapterWeights(updates)
 
 
 def state(model: DiffusionModel) -> dict[str, Tensor]:
@@ -210,6 +230,35 @@ def test_strength_zero_equals_the_base_bit_for_bit(generator: ImageGenerator) ->
     assert not same(images[0].image, expected, within=3)
     assert not same(images[0].image, images[2].image, within=3)
     assert images[2].request.strengths == {"a": 0.5}
+
+
+@pytest.mark.parametrize("kinds", [("lora",), ("loha",), ("lora", "dora")])
+@pytest.mark.usefixtures("two_threads")
+def test_strengths_of_a_sweep_share_a_batch_and_each_image_is_the_one_drawn_alone(
+    generator: ImageGenerator, kinds: tuple[str, ...]
+) -> None:
+    base = render(generator.model, [request()])[0]
+    for seed, kind in enumerate(kinds, start=1):
+        weights = acting(generator.model, seed, kind)
+        generator.add_adapter(AdapterFile(weights, AdapterInfo(name=kind)))
+    shares: list[Strength] = [0.5, 1.5, {"unet": 1.0, "text_encoder": 0.3}, {"unet": -0.7}]
+    requests = [request(strengths={kind: share for kind in kinds}) for share in shares]
+    if len(kinds) > 1:  # not only by a common factor
+        requests.append(request(strengths={kinds[0]: 0.4, kinds[1]: 1.2}))
+    rows: list[int] = []
+    unet = generator.model.components()["unet"]
+    hook = unet.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    alone = generator.generate(requests, strengths_together=False)
+    calls, total = len(rows), sum(rows)
+    together = generator.generate(requests)
+    hook.remove()
+    assert len(rows) - calls < calls and sum(rows) - total == total == 2 * 3 * len(requests)
+    assert all(same(first.image, second.image, 1) for first, second in zip(alone, together, strict=True))
+    assert not any(
+        same(first.image, second.image, 3) for i, first in enumerate(alone) for second in together[:i]
+    )
+    generator.generate(requests[::-1])
+    assert same(render(generator.model, [request()])[0], base)
 
 
 def test_strengths_change_between_calls_without_reloading(generator: ImageGenerator) -> None:
