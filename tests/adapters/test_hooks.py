@@ -195,6 +195,23 @@ def test_an_adapter_comes_and_goes_beside_another(model: DiffusionModel) -> None
     assert torch.equal(output(model), alone)
 
 
+def test_attaching_leaves_only_the_new_adapter_acting(model: DiffusionModel) -> None:
+    whole = mixture(model, 0)
+    plain = AdapterWeights(
+        {key: shrunk(pair(tuple(weight_of(model, key).shape))) for key in target_modules(model, BOTH)}
+    )
+    for first, second in ((whole, plain), (plain, whole)):
+        attach(model, second, "two")
+        alone = output(model)
+        detach(model, "two")
+        attach(model, first, "one")
+        assert not torch.equal(output(model), alone)
+        attach(model, second, "two")
+        assert torch.equal(output(model), alone)
+        detach(model, "one")
+        detach(model, "two")
+
+
 def test_merged_equals_beside_and_is_exactly_undone(model: DiffusionModel) -> None:
     base, before = output(model), state(model)
     attach(model, mixture(model, 0, with_plain=True), "one")

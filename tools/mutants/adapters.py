@@ -239,7 +239,7 @@ MUTANTS = (
         _ATTACH,
         "    write_weights(layers, plain)\n    set_strengths(model, {name: 1.0})\n",
         "    write_weights(layers, plain)\n",
-        _ATTACH_TESTS,
+        _HOOK_TESTS,
     ),
     Mutant(
         "one strength for the text encoder is taken for the denoiser",
