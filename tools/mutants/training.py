@@ -458,8 +458,8 @@ MUTANTS = (
     Mutant(
         "the setting for how many checkpoints are kept is not used",
         _TRAIN,
-        "run.config.training.keep_checkpoints)",
-        "1)",
+        "keep, root = run.config.training.keep_checkpoints,",
+        "keep, root = 1,",
         ("training/test_train.py::test_run_folder_holds_what_the_documentation_promises",),
     ),
     Mutant(
