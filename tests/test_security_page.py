@@ -10,11 +10,11 @@ from PIL import Image
 
 import sdlora
 from sdlora import files, tensor_file
-from sdlora.config import toml
+from sdlora.config import prompt_lines, toml
 from sdlora.data.reading import captions, decoding, metadata_files
 from sdlora.diffusion import ddpm
 from sdlora.families import base_files, emphasis
-from sdlora.generation import png_info
+from sdlora.generation import adapter_folders, axes, png_info, prompt_parts
 
 PAGE = (Path(sdlora.__file__).parent.parent / "docs" / "security.md").read_text(encoding="utf-8")
 
@@ -30,6 +30,11 @@ READ = {
     "pixels being decoded": f"{decoding.MAX_PIXELS_AT_ONCE // 10**6} million",
     "a PNG's": f"{png_info.MAX_TEXT:,} characters",
     "a prompt or caption": f"{emphasis.MAX_CHARS:,} characters",
+    "changing brackets": (
+        f"{prompt_parts.MOST_CHANGES}; {prompt_parts.MOST_CHARS:,} characters; {prompt_parts.MOST_PARTS}"
+    ),
+    "a file of prompts": f"{prompt_lines.MOST_BYTES // 2**20} MiB, {prompt_lines.MOST_LINES:,} prompts",
+    "files looked at": f"{adapter_folders.MOST_FILES:,} a folder; {axes.MOST_VALUES}",
     "a caption file": (
         f"{captions.MAX_CAPTION_BYTES // 1024} KiB; {metadata_files.MAX_SIDECAR_BYTES // 2**20} MiB; "
         f"{metadata_files.MAX_METADATA_BYTES // 2**20} MiB"

@@ -37,6 +37,7 @@ from sdlora_ui.server.security import SecurityMiddleware
 from sdlora_ui.server.uploads import import_files
 
 from sdlora.adapters.strength import parse_adapter
+from sdlora.config.prompt_lines import read_line, read_prompt_file
 from sdlora.config.toml import load_config, save_config
 from sdlora.data.check.doctor import examine, report_to_dict
 from sdlora.data.reading.image_files import load_pixels, load_small
@@ -47,7 +48,9 @@ from sdlora.families.emphasis import escape, layout, parse
 from sdlora.families.loading import load_model
 from sdlora.families.locating import ASSETS
 from sdlora.families.recognition import recognise
+from sdlora.generation.lora_tags import take_tags
 from sdlora.generation.png_info import parse_parameters, read_parameters
+from sdlora.generation.prompt_parts import parts_of
 from sdlora.training import checkpoint
 from tools.fuzzing import outcome_of, run_cases
 from tools.text_damage import damaged
@@ -135,7 +138,15 @@ def _prompt(rng: random.Random, data: bytes, folder: Path) -> str:
     prompt = data.decode("utf-8", "replace")
     layout(prompt, lambda part: [1] * len(part), 2)
     parse(escape(prompt))
+    for part in parts_of(prompt, 20):
+        assert part.at(0) is not None and part.texts[-1][0] == 20
+    take_tags(prompt)
     return "prompt"
+
+
+def _prompt_file(rng: random.Random, data: bytes, folder: Path) -> str:
+    (folder / "prompts.txt").write_bytes(data)
+    return f"{len([read_line(line) for line in read_prompt_file(folder / 'prompts.txt')]) > 1}"
 
 
 def _caption(rng: random.Random, data: bytes, folder: Path) -> str:
@@ -302,7 +313,9 @@ _PARAMETERS = (
 _PROMPTS = (
     b"a (cat:1.3) on [a (mat)], blue BREAK the sun \\(x\\)",
     b"{red|blue|{1|2}} hat, <lora:a:1>, ((b))",
+    b"a [cat:dog:0.5] AND [red|[blue|green]:3] hat:0.7 <lora:ink:0.2:0.8> [x::4]",
 )
+_PROMPT_FILES = (b"# c\na cat --n blurry --w 512 --h 64 --d 1 --l 7.5 --s 30 --ss euler_a\n\na dog -- b\n",)
 _EVENTS = (
     b'{"event": "RunStarted", "name": "x", "steps": 4, "first_step": 0, "expected_seconds": 1.5, '
     b'"expected_bytes": 10, "time": 1.0}\n{"event": "StepDone", "step": 1, "steps": 4, "loss": 0.5, '
@@ -357,6 +370,7 @@ def targets() -> dict[str, Target]:
         "PNG text": Target(_PARAMETERS, _png_text),
         "parameters": Target(_PARAMETERS, _parameters),
         "prompt": Target(_PROMPTS, _prompt),
+        "file of prompts": Target(_PROMPT_FILES, _prompt_file),
         "caption": Target((*_PROMPTS, b"one, two, three, four\nfive"), _caption),
         "adapter": Target((b"a.safetensors:0.8", b"C:\\x\\a.safetensors:1:0.5"), _adapter),
         "model index": Target(_asset("model_index.json"), _base("model_index.json", load=False)),
