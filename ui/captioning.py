@@ -83,7 +83,7 @@ class Captioning:
             return dict(self._states.get(folder, {"status": "none"}))
 
     def _work(self, folder: Path, arguments: Mapping[str, Any]) -> None:
-        began = time.monotonic()
+        first, began = 0, time.monotonic()
         end: dict[str, Any] = {
             "status": "failed",
             "error": "the worker process ended; look at the server's log",
@@ -92,8 +92,9 @@ class Captioning:
             for answer in self.worker.call("caption", arguments, replace="caption"):
                 if answer.progress is not None:
                     done, total, note = answer.progress
-                    began = time.monotonic() if done == 0 else began
-                    self._tell(folder, done, total, note, time.monotonic() - began)
+                    if done <= 1:  # before the first image is done, the model is being loaded
+                        first, began = done, time.monotonic()
+                    self._tell(folder, done, total, note, (time.monotonic() - began) / max(1, done - first))
                 if answer.result is not None:
                     end = {"status": "finished", **answer.result}
         except CallCancelled:
@@ -105,13 +106,12 @@ class Captioning:
             self._states[folder] = end | {"preview_only": preview_only}
             self._busy = None
 
-    def _tell(self, folder: Path, done: int, total: int, note: str, seconds: float) -> None:
-        each = seconds / done if done else 0.0
+    def _tell(self, folder: Path, done: int, total: int, note: str, each: float) -> None:
         with self._lock:
             self._states[folder] |= {
                 "done": done,
                 "total": total,
                 "note": note,
-                "images_per_second": 1 / each if each else None,
-                "seconds_left": each * (total - done) if each else None,
+                "images_per_second": 1 / each if done > 1 and each else None,
+                "seconds_left": each * (total - done) if done > 1 and each else None,
             }

@@ -191,13 +191,17 @@ def image_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    began = time.monotonic()
+    began: list[tuple[int, float]] = []  # images and time at the first report: what came before is loading
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None, rate="")
 
         def show(done: int, total: int) -> None:
-            each = (time.monotonic() - began) / max(1, done)
-            rate = f"{1 / each:.1f} images/s" if each <= 1 else f"{each:.1f} s an image"
+            if not began:
+                began.append((done, time.monotonic()))
+            first, start = began[0]
+            each = (time.monotonic() - start) / max(1, done - first)
+            rate = f"{1 / max(each, 1e-3):.1f} images/s" if each <= 1 else f"{each:.1f} s each"
+            rate = rate if done > first else ""
             progress.update(task, completed=done, total=total, rate=rate)
             if not console.is_terminal and (done % max(1, total // 20) == 0 or done == total):
                 left = duration(each * (total - done))
