@@ -15,6 +15,7 @@ from sdlora.data.batching.batches import generator_for
 from sdlora.events import Control, Emitter, Event, Notice, StepDone, Validated, read_events
 from sdlora.judging.held_out import places
 from sdlora.training.run import prepare_run
+from sdlora.training.step import train_step
 from sdlora.training.train import train
 from sdlora.training.validation import draws_of, measure
 
@@ -137,6 +138,17 @@ def test_images_that_cost_more_than_that_are_told(settings: Settings) -> None:
     )
     told = [event.message for event in events if isinstance(event, Notice) and "validation:" in event.message]
     assert len(told) == 1 and "2 held-out images every 1 steps take about" in told[0]
+
+
+def test_the_base_alone_is_measured_without_what_was_learned(settings: Settings) -> None:
+    run = prepare_run(settings("run"), resume=False, emit=Emitter(()))
+    with run.held, run.loader:
+        start = measure(run)
+        for _ in range(2):
+            train_step(run)
+        learned, base = measure(run), measure(run, base_alone=True)
+    for row, other, still in zip(start, learned, base, strict=True):
+        assert row == pytest.approx(still, rel=1e-5) and row != pytest.approx(other, rel=1e-3)
 
 
 def test_one_held_out_image_is_measured_but_compared_with_nothing(settings: Settings) -> None:
