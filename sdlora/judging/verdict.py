@@ -185,7 +185,7 @@ class Verdict:
 
     Attributes:
         cells: in the order they were judged.
-        best: the cell with the highest score.
+        best: the cell with the highest score; the last step's, if the interval does not tell them apart.
         runner_up: the best one of another adapter (of another strength, if there is one adapter only).
         surely: whether the best is above the runner-up by the paired interval.
         rising: whether the last step is the best and above the one before the last by the interval.
@@ -230,11 +230,17 @@ class Verdict:
 def choose(cells: Sequence[Cell], notes: Sequence[str] = ()) -> Verdict:
     """Return which of the cells is best, and how sure that is.
 
+    Of a run's steps, an earlier one is chosen only if it is surely better than the last: the highest of many
+    scores that cannot be told apart is highest by chance.
+
     Args:
         cells: one or more.
         notes: what cannot be judged.
     """
     best = max(cells, key=lambda cell: (cell.score.mean, -(cell.step or 0), -cell.strength))
+    steps = best_by_step(cells)
+    if len({cell.source for cell in steps}) == len(steps) > 1 and not is_better(best, steps[-1]):
+        best = steps[-1]  # the end of the run, unless something is surely better
     others = [cell for cell in cells if cell.source != best.source] or [c for c in cells if c is not best]
     runner_up = max(others, key=lambda cell: cell.score.mean, default=None)
     told = list(notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,19 @@ def test_best_step_strength_and_whether_more_would_help(judge: PanelJudge) -> No
     assert without_gain(cells[:6]) == 0
     flat = [*cells, *(cell(judge, mixed(0.9), step, 1.0) for step in (40, 50))]
     assert without_gain(flat) >= 2 and not choose(flat).rising
+
+
+def test_an_earlier_step_is_chosen_only_if_it_is_surely_better(judge: PanelJudge) -> None:
+    near = [cell(judge, [*STYLED[:10], *mixed(0.7)[10:]], 10), cell(judge, STYLED, 20)]
+    ahead, behind = sorted(near, key=lambda each: -each.score.mean)
+    assert not is_better(ahead, behind)
+    first, last = (
+        replace(each, source=name, step=step) for each, name, step in ((ahead, "a", 10), (behind, "b", 20))
+    )
+    verdict = choose([first, last])
+    assert verdict.best.step == 20 and verdict.runner_up is not None and verdict.runner_up.step == 10
+    worse = replace(cell(judge, PANEL), source="b", step=20)
+    assert choose([first, worse]).best.step == 10
 
 
 def test_copies_are_told_from_the_style(judge: PanelJudge) -> None:
