@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def facts(settings: Settings, num_images: int) -> dict[str, Any]:
         "peer_script_sha256": hashlib.sha256(settings.peer_script.read_bytes()).hexdigest(),
         "machine": f"{os.cpu_count()} x {_cpu_name()}, Python {platform.python_version()}",
         "load_before": os.getloadavg()[0],
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
 
 
@@ -238,6 +238,14 @@ def compare(
 
 def _not_measured(adapter: Path | None) -> float | None:
     return None
+
+
+def _version(package: str) -> str:
+    """Return what is installed; a stand-in for the peer's script needs fewer packages than that."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

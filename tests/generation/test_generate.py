@@ -232,19 +232,19 @@ def test_strength_zero_equals_the_base_bit_for_bit(generator: ImageGenerator) ->
     assert images[2].request.strengths == {"a": 0.5}
 
 
-@pytest.mark.parametrize("kinds", [("loha",), ("lora", "dora")])
+@pytest.mark.parametrize(("kinds", "guidance"), [(("loha",), 4.0), (("lora", "dora"), 1.0)])
 @pytest.mark.usefixtures("two_threads")
 def test_strengths_of_a_sweep_share_a_batch_and_each_image_is_the_one_drawn_alone(
-    generator: ImageGenerator, kinds: tuple[str, ...]
+    generator: ImageGenerator, kinds: tuple[str, ...], guidance: float
 ) -> None:
     base = render(generator.model, [request()])[0]
     for seed, kind in enumerate(kinds, start=1):
         weights = acting(generator.model, seed, kind)
         generator.add_adapter(AdapterFile(weights, AdapterInfo(name=kind)))
     shares: list[Strength] = [0.5, 1.5, {"unet": 1.0, "text_encoder": 0.3}, {"unet": -0.7}]
-    requests = [request(strengths={kind: share for kind in kinds}) for share in shares]
+    requests = [request(strengths=dict.fromkeys(kinds, share), guidance=guidance) for share in shares]
     if len(kinds) > 1:  # not only by a common factor
-        requests.append(request(strengths={kinds[0]: 0.4, kinds[1]: 1.2}))
+        requests.append(request(strengths={kinds[0]: 0.4, kinds[1]: 1.2}, guidance=guidance))
     rows: list[int] = []
     unet = generator.model.components()["unet"]
     hook = unet.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
@@ -252,7 +252,9 @@ def test_strengths_of_a_sweep_share_a_batch_and_each_image_is_the_one_drawn_alon
     calls, total = len(rows), sum(rows)
     together = generator.generate(requests)
     hook.remove()
-    assert len(rows) - calls < calls and sum(rows) - total == total == 2 * 3 * len(requests)
+    assert len(rows) - calls < calls and sum(rows) - total == total == (1 + (guidance > 1)) * 3 * len(
+        requests
+    )
     assert all(same(first.image, second.image, 1) for first, second in zip(alone, together, strict=True))
     assert not any(
         same(first.image, second.image, 3) for i, first in enumerate(alone) for second in together[:i]
