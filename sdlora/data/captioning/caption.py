@@ -297,14 +297,16 @@ class Captioning:
         try:
             return [*model.describe([image for _, image in shown])]
         except Exception as error:
-            if len(shown) > 1:
-                half = len(shown) // 2
-                if is_out_of_memory(error):
-                    model.batch_size = max(1, half)
-                return [*self._described(shown[:half]), *self._described(shown[half:])]
+            lacked = is_out_of_memory(error)
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            why = "too little memory for the model and this image" if is_out_of_memory(error) else reason
-            return [f"{shown[0][0].name}: the model failed ({why})"]
+        # not inside the handler: the error's frames hold the batch in the device's memory
+        if len(shown) > 1:
+            half = len(shown) // 2
+            if lacked:
+                model.batch_size = max(1, half)
+            return [*self._described(shown[:half]), *self._described(shown[half:])]
+        why = "too little memory for the model and this image" if lacked else reason
+        return [f"{shown[0][0].name}: the model failed ({why})"]
 
     def _answer(self, image: FoundFile, words: list[str] | str) -> Captioned:
         old = self._old[image.name]
