@@ -334,7 +334,10 @@ def _fill_intervals(open_settings: OpenSettings, data: DataFacts) -> None:
     # up to four; those of held-out images come first, as they show what was learned and not just remembered
     plain = (TAG.sub("", prompt).strip() for prompt in data.prompts)  # captions of WebUI's images have tags
     prompts = tuple(dict.fromkeys(prompt for prompt in plain if prompt))[:4]
-    if (file := open_settings.config.sample.prompt_file) is not None:
+    file = open_settings.config.sample.prompt_file
+    if (
+        file is not None and open_settings.config.sample.prompts is None
+    ):  # a run that goes on has them already
         open_settings.fill("sample.prompts", tuple(read_prompt_file(file)), f"the lines of {file.name}")
         open_settings.fill("sample.prompt_options", True, f"as in {file.name}")
     open_settings.fill("sample.prompts", prompts, "captions of the images")
