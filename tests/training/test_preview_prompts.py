@@ -63,8 +63,8 @@ def test_previews_with_other_adapters_are_drawn_as_asked_and_change_no_bit(
     file = tmp_path / "prompts.txt"
     file.write_text(
         "# what previews show\n"
-        "a cat <lora:mine:0.5> --w 48 --s 3 --l 3 --d 7 --n blurry --ss euler_a\n"
-        "a [cat:dog:1] <lora:other:0.3:-0.7>\n",
+        "a [cat:dog:1] <lora:other:0.3:-0.7>\n"
+        "a cat <lora:mine:0.5> --w 48 --s 3 --l 3 --d 7 --n blurry --ss euler_a\n",
         encoding="utf-8",
     )
     mine = settings(
@@ -82,11 +82,6 @@ def test_previews_with_other_adapters_are_drawn_as_asked_and_change_no_bit(
     beside = generator.add_adapter(tmp_path / "runs" / "other" / "other.safetensors", "beside")
     requests = [
         GenerateRequest(
-            *("a cat", "blurry"),
-            **{"height": 32, "width": 48, "steps": 3, "guidance": 3.0, "sampler": "Euler a", "seed": 7},
-            strengths={trained: 0.5},
-        ),
-        GenerateRequest(
             *("a [cat:dog:1]", ""),
             **{
                 "height": 32,
@@ -94,9 +89,14 @@ def test_previews_with_other_adapters_are_drawn_as_asked_and_change_no_bit(
                 "steps": 2,
                 "guidance": 2.0,
                 "sampler": "DPM++ 2M Karras",
-                "seed": 2,
+                "seed": 1,
             },
             strengths={trained: 1.0, beside: {"unet": -0.7, "text_encoder": 0.3}},
+        ),
+        GenerateRequest(
+            *("a cat", "blurry"),
+            **{"height": 32, "width": 48, "steps": 3, "guidance": 3.0, "sampler": "Euler a", "seed": 7},
+            strengths={trained: 0.5},
         ),
     ]
     previews = [
@@ -107,7 +107,7 @@ def test_previews_with_other_adapters_are_drawn_as_asked_and_change_no_bit(
         with Image.open(preview.file) as image:
             difference = np.asarray(image).astype(int) - np.asarray(expected.image).astype(int)
         assert np.abs(difference).max() <= 3, preview.file  # the other's file is in fp16
-    assert read_parameters(previews[1].file)["Prompt"] == "a [cat:dog:1] <lora:other:0.3:-0.7>"
+    assert read_parameters(previews[0].file)["Prompt"] == "a [cat:dog:1] <lora:other:0.3:-0.7>"
     file.unlink()  # the run has its prompts
     assert train(load_config(tmp_path / "runs" / "mine" / "config.toml"), resume=True).step == 2
 
