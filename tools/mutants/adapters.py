@@ -289,6 +289,6 @@ MUTANTS = (
         "sdlora/families/ldm.py",
         '"mid_block.resnets.1": "middle_block.2"',
         '"mid_block.resnets.1": "middle_block.3"',
-        _NAME_TESTS,
+        ("families/test_ldm.py",),
     ),
 )
