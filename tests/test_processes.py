@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from patience import wait_for
+from patience import PATIENCE, wait_for
 from processes import lives
 
 # A test that starts a process, and one in a session of its own whose parent ends, and then waits for its end.
@@ -54,7 +54,12 @@ def test_nothing_is_left_of_a_run_that_is_ended(
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))
     } | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     with (tmp_path / "said").open("wb") as output:
-        run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=output)
+        run = subprocess.Popen(
+            # a shell starts what is to run in the background with Ctrl-C ignored, and children inherit that
+            command,
+            **{"cwd": tmp_path, "env": environment, "stdout": output, "stderr": output},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     wait_for(lambda: (tmp_path / "pids").exists() or run.poll() is not None, "the test inside")
     assert run.returncode is None, (tmp_path / "said").read_text()
     worker, child, detached = map(int, (tmp_path / "pids").read_text().split())
@@ -62,5 +67,5 @@ def test_nothing_is_left_of_a_run_that_is_ended(
     processes += processes[0].children(recursive=True)
     assert all(map(lives, processes)) and len(set(processes)) == (6 if workers else 4)
     os.kill({"pytest": run.pid, "worker": worker, "child": child}[which], getattr(signal, number))
-    run.wait()
+    run.wait(PATIENCE)
     wait_for(lambda: not any(map(lives, processes)), f"the end of {processes}")

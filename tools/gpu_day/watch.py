@@ -13,7 +13,7 @@ import torch
 PHASES = {
     "sdlora.training.run._assemble": "placing",
     "sdlora.training.run.prepare_data": "encoding",
-    "sdlora.training.run.encode_prompts": "encoding",
+    "sdlora.training.preview_prompts.encode_prompts": "encoding",
     "sdlora.training.train.measure_cost": "step",
     "sdlora.training.train.launch_step": "step",
     "sdlora.training.train.validate": "validation",
