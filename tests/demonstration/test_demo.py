@@ -147,6 +147,7 @@ def test_a_used_folder_is_refused_before_anything_happens(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
+@pytest.mark.long
 def test_stopped_anywhere_it_says_how_to_go_on_and_ends_the_same(
     small: tuple[DemoResult, list[Event]], tiny_base: Path, tmp_path: Path
 ) -> None:

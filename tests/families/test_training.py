@@ -44,10 +44,12 @@ SETTINGS = (
 
 
 # tests/training/test_train.py does all this with SD1 in a folder, and more
-USUAL = (("sd2", "hub cache"),)  # ``.ci/run`` takes SDXL's file, too
+OFTEN = (("sd2", "hub cache"), ("sdxl", "file"))
 ALL = [
     pytest.param(
-        (family, form), id=f"{family}-{form}", marks=[] if (family, form) in USUAL else pytest.mark.slow
+        (family, form),
+        id=f"{family}-{form}",
+        marks=pytest.mark.long if (family, form) in OFTEN else pytest.mark.slow,
     )
     for family in FAMILY_NAMES
     for form in FORMS
@@ -143,7 +145,6 @@ def test_recognise_train_resume_export_and_draw(
     assert images[0].image.tobytes() != images[1].image.tobytes()
 
 
-@pytest.mark.slow  # ``.ci/run`` runs it
 def test_each_text_encoder_has_its_own_rank_alpha_and_rate(
     family: str, make: Callable[..., Config], tmp_path: Path
 ) -> None:

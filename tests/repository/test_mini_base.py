@@ -103,6 +103,7 @@ def test_a_perfect_prediction_has_no_loss(words: Path, prediction: str) -> None:
     assert training.loss().item() > 0.01
 
 
+@pytest.mark.long
 def test_a_resumed_denoiser_ends_with_the_same_weights(words: Path, tmp_path: Path) -> None:
     whole = trainer(words)
     whole.run(tmp_path / "whole")

@@ -285,6 +285,7 @@ def adapters(folder: Path, base: Path) -> list[str]:
     return arguments
 
 
+@pytest.mark.long
 def test_files_of_all_formats_and_folders_of_images_are_measured_alike(
     tmp_path: Path, tiny_base: Path, style: Style, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[] if name == "mini, text" else [pytest.mark.long]) for name in CASES]
+)
 def test_the_planned_peak_is_within_15_percent_of_what_torch_allocates(case: str, narrow_sdxl: Path) -> None:
     base, *overrides = CASES[case]
     config = settings(*overrides)
@@ -172,7 +174,7 @@ def test_what_can_be_skipped_is_no_reason_to_refuse_a_run() -> None:
         refuse_what_cannot_fit(needed, config, CPU, lambda other: needed)
 
 
-@pytest.mark.parametrize("share", [0.35, 0.6])
+@pytest.mark.parametrize("share", [pytest.param(0.35, marks=pytest.mark.long), 0.6])
 def test_the_named_settings_do_fit(share: float) -> None:
     """On true counts, not on made-up ones."""
     sizes = ("data.resolution=128", "data.more_resolutions=[192]")
@@ -196,7 +198,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", [pytest.param(name, marks=[] if name == "usual" else [pytest.mark.long]) for name in RUNS]
+)
 def test_the_plan_of_a_whole_run_is_within_15_percent_of_all_that_is_alive(run: str, tmp_path: Path) -> None:
     """Weights, adapter, optimizer and activations of the real loop, counted without the plan's help."""
     given = (*FIXED, "data.resolution=64", "training.precision=fp32", *RUNS[run])

@@ -110,7 +110,9 @@ def equal(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
 GROUPS = ("adapter.kind=dora", "adapter.text_encoder=true")  # masters of four groups, two of them no matrices
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "prodigy" else [pytest.mark.long]) for name in NAMES]
+)
 def test_stopped_and_resumed_it_ends_bit_identical(name: str, settings: Settings) -> None:
     whole = trained(settings("whole", f"optimizer.name={name}", *GROUPS))
     trained(settings("halves", f"optimizer.name={name}", *GROUPS), stop_at=2)

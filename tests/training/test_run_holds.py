@@ -29,6 +29,7 @@ def config(tiny_base: Path, image_folder: Callable[..., Path], tmp_path: Path) -
     return load_config(None, [*words, "training.device=cpu", "training.precision=fp32"], values)
 
 
+@pytest.mark.long
 def test_nobody_else_trains_where_a_run_is_under_way(config: Config) -> None:
     refusals: list[str] = []
     control = Control()

@@ -151,7 +151,7 @@ def assert_same_runs(run: Path, other: Path, step: int) -> None:
     assert names[0] == names[1]
 
 
-@pytest.mark.slow  # ``.ci/run`` runs it
+@pytest.mark.long
 def test_two_processes_give_the_bits_of_one_and_either_goes_on_from_the_other(
     settings: Callable[..., Config], tmp_path: Path, one_thread: None
 ) -> None:

@@ -128,6 +128,7 @@ def test_stopped_and_resumed_run_ends_bit_identical(
     assert_equal_tensors(load_file(whole.adapter_file), load_file(second.adapter_file))
 
 
+@pytest.mark.long
 def test_killed_process_loses_only_the_steps_since_the_last_checkpoint(
     settings: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def test_killed_process_loses_only_the_steps_since_the_last_checkpoint(
     assert_equal_tensors(final_state(whole), final_state(resumed))
 
 
+@pytest.mark.long
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(
     settings: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -465,6 +467,7 @@ def test_a_card_left_idle_is_told_and_the_cpu_is_not_called_the_fastest(
     assert (chosen.value, chosen.reason) == ("cpu", "torch cannot use the card that is here")
 
 
+@pytest.mark.long
 def test_loss_falls_on_an_image_it_can_learn(settings: Callable[..., Config], image_folder: Make) -> None:
     folder = image_folder(count=2, name="two")
     recorder = Recorder()

@@ -392,9 +392,12 @@ def test_without_such_images_the_empty_caption_holds_it(settings: Callable[..., 
             *("data.shuffle_tags=true", "data.encode_captions='in loop'", "data.emphasis=true"),
             *("data.crop=random", "data.variants=0", "data.alpha_mask=true", "data.top_up=true"),
         ),
-        (
-            *("data.shuffle_tags=true", "adapter.text_encoder=true", "data.more_resolutions=[40]"),
-            "data.prior_preservation=0.5",
+        pytest.param(
+            (
+                *("data.shuffle_tags=true", "adapter.text_encoder=true", "data.more_resolutions=[40]"),
+                "data.prior_preservation=0.5",
+            ),
+            marks=pytest.mark.long,
         ),
     ],
     ids=["kept", "in-loop", "text-encoder"],

@@ -97,11 +97,11 @@ VARIANTS = {
 }
 
 
-FAST = ("dora", "pissa")
+OFTEN = {"dora": (), "pissa": [pytest.mark.long]}
 
 
 @pytest.mark.parametrize(
-    "variant", [v if v in FAST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+    "variant", [pytest.param(v, marks=OFTEN.get(v, [pytest.mark.slow])) for v in VARIANTS]
 )
 def test_each_variant_starts_at_the_base_resumes_exactly_and_is_what_it_trained(
     variant: str, settings: Settings
@@ -369,6 +369,7 @@ def test_defaults_follow_the_kind(settings: Settings) -> None:
     assert rslora.optimizer.learning_rate == 5e-5
 
 
+@pytest.mark.long
 def test_lokr_factors_follow_the_sides_of_the_layer(settings: Settings) -> None:
     assert [split_side(size, None) for size in (320, 640, 768, 1280)] == [
         (16, 20),

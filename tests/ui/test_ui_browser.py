@@ -455,6 +455,7 @@ def test_captions_are_replaced_in_all_images_and_get_the_trigger_word(
     wait(lambda: page.one(shown).get_attribute("value") == "inkicon, a drawing of a dog")
 
 
+@pytest.mark.long
 def test_a_folder_is_captioned_by_a_model_and_put_back(page: Page, wait: Callable[..., Any]) -> None:
     pytest.importorskip("onnxruntime")
     from data.captioning.tiny_captioners import write_tagger
@@ -481,6 +482,7 @@ def test_a_folder_is_captioned_by_a_model_and_put_back(page: Page, wait: Callabl
     wait(lambda: list((images / "bare").glob("*.txt")) == [])
 
 
+@pytest.mark.long
 def test_two_tabs_agree_about_a_caption(page: Page, wait: Callable[..., Any]) -> None:
     driver, shown = page.driver, "textarea[data-name='cheese.png']"
     page.open()
@@ -499,6 +501,7 @@ def test_two_tabs_agree_about_a_caption(page: Page, wait: Callable[..., Any]) ->
         driver.switch_to.window(first)
 
 
+@pytest.mark.long
 def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., Any]) -> None:
     home = page.server.home
     mark = new_mark()
@@ -745,6 +748,7 @@ def test_captions_outside_are_not_written(page: Page) -> None:
     assert not (outside / "bee.txt").exists()
 
 
+@pytest.mark.long
 def test_the_queue_survives_a_killed_server(
     driver: Any, tmp_path: Path, wait: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
