@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.batching.batches import Batch
+from ..devices import make_current
 from .objective import StepInputs
 
 _ALIGNED = 256  # bytes: as torch's own allocations are, which kernels for whole vectors need
@@ -79,7 +80,9 @@ class Sender:
             "rates": torch.tensor(rates, dtype=torch.float32),
         }
         host, places = packed(named)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        # each thread has a current card, at first the first one, on which this would open a context
+        make_current(self._device)
+        with torch.cuda.stream(self._stream):
             buffer = host.pin_memory().to(self._device, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(self._stream)
