@@ -8,6 +8,7 @@ they return a value or raise a ValueError of one line.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -246,6 +247,17 @@ def refuse_used_folder(folder: Path, what: str) -> None:
         )
     if place is not None and not os.access(place, os.W_OK):
         raise OutputError(f"{folder}: {write_problem(PermissionError(errno.EACCES, 'no permission'))}")
+
+
+def shipped_folder(name: str) -> Path | None:
+    """Return a folder that comes with the program beside its code (``configs``, ``datasets``), if there.
+
+    A wheel has it as the package ``sdlora_NAME``, a checkout beside ``sdlora``.
+    """
+    spec = importlib.util.find_spec(f"sdlora_{name}")
+    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    places.append(Path(__file__).parent.parent / name)
+    return next((place for place in places if place.is_dir()), None)
 
 
 def find_settings(folder: Path) -> Path:

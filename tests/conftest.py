@@ -79,6 +79,7 @@ def processes_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["SDLORA_CACHE_FOLDER"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["SDLORA_CONFIG_FOLDER"] = str(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ from .models import (
     settings_help,
 )
 from .runs import declare_judge, declare_runs, run_judge, run_runs
-from .settings import declare_import, run_import
+from .settings import declare_import, declare_presets, run_import, run_presets
 from .streams import tolerant_streams
 from .surgery import (
     declare_bake,
@@ -282,6 +282,7 @@ COMMANDS: dict[str, Command] = {
     "caption": Command("write captions for images with a model", declare_caption, run_caption),
     "tags": Command("count and change the tags of all captions", declare_tags, run_tags),
     "import": Command("read the settings of another trainer", declare_import, run_import),
+    "presets": Command("list settings that suit a purpose", declare_presets, run_presets),
     "doctor": Command("show what this machine can compute with", declare_doctor, run_doctor),
     "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
     "judge": Command("say which adapter is best, and at which strength", declare_judge, run_judge),

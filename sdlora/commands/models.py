@@ -14,6 +14,7 @@ from ..files import find_settings
 from ..run_folder import RunFolder
 from .arguments import folder_argument, numbers, path_argument
 from .flags import base_of, declare_base, declare_setting, settings_of
+from .settings import show_presets
 
 if TYPE_CHECKING:
     from ..events import Listener
@@ -30,6 +31,14 @@ def declare_train(parser: argparse.ArgumentParser) -> None:
     declare_setting(parser, "output.name")
     declare_setting(parser, "output.folder", "--output", metavar="DIR")
     parser.add_argument("--config", type=path_argument, metavar="FILE", help="settings as TOML")
+    parser.add_argument(
+        "--preset",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="settings that suit a purpose, over those of --config and below all others on this line; `list` "
+        "shows which there are; may be repeated, the last one wins",
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     parser.add_argument(
         "--continue-for",
@@ -64,19 +73,25 @@ def run_train(options: argparse.Namespace) -> Result:
     """Run ``sdlora train``."""
     if options.processes != 1 and not _is_launched():
         return _run_in_processes(options)
+    from ..config.presets import preset_values
     from ..config.toml import load_config
 
+    if "list" in options.preset:
+        return show_presets()
     file, given = options.config, settings_of(options)
     more: int | None = options.continue_for
     if more is not None and more < 1:
         raise ConfigError(f"--continue-for {more}: must be 1 or more")
+    if options.preset and (options.resume or more is not None):
+        raise ConfigError("--preset: a run that goes on keeps its settings; leave --preset out")
     if file is None and (options.resume or more is not None):
         if given["output.folder"] is None:
             flag = "--resume" if more is None else "--continue-for"
             raise ConfigError(f"{flag} needs --output DIR, the run folder to continue")
         file = find_settings(given["output.folder"])
     folder = options.folder and Path(options.folder)
-    config = load_config(file, options.overrides, {**given, "data.folder": folder})
+    presets = preset_values(options.preset)
+    config = load_config(file, options.overrides, {**given, "data.folder": folder}, presets=presets)
     from ..events import Control
     from ..training.state import run_folder
     from ..training.train import train

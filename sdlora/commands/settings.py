@@ -1,4 +1,4 @@
-"""The command for settings: ``sdlora import`` reads those of other trainers."""
+"""The commands for settings: ``presets`` lists and keeps them, ``import`` reads those of other trainers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,51 @@ if TYPE_CHECKING:
 
 Result = tuple[dict[str, Any], int]
 _LONGEST_PASTE = 1 << 20
+
+
+def declare_presets(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``sdlora presets``."""
+    parser.add_argument("name", nargs="?", help="show this preset's settings instead of the list")
+    parser.add_argument(
+        "--save",
+        type=path_argument,
+        metavar="FILE",
+        help="keep the settings of a TOML file (a run's config.toml, say) as your own preset NAME",
+    )
+    parser.usage = "sdlora presets [NAME [--save FILE]]"
+
+
+def run_presets(options: argparse.Namespace) -> Result:
+    """Run ``sdlora presets``: list them, show one, or keep one."""
+    from ..config.presets import find_preset, keep_preset
+
+    if options.save is not None:
+        if options.name is None:
+            raise ConfigError("--save FILE: give the preset a name: sdlora presets NAME --save FILE")
+        file = keep_preset(options.name, options.save)
+        print(f"{file}: use it with `sdlora train FOLDER --preset {options.name}`")
+        return {"file": file}, 0
+    if options.name is None:
+        return show_presets()
+    preset = find_preset(options.name)
+    print(f"{preset.file}\n\n{preset.file.read_text(encoding='utf-8').strip()}")
+    return {"name": preset.name, "file": preset.file, "values": preset.values()}, 0
+
+
+def show_presets() -> Result:
+    """Print the presets that there are, and where one's own are put."""
+    from ..config.presets import own_folder, presets
+
+    there = presets()
+    width = max((len(preset.name) for preset in there), default=0)
+    for preset in there:
+        print(f"{preset.name:<{width}}  {preset.about}{' (yours)' if preset.own else ''}".rstrip())
+    print(f"\nuse one:   sdlora train FOLDER --preset NAME\nyour own:  TOML files in {own_folder()}")
+    listed = [
+        {"name": preset.name, "about": preset.about, "file": preset.file, "own": preset.own}
+        for preset in there
+    ]
+    return {"presets": listed, "own_folder": own_folder()}, 0
 
 
 def declare_import(parser: argparse.ArgumentParser) -> None:

@@ -284,6 +284,8 @@ class OutputConfig(Section):
     wandb_mode: WandbMode = "offline"
     """Whether W&B keeps the run in its folder (`offline`; `wandb sync` sends it later) or sends it while
     training (`online`, after `wandb login`)."""
+    presets: tuple[str, ...] = ()
+    """Presets that settings were taken from (`sdlora train --preset NAME`): only a note."""
     private: bool = False
     """Keep folder names, captions, tags, prompts and file names out of the adapter file and its card."""
 

@@ -24,14 +24,16 @@ def load_config(
     overrides: Iterable[str] = (),
     values: Mapping[str, Any] | None = None,
     *,
+    presets: Mapping[str, Any] | None = None,
     schema: type[Config] | None = None,
 ) -> Config:
-    """Read settings from a TOML file, then ``key=value`` texts, then ready values (last one wins).
+    """Read settings from a TOML file, presets, ``key=value`` texts, then ready values (last one wins).
 
     Args:
         file: TOML file with the sections of :class:`Config`.
         overrides: texts such as ``training.steps=40``; the value is TOML, or else a plain string.
         values: dotted key to value, as the command line's own flags give them; ``None`` is skipped.
+        presets: dotted key to value, as :func:`sdlora.config.presets.preset_values` gives them.
         schema: the tree of settings; another one may allow more than the program's own (an optimizer, say).
 
     Raises:
@@ -40,6 +42,8 @@ def load_config(
     problems: list[str] = []
     tree = _read_toml(file) if file else {}
     typed: dict[str, str] = {}
+    for key, value in (presets or {}).items():
+        _put(tree, key, value, problems)
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or key.count(".") != 1:
@@ -78,23 +82,35 @@ def read_value(key: str, text: str) -> Any:
 
 def save_config(config: Config, file: Path) -> None:
     """Write all set values as TOML, each under its help text; unset ones are left out."""
+    write_text(file, _toml_text(config, explained=True))
+
+
+def given_toml(config: Config) -> str:
+    """Return as TOML what was given in settings; what has its default value is left out."""
+    return _toml_text(config, explained=False)
+
+
+def _toml_text(config: Config, *, explained: bool) -> str:
+    """Return settings by section as TOML: all with their help text, or those that are not the default."""
     lines: list[str] = []
+    tree = config.model_dump(mode="json", exclude_none=explained, exclude_defaults=not explained)
     for section in Config.model_fields:
+        values = tree.get(section, {})
+        if not values and not explained:
+            continue
         lines.append(f"[{section}]")
-        values = getattr(config, section).model_dump(mode="json", exclude_none=True)
         tables: list[str] = []
         for name, field in type(getattr(config, section)).model_fields.items():
-            if name in values:
-                help_text = f"# {' '.join((field.description or '').split())}"
-                if _is_tables(values[name]):  # tables end the section they stand in, so they come last
-                    tables.append(help_text)
-                    tables += [
-                        f"[[{section}.{name}]]\n{tomli_w.dumps(table).strip()}" for table in values[name]
-                    ]
-                else:
-                    lines += [help_text, toml_line(name, values[name])]
+            if name not in values:
+                continue
+            text = [f"# {' '.join((field.description or '').split())}"] if explained else []
+            if _is_tables(values[name]):  # tables end the section they stand in, so they come last
+                tables += text
+                tables += [f"[[{section}.{name}]]\n{tomli_w.dumps(table).strip()}" for table in values[name]]
+            else:
+                lines += [*text, toml_line(name, values[name])]
         lines += [*tables, ""]
-    write_text(file, "\n".join(lines))
+    return "\n".join(lines)
 
 
 def toml_line(name: str, value: Any) -> str:

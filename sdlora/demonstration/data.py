@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from ..config.schema import Config
 from ..config.toml import load_config
 from ..errors import DatasetError
+from ..files import shipped_folder
 
 STYLE, HOLDOUT = "ink-icons", "ink-icons-holdout"
 SETTINGS = ("adapter.targets=all", "sample.steps=10", "sample.every=75", "judge.every=0")
@@ -22,16 +22,10 @@ def find_data() -> Path:
     Raises:
         DatasetError: when there is none.
     """
-    spec = importlib.util.find_spec("sdlora_datasets")
-    candidates = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    candidates.append(Path(__file__).parent.parent.parent / "datasets")
-    for folder in candidates:
-        if (folder / STYLE).is_dir() and (folder / HOLDOUT).is_dir():
-            return folder
-    raise DatasetError(
-        f"the sample data sets {STYLE} and {HOLDOUT} are not installed (looked in "
-        f"{', '.join(str(folder) for folder in candidates)}); install sdlora again, or run from a checkout"
-    )
+    folder = shipped_folder("datasets")
+    if folder is not None and (folder / STYLE).is_dir() and (folder / HOLDOUT).is_dir():
+        return folder
+    raise DatasetError(f"the sample data sets {STYLE} and {HOLDOUT} are missing; install sdlora again")
 
 
 def demo_config(

@@ -11,12 +11,21 @@ from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.families.table import FAMILIES
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.toml"))
+
+
+ANY_BASE = {"style", "subject", "detailed-subject", "small-file", "low-memory"}
 
 
 def test_every_family_has_settings_for_a_style_and_a_subject_and_the_mini_base_its_own() -> None:
-    wanted = [f"{family}-{goal}" for family in FAMILIES for goal in ("style", "subject")]
-    assert [file.stem for file in CONFIGS] == ["mini-style", *wanted]
+    wanted = {f"{family}-{goal}" for family in FAMILIES for goal in ("style", "subject")}
+    assert {file.stem for file in CONFIGS} == {"mini-style", *wanted, *ANY_BASE}
+
+
+def test_a_detailed_subject_has_alpha_at_twice_the_rank_on_all_layers() -> None:
+    adapter = load_config(FOLDER / "detailed-subject.toml").adapter
+    assert adapter.rank is not None and adapter.alpha == 2 * adapter.rank and adapter.targets == "all"
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
