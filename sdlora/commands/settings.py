@@ -56,10 +56,10 @@ def show_presets() -> Result:
     there = presets()
     width = max((len(preset.name) for preset in there), default=0)
     for preset in there:
-        print(f"{preset.name:<{width}}  {preset.about}{' (yours)' if preset.own else ''}".rstrip())
+        print(f"{preset.name:<{width}}  {preset.about}{' (yours)' if preset.users else ''}".rstrip())
     print(f"\nuse one:   sdlora train FOLDER --preset NAME\nyour own:  TOML files in {own_folder()}")
     listed = [
-        {"name": preset.name, "about": preset.about, "file": preset.file, "own": preset.own}
+        {"name": preset.name, "about": preset.about, "file": preset.file, "users": preset.users}
         for preset in there
     ]
     return {"presets": listed, "own_folder": own_folder()}, 0

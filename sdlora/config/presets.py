@@ -44,13 +44,13 @@ class Preset:
         name: the file's, without ``.toml``.
         file: where it lies.
         about: its first comment line, in one sentence.
-        own: whether it is the user's.
+        users: whether it is the user's.
     """
 
     name: str
     file: Path
     about: str
-    own: bool
+    users: bool
 
     def values(self) -> dict[str, Any]:
         """Return its settings, dotted key -> value, validated.
@@ -77,10 +77,10 @@ def presets() -> list[Preset]:
 
     A preset of the user's takes the place of the program's of the same name.
     """
-    found = {file.stem: Preset(file.stem, file, _about(file), own=False) for file in _shipped()}
-    order = [name for name in _ANY_BASE if name in found] + sorted(set(found) - set(_ANY_BASE))
-    owned = {file.stem: Preset(file.stem, file, _about(file), own=True) for file in _files(own_folder())}
-    return [found[name] for name in order if name not in owned] + list(owned.values())
+    shipped = {file.stem: Preset(file.stem, file, _about(file), users=False) for file in _shipped()}
+    order = [name for name in _ANY_BASE if name in shipped] + sorted(set(shipped) - set(_ANY_BASE))
+    mine = {file.stem: Preset(file.stem, file, _about(file), users=True) for file in _files(own_folder())}
+    return [shipped[name] for name in order if name not in mine] + list(mine.values())
 
 
 def find_preset(name: str) -> Preset:

@@ -13,26 +13,28 @@ from sdlora.config.toml import load_config
 
 
 @pytest.fixture(autouse=True)
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SDLORA_CONFIG_FOLDER", str(tmp_path / "config"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "config" / "presets"
 
 
-def test_the_list_is_the_same_from_both_commands(capsys: pytest.CaptureFixture[str], own: Path) -> None:
+def test_the_list_is_the_same_from_both_commands(
+    capsys: pytest.CaptureFixture[str], users_folder: Path
+) -> None:
     assert main(["presets"]) == 0
     listed = capsys.readouterr().out
     assert main(["train", "--preset", "list"]) == 0
     assert capsys.readouterr().out == listed
-    assert "detailed-subject" in listed and str(own) in listed
+    assert "detailed-subject" in listed and str(users_folder) in listed
 
 
-def test_a_preset_is_shown_and_kept(capsys: pytest.CaptureFixture[str], own: Path) -> None:
+def test_a_preset_is_shown_and_kept(capsys: pytest.CaptureFixture[str], users_folder: Path) -> None:
     Path("mine.toml").write_text("# For maps\n[adapter]\nrank = 5\n", encoding="utf-8")
     assert main(["presets", "maps", "--save", "mine.toml"]) == 0
     assert main(["presets", "maps", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert answer["values"] == {"adapter.rank": 5} and answer["file"] == str(own / "maps.toml")
+    assert answer["values"] == {"adapter.rank": 5} and answer["file"] == str(users_folder / "maps.toml")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def config_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "config"
 
 
-def own(name: str, text: str) -> Path:
+def write_preset(name: str, text: str) -> Path:
     own_folder().mkdir(parents=True, exist_ok=True)
     file = own_folder() / f"{name}.toml"
     file.write_text(text, encoding="utf-8")
@@ -41,25 +41,27 @@ def test_every_file_of_configs_is_a_preset_that_says_what_it_is_for() -> None:
     listed = presets()
     assert {preset.name for preset in listed} == {file.stem for file in CONFIGS.glob("*.toml")}
     assert [preset.name for preset in listed[:3]] == ["style", "subject", "detailed-subject"]
-    assert all(20 < len(preset.about) < 110 and not preset.own for preset in listed)
+    assert all(20 < len(preset.about) < 110 and not preset.users for preset in listed)
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.toml")))
 def test_a_preset_holds_what_its_file_says(name: str) -> None:
     tree = tomllib.loads((CONFIGS / f"{name}.toml").read_text(encoding="utf-8"))
-    said = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
-    assert find_preset(name).values() == said
+    expected = {
+        f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()
+    }
+    assert find_preset(name).values() == expected
 
 
 def test_the_users_file_of_a_name_takes_the_place_of_the_programs() -> None:
-    own("style", "# Mine\n[adapter]\nrank = 7\n")
+    write_preset("style", "# Mine\n[adapter]\nrank = 7\n")
     assert find_preset("style").values() == {"adapter.rank": 7}
-    assert [(p.name, p.own) for p in presets()].count(("style", True)) == 1
-    assert ("style", False) not in [(p.name, p.own) for p in presets()]
+    assert [(p.name, p.users) for p in presets()].count(("style", True)) == 1
+    assert ("style", False) not in [(p.name, p.users) for p in presets()]
 
 
 def test_a_preset_stands_over_the_file_and_under_the_command_line(tmp_path: Path) -> None:
-    own("mine", "[adapter]\nrank = 7\nalpha = 3\n[training]\nsteps = 9\n")
+    write_preset("mine", "[adapter]\nrank = 7\nalpha = 3\n[training]\nsteps = 9\n")
     file = tmp_path / "run.toml"
     file.write_text("[adapter]\nrank = 1\ndropout = 0.5\n", encoding="utf-8")
     config = load_config(file, ["adapter.alpha=5"], {"training.steps": 11}, presets=preset_values(["mine"]))
@@ -68,8 +70,8 @@ def test_a_preset_stands_over_the_file_and_under_the_command_line(tmp_path: Path
 
 
 def test_of_several_presets_the_last_one_wins() -> None:
-    own("first", "[adapter]\nrank = 7\nalpha = 3\n")
-    own("second", "[adapter]\nrank = 8\n")
+    write_preset("first", "[adapter]\nrank = 7\nalpha = 3\n")
+    write_preset("second", "[adapter]\nrank = 8\n")
     values = preset_values(["first", "second"])
     assert (values["adapter.rank"], values["adapter.alpha"]) == (8, 3.0)
     assert values["output.presets"] == ("first", "second")
@@ -89,7 +91,7 @@ def test_a_name_is_never_a_path(name: str) -> None:
 
 
 def test_a_users_file_that_is_no_preset_is_named() -> None:
-    file = own("broken", "[adapter]\nrnak = 7\n")
+    file = write_preset("broken", "[adapter]\nrnak = 7\n")
     with pytest.raises(ConfigError, match="rnak") as error:
         preset_values(["broken"])
     assert str(file) in str(error.value)
