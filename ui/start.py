@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import threading
 import webbrowser
@@ -18,6 +19,18 @@ from .server.passwords import new_passphrase
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
+def on_a_desktop(host: str) -> bool:
+    """Return whether somebody sits in front of a page that only this machine can reach.
+
+    There must be a display (X11 or Wayland; macOS and Windows have one), and no SSH session.
+    """
+    if host not in _LOCAL or any(os.environ.get(name) for name in ("SSH_CONNECTION", "SSH_TTY", "CI")):
+        return False
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
 def start(
     *,
     runs: Path,
@@ -27,7 +40,7 @@ def start(
     host: str = "127.0.0.1",
     port: int = 7860,
     password: str | None = None,
-    browser: bool = False,
+    browser: bool | None = None,
 ) -> None:
     """Serve the page until interrupted.
 
@@ -35,12 +48,15 @@ def start(
     be read without being named; when others can reach it, only named folders. Others need a password; where
     none is given, one is generated and printed.
 
+    Args:
+        browser: whether the page is opened in the browser here; if None, :func:`on_a_desktop` decides.
+
     Raises:
         ConfigError: without Gradio, for a short password, or a port in use.
         PathRefused: when a folder given with ``--allow`` does not exist.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("the web UI needs Gradio; run: pip install -c constraints.txt -e '.[ui]'")
+        raise ConfigError('the web UI needs Gradio; run: pip install "sdlora[ui]"')
     made_up = host not in _LOCAL and not password
     password = new_passphrase() if made_up else password
     refuse_open_door(host, password)
@@ -55,6 +71,6 @@ def start(
     if made_up:
         lines.append(f"  password of this session: {password}")
     print("\n".join(lines), file=sys.stderr, flush=True)
-    if browser:
+    if on_a_desktop(host) if browser is None else browser:
         threading.Timer(0.7, webbrowser.open, (url,)).start()
     serve(paths, host=host, port=port, password=password)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import shlex
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,6 +45,12 @@ def source_argument(text: str) -> str:
     """
     path = path_argument(text)
     return str(path) if text.startswith("~") else text
+
+
+def command_line(*words: object) -> str:
+    """Return a command as it is typed here: the words with the quotes that this system's shell needs."""
+    texts = [str(word) for word in words]
+    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -26,6 +26,7 @@ from ..files import write_problem
 from ..machine import version
 from .arguments import nearest
 from .captions import declare_caption, declare_tags, run_caption, run_tags
+from .completion import complete, declare_completion, is_asked, line_words, run_completion
 from .data import declare_cache, declare_check, run_cache, run_check
 from .files import declare_export, declare_inspect, run_export, run_inspect
 from .hub import declare_publish, run_publish
@@ -81,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         # PEFT loads bitsandbytes wherever it is installed, and that reports kernels nobody asked for
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        if is_asked():
+            complete(*_parsers(_command_of(line_words())))
     words = sys.argv[1:] if arguments is None else list(arguments)
     with tolerant_streams() as lost:
         code = _answer(words)
@@ -196,13 +199,18 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
             raise ConfigError(
                 f"word {number} of the command line, {word!a}, is not UTF-8; rename the file"
             ) from None
-    wanted = next((word for word in words if not word.startswith("-")), None)
+    wanted = _command_of(words)
     parser, commands = _parsers(wanted)
     if wanted is not None and wanted not in commands:
         parser.error(f"no command `{wanted}`{nearest(wanted, commands)}")
     options, extra = parser.parse_known_args(words)
     _take_overrides(options, extra, commands[options.command])
     return options
+
+
+def _command_of(words: Sequence[str]) -> str | None:
+    """Return the word of a line that names the command."""
+    return next((word for word in words if not word.startswith("-")), None)
 
 
 def _parsers(wanted: str | None) -> tuple[_Parser, dict[str, _Parser]]:
@@ -287,6 +295,9 @@ COMMANDS: dict[str, Command] = {
     "cache": Command("show what the cache of encodings holds, and thin it out", declare_cache, run_cache),
     "judge": Command("say which adapter is best, and at which strength", declare_judge, run_judge),
     "runs": Command("list training runs, draw their curves over each other", declare_runs, run_runs),
+    "completion": Command(
+        "print what lets a shell complete command lines", declare_completion, run_completion
+    ),
     "demo": Command("learn an ink style on the built-in base and show it", declare_demo, run_demo),
     "ui": Command("train, draw and export in the browser", declare_ui, run_ui),
 }

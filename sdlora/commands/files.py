@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..formats.table import written_formats
 from ..number_formats import PRECISIONS
 from .arguments import FAMILY_HELP, path_argument, source_argument
+from .next_steps import after_export
 
 Result = tuple[dict[str, Any], int]
 
@@ -91,6 +92,7 @@ def run_export(options: argparse.Namespace) -> Result:
         print(note)
     print(f"proof: {report.proof_line()}")
     if not options.verify_images:
+        print(after_export(report, in_webui=options.webui is not None))
         return report.to_dict(), 0
     from ..exporting.image_proof import compare_images
     from .display import progress_bar
@@ -100,6 +102,7 @@ def run_export(options: argparse.Namespace) -> Result:
             options.source, report.adapter, base=options.base, prompts=options.prompt, progress=progress
         )
     print(f"images: {images.line()}")
+    print(after_export(report, in_webui=options.webui is not None))
     return report.to_dict() | {"images": images.to_dict()}, 0
 
 

@@ -14,6 +14,7 @@ from ..files import find_settings
 from ..run_folder import RunFolder
 from .arguments import folder_argument, numbers, path_argument
 from .flags import base_of, declare_base, declare_setting, settings_of
+from .next_steps import after_training
 from .settings import show_presets
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def run_train(options: argparse.Namespace) -> Result:
             print(f"previews: {grid}")
         if (report := RunFolder(result.folder).report).is_file():
             print(f"report: {report}")
+        if result.adapter_file is not None:
+            print("\n".join(after_training(result.folder, result.adapter_file)))
     return {
         "adapter_file": result.adapter_file,
         "run": result.folder,
@@ -332,7 +335,12 @@ def declare_ui(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--password", help="everyone needs it; 8 characters or more (or the variable SDLORA_UI_PASSWORD)"
     )
-    parser.add_argument("--browser", action="store_true", help="also open the page in the browser")
+    parser.add_argument(
+        "--browser",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="open the page in the browser; when left out, on a desktop where only this machine reaches it",
+    )
 
 
 def run_ui(options: argparse.Namespace) -> Result:
@@ -341,7 +349,7 @@ def run_ui(options: argparse.Namespace) -> Result:
         from sdlora_ui.start import start
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"the web UI is not installed ({error.name} is missing); run: pip install -e '.[ui]'"
+            f'the web UI is not installed ({error.name} is missing); run: pip install "sdlora[ui]"'
         ) from None
     start(
         runs=options.runs,

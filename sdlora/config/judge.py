@@ -12,7 +12,7 @@ Strengths = Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min
 
 
 class JudgeConfig(Section):
-    """Images that a run draws of itself to find its best step and strength (docs/score.md)."""
+    """Images that a run draws of itself to find its best step and strength."""
 
     every: NonNegative | None = None
     """Steps between judged checkpoints; 0 switches judging off. An eighth of the run when left open; off in

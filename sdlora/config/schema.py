@@ -97,7 +97,7 @@ class OptimizerConfig(Section):
     """What makes steps of gradients: `adamw`, the usual one; `adamw8bit` in a quarter of its memory;
     `adafactor` in next to none; `lion`, half its memory at a third of the rate; `prodigy`, which finds the
     rate itself, one for all components; `adamw_schedulefree`, which needs no schedule, so that a run can end
-    at any step; `came`, in half its memory, for large batches. docs/training.md compares them."""
+    at any step; `came`, in half its memory, for large batches."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate of the U-Net's adapter; for `prodigy` a factor on what it finds, usually 1."""
     text_encoder_learning_rate: PositiveFloat | None = None

@@ -94,7 +94,7 @@ def _check_xformers(device: torch.device) -> None:
         )
     if importlib.util.find_spec("xformers") is None:
         raise ConfigError(
-            "`attention=xformers`: xformers is not installed; pip install 'sdlora[xformers]', or use sdpa"
+            '`attention=xformers`: xformers is not installed; pip install "sdlora[xformers]", or use sdpa'
         )
     try:
         importlib.import_module("xformers.ops")

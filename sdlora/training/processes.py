@@ -88,7 +88,7 @@ class Processes:
         if state.num_processes != count:
             raise ConfigError(
                 f"{count} processes were started, but accelerate sees {state.num_processes}; start them with "
-                "`sdlora train --processes N`, torchrun or accelerate launch (docs/many-gpus.md)"
+                "`sdlora train --processes N`, torchrun or accelerate launch"
             )
         messages = distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
         gradients = distributed.new_group(timeout=timedelta(seconds=_patience()))
@@ -295,7 +295,7 @@ def _check_environment(count: int) -> None:
         raise ConfigError(
             f"WORLD_SIZE={count} is set, but not {', '.join(missing)}: that is half a launcher's "
             "environment: this process cannot find the others; use `sdlora train --processes N`, torchrun or "
-            "accelerate launch (docs/many-gpus.md), or unset WORLD_SIZE"
+            "accelerate launch, or unset WORLD_SIZE"
         )
 
 

@@ -79,7 +79,7 @@ def start_server(home: Path, *arguments: str, port: int | None = None) -> Server
     mark = new_mark()
     with (home / "server.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sdlora", "ui", "--port", str(port), *arguments],
+            [sys.executable, "-m", "sdlora", "ui", "--no-browser", "--port", str(port), *arguments],
             cwd=home,
             env={**with_mark(mark), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
             stdout=log,
