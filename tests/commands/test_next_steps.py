@@ -1,4 +1,4 @@
-"""What `train` and `export` say can be done next, is done as it is said."""
+"""What `train` and `export` say can be done next, is done as it is line_shown."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ def test_the_lines_after_training_and_export_work_as_they_are(
     line = ["train", str(image_folder(3)), "--base", str(tiny_base), "--trigger", "zky", "--output", "run 1"]
     assert main([*line, "model.clip_skip=2", *settings]) == 0
     draw, export = (
-        shlex.split(said) for said in capsys.readouterr().out.splitlines() if said.startswith("  sdlora ")
+        shlex.split(line_shown)
+        for line_shown in capsys.readouterr().out.splitlines()
+        if line_shown.startswith("  sdlora ")
     )
     assert draw[draw.index("--prompt") + 1] == 'a cat\'s $HOME, "seen"'
     assert draw[draw.index("--clip-skip") + 1] == "2"
     assert main([*draw[1:], "--steps", "1", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["files"]) == 4
     assert main(export[1:]) == 0
-    said = capsys.readouterr().out.splitlines()[-1]
+    line_shown = capsys.readouterr().out.splitlines()[-1]
     copied = "copy exported/lora.safetensors to the WebUI's models/Lora"
-    assert said == f"next: {copied}, and write <lora:lora:1> zky into the prompt"
+    assert line_shown == f"next: {copied}, and write <lora:lora:1> zky into the prompt"
     Path("webui/models/Lora").mkdir(parents=True)
     assert main(["export", "run 1", "--webui", "webui"]) == 0
     assert "refresh the WebUI's list of LoRAs" in capsys.readouterr().out.splitlines()[-1]
