@@ -37,8 +37,11 @@ from sdlora_ui.server.security import SecurityMiddleware
 from sdlora_ui.server.uploads import import_files
 
 from sdlora.adapters.strength import parse_adapter
+from sdlora.config.foreign.programs import import_settings
 from sdlora.config.prompt_lines import read_line, read_prompt_file
 from sdlora.config.toml import load_config, save_config
+from sdlora.data.captioning.tag_lists import read_tags, thresholds_of
+from sdlora.data.captioning.tags import read_implications
 from sdlora.data.check.doctor import examine, report_to_dict
 from sdlora.data.reading.image_files import load_pixels, load_small
 from sdlora.data.reading.items import ImageItem, Visit
@@ -48,10 +51,12 @@ from sdlora.families.emphasis import escape, layout, parse
 from sdlora.families.loading import load_model
 from sdlora.families.locating import ASSETS
 from sdlora.families.recognition import recognise
+from sdlora.generation.axes import read_axis
 from sdlora.generation.lora_tags import take_tags
 from sdlora.generation.png_info import parse_parameters, read_parameters
 from sdlora.generation.prompt_parts import parts_of
 from sdlora.training import checkpoint
+from tools.fuzz_samples import AXES, FOREIGN, IMPLICATIONS, TAG_LISTS
 from tools.fuzzing import outcome_of, run_cases
 from tools.text_damage import damaged
 
@@ -147,6 +152,33 @@ def _prompt(rng: random.Random, data: bytes, folder: Path) -> str:
 def _prompt_file(rng: random.Random, data: bytes, folder: Path) -> str:
     (folder / "prompts.txt").write_bytes(data)
     return f"{len([read_line(line) for line in read_prompt_file(folder / 'prompts.txt')]) > 1}"
+
+
+def _foreign(kind: str) -> Run:
+    """Return what imports another trainer's settings from a file with such an ending."""
+
+    def run(rng: random.Random, data: bytes, folder: Path) -> str:
+        file = folder / f"theirs.{kind}"
+        file.write_bytes(data)
+        return import_settings(file).program
+
+    return run
+
+
+def _tag_list(rng: random.Random, data: bytes, folder: Path) -> str:
+    file = folder / f"tags.{rng.choice(('csv', 'txt'))}"
+    file.write_bytes(data)
+    return f"{len(read_tags(file)) > 1}"
+
+
+def _implications(rng: random.Random, data: bytes, folder: Path) -> str:
+    (folder / "implications.csv").write_bytes(data)
+    return f"{len(read_implications(folder / 'implications.csv')) > 1}"
+
+
+def _axis(rng: random.Random, data: bytes, folder: Path) -> str:
+    text = data.decode("utf-8", "replace")
+    return rng.choice((lambda: read_axis(text).name, lambda: str(len(thresholds_of([text])))))()
 
 
 def _caption(rng: random.Random, data: bytes, folder: Path) -> str:
@@ -372,6 +404,10 @@ def targets() -> dict[str, Target]:
         "prompt": Target(_PROMPTS, _prompt),
         "file of prompts": Target(_PROMPT_FILES, _prompt_file),
         "caption": Target((*_PROMPTS, b"one, two, three, four\nfive"), _caption),
+        **{f"foreign {kind}": Target(samples, _foreign(kind), 2) for kind, samples in FOREIGN.items()},
+        "list of tags": Target(TAG_LISTS, _tag_list, 2),
+        "implications": Target(IMPLICATIONS, _implications, 2),
+        "axis": Target(AXES, _axis, 2),
         "adapter": Target((b"a.safetensors:0.8", b"C:\\x\\a.safetensors:1:0.5"), _adapter),
         "model index": Target(_asset("model_index.json"), _base("model_index.json", load=False)),
         "scheduler": Target(

@@ -42,7 +42,10 @@ class Browser:
 
         options = webdriver.ChromeOptions()
         options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-        for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "hide-scrollbars"):
+        for argument in (
+            *("headless=new", "no-sandbox", "disable-gpu"),
+            *("disable-dev-shm-usage", "hide-scrollbars"),
+        ):
             options.add_argument(f"--{argument}")
         options.add_argument(f"--window-size={WIDTH},{HEIGHT}")
         self.driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
@@ -83,13 +86,14 @@ class Browser:
         element.click()
 
     def type(self, css: str, text: str) -> None:
-        """Replace the text of a field."""
+        """Replace the text of a field, all at once: each key would send the whole form to the server."""
         from selenium.webdriver.common.keys import Keys
 
         field = self.wait(lambda: self.shown(css))[0]
         field.click()
         field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(text, Keys.TAB)
+        self.driver.execute_cdp_cmd("Input.insertText", {"text": text})
+        field.send_keys(Keys.TAB)
 
     def image(self, file: Path, height: int = HEIGHT) -> None:
         """Write what the page shows from its top, as a PNG of few colours."""

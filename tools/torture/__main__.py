@@ -3,7 +3,8 @@
     python -m tools.torture [--only a,b,...] [--trials N] [--seed N] [--keep FOLDER]
 
 a kill -9 at random moments, b writes that fail, c images, cache, base and records changed between stop and
-resume, d signals, closed pipes, a jumping clock, e two at once, f the server killed during a queue.
+resume, d signals, closed pipes, a jumping clock, e two at once, f the server killed during a queue, g the
+page used in three tabs (a trial is a minute of it).
 Without ``--trials`` each makes its full number; a failure prints how to repeat it. Linux only.
 """
 
@@ -22,6 +23,7 @@ from .kills import failing_writes, kills
 from .play import Play, Tally
 from .queue_kills import queue_kills
 from .signals import pairs, signals
+from .soak import soak
 from .warm import Warm
 
 Scene = Callable[[Play, int, int, Callable[[str], None]], Tally]
@@ -32,6 +34,7 @@ SCENES: dict[str, tuple[str, int, Scene]] = {
     "d": ("signals, closed pipes, a jumping clock", 60, signals),
     "e": ("two in one folder, two with one cache", 30, pairs),
     "f": ("the server killed during a queue, also one of two", 50, queue_kills),
+    "g": ("the page used in three tabs, memory flat", 120, soak),
 }
 
 
