@@ -421,6 +421,9 @@ def _job_of(values: Any, job_id: str) -> Job:
             raise ValueError(f"`{key}` is no {kinds[key]}")
     if "\0" in values["run"]:
         raise ValueError("no path has zero bytes")
+    pid = values.get("pid")
+    if pid is not None and not 0 < pid < 2**31:
+        raise ValueError("no process has such an id")
     return Job(**(values | {"id": job_id, "run": Path(values["run"])}))
 
 

@@ -295,6 +295,8 @@ def test_a_step_that_fp16_left_out_is_counted_and_has_no_loss(tmp_path: Path) ->
         {"created": "x"},
         {"status": "odd"},
         {"pid": "1"},
+        {"pid": -1},
+        {"pid": 2**40},
         {"run": "a\0b"},
         {"run": 5},
         {"more": 1},

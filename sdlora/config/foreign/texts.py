@@ -11,6 +11,7 @@ from ...files import parse_json, parse_toml
 
 _MOST = 4 << 20  # bytes of a settings file
 _DEPTH = 60
+_MOST_OF_A_LINE = 32_767  # characters; CreateProcess takes no more, and shlex is quadratic in a word
 
 
 def read_text(file: Path) -> str:
@@ -145,6 +146,11 @@ def _filled(text: str, variables: dict[str, str]) -> str:
 def _split(line: str) -> list[str]:
     """Return words as a shell splits them; a backslash is an ordinary character, as paths of Windows
     have it."""
+    if len(line) > _MOST_OF_A_LINE:
+        raise ConfigError(
+            f"the command has {len(line)} characters in a line, more than the {_MOST_OF_A_LINE} that "
+            "Windows takes; give it without what does not belong to it"
+        )
     lexer = shlex.shlex(line, posix=True, punctuation_chars=False)
     lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
     try:

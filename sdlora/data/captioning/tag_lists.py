@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from ...errors import ConfigError, ModelError
+from ...errors import ConfigError, ModelError, shown
 from .wording import tag_key, tidy, with_spaces
 
 CATEGORIES = {"0": "general", "1": "artist", "3": "copyright", "4": "character", "5": "meta", "9": "rating"}
@@ -96,7 +96,7 @@ def thresholds_of(words: Sequence[str]) -> dict[str, float]:
             number = -1.0
         if not name or not (0 <= number <= 1 or number == _OFF):
             raise ConfigError(
-                f"threshold `{word}`: write 0.35, or character=0.8 for a category, or artist=off"
+                f"threshold `{shown(word, 60)}`: write 0.35, or character=0.8 for a category, or artist=off"
             )
         thresholds[name] = number
     return thresholds
@@ -133,7 +133,7 @@ def _csv_tags(file: Path, text: str) -> list[Tag]:
     try:
         titles = [title.strip().lower() for title in next(reader, [])]
         if "name" not in titles:
-            has = ", ".join(titles[:8]) or "nothing"
+            has = shown(", ".join(titles[:8])) or "nothing"
             raise ModelError(f"{file}: has no column `name` (it has {has}), so it is no list of tags")
         name, category = titles.index("name"), titles.index("category") if "category" in titles else None
         tags = []

@@ -32,6 +32,8 @@ MAX_METADATA_BYTES = 512 * 1024 * 1024
 SIDECAR_ENDING = ".json"
 MAX_SIDECAR_BYTES = 1024 * 1024
 _FIX = "correct that line"
+_MOST_PROBLEMS = 1000
+"""Of one metadata file that are named one by one: a table of something else has as many as lines."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ def read_metadata(
     for path, name in files:
         lost: list[str] = []
         num_found = 0
+        found: list[Problem] = []
         for row in _rows(path, name, column):
             if isinstance(row, Problem):
-                problems.append(row)
+                found.append(row)
                 continue
             image, lines, where = row
             key = image_key(name, image)
@@ -76,10 +79,14 @@ def read_metadata(
                 lost.append(image)
             elif key in captions and captions[key] != (lines, where):
                 what = f"names {image} again, after {captions[key][1]}"
-                problems.append(Problem("bad caption", where, what, "delete one of the lines"))
+                found.append(Problem("bad caption", where, what, "delete one of the lines"))
             else:
                 num_found += 1
                 captions[key] = lines, where
+        problems += found[:_MOST_PROBLEMS]
+        if len(found) > _MOST_PROBLEMS:
+            what = f"has {len(found) - _MOST_PROBLEMS} more lines that cannot be used"
+            problems.append(Problem("bad caption", name, what, "correct the file, or delete it"))
         if lost and not num_found and not any(problem.where.startswith(name) for problem in problems):
             what = f"names no image of this folder (first: {lost[0]})"
             problems.append(Problem("bad caption", name, what, "put it beside its images, or delete it"))

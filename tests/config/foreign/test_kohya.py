@@ -341,6 +341,7 @@ def test_every_setting_that_is_given_has_a_row() -> None:
         ("accelerate launch flux_train_network.py --network_dim=4", "trains flux"),
         ("accelerate launch train_network.py --network_dim=many", "`network_dim=many` is no number"),
         ("accelerate launch train_network.py --output_name='half", "check its quotes"),
+        ("accelerate launch train_network.py --output_name=" + "x" * 500_000, "characters in a line"),
         ("python make_coffee.py --cups=2", "is of no trainer that sdlora reads"),
     ],
 )

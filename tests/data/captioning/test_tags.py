@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from sdlora.data.captioning.restore import undo
-from sdlora.data.captioning.tag_lists import Tag, TagChoice, thresholds_of
+from sdlora.data.captioning.tag_lists import Tag, TagChoice, read_tags, thresholds_of
 from sdlora.data.captioning.tags import TagEdit, TagFolder, read_implications
 from sdlora.data.captioning.wording import with_spaces
-from sdlora.errors import ConfigError, DatasetError
+from sdlora.errors import ConfigError, DatasetError, SdloraError
 
 
 @pytest.fixture
@@ -104,6 +104,14 @@ def test_thresholds_are_read_by_category() -> None:
     for wrong in ("x", "general=2", "=0.5", "nan"):
         with pytest.raises(ConfigError, match="threshold"):
             thresholds_of([wrong])
+
+
+def test_what_a_list_of_tags_holds_cannot_command_the_terminal_or_fill_it(tmp_path: Path) -> None:
+    (tmp_path / "tags.csv").write_text("\x1b[2J" + "[" * 10_000 + ",x\n", encoding="utf-8")
+    for refused in (lambda: thresholds_of(["\x1b[2J" + "x" * 999]), lambda: read_tags(tmp_path / "tags.csv")):
+        with pytest.raises(SdloraError) as caught:
+            refused()
+        assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
 OUTPUTS = [

@@ -14,6 +14,7 @@ from sdlora.config.toml import load_config, save_config
 from sdlora.data.reading.folder import Reading, scan, survey
 from sdlora.data.reading.items import Dataset
 from sdlora.data.reading.kohya import KohyaFolder, parse_name
+from sdlora.data.reading.metadata_files import read_metadata
 from sdlora.data.reading.sources import by_role, gather, joined
 from sdlora.errors import ConfigError, DatasetError
 
@@ -331,3 +332,11 @@ def test_settings_of_sources_that_cannot_be_are_all_told(tmp_path: Path) -> None
             None,
             ["data.folder=x", 'data.sources=[{folder = "z", regularisation = true, trigger_word = "y"}]'],
         )
+
+
+def test_a_table_of_something_else_is_named_in_a_bounded_way(tmp_path: Path) -> None:
+    put(tmp_path / "metadata.csv", "file_name,text\n" + "a.png\n" * 5000)
+    read = read_metadata([(tmp_path / "metadata.csv", "metadata.csv")], ["a.png"], None)
+    assert len(read.problems) == 1001
+    assert str(read.problems[0]).startswith("metadata.csv line 2: has more or fewer values")
+    assert str(read.problems[-1]).startswith("metadata.csv: has 4000 more lines that cannot be used")
