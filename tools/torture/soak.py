@@ -30,7 +30,7 @@ from .play import Play, Tally
 from .warm import ROOT
 
 _MARK = "SDLORA_SOAK"
-_PAUSE = 45.0  # seconds between two rounds: people look at what they see
+_PAUSE = 60.0  # seconds between two rounds: people look at what they see
 _GROWTH = 1.1
 _PATIENCE = 180.0  # seconds that one action may take on a busy machine
 _FIELD = "{0} textarea, {0} input"
@@ -93,7 +93,17 @@ class _Tabs:
     def go(self, number: int) -> Browser:
         """Return the browser, looking at one of the windows."""
         self.browser.driver.switch_to.window(self.windows[number])
+        self._be("active")
         return self.browser
+
+    def rest(self) -> None:
+        """Freeze them all, as browsers do with windows that nobody looks at: no polling, no drawing."""
+        for window in self.windows:
+            self.browser.driver.switch_to.window(window)
+            self._be("frozen")
+
+    def _be(self, state: str) -> None:
+        self.browser.driver.execute_cdp_cmd("Page.setWebLifecycleState", {"state": state})
 
     def end(self) -> None:
         """Close them."""
@@ -150,6 +160,7 @@ def _rounds(
                 return
         number += 1
         say(f"round {number}, {(time.monotonic() - begun) / 60:.0f} min: {memory.sizes[-1] / 2**20:.0f} MiB")
+        tabs.rest()
         time.sleep(_PAUSE)
 
 
