@@ -45,9 +45,9 @@ class _Memory:
 
     def look(self, server: psutil.Process, seconds: float) -> None:
         """Note what they hold now."""
-        own = [server, *(child for child in server.children(recursive=True) if not _trains(child))]
+        processes = [server, *(child for child in server.children(recursive=True) if not _trains(child))]
         size = 0
-        for process in own:
+        for process in processes:
             with suppress(psutil.Error):
                 size += int(process.memory_full_info().uss)
         self.times.append(seconds)

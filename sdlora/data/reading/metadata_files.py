@@ -68,10 +68,10 @@ def read_metadata(
     for path, name in files:
         lost: list[str] = []
         num_found = 0
-        found: list[Problem] = []
+        wrong: list[Problem] = []
         for row in _rows(path, name, column):
             if isinstance(row, Problem):
-                found.append(row)
+                wrong.append(row)
                 continue
             image, lines, where = row
             key = image_key(name, image)
@@ -79,13 +79,13 @@ def read_metadata(
                 lost.append(image)
             elif key in captions and captions[key] != (lines, where):
                 what = f"names {image} again, after {captions[key][1]}"
-                found.append(Problem("bad caption", where, what, "delete one of the lines"))
+                wrong.append(Problem("bad caption", where, what, "delete one of the lines"))
             else:
                 num_found += 1
                 captions[key] = lines, where
-        problems += found[:_MOST_PROBLEMS]
-        if len(found) > _MOST_PROBLEMS:
-            what = f"has {len(found) - _MOST_PROBLEMS} more lines that cannot be used"
+        problems += wrong[:_MOST_PROBLEMS]
+        if len(wrong) > _MOST_PROBLEMS:
+            what = f"has {len(wrong) - _MOST_PROBLEMS} more lines that cannot be used"
             problems.append(Problem("bad caption", name, what, "correct the file, or delete it"))
         if lost and not num_found and not any(problem.where.startswith(name) for problem in problems):
             what = f"names no image of this folder (first: {lost[0]})"
