@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..families.base import DiffusionModel
 from ..families.lean_blocks import with_room
+from ..families.quantised import QuantisedLinear
 from .canonical import LowRankPair
 from .module_paths import module_at
 from .trainable_layers import TrainedLayer
@@ -237,4 +238,4 @@ def _is_usual(peft: Any) -> bool:
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in peft.modules())
     dropouts = not hooked and all(isinstance(dropout, nn.Identity) for dropout in peft.lora_dropout.values())
     conv = isinstance(base, nn.Conv2d) and base.groups == 1 and base.padding_mode == "zeros"
-    return dropouts and not peft.lora_variant and (type(base) is nn.Linear or conv)
+    return dropouts and not peft.lora_variant and (type(base) in (nn.Linear, QuantisedLinear) or conv)

@@ -10,6 +10,7 @@ factors at every call, which costs little beside the layer itself and spares a s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -154,6 +155,21 @@ def unhook_update(layer: nn.Module, name: str) -> None:
     hook.set_strengths({})
     if not hook.updates and not hook.biases:
         hook.detach_from(layer)
+
+
+@contextmanager
+def acting_update(layer: nn.Module, name: str, update: Update, strength: float) -> Iterator[None]:
+    """Have an update of a layer's weight act within the block, beside whatever acts there already."""
+    hook_update(layer, name, update)
+    hook = hook_of(layer)
+    assert hook is not None
+    before = dict(hook._strengths)
+    hook.set_strengths({**before, name: strength})
+    try:
+        yield
+    finally:
+        unhook_update(layer, name)
+        hook.set_strengths(before)
 
 
 def hook_of(layer: nn.Module) -> UpdateHook | None:

@@ -291,9 +291,12 @@ def text_joints(
 
 
 def can_be_joined(peft: Any) -> bool:
-    """Tell whether one of PEFT's layers is of a build that can be computed together with others."""
+    """Tell whether one of PEFT's layers is of a build that can be computed together with others.
+
+    Not over a quantised layer: the full weights of all of them would be alive at once.
+    """
     base = peft.get_base_layer()
-    return isinstance(base, nn.Linear) and base.bias is None and base.out_features % 8 == 0
+    return type(base) is nn.Linear and base.bias is None and base.out_features % 8 == 0
 
 
 def _make(layer: DirectLayer) -> tuple[Any, ...] | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import AdapterFileError
 from ..families.base import DiffusionModel
 from ..families.facts import is_text_encoder
+from ..families.quantised import refuse_to_change
 from .canonical import AdapterWeights, ModuleKey, Update
 
 _TEXT_ROOT = "text_model."
@@ -34,11 +35,18 @@ def base_weight(layer: Any) -> Tensor:
 
 
 def base_parameter(model: DiffusionModel, key: ModuleKey) -> Tensor:
-    """Return the weight or bias of the base's own layer that a key means.
+    """Return the weight or bias of the base's own layer that a key means, to be changed.
 
     Raises:
         AttributeError: if the model has no such layer, or the layer no such parameter.
+        ConfigError: for a weight that is kept quantised.
     """
+    if key.parameter == "weight":
+        refuse_to_change(without_adapters(module_at(model, key)), key.path)
+    return _parameter(model, key)
+
+
+def _parameter(model: DiffusionModel, key: ModuleKey) -> Tensor:
     parameter = getattr(without_adapters(module_at(model, key)), key.parameter)
     if not isinstance(parameter, Tensor):
         raise AttributeError(f"no {key.parameter} at {key.path}")
@@ -88,7 +96,7 @@ def fitted(model: DiffusionModel, weights: AdapterWeights, name: str) -> Adapter
                 f"({model.info.title}) does not have; use the base it was trained on"
             )
         try:
-            weight = base_parameter(model, key)
+            weight = _parameter(model, key)
         except AttributeError:
             raise AdapterFileError(
                 f"{name}: its {'bias' if key.is_bias else 'module'} {key.path} is not in the {key.component} "

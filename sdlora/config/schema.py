@@ -66,6 +66,8 @@ SamplerName = Literal[
 ]
 PredictionType = Literal["epsilon", "v_prediction"]
 AttentionName = Literal["auto", "sdpa", "xformers"]
+BaseFormat = Literal["full", "fp8", "nf4"]
+Quantisation = Literal["fp8", "nf4"]
 
 
 class ModelConfig(Section):
@@ -165,6 +167,10 @@ class TrainingConfig(Section):
     """Micro-batches per optimizer step."""
     precision: Precision | None = None
     """Number format of the frozen base; the adapter's master weights are always fp32."""
+    base_format: BaseFormat | None = None
+    """How the frozen U-Net is kept while training: in `training.precision` (`full`), or in half or a quarter
+    of the memory, to be computed with in `training.precision` all the same: in 8 bits (`fp8`) or 4 (`nf4`).
+    What is learned fits the rounded base, the more so the coarser it is; the adapter file is as ever."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes every random choice: a run repeats exactly on the same machine."""
     device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")] | None = None

@@ -20,6 +20,7 @@ from .facts import DenoiserInfo
 from .latent_model import Parts
 from .ldm import VAE_PREFIX, StoredKey, text_key_map, unet_key_map, vae_key_map
 from .locating import CODE_SUFFIXES, from_hub
+from .quantised import Quantising
 from .recognition import Recognised
 from .table import FAMILIES
 from .weights import TensorSource, fill, weight_files, without_memory
@@ -42,6 +43,7 @@ def load_parts(
     denoiser_device: torch.device | None = None,
     vae: str | None = None,
     configs: Path | None = None,
+    quantising: Quantising | None = None,
 ) -> Parts:
     """Return the components of a recognised base, each read straight into its format and onto its device.
 
@@ -55,6 +57,7 @@ def load_parts(
         vae: another autoencoder: a file, a folder, or a hub id of one.
         configs: a folder with the configs and tokenizers that a single file leaves out; the family's
             own when None.
+        quantising: how the denoiser's large weights are kept, None for whole.
 
     Raises:
         ModelError: for missing or unfit weights.
@@ -70,6 +73,7 @@ def load_parts(
         dtype=dtype,
         device=denoiser_device or device,
         what=info.denoiser.title,
+        quantising=quantising,
     )
     if vae is None:
         fill(

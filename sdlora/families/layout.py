@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .quantised import QuantisedLayer
+
 Layout = Literal["channels-last", "channels-first"]
 LAYOUTS = {"channels-last": torch.channels_last, "channels-first": torch.contiguous_format}
 """By name, torch's memory formats."""
@@ -30,6 +32,9 @@ def set_layout(denoiser: nn.Module, layout: Layout) -> None:
     """
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.Conv2d) and ".lora_" not in f".{name}":
+            if isinstance(module, QuantisedLayer):
+                module.set_memory_format(LAYOUTS[layout])
+                continue
             weight: Any = module.weight
             # not contiguous(), which counts a 1x1 kernel as laid out either way and leaves its strides, by
             # which torch chooses the kernel that it computes with

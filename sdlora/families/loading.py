@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..config.schema import AttentionName, ModelConfig
+from ..config.schema import AttentionName, BaseFormat, ModelConfig
 from ..diffusion.prediction import PREDICTIONS
 from ..diffusion.process import NoiseProcess
 from ..errors import ConfigError, ModelError, shown
@@ -26,6 +26,7 @@ from .facts import FamilyInfo
 from .latent_model import LatentModel, Parts, vae_factor
 from .layout import set_layout, usual_layout
 from .locating import locate
+from .quantised import Quantising
 from .recognition import Recognised, recognise
 from .table import FAMILIES
 from .weights import weight_files
@@ -39,6 +40,7 @@ def load_model(
     attention: AttentionName | Attentions = "auto",
     offload: bool = False,
     denoiser_waits: bool = False,
+    base_format: BaseFormat = "full",
 ) -> LatentModel:
     """Load a base model, frozen and in eval mode.
 
@@ -51,6 +53,7 @@ def load_model(
         offload: keep only the component that is working in ``device``'s memory (to draw on small cards).
         denoiser_waits: leave the denoiser in main memory until :meth:`LatentModel.prepare`, so that encoding
             the images and captions before training has the device to itself.
+        base_format: how the denoiser's weights are kept; quantised ones cannot be changed.
 
     Raises:
         ModelError: if it is missing, damaged, of no supported family, or contradicts itself.
@@ -66,7 +69,8 @@ def load_model(
     # an offloaded component stays in main memory until it is used
     encoder_device = torch.device("cpu") if offload else device
     waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else encoder_device
-    parts = _loaded_parts(recognised, dtype, encoder_device, waiting, settings.vae)
+    quantising = None if base_format == "full" else Quantising(base_format, device)
+    parts = _loaded_parts(recognised, dtype, encoder_device, waiting, settings.vae, quantising)
     _check_layers(settings.clip_skip, parts)
     if recognised.layout == "file" and process.prediction.name in family.info.resolutions:
         side = family.info.resolutions[process.prediction.name]  # the shipped config can name only one
@@ -124,12 +128,18 @@ def _loaded_parts(
     encoder_device: torch.device,
     denoiser_device: torch.device,
     vae: str | None,
+    quantising: Quantising | None,
 ) -> Parts:
     """Return the components; whatever the libraries raise for damaged input becomes one clear error."""
     try:
         with _quiet():
             return load_parts(
-                recognised, dtype=dtype, device=encoder_device, denoiser_device=denoiser_device, vae=vae
+                recognised,
+                dtype=dtype,
+                device=encoder_device,
+                denoiser_device=denoiser_device,
+                vae=vae,
+                quantising=quantising,
             )
     except ModelError:
         raise

@@ -21,6 +21,7 @@ from ..errors import AdapterFileError, ModelError, shown
 from ..tensor_file import Header, TensorSpec, read_header
 from .base_files import shard_names
 from .ldm import StoredKey, by_key
+from .quantised import QuantisedLayer, Quantising, quantise
 
 
 class TensorSource:
@@ -128,6 +129,7 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     what: str,
+    quantising: Quantising | None = None,
 ) -> None:
     """Give a module made by :func:`without_memory` its weights, in ``dtype`` on ``device``, frozen.
 
@@ -140,6 +142,7 @@ def fill(
         dtype: number format to round to.
         device: where the weights go.
         what: the component's name, for messages.
+        quantising: format that large weights are kept in, each quantised as soon as it is read.
 
     Raises:
         ModelError: for tensors that are missing or of another shape, naming the first.
@@ -147,6 +150,9 @@ def fill(
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if device.type == "meta":
         nn.Module.to(module, dtype)  # the ``to`` of diffusers' models would warn about layers kept in fp32
+    if quantising is not None:
+        quantise(module, quantising.format, dtype)
+    if device.type == "meta":
         return
     users = by_key({name: key_map[name] for name in wanted})
     missing = sorted(set(users) - set(source.keys))
@@ -164,14 +170,25 @@ def fill(
                 raise ModelError(
                     f"{where}: `{shown(key)}` {error}; it is a variant of the family that is not supported"
                 ) from None
-            placed = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-            _assign(module, name, placed)
+            _assign(module, name, part, dtype=dtype, device=device, quantising=quantising)
     _compute_buffers(module, device)
 
 
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+def _assign(
+    module: nn.Module,
+    name: str,
+    part: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantising: Quantising | None,
+) -> None:
     parent, _, child = name.rpartition(".")
     owner = module.get_submodule(parent)
+    if quantising is not None and isinstance(owner, QuantisedLayer) and child == "weight":
+        owner.take(part.to(quantising.device), device)
+        return
+    tensor = part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     if child in owner._parameters:
         owner._parameters[child] = nn.Parameter(tensor, requires_grad=False)
     else:

@@ -300,6 +300,8 @@ def _setting_entries(config: Config) -> dict[str, Any]:
         "huber_schedule": training.huber_schedule if training.loss != "l2" else None,
         "huber_c": training.huber_c if training.loss != "l2" else None,
         "full_fp16": False,
+        "fp8_base": training.base_format == "fp8",
+        "fp8_base_unet": training.base_format == "fp8",  # the text encoders are not
         "max_token_length": None,
         "network_dropout": config.adapter.dropout or None,
         "network_args": {

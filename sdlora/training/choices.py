@@ -24,6 +24,7 @@ from ..errors import OutputError
 from ..events import Notice
 from ..families.attention import Attention, without_more_memory
 from ..families.layout import LAYOUTS, Layout, set_layout, usual_layout
+from ..families.quantised import quantisation_of
 from ..files import parse_json, write_json
 from .fast import Choice
 from .proof import run_pass
@@ -154,6 +155,7 @@ def _key(run: Run) -> str:
         *(str(run.model.facts.dtype), settings.data.resolution, settings.training.batch_size),
         *(settings.training.gradient_checkpointing, settings.training.attention, *run.fast.names),
         *(run.made_splitter is not None, len(run.trainable.layers)),
+        *filter(None, (quantisation_of(denoiser),)),
     ]
     return " ".join(map(str, parts))
 

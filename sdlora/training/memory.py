@@ -131,6 +131,7 @@ def _structure(config: Config) -> str:
     """Return the settings that a step's memory depends on, as text."""
     tree = config.model_dump(mode="json")
     training = ("batch_size", "precision", "device", "gradient_checkpointing", "attention", "fast", "average")
+    training += ("base_format",)
     wanted = [
         tree["model"],
         tree["adapter"],

@@ -131,6 +131,7 @@ def _base(config: Config, compute: Compute, device: torch.device) -> DiffusionMo
         device=device,
         attention=compute.attention,
         denoiser_waits=True,
+        base_format=config.training.base_format or "full",
     )
 
 
