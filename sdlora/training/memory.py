@@ -130,8 +130,10 @@ class _Question:
 def _structure(config: Config) -> str:
     """Return the settings that a step's memory depends on, as text."""
     tree = config.model_dump(mode="json")
-    training = ("batch_size", "precision", "device", "gradient_checkpointing", "attention", "fast", "average")
-    training += ("base_format",)
+    training = (
+        *("batch_size", "precision", "base_format", "device", "gradient_checkpointing", "attention", "fast"),
+        "average",
+    )
     wanted = [
         tree["model"],
         tree["adapter"],
