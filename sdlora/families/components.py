@@ -83,8 +83,22 @@ def load_parts(
             device=device,
             what="VAE",
         )
+    encoders, tokenizers = _text_parts(recognised, folder, source, dtype=dtype, device=device)
+    other = default_vae if vae is None else _load_vae(vae, default_vae, device)
+    return Parts(denoiser.eval(), other.eval(), encoders, tokenizers)
+
+
+def _text_parts(
+    recognised: Recognised,
+    folder: Path,
+    source: TensorSource | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the text encoders and their tokenizers by component."""
     encoders, tokenizers = {}, {}
-    for encoder_info in info.text_encoders:
+    for encoder_info in FAMILIES[recognised.family].info.text_encoders:
         encoder = _new_text_encoder(folder / encoder_info.component, projected=encoder_info.projected)
         names = encoder.state_dict()
         if source is None:
@@ -97,8 +111,7 @@ def load_parts(
         tokenizers[encoder_info.component] = _tokenizer(
             folder / encoder_info.tokenizer, encoder_info.pad_token, shared=source is not None
         )
-    other = default_vae if vae is None else _load_vae(vae, default_vae, device)
-    return Parts(denoiser.eval(), other.eval(), encoders, tokenizers)
+    return encoders, tokenizers
 
 
 def scheduler_config(recognised: Recognised) -> Mapping[str, Any]:

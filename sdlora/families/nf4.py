@@ -55,19 +55,20 @@ def decode_nf4(codes: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch
     """Return the weight: ``level * scale`` in float32, rounded once to ``dtype``."""
     count = math.prod(shape)
     usual = count == 2 * codes.numel() and dtype in _KERNEL_DTYPES
-    if usual and _kernel_is_right(codes.device):
+    if usual and kernel_agrees(codes.device):
         flat = [count // NF4_BLOCK, NF4_BLOCK]
-        return _kernel(codes, scales, flat, dtype).view(*shape)
+        return decode_by_kernel(codes, scales, flat, dtype).view(*shape)
     return _decoded(codes, scales, dtype).flatten()[:count].view(*shape)
 
 
 def _decoded(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Do what the kernel does with torch's own operations; (n, 64)."""
+    """Decode by torch's own operations; (n, 64)."""
     values = torch.nn.functional.embedding(codes.int(), _pairs(codes.device))  # (N / 2, 2)
     return values.view(-1, NF4_BLOCK).mul_(scales[:, None]).to(dtype)
 
 
-def _kernel(codes: Tensor, scales: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+def decode_by_kernel(codes: Tensor, scales: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Decode whole blocks by bitsandbytes' kernel."""
     decoded: Any = torch.ops.bitsandbytes.dequantize_4bit(
         codes.view(-1, 1), scales, NF4_BLOCK, "nf4", shape, dtype
     )
@@ -76,7 +77,7 @@ def _kernel(codes: Tensor, scales: Tensor, shape: list[int], dtype: torch.dtype)
 
 
 @functools.lru_cache(maxsize=16)
-def _kernel_is_right(device: torch.device) -> bool:
+def kernel_agrees(device: torch.device) -> bool:
     """Tell whether bitsandbytes has a kernel for a device that decodes as this module does."""
     try:
         import bitsandbytes  # noqa: F401  (registers the operation)
@@ -88,7 +89,9 @@ def _kernel_is_right(device: torch.device) -> bool:
     scales = torch.tensor([1.0, 0.3, 1e-3, 7.0, 0.0, 2.5, 1 / 3, 100.0], device=device)
     try:
         return all(
-            torch.equal(_kernel(codes, scales, [8, NF4_BLOCK], dtype), _decoded(codes, scales, dtype))
+            torch.equal(
+                decode_by_kernel(codes, scales, [8, NF4_BLOCK], dtype), _decoded(codes, scales, dtype)
+            )
             for dtype in _KERNEL_DTYPES
         )
     except Exception:  # no kernel for this device: extras never stop a run

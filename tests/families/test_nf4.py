@@ -14,9 +14,9 @@ functional = pytest.importorskip("bitsandbytes.functional")
 
 def weight(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    made = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator)
-    made.view(-1)[64:128] = 0.0  # a block of zeros
-    return made
+    values = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator)
+    values.view(-1)[64:128] = 0.0  # a block of zeros
+    return values
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (24, 16, 3, 3), (10, 13)])
@@ -49,24 +49,24 @@ def test_decoding_is_that_of_bitsandbytes_bit_for_bit(
     codes, state = functional.quantize_4bit(given, blocksize=64, quant_type="nf4")
     wanted = functional.dequantize_4bit(codes, state)
     if without_kernel:
-        monkeypatch.setattr(nf4, "_kernel_is_right", lambda device: False)
+        monkeypatch.setattr(nf4, "kernel_agrees", lambda device: False)
     assert torch.equal(decode_nf4(codes.flatten(), state.absmax, (48, 64), dtype), wanted)
 
 
 def test_a_kernel_that_decodes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scales = encode_nf4(weight(32, 64))
     wanted = decode_nf4(codes, scales, (32, 64), torch.float32)
-    right = nf4._kernel
+    right = nf4.decode_by_kernel
     calls = []
 
     def wrong(codes: Tensor, scales: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
         calls.append(dtype)
         return right(codes, scales, shape, dtype) * 1.01
 
-    monkeypatch.setattr(nf4, "_kernel", wrong)
-    nf4._kernel_is_right.cache_clear()
+    monkeypatch.setattr(nf4, "decode_by_kernel", wrong)
+    nf4.kernel_agrees.cache_clear()
     try:
         assert torch.equal(decode_nf4(codes, scales, (32, 64), torch.float32), wanted)
         assert calls == [torch.float32]
     finally:
-        nf4._kernel_is_right.cache_clear()
+        nf4.kernel_agrees.cache_clear()

@@ -22,9 +22,10 @@ from sdlora.errors import ConfigError
 from sdlora.events import Control, Emitter, Event, Notice, StepDone
 from sdlora.families.base import DiffusionModel, SizeHint
 from sdlora.families.loading import load_model
-from sdlora.families.quantised import QuantisedLayer, quantisation_of
+from sdlora.families.quantised import quantisation_of
 from sdlora.formats.adapter_files import read_adapter
 from sdlora.run_folder import list_checkpoints
+from sdlora.training.memory_count import counting_memory
 from sdlora.training.run import prepare_run
 from sdlora.training.state import Run
 from sdlora.training.step import train_step
@@ -164,18 +165,15 @@ def test_every_kind_starts_at_the_quantised_base_and_is_what_it_trained(
     torch.testing.assert_close(output(model), trained, rtol=1e-3, atol=1e-4)
 
 
-def test_no_copy_of_a_quantised_weight_lasts(settings: Settings) -> None:
-    """Nothing in a run holds the full weights, whichever paths compute the steps."""
-    run = prepared(settings("run", "training.base_format=fp8", "adapter.targets=all"))
-    unet = run.model.components()["unet"]
-    layers = [layer for layer in unet.modules() if isinstance(layer, QuantisedLayer)]
-    run.fast.use(run.fast.possible("auto"))
-    run.model.prepare(training=True)
-    direct = run.fast._direct
-    assert direct is not None and not direct._joints and not direct._stacks
-    held = sum(t.numel() * t.element_size() for t in (*unet.parameters(), *unet.buffers()))
-    full = sum(layer.weight.numel() * 4 for layer in layers)
-    assert len(layers) > 40 and held < 0.6 * full
+def test_no_copy_of_a_quantised_weight_lasts_whichever_paths_compute(settings: Settings) -> None:
+    added = {}
+    for base_format in ("fp8", "full"):
+        run = prepared(settings(base_format, f"training.base_format={base_format}", "adapter.rank=8"))
+        with counting_memory() as memory:
+            run.fast.use(run.fast.possible("auto"))
+        added[base_format] = memory.alive
+    # what is left are copies of the adapter, and one of the timesteps' projections, which stay whole
+    assert 0 < added["fp8"] < 0.5 * added["full"], added
 
 
 def moved(model: DiffusionModel, kind: str) -> AdapterWeights:
