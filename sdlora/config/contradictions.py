@@ -154,6 +154,8 @@ def _about_objective(settings: TrainingConfig) -> Iterator[str]:
     yield from _foreign("training", settings)
     if settings.loss_weighting == "soft_min_snr" and settings.min_snr_gamma == 0:
         yield "`training.loss_weighting=soft_min_snr` has no effect with `training.min_snr_gamma=0`"
+    if settings.recompute_blocks is not None and settings.rung == "nothing":
+        yield "`training.recompute_blocks` has no effect without `training.recompute`, which names a rung"
     if settings.min_timestep >= settings.max_timestep:
         yield (
             f"`training.min_timestep={settings.min_timestep}` must be below "

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from ..number_formats import Precision as Precision
@@ -39,11 +39,13 @@ OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "a
 Schedule = Literal[
     "cosine", "linear", "constant", "cosine_with_restarts", "polynomial", "rex", "inverse_sqrt"
 ]
+_SWITCHES: Mapping[str, Recompute] = {"true": "blocks", "false": "nothing"}
 USUAL_SCHEDULE: Schedule = "cosine"
 """The schedule if the user gives none and the optimizer needs no other."""
 AverageOfWeights = Literal["none", "ema", "tail"]
 AverageViews = Literal["both", "average"]
 ExportedWeights = Literal["average", "learned"]
+Recompute = Literal["nothing", "norms", "gates", "projections", "blocks"]
 Loss = Literal["l2", "huber", "smooth_l1"]
 HuberSchedule = Literal["snr", "exponential", "constant"]
 LossWeighting = Literal["min_snr", "soft_min_snr", "debiased"]
@@ -219,8 +221,15 @@ class TrainingConfig(Section):
     """Whether validation and previews show the weights as learned, too (`both`), or the `average` alone."""
     export_weights: Annotated[ExportedWeights, OnlyFor(("ema", "tail"), "average")] = "average"
     """Which weights go into the adapter file and the checkpoints' adapters: `average`, or as `learned`."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: slower, but takes far less memory."""
+    recompute: Recompute | None = None
+    """What a step computes again for the backward pass instead of keeping it, which takes less memory, and
+    the more work the later in this list: `nothing`; outputs of `norms` and SiLU; also those of `gates` (GELU
+    and its product); also those of `projections` (q, k, v, the gates' inputs, the sums between attentions);
+    whole `blocks`, of which only the input is kept. The numbers stay the same, bit for bit. At every rung but
+    `nothing` a text encoder that learns is computed layer by layer again, and a CPU takes a batch whole."""
+    recompute_blocks: NonNegative | None = None
+    """How many of the denoiser's blocks are at the rung that `training.recompute` names, those first that
+    save the most memory for the work; the others are one rung below. All of them when left open."""
     fast: Annotated[str, Field(pattern=r"^(auto|off|[a-z]+(, *[a-z]+)*)$")] = "auto"
     """Faster ways to compute a step, each used only if it agrees with the reference on the run's first batch:
     all that are possible (`auto`), none (`off`), or some by name: `blocks`, `lora`, `joint`."""
@@ -230,6 +239,28 @@ class TrainingConfig(Section):
     """How many of the newest checkpoints are kept."""
     validate_every: Positive | None = None
     """Steps between measurements on the held-out images."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_name(cls, values: Any) -> Any:
+        """Take `gradient_checkpointing` of earlier versions: `true` meant whole blocks, `false` nothing."""
+        if not isinstance(values, Mapping) or "gradient_checkpointing" not in values:
+            return values
+        rest = {name: value for name, value in values.items() if name != "gradient_checkpointing"}
+        old = _SWITCHES.get(str(values["gradient_checkpointing"]).lower())
+        if old is None:
+            raise ValueError("`gradient_checkpointing` is the old name of `recompute`, and true or false")
+        if (rest.get("recompute") or old) != old:
+            raise ValueError(
+                f"`gradient_checkpointing` is the old name of `recompute={old}`, but `recompute` is "
+                f"{rest['recompute']}: leave the old one out"
+            )
+        return {**rest, "recompute": old}
+
+    @property
+    def rung(self) -> Recompute:
+        """What is computed again; nothing, if that was left open."""
+        return self.recompute or "nothing"
 
 
 class SampleConfig(Section):

@@ -19,6 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from .lean_blocks import LeanBlock, is_plain_block
+from .recompute import Rungs, again, keeping, recomputed
 
 _TIMES = "_sdlora_times"
 Projections = tuple[Tensor, Tensor, Tensor]
@@ -47,6 +48,11 @@ class LeanAttention:
         """The attention that this is the forward pass of."""
         return self._module()
 
+    @staticmethod
+    def is_fused(attention: Any) -> bool:
+        """Tell whether an attention can have this forward pass, and is computed by one fused kernel then."""
+        return _is_plain_attention(attention) and _KERNELS[type(attention.processor).__name__] is _fused
+
     @property
     def keeps_projections(self) -> bool:
         """Whether the projections themselves, and not copies, are kept for the backward pass."""
@@ -63,40 +69,55 @@ class LeanAttention:
         module: Any = self._module()
         if attention_mask is not None or hidden_states.ndim != 3:
             return type(module).forward(module, hidden_states, encoder_hidden_states, attention_mask)
-        ahead: Mapping[Any, tuple[Tensor, Tensor]] = options.get(AHEAD) or {}
-        if encoder_hidden_states is None and self.self_projections is not None:
-            query, key, value = self.self_projections(hidden_states)
-        else:
-            query = (self.query_projection or module.to_q)(hidden_states)
-            if module in ahead:
-                key, value = ahead[module]
-            else:
-                states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-                key, value = module.to_k(states), module.to_v(states)
-        output: Tensor = module.to_out[0](self._kernel(module, query, key, value))
+        output: Tensor = module.to_out[0](self.attend(hidden_states, encoder_hidden_states, **options))
         return output
+
+    def attend(self, states: Tensor, encoder_hidden_states: Tensor | None = None, **options: Any) -> Tensor:
+        """Return what the heads put out beside each other, before the last projection; (B, S, C)."""
+        module: Any = self._module()
+        ahead: Mapping[Any, tuple[Tensor, Tensor]] = options.get(AHEAD) or {}
+        if encoder_hidden_states is None and (three := self.self_projections) is not None:
+            query, key, value = three(states)
+            again(Rungs.projections, query, lambda states: three(states)[0], states)
+            return self._kernel(module, query, key, value)
+        project = self.query_projection or module.to_q
+        query = again(Rungs.projections, project(states), project, states)
+        if module in ahead:
+            key, value = ahead[module]
+        elif encoder_hidden_states is None:
+            key = again(Rungs.projections, module.to_k(states), module.to_k, states)
+            value = again(Rungs.projections, module.to_v(states), module.to_v, states)
+        else:
+            key, value = module.to_k(encoder_hidden_states), module.to_v(encoder_hidden_states)
+        return self._kernel(module, query, key, value)
 
 
 class _GatedGelu(torch.autograd.Function):
     """``a * gelu(b)`` of the two halves of (..., 2C); both gradients are written where they belong."""
 
     @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
+    def forward(ctx: Any, both: Tensor, keep_opened: bool) -> Tensor:
         plain, gate = both.chunk(2, dim=-1)
         opened = functional.gelu(gate)
-        ctx.save_for_backward(both, opened)
+        ctx.save_for_backward(both, *([opened] if keep_opened else []))
         return plain * opened
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        both, opened = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        both, *kept = ctx.saved_tensors
         plain, gate = both.chunk(2, dim=-1)
+        opened = kept[0] if kept else functional.gelu(gate)
         of_both = torch.empty_like(both)
         of_plain, of_gate = of_both.chunk(2, dim=-1)
         torch.mul(gradient, opened, out=of_plain)
         torch.mul(gradient, plain, out=of_gate)
         torch.ops.aten.gelu_backward.grad_input(of_gate, gate, grad_input=of_gate)
-        return of_both
+        return of_both, None
+
+
+def _gated(both: Tensor) -> Tensor:
+    plain, gate = both.chunk(2, dim=-1)
+    return plain * functional.gelu(gate)
 
 
 class LeanGatedGelu:
@@ -107,8 +128,9 @@ class LeanGatedGelu:
 
     def __call__(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return what diffusers' own forward does; (..., C) to (..., C')."""
-        gated: Tensor = _GatedGelu.apply(self._projection(hidden_states))
-        return gated
+        both = again(Rungs.projections, self._projection(hidden_states), self._projection, hidden_states)
+        gated: Tensor = _GatedGelu.apply(both, not recomputed(Rungs.gates))
+        return again(Rungs.gates, gated, _gated, both)
 
 
 class LeanResidual:
@@ -116,6 +138,7 @@ class LeanResidual:
 
     Attributes:
         time_projection: gives what the block adds for a timestep (B, C'), if not its own layer.
+        rung: how much is made again in the backward pass.
     """
 
     def __init__(self, block: Any) -> None:
@@ -124,6 +147,12 @@ class LeanResidual:
         self._convs, self._time = (block.conv1, block.conv2), block.time_emb_proj
         self._shortcut = block.conv_shortcut
         self.time_projection: Callable[[Tensor], Tensor] | None = None
+        self.rung = Rungs.nothing
+
+    @property
+    def module(self) -> Any:
+        """The block that this is the forward pass of."""
+        return self._module()
 
     @property
     def time_layer(self) -> Any:
@@ -137,15 +166,25 @@ class LeanResidual:
 
     def __call__(self, input_tensor: Tensor, temb: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return what diffusers' own forward does; (B, C, h, w) to (B, C', h, w)."""
-        states = self._convs[0](self._act(self._norms[0](input_tensor)))
-        together = self.time_projection if self.time_projection and not temb.requires_grad else None
-        times = together(temb) if together else self._time(self._act(temb))  # (B, C')
-        states = states + times[:, :, None, None]
-        states = self._convs[1](self._act(self._norms[1](states)))
+        with keeping(self.rung):
+            states = self._convs[0](self._activated(0, input_tensor))
+            together = self.time_projection if self.time_projection and not temb.requires_grad else None
+            times = together(temb) if together else self._time(self._act(temb))  # (B, C')
+            states = states + times[:, :, None, None]
+            again(Rungs.blocks, states, self._begun, input_tensor, times)
+            states = self._convs[1](self._activated(1, states))
         if self._shortcut is not None:
             module: Any = self._module()
             input_tensor = self._shortcut(input_tensor.contiguous() if module.training else input_tensor)
         return input_tensor + states
+
+    def _begun(self, x: Tensor, times: Tensor) -> Tensor:
+        return self._convs[0](self._activated(0, x)) + times[:, :, None, None]
+
+    def _activated(self, number: int, x: Tensor) -> Tensor:
+        norm = self._norms[number]
+        normed = again(Rungs.norms, norm(x), norm, x)
+        return again(Rungs.norms, self._act(normed), self._act, normed)
 
 
 def make_lean(model: nn.Module) -> list[LeanAttention]:
@@ -165,7 +204,7 @@ def make_lean(model: nn.Module) -> list[LeanAttention]:
         if isinstance(module, Attention) and _is_plain_attention(module):
             changed.forward = lean = LeanAttention(module)
             attentions.append(lean)
-        elif isinstance(module, ResnetBlock2D) and _is_plain_residual(module):
+        elif isinstance(module, ResnetBlock2D) and is_plain_residual(module):
             changed.forward = LeanResidual(module)
         elif isinstance(module, GEGLU):
             changed.forward = LeanGatedGelu(module)
@@ -235,7 +274,7 @@ def _is_plain_attention(module: Any) -> bool:
     )
 
 
-def _is_plain_residual(module: Any) -> bool:
+def is_plain_residual(module: Any) -> bool:
     """Tell whether a block does nothing that :class:`LeanResidual` leaves out."""
     return (
         module.output_scale_factor == 1.0

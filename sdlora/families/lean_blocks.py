@@ -1,6 +1,7 @@
 """The forward pass of diffusers' transformer blocks, with gradients laid out for what follows.
 
-The results are diffusers', bit for bit. Where the gradient of a norm meets that of what goes past it, the sum
+The results are diffusers', bit for bit. What is kept for the backward pass is told by a rung
+(:mod:`.recompute`). Where the gradient of a norm meets that of what goes past it, the sum
 can leave room beside each row, which saves a product to whoever multiplies it next (``adapters.direct``).
 """
 
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .recompute import Kept, Rungs, keeping
 
 
 class _Forked(torch.autograd.Function):
@@ -59,11 +63,18 @@ class LeanBlock:
     Attributes:
         rooms: how many numbers beside each row the gradient of the three norms' inputs leaves free, for
             whoever multiplies it next and can use that (:func:`with_room`).
+        rung: how much is made again in the backward pass.
     """
 
     def __init__(self, block: Any) -> None:
         self._module = weakref.ref(block)  # it holds this object
         self.rooms = [0, 0, 0]
+        self.rung = Rungs.nothing
+
+    @property
+    def module(self) -> Any:
+        """The block that this is the forward pass of."""
+        return self._module()
 
     def __call__(
         self,
@@ -93,17 +104,51 @@ class LeanBlock:
                 added_cond_kwargs,
             )
             return plain
-        x, normed = self._forked(0, module.norm1, hidden_states)
-        x = module.attn1(normed, **options) + x
-        x, normed = self._forked(1, module.norm2, x)
-        x = module.attn2(normed, encoder_hidden_states=encoder_hidden_states, **options) + x
-        x, normed = self._forked(2, module.norm3, x)
+        if self.rung == Rungs.blocks and torch.is_grad_enabled():
+            # nothing is drawn in a lean block, and other threads may compute other parts of the batch
+            options_of_torch: Any = {"use_reentrant": False, "preserve_rng_state": False}
+            again: Tensor = checkpoint(
+                self._computed, hidden_states, encoder_hidden_states, options, **options_of_torch
+            )
+            return again
+        with keeping(self.rung) as kept:
+            return self._computed(hidden_states, encoder_hidden_states, options, kept)
+
+    def _computed(
+        self, x: Tensor, text: Tensor | None, options: dict[str, Any], kept: Kept | None = None
+    ) -> Tensor:
+        module: Any = self._module()
+        for number, (norm, attention) in enumerate(
+            ((module.norm1, module.attn1), (module.norm2, module.attn2))
+        ):
+            x, normed = self._forked(number, norm, x, kept)
+            given = {"encoder_hidden_states": text, **options} if number else options
+            x = _attended(attention, normed, x, given, kept)
+        x, normed = self._forked(2, module.norm3, x, kept)
         output: Tensor = module.ff(normed) + x
         return output
 
-    def _forked(self, number: int, norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _forked(self, number: int, norm: nn.LayerNorm, x: Tensor, kept: Kept | None) -> tuple[Tensor, Tensor]:
         forked: tuple[Tensor, Tensor] = _Forked.apply(x, norm.weight, norm.bias, norm.eps, self.rooms[number])
+        if kept is not None:
+            kept.again(Rungs.norms, forked[1], norm.forward, x)
         return forked
+
+
+def _attended(
+    attention: Any, normed: Tensor, x: Tensor, options: dict[str, Any], kept: Kept | None
+) -> Tensor:
+    """Return what an attention makes of the normed states, added to the states x, all (B, S, C)."""
+    attend = getattr(attention.forward, "attend", None)  # of a lean one
+    if kept is None or kept.rung < Rungs.projections or attend is None:
+        output: Tensor = attention(normed, **options) + x
+    else:
+        merged, last = attend(normed, **options), attention.to_out[0]
+        output = last(merged) + x
+        kept.again(Rungs.projections, output, lambda parts, states: last(parts) + states, merged, x)
+    if kept is not None:
+        kept.only(output)
+    return output
 
 
 def lean_blocks(model: nn.Module) -> list[list[tuple[Any, LeanBlock]]]:

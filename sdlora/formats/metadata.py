@@ -277,7 +277,7 @@ def _setting_entries(config: Config) -> dict[str, Any]:
         if training.batch_size is None
         else training.batch_size * training.gradient_accumulation,
         "gradient_accumulation_steps": training.gradient_accumulation,
-        "gradient_checkpointing": training.gradient_checkpointing,
+        "gradient_checkpointing": training.rung == "blocks",
         "mixed_precision": named(training.precision).kohya if training.precision else None,
         "min_snr_gamma": (training.min_snr_gamma or None) if training.loss_weighting == "min_snr" else None,
         "debiased_estimation": training.loss_weighting == "debiased",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..config.schema import TrainingConfig
 from ..data.reading.cache_folder import default_cache_folder
 from ..data.reading.items import Visit
 from ..errors import OutputError
@@ -153,11 +154,16 @@ def _key(run: Run) -> str:
     parts = [
         *(machine, device.type, torch.get_num_threads(), torch.__version__, run.model.info.name, shapes),
         *(str(run.model.facts.dtype), settings.data.resolution, settings.training.batch_size),
-        *(settings.training.gradient_checkpointing, settings.training.attention, *run.fast.names),
+        *(_again(settings.training), settings.training.attention, *run.fast.names),
         *(run.made_splitter is not None, len(run.trainable.layers)),
         *filter(None, (quantisation_of(denoiser),)),
     ]
     return " ".join(map(str, parts))
+
+
+def _again(settings: TrainingConfig) -> str | bool:
+    """Return what is computed again in the backward pass."""
+    return settings.rung != "nothing" and f"{settings.rung}/{settings.recompute_blocks}"
 
 
 def _file() -> Path:

@@ -43,7 +43,7 @@ def measure_cost(run: Run) -> Cost:
         raise TrainingError(
             f"{run.model.facts.device}: not enough memory for training.batch_size={settings.batch_size} at "
             f"{run.config.data.resolution} px; use a smaller training.batch_size, "
-            "training.gradient_checkpointing=true or a smaller data.resolution"
+            "training.recompute=blocks or a smaller data.resolution"
         ) from None
     return Cost(seconds * settings.gradient_accumulation, run.memory.peak)
 

@@ -12,13 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from torch import nn
+
 from ..adapters.direct import can_be_direct
 from ..adapters.direct_adapter import DirectAdapter
+from ..config.schema import Config
 from ..errors import ConfigError
 from ..families.base import DiffusionModel
 from ..families.layout import Layout
 from ..families.lean import LeanAttention, join_times, make_lean, undo_lean
 from ..families.parallel import SplitPredictor
+from ..families.recompute import Rungs
+from ..families.rungs import Recompute, can_recompute
 from .trainable import TrainableAdapter
 
 
@@ -56,11 +61,13 @@ class FastPath:
         what: it does, for people.
         possible: whether it can be used in a run.
         needs: paths that it builds upon.
+        follows: whether it comes with those by itself where it is possible, and is not named by settings.
     """
 
     what: str
     possible: Callable[[FastStep], bool] = lambda step: True
     needs: tuple[str, ...] = ()
+    follows: bool = False
 
 
 @dataclass
@@ -68,12 +75,15 @@ class FastStep:
     """The fast paths of a run.
 
     Attributes:
+        recompute: what is made again in the backward pass; without the path of that name, whole blocks are,
+            as diffusers does that.
         names: those in use, in the order of :data:`FAST_PATHS`; set by :meth:`use`.
     """
 
     model: DiffusionModel
     trainable: TrainableAdapter
     splitter: SplitPredictor | None
+    recompute: Recompute = field(default_factory=Recompute)
     names: tuple[str, ...] = ()
     _attentions: Sequence[LeanAttention] = ()
     _direct: DirectAdapter | None = None
@@ -92,6 +102,11 @@ class FastStep:
                 names.append(name)
         return tuple(names)
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks make again what the rung says, so that diffusers' own way of it must be off."""
+        return self._in_place and "recompute" in self.names
+
     def use(self, names: Sequence[str]) -> None:
         """Compute with exactly these paths from now on."""
         self.take_out()
@@ -104,6 +119,9 @@ class FastStep:
             return
         denoiser = self.model.components()[self.model.info.denoiser.component]
         self._attentions = make_lean(denoiser) if "blocks" in self.names else ()
+        if "recompute" in self.names:
+            self.recompute.put_in_place(denoiser)
+            self._checkpointing(False)
         if "lora" in self.names:
             if self._direct is None:
                 self._direct = DirectAdapter(self.model, self.trainable.layers)
@@ -125,8 +143,17 @@ class FastStep:
             self._direct.take_out()
         if self.splitter:
             self.splitter.computing = None
+        if "recompute" in self.names:
+            self._checkpointing(True)
         undo_lean(self.model.components()[self.model.info.denoiser.component])
         self._attentions, self._in_place = (), False
+
+    def _checkpointing(self, on: bool) -> None:
+        denoiser: Any = self.model.components()[self.model.info.denoiser.component]
+        if on:
+            denoiser.enable_gradient_checkpointing()
+        else:
+            denoiser.disable_gradient_checkpointing()
 
     @contextmanager
     def out(self) -> Iterator[None]:
@@ -162,6 +189,18 @@ def _is_plain_lora(step: FastStep) -> bool:
     return plain and can_be_direct(step.model, step.trainable.layers)
 
 
+def _can_recompute(step: FastStep) -> bool:
+    rung = step.recompute.rung
+    denoiser = step.model.components()[step.model.info.denoiser.component]
+    # what draws random numbers would draw others the second time
+    draws = step.trainable.random_parts is not None or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules()
+    )
+    if rung == Rungs.nothing or (draws and rung >= Rungs.projections):
+        return False
+    return can_recompute(denoiser, rung)
+
+
 FAST_PATHS: Mapping[str, FastPath] = {
     "blocks": FastPath("attention and residual blocks without what changes nothing"),
     "lora": FastPath("plain LoRA layers by functions of our own", _is_plain_lora),
@@ -169,9 +208,22 @@ FAST_PATHS: Mapping[str, FastPath] = {
         "q, k and v of an attention as one product, and all keys and values of the text",
         needs=("blocks", "lora"),
     ),
+    "recompute": FastPath(
+        "what training.recompute names made again, not whole blocks",
+        _can_recompute,
+        ("blocks",),
+        follows=True,
+    ),
 }
 """By name, in the order in which they build upon each other. A new one is an entry here and its part in
 :meth:`FastStep.put_in_place` and :meth:`FastStep.take_out`."""
+
+
+def recompute_of(config: Config, model: DiffusionModel) -> Recompute:
+    """Return what settings have made again in the backward pass."""
+    sides = (config.data.resolution or 0, *config.data.more_resolutions)
+    height, width = model.facts.latents.shape(max(sides), max(sides))[-2:]
+    return Recompute(Rungs[config.training.rung], config.training.recompute_blocks, height * width)
 
 
 def chosen_paths(setting: str) -> tuple[str, ...]:
@@ -183,14 +235,15 @@ def chosen_paths(setting: str) -> tuple[str, ...]:
     if setting in ("auto", "off"):
         return tuple(FAST_PATHS) if setting == "auto" else ()
     names = tuple(name.strip() for name in setting.split(","))
+    known = [name for name, path in FAST_PATHS.items() if not path.follows]
     for name in names:
-        if name not in FAST_PATHS:
+        if name not in known:
             raise ConfigError(
                 f"`training.fast={setting}`: there is no fast path `{name}`; use auto, off, or some of "
-                f"{', '.join(FAST_PATHS)}, separated by commas"
+                f"{', '.join(known)}, separated by commas"
             )
         if missing := [other for other in FAST_PATHS[name].needs if other not in names]:
             raise ConfigError(
                 f"`training.fast={setting}`: `{name}` builds upon {' and '.join(missing)}; name them, too"
             )
-    return names
+    return (*names, *(n for n, path in FAST_PATHS.items() if path.follows and set(path.needs) <= set(names)))

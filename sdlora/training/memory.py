@@ -131,14 +131,20 @@ def _structure(config: Config) -> str:
     """Return the settings that a step's memory depends on, as text."""
     tree = config.model_dump(mode="json")
     training = (
-        *("batch_size", "precision", "base_format", "device", "gradient_checkpointing", "attention", "fast"),
+        "batch_size",
+        "precision",
+        "base_format",
+        "device",
+        "attention",
+        "fast",
         "average",
+        "recompute",
     )
     wanted = [
         tree["model"],
         tree["adapter"],
         config.optimizer.name,
-        [tree["training"][name] for name in training],
+        [tree["training"][name] for name in (*training, "recompute_blocks")],
     ]
     wanted += [_side(config), _keeps_text(config), _keeps_images(config), *_priors(config)]
     return json.dumps([*wanted, bool(config.data.validation), config.data.resolution, _preview(config)])
@@ -200,7 +206,7 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
     adapter += 2 * model.facts.dtype.itemsize * copied  # a copy, and its gradient
     model.prepare(
         training=True,
-        gradient_checkpointing=config.training.gradient_checkpointing,
+        gradient_checkpointing=config.training.rung != "nothing",
         keep_text=_keeps_text(config),
     )
     activations = _step_bytes(model, _rounded(model, _side(config)), config)
@@ -254,7 +260,7 @@ def _remedy(config: Config, again: Callable[[Config], MemoryPlan]) -> str | None
     assert batch is not None
     accumulate = config.training.gradient_accumulation * batch
     single_images = {"training.batch_size": 1, "training.gradient_accumulation": accumulate}
-    saving = {"training.gradient_checkpointing": True}
+    saving = {"training.recompute": "blocks"}
     steps: list[dict[str, Any]] = [saving, single_images, {**single_images, **saving}]
     # the smaller ones of several resolutions take no memory of their own
     only = {"data.more_resolutions": ()} if config.data.more_resolutions else {}

@@ -168,6 +168,8 @@ def _why(distance: Distance | None) -> str:
 
 
 def _failed(names: Sequence[str], distance: Distance) -> str:
+    if names[-1] == "recompute":
+        names = (*names[:-1], "recompute (whole blocks are computed again instead)")
     if math.isinf(distance.loss):
         return (
             f"fast paths {', '.join(names)}: failed on the first batch ({distance.worst[:200]}), so "

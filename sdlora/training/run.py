@@ -32,7 +32,7 @@ from ..families.loading import load_model
 from ..families.parallel import SplitPredictor
 from ..files import refuse_used_folder, write_problem
 from ..run_folder import RunFolder, list_checkpoints
-from .fast import FastStep
+from .fast import FastStep, recompute_of
 from .inputs import Ready, Sender
 from .masters import ParameterGroup
 from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
@@ -198,7 +198,7 @@ def _assemble(
         started_at=time.time(),
         splitter=(splitter := _splitter(config, model)),
         made_splitter=splitter,
-        fast=FastStep(model, trainable, splitter),
+        fast=FastStep(model, trainable, splitter, recompute_of(config, model)),
         loader=_loader(config, data, model, processes.rank, [g.learning_rate for g in trainable.groups]),
         reports=_reports(config, model, processes),
         preview_text=encoded,
@@ -260,11 +260,12 @@ def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
     """Return how batches are split over a CPU's cores, or None where they must stay whole.
 
     A trained text encoder is one graph that all parts would walk through; dropout draws from the
-    global generator, which threads would share.
+    global generator, which threads would share, and so does diffusers' way to compute blocks again, which is
+    the reference of all that is.
     """
     adapter = config.adapter
     dropout = adapter.dropout > 0 or adapter.rank_dropout > 0 or adapter.module_dropout > 0
-    whole = adapter.adapts_text or dropout or config.training.gradient_checkpointing
+    whole = adapter.adapts_text or dropout or config.training.rung != "nothing"
     return SplitPredictor(model) if model.facts.device.type == "cpu" and not whole else None
 
 

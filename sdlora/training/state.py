@@ -83,6 +83,10 @@ class Judge(Protocol):
 
 
 # what a resumed run may change, as none of it alters the numbers of the adapter
+_WHOLE_BLOCKS = (
+    "it needs the fast path `blocks`, torch's own fused attention, and from `projections` on an adapter "
+    "without dropout; whole blocks are computed again instead, which takes less memory and more time"
+)
 _FREE_ON_RESUME = (
     "sample.",
     "judge.",
@@ -91,6 +95,7 @@ _FREE_ON_RESUME = (
     "data.cache_folder",
     "data.encode_captions",
     "training.fast",  # but by rounding, which is said
+    "training.recompute",
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.validate_every",
@@ -192,7 +197,7 @@ class Run:
         """Set the modules' modes and devices as training steps need them."""
         self.model.prepare(
             training=True,
-            gradient_checkpointing=self.config.training.gradient_checkpointing,
+            gradient_checkpointing=self.config.training.rung != "nothing" and not self.fast.recomputes,
             keep_text=self.keep_text,
             keep_images=self.training.views.in_loop,
         )
@@ -212,10 +217,13 @@ class Run:
         """Return the fast paths to use: those the settings allow, and a resumed run had before."""
         setting, before = self.config.training.fast, self.fast_before
         names = self.fast.possible(setting)
+        if (rung := self.config.training.rung) not in ("nothing", "blocks") and "recompute" not in names:
+            self.emit(Notice(f"training.recompute={rung} is not possible here: {_WHOLE_BLOCKS}"))
         if before is None:
             return names
-        names = tuple(name for name in names if name in before) if setting == "auto" else names
-        if set(names) != set(before):
+        # what is made again has the same bits, so it is no matter whether it was before
+        names = tuple(n for n in names if n in {*before, "recompute"}) if setting == "auto" else names
+        if {*names, "recompute"} != {*before, "recompute"}:
             now, then = (", ".join(paths) or "none" for paths in (names, before))
             text = f"{self.folder.path}: continues with other fast paths ({now}) than before ({then}); the"
             self.emit(Notice(f"{text} numbers differ by rounding from those of an uninterrupted run"))

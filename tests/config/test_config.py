@@ -111,3 +111,32 @@ def test_every_setting_has_a_help_text() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().training.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "rung"),
+    [
+        (["training.gradient_checkpointing=true"], "blocks"),
+        (["training.gradient_checkpointing=false"], "nothing"),
+        (["training.gradient_checkpointing=true", "training.recompute=blocks"], "blocks"),
+        (["training.recompute=gates"], "gates"),
+        ([], None),
+    ],
+)
+def test_the_old_switch_for_recomputed_blocks_is_a_rung(given: list[str], rung: str | None) -> None:
+    config = load_config(None, given)
+    assert config.training.recompute == rung and config.training.rung == (rung or "nothing")
+    assert load_config(None, (), {"training.recompute": "norms"}).training.recompute == "norms"
+
+
+def test_what_contradicts_a_rung_is_refused(tmp_path: Path) -> None:
+    old = "training.gradient_checkpointing"
+    with pytest.raises(ConfigError, match=r"old name of `recompute=blocks`, but `recompute` is norms"):
+        load_config(None, [f"{old}=true", "training.recompute=norms"])
+    with pytest.raises(ConfigError, match="old name of `recompute`, and true or false"):
+        load_config(None, [f"{old}=sometimes"])
+    with pytest.raises(ConfigError, match=r"`training.recompute_blocks` has no effect"):
+        load_config(None, ["training.recompute_blocks=4"])
+    file = tmp_path / "old.toml"
+    file.write_text("[training]\ngradient_checkpointing = true\nsteps = 3\n", encoding="utf-8")
+    assert load_config(file).training.recompute == "blocks"

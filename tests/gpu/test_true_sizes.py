@@ -29,7 +29,7 @@ USUAL = ("training.batch_size=1", "training.precision=bf16", "training.device=cu
 def test_the_plan_is_within_15_percent_of_the_peak(
     family: str, checkpointing: bool, true_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    saving = f"training.gradient_checkpointing={str(checkpointing).lower()}"
+    saving = f"training.gradient_checkpointing={str(checkpointing).lower()}"  # its old name
     config = settings(str(true_checkpoint(family)), tmp_path, *USUAL, *RUNS[family], saving)
     memory = measure_memory(config)
     print(

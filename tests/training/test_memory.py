@@ -61,7 +61,7 @@ def allocated(base: str, config: Config) -> int:
     master = MasterWeights(parameters, [t for pair in pairs for t in (pair.down, pair.up)])
     optimizer = torch.optim.AdamW([master.flat])
     text_trained = config.adapter.adapts_text
-    model.prepare(training=True, gradient_checkpointing=config.training.gradient_checkpointing)
+    model.prepare(training=True, gradient_checkpointing=config.training.rung != "nothing")
     with torch.no_grad():
         cached = model.encode_text([""] * count)
 
@@ -82,7 +82,7 @@ def allocated(base: str, config: Config) -> int:
 
 
 CASES = {
-    "mini, checkpointed": ("mini", "data.resolution=96", "training.gradient_checkpointing=true"),
+    "mini, checkpointed": ("mini", "data.resolution=96", "training.recompute=blocks"),
     "mini, text": (
         *("mini", "data.resolution=64", "adapter.text_encoder=true"),
         *("adapter.text_encoder_rank=8", "adapter.text_encoder_alpha=8"),
@@ -140,7 +140,7 @@ def test_a_storage_is_counted_once_and_its_release_is_seen() -> None:
 
 def fake(free: int, needs: Mapping[tuple[bool, int], int]) -> tuple[MemoryPlan, Any]:
     def again(config: Config) -> MemoryPlan:
-        key = (config.training.gradient_checkpointing, config.training.batch_size or 0)
+        key = (config.training.rung == "blocks", config.training.batch_size or 0)
         return MemoryPlan(0, 0, needs[key], free)
 
     return MemoryPlan(0, 0, needs[(False, 4)], free), again
@@ -154,7 +154,7 @@ def test_the_mildest_settings_that_fit_are_named() -> None:
         refuse_what_cannot_fit(plan, config, CPU, again)
     plan, again = fake(9 * GIB, needs)
     warning = refuse_what_cannot_fit(plan, config, CPU, again)
-    assert warning is not None and "training.gradient_checkpointing=true" in warning
+    assert warning is not None and "training.recompute=blocks" in warning
     plan, again = fake(11 * GIB, needs)
     assert refuse_what_cannot_fit(plan, config, CPU, again) is None
     plan, again = fake(GIB, needs)

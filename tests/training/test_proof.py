@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import sdlora.adapters.joint as joint
+import sdlora.families.recompute as recompute
 from sdlora.adapters.direct import DirectLinear
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
@@ -75,7 +76,11 @@ def test_all_paths_are_used_and_said_and_a_run_is_the_same_but_for_rounding(trai
     reference, silent = trained("off", "training.fast=off")
     fast, events = trained("auto")
     ((value, reason),) = decided(events)
-    assert value == ", ".join(FAST_PATHS) and "no gradient more than" in reason and not decided(silent)
+    assert (
+        value == ", ".join(name for name, path in FAST_PATHS.items() if not path.follows)
+        and "no gradient more than" in reason
+        and not decided(silent)
+    )
     master = reference["unet.master"]
     assert master.abs().sum() > 0 and not torch.equal(fast["unet.master"], master)
     assert torch.allclose(fast["unet.master"], master, rtol=1e-3, atol=1e-6)
@@ -129,6 +134,7 @@ def test_where_everything_is_wrong_the_reference_is_used(
         ("adapter.dropout=0.1", "blocks"),
         ("adapter.init=pissa", "blocks"),
         ("adapter.text_encoder=true", "blocks, lora, joint"),
+        ("training.recompute=projections", "blocks, lora, joint, recompute"),
     ],
 )
 def test_what_cannot_be_computed_directly_stays_pefts(
@@ -145,7 +151,8 @@ def test_what_cannot_be_computed_directly_stays_pefts(
         ("adapter.kind=dora", "blocks"),
         ("adapter.dropout=0.1", "blocks"),
         ("adapter.text_encoder=true", "blocks, lora, joint"),
-        ("training.gradient_checkpointing=true", "blocks, lora, joint"),
+        ("training.recompute=norms", "blocks, lora, joint, recompute"),
+        ("training.recompute=blocks", "blocks, lora, joint, recompute"),
         ("data.prior_preservation=1.0", "blocks, lora, joint"),
         ("optimizer.lora_plus_ratio=4", "blocks, lora, joint"),
         ("training.precision=bf16", "blocks, lora, joint"),
@@ -154,6 +161,46 @@ def test_what_cannot_be_computed_directly_stays_pefts(
 def test_the_paths_that_are_possible_prove_themselves(override: str, paths: str, trained: Start) -> None:
     _, events = trained("run", override)
     assert [value for value, _ in decided(events)] == [paths]
+
+
+@pytest.mark.parametrize("rung", ["gates", pytest.param("blocks", marks=pytest.mark.long)])
+def test_a_run_that_recomputes_ends_with_the_same_bits(rung: str, trained: Start) -> None:
+    """On a CPU a batch is computed whole then, so the other run is, too."""
+    single = "training.batch_size=1"
+    without, _ = trained("without", single)
+    tensors, events = trained(rung, single, f"training.recompute={rung}")
+    assert [value for value, _ in decided(events)] == ["blocks, lora, joint, recompute"]
+    assert all(torch.equal(without[name], tensors[name]) for name in without)
+
+
+@pytest.mark.parametrize("override", ["training.fast=off", "adapter.dropout=0.1"])
+def test_where_a_rung_cannot_be_taken_whole_blocks_are_and_the_run_says_so(
+    override: str, make: Callable[..., Config]
+) -> None:
+    events: list[Event] = []
+    config = make("run", override, "training.recompute=projections")
+    run = prepare_run(config, resume=False, emit=Emitter((events.append,)))
+    assert "recompute" not in run.paths() and run.model.components()["unet"].is_gradient_checkpointing
+    told = [event.message for event in events if isinstance(event, Notice) and "recompute" in event.message]
+    assert len(told) == 1 and "whole blocks are computed again instead" in told[0]
+
+
+def test_a_rung_that_is_wrong_is_not_used_and_whole_blocks_are(
+    trained: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single = "training.batch_size=1"
+    without, _ = trained("without", single)
+    taken = recompute._Saved.tensor
+    monkeypatch.setattr(
+        recompute._Saved,
+        "tensor",
+        lambda saved: taken(saved) * (1.0 if isinstance(saved.source, Tensor) else 9.0),
+    )
+    tensors, events = trained("broken", single, "training.recompute=norms")
+    (notice,) = [event.message for event in events if isinstance(event, Notice) and "fast" in event.message]
+    assert "recompute (whole blocks are computed again instead) is not used in this run" in notice
+    assert [value for value, _ in decided(events)] == ["blocks, lora, joint"]
+    assert all(torch.equal(without[name], tensors[name]) for name in without)
 
 
 def test_a_stopped_run_goes_on_with_the_paths_it_had_bit_for_bit(make: Callable[..., Config]) -> None:

@@ -510,12 +510,13 @@ def test_only_the_adapter_changes(settings: Callable[..., Config]) -> None:
     assert changed == {"unet", "text_encoder"}
 
 
-def test_gradient_checkpointing_gives_the_same_step(settings: Callable[..., Config]) -> None:
+def test_the_old_switch_for_recomputed_blocks_gives_the_same_step(settings: Callable[..., Config]) -> None:
     results = []
     for flag in ("false", "true"):
         run = prepared(
             settings(f"run-{flag}", f"training.gradient_checkpointing={flag}", "adapter.text_encoder=true")
         )
+        assert run.config.training.recompute == ("blocks" if flag == "true" else "nothing")
         results.append((train_step(run)[1], run.masters()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for key, pair in results[0][1].items():

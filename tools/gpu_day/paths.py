@@ -9,7 +9,7 @@ from sdlora.config.schema import OptimizerName, SamplerName
 BF16 = ("training.precision=bf16",)
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "checkpointing": ("training.gradient_checkpointing=true",),
+    "checkpointing": ("training.recompute=blocks",),
     "accumulation": ("training.gradient_accumulation=2",),
     "xformers": ("training.attention=xformers",),
     "text-encoder": ("adapter.text_encoder=true",),

@@ -50,7 +50,7 @@ TRAINING: dict[str, tuple[str, tuple[str, ...]]] = {
     "train-all": (
         "all targets, checkpointing, accumulation",
         (
-            *("training.precision=bf16", "adapter.targets=all", "training.gradient_checkpointing=true"),
+            *("training.precision=bf16", "adapter.targets=all", "training.recompute=blocks"),
             "training.gradient_accumulation=2",
         ),
     ),
@@ -82,7 +82,7 @@ TRAINING: dict[str, tuple[str, tuple[str, ...]]] = {
         "LoRA+, text encoder, checkpointing",
         (
             *("training.precision=bf16", "optimizer.lora_plus_ratio=16", "adapter.text_encoder=true"),
-            "training.gradient_checkpointing=true",
+            "training.recompute=blocks",
         ),
     ),
     "train-validation": (

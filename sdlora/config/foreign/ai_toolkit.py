@@ -206,9 +206,9 @@ def _length(ledger: Ledger) -> None:
         if ledger.whole(name):
             ledger.put(name, "training.gradient_accumulation", ledger.whole(name))
     precision(ledger, "train.dtype", "training.precision")
-    checkpointing = ledger.truth("train.gradient_checkpointing", True)
+    recompute = "blocks" if ledger.truth("train.gradient_checkpointing", True) else "nothing"
     if ledger.has("train.gradient_checkpointing"):
-        ledger.put("train.gradient_checkpointing", "training.gradient_checkpointing", checkpointing)
+        ledger.put("train.gradient_checkpointing", "training.recompute", recompute)
     device = (
         ledger.text("device").removesuffix(":0")
         if ledger.text("device") == "cuda:0"

@@ -224,7 +224,7 @@ def _length(ledger: Ledger, script: str, dreambooth: bool) -> None:
     if ledger.has("seed"):
         ledger.put("seed", "training.seed", ledger.whole("seed"))
     if ledger.truth("gradient_checkpointing"):
-        ledger.put("gradient_checkpointing", "training.gradient_checkpointing", True)
+        ledger.put("gradient_checkpointing", "training.recompute", "blocks")
     if ledger.truth("enable_xformers_memory_efficient_attention"):
         ledger.put("enable_xformers_memory_efficient_attention", "training.attention", "xformers")
     ledger.none("enable_npu_flash_attention", "sdlora runs on CPU, CUDA and MPS")

@@ -240,14 +240,12 @@ def _length(ledger: Ledger) -> None:
     if ledger.has("seed"):
         ledger.put("seed", "training.seed", ledger.whole("seed"))
     if ledger.truth("gradient_checkpointing"):
-        ledger.put("gradient_checkpointing", "training.gradient_checkpointing", True)
+        ledger.put("gradient_checkpointing", "training.recompute", "blocks")
     for name in ("xformers", "sdpa"):
         if ledger.truth(name):
             ledger.put(name, "training.attention", name)
     ledger.none(("fp8_base", "fp8_base_unet"), "the base is kept in training.precision")
-    ledger.none(
-        "blocks_to_swap", "sdlora keeps the U-Net on the card; training.gradient_checkpointing saves memory"
-    )
+    ledger.none("blocks_to_swap", "sdlora keeps the U-Net on the card; training.recompute saves memory")
     ledger.none(
         ("resume", "resume_from_huggingface"), "states of sd-scripts cannot be resumed; adapter.from_file can"
     )

@@ -341,7 +341,7 @@ def _length(ledger: Ledger) -> None:
         ledger.put("attention_mechanism", "training.attention", attention)
     ledger.default("attention_mechanism", "chosen by itself")
     if ledger.truth("unet.gradient_checkpointing") or ledger.text("gradient_checkpointing").upper() == "ON":
-        ledger.put("unet.gradient_checkpointing", "training.gradient_checkpointing", True)
+        ledger.put("unet.gradient_checkpointing", "training.recompute", "blocks")
     ledger.none("force_circular_padding", "sdlora draws no tiles")
 
 

@@ -222,8 +222,8 @@ def _length(ledger: Ledger) -> None:
     if ledger.has("gradient_checkpointing"):
         ledger.put(
             "gradient_checkpointing",
-            "training.gradient_checkpointing",
-            ledger.truth("gradient_checkpointing"),
+            "training.recompute",
+            "blocks" if ledger.truth("gradient_checkpointing") else "nothing",
         )
     if ledger.text("attention_mechanism") == "xformers":
         ledger.put("attention_mechanism", "training.attention", "xformers")

@@ -140,7 +140,7 @@ CASES: list[tuple[dict[str, str], dict[str, Any]]] = [
     (
         {"train": "gradient_checkpointing: true\n        xformers: true\n        max_grad_norm: 0.5"},
         {
-            "training.gradient_checkpointing": True,
+            "training.recompute": "blocks",
             "training.attention": "xformers",
             "optimizer.max_grad_norm": 0.5,
         },

@@ -96,7 +96,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             "training.noise_offset": 0.1,
             "data.crop": None,
             "training.attention": "xformers",
-            "training.gradient_checkpointing": True,
+            "training.recompute": "blocks",
         },
     ),
 ]

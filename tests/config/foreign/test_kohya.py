@@ -36,7 +36,7 @@ COMMANDS: list[tuple[str, dict[str, Any]]] = [
             "training.epochs": 10,
             "training.precision": "fp16",
             "training.attention": "sdpa",
-            "training.gradient_checkpointing": True,
+            "training.recompute": "blocks",
             "training.min_snr_gamma": 0.0,
         },
     ),
