@@ -190,12 +190,14 @@ def test_a_rung_that_is_wrong_is_not_used_and_whole_blocks_are(
 ) -> None:
     single = "training.batch_size=1"
     without, _ = trained("without", single)
-    taken = recompute._Saved.tensor
-    monkeypatch.setattr(
-        recompute._Saved,
-        "tensor",
-        lambda saved: taken(saved) * (1.0 if isinstance(saved.source, Tensor) else 9.0),
-    )
+    named = recompute.Kept.again
+
+    def wrongly(
+        kept: Any, rung: Any, tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor
+    ) -> Tensor:
+        return named(kept, rung, tensor, lambda *given: make(*given) * 9, *sources)
+
+    monkeypatch.setattr(recompute.Kept, "again", wrongly)
     tensors, events = trained("broken", single, "training.recompute=norms")
     (notice,) = [event.message for event in events if isinstance(event, Notice) and "fast" in event.message]
     assert "recompute (whole blocks are computed again instead) is not used in this run" in notice
