@@ -100,10 +100,10 @@ def _level(denoiser: nn.Module, name: str) -> int:
     """Return how many times the sides were halved where a block of a U-Net works."""
     parts: Any = denoiser
     deepest = len(getattr(parts, "down_blocks", ())) - 1
-    found = _LEVEL.match(name)
-    if found is None:
+    match = _LEVEL.match(name)
+    if match is None:
         return max(0, deepest)  # the middle
-    return int(found[2]) if found[1] == "down" else deepest - int(found[2])
+    return int(match[2]) if match[1] == "down" else deepest - int(match[2])
 
 
 def _named(denoiser: nn.Module) -> Iterator[tuple[str, Lean]]:

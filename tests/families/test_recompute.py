@@ -119,8 +119,8 @@ def test_gradients_are_those_of_diffusers_own_checkpointing(tiny_base: Path) -> 
             Recompute(rung).put_in_place(learning.unet)
             given_loss, given, _ = learning.backward(gather)
             assert float((given_loss - loss).abs()) < 1e-6 * float(loss)
-            for one, other in zip(wanted, given, strict=True):
-                assert float((one - other).norm()) < 1e-4 * float(one.norm()), rung.name
+            for gradient, again_made in zip(wanted, given, strict=True):
+                assert float((gradient - again_made).norm()) < 1e-4 * float(gradient.norm()), rung.name
 
 
 def test_any_amount_between_two_rungs_can_be_kept(tiny_base: Path) -> None:
