@@ -177,11 +177,11 @@ def test_a_model_that_draws_or_has_other_blocks_is_left_to_diffusers() -> None:
 
 
 def test_a_tensor_is_made_once_for_all_that_wait_for_it_and_then_let_go() -> None:
-    made: list[int] = []
+    calls: list[int] = []
     x = torch.randn(4, requires_grad=True)
 
     def doubled(value: Tensor) -> Tensor:
-        made.append(1)
+        calls.append(1)
         return value * 2
 
     with keeping(Rungs.norms):
@@ -192,7 +192,7 @@ def test_a_tensor_is_made_once_for_all_that_wait_for_it_and_then_let_go() -> Non
         (gradient,) = torch.autograd.grad(result, x, retain_graph=True)
     wanted = 2 * (torch.cos(2 * x) - torch.sin(2 * x) + torch.cos(torch.exp(2 * x)) * torch.exp(2 * x))
     assert torch.allclose(gradient, wanted)
-    assert len(made) == 2  # once in each backward pass, for both of its uses
+    assert len(calls) == 2  # once in each backward pass, for both of its uses
 
 
 def test_what_lies_in_memory_that_was_given_back_is_not_mistaken() -> None:
