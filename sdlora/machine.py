@@ -20,8 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .files import size_text
-
 Capability = tuple[int, int]
 """Compute capability of an NVIDIA card, (8, 9) for sm_89."""
 
@@ -56,6 +54,10 @@ class Card:
 
     def __str__(self) -> str:
         parts = [f"sm_{self.capability[0]}{self.capability[1]}"] if self.capability else []
+        from .files import (
+            size_text,
+        )  # not at the top: before anything is installed, this module is used alone
+
         parts += [size_text(self.memory)] if self.memory else []
         return f"{self.name} ({', '.join(parts)})" if parts else self.name
 
@@ -205,11 +207,30 @@ def remedies(facts: MachineFacts) -> list[str]:
         return ["nvidia-smi", *_restart(facts.system)]
     python = f'"{facts.python}"' if " " in facts.python else facts.python
     # pip keeps a torch of the same version, even one built for other devices: so it must be removed first
-    wanted = '"torch<2.15"' if index == "cu126" else "torch"  # the last torch for CUDA 12.6 is 2.14
-    return [
-        f"{python} -m pip uninstall -y torch",
-        f"{python} -m pip install {wanted} --index-url {_INDEX}{index} --extra-index-url https://pypi.org/simple",
-    ]
+    wanted = " ".join(f'"{word}"' if "<" in word else word for word in _wheel_words(index))
+    return [f"{python} -m pip uninstall -y torch", f"{python} -m pip install {wanted}"]
+
+
+def torch_words(facts: MachineFacts) -> list[str]:
+    """Return the words after ``pip install`` that bring the torch for a machine on which there is none yet.
+
+    Without a card that torch can use it is the one for the CPU, which is a tenth of the size on Linux.
+    """
+    if facts.system == "Darwin":
+        return ["torch"]
+    index = wheel_index(facts) if facts.driver is not None else None
+    return _wheel_words(index or "cpu")
+
+
+def _wheel_words(index: str) -> list[str]:
+    wanted = "torch<2.15" if index == "cu126" else "torch"  # the last torch for CUDA 12.6 is 2.14
+    return [wanted, "--index-url", f"{_INDEX}{index}", "--extra-index-url", "https://pypi.org/simple"]
+
+
+def look_without_torch() -> MachineFacts:
+    """Return what driver and bus say of this machine, with the standard library alone."""
+    driver, present = _ask_driver()
+    return MachineFacts(platform.system(), sys.executable, "none", driver=driver, present=present)
 
 
 def wheel_index(facts: MachineFacts) -> str | None:

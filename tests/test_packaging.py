@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.commands.cli import COMMANDS
+from sdlora.commands.completion import SHELLS
 from sdlora.config.presets import presets
 from sdlora.config.schema import fields
 from sdlora.demonstration.data import find_data
@@ -29,6 +30,7 @@ NOT_IN_A_WHEEL = re.compile(
 )
 THEIR_OWN = {
     "sdlora/demonstration/data.py",  # the README of the sample images, which is in the wheel
+    "sdlora/commands/start.py",  # works in a checkout only
     "sdlora/exporting/publish.py",  # the model card's name on the hub
 }
 
@@ -146,3 +148,35 @@ def test_the_page_names_nothing_that_an_installed_program_lacks() -> None:
     assert len(files) > 5
     named = {file.name for file in files if NOT_IN_A_WHEEL.search(file.read_text(encoding="utf-8"))}
     assert named == set()
+
+
+def test_the_container_is_made_of_files_that_are_there_and_let_in() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    allowed = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE)
+    copied = {name for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for name in line.split()[:-1]}
+    assert copied == set(allowed) and all((ROOT / name).exists() for name in copied)
+    needed = {folder_of(package).relative_to(ROOT).parts[0] for package in SETUPTOOLS["packages"]}
+    assert needed <= copied
+    (extras,) = re.findall(r'"\.\[([\w,]+)\]"', text)
+    assert set(extras.split(",")) <= set(PROJECT["project"]["optional-dependencies"])
+    assert re.search(r"^FROM python:3\.1[123]-slim$", text, re.MULTILINE)
+
+
+def test_every_extra_stands_in_the_guide_with_its_packages() -> None:
+    guide = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w[\w-]*)` \| ([^|]+) \|", guide, re.MULTILINE)
+    told = {extra: set(re.findall(r"`([\w-]+)`", packages)) for extra, packages in rows}
+    extras = PROJECT["project"]["optional-dependencies"]
+    for name in ("test", "build-base", "benchmark"):  # for those who work on sdlora itself
+        assert told.pop(name) <= {re.split(r"[<>=]", package)[0] for package in extras[name]}
+    for_users = {
+        name: wanted for name, wanted in extras.items() if name not in ("test", "build-base", "benchmark")
+    }
+    assert told == {
+        name: {re.split(r"[<>=]", package)[0] for package in wanted} for name, wanted in for_users.items()
+    }
+
+
+def test_the_guide_names_the_completion_of_every_shell() -> None:
+    guide = (ROOT / "docs" / "installing.md").read_text(encoding="utf-8")
+    assert [line for line in SHELLS.values() if line not in guide] == []
