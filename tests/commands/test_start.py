@@ -163,9 +163,9 @@ def write_stub(folder: Path, requirement: str, version: str) -> None:
 
 def write_installed(folder: Path, name: str) -> None:
     """Write a package that is installed here into the index, as it is."""
-    found = importlib.metadata.distribution(name)
-    with zipfile.ZipFile(folder / f"{name}-{found.version}-py3-none-any.whl", "w") as wheel:
-        for file in found.files or ():
+    package = importlib.metadata.distribution(name)
+    with zipfile.ZipFile(folder / f"{name}-{package.version}-py3-none-any.whl", "w") as wheel:
+        for file in package.files or ():
             if (
                 ".." not in file.parts
                 and file.suffix != ".pyc"
@@ -200,15 +200,15 @@ def test_start_sh_makes_an_environment_from_a_local_index_and_serves_the_page(tm
         start.INDEX_VARIABLE: "",
     }
     try:
-        made = subprocess.run(
+        setup = subprocess.run(
             ["sh", str(home / "start.sh"), "--setup"],
             env=environment,
             capture_output=True,
             text=True,
             timeout=300,
         )
-        assert made.returncode == 0, made.stdout + made.stderr
-        assert (home / ".venv" / start.MARKER).is_file() and "installing sdlora" in made.stdout
+        assert setup.returncode == 0, setup.stdout + setup.stderr
+        assert (home / ".venv" / start.MARKER).is_file() and "installing sdlora" in setup.stdout
         assert list((home / ".venv").glob("lib/python3*/site-packages/torch-*.dist-info"))
         # the packages themselves are those that run this test: the index holds empty ones
         with socket.socket() as free:
