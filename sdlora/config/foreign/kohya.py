@@ -300,13 +300,13 @@ def _objective(ledger: Ledger) -> None:
 def _previews(ledger: Ledger, prompts: str | None) -> None:
     wanted = ledger.has("sample_prompts")
     if wanted and prompts is not None:
-        lines, options = prompt_lines(prompts)
-        ledger.put("sample_prompts", "sample.prompts", lines, "the prompts of that file")
-        for letter, key in (("n", "sample.negative_prompt"), ("s", "sample.steps"), ("l", "sample.guidance")):
-            if letter in options:
-                full = ledger.inner("sample_prompts", f"--{letter}", options[letter])
-                value: Any = options[letter] if letter == "n" else next(iter(numbers(options[letter])), None)
-                ledger.put(full, key, round(value) if letter == "s" and value else value, "of the first line")
+        lines, refused = prompt_lines(prompts)
+        ledger.put("sample_prompts", "sample.prompts", lines, "the lines of that file with their options")
+        if any(" --" in line for line in lines):
+            ledger.values["sample.prompt_options"] = True
+        for option in refused:
+            label = f"line {option.line}: --{option.name}"
+            ledger.none(ledger.inner("sample_prompts", label, option.value), option.reason)
     elif wanted:
         ledger.none(
             "sample_prompts", "that file cannot be read from here: name its prompts in sample.prompts"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
+from ...errors import ConfigError
+from ..prompt_lines import MOST_LINES, read_line
 from .ledger import Ledger, key_values, numbers
 
 PRECISIONS = {
@@ -192,17 +194,37 @@ def sampler(ledger: Ledger, name_of: str) -> None:
         ledger.none(name_of, f"sdlora has no {given}; previews are drawn with its default sampler")
 
 
-def prompt_lines(text: str) -> tuple[list[str], dict[str, str]]:
-    """Return the prompts of kohya's prompt file and the options of its first line (``--n``, ``--s``,
-    ``--l``...)."""
+class RefusedOption(NamedTuple):
+    """An option of a line of prompts that sdlora does not have, or whose value it does not take."""
+
+    line: int
+    name: str
+    value: str
+    reason: str
+
+
+def prompt_lines(text: str) -> tuple[list[str], list[RefusedOption]]:
+    """Return the prompts of kohya's prompt file as :mod:`sdlora.config.prompt_lines` reads them.
+
+    Each keeps the options of its own line (negative, size, seed, guidance, steps, sampler); what
+    cannot be kept is told beside. Sizes become multiples of 8 px, as kohya makes them.
+    """
     prompts: list[str] = []
-    options: dict[str, str] = {}
-    for line in text.splitlines()[:1000]:
+    refused: list[RefusedOption] = []
+    for number, line in enumerate(text.splitlines()[:MOST_LINES], 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         prompt, *parts = _OPTION.split(line)
-        if not prompts:
-            options = {name: value.strip() for name, value in zip(parts[::2], parts[1::2], strict=True)}
-        prompts.append(prompt.strip())
-    return prompts, options
+        kept = [prompt.strip()]
+        for name, value in zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True):
+            if name.lower() in ("w", "h") and value.isdecimal() and len(value) < 6:
+                value = str(max(64, int(value) - int(value) % 8))
+            try:
+                read_line(f"x --{name} {value}")
+            except ConfigError as error:
+                refused.append(RefusedOption(number, name, value, str(error).partition(": ")[2]))
+            else:
+                kept.append(f"--{name} {value}")
+        prompts.append(" ".join(kept))
+    return prompts, refused

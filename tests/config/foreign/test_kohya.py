@@ -295,7 +295,8 @@ def test_a_dataset_toml_becomes_sources(text: str, expected: dict[str, Any], tmp
 def test_a_command_reads_the_files_that_it_names_beside_it(tmp_path: Path) -> None:
     (tmp_path / "data.toml").write_text(DATASETS[0][0], encoding="utf-8")
     (tmp_path / "prompts.txt").write_text(
-        "# mine\na cat, sitting --n low quality, bad --w 512 --h 512 --d 1 --l 7.5 --s 28\na dog\n",
+        "# mine\na cat, sitting --n low quality, bad --w 512 --h 512 --d 1 --l 7.5 --s 28\n"
+        "a dog --s 12 --ss euler_a --fs 2 --d -1.5\na bird --w 517\n",
         encoding="utf-8",
     )
     (tmp_path / "run.sh").write_text(
@@ -307,16 +308,25 @@ def test_a_command_reads_the_files_that_it_names_beside_it(tmp_path: Path) -> No
     has(
         import_settings(tmp_path / "run.sh"),
         {
-            "sample.prompts": ["a cat, sitting", "a dog"],
-            "sample.negative_prompt": "low quality, bad",
-            "sample.guidance": 7.5,
-            "sample.steps": 28,
+            "sample.prompts": [
+                "a cat, sitting --n low quality, bad --w 512 --h 512 --d 1 --l 7.5 --s 28",
+                "a dog --s 12 --ss euler_a",
+                "a bird --w 512",
+            ],
+            "sample.prompt_options": True,
             "sample.every": 200,
             "sample.sampler": "Euler a",
             "training.batch_size": 4,  # the dataset TOML takes precedence over the command
             "data.shuffle_tags": True,
         },
     )
+    imported = import_settings(tmp_path / "run.sh")
+    cat, dog, bird = imported.config().sample.lines
+    assert (cat.negative, cat.guidance, cat.seed, cat.height) == ("low quality, bad", 7.5, 1, 512)
+    assert (dog.prompt, dog.steps, dog.sampler, bird.width) == ("a dog", 12, "Euler a", 512)
+    lost = {row.setting: row for row in imported.rows if row.outcome == "without counterpart"}
+    assert "no option of a prompt" in lost["sample_prompts: line 3: --fs"].reason
+    assert "a whole number" in lost["sample_prompts: line 3: --d"].reason
 
 
 def test_every_setting_that_is_given_has_a_row() -> None:
