@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -271,3 +274,43 @@ def test_without_a_network_that_is_said(adapter: Path, hub: Hub, monkeypatch: py
     with pytest.raises(OutputError, match=r"http://127.0.0.1:9 cannot be reached: check the network"):
         publish(adapter, "ann/ink")
     assert huggingface_hub.constants.ENDPOINT.endswith(":9")
+
+
+def test_a_mirror_named_in_the_environment_is_the_hub(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    """HF_ENDPOINT is read when a process starts, so these are processes of their own, nothing set inside."""
+    hub.repos["ann/ink"] = {"ink.safetensors": adapter.read_bytes()}
+    hub.repos["ann/base"] = {"model_index.json": b"{}", "unet/config.json": b"{}"}
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": TOKEN,
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    environment.pop("HF_HUB_CACHE", None)
+    code = (
+        "from pathlib import Path; from sdlora.formats.hub_adapters import locate_adapter; "
+        "from sdlora.families.locating import locate; "
+        "print(locate_adapter(Path('ann/ink'))[0]); print(locate('ann/base'))"
+    )
+
+    def answer(*words: str) -> str:
+        ended = subprocess.run(
+            [sys.executable, *words],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        return ended.stdout
+
+    file, base = map(Path, answer("-c", code).splitlines())
+    assert file.read_bytes() == adapter.read_bytes() and file.is_relative_to(tmp_path / "home")
+    assert (base / "unet" / "config.json").is_file()
+    shown = answer("-m", "sdlora", "publish", str(adapter), "--to", "ann/new")
+    assert f"{hub.address}/ann/new" in shown
+    assert {"ink.safetensors", "README.md"} <= hub.repos["ann/new"].keys()

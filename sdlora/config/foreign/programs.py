@@ -87,13 +87,13 @@ class Imported:
 
 
 class Source(NamedTuple):
-    """A text to be imported: what it holds once parsed, where from, and where files beside it are looked
-    for."""
+    """A text to be imported: what it holds once parsed, where from, and where files beside it are looked for
+    (None: nowhere, not even under their full paths)."""
 
     document: Any
     text: str
     where: str
-    folder: Path
+    folder: Path | None
 
 
 class Program(NamedTuple):
@@ -111,7 +111,12 @@ class Program(NamedTuple):
 
 
 def import_settings(
-    source: str | Path, *, program: str | None = None, folder: Path | None = None
+    source: str | Path,
+    *,
+    program: str | None = None,
+    folder: Path | None = None,
+    kind: str = "",
+    alone: bool = False,
 ) -> Imported:
     """Read another trainer's settings and say them in ours.
 
@@ -119,6 +124,8 @@ def import_settings(
         source: a settings file, or the text of a command line.
         program: a key of :data:`PROGRAMS`, where a text may be of several; recognised when left out.
         folder: where the files that a command line names are looked for; the current one when left out.
+        kind: ``json``, ``toml`` or ``yaml`` for the text of a settings file; empty for a command line.
+        alone: read no file that the text names, for a text whose sender may not read files here.
 
     Raises:
         ConfigError: when the text cannot be read (naming its line), is of no known program, or of a model
@@ -128,8 +135,9 @@ def import_settings(
         text, where, folder = read_text(source), str(source), source.parent
         kind = source.suffix.lower().lstrip(".")
     else:
-        text, where, kind = source, "the command", ""
-    parsed = Source(_parsed(text, kind, where), text, where, folder or Path())
+        text, where = source, "the text" if kind else "the command"
+    beside = None if alone else folder or Path()
+    parsed = Source(_parsed(text, kind, where), text, where, beside)
     if program is not None:
         if program not in PROGRAMS:
             raise ConfigError(f"--from {program}: sdlora reads {', '.join(PROGRAMS)}")
@@ -302,15 +310,17 @@ def _refuse_other_models(script: str, where: str) -> None:
         raise ConfigError(f"{where}: {script}.py trains {model}; sdlora trains Stable Diffusion 1, 2 and XL")
 
 
-def _prompts(name: Any, folder: Path) -> str | None:
+def _prompts(name: Any, folder: Path | None) -> str | None:
     if not isinstance(name, str) or not name:
         return None
     beside = _beside(folder, name)
     return None if beside is None or beside.suffix != ".txt" else read_text(beside)
 
 
-def _beside(folder: Path, name: str) -> Path | None:
+def _beside(folder: Path | None, name: str) -> Path | None:
     """Return the file that a setting names: as it says, or of that name beside the text that names it."""
+    if folder is None:
+        return None
     for place in (Path(name), folder / name, folder / PureWindowsPath(name).name):
         if place.is_file():
             return place
