@@ -47,9 +47,13 @@ class LossMeter:
         ]
         self._gamma = min_snr_gamma
 
-    @torch.no_grad()
     def measure(self, adapter: Path | None) -> float:
         """Return the mean objective with the adapter at strength 1, or of the bare base for None."""
+        return float(torch.tensor(self.losses(adapter), dtype=torch.float64).mean())
+
+    @torch.no_grad()
+    def losses(self, adapter: Path | None) -> tuple[float, ...]:
+        """Return the objective of each image."""
         if adapter is not None:
             attach(self._model, read_adapter(adapter).weights, "measured")
         try:
@@ -62,7 +66,7 @@ class LossMeter:
         finally:
             if adapter is not None:
                 detach(self._model, "measured")
-        return float(torch.stack(losses).mean())
+        return tuple(float(loss) for loss in losses)
 
 
 def layout(adapter: Path) -> dict[str, tuple[int, float]]:

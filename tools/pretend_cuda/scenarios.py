@@ -59,6 +59,14 @@ TRAINING: dict[str, tuple[str, tuple[str, ...]]] = {
     "train-lokr": ("LoKr", ("training.precision=bf16", "adapter.kind=lokr", "adapter.targets=all")),
     "train-pissa": ("PiSSA", ("training.precision=bf16", "adapter.init=pissa")),
     "train-olora": ("OLoRA in fp16", ("training.precision=fp16", "adapter.init=olora")),
+    "train-fp8": (
+        "base in fp8, checkpointing",
+        ("training.precision=bf16", "training.base_format=fp8", "training.gradient_checkpointing=true"),
+    ),
+    "train-nf4": (
+        "base in nf4, all targets, fp16",
+        ("training.precision=fp16", "training.base_format=nf4", "adapter.targets=all"),
+    ),
     "train-prior": ("prior preservation", ("training.precision=bf16", "data.prior_preservation=1.0")),
     "train-captions": (
         "captions encoded in the loop",
@@ -172,6 +180,21 @@ SCENARIOS: dict[str, Scenario] = {
     "sdxl": Scenario(
         true_base("sdxl", "data.resolution=1024", side=1024), "a step of the true SDXL, 1024 px"
     ),
+    **{
+        f"{family}-{base_format}": Scenario(
+            true_base(
+                *(family, f"data.resolution={side}", f"training.base_format={base_format}", extra),
+                side=side,
+            ),
+            f"a step of the true {title} kept in {base_format}, {side} px",
+        )
+        for family, title, side, extra in (
+            ("sd1", "SD1.5", 512, "adapter.targets=attention"),
+            ("sd2", "SD2.1", 768, "adapter.targets=all"),
+            ("sdxl", "SDXL", 1024, "adapter.targets=attention"),
+        )
+        for base_format in ("fp8", "nf4")
+    },
     "cuda1-train": Scenario(second_card, "training on cuda:1", (Card(), Card())),
     "cuda1-draw": Scenario(draw_on_second_card, "drawing on cuda:1", (Card(), Card())),
 }

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import ConfigError
 from .ai_toolkit_datasets import translate_datasets
 from .ledger import OWN_WAY, Ledger, is_off, shown
-from .shared import optimizer, optimizer_arguments, precision, sampler, schedule
+from .shared import base_format, optimizer, optimizer_arguments, precision, sampler, schedule
 from .texts import flattened
 
 _ARCHITECTURES = ("", "sd1", "sd15", "sd2", "sdxl", "ssd", "vega")
@@ -92,10 +92,12 @@ def _base(ledger: Ledger) -> None:
         ("model.is_v2", "model.is_xl", "model.arch", "model.is_ssd", "model.is_vega"),
         "the family is read from the base",
     )
-    ledger.none(
-        ("model.quantize", "model.quantize_te", "model.qtype", "model.qtype_te", "model.low_vram"),
-        "the base is kept in training.precision",
-    )
+    if ledger.truth("model.quantize"):
+        names = [name for name in ("model.quantize", "model.qtype") if ledger.has(name)]
+        base_format(ledger, names, ledger.text("model.qtype", "qfloat8"))
+    ledger.default(("model.quantize", "model.qtype"), "the base stays whole")
+    ledger.none(("model.quantize_te", "model.qtype_te"), "text encoders stay whole")
+    ledger.none("model.low_vram", "the memory is planned")
     if ledger.has("trigger_word"):
         ledger.put("trigger_word", "data.trigger_word", ledger.text("trigger_word"))
 

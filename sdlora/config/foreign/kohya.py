@@ -12,7 +12,7 @@ from typing import Any
 
 from .kohya_data import captions, folders, images
 from .ledger import OWN_WAY, Ledger, is_off, key_values, numbers
-from .shared import optimizer, precision, prompt_lines, sampler, schedule
+from .shared import base_format, optimizer, precision, prompt_lines, sampler, schedule
 
 OTHER_MODELS = ("flux", "sd3", "lumina", "hunyuan", "anima", "chroma")
 
@@ -244,7 +244,9 @@ def _length(ledger: Ledger) -> None:
     for name in ("xformers", "sdpa"):
         if ledger.truth(name):
             ledger.put(name, "training.attention", name)
-    ledger.none(("fp8_base", "fp8_base_unet"), "the base is kept in training.precision")
+    if fp8 := [name for name in ("fp8_base", "fp8_base_unet") if ledger.truth(name)]:
+        base_format(ledger, fp8, "fp8")
+    ledger.default(("fp8_base", "fp8_base_unet"), "the base stays whole")
     ledger.none("blocks_to_swap", "sdlora keeps the U-Net on the card; training.recompute saves memory")
     ledger.none(
         ("resume", "resume_from_huggingface"), "states of sd-scripts cannot be resumed; adapter.from_file can"

@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import ConfigError
 from .ledger import Ledger, numbers, shown
 from .onetrainer_concepts import translate_concepts
-from .shared import optimizer, precision, schedule
+from .shared import base_format, optimizer, precision, schedule
 
 _MODELS = ("STABLE_DIFFUSION_1", "STABLE_DIFFUSION_2", "STABLE_DIFFUSION_XL")
 _OTHER_PARTS = (
@@ -333,6 +333,9 @@ def _length(ledger: Ledger) -> None:
             ledger.put(theirs, key, value)
     ledger.implied("batch_size", "training.batch_size", 1, "its default there")
     precision(ledger, "train_dtype", "training.precision")
+    kept = ledger.text("unet.weight_dtype")
+    if kept.startswith(("FLOAT_8", "INT_8", "INT_W8", "FLOAT_W8", "NFLOAT_4")):
+        base_format(ledger, ["unet.weight_dtype"], kept)
     device = ledger.text("train_device")
     if device and ledger.allows("training.device", device):
         ledger.put("train_device", "training.device", device)

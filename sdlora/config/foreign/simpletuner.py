@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from .ledger import OWN_WAY, Ledger, as_number, key_values, numbers, shown
-from .shared import optimizer, optimizer_arguments, precision, schedule
+from .shared import base_format, optimizer, optimizer_arguments, precision, schedule
 from .simpletuner_backends import translate_backends
 
 _FAMILIES = ("sd1x", "sd2x", "sdxl")
@@ -86,8 +86,9 @@ def _base(ledger: Ledger) -> None:
         ("model_family", "model_type", "model_flavour"),
         "the family is read from the base; a LoRA is trained anyway",
     )
-    if ledger.text("base_model_precision", "no_change") != "no_change":
-        ledger.none("base_model_precision", "the base is kept in training.precision")
+    kept = ledger.text("base_model_precision", "no_change")
+    if any(mark in kept for mark in ("8", "4", "2")):
+        base_format(ledger, ["base_model_precision"], kept)
     ledger.default(
         ("base_model_precision", "base_model_default_dtype", "quantize_via"), "the base stays as it is"
     )
