@@ -82,7 +82,7 @@ def _trained(
     workshop = Workshop("mini", style, work / "runs", seed, say)
     settings = [
         *(f"training.base_format={base_format}", f"training.steps={options.steps}", "adapter.targets=all"),
-        *("data.validation=0", f"training.precision={options.precision}"),
+        *("data.validation=0", f"training.precision={options.precision}", "training.batch_size=4"),
     ]
     entry, _ = workshop.ours(f"{base_format}-{seed}", settings)
     return entry
