@@ -231,15 +231,14 @@ def prompt_lines(text: str) -> tuple[list[str], list[RefusedOption]]:
     return prompts, refused
 
 
-def base_format(ledger: Ledger, names: Sequence[str], said: str) -> None:
+def base_format(ledger: Ledger, names: Sequence[str], format_name: str) -> None:
     """Translate what another program keeps the frozen U-Net in.
 
     Args:
         ledger: the other program's settings.
         names: the settings that say so; only those that are given.
-        said: its word for the format, e.g. ``nf4-bnb`` or ``qfloat8``.
+        format_name: its word for the format, e.g. ``nf4-bnb`` or ``qfloat8``.
     """
-    word = said.lower()
-    ours = "fp8" if "8" in word else "nf4"
+    ours = "fp8" if "8" in format_name else "nf4"
     reason = "the U-Net, with a scale for each row or block; text encoders stay whole"
     ledger.put(names, "training.base_format", ours, reason)
