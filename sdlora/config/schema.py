@@ -70,6 +70,7 @@ PredictionType = Literal["epsilon", "v_prediction"]
 AttentionName = Literal["auto", "sdpa", "xformers"]
 BaseFormat = Literal["full", "fp8", "nf4"]
 Quantisation = Literal["fp8", "nf4"]
+AutoencoderWay = Literal["whole", "banded"]
 
 
 class ModelConfig(Section):
@@ -230,6 +231,9 @@ class TrainingConfig(Section):
     recompute_blocks: NonNegative | None = None
     """How many of the denoiser's blocks are at the rung that `training.recompute` names, those first that
     save the most memory for the work; the others are one rung below. All of them when left open."""
+    autoencoder: AutoencoderWay | None = None
+    """How images are encoded and decoded: `whole`, or from 256 px up in bands of rows with the rest in main
+    memory (`banded`), which is slower and takes 0.2 GiB at any size; the result differs by rounding only."""
     fast: Annotated[str, Field(pattern=r"^(auto|off|[a-z]+(, *[a-z]+)*)$")] = "auto"
     """Faster ways to compute a step, each used only if it agrees with the reference on the run's first batch:
     all that are possible (`auto`), none (`off`), or some by name: `blocks`, `lora`, `joint`."""

@@ -40,7 +40,6 @@ def load_parts(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    denoiser_device: torch.device | None = None,
     vae: str | None = None,
     configs: Path | None = None,
     quantising: Quantising | None = None,
@@ -53,7 +52,6 @@ def load_parts(
         recognised: the base.
         dtype: of denoiser and text encoders.
         device: where the weights go.
-        denoiser_device: where the denoiser's go, if elsewhere.
         vae: another autoencoder: a file, a folder, or a hub id of one.
         configs: a folder with the configs and tokenizers that a single file leaves out; the family's
             own when None.
@@ -71,7 +69,7 @@ def load_parts(
         denoiser,
         *_denoiser_source(recognised.path / info.denoiser.component, source, denoiser),
         dtype=dtype,
-        device=denoiser_device or device,
+        device=device,
         what=info.denoiser.title,
         quantising=quantising,
     )

@@ -6,6 +6,7 @@ encoders are used, how its denoiser is called, and its noise process.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from ..config.schema import ModelConfig
 from ..devices import is_out_of_memory, onto
 from ..diffusion.process import NoiseProcess
 from .attention import Attentions
+from .banded import BandedAutoencoder, can_be_banded
 from .base import (
     BaseModelInfo,
     Conditioning,
@@ -34,7 +36,7 @@ from .facts import AUTOENCODER
 from .fingerprint import module_fingerprint
 from .visiting import Visit, visiting
 
-_TILE = 512  # px
+_WHOLE = 512  # px; decoding a square of this side as a whole takes some 0.7 GiB
 TEXT_LINEAR = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
 # q, k, v and out must be trained together: partial attention is lossy in WebUI and diffusers
 TEXT_TARGETS = {"attention": TEXT_LINEAR[:4], "linear": TEXT_LINEAR, "all": TEXT_LINEAR}
@@ -70,6 +72,7 @@ class LatentModel(DiffusionModel):
         device: torch.device,
         attention: Attentions,
         offload: bool = False,
+        encoders_wait: bool = False,
     ) -> None:
         self.base, self.process, self.settings = base, process, settings
         self.denoiser, self.vae = parts.denoiser, parts.vae
@@ -89,13 +92,15 @@ class LatentModel(DiffusionModel):
             dtype=next(self.denoiser.parameters()).dtype,  # adapters inside it may be kept in another format
         )
         self._offload = offload
+        self._taking_turns = offload or encoders_wait
         for module in (self.denoiser, self.vae, *self.text_encoders.values()):
             module.requires_grad_(False).eval()
         self._lean = False
         self._visits: dict[int, Visit] = {}
+        # for small cards: decoding takes the most memory of all
+        self._whole_px = math.inf
         if offload:
-            # for small cards: decoding takes the most memory of all
-            self._decode_in_tiles()
+            self.work_in_bands(_WHOLE)
 
     @classmethod
     @abstractmethod
@@ -124,7 +129,9 @@ class LatentModel(DiffusionModel):
         if which == "images":
             quantisation = self.vae.quant_conv  # the encoder's last layer, which some autoencoders lack
             last = module_fingerprint(quantisation) if quantisation is not None else "none"
-            return module_fingerprint(self.vae.encoder, extra=f"quant={last}")
+            # bands and the whole agree but for rounding, so what one encoded is not the other's
+            bands = "" if math.isinf(self._whole_px) else f" bands above {self._whole_px} px"
+            return module_fingerprint(self.vae.encoder, extra=f"quant={last}{bands}")
         prints = [
             module_fingerprint(
                 encoder,
@@ -135,42 +142,55 @@ class LatentModel(DiffusionModel):
         ]
         return " ".join([self.info.name, *prints])
 
+    def work_in_bands(self, above: int) -> None:
+        if can_be_banded(self.vae):
+            self._whole_px = above * above
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Posterior:
-        with self._working(self.vae):
-            distribution = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return Posterior(distribution.mean.float().cpu(), distribution.logvar.float().cpu())
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        with self._working(*self._half("encoder")):
+            device = next(self.vae.encoder.parameters()).device
+            if math.prod(pixels.shape[2:]) > self._whole_px:
+                moments = BandedAutoencoder(self.vae).encode(pixels.to(dtype=self.vae.dtype))
+                distribution = DiagonalGaussianDistribution(moments)
+            else:
+                distribution = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist
+        mean, logvar = distribution.mean.float(), distribution.logvar.float()
+        return Posterior(mean, logvar) if mean.is_meta else Posterior(mean.cpu(), logvar.cpu())
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        with self._working(self.vae):
-            unscaled = self.facts.latents.unscaled(latents.to(self.vae.device, self.vae.dtype))
+        with self._working(*self._half("decoder")):
+            device = next(self.vae.decoder.parameters()).device
+            unscaled = self.facts.latents.unscaled(latents.to(device, self.vae.dtype))
             # one at a time: decoding takes more memory than all else, and a batch is no faster
             images = [self._decode(latent[None]) for latent in unscaled]
         return torch.cat(images).float().clamp(-1.0, 1.0)
 
+    def _half(self, name: str) -> tuple[nn.Module, ...]:
+        """Return the half of the autoencoder that encodes or decodes, and its layer beside the latents."""
+        beside = self.vae.quant_conv if name == "encoder" else self.vae.post_quant_conv
+        return (getattr(self.vae, name), *(() if beside is None else (beside,)))
+
     def _decode(self, unscaled: Tensor) -> Tensor:
+        if math.prod(unscaled.shape[2:]) * vae_factor(self.vae) ** 2 > self._whole_px:
+            return BandedAutoencoder(self.vae).decode(unscaled)
         try:
             image: Tensor = self.vae.decode(unscaled).sample
             return image
         except Exception as error:
-            if self.vae.use_tiling or not is_out_of_memory(error):
+            if not can_be_banded(self.vae) or not is_out_of_memory(error):
                 raise
             warnings.warn(
-                "not enough memory to decode a whole image: from now on they are decoded in tiles, "
-                "which may differ by a shade at their seams",
+                "not enough memory to decode a whole image: from now on they are decoded in bands, which "
+                "takes longer",
                 stacklevel=2,
             )
-            self._decode_in_tiles()
+            self.work_in_bands(0)
         torch.cuda.empty_cache()
-        image = self.vae.decode(unscaled).sample
-        return image
-
-    def _decode_in_tiles(self) -> None:
-        """Decode images above 512 px in parts: at 1024 px that takes 0.8 instead of 3 GiB."""
-        self.vae.enable_tiling()
-        self.vae.tile_sample_min_size = _TILE
-        self.vae.tile_latent_min_size = _TILE // vae_factor(self.vae)
+        return BandedAutoencoder(self.vae).decode(unscaled)
 
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         groups: dict[int, list[int]] = {}  # by length: padding to another caption's length changes the states
@@ -211,6 +231,8 @@ class LatentModel(DiffusionModel):
             checkpoint_text_encoder(encoder, gradient_checkpointing)
         self._lean = lean and not training
         if not self._offload and self.facts.device.type != "meta":  # a blueprint has nothing to move
+            self._only(())
+            self._taking_turns = False
             all_there = not training and not lean
             places = [(self.vae, keep_images or all_there), (self.denoiser, True)]
             places += [(encoder, keep_text or all_there) for encoder in self.text_encoders.values()]
@@ -219,8 +241,8 @@ class LatentModel(DiffusionModel):
 
     @contextmanager
     def _working(self, *modules: nn.Module) -> Iterator[None]:
-        """Have modules on the device: no others if offloading, within the block if lean, else unchanged."""
-        if self._offload:
+        """Have modules on the device: no others if they take turns, within the block if lean, else as is."""
+        if self._taking_turns:
             self._only(modules)
         visitors = [
             m for m in modules if self._lean and next(m.parameters()).device.type != self.facts.device.type

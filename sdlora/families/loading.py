@@ -51,8 +51,9 @@ def load_model(
         device: where the denoiser works.
         attention: see :func:`sdlora.families.attention.choose_attention`, or what it chose already.
         offload: keep only the component that is working in ``device``'s memory (to draw on small cards).
-        denoiser_waits: leave the denoiser in main memory until :meth:`LatentModel.prepare`, so that encoding
-            the images and captions before training has the device to itself.
+        denoiser_waits: leave everything in main memory until :meth:`LatentModel.prepare`; encoders come to
+            the device to work, one after the other, so that encoding the captions and then the images before
+            training takes as little as can be.
         base_format: how the denoiser's weights are kept; quantised ones cannot be changed.
 
     Raises:
@@ -66,11 +67,11 @@ def load_model(
     _check_clip_skip(settings, family.info)
     process = _process(settings, recognised)
     chosen = attention if isinstance(attention, Attentions) else choose_attentions(attention, device, dtype)
+    waits = denoiser_waits and device.type not in ("meta", "cpu")  # which are main memory, or none at all
     # an offloaded component stays in main memory until it is used
-    encoder_device = torch.device("cpu") if offload else device
-    waiting = torch.device("cpu") if denoiser_waits and device.type != "meta" else encoder_device
+    place = torch.device("cpu") if offload or waits else device
     quantising = None if base_format == "full" else Quantising(base_format, device)
-    parts = _loaded_parts(recognised, dtype, encoder_device, waiting, settings.vae, quantising)
+    parts = _loaded_parts(recognised, dtype, place, settings.vae, quantising)
     _check_layers(settings.clip_skip, parts)
     if recognised.layout == "file" and process.prediction.name in family.info.resolutions:
         side = family.info.resolutions[process.prediction.name]  # the shipped config can name only one
@@ -78,7 +79,12 @@ def load_model(
     set_layout(parts.denoiser, usual_layout(device))
     described = _described(settings.base, path, recognised)
     return family(
-        described, parts, process, settings=settings, attention=chosen, device=device, offload=offload
+        *(described, parts, process),
+        settings=settings,
+        attention=chosen,
+        device=device,
+        offload=offload,
+        encoders_wait=waits,
     )
 
 
@@ -125,22 +131,14 @@ def _check_layers(clip_skip: int, parts: Parts) -> None:
 def _loaded_parts(
     recognised: Recognised,
     dtype: torch.dtype,
-    encoder_device: torch.device,
-    denoiser_device: torch.device,
+    device: torch.device,
     vae: str | None,
     quantising: Quantising | None,
 ) -> Parts:
     """Return the components; whatever the libraries raise for damaged input becomes one clear error."""
     try:
         with _quiet():
-            return load_parts(
-                recognised,
-                dtype=dtype,
-                device=encoder_device,
-                denoiser_device=denoiser_device,
-                vae=vae,
-                quantising=quantising,
-            )
+            return load_parts(recognised, dtype=dtype, device=device, vae=vae, quantising=quantising)
     except ModelError:
         raise
     except Exception as error:

@@ -38,6 +38,7 @@ from .optimizers import optimizer_kind
 
 _TOLERANCE = 0.85  # the count may be 15 % too high; with less free than this share of it, a run cannot fit
 _VALIDATION_ROWS = 4  # timesteps of a held-out image that are predicted together
+WHOLE_SIDE = 256  # px; squares up to this side are encoded and decoded whole wherever a step fits
 _SPARED = ("validation", "previews")  # phases that are skipped where they do not fit
 
 
@@ -197,7 +198,7 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
     denoiser, images = sizes.pop(model.info.denoiser.component), sizes.pop(AUTOENCODER)
     text = sum(sizes.values())
     weights = denoiser + text * (waiting or _keeps_text(config)) + images * (waiting or _keeps_images(config))
-    encoding = text + images + denoiser * waiting + _encoding_bytes(model, config)
+    encoding = _encoding(model, config, waiting=waiting)
     values, copied = _attach(model, config)
     # fp32 master and gradient; the model's own copy and gradient, which in fp32 is the master
     layer_bytes = 2 * model.facts.dtype.itemsize if model.facts.dtype != torch.float32 else 4
@@ -217,7 +218,7 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
         )
     if config.sample.prompts:
         model.prepare(training=False, lean=True)
-        visiting = 0 if waiting or _keeps_images(config) else images
+        visiting = 0 if waiting or _keeps_images(config) else _decoder_bytes(model)
         others["previews"] = weights + adapter + _preview_bytes(model, config, visiting)
     return weights, adapter, activations, tuple(others.items())
 
@@ -290,23 +291,41 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def _decoder_bytes(model: DiffusionModel) -> int:
+    vae: Any = model.components()[AUTOENCODER]
+    return _bytes_of(vae.decoder) + (0 if vae.post_quant_conv is None else _bytes_of(vae.post_quant_conv))
+
+
 def _rounded(model: DiffusionModel, side: int) -> int:
     """Return a side in px that the base can work at."""
     return max(model.facts.size_multiple, side // model.facts.size_multiple * model.facts.size_multiple)
 
 
 @torch.no_grad()
-def _encoding_bytes(model: DiffusionModel, config: Config) -> int:
-    """Encode an image of the largest size, and one caption; return the largest amount alive."""
+def _encoding(model: DiffusionModel, config: Config, *, waiting: bool) -> int:
+    """Encode a caption, then an image of the largest size; return the largest amount alive.
+
+    Args:
+        model: the blueprint.
+        config: resolved settings.
+        waiting: the components wait where they work, in main memory; else each comes for its work only.
+    """
     side = _rounded(model, _side(config))
-    vae: Any = model.components()[AUTOENCODER]
-    pixels = torch.empty((1, 3, side, side), device="meta", dtype=vae.dtype)
-    with fused_attention(), counting_memory() as memory:
-        posterior = vae.encode(pixels).latent_dist
-        posterior.mean.float()
-        del posterior
+    pixels = torch.empty((1, 3, side, side), device="meta", dtype=torch.float32)
+    with fused_attention(), counting_memory() as texts:
         model.encode_text([""])
-    return memory.peak + pixels.numel() * pixels.element_size()
+    banded = not waiting and config.training.autoencoder == "banded"
+    with fused_attention(), counting_memory() as images:
+        model.encode_images(pixels)
+    components = model.components()
+    sizes = {name: _bytes_of(module) for name, module in components.items()}
+    vae: Any = components[AUTOENCODER]
+    encoder = _bytes_of(vae.encoder) + (0 if vae.quant_conv is None else _bytes_of(vae.quant_conv))
+    if waiting:
+        return sum(sizes.values()) + max(texts.peak, images.peak + pixels.nbytes)
+    text = sum(sizes.values()) - sizes[model.info.denoiser.component] - sizes[AUTOENCODER]
+    shown = 0 if banded and side > WHOLE_SIDE else pixels.nbytes  # in bands they stay where they are
+    return max(text + texts.peak, encoder + images.peak + shown)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from ..run_folder import RunFolder, list_checkpoints
 from .fast import FastStep, recompute_of
 from .inputs import Ready, Sender
 from .masters import ParameterGroup
-from .memory import MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
+from .memory import WHOLE_SIDE, MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
 from .objective import inputs_of
 from .optimizers import make_optimizer, optimizer_kind
 from .preview_prompts import find_preview_adapters, preview_text
@@ -125,7 +125,7 @@ def _check_folder(folder: RunFolder, emit: Emitter, *, resume: bool) -> None:
 
 def _base(config: Config, compute: Compute, device: torch.device) -> DiffusionModel:
     """Return the base; on the meta device only its blueprint, for which no weight is read."""
-    return load_model(
+    model = load_model(
         config.model,
         dtype=compute.dtype,
         device=device,
@@ -133,6 +133,9 @@ def _base(config: Config, compute: Compute, device: torch.device) -> DiffusionMo
         denoiser_waits=True,
         base_format=config.training.base_format or "full",
     )
+    if config.training.autoencoder == "banded":
+        model.work_in_bands(WHOLE_SIDE)
+    return model
 
 
 def _plan_memory(config: Config, compute: Compute, blueprint: DiffusionModel, emit: Emitter) -> MemoryPlan:
@@ -169,8 +172,8 @@ def _assemble(
     config, settings = final.config, final.config.training
     share = processes.rank, processes.count
     outline, held_out, meet = final.outline, final.validation, processes.exchange
+    encoded = preview_text(config, model)  # text first: its encoders leave before images are encoded
     data = prepare_data(config, outline, held_out, model, emit, share=share, meet=meet)
-    encoded = preview_text(config, model)
     # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
     keep_text = config.adapter.adapts_text or config.data.encode_captions == "in loop"
     model.prepare(training=True, keep_text=keep_text, keep_images=data.training.views.in_loop)

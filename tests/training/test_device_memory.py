@@ -77,6 +77,42 @@ def test_prompts_of_previews_are_encoded_once_before_the_first_step(
             assert np.array_equal(np.asarray(written), np.asarray(image))
 
 
+def test_captions_are_encoded_before_images(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So text encoders have left a card when the image encoder comes."""
+    called: list[str] = []
+    for name in ("encode_text", "encode_images"):
+        original = getattr(latent_model.LatentModel, name)
+
+        def noted(model: Any, given: Any, name: str = name, original: Any = original) -> Any:
+            called.append(name)
+            return original(model, given)
+
+        monkeypatch.setattr(latent_model.LatentModel, name, noted)
+    with prepared(settings("run", "data.validation=0", *PREVIEWS)).loader:
+        assert called.count("encode_images") > 1 and called.count("encode_text") > 1
+        first = called.index("encode_images")
+        assert "encode_text" not in called[first:]
+
+
+@pytest.mark.parametrize("way", ["whole", "banded"])
+def test_a_run_works_in_bands_if_it_is_to(
+    way: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdlora.training.run.WHOLE_SIDE", 8)
+    used: list[str] = []
+    for name in ("encode", "decode"):
+        original = getattr(latent_model.BandedAutoencoder, name)
+
+        def noted(bands: Any, given: Any, name: str = name, original: Any = original) -> Any:
+            used.append(name)
+            return original(bands, given)
+
+        monkeypatch.setattr(latent_model.BandedAutoencoder, name, noted)
+    result = train(settings("run", "data.validation=0", f"training.autoencoder={way}", *PREVIEWS))
+    assert result.step == 2
+    assert set(used) == ({"encode", "decode"} if way == "banded" else set())
+
+
 def test_out_of_memory_in_previews_and_validation_is_a_notice(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,7 @@ class EncodedDataset:
     ) -> None:
         """Encode what is not on disk yet; ``emit`` gets (done, total).
 
+        Captions come first, then images: the text encoders leave for good before the image encoder comes.
         Images are decoded ahead on all cores, so that the encoder does not wait for them. With several
         processes each encodes its ``share``: (its number from 0, number of processes).
 
@@ -149,6 +150,10 @@ class EncodedDataset:
         total = len(views) + len(captions)
         workers = max(1, min(16, os.cpu_count() or 1))
         done = 0
+        for caption in captions:
+            if not self._is_kept("captions", self._caption_key(caption)):
+                self.caption(caption)
+            emit(done := done + 1, total)
         with ThreadPoolExecutor(workers) as pool, self._encoders() as encoders:
             decoded = ahead(self._started(pool, views), 2 * workers)
             for future in ahead(self._encoding(encoders, decoded), torch.get_num_threads()):
@@ -156,10 +161,6 @@ class EncodedDataset:
                 if posterior is not None:
                     self._keep(index, view, posterior)
                 emit(done := done + 1, total)
-        for caption in captions:
-            if not self._is_kept("captions", self._caption_key(caption)):
-                self.caption(caption)
-            emit(done := done + 1, total)
         if count == 1:
             self._refuse_empty_masks(views)
 
