@@ -47,7 +47,10 @@ def base_parameter(model: DiffusionModel, key: ModuleKey) -> Tensor:
 
 
 def _parameter(model: DiffusionModel, key: ModuleKey) -> Tensor:
-    parameter = getattr(without_adapters(module_at(model, key)), key.parameter)
+    layer = without_adapters(module_at(model, key))
+    # of an offloaded layer the one in main memory, as what is written to its copy on the device is lost
+    parameter = layer._parameters.get(key.parameter)
+    parameter = getattr(layer, key.parameter) if parameter is None else parameter
     if not isinstance(parameter, Tensor):
         raise AttributeError(f"no {key.parameter} at {key.path}")
     return parameter

@@ -234,6 +234,9 @@ class TrainingConfig(Section):
     autoencoder: AutoencoderWay | None = None
     """How images are encoded and decoded: `whole`, or from 256 px up in bands of rows with the rest in main
     memory (`banded`), which is slower and takes 0.2 GiB at any size; the result differs by rounding only."""
+    offload_blocks: NonNegative | None = None
+    """How many of the denoiser's blocks have their frozen weights in main memory, from where they come to the
+    card just before they are used, forward and backward: the largest ones. The numbers stay the same."""
     fast: Annotated[str, Field(pattern=r"^(auto|off|[a-z]+(, *[a-z]+)*)$")] = "auto"
     """Faster ways to compute a step, each used only if it agrees with the reference on the run's first batch:
     all that are possible (`auto`), none (`off`), or some by name: `blocks`, `lora`, `joint`."""

@@ -145,14 +145,6 @@ class DiffusionModel(ABC):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (B, C, h, w) to pixels (B, 3, H, W) in [-1, 1], float32."""
 
-    def work_in_bands(self, above: int) -> None:
-        """Encode and decode images of more than ``above`` x ``above`` px band by band.
-
-        That takes less memory and equals the whole but for rounding. A base that cannot do so keeps working
-        on the whole.
-        """
-        del above
-
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Conditioning:
         """Encode prompts of any length, with gradients if the caller has enabled them.

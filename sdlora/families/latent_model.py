@@ -34,6 +34,7 @@ from .base import (
 from .clip import checkpoint_text_encoder, chunk_tokens, count_chunks, encode_chunks, weigh_states
 from .facts import AUTOENCODER
 from .fingerprint import module_fingerprint
+from .offload import OffloadedBlocks, blocks_to_offload, move
 from .visiting import Visit, visiting
 
 _WHOLE = 512  # px; decoding a square of this side as a whole takes some 0.7 GiB
@@ -97,6 +98,7 @@ class LatentModel(DiffusionModel):
             module.requires_grad_(False).eval()
         self._lean = False
         self._visits: dict[int, Visit] = {}
+        self._offloaded: OffloadedBlocks | None = None
         # for small cards: decoding takes the most memory of all
         self._whole_px = math.inf
         if offload:
@@ -143,6 +145,10 @@ class LatentModel(DiffusionModel):
         return " ".join([self.info.name, *prints])
 
     def work_in_bands(self, above: int) -> None:
+        """Encode and decode images of more than ``above`` x ``above`` px band by band (:mod:`.banded`).
+
+        An autoencoder of a build that cannot be divided keeps working on the whole.
+        """
         if can_be_banded(self.vae):
             self._whole_px = above * above
 
@@ -237,7 +243,19 @@ class LatentModel(DiffusionModel):
             places = [(self.vae, keep_images or all_there), (self.denoiser, True)]
             places += [(encoder, keep_text or all_there) for encoder in self.text_encoders.values()]
             for module, there in sorted(places, key=lambda place: place[1]):  # make room first
-                module.to(self.facts.device if there else "cpu")
+                if module is self.denoiser and self._offloaded is not None:
+                    move(module, self.facts.device)
+                else:
+                    module.to(self.facts.device if there else "cpu")
+
+    def offload_blocks(self, count: int) -> None:
+        """Keep the weights of the ``count`` largest blocks of the denoiser in main memory (:mod:`.offload`).
+
+        To be called before anything is put into the denoiser, which is not on the device yet.
+        """
+        assert self._offloaded is None, "blocks are offloaded once"
+        blocks = blocks_to_offload(self.denoiser, count)
+        self._offloaded = OffloadedBlocks(blocks, self.facts.device) if blocks else None
 
     @contextmanager
     def _working(self, *modules: nn.Module) -> Iterator[None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..data.reading.items import Visit
 from ..devices import is_out_of_memory
 from ..errors import TrainingError
+from ..families.offload import is_offloaded
 from .choices import remembered_choice, try_choices, use, usual_choice
 from .proof import prove
 
@@ -54,6 +55,10 @@ def _settled(run: Run, visits: tuple[Visit, ...]) -> float:
     The fast paths prove themselves for the way that is used in the end.
     """
     names = run.paths()
+    if is_offloaded(
+        run.model.components()[run.model.info.denoiser.component]
+    ):  # the weights keep their layout
+        return prove(run, names, visits)
     if run.choice is None and run.fast_before is None and names:
         run.choice = remembered_choice(run)
     known = run.choice

@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..families.base import DiffusionModel
 from ..families.layout import Layout
 from ..families.lean import LeanAttention, join_times, make_lean, undo_lean
+from ..families.offload import is_offloaded
 from ..families.parallel import SplitPredictor
 from ..families.recompute import Rungs
 from ..families.rungs import Recompute, can_recompute
@@ -206,6 +207,8 @@ FAST_PATHS: Mapping[str, FastPath] = {
     "lora": FastPath("plain LoRA layers by functions of our own", _is_plain_lora),
     "joint": FastPath(
         "q, k and v of an attention as one product, and all keys and values of the text",
+        # it lays weights of several blocks in one piece
+        lambda step: not is_offloaded(step.model.components()[step.model.info.denoiser.component]),
         needs=("blocks", "lora"),
     ),
     "recompute": FastPath(

@@ -28,6 +28,7 @@ from ..errors import ConfigError, OutputError, TrainingError
 from ..events import Decided, Emitter, Notice
 from ..families.base import DiffusionModel
 from ..families.compute import Compute
+from ..families.latent_model import LatentModel
 from ..families.loading import load_model
 from ..families.parallel import SplitPredictor
 from ..files import refuse_used_folder, write_problem
@@ -123,7 +124,7 @@ def _check_folder(folder: RunFolder, emit: Emitter, *, resume: bool) -> None:
     refuse_used_folder(folder.path, "a training run")
 
 
-def _base(config: Config, compute: Compute, device: torch.device) -> DiffusionModel:
+def _base(config: Config, compute: Compute, device: torch.device) -> LatentModel:
     """Return the base; on the meta device only its blueprint, for which no weight is read."""
     model = load_model(
         config.model,
@@ -161,7 +162,7 @@ def _plan_memory(config: Config, compute: Compute, blueprint: DiffusionModel, em
 def _assemble(
     final: Final,
     folder: RunFolder,
-    model: DiffusionModel,
+    model: LatentModel,
     plan: MemoryPlan,
     preview_adapters: Mapping[str, Path],
     processes: Processes,
@@ -174,6 +175,8 @@ def _assemble(
     outline, held_out, meet = final.outline, final.validation, processes.exchange
     encoded = preview_text(config, model)  # text first: its encoders leave before images are encoded
     data = prepare_data(config, outline, held_out, model, emit, share=share, meet=meet)
+    if settings.offload_blocks:
+        model.offload_blocks(settings.offload_blocks)
     # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
     keep_text = config.adapter.adapts_text or config.data.encode_captions == "in loop"
     model.prepare(training=True, keep_text=keep_text, keep_images=data.training.views.in_loop)

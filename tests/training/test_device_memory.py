@@ -94,6 +94,28 @@ def test_captions_are_encoded_before_images(settings: Settings, monkeypatch: pyt
         assert "encode_text" not in called[first:]
 
 
+@pytest.mark.parametrize("fast", ["off", "blocks, lora"])
+def test_a_run_with_offloaded_blocks_has_the_same_bits(fast: str, settings: Settings) -> None:
+    """With what validation, previews and judging do to the weights, too."""
+    states = []
+    for count in (0, 3):
+        fixed = (f'training.fast="{fast}"', "data.validation=1", "judge.every=1", *PREVIEWS)
+        heard: list[Event] = []
+        config = settings(f"run{count}", f"training.offload_blocks={count}", *fixed)
+        result = train(config, listeners=[heard.append])
+        folder = list_checkpoints(result.folder / "checkpoints")[-1]
+        states.append(load_checkpoint(folder).tensors)
+        losses = [event.losses for event in heard if isinstance(event, Validated)]
+        states[-1] |= {"held out": torch.tensor(losses)}
+        # what judging folds into the base for a while does not stay there, nor get lost
+        judged = sorted((result.folder / "judging").glob("*.png"))
+        for image in judged:
+            with Image.open(image) as opened:
+                states[-1][image.name] = torch.from_numpy(np.asarray(opened).copy())
+    assert states[0].keys() == states[1].keys() and len(states[0]) >= 5
+    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
+
+
 @pytest.mark.parametrize("way", ["whole", "banded"])
 def test_a_run_works_in_bands_if_it_is_to(
     way: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
