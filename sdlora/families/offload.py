@@ -277,7 +277,7 @@ def move(module: nn.Module, device: torch.device) -> None:
     for part in module.modules():
         kept = (part.__dict__["_parameters"], part.__dict__["_buffers"])
         if not any(isinstance(tensors, _Looking) for tensors in kept):
-            part._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
+            part._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
 def is_offloaded(module: nn.Module) -> bool:
