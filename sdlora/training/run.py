@@ -175,11 +175,7 @@ def _assemble(
     outline, held_out, meet = final.outline, final.validation, processes.exchange
     encoded = preview_text(config, model)  # text first: its encoders leave before images are encoded
     data = prepare_data(config, outline, held_out, model, emit, share=share, meet=meet)
-    if settings.offload_blocks:
-        model.offload_blocks(settings.offload_blocks)
-    # the denoiser comes to the device now: the adapter's flat buffers must lie where it stays
-    keep_text = config.adapter.adapts_text or config.data.encode_captions == "in loop"
-    model.prepare(training=True, keep_text=keep_text, keep_images=data.training.views.in_loop)
+    _place(model, config, data)
     base = _digests(model, data)  # before the adapter is in it
     start = final.start or create_adapter(model, config.adapter, settings.seed)
     trainable = make_trainable(model, config, start)
@@ -222,6 +218,14 @@ def _assemble(
         run.ready_to_train()
         run.held = held.pop_all()
     return run
+
+
+def _place(model: LatentModel, config: Config, data: PreparedData) -> None:
+    """Bring the denoiser to the device: the adapter's flat buffers must lie where it stays."""
+    if config.training.offload_blocks:
+        model.offload_blocks(config.training.offload_blocks)
+    keep_text = config.adapter.adapts_text or config.data.encode_captions == "in loop"
+    model.prepare(training=True, keep_text=keep_text, keep_images=data.training.views.in_loop)
 
 
 def _digests(model: DiffusionModel, data: PreparedData) -> dict[str, str]:
