@@ -83,6 +83,7 @@ class OffloadedBlocks:
 
     Attributes:
         copied: bytes sent to the device so far.
+        held: number of the block in each buffer.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -96,7 +97,7 @@ class OffloadedBlocks:
         for block in self._blocks:
             for place in block.places:
                 place.tensors.there[place.name] = tuple(place.within(buffer) for buffer in self._buffers)
-        self._holds: list[int | None] = [None] * _SLOTS
+        self.held: list[int | None] = [None] * _SLOTS
         self._versions = [0] * _SLOTS
         self._arriving: list[Any] = [None] * _SLOTS
         self._last, self._step = -1, 1
@@ -110,7 +111,7 @@ class OffloadedBlocks:
     def _slot_of(self, block: _Block) -> int:
         """Return the buffer that holds a block, which is brought there if it is not."""
         if block.index == self._last:
-            slot = self._holds.index(block.index)
+            slot = self.held.index(block.index)
             if self._versions[slot] == block.piece._version:
                 return slot
         slot = self._fetched(block, spared=self._last)
@@ -132,12 +133,12 @@ class OffloadedBlocks:
             block: to be copied.
             spared: number of the block that is worked with now, whose buffer stays.
         """
-        if block.index in self._holds:
-            slot = self._holds.index(block.index)
+        if block.index in self.held:
+            slot = self.held.index(block.index)
             if self._versions[slot] == block.piece._version:  # nobody has changed the weights since
                 return slot
         else:
-            slot = next(s for s in range(_SLOTS) if self._holds[s] is None or self._holds[s] != spared)
+            slot = next(s for s in range(_SLOTS) if self.held[s] is None or self.held[s] != spared)
         buffer = self._buffers[slot][: block.piece.shape[0]]
         if self._stream is None:
             buffer.copy_(block.piece)
@@ -150,7 +151,7 @@ class OffloadedBlocks:
                 self._arriving[slot] = torch.cuda.Event()
                 self._arriving[slot].record(self._stream)
         self.copied += block.piece.shape[0]
-        self._holds[slot], self._versions[slot] = block.index, block.piece._version
+        self.held[slot], self._versions[slot] = block.index, block.piece._version
         return slot
 
 

@@ -92,12 +92,12 @@ def test_the_next_block_is_there_before_it_is_asked_for() -> None:
     net = Net()
     offloaded = OffloadedBlocks(list(net.blocks), CPU)
     _ = net.blocks[1].inner.weight
-    held = set(offloaded._holds)
+    held = set(offloaded.held)
     assert held == {1, 2}
     _ = net.blocks[2].inner.weight
-    assert set(offloaded._holds) == {2, 3}
+    assert set(offloaded.held) == {2, 3}
     _ = net.blocks[1].outer.weight
-    assert set(offloaded._holds) == {1, 0}, "on the way back the one before is sent"
+    assert set(offloaded.held) == {1, 0}, "on the way back the one before is sent"
 
 
 def test_what_is_written_to_the_weights_is_seen() -> None:
@@ -108,7 +108,7 @@ def test_what_is_written_to_the_weights_is_seen() -> None:
     for model in (net, plain):
         with torch.no_grad():
             # a base's own weight: not asked for, so that it is the one in main memory
-            model.blocks[0].inner._parameters.get("weight").add_(0.5)  # type: ignore[union-attr]
+            dict(model.named_parameters())["blocks.0.inner.weight"].add_(0.5)
     for value, wanted in zip(gradients(net, 1), gradients(plain, 1), strict=True):
         assert torch.equal(value, wanted)
 
