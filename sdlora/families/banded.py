@@ -1,7 +1,7 @@
 """An autoencoder that works on bands of rows, so that what it takes on a card does not grow with the image.
 
-Between two layers the whole picture lies in main memory; on the device is one band of it, with the rows
-beside it that a 3x3 convolution sees. A group norm needs the statistics of the whole picture: they are
+Between two layers the whole image lies in main memory; on the device is one band of it, with the rows
+beside it that a 3x3 convolution sees. A group norm needs the statistics of the whole image: they are
 gathered band by band first, then applied. So nothing is approximated, unlike with tiles, each of which is
 normed by itself; the result differs from that of the whole only as sums of other order do, by no more than
 :data:`BOUND` of its largest number (``tests/families/test_banded.py``).
@@ -18,7 +18,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 BOUND = 2e-5
-"""How far a result may be from that of the whole picture in float32, as a share of its largest number."""
+"""How far a result may be from that of the whole image in float32, as a share of its largest number."""
 BAND = 1 << 22
 """Numbers in a band; about five of them are on the device at a time, 80 MiB in float32."""
 
@@ -60,7 +60,7 @@ class BandedAutoencoder:
     def _encoded(self, image: Tensor) -> Tensor:
         encoder = self._vae.encoder
         device = encoder.conv_in.weight.device
-        states = self._convolved(_Picture.of(self, image, device), encoder.conv_in)
+        states = self._convolved(_Image.of(self, image, device), encoder.conv_in)
         for block in encoder.down_blocks:
             for resnet in block.resnets:
                 states = self._residual(states, resnet)
@@ -73,7 +73,7 @@ class BandedAutoencoder:
     def _decoded(self, latent: Tensor) -> Tensor:
         decoder = self._vae.decoder
         device = decoder.conv_in.weight.device
-        states = self._convolved(_Picture.of(self, latent, device), decoder.conv_in)
+        states = self._convolved(_Image.of(self, latent, device), decoder.conv_in)
         states = self._middle(states, decoder.mid_block)
         for block in decoder.up_blocks:
             for resnet in block.resnets:
@@ -83,7 +83,7 @@ class BandedAutoencoder:
         last = self._convolved(states, decoder.conv_out, states.norm(decoder.conv_norm_out))
         return last.whole
 
-    def _middle(self, states: _Picture, block: Any) -> _Picture:
+    def _middle(self, states: _Image, block: Any) -> _Image:
         states = self._residual(states, block.resnets[0])
         for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
             if attention is not None:
@@ -91,8 +91,8 @@ class BandedAutoencoder:
             states = self._residual(states, resnet)
         return states
 
-    def _residual(self, states: _Picture, block: Any) -> _Picture:
-        """Return what a ``ResnetBlock2D`` without a timestep makes of a picture."""
+    def _residual(self, states: _Image, block: Any) -> _Image:
+        """Return what a ``ResnetBlock2D`` without a timestep makes of an image."""
         inner = self._convolved(states, block.conv1, states.norm(block.norm1))
         normed = inner.norm(block.norm2)
 
@@ -103,14 +103,14 @@ class BandedAutoencoder:
 
         return self._made(states, block.conv2.out_channels, states.height, states.width, band)
 
-    def _convolved(self, states: _Picture, conv: Any, norm: _Norm | None = None) -> _Picture:
-        """Return a 3x3 convolution of a picture, which is normed and activated before if there is a norm."""
+    def _convolved(self, states: _Image, conv: Any, norm: _Norm | None = None) -> _Image:
+        """Return a 3x3 convolution of an image, which is normed and activated before if there is a norm."""
         return self._made(
             *(states, conv.out_channels, states.height, states.width),
             lambda start, stop: _beside(states, conv, norm, start, stop),
         )
 
-    def _halved(self, states: _Picture, conv: Any) -> _Picture:
+    def _halved(self, states: _Image, conv: Any) -> _Image:
         """Return a 3x3 convolution of every other row and column, with zeros below and on the right."""
 
         def band(start: int, stop: int) -> Tensor:
@@ -121,8 +121,8 @@ class BandedAutoencoder:
         height, width = states.height // 2, states.width // 2
         return self._made(states, conv.out_channels, height, width, band, seen=4)
 
-    def _doubled(self, states: _Picture, conv: Any) -> _Picture:
-        """Return a 3x3 convolution of a picture enlarged to twice its sides."""
+    def _doubled(self, states: _Image, conv: Any) -> _Image:
+        """Return a 3x3 convolution of an image enlarged to twice its sides."""
         height = 2 * states.height
 
         def band(start: int, stop: int) -> Tensor:
@@ -136,7 +136,7 @@ class BandedAutoencoder:
 
         return self._made(states, conv.out_channels, height, 2 * states.width, band)
 
-    def _attended(self, states: _Picture, module: Any) -> _Picture:
+    def _attended(self, states: _Image, module: Any) -> _Image:
         """Return the self-attention over all places: keys and values of all, queries band by band."""
         norm, heads = states.norm(module.group_norm), module.heads
 
@@ -163,14 +163,14 @@ class BandedAutoencoder:
 
     def _made(
         self,
-        like: _Picture,
+        like: _Image,
         channels: int,
         height: int,
         width: int,
         band: Callable[[int, int], Tensor],
         seen: int = 1,
-    ) -> _Picture:
-        """Return a picture that a function makes of the numbers of a band's first row and of the next band's.
+    ) -> _Image:
+        """Return an image that a function makes of the numbers of a band's first row and of the next band's.
 
         Args:
             like: what it is made of.
@@ -180,10 +180,10 @@ class BandedAutoencoder:
             band: makes rows of the result.
             seen: places of ``like`` that one place of the result looks at.
         """
-        picture = _Picture(self, (1, channels, height, width), like.dtype, like.device)
+        image = _Image(self, (1, channels, height, width), like.dtype, like.device)
         for start, stop in self._bands(max(channels, seen * like.channels), height, width):
-            picture.put(start, stop, band(start, stop))
-        return picture
+            image.put(start, stop, band(start, stop))
+        return image
 
     def _bands(self, channels: int, height: int, width: int) -> Iterator[tuple[int, int]]:
         rows = max(1, self._band // (channels * width))
@@ -191,7 +191,7 @@ class BandedAutoencoder:
             yield start, min(height, start + rows)
 
 
-class _Picture:
+class _Image:
     """Numbers (1, C, H, W) in main memory, of which bands are worked on elsewhere.
 
     On the meta device nothing is kept, so that only what would be on a card is counted.
@@ -209,13 +209,13 @@ class _Picture:
     @classmethod
     def of(cls, owner: BandedAutoencoder, whole: Tensor, device: torch.device) -> Self:
         """Return one that holds what is given."""
-        picture = cls(owner, whole.shape, whole.dtype, device)
+        image = cls(owner, whole.shape, whole.dtype, device)
         if device.type != "meta":
-            picture.whole = whole.cpu()
-        return picture
+            image.whole = whole.cpu()
+        return image
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return a band on the device, a copy; what lies outside the picture is left out."""
+        """Return a band on the device, a copy; what lies outside the image is left out."""
         start, stop = max(0, start), min(self.height, stop)
         shape = (1, self.channels, stop - start, self.width)
         band = self.blank(shape)
@@ -235,7 +235,7 @@ class _Picture:
         return torch.empty(shape, device=self.device, dtype=self.dtype)
 
     def norm(self, layer: Any) -> _Norm:
-        """Gather the statistics of a group norm over the whole picture.
+        """Gather the statistics of a group norm over the whole image.
 
         Mean and squared deviations of the bands are joined as Chan, Golub and LeVeque (1983) do, in float64.
         """
@@ -262,7 +262,7 @@ class _Picture:
 
 @dataclass(frozen=True)
 class _Norm:
-    """A group norm with the statistics of a picture: y = scale x + shift, each (1, C, 1, 1)."""
+    """A group norm with the statistics of an image: y = scale x + shift, each (1, C, 1, 1)."""
 
     scale: Tensor
     shift: Tensor
@@ -276,8 +276,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _beside(states: _Picture, conv: Any, norm: _Norm | None, start: int, stop: int) -> Tensor:
-    """Return rows of a 3x3 convolution of a picture, normed and activated before if there is a norm."""
+def _beside(states: _Image, conv: Any, norm: _Norm | None, start: int, stop: int) -> Tensor:
+    """Return rows of a 3x3 convolution of an image, normed and activated before if there is a norm."""
     rows = states.rows(start - 1, stop + 1)
     if norm is not None:
         rows = functional.silu(norm.applied(rows), inplace=True)

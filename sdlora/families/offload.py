@@ -160,11 +160,11 @@ def _move(block: _Block, module: nn.Module, *, pinned: bool) -> None:
     start, found = 0, []
     for layer in _layers(module):
         for kind in ("_parameters", "_buffers"):
-            own = layer.__dict__[kind]
-            frozen = {name: own[name] for name in _LARGE if own.get(name) is not None}
+            usual = layer.__dict__[kind]
+            frozen = {name: usual[name] for name in _LARGE if usual.get(name) is not None}
             if not frozen:
                 continue
-            looking = _Looking(own, block)
+            looking = _Looking(usual, block)
             for name, tensor in frozen.items():
                 assert not tensor.requires_grad, "only frozen weights are offloaded"
                 place = _Place(

@@ -1,4 +1,4 @@
-"""An autoencoder in bands against diffusers' own on the whole picture."""
+"""An autoencoder in bands against diffusers' own on the whole image."""
 
 from __future__ import annotations
 
@@ -119,6 +119,6 @@ def test_a_base_works_in_bands_above_a_size_only() -> None:
         answers.append((posterior.mean, posterior.logvar, drawn))
         prints.append(model.encoder_fingerprint("images"))
     for whole, small, banded in zip(*answers, strict=True):
-        assert torch.equal(whole, small), "a small picture is not divided"
+        assert torch.equal(whole, small), "a small image is not divided"
         assert float((banded - whole).abs().max()) <= 10 * BOUND * float(whole.abs().max())
     assert len(set(prints)) == 3, "what bands encoded is not taken for what the whole gives"
