@@ -157,7 +157,7 @@ class OffloadedBlocks:
 
 def _move(block: _Block, module: nn.Module, *, pinned: bool) -> None:
     """Bring the weights of a block's layers into one piece of main memory; the layers then look there."""
-    start, found = 0, []
+    start, moved = 0, []
     for layer in _layers(module):
         for kind in ("_parameters", "_buffers"):
             usual = layer.__dict__[kind]
@@ -170,13 +170,13 @@ def _move(block: _Block, module: nn.Module, *, pinned: bool) -> None:
                 place = _Place(
                     looking, name, tensor.shape, tensor.stride(), tensor.dtype, kind == "_parameters", start
                 )
-                found.append((place, tensor))
+                moved.append((place, tensor))
                 start += -(-_extent(tensor) // _ALIGNED) * _ALIGNED
             layer.__dict__[kind] = looking
         if type(layer) in (nn.Linear, nn.Conv2d):  # quantised ones keep nothing of their weights anyway
             layer.forward = _Forward(layer)
     piece = torch.empty(start, dtype=torch.uint8, pin_memory=pinned)
-    for place, tensor in found:
+    for place, tensor in moved:
         there = place.within(piece)
         there.detach().copy_(tensor)
         dict.__setitem__(place.tensors, place.name, there)
