@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..adapters.canonical import AdapterFile, AdapterInfo
+from ..data.captioning.wording import tags_of
 from ..events import Notice
 from ..exporting.export import write_finished
 from ..exporting.webui_card import card_image
@@ -175,5 +176,5 @@ def _by_folder(items: Iterable[ImageItem]) -> dict[str, list[ImageItem]]:
 
 
 def _tags(captions: Sequence[str]) -> dict[str, int]:
-    """Count the comma-separated parts of the captions, as WebUI shows them."""
-    return dict(Counter(tag for caption in captions for part in caption.split(",") if (tag := part.strip())))
+    """Count the comma-separated parts of the captions, as WebUI shows them and `sdlora tags` counts them."""
+    return dict(Counter(tag for caption in captions for tag in tags_of(caption)))

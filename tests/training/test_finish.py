@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sdlora.config.toml import load_config
+from sdlora.data.captioning.tags import TagFolder
+from sdlora.data.captioning.wording import tag_key
 from sdlora.events import Emitter
 from sdlora.training.finish import adapter_file
 from sdlora.training.run import prepare_run
@@ -59,3 +62,30 @@ def test_the_header_tells_every_folder_with_its_own_repeats_or_none(
     }
     (dataset,) = json.loads(header["ss_datasets"])
     assert [subset["is_reg"] for subset in dataset["subsets"]] == [False, False, True]
+
+
+def test_the_files_tags_are_those_that_the_tags_command_counts(
+    tiny_base: Path, image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = image_folder(4, "style")
+    captions = ("Long_Hair, a  cat,, hat", "long hair, hat ", "hat,a cat", "  a dog , hat")
+    for image, caption in zip(sorted(folder.glob("*.png")), captions, strict=True):
+        image.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    config = load_config(
+        None,
+        ["adapter.rank=2", "training.steps=1", "sample.prompts=[]", "data.validation=0", "judge.every=0"],
+        {
+            "data.folder": folder,
+            "model.base": str(tiny_base),
+            "output.folder": tmp_path / "run",
+            "data.cache_folder": tmp_path / "cache",
+        },
+    )
+    run = prepare_run(config, resume=False, emit=Emitter(()))
+    assert isinstance(run, Run)
+    (tags,) = json.loads(adapter_file(run).info.metadata["ss_tag_frequency"]).values()
+    merged: Counter[str] = Counter()
+    for tag, count in tags.items():
+        merged[tag_key(tag)] += count
+    counted = {tag_key(tag): count for tag, count in TagFolder(folder).counts.items()}
+    assert counted == dict(merged) == {"hat": 4, "a cat": 2, "long hair": 2, "a dog": 1}
