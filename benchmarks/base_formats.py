@@ -3,7 +3,7 @@
     python -m benchmarks.base_formats --output build/base_formats
     python -m benchmarks.base_formats --output build/base_formats --precision bf16 --seeds 0 1 2
 
-Each seed trains the demo's style once for each format, all else alike. All adapters are then measured on the
+Each seed trains the demo's style once for each format, all else by default. All adapters are measured on the
 base in full, as people use them: the loss on the held-out icons (the same noise and timesteps for all)
 against that of the adapter of the same seed over the full base, image by image, and the style score of
 ``benchmarks.style``. Intervals are 90 %. Finished runs and images are kept below the output folder.
@@ -81,8 +81,8 @@ def _trained(
 ) -> Entry:
     workshop = Workshop("mini", style, work / "runs", seed, say)
     settings = [
-        *(f"training.base_format={base_format}", f"training.steps={options.steps}", "adapter.targets=all"),
-        *("data.validation=0", f"training.precision={options.precision}", "training.batch_size=4"),
+        *(f"training.base_format={base_format}", f"training.steps={options.steps}"),
+        *("data.validation=0", f"training.precision={options.precision}", "training.batch_size=2"),
     ]
     entry, _ = workshop.ours(f"{base_format}-{seed}", settings)
     return entry

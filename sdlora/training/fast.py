@@ -206,7 +206,7 @@ FAST_PATHS: Mapping[str, FastPath] = {
     "blocks": FastPath("attention and residual blocks without what changes nothing"),
     "lora": FastPath("plain LoRA layers by functions of our own", _is_plain_lora),
     "joint": FastPath(
-        "q, k and v of an attention as one product, and all keys and values of the text",
+        "q, k and v of an attention as one product, and all keys and values of the text (of whole weights)",
         # it lays weights of several blocks in one piece
         lambda step: not is_offloaded(step.model.components()[step.model.info.denoiser.component]),
         needs=("blocks", "lora"),

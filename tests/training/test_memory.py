@@ -45,7 +45,10 @@ def settings(*overrides: str) -> Config:
 def planned(base: str, config: Config, free: int | None = None) -> MemoryPlan:
     dtype = DTYPES[config.training.precision or "fp32"]
     attention = choose_attentions("auto", CPU, dtype)
-    blueprint = partial(load_model, base, dtype=dtype, device=META, attention=attention)
+    base_format = config.training.base_format or "full"
+    blueprint = partial(
+        load_model, base, dtype=dtype, device=META, attention=attention, base_format=base_format
+    )
     return plan_memory(config, blueprint, free=free)
 
 
@@ -53,7 +56,8 @@ def allocated(base: str, config: Config) -> int:
     """Return the most bytes that two true training steps have allocated at once, as torch's profiler says."""
     side, count = config.data.resolution, config.training.batch_size
     assert side is not None and count is not None
-    model = load_model(base, dtype=DTYPES[config.training.precision or "fp32"], device=CPU)
+    dtype, base_format = DTYPES[config.training.precision or "fp32"], config.training.base_format or "full"
+    model = load_model(base, dtype=dtype, device=CPU, base_format=base_format)
     weights = create_adapter(model, config.adapter, 0)
     layers = attach(model, weights, "run")
     pairs = [weights.pairs[layer.key] for layer in layers]
@@ -119,6 +123,17 @@ def test_weights_and_adapter_are_counted_exactly() -> None:
     assert plan.adapter == 20 * sum(sizes.values()) + 8 * joined
     alone = planned("mini", settings("data.resolution=64", "training.fast=off"))
     assert alone.adapter == 20 * sum(sizes.values())
+
+
+def test_a_quantised_base_is_counted_exactly_and_no_layers_are_joined_over_it() -> None:
+    config = settings("data.resolution=64", "training.base_format=nf4")
+    plan = planned("mini", config)
+    model = load_model("mini", dtype=torch.float32, device=CPU, base_format="nf4")
+    modules = (model.unet, model.vae, *model.text_encoders.values())
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    assert plan.weights == sum(t.numel() * t.element_size() for t in tensors)
+    pairs = create_adapter(model, config.adapter, 0).pairs
+    assert plan.adapter == 20 * sum(pair.down.numel() + pair.up.numel() for pair in pairs.values())
 
 
 def test_a_storage_is_counted_once_and_its_release_is_seen() -> None:
