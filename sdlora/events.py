@@ -299,13 +299,21 @@ class Control:
 
     def take(self) -> frozenset[str]:
         """Return and forget the requests made since the last call: any of STOP, SAVE, SAMPLE."""
+        self._look()
+        taken, self._requests = frozenset(self._requests), set()
+        return taken
+
+    def asked_to_stop(self) -> bool:
+        """Return whether a stop was asked for since the last :meth:`take`, by file, too; forget nothing."""
+        self._look()
+        return self.stopping
+
+    def _look(self) -> None:
         if self._folder is not None:
             for name in REQUESTS:
                 file = RunFolder(self._folder).request_file(name)
                 with suppress(OSError):  # a folder that became unreadable, or a disk that is gone
                     self._see(file)
-        taken, self._requests = frozenset(self._requests), set()
-        return taken
 
     def _see(self, file: Path) -> None:
         """Take a file's request; one that cannot be removed counts once, and again when it is new."""

@@ -59,9 +59,9 @@ def test_what_is_read_has_the_limits_of_the_page(start: str) -> None:
 
 def test_the_server_has_the_limits_of_the_page() -> None:
     pytest.importorskip("gradio", reason="the web UI is not installed: pip install -e '.[ui]'")
+    from sdlora_ui import bases, drafts, jobs, model_places, owner
     from sdlora_ui import captions as book
-    from sdlora_ui import jobs
-    from sdlora_ui.server import passwords, routes, security, uploads
+    from sdlora_ui.server import folders, passwords, routes, security, uploads
 
     limits = {
         "a request with JSON": f"{security.MAX_JSON_BODY // 2**20} MiB",
@@ -73,6 +73,13 @@ def test_the_server_has_the_limits_of_the_page() -> None:
         "a caption typed": f"{book.MAX_CAPTION:,} characters; {book.MAX_UNDO}",
         "a thumbnail's": f"{routes.MAX_THUMB} px",
         "a log shown": f"{jobs.MAX_LOG:,} bytes",
+        "searching for models": (
+            f"{model_places.MOST_FOLDERS:,}; {model_places.MOST_SECONDS:g}; {model_places.MOST_ENTRIES:,}; "
+            f"{bases.MOST_FILES}"
+        ),
+        "another program's": f"{model_places.MAX_PATHS_BYTES // 2**10} KiB",
+        "folders listed": f"{folders.MOST_LISTED}; {folders.MOST_COUNTED:,}; {owner.MOST}",
+        "forms kept": f"of {drafts.MOST_TABS} tabs",
     }
     assert {start: limit for start, limit in limits.items() if limit not in row(start)} == {}
     (password,) = re.findall(r"- \*\*The password\*\*.*?(?=\n- )", PAGE, re.DOTALL)

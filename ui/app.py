@@ -80,7 +80,7 @@ def make_app(site: Site) -> FastAPI:
         site.end()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.router.routes.extend(routes(site.paths, site.queue, site.captioning))
+    app.router.routes.extend(routes(site.paths, site.queue, site.captioning, site.drafts, site.owner))
     page = build(site)
     # Gradio checks that a file named by a request was uploaded only for pages started by its own launch()
     page.has_launched = True
@@ -126,7 +126,7 @@ def build(site: Site) -> gr.Blocks:
             name: gr.Textbox(elem_id=name, visible="hidden", label=name.replace("-", " "))
             for name in (
                 "chosen-folder", "chosen-trigger", "chosen-demo", "try-run", "export-run", "clone-run",
-                "chosen-cell", "import-png",
+                "chosen-cell", "import-png", "reset-setting", "tab-word",
             )
         }  # fmt: skip
         gr.HTML(

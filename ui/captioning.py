@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,18 @@ class Captioning:
             if self._busy == folder:
                 self._states[folder] |= {"status": "stopping"}
         self.worker.cancel("caption")
+
+    def holds(self, folders: Iterable[Path]) -> str:
+        """Return why a run on these folders has to wait: captions are being written in one; else nothing."""
+        with self._lock:
+            busy = self._busy
+            if busy is None or self._states[busy].get("preview_only"):
+                return ""
+        if not any(folder.is_relative_to(busy) or busy.is_relative_to(folder) for folder in folders):
+            return ""
+        return (
+            f"{self._paths.shown(busy)}: its captions are being written; start when that is done, or stop it"
+        )
 
     def state(self, folder: Path) -> dict[str, Any]:
         """Return how far a folder's captioning is, or how its last one ended, as JSON values."""

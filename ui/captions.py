@@ -139,7 +139,7 @@ class CaptionBook:
         if not word:
             raise DatasetError("trigger word: type the word that calls the style")
         return self._change_all(
-            folder, lambda text: "\n".join(with_trigger(line, word) for line in text.split("\n"))
+            folder, lambda text: "\n".join(with_trigger(line, word) for line in text.split("\n")), word
         )
 
     def undo(self, folder: Path) -> int:
@@ -176,9 +176,10 @@ class CaptionBook:
         """Return how many changes could be undone."""
         return len(self._history(folder))
 
-    def _change_all(self, folder: Path, change: Callable[[str], str]) -> int:
+    def _change_all(self, folder: Path, change: Callable[[str], str], word: str | None = None) -> int:
+        """Change all captions; with a trigger word, images without a caption count as having an empty one."""
         wanted = {}
-        for item in survey(folder).dataset.items:
+        for item in survey(folder, trigger_word=word).dataset.items:
             lines = "\n".join(item.lines)
             if item.caption_source != "metadata" and (new := change(lines)) != lines:
                 wanted[item.name] = new

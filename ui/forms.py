@@ -6,9 +6,8 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-import gradio as gr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -16,6 +15,9 @@ from sdlora.config.schema import Config, fields
 from sdlora.config.toml import toml_line
 from sdlora.errors import ConfigError
 from sdlora.files import parse_toml
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 Kind = Literal["switch", "choice", "whole", "number", "text", "lines", "toml"]
 NOT_FOR_A_BROWSER = ("data.follow_links",)
@@ -153,6 +155,8 @@ def _shown(value: Any) -> str:
 
 def control(setting: Setting) -> gr.components.FormComponent:
     """Return the control of a setting, inside the current block."""
+    import gradio as gr  # takes seconds; what settings are is asked before the page is made
+
     common = {
         "label": setting.label,
         "info": setting.help,

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -81,7 +81,11 @@ class Job:
 
 
 class JobQueue:
-    """The jobs below one state folder. Its methods may be called from any thread."""
+    """The jobs below one state folder. Its methods may be called from any thread.
+
+    Attributes:
+        held_up: tells why a job cannot start now, in a line; nothing if it can.
+    """
 
     def __init__(self, folder: Path, home: Path, program: Sequence[str] | None = None) -> None:
         """Take over the jobs of an earlier server.
@@ -98,6 +102,7 @@ class JobQueue:
         self._views: dict[str, RunView] = {}
         self._ended = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
+        self.held_up: Callable[[Job], str] = lambda job: ""
         self._starting = FileLock(folder / "starting.lock", thread_local=False)
 
     # --- reading ---------------------------------------------------------------------------------------
@@ -181,6 +186,8 @@ class JobQueue:
             job = self.get(job_id)
             if job.status != "waiting":
                 raise ConfigError(f"{job.name}: is {job.status}, not waiting; resume it instead")
+            if why := self.held_up(job):
+                raise ConfigError(why)
             return self._launch(job)
 
     def stop(self, job_id: str) -> Job:
@@ -269,7 +276,9 @@ class JobQueue:
             jobs = self.all()
             waiting = [job for job in jobs if job.status == "waiting"]
             if waiting and not any(job.status in _AT_WORK for job in jobs):
-                self._launch(waiting[0])
+                ready = next((job for job in waiting if not self.held_up(job)), None)
+                if ready is not None:
+                    self._launch(ready)
 
     def run_in_background(self, every: float = 0.5) -> None:
         """Keep the queue going in a daemon thread until :meth:`close`."""
@@ -361,6 +370,7 @@ class JobQueue:
                     **_own_group(),
                 )
             self._processes[job.id] = process
+            self.view(job.id).begin()
             started = psutil.Process(process.pid).create_time()
             return self._write(replace(job, pid=process.pid, process_started=started))
         except (OSError, psutil.Error) as error:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from sdlora.files import size_text
+
+from .folder_settings import changed
+from .words import labels, page_words
 
 
 def plan_html(plan: Mapping[str, Any]) -> str:
@@ -21,15 +25,17 @@ def plan_html(plan: Mapping[str, Any]) -> str:
             ),
             *facts,
         ]
-    warning = ""
+    warning = (
+        f'<p class="sd-hint warning" role="note">{escape(plan["advice"])}</p>' if plan.get("advice") else ""
+    )
     if plan.get("fits") is False:
-        warning = (
+        warning += (
             '<p class="sd-problem" role="alert">This does not fit into the free memory: lower the batch size '
             "or the resolution, or switch gradient checkpointing on.</p>"
         )
     rows = "".join(
-        f"<tr><th scope='row'>{escape(key)}</th><td>{escape(_value(value))}</td>"
-        f"<td>{escape(reason)}</td></tr>"
+        f"<tr><th scope='row' title='{escape(key)}'>{escape(labels().get(key, key))}</th>"
+        f"<td>{escape(_value(value))}</td><td>{escape(page_words(reason))}</td></tr>"
         for key, value, reason in plan["defaults"]
     )
     return (
@@ -37,6 +43,15 @@ def plan_html(plan: Mapping[str, Any]) -> str:
         f"Filled in for you ({len(plan['defaults'])} settings, with reasons)</summary>"
         f'<div class="sd-scroll"><table class="sd-reasons"><tbody>{rows}</tbody></table></div></details>'
     )
+
+
+def changed_html(raw: Mapping[str, Any]) -> str:
+    """Return the settings that differ from automatic, each with a button that takes it back."""
+    listed = [
+        {"key": setting.key, "label": labels()[setting.key], "value": str(raw[setting.key])}
+        for setting in changed(raw)
+    ]
+    return f'<sd-changed data="{escape(json.dumps(listed), quote=True)}"></sd-changed>' if listed else ""
 
 
 def _fact(value: object, what: str) -> str:

@@ -36,7 +36,7 @@ class RunView:
     def __init__(self, file: Path) -> None:
         self._file, self._offset = file, 0
         self.step, self.steps, self.first_step = 0, 0, 0
-        self.started = False
+        self.started = self.ended = False
         self.preparing: tuple[int, int] | None = None
         self.seconds_left: float | None = None
         self.images_per_second: float | None = None
@@ -69,11 +69,21 @@ class RunView:
                     with suppress(ValueError, KeyError, TypeError):
                         self._take(parse_json(line))
 
+    def begin(self) -> None:
+        """Forget that the run ended: its process is started again, and has said nothing yet."""
+        self.ended = False
+
+    @property
+    def finishing(self) -> bool:
+        """Whether all steps are made, and what comes after them is not, or only the process is to end."""
+        return self.ended or (self.started and 0 < self.steps <= self.step)
+
     def _take(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
         for key, types in _FIELDS.get(kind, {}).items():
             if not isinstance(event[key], types):
                 raise TypeError(f"{kind}: `{key}` is no such value")
+        self.ended = kind == "RunFinished"
         if kind == "StepDone":
             self.step, self.steps = event["step"], event["steps"]
             if event["loss"] is not None:  # fp16 left the step out
@@ -125,6 +135,7 @@ class RunView:
             "seconds_left": self.seconds_left,
             "preparing": self.preparing,
             "started": self.started,
+            "finishing": self.finishing,
             "loss": sum(recent) / len(recent) if recent else None,
             "adapter_file": self.adapter_file,
         }

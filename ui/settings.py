@@ -14,10 +14,10 @@ from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
 
 from .forms import NOT_FOR_A_BROWSER, to_values
-from .server.allowed_paths import AllowedPaths
+from .server.allowed_paths import AllowedPaths, PathRefused
 from .server.uploads import folder_name
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def checked_config(paths: AllowedPaths, raw: Mapping[str, Any]) -> Config:
@@ -54,6 +54,40 @@ def checked_config(paths: AllowedPaths, raw: Mapping[str, Any]) -> Config:
     return config
 
 
+def data_settings(paths: AllowedPaths, raw: Mapping[str, Any], folder: Path) -> Config | None:
+    """Return the settings in a form that decide what becomes of a folder's images.
+
+    Args:
+        paths: the server's folders.
+        raw: what the form's controls hold.
+        folder: the data set.
+
+    Returns:
+        None when the form is about another folder.
+
+    Raises:
+        ConfigError: for invalid settings.
+        PathRefused: for a path in them outside the named folders.
+    """
+    named = str(raw.get("data.folder") or "").strip()
+    try:
+        about_it = bool(named) and paths.readable(named) == folder
+    except PathRefused:
+        about_it = False
+    if not about_it:
+        return None
+    wanted = {key: held for key, held in raw.items() if key.startswith("data.") or key == "training.seed"}
+    return checked_config(paths, wanted)
+
+
+def folders_of(config: Config) -> list[Path]:
+    """Return the folders whose captions a run reads."""
+    data = config.data
+    named = [data.folder, *(source.folder for source in data.sources)]
+    named += [data.validation] if isinstance(data.validation, Path) else []
+    return [folder.resolve() for folder in named if folder is not None]
+
+
 def checked_base(paths: AllowedPaths, base: str) -> str:
     """Return a base that may be loaded, see :func:`checked_source`."""
     return checked_source(paths, "base", base)
@@ -75,7 +109,7 @@ def checked_source(paths: AllowedPaths, what: str, source: str) -> str:
     if not source:
         raise ConfigError(f"{what}: choose one" + (", e.g. mini" if what == "base" else ""))
     is_file = source.lower().endswith(".safetensors")
-    if source == "mini" or (_HUB_ID.fullmatch(source) and not is_file and not (paths.home / source).exists()):
+    if source == "mini" or (HUB_ID.fullmatch(source) and not is_file and not (paths.home / source).exists()):
         return source
     path = paths.model(source)
     if not path.exists():

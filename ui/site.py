@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdlora.config.toml import load_config
+from sdlora.errors import SdloraError
 from sdlora.run_folder import CheckpointFolder, RunFolder, list_checkpoints
 
+from .bases import Bases
 from .captioning import Captioning
 from .drafts import Drafts
-from .jobs import JobQueue
+from .jobs import Job, JobQueue
+from .owner import Owner
 from .plans import Plans
 from .server.allowed_paths import STATE, AllowedPaths, model_files
+from .settings import folders_of
 from .worker_client import WorkerClient
 
 EXPORTED = "exported"
@@ -44,7 +50,11 @@ class Site:
     captioning: Captioning = field(init=False)
     plans: Plans = field(init=False)
     drafts: Drafts = field(init=False)
+    owner: Owner = field(init=False)
+    known_bases: Bases = field(init=False)
+    fetch: WorkerClient = field(init=False)
     _ended: threading.Event = field(default_factory=threading.Event)
+    _endpoint_before: str | None = field(default_factory=lambda: os.environ.get("HF_ENDPOINT"))
 
     def __post_init__(self) -> None:
         """Make the workers, without starting them, and the store for forms."""
@@ -52,6 +62,14 @@ class Site:
         self.captioning = Captioning(self.paths, WorkerClient(self.paths.home, idle_seconds=_TEND_EVERY))
         self.plans = Plans(self.desk, self.queue)
         self.drafts = Drafts(self.paths.state / "forms")
+        self.fetch = WorkerClient(self.paths.home, idle_seconds=_TEND_EVERY)
+        self.owner = Owner(self.paths)
+        self.known_bases = Bases(
+            self.paths, self.owner, WorkerClient(self.paths.home, idle_seconds=_TEND_EVERY)
+        )
+        self.queue.held_up = self._held_up
+        if self.owner.endpoint:
+            self.use_endpoint()
 
     @classmethod
     def open(cls, paths: AllowedPaths) -> Site:
@@ -63,6 +81,7 @@ class Site:
     def begin(self) -> None:
         """Run the queue, and end workers that have nothing to do."""
         self.queue.run_in_background()
+        self.known_bases.begin()
 
         def tend() -> None:
             while not self._ended.wait(_TEND_EVERY):
@@ -79,7 +98,13 @@ class Site:
             worker.close()
 
     def _workers(self) -> tuple[WorkerClient, ...]:
-        return self.draw, self.desk, self.captioning.worker
+        return self.draw, self.desk, self.captioning.worker, self.fetch, self.known_bases.worker
+
+    def _held_up(self, job: Job) -> str:
+        """Return why a job cannot start now: its images are being captioned."""
+        with suppress(SdloraError, OSError):
+            return self.captioning.holds(folders_of(load_config(self.queue.settings(job.id))))
+        return ""
 
     def make_room(self) -> None:
         """Stop planning, and on a GPU release its memory: a job is about to start."""
@@ -88,9 +113,24 @@ class Site:
             self.desk.close()
 
     def bases(self) -> list[Choice]:
-        """Return the bases that can be chosen: the built-in one and the checkpoints found."""
-        files = [Choice(file.stem, str(file)) for file in model_files(self.paths, "base")]
-        return [Choice("mini (built in: 64 px, needs no GPU)", "mini"), *files]
+        """Return the bases that can be chosen: those found, the newest first, then the built-in one."""
+        listed = [Choice(base.label, base.source) for base in self.known_bases.listed()]
+        return [*listed, Choice("mini, to try it out (built in, 64 px, needs no GPU)", "mini")]
+
+    def default_base(self) -> str:
+        """Return the base that a new run starts with: the newest one found; empty when there is none."""
+        return self.known_bases.newest()
+
+    def use_endpoint(self) -> None:
+        """Have every process that is started from now on ask the mirror that the owner named."""
+        if self.owner.endpoint:
+            os.environ["HF_ENDPOINT"] = self.owner.endpoint
+        elif self._endpoint_before is None:
+            os.environ.pop("HF_ENDPOINT", None)
+        else:
+            os.environ["HF_ENDPOINT"] = self._endpoint_before
+        for worker in (self.draw, self.desk):
+            worker.close()
 
     def runs(self) -> list[Choice]:
         """Return the run folders, the newest first."""

@@ -61,7 +61,8 @@ def start(
     password = new_passphrase() if made_up else password
     refuse_open_door(host, password)
     models = usual_model_folders() if host in _LOCAL else []
-    paths = AllowedPaths.of(Path.cwd(), runs=runs, images=images, data=data, allowed=allowed, models=models)
+    folders = {"runs": runs, "images": images, "data": data}
+    paths = AllowedPaths.of(Path.cwd(), **folders, allowed=allowed, models=models, local=host in _LOCAL)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     lines = [f"sdlora is at {url} (Ctrl-C ends the page; running jobs continue)"]
     lines += [f"  may read and write {folder}" for folder in paths.roots]

@@ -24,6 +24,8 @@ TASKS = {
     "draw": "sdlora_ui.tasks.draw:draw",
     "plan": "sdlora_ui.tasks.plan:plan",
     "caption": "sdlora_ui.tasks.caption:caption",
+    "bases": "sdlora_ui.tasks.bases:recognise_bases",
+    "fetch": "sdlora_ui.tasks.fetch:fetch",
     "export": "sdlora_ui.tasks.tools:export",
     "inspect": "sdlora_ui.tasks.tools:inspect",
     "merge": "sdlora_ui.tasks.tools:merge",

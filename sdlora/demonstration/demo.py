@@ -159,6 +159,8 @@ def _train(config: Config, listeners: Sequence[Listener], *, resume: bool) -> tu
         result = train(config, resume=resume, listeners=[count, *listeners], control=control)
     if result.adapter_file is None:
         raise TrainingError(f"stopped after step {result.step} and saved; {_go_on(result.folder)}")
+    if result.stop_asked:
+        raise TrainingError(f"stopped after the training, which is saved; {_go_on(result.folder)}")
     return result, counts[0]
 
 

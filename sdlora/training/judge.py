@@ -107,6 +107,8 @@ class RunJudge:
         strengths: list[float] = self._agreed(lambda: self._affordable(run.step))
         with self._timed():
             for strength in strengths:
+                if self._agreed(run.stopping):
+                    break
                 self._on_main(partial(self._take, strength, self._drawn(weights, strength)))
         self._off = False
         self._on_main(lambda: self._tell(strengths))

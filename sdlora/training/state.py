@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -125,6 +125,8 @@ class Run:
         fast_before: the fast paths that the checkpoint was made with, if the run was resumed.
         measured: what validation measured so far; None before the first time.
         judge: what judges checkpoints, if the settings ask for it.
+        stopping: tells whether a stop is asked for now; what takes long looks at it, in the main process.
+        stop_asked: a stop was asked for when all steps were made.
     """
 
     config: Config
@@ -164,6 +166,8 @@ class Run:
     fast_before: tuple[str, ...] | None = None
     measured: Measured | None = None
     judge: Judge | None = None
+    stopping: Callable[[], bool] = field(default=lambda: False)
+    stop_asked: bool = False
 
     @property
     def images_per_step(self) -> int:

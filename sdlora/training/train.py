@@ -66,6 +66,8 @@ class TrainResult:
         adapter_file: the exported adapter, or None if the run was stopped before its end.
         step: optimizer steps done.
         stopped: whether it was asked to stop early.
+        stop_asked: whether it was asked to stop when all steps were made: the adapter is written, and what
+            else would have followed is left out.
         loss: mean over the last 20 steps; None if no step was made.
         validation_loss: the last one measured.
         seconds: wall time of this call.
@@ -80,6 +82,7 @@ class TrainResult:
     validation_loss: float | None
     seconds: float
     data_wait_share: float
+    stop_asked: bool = False
 
 
 def train(
@@ -147,7 +150,7 @@ def _train(
     emit = _BeforeTheFirstStep((early.append, *listeners), control)
     run = prepare_run(config, resume=resume, emit=emit, processes=processes, longer=longer)
     with run.held, _journal(run, early) as journal, tracking(run) as trackers, run.loader:
-        run.emit = Emitter((journal, *listeners, *trackers))
+        run.emit, run.stopping = Emitter((journal, *listeners, *trackers)), control.asked_to_stop
         losses, validation_loss, stopped = _loop(run, control)
         refuse_unchanged(run)
         verdict = _judged(run) if not stopped else None
@@ -161,8 +164,9 @@ def _train(
         seconds = time.monotonic() - begun
         run.emit(RunFinished(run.step, stopped, seconds, adapter_file, waited))
     loss = sum(losses) / len(losses) if losses else None
+    late = not stopped and (run.stop_asked or control.asked_to_stop())
     return TrainResult(
-        run.folder.path, adapter_file, run.step, stopped, loss, validation_loss, seconds, waited
+        run.folder.path, adapter_file, run.step, stopped, loss, validation_loss, seconds, waited, late
     )
 
 
@@ -221,21 +225,24 @@ def _loop(run: Run, control: Control) -> tuple[list[float], float | None, bool]:
             validation_loss = _look_at_the_start(run, start)
             start = None
         requests = _agreed(run, control.take())
-        last = run.step == run.steps
-        validating = last or _due(run.step, settings.validate_every)
-        previewing = last or SAMPLE in requests or _due(run.step, run.config.sample.every)
+        last, stopping = run.step == run.steps, STOP in requests
+        shows = not (last and stopping and _leave_out(run))
+        validating = shows and (last or _due(run.step, settings.validate_every))
+        previewing = shows and (last or SAMPLE in requests or _due(run.step, run.config.sample.every))
         # saving comes before showing: whatever goes wrong with an image, the steps are kept
-        judging = run.judge is not None and run.judge.due(run.step)
+        judging = not stopping and run.judge is not None and run.judge.due(run.step)
         saving = last or judging or requests & {SAVE, STOP} or _due(run.step, settings.checkpoint_every)
         if requests or saving or validating or previewing:
             told.tell(everything=True)
         problem = save(run) if saving else None
         validation_loss = _show(run, validating, previewing) or validation_loss
+        if last and judging and STOP in _agreed(run, control.take()):
+            judging = not _leave_out(run)
         if judging:
             attempt(run, "judging", _judge)
         if judging and _enough(run):
             return list(told.losses), _show(run, not validating, not previewing) or validation_loss, False
-        if STOP in requests and not last:
+        if stopping and not last:
             if problem is not None:
                 raise rescued(run, problem)
             return list(told.losses), validation_loss, True
@@ -288,6 +295,14 @@ class _Told:
                     found_rate=found_rate(run),
                 )
             )
+
+
+def _leave_out(run: Run) -> bool:
+    """Say that a stop was asked for after the last step, where only the adapter is still to be written."""
+    run.stop_asked = True
+    text = "asked to stop in the last step: the adapter is written; what else would follow is left out"
+    run.emit(Notice(f"step {run.step}: {text}"))
+    return True
 
 
 def _enough(run: Run) -> bool:

@@ -177,6 +177,22 @@ def test_stopped_anywhere_it_says_how_to_go_on_and_ends_the_same(
     assert result.seconds > result.training_seconds
 
 
+def test_a_stop_in_the_last_step_ends_the_demo_before_it_draws(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    notices: list[str] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == event.steps:
+            (folder / "STOP").touch()
+        if isinstance(event, Notice):
+            notices.append(event.message)
+
+    with pytest.raises(TrainingError, match="training, which is saved"):
+        small_demo(folder, tiny_base, hear)
+    assert (folder / "ink-icons.safetensors").is_file()
+    assert not any(message.startswith("2 of 3") for message in notices)
+
+
 def test_going_on_where_nothing_was_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds no run to continue"):
         demo(tmp_path, resume=True)

@@ -230,3 +230,24 @@ def test_more_steps_are_made_when_asked(settings: Settings) -> None:
     after = load_config(folder(config).config_file)
     assert after.training.steps == 7
     assert read_adapter(folder(config).adapter_file("lora")).info.metadata["ss_steps"] == "7"
+
+
+def test_judging_ends_when_a_stop_is_asked_for(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+    control = Control()
+    fold = judge_module.folded
+
+    def counted(model: Any, weights: Any, strength: float) -> Any:
+        drawn.append(strength)
+        if strength == 1.0:
+            control.stop()
+        return fold(model, weights, strength)
+
+    monkeypatch.setattr(judge_module, "folded", counted)
+    config = settings("run", "training.steps=4", "judge.every=4")
+    result = train(config, control=control)
+    assert (
+        list(dict.fromkeys(drawn)) == [0.0, 0.5, 1.0]
+        and result.stop_asked
+        and result.adapter_file is not None
+    )

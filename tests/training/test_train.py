@@ -35,6 +35,7 @@ from sdlora.events import (
     Notice,
     RunFinished,
     RunStarted,
+    Sampled,
     StepDone,
     Validated,
 )
@@ -97,6 +98,41 @@ def assert_equal_tensors(first: dict[str, torch.Tensor], other: dict[str, torch.
     assert first.keys() == other.keys()
     assert len(first) >= 4
     assert [name for name in first if not torch.equal(first[name], other[name])] == []
+
+
+def test_a_stop_in_the_last_step_is_honoured_where_the_adapter_is_written(
+    settings: Callable[..., Config],
+) -> None:
+    """Nobody waits for previews and measurements that were not wanted any more."""
+    steps = ("training.steps=3", "training.validate_every=99", "sample.every=99")
+    prompts: dict[str, object] = {"sample.prompts": ["a cat"], "data.validation": 2}
+    control = Control()
+    recorder = Recorder(control, stop_at=3)
+    result = train(settings("late", *steps, **prompts), listeners=[recorder], control=control)
+    assert (result.stopped, result.stop_asked, result.step) == (False, True, 3)
+    assert result.adapter_file is not None and result.adapter_file.is_file()
+    shown = {event.step for event in recorder.events if isinstance(event, Validated | Sampled)}
+    assert shown == {0}
+    assert any(
+        "asked to stop in the last step" in e.message for e in recorder.events if isinstance(e, Notice)
+    )
+    again = Recorder()
+    config = settings("late", *steps, **prompts)
+    assert not train(config, resume=True, listeners=[again]).stop_asked
+    assert {event.step for event in again.events if isinstance(event, Sampled)} == {3}
+
+
+def test_a_stop_while_the_adapter_is_written_is_answered(settings: Callable[..., Config]) -> None:
+    control = Control()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Sampled) and event.step == 2:
+            control.stop()
+
+    given: dict[str, object] = {"sample.prompts": ["a cat"]}
+    result = train(settings("while", "training.steps=2", **given), listeners=[stop], control=control)
+    assert (result.stopped, result.stop_asked) == (False, True)
+    assert not train(settings("plain", "training.steps=2")).stop_asked
 
 
 def prepared(config: Config) -> Run:

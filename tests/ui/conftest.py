@@ -81,7 +81,11 @@ def start_server(home: Path, *arguments: str, port: int | None = None) -> Server
         process = subprocess.Popen(
             [sys.executable, "-m", "sdlora", "ui", "--no-browser", "--port", str(port), *arguments],
             cwd=home,
-            env={**with_mark(mark), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            env={
+                **with_mark(mark),
+                "XDG_CONFIG_HOME": str(home / "settings"),
+                "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+            },
             stdout=log,
             stderr=log,
         )

@@ -352,6 +352,11 @@ def choose(page: Page, wait: Callable[..., Any], css: str, label: str) -> None:
     wait(chosen)
 
 
+def use_mini(page: Page) -> None:
+    """Choose the built-in base: without one on the machine, none is chosen."""
+    page.type("#base input", "mini")
+
+
 def unfold(page: Page, *sections: str) -> None:
     """Open what is folded away, one inside the other."""
     for section in sections:
@@ -537,7 +542,7 @@ def test_a_plan_that_had_to_wait_does_not_take_a_newer_draft_back(
     events = [
         event
         for event in config["dependencies"]
-        if event["outputs"] == [ids["plan"]] and ids["train-name"] in event["inputs"]
+        if event["outputs"] == [ids["plan"], ids["changed"]] and ids["train-name"] in event["inputs"]
     ]
     edit = next(event for event in events if [ids["train-name"], "input"] in event["targets"])
     follow = next(event for event in events if event["targets"][0][1] == "then")
@@ -638,6 +643,144 @@ const named = (one) => one.getAttribute("aria-label") || one.getAttribute("aria-
 return [...document.querySelectorAll("input, textarea, select, button")]
   .filter((one) => visible(one) && !named(one)).map((one) => one.outerHTML.slice(0, 200));
 """
+
+
+def bare_photos(folder: Path, count: int) -> Path:
+    """Write images named as a camera names them, without captions."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        image = Image.new("RGB", (96, 80), (number * 11, 255 - number * 9, 90))
+        image.paste((9, number * 12, 255), (number * 3, 5, number * 3 + 30, 30 + number * 2))
+        image.save(folder / f"DSC{number:02d}.jpg")
+    return folder
+
+
+TRIGGER = "#dataset-trigger input, #dataset-trigger textarea"
+WORD = "#train-trigger input, #train-trigger textarea"
+
+
+def test_photos_without_captions_are_trained_with_a_trigger_word(
+    page: Page, wait: Callable[..., Any]
+) -> None:
+    bare_photos(page.server.home / "training-images" / "camera", 20)
+    page.open()
+    page.tab(0)
+    page.type("#dataset-folder input", "training-images/camera")
+    page.click("#open-folder")
+    wait(lambda: len(page.all(".sd-card textarea")) == 20 and len(page.all(".sd-card img")) == 20)
+    assert page.all(".sd-broken") == [] and "or set “Trigger word”" in page.one(".sd-findings").text
+    page.type(TRIGGER, "zork")
+    wait(lambda: "Ready" in page.one(".sd-verdict").text)
+    assert "2\nheld out to measure progress" in page.one(".sd-summary").text
+    page.tab(1)
+    wait(lambda: page.one(WORD).get_attribute("value") == "zork")
+    use_mini(page)
+    wait(lambda: "18\nimages to train on" in page.one("#plan").text)  # made for the word: without, refused
+    unfold(page, "#more", "#more-training", "#more-sample")
+    page.type("#set-training-steps textarea, #set-training-steps input", "2")
+    page.type("#set-sample-prompts textarea", "[]")
+    wait(lambda: [line for line in page.one("#changed").text.splitlines() if "Training > Steps" in line])
+    before = {job["id"] for job in page.server.ask("/sdlora/jobs")["jobs"]}
+    page.click("#start-training")
+    (job,) = wait(
+        lambda: [
+            job
+            for job in page.server.ask("/sdlora/jobs")["jobs"]
+            if job["id"] not in before and job["status"] in ("finished", "failed")
+        ]
+    )
+    assert (job["status"], job["error"]) == ("finished", "")
+
+
+def test_a_folder_after_the_demo_starts_automatic_and_settings_go_back_to_it(
+    page: Page, wait: Callable[..., Any]
+) -> None:
+    page.open()
+    page.tab(0)
+    page.click("#demo")
+    wait(lambda: page.one(WORD).get_attribute("value") == "inkicon")
+    wait(lambda: "Output > License" in page.one("#changed").text)
+    open_folder(page, "few")
+    page.tab(1)
+    wait(lambda: page.one(NAME).get_attribute("value").startswith("few"))
+    wait(lambda: page.all("#changed sd-changed") == [])
+    assert page.one(WORD).get_attribute("value") == ""
+    hidden = "return document.querySelector('#set-output-license input, #set-output-license textarea')?.value"
+    assert not page.js(hidden)
+    unfold(page, "#more", "#more-adapter")
+    rank = "#set-adapter-rank textarea, #set-adapter-rank input"
+    page.type(rank, "3")
+    page.type("#set-adapter-alpha textarea, #set-adapter-alpha input", "2")
+    wait(lambda: "Set by you (2)" in page.one("#changed").text)
+    page.click("[data-reset='adapter.rank']")
+    wait(lambda: page.one(rank).get_attribute("value") == "" and "(1)" in page.one("#changed").text)
+    open_folder(page, "camera" if (page.server.home / "training-images" / "camera").is_dir() else "few")
+    open_folder(page, "few")  # comes back with what was set for it
+    page.tab(1)
+    wait(lambda: "Set by you (1)" in page.one("#changed").text)
+    page.click("#reset-all")
+    wait(lambda: page.all("#changed sd-changed") == [])
+    log = (page.server.home / "server.log").read_text()
+    assert "arning" not in log and "Traceback" not in log, "many plans were cancelled by now"
+    assert page.one("#train-folder input, #train-folder textarea").get_attribute("value").endswith("few")
+
+
+def test_each_tab_keeps_its_form_over_a_reload_and_plans_what_it_holds(
+    page: Page, wait: Callable[..., Any]
+) -> None:
+    driver, kept = page.driver, page.server.home / "runs" / ".sdlora-ui" / "forms"
+    page.open()
+    open_folder(page, "few")
+    page.tab(1)
+    use_mini(page)
+    page.type(NAME, "first-tab")
+    wait(lambda: any("first-tab" in file.read_text() for file in kept.glob("train-*.json")))
+    first = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    try:
+        page.open()
+        page.tab(1)
+        wait(lambda: page.one(NAME).get_attribute("value") == "first-tab")  # begins with the newest
+        page.type(NAME, "second-tab")
+        wait(lambda: "second-tab" in (kept / "train.json").read_text())
+        driver.switch_to.window(first)
+        driver.refresh()
+        page.one("#demo")
+        page.tab(1)
+        wait(lambda: page.one(NAME).get_attribute("value") == "first-tab")
+        assert "Choose a folder" not in page.one("#plan").text
+        wait(lambda: "images to train on" in page.one("#plan").text)
+    finally:
+        driver.switch_to.window(next(handle for handle in driver.window_handles if handle != first))
+        driver.close()
+        driver.switch_to.window(first)
+
+
+def test_a_folder_is_chosen_from_a_list_and_another_one_added(page: Page, tmp_path: Path) -> None:
+    photos = bare_photos(tmp_path / "photos", 1)
+    page.open()
+    page.tab(0)
+    page.click("#browse-folders")
+    page.click(".sd-folder[data-path$='/training-images']")
+    page.click(".sd-folder[data-path$='/few']")
+    page.click("#browse-open")
+    page.one("textarea[data-name='bee.png']")
+    page.type("#dataset-folder input", str(photos))
+    page.click("#open-folder")
+    page.click("#allow-folder")
+    page.one("textarea[data-name='DSC00.jpg']")
+    kept = json.loads((page.server.home / "settings" / "sdlora" / "page.json").read_text())
+    assert kept == {"allowed": [str(photos)]}
+    assert page.server.status(f"/sdlora/folders?path={photos.parent}") == 403
+
+
+def test_a_path_that_is_mistyped_says_which_one_there_is(page: Page) -> None:
+    page.open()
+    page.tab(0)
+    page.type("#dataset-folder input", "training-images/fews")
+    page.click("#open-folder")
+    problem = page.one("#dataset-view .sd-problem").text
+    assert "there is no such folder" in problem and "did you mean training-images/few?" in problem
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -761,6 +904,7 @@ def test_the_queue_survives_a_killed_server(
     page.click("#train-on-it")
     page.one("#start-training")
     wait(lambda: page.one(NAME).get_attribute("value") == "few")
+    use_mini(page)
     unfold(page, "#more", "#more-training", "#more-sample")
     page.type("#set-training-steps textarea, #set-training-steps input", "50000")
     page.type("#set-sample-prompts textarea", "[]")

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from sdlora_ui.captions import CaptionBook
-from sdlora_ui.dataset_view import DataSets, version_of
+from sdlora_ui.dataset_view import DataSets, for_folder, version_of_settings
 from sdlora_ui.server.allowed_paths import AllowedPaths, PathRefused
 
+from sdlora.config.toml import load_config
+from sdlora.data.reading.holdout import divide
+from sdlora.data.reading.sources import gather
 from sdlora.errors import DatasetError
 
 
@@ -98,7 +101,7 @@ def test_the_view_has_crops_findings_and_the_hold_out() -> None:
     assert seen["num_images"] == 48 and len(seen["cards"]) == 48
     assert seen["held_out"] == sum(card["held"] for card in seen["cards"]) > 0
     assert all(0 <= edge <= 1 for card in seen["cards"] for edge in card["crop"])
-    assert sum(bucket["count"] for bucket in seen["buckets"]) == 48
+    assert sum(bucket["count"] for bucket in seen["buckets"]) == 48 - seen["held_out"]
     assert seen["tags"][0] == (
         "an icon of a basketball",
         1,
@@ -133,10 +136,44 @@ def test_crops_are_those_of_training_with_the_subject_kept(tmp_path: Path) -> No
 def test_a_folder_of_another_tab_is_read_only_once(image_folder: Callable[..., Path]) -> None:
     folder, sets = image_folder(2), DataSets()
     first = sets.look(folder, trigger=None, resolution=64)
-    assert first["version"] == version_of(folder) == sets.look(folder, trigger=None, resolution=64)["version"]
+    version = version_of_settings(for_folder(folder, None, None))
+    assert first["version"] == version == sets.look(folder, trigger=None, resolution=64)["version"]
     assert sets.progress(folder) is None
     (folder / "thing00.txt").write_text("changed by another program")
-    assert version_of(folder) != first["version"]
+    assert version_of_settings(for_folder(folder, None, None)) != first["version"]
+
+
+def test_the_view_treats_images_as_the_run_will(image_folder: Callable[..., Path]) -> None:
+    folder, sets = image_folder(6), DataSets()
+    mine = load_config(values={"data.validation": 2, "training.seed": 3})
+    seen = sets.look(folder, trigger=None, resolution=64, settings=mine)
+    held = {card["name"] for card in seen["cards"] if card["held"]}
+    config = mine.with_values({"data.folder": folder})
+    _, expected = divide(gather(config.data), 2, None, 3, ())
+    assert held == {item.name for item in expected.items} and seen["held_out"] == 2
+    assert sets.look(folder, trigger=None, resolution=64)["held_out"] == 0  # six are too few by themselves
+
+
+def test_an_image_that_only_lacks_a_caption_is_shown_with_room_for_one(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (90, 60), (number * 80, 9, 9)).save(tmp_path / f"DSC0{number}.jpg")
+    bare = DataSets().look(tmp_path, trigger=None, resolution=64)
+    assert [(card["path"], card["edit"], card["caption"]) for card in bare["cards"]] == [
+        (str(tmp_path / name), name, "") for name in ("DSC00.jpg", "DSC01.jpg", "DSC02.jpg")
+    ]
+    assert "“Trigger word”" in bare["cards"][0]["findings"][0]["fix"]
+    assert DataSets().look(tmp_path, trigger=None, resolution=64, only="uncaptioned")["matching"] == 3
+    named = DataSets().look(tmp_path, trigger="zork", resolution=64)
+    assert (named["num_images"], named["num_unusable"], named["counts"]["error"]) == (3, 0, 0)
+
+
+def test_the_trigger_word_is_put_into_images_without_a_caption(
+    paths: AllowedPaths, image_folder: Callable[..., Path]
+) -> None:
+    folder = image_folder(1)
+    Image.new("RGB", (64, 64)).save(folder / "DSC00.jpg")
+    assert CaptionBook(paths).add_trigger(folder, "zork") == 2
+    assert (folder / "DSC00.txt").read_text() == "zork\n"
 
 
 def test_typing_is_one_change_to_undo(paths: AllowedPaths, image_folder: Callable[..., Path]) -> None:

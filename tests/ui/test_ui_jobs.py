@@ -447,3 +447,23 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
     assert queue.resume(job.id).resume
     queue.tick()
     assert ended(queue, job, wait).status == "finished"
+
+
+def test_a_run_whose_steps_are_made_is_finishing_not_starting(tmp_path: Path) -> None:
+    file, view = tmp_path / "events.jsonl", RunView(tmp_path / "events.jsonl")
+
+    def told(kind: str, **values: Any) -> tuple[bool, bool]:
+        with file.open("a") as stream:
+            stream.write(json.dumps({"event": kind, **values}) + "\n")
+        view.refresh()
+        return view.started, view.finishing
+
+    step = {"loss": 0.1, "learning_rate": 1e-4, "seconds_left": 1.0, "images_per_second": 2.0, "steps": 2}
+    start = {"first_step": 0, "expected_seconds": 1.0, "expected_bytes": 5, "steps": 2}
+    assert told("RunStarted", **start) == (True, False)
+    assert told("StepDone", step=1, **step) == (True, False)
+    assert told("StepDone", step=2, **step) == (True, True)
+    assert told("RunFinished", adapter_file="x", seconds=1.0) == (False, True)
+    assert view.brief()["finishing"]
+    view.begin()  # its process is started once more
+    assert not view.finishing

@@ -6,9 +6,12 @@ They resolve links and ``..`` first and compare afterwards, so the answer is abo
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 from sdlora.errors import SdloraError
@@ -34,8 +37,32 @@ _USUAL_HOMES = (
 )
 
 
+_SYSTEM_FOLDERS = ("/etc", "/proc", "/sys", "/dev", "/boot", "/root", "/run", "/bin", "/sbin", "/lib")
+_MOST_NAMES = 2000
+_ALIKE = 0.7
+
+
+class MissingPath(SdloraError):
+    """A path inside the folders of the server where nothing is."""
+
+
 class PathRefused(SdloraError):
     """A path outside the folders that the user named when starting the server."""
+
+
+@dataclass
+class Granted:
+    """Folders that were added while the server runs; empty where others can reach it.
+
+    Attributes:
+        allowed: to read and write, added by the owner on the page.
+        bases: with checkpoints, found or named; to read only.
+        adapters: with adapters, likewise.
+    """
+
+    allowed: tuple[Path, ...] = ()
+    bases: tuple[Path, ...] = ()
+    adapters: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +76,9 @@ class AllowedPaths:
         data: uploaded data sets.
         allowed: further folders to read and write, as given with ``--allow``.
         models: folders with checkpoints and adapters, to read only.
+        local: whether only this machine can reach the server: only then is told what exists elsewhere on it,
+            and only then can folders be added.
+        granted: folders that were added while the server runs.
     """
 
     home: Path
@@ -57,6 +87,8 @@ class AllowedPaths:
     data: Path
     allowed: tuple[Path, ...] = ()
     models: tuple[Path, ...] = ()
+    local: bool = False
+    granted: Granted = field(default_factory=lambda: Granted(), compare=False)
 
     @classmethod
     def of(
@@ -68,6 +100,7 @@ class AllowedPaths:
         data: Path,
         allowed: Iterable[Path] = (),
         models: Iterable[Path] = (),
+        local: bool = False,
     ) -> AllowedPaths:
         """Return the folders as absolute paths with their links followed.
 
@@ -85,7 +118,9 @@ class AllowedPaths:
             refuse_bad_names(folder)
             if folder.exists() and not folder.is_dir():
                 raise PathRefused(f"{flag} {folder}: is a file, but a folder is needed; choose another")
-        return cls(home, first, second, third, tuple(named), tuple(folder.resolve() for folder in models))
+        return cls(
+            home, first, second, third, tuple(named), tuple(folder.resolve() for folder in models), local
+        )
 
     @property
     def state(self) -> Path:
@@ -95,7 +130,17 @@ class AllowedPaths:
     @property
     def roots(self) -> tuple[Path, ...]:
         """Folders that may be written."""
-        return (self.runs, self.images, self.data, *self.allowed)
+        return (self.runs, self.images, self.data, *self.named)
+
+    @property
+    def named(self) -> tuple[Path, ...]:
+        """Further folders that may be written: those of ``--allow``, and those added on the page."""
+        return (*self.allowed, *self.granted.allowed)
+
+    @property
+    def read_only(self) -> tuple[Path, ...]:
+        """Folders with models, which may be read: known at the start, or found or named since."""
+        return (*self.models, *self.granted.bases, *self.granted.adapters)
 
     def readable(self, text: str | Path) -> Path:
         """Return the real path of something that may be read.
@@ -103,7 +148,32 @@ class AllowedPaths:
         Raises:
             PathRefused: when it lies elsewhere.
         """
-        return self._inside(text, (*self.roots, *self.models), "read")
+        return self._inside(text, (*self.roots, *self.read_only), "read")
+
+    def can_be_added(self, text: str) -> bool:
+        """Return whether the owner may add a folder on the page: it exists, and only this machine asks."""
+        path = self._resolve(text.strip())
+        if path is None or not self.local or not path.is_dir():
+            return False
+        try:
+            may_be_added(path, Path.home().resolve())
+        except (PathRefused, RuntimeError):
+            return False
+        return True
+
+    def folder(self, text: str | Path) -> Path:
+        """Return the real path of a folder that may be read.
+
+        Raises:
+            PathRefused: when it lies elsewhere.
+            MissingPath: when there is none; it names the nearest one that there is.
+        """
+        path = self.readable(text)
+        if not path.exists():
+            raise MissingPath(self._missing(str(text).strip(), path))
+        if not path.is_dir():
+            raise MissingPath(f"{str(text).strip()}: is a file; give the folder that it lies in")
+        return path
 
     def model(self, text: str | Path) -> Path:
         """Return the real path of an adapter, a base or a run that may be read, with all that lies in it.
@@ -129,7 +199,7 @@ class AllowedPaths:
     def reaches(self, path: Path) -> bool:
         """Return whether something found inside an allowed folder is there, and not a link that leads out."""
         real = self._resolve(str(path))
-        roots = (*self.roots, *self.models)
+        roots = (*self.roots, *self.read_only)
         return real is not None and real.exists() and any(real.is_relative_to(root) for root in roots)
 
     def writable(self, text: str | Path) -> Path:
@@ -151,12 +221,26 @@ class AllowedPaths:
         named = str(text).strip()
         path = self._resolve(named)
         if path is None or not any(path == root or path.is_relative_to(root) for root in roots):
+            if path is not None and self.local and not path.exists():
+                raise PathRefused(self._missing(named, path))
             shown = ", ".join(dict.fromkeys(self.shown(root) or "." for root in roots))
             raise PathRefused(
                 f"{named or 'an empty path'}: may not be {verb}, it is outside the folders this server was "
                 f"given ({shown}); start it with `sdlora ui --allow FOLDER` to add one"
             )
         return path
+
+    def _missing(self, named: str, path: Path) -> str:
+        """Say that there is no such folder, and which one there is that is spelled nearly so."""
+        seen = (*self.roots, *self.read_only)
+        parent = next((parent for parent in path.parents if parent.is_dir()), None)
+        text = f"{named}: there is no such folder or file"
+        if parent is None or not (self.local or any(parent.is_relative_to(root) for root in seen)):
+            return text
+        close = nearest(path, parent)
+        if close != parent:
+            return f"{text}; did you mean {self.shown(close)}?"
+        return f"{text}; the nearest one that there is: {self.shown(parent) if parent != self.home else '.'}"
 
     def _resolve(self, text: str) -> Path | None:
         # Windows would log in to a network share that a request names
@@ -166,6 +250,21 @@ class AllowedPaths:
             return (self.home / Path(text).expanduser()).resolve()
         except (OSError, RuntimeError, ValueError):  # a loop of links, an unknown ~user, a null byte
             return None
+
+
+def nearest(path: Path, parent: Path) -> Path:
+    """Return the path below ``parent``, an existing folder, that is spelled most like ``path``."""
+    for part in path.relative_to(parent).parts:
+        names: list[str] = []
+        with suppress(OSError), os.scandir(parent) as entries:
+            names = [entry.name for entry in itertools.islice(entries, _MOST_NAMES)]
+        match = next((name for name in names if name == part), None)
+        lower = {name.lower(): name for name in names}
+        close = get_close_matches(part.lower(), lower, n=1, cutoff=_ALIKE)
+        if match is None and not close:
+            return parent
+        parent = parent / (match or lower[close[0]])
+    return parent
 
 
 def usual_model_folders(user_home: Path | None = None) -> list[Path]:
@@ -192,16 +291,36 @@ def model_files(paths: AllowedPaths, kind: str) -> list[Path]:
     wanted = _MODEL_FOLDERS[:2] if kind == "base" else _MODEL_FOLDERS[2:]
     endings = {Path(inside).name for inside in wanted}
     folders = [folder for folder in paths.models if folder.name in endings]
-    folders += [folder for folder in paths.allowed if folder.name in endings]
-    folders += [root / inside for root in paths.allowed for inside in wanted if (root / inside).is_dir()]
+    folders += paths.granted.bases if kind == "base" else paths.granted.adapters
+    folders += [folder for folder in paths.named if folder.name in endings]
+    folders += [root / inside for root in paths.named for inside in wanted if (root / inside).is_dir()]
     files = [file for folder in dict.fromkeys(folders) for file in list_files(folder, ".safetensors")]
     return [file for file in dict.fromkeys(files) if file.is_file() and paths.reaches(file)]
 
 
+def may_be_added(folder: Path, user_home: Path) -> None:
+    """Check that a folder may be added on the page: one of images or models, not half of the machine.
+
+    Args:
+        folder: resolved.
+        user_home: the owner's home folder, resolved.
+
+    Raises:
+        PathRefused: for a drive, the home folder or one above it, hidden folders and those of the system.
+    """
+    system = [Path(name) for name in _SYSTEM_FOLDERS] + [Path(os.environ.get("SYSTEMROOT", "/etc"))]
+    hidden = any(part.startswith(".") for part in folder.parts)
+    if user_home.is_relative_to(folder) or folder == Path(folder.anchor) or hidden:
+        raise PathRefused(f"{folder}: holds more than images or models; name a folder inside it")
+    system = [place for place in system if not user_home.is_relative_to(place)]
+    if any(folder.is_relative_to(place) for place in system):
+        raise PathRefused(f"{folder}: belongs to the system; copy what you need into a folder of yours")
+
+
 def program_folders(paths: AllowedPaths) -> tuple[list[Path], list[Path]]:
     """Return the WebUI and ComfyUI folders that may be written, and those that were found but not named."""
-    named = [root for root in paths.allowed if any((root / inside).is_dir() for inside in _MODEL_FOLDERS[2:])]
-    named += [root for root in paths.allowed if root.name.lower() in ("lora", "loras")]
-    programs = dict.fromkeys(folder.parent.parent for folder in paths.models)
-    others = [folder for folder in programs if not any(folder.is_relative_to(root) for root in paths.allowed)]
+    named = [root for root in paths.named if any((root / inside).is_dir() for inside in _MODEL_FOLDERS[2:])]
+    named += [root for root in paths.named if root.name.lower() in ("lora", "loras")]
+    programs = dict.fromkeys(folder.parent.parent for folder in (*paths.models, *paths.granted.adapters))
+    others = [folder for folder in programs if not any(folder.is_relative_to(root) for root in paths.named)]
     return list(dict.fromkeys(named)), others

@@ -18,6 +18,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.data.reading.image_files import IMAGE_ENDINGS, load_small
 from sdlora.errors import ConfigError, SdloraError
@@ -27,20 +28,27 @@ from sdlora.run_folder import SAMPLE, SAVE, RunFolder
 
 from ..captioning import Captioning
 from ..captions import CaptionBook
-from ..dataset_view import DataSets, version_of
+from ..dataset_view import DataSets, for_folder, version_of_settings
+from ..drafts import TRAIN_FORM, Drafts
 from ..gallery import list_images
 from ..job_memory import MemoryWatch
 from ..jobs import Job, JobQueue, process_of
+from ..owner import Owner
+from ..settings import data_settings
+from ..words import labels, page_words
 from .allowed_paths import AllowedPaths, PathRefused
+from .folders import list_folders
 
 _SERVED = IMAGE_ENDINGS | {".safetensors", ".zip"}
 MAX_THUMB = 1024
 Handler = Callable[[Request], dict[str, Any]]
 
 
-def routes(paths: AllowedPaths, queue: JobQueue, captioning: Captioning) -> list[BaseRoute]:
+def routes(
+    paths: AllowedPaths, queue: JobQueue, captioning: Captioning, drafts: Drafts, owner: Owner
+) -> list[BaseRoute]:
     """Return the routes of one server."""
-    endpoints = _Own(paths, queue, captioning)
+    endpoints = _Own(paths, queue, captioning, drafts, owner)
     web = Path(__file__).parent.parent / "web"
     return [
         Mount("/sdlora/web", StaticFiles(directory=web)),
@@ -48,6 +56,8 @@ def routes(paths: AllowedPaths, queue: JobQueue, captioning: Captioning) -> list
         Route("/sdlora/thumb", endpoints.thumb),
         Route("/sdlora/dataset", _reading(endpoints.dataset)),
         Route("/sdlora/dataset/progress", _reading(endpoints.reading)),
+        Route("/sdlora/folders", _reading(endpoints.folders)),
+        Route("/sdlora/allow", _writing(endpoints.allow), methods=["POST"]),
         Route("/sdlora/settings", _reading(endpoints.settings)),
         Route("/sdlora/images", _reading(endpoints.images)),
         Route("/sdlora/captions/{what}", _writing(endpoints.captions), methods=["POST"]),
@@ -96,7 +106,7 @@ def _answered(handler: Handler, request: Request) -> Response:
     except PathRefused as error:
         return JSONResponse({"error": str(error)}, 403)
     except SdloraError as error:
-        return JSONResponse({"error": str(error)}, 422)
+        return JSONResponse({"error": page_words(str(error))}, 422)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return JSONResponse({"error": f"invalid request: {error}"}, 400)
 
@@ -104,8 +114,11 @@ def _answered(handler: Handler, request: Request) -> Response:
 class _Own:
     """The handlers, with the objects they share."""
 
-    def __init__(self, paths: AllowedPaths, queue: JobQueue, captioning: Captioning) -> None:
-        self.paths, self.queue, self.captioning = paths, queue, captioning
+    def __init__(
+        self, paths: AllowedPaths, queue: JobQueue, captioning: Captioning, drafts: Drafts, owner: Owner
+    ) -> None:
+        self.owner = owner
+        self.paths, self.queue, self.captioning, self.drafts = paths, queue, captioning, drafts
         self.book, self.sets, self.memory = CaptionBook(paths), DataSets(), MemoryWatch()
 
     async def file(self, request: Request) -> Response:
@@ -139,6 +152,7 @@ class _Own:
             resolution=int(asked.get("resolution") or 512),
             page=max(0, int(asked.get("page") or 0)),
             only=asked.get("only", ""),
+            settings=self._data_settings(request, folder),
         )
         return seen | {"undo": self.book.changes(folder)}
 
@@ -146,7 +160,21 @@ class _Own:
         """Return how far the reading of a folder is; when it is not being read, its version."""
         folder = self.paths.readable(request.query_params.get("folder", ""))
         progress = self.sets.progress(folder)
-        return {"progress": progress, "version": None if progress else version_of(folder)}
+        config = for_folder(
+            folder, request.query_params.get("trigger") or None, self._data_settings(request, folder)
+        )
+        return {"progress": progress, "version": None if progress else version_of_settings(config)}
+
+    def _data_settings(self, request: Request, folder: Path) -> Config | None:
+        """Return the data settings in the training form of the request's tab, if they are of this folder."""
+        held = self.drafts.kept(TRAIN_FORM, request.query_params.get("tab", ""))
+        return data_settings(self.paths, held, folder)
+
+    def folders(self, request: Request) -> dict[str, Any]:
+        return list_folders(self.paths, request.query_params.get("path", ""))
+
+    def allow(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        return {"folder": str(self.owner.allow(str(body["path"])))}
 
     def settings(self, request: Request) -> dict[str, Any]:
         return dict(read_parameters(self.paths.readable(request.query_params.get("path", ""))))
@@ -193,6 +221,11 @@ class _Own:
         full = self._brief(job) | self.queue.view(job.id).full()
         adapter = full["adapter_file"]
         return full | {
+            "defaults": [
+                [key, value, page_words(reason), labels().get(key, key)]
+                for key, value, reason in full["defaults"]
+            ],
+            "notes": [page_words(note) for note in full["notes"]],
             "memory": self.memory.of(process_of(job)),
             "prompts": self._prompts(job),
             "command": shlex.join(self.queue.command(job.id)),
@@ -237,7 +270,7 @@ class _Own:
         return self._brief(known[action](job_id))
 
     def _brief(self, job: Job) -> dict[str, Any]:
-        return job.to_dict() | self.queue.view(job.id).brief()
+        return job.to_dict() | self.queue.view(job.id).brief() | {"error": page_words(job.error)}
 
     def _prompts(self, job: Job) -> list[str]:
         for file in (RunFolder(job.run).config_file, self.queue.settings(job.id)):

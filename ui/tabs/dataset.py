@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import gradio as gr
 
 from sdlora.errors import SdloraError
 
+from ..folder_settings import trigger_of
+from ..server.allowed_paths import PathRefused
 from ..server.uploads import copy_folder, folder_name, import_files
 from ..site import Site
-from .shared import Shell, choices, hint, problem
+from .shared import Shell, choices, data_set_html, hint, problem
 
 RESOLUTIONS = [
     ("64 px (mini base)", 64),
@@ -22,6 +25,7 @@ RESOLUTIONS = [
     ("768 px (SD 2)", 768),
     ("1024 px (SDXL)", 1024),
 ]
+_FIRST_RESOLUTION = 64
 _PROGRESS = gr.Progress()
 _WELCOME = """<div class="sd-hero"><h2>Teach Stable Diffusion a style or a subject</h2>
 <p>From a folder of images to a LoRA with a strength slider. Nothing leaves this machine.</p></div>"""
@@ -35,11 +39,13 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     bar, trigger, resolution, go = _bar()
     view = gr.HTML("", elem_id="dataset-view")
 
-    shown: list[Any] = [folder, trigger, resolution]
-    opened = [view, shell.folder, shell.trigger, bar]
+    shell.word, shell.resolution, shell.view = trigger, resolution, view
+    shell.opened = [view, shell.folder, shell.trigger, bar, trigger, folder]
+    shown: list[Any] = [folder, trigger, resolution, shell.folder]
+    opened = [view, shell.folder, shell.trigger, bar, trigger]
 
-    def show(path: str | None, word: str | None, px: int) -> tuple[Any, ...]:
-        return _show(site, path, word or "", px)
+    def show(path: str | None, word: str | None, px: int, before: str | None) -> tuple[Any, ...]:
+        return _show(site, path, word or "", px, before or "")
 
     gr.on(
         [look.click, folder.input, trigger.submit, resolution.input],
@@ -62,7 +68,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     demo.click(
         lambda: demo_folder(site),
         None,
-        [*opened, folder, trigger, shell.demo, shell.tabs],
+        [*opened, folder, shell.demo, shell.tabs],
         show_progress="minimal",
     )
     go.click(lambda: gr.Tabs(selected="train"), None, shell.tabs)
@@ -82,6 +88,7 @@ def _ways_in(site: Site) -> tuple[gr.Dropdown, gr.Button, gr.File, gr.Textbox, g
                 allow_custom_value=True,
                 elem_id="dataset-folder",
             )
+            gr.HTML("<sd-browse></sd-browse>", elem_id="browse")
             look = gr.Button("Open folder", elem_id="open-folder")
         with gr.Column(scale=3, min_width=280, elem_classes="sd-box"):
             gr.HTML("<h3>Or drop images</h3>")
@@ -112,7 +119,7 @@ def _bar() -> tuple[gr.Row, gr.Textbox, gr.Dropdown, gr.Button]:
         )
         resolution = gr.Dropdown(
             RESOLUTIONS,
-            value=64,
+            value=_FIRST_RESOLUTION,
             label="Show crops for",
             info="The resolution your base model is trained at",
             elem_id="dataset-resolution",
@@ -121,16 +128,37 @@ def _bar() -> tuple[gr.Row, gr.Textbox, gr.Dropdown, gr.Button]:
     return bar, trigger, resolution, go
 
 
-def _show(site: Site, path: str | None, word: str, px: int) -> tuple[Any, ...]:
+def _show(site: Site, path: str | None, word: str, px: int, before: str = "") -> tuple[Any, ...]:
+    """Return what opening a folder changes; another folder than the one before starts without its word."""
     if not (path or "").strip():
-        return hint("Choose a folder first."), "", word, gr.Row(visible=False)
+        return hint("Choose a folder first."), "", word, gr.Row(visible=False), word
     try:
-        folder = site.paths.readable(str(path))
+        folder = str(site.paths.folder(str(path)))
     except SdloraError as error:
-        return problem(str(error)), "", word, gr.Row(visible=False)
-    attributes = {"folder": str(folder), "trigger": word.strip(), "resolution": str(px)}
-    written = " ".join(f'{name}="{escape(value, quote=True)}"' for name, value in attributes.items())
-    return f"<sd-dataset {written}></sd-dataset>", str(folder), word.strip(), gr.Row(visible=True)
+        return _refused(site, str(path), error), "", word, gr.Row(visible=False), word
+    word = word.strip() if before in ("", folder) else trigger_of(site, folder)
+    return data_set_html(folder, word, px), folder, word, gr.Row(visible=True), word
+
+
+def _refused(site: Site, path: str, error: SdloraError) -> str:
+    """Return why a folder is not shown; where the owner may add it, with a button that does."""
+    if not (isinstance(error, PathRefused) and site.paths.can_be_added(path)):
+        return problem(str(error))
+    text = f"{path}: sdlora does not use this folder yet. It would read the images and write captions in it."
+    return f'{hint(text)}<sd-allow path="{escape(path, quote=True)}"></sd-allow>'
+
+
+def opened_again(site: Site, kept: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what shows the folder that a form was about when the page was left, for ``Shell.opened``."""
+    named = str(kept.get("data.folder") or "").strip()
+    try:
+        folder = str(site.paths.folder(named)) if named else ""
+    except SdloraError:
+        folder = ""
+    if not folder:
+        return tuple(gr.skip() for _ in range(6))
+    word = str(kept.get("data.trigger_word") or "")
+    return (*_show(site, folder, word, _FIRST_RESOLUTION, folder), gr.Dropdown(value=folder))
 
 
 def _take(
@@ -147,7 +175,7 @@ def _take(
             lambda done, total: progress((done, total), desc="checking the images"),
         )
     except SdloraError as error:
-        return (problem(str(error)), *([gr.skip()] * 4), None)
+        return (problem(str(error)), *([gr.skip()] * 5), None)
     if taken.left_out:
         gr.Warning(f"{len(taken.left_out)} left out: " + "; ".join(taken.left_out[:5]))
     gr.Info(f"{taken.num_images} images are now in {site.paths.shown(taken.folder)}")
@@ -162,9 +190,8 @@ def demo_folder(site: Site) -> tuple[Any, ...]:
     folder = copy_folder(find_data() / STYLE, site.paths.data)
     word = demo_config(site.paths.runs / STYLE, site.paths.data).data.trigger_word or ""
     return (
-        *_show(site, str(folder), word, 64),
+        *_show(site, str(folder), word, _FIRST_RESOLUTION),
         gr.Dropdown(choices(site.data_sets()), value=str(folder)),
-        word,
         json.dumps({"folder": str(folder), "at": time.time()}),
         gr.Tabs(selected="train"),
     )

@@ -16,6 +16,7 @@ from sdlora.errors import ConfigError, SdloraError
 from sdlora.generation.lora_tags import split_tags
 from sdlora.generation.png_info import read_parameters
 
+from ..drafts import DRAW_FORM
 from ..gallery import compare_html, grid_html, image_html, strip_html
 from ..prompt_tags import adapters_by_name, with_tagged
 from ..server.png_import import ImportedSettings, from_parameters
@@ -33,7 +34,6 @@ _STRIPS = {
     "-1 to 2 by 0.05": (-1.0, 2.0, 0.05),
 }
 _EMPTY = '<p class="sd-dim sd-none">Choose an adapter, write a prompt, press Draw.</p>'
-_DRAFT = "generate"
 _GRID_STRENGTHS = "0.5, 0.75, 1, 1.25"
 
 
@@ -66,6 +66,7 @@ class _Page:
     guidance: gr.Textbox
     sampler: gr.Dropdown
     slots: list[_Slot]
+    tab_word: gr.Textbox
     status: gr.HTML = field(init=False)
     main: gr.HTML = field(init=False)
     extra: gr.HTML = field(init=False)
@@ -79,6 +80,11 @@ class _Page:
 
     @property
     def inputs(self) -> list[Any]:
+        return [*self.filled, self.tab_word]
+
+    @property
+    def filled(self) -> list[Any]:
+        """What a draft fills in."""
         return [*self.plain, *(control for slot in self.slots for control in slot.controls)]
 
 
@@ -89,7 +95,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     """Put the page into the current tab."""
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
-            page, more = _controls(site)
+            page, more = _controls(site, shell)
         with gr.Column(scale=6, min_width=320, elem_classes="sd-stage"):
             page.status = gr.HTML("", elem_id="drawing")
             page.main = gr.HTML(_EMPTY, elem_id="drawn")
@@ -103,7 +109,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     _connect_keeping(site, page)
 
 
-def _controls(site: Site) -> tuple[_Page, dict[str, Any]]:
+def _controls(site: Site, shell: Shell) -> tuple[_Page, dict[str, Any]]:
     with gr.Column(elem_classes="sd-box"):
         prompt = gr.Textbox(
             label="Prompt", lines=2, placeholder="inkicon, an icon of a cat", elem_id="prompt"
@@ -123,7 +129,7 @@ def _controls(site: Site) -> tuple[_Page, dict[str, Any]]:
             run = gr.Dropdown(choices(site.runs()), value=None, label="Run", elem_id="grid-run")
             strengths = gr.Textbox(_GRID_STRENGTHS, label="Strengths", elem_id="grid-strengths", max_lines=1)
         grid = gr.Button("Draw checkpoints by strengths", elem_id="grid")
-    page, imported, dice = _more_controls(site, prompt, slots)
+    page, imported, dice = _more_controls(site, shell, prompt, slots)
     more = {
         "draw": draw, "compare": compare, "strip": strip, "sweep": sweep, "run": run,
         "strengths": strengths, "grid": grid, "another": another, "imported": imported, "dice": dice,
@@ -131,7 +137,9 @@ def _controls(site: Site) -> tuple[_Page, dict[str, Any]]:
     return page, more
 
 
-def _more_controls(site: Site, prompt: gr.Textbox, slots: list[_Slot]) -> tuple[_Page, gr.File, gr.Button]:
+def _more_controls(
+    site: Site, shell: Shell, prompt: gr.Textbox, slots: list[_Slot]
+) -> tuple[_Page, gr.File, gr.Button]:
     """Return the page with the folded controls, the drop area for a PNG, and the button for a new seed."""
     defaults = SampleConfig()
     placeholder = "the base's own"
@@ -166,7 +174,8 @@ def _more_controls(site: Site, prompt: gr.Textbox, slots: list[_Slot]) -> tuple[
         imported = gr.File(
             label="Drop a PNG to use its settings", file_types=[".png"], elem_id="import-file", height=110
         )
-    page = _Page(base, prompt, negative, seed, width, height, steps, guidance, sampler, slots)
+    plain = (base, prompt, negative, seed, width, height, steps, guidance, sampler)
+    page = _Page(*plain, slots, shell.tab_word)
     return page, imported, dice
 
 
@@ -236,12 +245,12 @@ def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
 
 
 def _connect_keeping(site: Site, page: _Page) -> None:
-    """Fill a newly opened page with the values last drawn with."""
+    """Fill a page that was opened again with the values last drawn with in its tab."""
 
-    def again() -> list[Any]:
-        kept = site.drafts.kept(_DRAFT).get("held")
-        if not isinstance(kept, list) or len(kept) != len(page.inputs):
-            return [gr.skip()] * (len(page.inputs) + NUM_SLOTS)
+    def again(tab_word: str) -> list[Any]:
+        kept = site.drafts.kept(DRAW_FORM, tab_word or "").get("held")
+        if not isinstance(kept, list) or len(kept) != len(page.filled):
+            return [gr.skip()] * (len(page.filled) + NUM_SLOTS)
         known, boxes = choices(site.adapters()), []
         for number in range(NUM_SLOTS):
             at = len(_PLAIN) + 4 * number
@@ -251,7 +260,8 @@ def _connect_keeping(site: Site, page: _Page) -> None:
             boxes.append(gr.Group(visible=number == 0 or bool(file)))
         return [*kept, *boxes]
 
-    gr.on(None, again, None, [*page.inputs, *(slot.box for slot in page.slots)], show_progress="hidden")
+    boxes = [slot.box for slot in page.slots]
+    page.tab_word.change(again, page.tab_word, [*page.filled, *boxes], show_progress="hidden")
 
 
 def _connect_choosing(site: Site, shell: Shell, tab: gr.Tab, page: _Page, run: gr.Dropdown) -> None:
@@ -427,7 +437,7 @@ def _drawn(
     try:
         rows = rows if rows is not None else _rows(held)
         arguments = _arguments(site, held, rows) | {"strengths": strengths}
-        site.drafts.keep(_DRAFT, {"held": list(held)})
+        site.drafts.keep(DRAW_FORM, {"held": list(held[:-1])}, held[-1] or "")
         total = len(rows) * len(strengths or [None])
         for answer in site.draw.call("draw", arguments, replace=f"draw {request.session_hash}"):
             if answer.progress is not None:

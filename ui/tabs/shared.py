@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -14,9 +15,10 @@ from sdlora.files import parse_json
 
 from ..forms import number
 from ..site import Choice
+from ..words import page_words
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shell:
     """The page around the tabs.
 
@@ -30,6 +32,12 @@ class Shell:
         clone_run: job whose settings are to be copied into the form.
         chosen_cell: checkpoint and strength clicked in a grid.
         import_png: image of the gallery whose settings are to be used.
+        reset_setting: key of the training setting that is to be automatic again; ``all`` for all of them.
+        tab_word: the browser tab's word, which its drafts go by; set when the page is there.
+        word: the trigger word's field on the first page.
+        resolution: the resolution's field there.
+        view: the data set shown there.
+        opened: everything there that the opening of a folder changes.
     """
 
     tabs: gr.Tabs
@@ -41,6 +49,12 @@ class Shell:
     clone_run: gr.Textbox
     chosen_cell: gr.Textbox
     import_png: gr.Textbox
+    reset_setting: gr.Textbox
+    tab_word: gr.Textbox
+    word: gr.Textbox = field(init=False)
+    resolution: gr.Dropdown = field(init=False)
+    view: gr.HTML = field(init=False)
+    opened: list[Any] = field(init=False)
 
 
 def choices(listed: Iterable[Choice]) -> list[tuple[str, str]]:
@@ -73,8 +87,8 @@ def told(message: str, key: str) -> Any:
 
 
 def problem(text: str) -> str:
-    """Return an error as HTML that screen readers announce."""
-    return f'<p class="sd-problem" role="alert">{escape(text)}</p>'
+    """Return an error as HTML that screen readers announce, in the words of the page."""
+    return f'<p class="sd-problem" role="alert">{escape(page_words(text))}</p>'
 
 
 def hint(text: str) -> str:
@@ -89,3 +103,27 @@ def working(done: int, total: int, note: str) -> str:
         f'<div class="sd-working" role="status"><progress max="1" value="{share:.3f}" '
         f'aria-label="{escape(note)}"></progress><span>{escape(note)} …</span></div>'
     )
+
+
+class Pause:
+    """Tells whether the typing pauses: of several events in a row only the last one goes on."""
+
+    def __init__(self, seconds: float = 0.4) -> None:
+        """Wait that long for a further event."""
+        self._seconds = seconds
+        self._newest: dict[str | None, int] = {}
+
+    def after(self, session: str | None) -> bool:
+        """Wait, and return whether this session's event is still the newest."""
+        number = self._newest[session] = self._newest.get(session, 0) + 1
+        time.sleep(self._seconds)
+        return self._newest[session] == number
+
+
+def data_set_html(folder: str, word: str, resolution: int) -> str:
+    """Return the element that shows a data set; nothing for no folder."""
+    if not folder:
+        return ""
+    attributes = {"folder": folder, "trigger": word.strip(), "resolution": str(resolution)}
+    written = " ".join(f'{name}="{escape(value, quote=True)}"' for name, value in attributes.items())
+    return f"<sd-dataset {written}></sd-dataset>"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,36 @@ import gradio as gr
 
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
-from sdlora.data.reading.folder import survey
+from sdlora.data.reading.sources import survey_all, survey_held_out
 from sdlora.errors import ConfigError, DatasetError, SdloraError
 
-from ..forms import NOT_FOR_A_BROWSER, SECTION_TITLES, Setting, control, from_config, settings
+from .. import folder_settings
+from ..drafts import TRAIN_FORM
+from ..forms import NOT_FOR_A_BROWSER, SECTION_TITLES, control, from_config, settings
 from ..machine_view import machine_html
-from ..plan_view import plan_html
+from ..plan_view import changed_html, plan_html
 from ..server.uploads import folder_name
-from ..settings import checked_config
+from ..settings import checked_config, folders_of
 from ..site import Site
+from ..words import FIRST_LABELS
 from ..worker_client import CallCancelled
-from .shared import Shell, choices, hint, problem, told, working
+from . import base_picker
+from .dataset import opened_again
+from .shared import Pause, Shell, choices, data_set_html, hint, problem, told, working
 
-_DRAFT = "train"
-_PAUSE = 0.4  # seconds without a key press before the plan is made
 _NO_FOLDER = "Choose a folder of images on the first page; time, memory and settings then appear here."
+_SOON = "Time and memory are worked out when this page is looked at."
 _LATER = "Time and memory are worked out when a setting changes."
-_FIRST = ("model.base", "data.folder", "output.name", "data.trigger_word")
+_FIRST = tuple(FIRST_LABELS)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The form: the control of every setting by its key, the plan, and what differs from automatic."""
+
+    controls: dict[str, Any]
+    plan: gr.HTML
+    changed: gr.HTML
 
 
 def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
@@ -38,10 +52,11 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
         with gr.Column(scale=4, min_width=320):
             with gr.Column(elem_classes="sd-box"):
                 gr.HTML("<h3>What to train</h3>")
-                controls |= _first(site, known)
+                controls |= _first(site)
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
                 message = gr.HTML("", elem_id="start-said")
             plan = gr.HTML(hint(_NO_FOLDER), elem_id="plan")
+            changed = gr.HTML("", elem_id="changed")
             with gr.Accordion("This machine", open=False, elem_id="machine") as machine:
                 report = gr.HTML(
                     hint("Looking at torch, cards, driver and memory ..."), elem_id="machine-report"
@@ -61,20 +76,22 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                         controls |= {setting.key: control(setting) for setting in settings_here}
         with gr.Column(scale=6, min_width=320):
             gr.HTML("<sd-jobs></sd-jobs>", elem_id="jobs")
-    _connect(site, shell, controls, start, message, plan)
-    _connect_keeping(site, tab, controls, plan)
+    form = _Form(controls, plan, changed)
+    _connect(site, shell, tab, form, start, message)
+    _connect_keeping(site, shell, tab, form)
 
 
-def _first(site: Site, known: Mapping[str, Setting]) -> dict[str, Any]:
+def _first(site: Site) -> dict[str, Any]:
     """Return the few controls that are always visible."""
     base = gr.Dropdown(
         choices(site.bases()),
-        value="mini",
+        value=site.default_base() or None,
         label="Base model",
-        info="Built in, a file found here, a path, or a Hugging Face id: owner/name",
+        info="Found here, a path, or a Hugging Face id: owner/name",
         allow_custom_value=True,
         elem_id="base",
     )
+    base_picker.build(site, base)
     folder = gr.Textbox(
         label="Folder of images", info="Chosen on the first page", elem_id="train-folder", max_lines=1
     )
@@ -84,95 +101,178 @@ def _first(site: Site, known: Mapping[str, Setting]) -> dict[str, Any]:
     return dict(zip(_FIRST, (base, folder, name, trigger), strict=True))
 
 
-def _connect(
-    site: Site, shell: Shell, controls: dict[str, Any], start: gr.Button, message: gr.HTML, plan: gr.HTML
-) -> None:
-    keys, shown = list(controls), list(controls.values())
+@dataclass(frozen=True)
+class _Filling:
+    """What is put into the form at once; each method returns every control's value, and what the plan says.
 
-    newest: dict[str | None, int] = {}
+    Attributes:
+        site: with jobs and drafts.
+        keys: of the controls, in their order.
+    """
 
-    def predict(*held: Any) -> Iterator[str]:
+    site: Site
+    keys: list[str]
+
+    def choose(self, chosen: str, word: str, demo_said: str, *held: Any) -> list[Any]:
+        raw = dict(zip(self.keys, held, strict=True))
+        known = folder_settings.same_folder(self.site, raw["data.folder"], chosen)
+        if not chosen or (known and word == raw["data.trigger_word"]):
+            return [gr.skip() for _ in (*self.keys, "plan")]
+        if known:
+            raw["data.trigger_word"] = word
+        elif demo_said and told(demo_said, "folder") == chosen:  # as `fill_demo`, which is asked as well
+            return self.fill_demo(demo_said)
+        else:
+            raw = folder_settings.settings_for(self.site, chosen, raw) | {"data.trigger_word": word}
+            raw["output.name"] = _free_name(self.site, folder_name(Path(chosen).name))
+        return [*(raw[key] for key in self.keys), hint(_LATER)]
+
+    def fill_demo(self, said_text: str) -> list[Any]:
+        raw = folder_settings.demo_settings(self.site, Path(told(said_text, "folder")))
+        raw["output.name"] = _free_name(self.site, str(raw["output.name"]))
+        return [*(raw[key] for key in self.keys), hint(_LATER)]
+
+    def clone(self, said_text: str) -> list[Any]:
+        job = self.site.queue.get(told(said_text, "id"))
+        config = load_config(self.site.queue.settings(job.id))
+        config = config.with_values({"output.name": _free_name(self.site, job.name), "output.folder": None})
+        raw = from_config(config)
+        gr.Info("The job's settings are in the form, under a new name. Change them and start.")
+        return [*(raw[key] for key in self.keys), hint(_LATER)]
+
+    def reset(self, said_text: str, *held: Any) -> list[Any]:
+        raw = dict(zip(self.keys, held, strict=True))
+        raw = folder_settings.reset(self.site, raw, told(said_text, "key"), self.keys)
+        return [*(raw[key] for key in self.keys), hint(_LATER)]
+
+
+def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Button, message: gr.HTML) -> None:
+    keys, shown = list(form.controls), list(form.controls.values())
+    trigger = form.controls["data.trigger_word"]
+    told_all = [shell.tab_word, *shown]
+    pause = Pause()
+
+    def predict(tab_word: str, *held: Any) -> Iterator[Any]:
         raw = dict(zip(keys, held, strict=True))
-        site.drafts.keep(_DRAFT, raw)
-        yield from _predict(site, raw)
+        folder_settings.keep(site, raw, tab_word or "")
+        for shown_plan in _predict(site, raw):
+            yield shown_plan, changed_html(raw)
 
     def edited(request: gr.Request, *held: Any) -> Iterator[Any]:
         """Predict when the typing pauses."""
-        number = newest[request.session_hash] = newest.get(request.session_hash, 0) + 1
-        time.sleep(_PAUSE)
-        if newest[request.session_hash] == number:
+        if pause.after(request.session_hash):
             yield from predict(*held)
         else:
-            yield gr.skip()
+            yield gr.skip(), gr.skip()
 
     def begin(*held: Any) -> Iterator[Any]:
-        yield from _begin(site, dict(zip(keys, held, strict=True)))
+        yield from begin_run(site, dict(zip(keys, held, strict=True)))
 
-    def choose(folder: str, trigger: str, name: str) -> tuple[Any, ...]:
-        return folder, trigger, _free_name(site, folder_name(Path(folder).name)) if folder else name
-
-    def fill(config: Config) -> list[Any]:
-        return list(from_config(config)[key] for key in keys)
-
-    def clone(said_text: str) -> list[Any]:
-        job = site.queue.get(told(said_text, "id"))
-        config = load_config(site.queue.settings(job.id))
-        raw = fill(config.with_values({"output.name": _free_name(site, job.name), "output.folder": None}))
-        gr.Info("The job's settings are in the form, under a new name. Change them and start.")
-        return raw
-
-    def fill_demo(said_text: str) -> list[Any]:
-        from sdlora.demonstration.data import STYLE, demo_config
-
-        config = demo_config(site.paths.runs / STYLE, Path(told(said_text, "folder")).parent)
-        return fill(config.with_values({"output.name": _free_name(site, STYLE), "output.folder": None}))
+    def plan_anew(so_far: str, *held: Any) -> Iterator[Any]:
+        """Predict, unless nothing changed since the page was opened again and nobody looks at the plan."""
+        if _SOON in so_far:
+            yield gr.skip(), gr.skip()
+        else:
+            yield from predict(*held)
 
     # without a queue: a plan that waits for its turn would overwrite a newer draft
     at_once: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 32}
+    plans = [form.plan, form.changed]
     edits = [shown_control.input for shown_control in shown]
-    gr.on(edits, edited, shown, plan, trigger_mode="multiple", **at_once)
-    folder, name, trigger = (controls[key] for key in ("data.folder", "output.name", "data.trigger_word"))
-    shell.folder.change(choose, [shell.folder, shell.trigger, name], [folder, trigger, name]).then(
-        predict, shown, plan, **at_once
-    )
-    shell.trigger.change(lambda word: word, shell.trigger, trigger)
-    shell.demo.change(fill_demo, shell.demo, shown).then(predict, shown, plan, **at_once)
-    shell.clone_run.change(clone, shell.clone_run, shown).then(predict, shown, plan, **at_once)
+    gr.on(edits, edited, told_all, plans, trigger_mode="multiple", **at_once)
+    filling = _Filling(site, keys)
+    senders: list[tuple[Any, Callable[..., list[Any]], list[Any]]] = [
+        (
+            [shell.folder.change, shell.trigger.change],
+            filling.choose,
+            [shell.folder, shell.trigger, shell.demo, *shown],
+        ),
+        ([shell.demo.change], filling.fill_demo, [shell.demo]),
+        ([shell.clone_run.change], filling.clone, [shell.clone_run]),
+        ([shell.reset_setting.change], filling.reset, [shell.reset_setting, *shown]),
+    ]
+    for events, fill, given in senders:
+        filled = gr.on(events, fill, given, [*shown, form.plan], show_progress="hidden")
+        filled.then(plan_anew, [form.plan, *told_all], plans, **at_once)
     start.click(begin, shown, message, show_progress="hidden")
+    _connect_words(shell, trigger, lambda event: event.then(edited, told_all, plans, **at_once))
 
 
-def _connect_keeping(site: Site, tab: gr.Tab, controls: Mapping[str, Any], plan: gr.HTML) -> None:
-    """Fill a newly opened page with what the form held when it was last edited."""
-    keys, shown = list(controls), list(controls.values())
+def _connect_words(shell: Shell, trigger: gr.Textbox, plan_after: Callable[[Any], object]) -> None:
+    """Keep the trigger word the same on the first page and here, whichever of them it is typed on."""
+    first, here = Pause(), Pause()
+
+    def typed_first(request: gr.Request, word: str, opened: str, px: int) -> tuple[Any, Any]:
+        if not first.after(request.session_hash):
+            return gr.skip(), gr.skip()
+        return word, data_set_html(opened, word, px) or gr.skip()
+
+    def typed_here(request: gr.Request, word: str, opened: str, px: int) -> tuple[Any, Any]:
+        if not here.after(request.session_hash):
+            return gr.skip(), gr.skip()
+        return word, data_set_html(opened, word, px) or gr.skip()
+
+    options: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 32, "trigger_mode": "multiple"}
+    about = [shell.folder, shell.resolution]
+    plan_after(shell.word.input(typed_first, [shell.word, *about], [trigger, shell.view], **options))
+    trigger.input(typed_here, [trigger, *about], [shell.word, shell.view], **options)
+
+
+def _connect_keeping(site: Site, shell: Shell, tab: gr.Tab, form: _Form) -> None:
+    """Fill a page that was opened again with what the form held in its tab."""
+    keys, shown = list(form.controls), list(form.controls.values())
     known = {setting.key: setting for setting in settings()}
+    seen = gr.State(False)
 
-    def again() -> list[Any]:
-        kept = site.drafts.kept(_DRAFT)
+    def again(tab_word: str) -> list[Any]:
+        kept = site.drafts.kept(TRAIN_FORM, tab_word or "")
         if kept.get("output.name"):
             kept["output.name"] = _free_name(site, str(kept["output.name"]))
-        return [kept[key] if key in kept and _fits(known[key], kept[key]) else gr.skip() for key in keys]
-
-    gr.on(None, again, None, shown, show_progress="hidden")
+        filled = str(kept.get("data.folder") or "").strip()
+        opened = opened_again(site, kept)
+        usable = {key for key in keys if key in kept and folder_settings.fits(known[key], kept[key])}
+        held = [kept[key] if key in usable else gr.skip() for key in keys]
+        base = str(kept.get("model.base") or "") or site.default_base()
+        held[keys.index("model.base")] = base_picker.listed(site, base or None)
+        plans = [hint(_SOON), changed_html(kept)] if filled else [gr.skip(), gr.skip()]
+        return [*held, *plans, *opened]
 
     def look(so_far: str, *held: Any) -> Iterator[Any]:
         raw = dict(zip(keys, held, strict=True))
-        if raw["data.folder"] and _NO_FOLDER in so_far:
+        if raw["data.folder"] and any(
+            text in so_far for text in (_NO_FOLDER, _SOON, escape(base_picker.NO_BASE))
+        ):
             yield from _predict(site, raw)
         else:
             yield gr.skip()
 
-    tab.select(look, [plan, *shown], plan, show_progress="hidden")
+    def look_if_seen(is_seen: bool, so_far: str, *held: Any) -> Iterator[Any]:
+        if is_seen:
+            yield from look(so_far, *held)
+        else:
+            yield gr.skip()
 
+    given = [form.plan, *shown]
+    shell.tab_word.change(
+        again, shell.tab_word, [*shown, form.plan, form.changed, *shell.opened], show_progress="hidden"
+    ).then(look_if_seen, [seen, *given], form.plan, show_progress="hidden")
+    base = form.controls["model.base"]
 
-def _fits(setting: Setting, held: Any) -> bool:
-    """Return whether a control accepts a value that an older version of the form may have held."""
-    return setting.kind != "choice" or held in ("", *setting.choices)
+    def select(chosen: str | None) -> tuple[bool, Any]:
+        return True, base_picker.listed(site, None if chosen else site.default_base() or None)
+
+    tab.select(select, base, [seen, base], show_progress="hidden").then(
+        look, given, form.plan, show_progress="hidden"
+    )
 
 
 def _predict(site: Site, raw: Mapping[str, Any]) -> Iterator[str]:
     """Yield the run's plan, or why the run is not possible."""
     if not str(raw["data.folder"] or "").strip():
         yield hint(_NO_FOLDER)
+        return
+    if not str(raw["model.base"] or "").strip():
+        yield hint(base_picker.NO_BASE)
         return
     part: Mapping[str, Any] | None = None
     try:
@@ -194,10 +294,12 @@ def _predict(site: Site, raw: Mapping[str, Any]) -> Iterator[str]:
         yield problem(str(error))
 
 
-def _begin(site: Site, raw: Mapping[str, Any]) -> Iterator[Any]:
+def begin_run(site: Site, raw: Mapping[str, Any]) -> Iterator[Any]:
     """Queue the run, or say why it is not possible."""
     try:
         config = _config(site, raw)
+        if why := site.captioning.holds(folders_of(config)):
+            raise ConfigError(why)
         _refuse_bad_images(config)
         for answer in site.plans.refusals(config):
             assert answer.progress is not None
@@ -218,12 +320,15 @@ def _config(site: Site, raw: Mapping[str, Any]) -> Config:
         raise ConfigError("name of the LoRA: give it one")
     if not str(raw["data.folder"] or "").strip():
         raise ConfigError("folder of images: choose one on the first page")
+    if not str(raw["model.base"] or "").strip():
+        raise ConfigError("base model: choose the one that you draw with, or mini to try it out")
     return checked_config(site.paths, raw)
 
 
 def _refuse_bad_images(config: Config) -> None:
     assert config.data.folder is not None
-    problems = survey(config.data.folder, recursive=config.data.recursive).problems
+    apart = survey_held_out(config.data)
+    problems = [*survey_all(config.data).problems, *(apart.problems if apart else ())]
     if problems:
         listed = "; ".join(str(trouble) for trouble in problems[:3])
         more = f"; and {len(problems) - 3} more, see the first page" if len(problems) > 3 else ""

@@ -7,6 +7,7 @@ cost of a step is measured by a trial step, and again only when a setting change
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,8 @@ _FREE = (
     "data.caption_dropout",
 )
 """Settings that change neither the time of a step nor the memory."""
+_SMALL, _LARGE_FOR = 256, 4
+"""Resolution in px below which a base is small, and how many times that images are large."""
 _COUNTS = ("optimizer.name",)
 """Those of them that do, as optimizers keep more or less for each value."""
 
@@ -71,13 +74,15 @@ def plan(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         trial = config.with_values({"output.folder": Path(place) / "trial"})
         run = prepare_run(trial, resume=False, emit=Emitter((hear,)))
         images = len(run.training.items)
-        emit.part({"defaults": defaults, "images": images})
+        advice = _advice(run)
+        emit.part({"defaults": defaults, "images": images, "advice": advice})
         emit.progress(2, 3, "trying one step")
         cost = _cost_of(run)
     device = run.model.facts.device
     answer = {
         "defaults": defaults,
         "images": images,
+        "advice": advice,
         "steps": run.steps,
         "seconds": run.steps * cost.seconds_per_step,
         "bytes": cost.bytes,
@@ -88,6 +93,20 @@ def plan(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     del run
     release_unused()
     return answer
+
+
+def _advice(run: Run) -> str:
+    """Return what is worth knowing before the start: photos are wasted on a base of small images."""
+    side = run.model.facts.native_resolution
+    sides = [min(item.height, item.width) for item in run.dataset.items]
+    usual = statistics.median_low(sides) if sides else 0
+    if side >= _SMALL or usual < _LARGE_FOR * side:
+        return ""
+    base = run.model.base.title
+    return (
+        f"Your images are about {usual} px wide, and the base {base} draws {side} px: good to try. "
+        "For images to use, choose the base that you draw with."
+    )
 
 
 def _cost_of(run: Run) -> Cost:

@@ -1,8 +1,9 @@
 // Everything the page adds to Gradio.
 import "./dataset.js";
+import "./folders.js";
 import "./jobs.js";
 import "./images.js";
-import { button } from "./base.js";
+import { button, sendToPython, tabKnown, tabWord } from "./base.js";
 
 // Gradio's sliders react only to a released pointer; arrow keys must count as well.
 document.addEventListener("keyup", (event) => {
@@ -44,3 +45,12 @@ class Theme extends HTMLElement {
   }
 }
 customElements.define("sd-theme", Theme);
+
+// Tells the server which tab this is, as soon as the page is there: it then fills in what the forms held.
+tabKnown.then(() => {
+  const waiting = setInterval(() => {
+    if (!document.querySelector("#tab-word textarea, #tab-word input")) return;
+    clearInterval(waiting);
+    sendToPython("tab-word", tabWord());
+  }, 50);
+});

@@ -59,6 +59,18 @@ export async function attempt(work) {
   try { return await work(); } catch (error) { say(error.message, "error"); return undefined; }
 }
 
+// A word for this tab of the browser, kept over reloads: its forms are its own. A duplicated tab brings the word
+// of the first one along; a lock that the first one holds tells.
+const TAB = "sdlora-tab";
+const newWord = () => [...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+const takeWord = (word) => { sessionStorage.setItem(TAB, word); return word; };
+let word = takeWord(sessionStorage.getItem(TAB) || newWord());
+export const tabWord = () => word;
+export const tabKnown = !navigator.locks ? Promise.resolve() : new Promise((known) => {
+  navigator.locks.request(`${TAB}-${word}`, { signal: AbortSignal.timeout(500) }, () => { known(); return new Promise(() => {}); })
+    .catch(() => { word = takeWord(newWord()); known(); });
+});
+
 // Sends a value to Python through a hidden text field, as if it were typed there.
 export function sendToPython(id, value) {
   const field = document.querySelector(`#${id} textarea, #${id} input`);

@@ -1,6 +1,6 @@
 // The data set: images, captions edited in place, the doctor's findings, crops, buckets, tags.
 
-import { ask, attempt, button, duration, el, Live, say, thumbUrl } from "./base.js";
+import { ask, attempt, button, duration, el, Live, say, tabWord, thumbUrl } from "./base.js";
 
 const PAGE = 60;
 const SAVE_AFTER = 250; // ms without a key press
@@ -11,8 +11,10 @@ const plural = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
 class DataSet extends Live {
   static observedAttributes = ["folder", "trigger", "resolution"];
   // Another folder or other options: Gradio changed the attributes and removed the children.
-  attributeChangedCallback() {
-    if (!this.parts || this.asked) return;
+  attributeChangedCallback(name) {
+    if (!this.parts) return;
+    if (name === "folder") { this.parts.findings.replaceChildren(); this.parts.charts.replaceChildren(); }
+    if (this.asked) return;
     this.asked = true;
     queueMicrotask(() => {
       this.asked = false;
@@ -43,9 +45,11 @@ class DataSet extends Live {
   }
   get folder() { return this.getAttribute("folder"); }
   get where() { return `folder=${encodeURIComponent(this.folder)}`; }
+  // The folder with what decides about its images: the trigger word, and this tab's settings of a run.
+  get about() { return `${this.where}&trigger=${encodeURIComponent(this.getAttribute("trigger") || "")}&tab=${tabWord()}`; }
   get query() {
     const part = (name) => encodeURIComponent(this.getAttribute(name) || "");
-    return `dataset?${this.where}&trigger=${part("trigger")}&resolution=${part("resolution")}&page=${this.page}&only=${this.only}`;
+    return `dataset?${this.about}&resolution=${part("resolution")}&page=${this.page}&only=${this.only}`;
   }
   // Called regularly: checks whether another tab or program changed the folder.
   async refresh() {
@@ -53,7 +57,7 @@ class DataSet extends Live {
     if (!this.state) { await this.load(); return; }
     this.cards.forEach((card) => card.save());
     this.captioner?.refresh();
-    const now = await ask(`dataset/progress?${this.where}`).catch(() => null);
+    const now = await ask(`dataset/progress?${this.about}`).catch(() => null);
     if (now && now.version && now.version !== this.state.version) await this.load();
   }
   async load() {
@@ -244,7 +248,7 @@ class Card {
     this.text.addEventListener("blur", () => this.save());
     this.node = el("article", { class: "sd-card" }, this.parts.image, this.parts.meta, this.text, this.parts.hints);
   }
-  get dirty() { return this.data && this.data.path && this.text.value !== this.data.caption; }
+  get dirty() { return this.data && this.data.edit && this.text.value !== this.data.caption; }
   update(data) {
     const keep = this.dirty || tidy(this.text.value) === (data.caption ?? "");
     if (!this.dirty && keep) data = { ...data, caption: this.text.value }; // keep the spaces the user is typing
@@ -252,33 +256,38 @@ class Card {
     if (image !== this.image) { this.image = image; this.parts.image.replaceChildren(this.frame(data)); }
     if (!keep) this.text.value = data.caption ?? "";
     this.data = this.dirty ? { ...data, caption: this.data.caption } : data;
-    this.text.hidden = !data.path;
-    this.text.readOnly = data.source === "metadata";
-    this.text.title = this.text.readOnly ? "This caption is in a metadata file of the folder" : "";
+    this.text.hidden = !data.path || (data.edit === null && data.source === "none");
+    this.text.readOnly = data.source === "metadata" || data.edit === null;
+    this.text.title = !this.text.readOnly ? "" : data.edit === null ? "This image is in another folder: open that one to edit its caption" : "This caption is in a metadata file of the folder";
     this.text.setAttribute("aria-label", `Caption of ${data.name}`);
     this.text.dataset.name = data.name;
     this.node.classList.toggle("held", data.held);
     this.parts.meta.replaceChildren(el("span", { class: "sd-name", title: data.name }, data.name),
-      data.path ? el("span", {}, `${data.width} × ${data.height}`) : "",
+      data.width ? el("span", {}, `${data.width} × ${data.height}`) : "",
       data.held ? el("b", { class: "sd-chip held", title: "Not trained on: its loss shows whether the LoRA learns or memorises" }, "held out") : "",
-      data.path && !WRITTEN.includes(data.source) ? el("b", { class: "sd-chip", title: "No caption file: typing here makes one" }, `from ${data.source}`) : "", this.mark);
+      data.path && data.source !== "none" && !WRITTEN.includes(data.source) ? el("b", { class: "sd-chip", title: "No caption file: typing here makes one" }, `from ${data.source}`) : "", this.mark);
     this.parts.hints.replaceChildren(...data.findings.filter((one) => one.kind !== "no caption file").map((one) => el("p", { class: `sd-hint ${one.severity}` }, one.what,
       one.severity === "note" ? "" : el("span", { class: "sd-fix" }, ` → ${one.fix}`))));
   }
   frame(data) {
     if (!data.path) return el("span", { class: "sd-broken", role: "img", "aria-label": `${data.name} cannot be shown` }, "cannot be read");
+    const shown = el("img", { src: thumbUrl(data.path, 320, data.changed), loading: "lazy", alt: data.caption || data.name });
+    if (!data.crop) { // not measured, as it cannot be used as it is
+      const frame = el("div", { class: "sd-frame", style: "--aspect:1" }, shown);
+      shown.addEventListener("load", () => frame.style.setProperty("--aspect", shown.naturalWidth / shown.naturalHeight));
+      return frame;
+    }
     const [left, top, right, bottom] = data.crop;
     const whole = left <= 0 && top <= 0 && right >= 1 && bottom >= 1;
     const crop = el("span", { class: `sd-crop ${whole ? "whole" : ""}`, title: `trained as ${data.bucket[1]} × ${data.bucket[0]} px`,
       style: `left:${left * 100}%;top:${top * 100}%;right:${100 - right * 100}%;bottom:${100 - bottom * 100}%` });
-    return el("div", { class: "sd-frame", style: `--aspect:${data.width / data.height}` },
-      el("img", { src: thumbUrl(data.path, 320, data.changed), loading: "lazy", alt: data.caption || data.name }), crop);
+    return el("div", { class: "sd-frame", style: `--aspect:${data.width / data.height}` }, shown, crop);
   }
   async save(leaving = false) {
     clearTimeout(this.timer);
     if (!this.dirty) { if (this.mark.textContent === "…") this.mark.textContent = ""; return; }
     if (this.saving && !leaving) { await this.saving; return this.dirty ? this.save() : undefined; }
-    const value = this.text.value, body = { folder: this.owner.folder, texts: { [this.data.name]: value }, typing: this.typing };
+    const value = this.text.value, body = { folder: this.owner.folder, texts: { [this.data.edit]: value }, typing: this.typing };
     this.saving = ask("captions/set", body, { keepalive: leaving });
     try {
       const answer = await this.saving;

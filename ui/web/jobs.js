@@ -1,6 +1,6 @@
 // The queue and the selected run: progress, curves, previews, log.
 
-import { ask, attempt, button, bytes, duration, el, fileUrl, Live, svg, sendToPython } from "./base.js";
+import { ask, attempt, button, bytes, Drawn, duration, el, fileUrl, Live, svg, sendToPython } from "./base.js";
 
 const WORDS = { waiting: "waiting", running: "training", stopping: "stopping after this step", stopped: "stopped", finished: "finished", failed: "failed" };
 const LIVE = ["running", "stopping"];
@@ -49,8 +49,9 @@ class Jobs extends Live {
   }
   line(job) {
     const share = job.steps ? job.step / job.steps : 0;
-    const state = job.status === "running" && !job.started ? (job.preparing ? `preparing ${job.preparing[0]} of ${job.preparing[1]}` : "starting") : WORDS[job.status];
-    const left = LIVE.includes(job.status) && job.seconds_left ? `${duration(job.seconds_left)} left` : "";
+    const state = job.status !== "running" ? WORDS[job.status] : job.finishing ? "finishing" : job.started ? "training"
+      : job.preparing ? `preparing ${job.preparing[0]} of ${job.preparing[1]}` : "starting";
+    const left = LIVE.includes(job.status) && job.seconds_left && !job.finishing ? `${duration(job.seconds_left)} left` : "";
     return el("div", { class: `sd-job ${job.status} ${job.id === this.selected ? "on" : ""}`, "data-job": job.id },
       el("button", { type: "button", class: "sd-job-name", "data-what": `open-${job.id}`, "aria-expanded": String(job.id === this.selected),
         onclick: () => { this.selected = job.id; this.refresh(); } },
@@ -139,7 +140,7 @@ class Jobs extends Live {
   }
   facts(run) {
     const pair = (name, value) => value ? [el("dt", {}, name), el("dd", {}, value)] : [];
-    const reasons = run.defaults.map(([key, value, reason]) => el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, String(value)), el("td", {}, reason)));
+    const reasons = run.defaults.map(([key, value, reason, label]) => el("tr", {}, el("th", { scope: "row", title: key }, label), el("td", {}, String(value)), el("td", {}, reason)));
     const open = this.parts.facts.querySelector("details")?.open ?? false;
     return [el("details", { class: "sd-panel", open }, el("summary", {}, "Settings, speed and the shell command"),
       el("dl", {}, pair("shell command", el("code", {}, run.command)), pair("run folder", el("code", {}, run.shown_run)),
@@ -172,4 +173,18 @@ function curve(run) {
     el("figcaption", {}, el("i", { class: "key smooth" }), "training loss ", run.validation.length ? [el("i", { class: "key held" }), "held-out images"] : null));
 }
 
+// The settings that differ from automatic, each with a button that takes it back.
+class Changed extends Drawn {
+  static observedAttributes = ["data"];
+  render() {
+    const listed = JSON.parse(this.getAttribute("data") || "[]");
+    const reset = (key) => () => sendToPython("reset-setting", JSON.stringify({ key, at: Date.now() }));
+    this.replaceChildren(el("div", { class: "sd-panel" },
+      el("div", { class: "sd-row sd-apart" }, el("strong", {}, `Set by you (${listed.length})`), button("All automatic", reset("all"), "", { id: "reset-all" })),
+      el("ul", { class: "sd-set" }, listed.map(({ key, label, value }) => el("li", {}, el("span", {}, `${label}: `, el("b", {}, value === "" ? "none" : value)),
+        button("Automatic", reset(key), "sd-small", { "data-reset": key, "aria-label": `${label}: automatic again` }))))));
+  }
+}
+
+customElements.define("sd-changed", Changed);
 customElements.define("sd-jobs", Jobs);

@@ -10,6 +10,7 @@ from sdlora_ui.app import serve
 from sdlora_ui.gallery import list_images
 from sdlora_ui.server.allowed_paths import (
     AllowedPaths,
+    MissingPath,
     PathRefused,
     model_files,
     program_folders,
@@ -214,3 +215,21 @@ def test_an_address_that_cannot_be_had_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         serve(paths, host=host, port=port, password="long enough to pass")
+
+
+def test_a_missing_folder_is_told_from_a_forbidden_one(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "data" / "Holiday photos").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    folders = {"runs": Path("runs"), "images": Path("out"), "data": Path("data")}
+    mine = AllowedPaths.of(home, **folders, local=True)
+    others = AllowedPaths.of(home, **folders)
+    for paths in (mine, others):
+        with pytest.raises(MissingPath, match=r"no such folder.*did you mean data/Holiday photos\?"):
+            paths.folder("data/holliday photos")
+        with pytest.raises(PathRefused, match="may not be read"):
+            paths.folder(str(tmp_path / "elsewhere"))
+    with pytest.raises(PathRefused, match=r"no such folder.*did you mean .*elsewhere\?"):
+        mine.folder(str(tmp_path / "elsewere"))
+    with pytest.raises(PathRefused, match="may not be read"):  # nothing is told of the rest of the machine
+        others.folder(str(tmp_path / "elsewere"))

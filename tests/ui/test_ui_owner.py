@@ -1,0 +1,92 @@
+"""Folders and the mirror that the owner set once are there again; nobody else sets or gets them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sdlora_ui.owner import Owner
+from sdlora_ui.server.allowed_paths import AllowedPaths, PathRefused, model_files
+
+from sdlora.errors import ConfigError
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "me")
+    for name in ("me/photos/cat", "me/.ssh", "me/models", "home"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "me/models/mine.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+def paths_of(place: Path, *, local: bool = True) -> AllowedPaths:
+    folders = {name: Path(name) for name in ("runs", "images", "data")}
+    return AllowedPaths.of(place / "home", **folders, local=local)
+
+
+def test_a_folder_that_was_added_is_there_for_later_servers_of_this_machine_alone(place: Path) -> None:
+    photos, models, file = place / "me/photos", place / "me/models", place / "settings/page.json"
+    paths = paths_of(place)
+    with pytest.raises(PathRefused):
+        paths.readable(photos)
+    owner = Owner(paths, file)
+    assert owner.allow(str(photos)) == photos and owner.add_models(str(models)) == models
+    assert paths.writable(photos / "cat" / "a.txt") == photos / "cat" / "a.txt"
+    with pytest.raises(PathRefused):
+        paths.writable(models / "x.safetensors")  # models are only read
+    later = paths_of(place)
+    Owner(later, file)
+    assert later.readable(photos) == photos
+    assert model_files(later, "base") == [models / "mine.safetensors"]
+    strangers = paths_of(place, local=False)
+    Owner(strangers, file)
+    for folder in (photos, models):
+        with pytest.raises(PathRefused):
+            strangers.readable(folder)
+
+
+def test_where_others_can_reach_the_server_nothing_is_added(place: Path) -> None:
+    owner = Owner(paths_of(place, local=False), place / "page.json")
+    for add in (owner.allow, owner.add_models, owner.set_endpoint):
+        with pytest.raises(PathRefused, match="on the machine itself only"):
+            add(str(place / "me/photos"))
+    assert not (place / "page.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["me", "", "me/.ssh", "me/no such", "/", "/etc", "//server/share", "\\\\server\\x", "\0"]
+)
+def test_half_of_the_machine_is_not_added(place: Path, name: str) -> None:
+    text = name if name.startswith(("/", "\\", "\0")) or not name else str(place / name)
+    owner = Owner(paths_of(place), place / "page.json")
+    with pytest.raises(PathRefused):
+        owner.allow(text)
+    assert owner.model_folders == [] and not (place / "page.json").exists()
+    assert not paths_of(place).can_be_added(text)
+
+
+def test_a_link_into_a_hidden_folder_is_not_added(place: Path) -> None:
+    (place / "me/nice").symlink_to(place / "me/.ssh")
+    with pytest.raises(PathRefused):
+        Owner(paths_of(place), place / "page.json").allow(str(place / "me/nice"))
+
+
+def test_a_mirror_is_an_address_and_remembered(place: Path) -> None:
+    owner = Owner(paths_of(place), place / "page.json")
+    assert owner.set_endpoint(" https://mirror.example/ ") == "https://mirror.example"
+    assert Owner(paths_of(place), place / "page.json").endpoint == "https://mirror.example"
+    for text in ("mirror.example", "file:///etc", "https://", "http://x/?a=b"):
+        with pytest.raises(ConfigError, match="give an address"):
+            owner.set_endpoint(text)
+    assert owner.set_endpoint("") == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"allowed": 3, "models": [7], "endpoint": {}}', '{"allowed": ["/"]}']
+)
+def test_damaged_settings_grant_nothing(place: Path, text: str) -> None:
+    (place / "page.json").write_text(text)
+    paths = paths_of(place)
+    owner = Owner(paths, place / "page.json")
+    assert (paths.granted.allowed, paths.granted.bases, owner.endpoint) == ((), (), "")
