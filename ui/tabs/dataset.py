@@ -39,7 +39,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     bar, trigger, resolution, go = _bar()
     view = gr.HTML("", elem_id="dataset-view")
 
-    shell.word, shell.resolution, shell.view = trigger, resolution, view
+    shell.word = trigger
     shell.opened = [view, shell.folder, shell.trigger, bar, trigger, folder]
     shown: list[Any] = [folder, trigger, resolution, shell.folder]
     opened = [view, shell.folder, shell.trigger, bar, trigger]
@@ -136,8 +136,11 @@ def _show(site: Site, path: str | None, word: str, px: int, before: str = "") ->
         folder = str(site.paths.folder(str(path)))
     except SdloraError as error:
         return _refused(site, str(path), error), "", word, gr.Row(visible=False), word
+    typed = word
     word = word.strip() if before in ("", folder) else trigger_of(site, folder)
-    return data_set_html(folder, word, px), folder, word, gr.Row(visible=True), word
+    # a field that stays as it is may be typed into already
+    field = gr.skip() if word == typed else word
+    return data_set_html(folder, word, px), folder, word, gr.Row(visible=True), field
 
 
 def _refused(site: Site, path: str, error: SdloraError) -> str:
@@ -158,7 +161,7 @@ def opened_again(site: Site, kept: Mapping[str, Any]) -> tuple[Any, ...]:
     if not folder:
         return tuple(gr.skip() for _ in range(6))
     word = str(kept.get("data.trigger_word") or "")
-    return (*_show(site, folder, word, _FIRST_RESOLUTION, folder), gr.Dropdown(value=folder))
+    return (*_show(site, folder, word, _FIRST_RESOLUTION, folder)[:4], word, gr.Dropdown(value=folder))
 
 
 def _take(
@@ -190,7 +193,8 @@ def demo_folder(site: Site) -> tuple[Any, ...]:
     folder = copy_folder(find_data() / STYLE, site.paths.data)
     word = demo_config(site.paths.runs / STYLE, site.paths.data).data.trigger_word or ""
     return (
-        *_show(site, str(folder), word, _FIRST_RESOLUTION),
+        *_show(site, str(folder), word, _FIRST_RESOLUTION)[:4],
+        word,
         gr.Dropdown(choices(site.data_sets()), value=str(folder)),
         json.dumps({"folder": str(folder), "at": time.time()}),
         gr.Tabs(selected="train"),

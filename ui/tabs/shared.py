@@ -35,8 +35,6 @@ class Shell:
         reset_setting: key of the training setting that is to be automatic again; ``all`` for all of them.
         tab_word: the browser tab's word, which its drafts go by; set when the page is there.
         word: the trigger word's field on the first page.
-        resolution: the resolution's field there.
-        view: the data set shown there.
         opened: everything there that the opening of a folder changes.
     """
 
@@ -52,8 +50,6 @@ class Shell:
     reset_setting: gr.Textbox
     tab_word: gr.Textbox
     word: gr.Textbox = field(init=False)
-    resolution: gr.Dropdown = field(init=False)
-    view: gr.HTML = field(init=False)
     opened: list[Any] = field(init=False)
 
 

@@ -27,7 +27,7 @@ from ..words import FIRST_LABELS
 from ..worker_client import CallCancelled
 from . import base_picker
 from .dataset import opened_again
-from .shared import Pause, Shell, choices, data_set_html, hint, problem, told, working
+from .shared import Pause, Shell, choices, hint, problem, told, working
 
 _NO_FOLDER = "Choose a folder of images on the first page; time, memory and settings then appear here."
 _SOON = "Time and memory are worked out when this page is looked at."
@@ -202,20 +202,15 @@ def _connect_words(shell: Shell, trigger: gr.Textbox, plan_after: Callable[[Any]
     """Keep the trigger word the same on the first page and here, whichever of them it is typed on."""
     first, here = Pause(), Pause()
 
-    def typed_first(request: gr.Request, word: str, opened: str, px: int) -> tuple[Any, Any]:
-        if not first.after(request.session_hash):
-            return gr.skip(), gr.skip()
-        return word, data_set_html(opened, word, px) or gr.skip()
+    def typed_first(request: gr.Request, word: str) -> Any:
+        return word if first.after(request.session_hash) else gr.skip()
 
-    def typed_here(request: gr.Request, word: str, opened: str, px: int) -> tuple[Any, Any]:
-        if not here.after(request.session_hash):
-            return gr.skip(), gr.skip()
-        return word, data_set_html(opened, word, px) or gr.skip()
+    def typed_here(request: gr.Request, word: str) -> Any:
+        return word if here.after(request.session_hash) else gr.skip()
 
     options: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 32, "trigger_mode": "multiple"}
-    about = [shell.folder, shell.resolution]
-    plan_after(shell.word.input(typed_first, [shell.word, *about], [trigger, shell.view], **options))
-    trigger.input(typed_here, [trigger, *about], [shell.word, shell.view], **options)
+    plan_after(shell.word.input(typed_first, shell.word, trigger, **options))
+    trigger.input(typed_here, trigger, shell.word, **options)
 
 
 def _connect_keeping(site: Site, shell: Shell, tab: gr.Tab, form: _Form) -> None:

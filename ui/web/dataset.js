@@ -46,7 +46,9 @@ class DataSet extends Live {
   get folder() { return this.getAttribute("folder"); }
   get where() { return `folder=${encodeURIComponent(this.folder)}`; }
   // The folder with what decides about its images: the trigger word, and this tab's settings of a run.
-  get about() { return `${this.where}&trigger=${encodeURIComponent(this.getAttribute("trigger") || "")}&tab=${tabWord()}`; }
+  get about() { return `${this.where}&trigger=${encodeURIComponent(this.trigger)}&tab=${tabWord()}`; }
+  // what is being typed counts before the server has told it to the page
+  get trigger() { return (document.querySelector("#dataset-trigger input, #dataset-trigger textarea")?.value ?? this.getAttribute("trigger") ?? "").trim(); }
   get query() {
     const part = (name) => encodeURIComponent(this.getAttribute(name) || "");
     return `dataset?${this.about}&resolution=${part("resolution")}&page=${this.page}&only=${this.only}`;
