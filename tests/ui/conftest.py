@@ -84,6 +84,7 @@ def start_server(home: Path, *arguments: str, port: int | None = None) -> Server
             env={
                 **with_mark(mark),
                 "XDG_CONFIG_HOME": str(home / "settings"),
+                "HF_HUB_CACHE": str(home / "hub"),
                 "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
             },
             stdout=log,

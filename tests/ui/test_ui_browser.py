@@ -774,6 +774,30 @@ def test_a_folder_is_chosen_from_a_list_and_another_one_added(page: Page, tmp_pa
     assert page.server.status(f"/sdlora/folders?path={photos.parent}") == 403
 
 
+def test_back_returns_and_an_address_opens_what_it_names(page: Page, wait: Callable[..., Any]) -> None:
+    images = page.server.home / "images"
+    images.mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64), "teal").save(images / "named.png")
+    page.open()
+    page.tab(1)
+    wait(lambda: page.driver.current_url.endswith("#train"))
+    page.tab(2)
+    page.click(".sd-thumb[title='named.png']")
+    page.one(".sd-dialog .sd-large")
+    wait(lambda: page.driver.current_url.endswith("#generate/named.png"))
+    address = page.driver.current_url
+    page.driver.back()
+    wait(lambda: page.all(".sd-dialog .sd-large") == [])
+    page.driver.back()
+    page.one("#start-training")
+    page.driver.get("about:blank")
+    page.driver.get(address)
+    page.one(".sd-dialog .sd-large")
+    page.driver.get("about:blank")
+    page.driver.get(f"{page.server.url}/#tools")
+    page.one("#export-source")
+
+
 def test_a_path_that_is_mistyped_says_which_one_there_is(page: Page) -> None:
     page.open()
     page.tab(0)
