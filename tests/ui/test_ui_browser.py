@@ -821,6 +821,33 @@ def test_pages_fit_a_phone(page: Page, theme: str) -> None:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_image_and_slider_are_on_one_screen_of_a_phone(page: Page, wait: Callable[..., Any]) -> None:
+    size = {"width": PHONE[0], "height": PHONE[1], "deviceScaleFactor": 1, "mobile": True}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page.open()
+        page.js("document.querySelectorAll('button[role=tab]')[2].click()")
+        page.type("#prompt textarea", "an icon of a cat on a phone")
+        unfold(page, "#draw-more")
+        page.type("#steps input", "1")
+        page.click("#draw")
+        wait(lambda: image(page))
+        wait(lambda: page.js(BOTH_SEEN))
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+BOTH_SEEN = """
+const slider = document.querySelector("#strength-0 input[type=range]"), image = document.querySelector("#drawn img");
+slider.scrollIntoView({ block: "end" });
+const inside = (one) => {
+  const box = one.getBoundingClientRect();
+  return box.height > 0 && box.top >= 0 && box.bottom <= innerHeight;
+};
+return image.complete && inside(slider) && inside(image);
+"""  # noqa: E501
+
+
 def test_another_sites_page_can_do_nothing(page: Page) -> None:
     file = page.server.home / "training-images" / "few" / "cheese.txt"
     before = file.read_text()
