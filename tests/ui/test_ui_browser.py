@@ -732,6 +732,7 @@ def test_each_tab_keeps_its_form_over_a_reload_and_plans_what_it_holds(
     page.open()
     open_folder(page, "few")
     page.tab(1)
+    wait(lambda: page.one(NAME).get_attribute("value").startswith("few"))
     use_mini(page)
     page.type(NAME, "first-tab")
     wait(lambda: any("first-tab" in file.read_text() for file in kept.glob("train-*.json")))

@@ -152,28 +152,34 @@ def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Butto
     told_all = [shell.tab_word, *shown]
     pause = Pause()
 
-    def predict(tab_word: str, *held: Any) -> Iterator[Any]:
+    newest: dict[str | None, int] = {}
+
+    def predict(request: gr.Request, tab_word: str, *held: Any) -> Iterator[Any]:
+        """Keep what the form holds, and plan it until a newer prediction of this page begins."""
+        number = newest[request.session_hash] = newest.get(request.session_hash, 0) + 1
         raw = dict(zip(keys, held, strict=True))
         folder_settings.keep(site, raw, tab_word or "")
         for shown_plan in _predict(site, raw):
+            if newest[request.session_hash] != number:
+                return
             yield shown_plan, changed_html(raw)
 
     def edited(request: gr.Request, *held: Any) -> Iterator[Any]:
         """Predict when the typing pauses."""
         if pause.after(request.session_hash):
-            yield from predict(*held)
+            yield from predict(request, *held)
         else:
             yield gr.skip(), gr.skip()
 
     def begin(*held: Any) -> Iterator[Any]:
         yield from begin_run(site, dict(zip(keys, held, strict=True)))
 
-    def plan_anew(so_far: str, *held: Any) -> Iterator[Any]:
+    def plan_anew(request: gr.Request, so_far: str, *held: Any) -> Iterator[Any]:
         """Predict, unless nothing changed since the page was opened again and nobody looks at the plan."""
         if _SOON in so_far:
             yield gr.skip(), gr.skip()
         else:
-            yield from predict(*held)
+            yield from predict(request, *held)
 
     # without a queue: a plan that waits for its turn would overwrite a newer draft
     at_once: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 32}
@@ -267,6 +273,7 @@ def _predict(site: Site, raw: Mapping[str, Any]) -> Iterator[str]:
         yield hint(_NO_FOLDER)
         return
     if not str(raw["model.base"] or "").strip():
+        site.desk.cancel("plan")  # of what the form held before
         yield hint(base_picker.NO_BASE)
         return
     part: Mapping[str, Any] | None = None
