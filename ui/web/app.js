@@ -3,7 +3,6 @@ import "./dataset.js";
 import "./folders.js";
 import "./jobs.js";
 import "./images.js";
-import "./places.js";
 import { button, sendToPython, tabKnown, tabWord } from "./base.js";
 
 // Gradio's sliders react only to a released pointer; arrow keys must count as well.

@@ -67,7 +67,7 @@ const takeWord = (word) => { sessionStorage.setItem(TAB, word); return word; };
 let word = takeWord(sessionStorage.getItem(TAB) || newWord());
 export const tabWord = () => word;
 export const tabKnown = !navigator.locks ? Promise.resolve() : new Promise((known) => {
-  navigator.locks.request(`${TAB}-${word}`, { signal: AbortSignal.timeout(500) }, () => { known(); return new Promise(() => {}); })
+  navigator.locks.request(`${TAB}-${word}`, { signal: AbortSignal.timeout(3000) }, () => { known(); return new Promise(() => {}); })
     .catch(() => { word = takeWord(newWord()); known(); });
 });
 

@@ -1,6 +1,5 @@
 // Images: a strip of strengths with a slider, before and after, a grid to choose from, the gallery.
 
-import { onPlace, place, went } from "./places.js";
 import { ask, attempt, button, Drawn, el, fileUrl, Live, say, sendToPython, thumbUrl } from "./base.js";
 
 const given = (element) => JSON.parse(element.getAttribute("data") || "{}");
@@ -88,15 +87,6 @@ class Gallery extends Live {
     this.dialog = el("dialog", { class: "sd-dialog" });
     this.more = button("Show more", () => { this.limit += 48; this.refresh(); });
     this.replaceChildren(this.list, this.more, this.dialog);
-    this.dialog.addEventListener("close", () => { if (place().what) went("generate"); });
-    this.known = new Map();
-    this.wanted = place().page === "generate" ? place().what : "";
-    onPlace("generate", (file) => {
-      if (!this.isConnected) return;
-      if (!file) this.dialog.close();
-      else if (this.known.has(file)) this.open(this.known.get(file));
-      else this.wanted = file;
-    });
   }
   async refresh() {
     const answer = await ask(`images?limit=${this.limit}`).catch(() => null);
@@ -104,8 +94,6 @@ class Gallery extends Live {
     const key = JSON.stringify(answer);
     if (key === this.shown) return;
     this.shown = key;
-    this.known = new Map(answer.images.map((image) => [image.name, image]));
-    if (this.wanted && this.known.has(this.wanted)) { this.open(this.known.get(this.wanted)); this.wanted = ""; }
     this.more.hidden = answer.total <= answer.images.length;
     this.list.replaceChildren(...(answer.images.length ? answer.images.map((image) => this.card(image))
       : [el("p", { class: "sd-dim" }, "Nothing drawn yet. Your images are kept here, each PNG with its settings.")]));
@@ -123,8 +111,7 @@ class Gallery extends Live {
       el("div", { class: "sd-row" }, settings ? button("Use these settings", send, "primary") : null,
         el("a", { class: "sd-button", href: fileUrl(image.file), download: image.name.split("/").pop() }, "Save"),
         button("Close", () => this.dialog.close())));
-    went("generate", image.name);
-    if (!this.dialog.open) this.dialog.showModal();
+    this.dialog.showModal();
   }
 }
 

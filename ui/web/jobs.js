@@ -1,6 +1,5 @@
 // The queue and the selected run: progress, curves, previews, log.
 
-import { onPlace, place, went } from "./places.js";
 import { ask, attempt, button, bytes, Drawn, duration, el, fileUrl, Live, svg, sendToPython } from "./base.js";
 
 const WORDS = { waiting: "waiting", running: "training", stopping: "stopping after this step", stopped: "stopped", finished: "finished", failed: "failed" };
@@ -14,8 +13,6 @@ class Jobs extends Live {
     this.heading = el("h3", {}, "Queue");
     this.replaceChildren(this.heading, this.boxes.queue, this.boxes.detail, this.dialog);
     this.keys = {};
-    if (place().page === "train") this.wanted = place().what;
-    onPlace("train", (job) => { if (job && this.isConnected) { this.selected = job; this.refresh(); } });
   }
   async refresh() {
     if (this.asking) return;
@@ -23,7 +20,7 @@ class Jobs extends Live {
     try {
       const { jobs } = await ask("jobs");
       const newest = jobs.length ? jobs[jobs.length - 1].id : null;
-      if (newest !== this.newest) { this.newest = newest; this.selected = this.wanted || newest; this.wanted = null; }
+      if (newest !== this.newest) { this.newest = newest; this.selected = newest; }
       if (!jobs.some((job) => job.id === this.selected)) this.selected = newest;
       this.drawQueue(jobs);
       if (this.selected) this.drawRun(await ask(`jobs/${this.selected}`));
@@ -57,7 +54,7 @@ class Jobs extends Live {
     const left = LIVE.includes(job.status) && job.seconds_left && !job.finishing ? `${duration(job.seconds_left)} left` : "";
     return el("div", { class: `sd-job ${job.status} ${job.id === this.selected ? "on" : ""}`, "data-job": job.id },
       el("button", { type: "button", class: "sd-job-name", "data-what": `open-${job.id}`, "aria-expanded": String(job.id === this.selected),
-        onclick: () => { this.selected = job.id; went("train", job.id); this.refresh(); } },
+        onclick: () => { this.selected = job.id; this.refresh(); } },
         el("strong", {}, job.name), el("span", { class: `sd-chip ${job.status}` }, state), el("span", { class: "sd-dim" }, left)),
       el("progress", { value: share, max: 1, "aria-label": `Progress of ${job.name}` }), el("span", { class: "sd-count" }, job.steps ? `${job.step} / ${job.steps}` : ""));
   }
