@@ -26,6 +26,7 @@ from .nf4 import NF4_BLOCK, decode_nf4, encode_nf4
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
+WITHOUT_FP8 = ("mps",)  # Metal has no such number format: codes are looked up there
 _LEAST = 2**8  # values; a smaller layer saves nothing that is worth an error
 # what reads and writes the latents, and what says how much noise there is and of which size the image is: few
 # weights that every value of the result passes through
@@ -48,7 +49,15 @@ def encode_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def decode_fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weight: ``code * scale`` rounded once to ``dtype``; codes are exact in every format."""
+    if codes.device.type in WITHOUT_FP8:
+        table = fp8_values().to(codes.device, dtype)
+        return functional.embedding(codes.int(), table[:, None])[..., 0].mul_(scales)
     return codes.view(FP8).to(dtype).mul_(scales)
+
+
+def fp8_values() -> Tensor:
+    """Return the number that each of the 256 codes stands for, float32."""
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(FP8).float()
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ class QuantisedLayer(nn.Module):
 
     def take(self, weight: Tensor, device: torch.device) -> None:
         """Quantise a weight where it lies, and keep the result on a device."""
+        weight = weight.cpu() if weight.device.type in WITHOUT_FP8 else weight
         codes, scales = encode_fp8(weight) if self.quantisation == "fp8" else encode_nf4(weight)
         self.codes, self.scales = codes.to(device), scales.to(device)
 

@@ -73,6 +73,14 @@ def test_fp8_is_decoded_as_torch_casts_it_and_rounded_once(dtype: torch.dtype) -
     assert torch.equal(decode_fp8(codes, scales, dtype), wanted)
 
 
+def test_codes_looked_up_are_those_that_torch_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(4))
+    codes, scales = encode_fp8(weight)
+    wanted = decode_fp8(codes, scales, torch.bfloat16)
+    monkeypatch.setattr("sdlora.families.quantised.WITHOUT_FP8", ("cpu",))
+    assert torch.equal(decode_fp8(codes, scales, torch.bfloat16), wanted)
+
+
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "linear": (nn.Linear(96, 40), (2, 7, 96)),
     "without bias": (nn.Linear(64, 32, bias=False), (3, 64)),
