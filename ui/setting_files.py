@@ -14,11 +14,11 @@ from sdlora.config.toml import given_toml, load_config
 from sdlora.errors import ConfigError
 from sdlora.files import parse_toml
 
-from .forms import NOT_FOR_A_BROWSER, from_config, settings, to_values
+from .forms import NOT_FOR_A_BROWSER, from_config, to_values
+from .words import FIRST_LABELS, labels
 
 MOST_CHARS = 2**18
 """Of a text of settings that is taken from the page."""
-_ALWAYS_VISIBLE = ("model.base", "data.folder", "output.name", "data.trigger_word")
 
 
 class Filled(NamedTuple):
@@ -71,7 +71,7 @@ def from_text(raw: Mapping[str, Any], text: str) -> Filled:
         if values.pop(key, None):
             raise ConfigError(f"`{key}` works on the command line only")
     filled = from_config(load_config(values=values))
-    for key in _ALWAYS_VISIBLE:
+    for key in FIRST_LABELS:
         if key not in values:
             filled[key] = raw.get(key, filled[key])
     changes = {key: (raw.get(key), filled[key]) for key in filled if key in raw and raw[key] != filled[key]}
@@ -119,9 +119,9 @@ def _values_of(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _changes_html(title: str, changes: Mapping[str, tuple[Any, Any]]) -> str:
-    labels = {setting.key: setting.label for setting in settings()}
+    named = labels()
     rows = "".join(
-        f"<tr><th scope='row'>{escape(labels[key])}</th><td>{escape(_shown(before))}</td>"
+        f"<tr><th scope='row'>{escape(named[key])}</th><td>{escape(_shown(before))}</td>"
         f"<td>{escape(_shown(after))}</td></tr>"
         for key, (before, after) in changes.items()
     )

@@ -533,6 +533,26 @@ def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., An
     wait(lambda: page.one(NAME).get_attribute("value") == "half-typed")
 
 
+def test_a_preset_and_a_text_fill_the_form_and_say_what_changed(page: Page, wait: Callable[..., Any]) -> None:
+    page.tab(2)
+    choose(page, wait, "#preset input", "detailed-subject")
+    wait(lambda: "Rank" in page.one("#filling-said").text and "32" in page.one("#filling-said").text)
+    page.click("#as-text > button")
+    page.click("#settings-show")
+    area = "#settings-text textarea"
+    wait(lambda: "alpha = 64" in (page.one(area).get_attribute("value") or ""))
+    assert 'presets = ["detailed-subject"]' in (page.one(area).get_attribute("value") or "")
+    page.type(area, "[adapter]\nrnak = 3\n")
+    page.click("#settings-use")
+    wait(lambda: "rnak" in page.one("#filling-said .sd-problem").text)
+    page.type(area, "accelerate launch train_network.py --network_dim=12 --network_alpha=6 --mystery=1")
+    page.click("#settings-use")
+    wait(lambda: "mystery" in (page.one("#filling-said").get_attribute("innerHTML") or ""))
+    page.click("#settings-show")
+    wait(lambda: "rank = 12" in (page.one(area).get_attribute("value") or ""))
+    assert "gradient_accumulation" not in (page.one(area).get_attribute("value") or "")
+
+
 def test_a_plan_that_had_to_wait_does_not_take_a_newer_draft_back(
     page: Page, wait: Callable[..., Any]
 ) -> None:

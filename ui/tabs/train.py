@@ -25,7 +25,7 @@ from ..settings import checked_config, folders_of
 from ..site import Site
 from ..words import FIRST_LABELS
 from ..worker_client import CallCancelled
-from . import base_picker
+from . import base_picker, fill_form
 from .dataset import opened_again
 from .shared import Pause, Shell, choices, hint, problem, told, working
 
@@ -37,11 +37,12 @@ _FIRST = tuple(FIRST_LABELS)
 
 @dataclass(frozen=True)
 class _Form:
-    """The form: the control of every setting by its key, the plan, and what differs from automatic."""
+    """The form: the control of every setting by its key, the plan, what differs from automatic, presets."""
 
     controls: dict[str, Any]
     plan: gr.HTML
     changed: gr.HTML
+    filled_by: fill_form.Filling
 
 
 def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
@@ -57,6 +58,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                 message = gr.HTML("", elem_id="start-said")
             plan = gr.HTML(hint(_NO_FOLDER), elem_id="plan")
             changed = gr.HTML("", elem_id="changed")
+            filled_by = fill_form.build()
             with gr.Accordion("This machine", open=False, elem_id="machine") as machine:
                 report = gr.HTML(
                     hint("Looking at torch, cards, driver and memory ..."), elem_id="machine-report"
@@ -76,7 +78,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                         controls |= {setting.key: control(setting) for setting in settings_here}
         with gr.Column(scale=6, min_width=320):
             gr.HTML("<sd-jobs></sd-jobs>", elem_id="jobs")
-    form = _Form(controls, plan, changed)
+    form = _Form(controls, plan, changed, filled_by)
     _connect(site, shell, tab, form, start, message)
     _connect_keeping(site, shell, tab, form)
 
@@ -200,6 +202,9 @@ def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Butto
     for events, fill, given in senders:
         filled = gr.on(events, fill, given, [*shown, form.plan], show_progress="hidden")
         filled.then(plan_anew, [form.plan, *told_all], plans, **at_once)
+    fill_form.connect(
+        form.filled_by, tab, form.controls, lambda event: event.then(predict, told_all, plans, **at_once)
+    )
     start.click(begin, shown, message, show_progress="hidden")
     _connect_words(shell, trigger, lambda event: event.then(edited, told_all, plans, **at_once))
 
