@@ -86,5 +86,35 @@ def grid_html(
     return _element("sd-grid", {"rows": list(rows), "columns": list(columns), "cells": named})
 
 
+def table_html(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[int, int], str]) -> str:
+    """Return images in a table; each leads to the image alone.
+
+    Args:
+        rows: what stands beside each row.
+        columns: what stands above each column; empty texts for none.
+        cells: (row, column) -> image file, of those that are drawn.
+    """
+
+    def cell(row: int, column: int) -> str:
+        file = cells.get((row, column))
+        if file is None:
+            return '<td><div class="sd-empty"></div></td>'
+        name = " ".join(part for part in (rows[row], columns[column]) if part)
+        url = escape(file_url(file), quote=True)
+        return (
+            f'<td><a href="{url}" target="_blank"><img src="{url}" alt="{escape(name, quote=True)}"></a></td>'
+        )
+
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    lines = "".join(
+        f'<tr><th scope="row">{escape(label)}</th>{"".join(cell(row, n) for n in range(len(columns)))}</tr>'
+        for row, label in enumerate(rows)
+    )
+    return (
+        f'<div class="sd-scroll"><table class="sd-grid"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+
+
 def _element(name: str, data: object) -> str:
     return f'<{name} data="{escape(json.dumps(data), quote=True)}"></{name}>'

@@ -196,7 +196,7 @@ def _rows(
     several = len(asked.lines) * asked.count > 1
     rows = []
     for line in asked.lines:
-        first = _of_line(plain, line, given)
+        first = of_line(plain, line, given)
         for i in range(asked.count):
             seeded = dataclasses.replace(first, seed=first.seed + i)
             label = first.prompt + (f" (seed {seeded.seed})" if asked.count > 1 else "")
@@ -211,7 +211,7 @@ def _rows(
     return rows
 
 
-def _of_line(plain: GenerateRequest, line: PromptLine, given: Mapping[str, Strength]) -> GenerateRequest:
+def of_line(plain: GenerateRequest, line: PromptLine, given: Mapping[str, Strength]) -> GenerateRequest:
     """Return the request for one prompt, with what it wants otherwise than the others."""
     prompt, tags = take_tags(line.prompt)
     names = ("height", "width", "steps", "guidance", "sampler", "seed")

@@ -23,6 +23,7 @@ from ..server.png_import import ImportedSettings, from_parameters
 from ..settings import checked_base
 from ..site import Site
 from ..worker_client import CallCancelled
+from . import draw_many
 from .shared import Shell, checked_number, choices, problem, told, working
 
 NUM_SLOTS = 4
@@ -129,10 +130,12 @@ def _controls(site: Site, shell: Shell) -> tuple[_Page, dict[str, Any]]:
             run = gr.Dropdown(choices(site.runs()), value=None, label="Run", elem_id="grid-run")
             strengths = gr.Textbox(_GRID_STRENGTHS, label="Strengths", elem_id="grid-strengths", max_lines=1)
         grid = gr.Button("Draw checkpoints by strengths", elem_id="grid")
+    many = draw_many.build()
     page, imported, dice = _more_controls(site, shell, prompt, slots)
     more = {
         "draw": draw, "compare": compare, "strip": strip, "sweep": sweep, "run": run,
         "strengths": strengths, "grid": grid, "another": another, "imported": imported, "dice": dice,
+        "many": many,
     }  # fmt: skip
     return page, more
 
@@ -242,6 +245,17 @@ def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
     more["sweep"].click(sweep, [more["strip"], *page.inputs], extra, **options)
     more["compare"].click(compare, page.inputs, extra, **options)
     more["grid"].click(grid, [more["run"], more["strengths"], *page.inputs], extra, **options)
+
+    def draw_table(
+        request: gr.Request, held: Sequence[Any], varied: Mapping[str, Any], shape: draw_many.Shape
+    ) -> Iterator[Any]:
+        yield from _drawn(site, request, held, None, shape, varied=varied)
+
+    def tagged(prompt: str, negative: str, held: Sequence[Any]) -> tuple[str, list[Any]]:
+        plain, rows = with_tagged(site, prompt, negative, _rows(held))
+        return plain, [{**cell, "file": str(site.paths.model(cell["file"]))} for cell in rows[0]]
+
+    draw_many.connect(more["many"], page.inputs, extra, draw_table, tagged, **options)
 
 
 def _connect_keeping(site: Site, page: _Page) -> None:
@@ -428,6 +442,7 @@ def _drawn(
     strengths: Sequence[float] | None,
     shape: Callable[[Sequence[Mapping[str, Any]], int], str],
     rows: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+    varied: Mapping[str, Any] | None = None,
 ) -> Iterator[Any]:
     """Draw, and yield (status, content): progress, parts that are ready, the whole.
 
@@ -437,6 +452,7 @@ def _drawn(
     try:
         rows = rows if rows is not None else _rows(held)
         arguments = _arguments(site, held, rows) | {"strengths": strengths}
+        arguments |= varied or {}
         site.drafts.keep(DRAW_FORM, {"held": list(held[:-1])}, held[-1] or "")
         total = len(rows) * len(strengths or [None])
         for answer in site.draw.call("draw", arguments, replace=f"draw {request.session_hash}"):
@@ -444,11 +460,11 @@ def _drawn(
                 yield working(*answer.progress), gr.skip()
             elif answer.part is not None:
                 parts.append(answer.part)
-                if total > 1:
+                if total > 1 or varied:
                     yield gr.skip(), shape(parts, total)
             elif answer.result is not None:
                 whole = shape(parts, total)
-                if total == 1:
+                if total == 1 and not varied:
                     whole = image_html(parts[0], answer.result["seconds"])
                 yield "", whole
     except CallCancelled:

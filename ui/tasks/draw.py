@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sdlora.adapters.strength import Strength, by_role
+from sdlora.config.prompt_lines import PromptLine
+from sdlora.generation.axes import read_axis, varied
 from sdlora.generation.generate import (
     GeneratedImage,
     GenerateRequest,
     ImageGenerator,
     make_folder,
+    of_line,
     swept,
     write_numbered,
 )
@@ -74,6 +77,9 @@ def adapter_name(file: Path) -> str:
 def draw(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     """Draw ``rows`` x ``strengths`` images and write each one with its settings.
 
+    Instead of strengths, ``axes`` are one or two texts as :func:`sdlora.generation.axes.read_axis` takes them
+    (the first goes across), and ``lines`` prompts with their own settings and adapters, a row each.
+
     Args:
         arguments: ``base``, ``prompt``, ``negative``, ``seed``, ``width``, ``height``, ``steps``,
             ``guidance``, ``sampler``, ``folder``; ``rows``: lists of adapters ``{file, denoiser, text}``;
@@ -112,12 +118,29 @@ def _loaded(base: str, emit: Emit) -> _Studio:
 
 def _cells(studio: _Studio, arguments: Mapping[str, Any]) -> Iterator[tuple[int, int, GenerateRequest]]:
     plain = _plain(studio.generator, arguments)
+    if arguments.get("lines"):
+        for row, line in enumerate(arguments["lines"]):
+            wanted = PromptLine(**{field.name: line.get(field.name) for field in fields(PromptLine)})
+            yield row, 0, of_line(plain, wanted, _given(studio, line["adapters"]))
+        return
+    if arguments.get("axes"):
+        across, *more = (read_axis(str(text)) for text in arguments["axes"])
+        first = replace(plain, strengths=_given(studio, (arguments.get("rows") or [[]])[0]))
+        for row in range(len(more[0].values) if more else 1):
+            lower = varied(first, more[0], row, {}) if more else first
+            for column in range(len(across.values)):
+                yield row, column, varied(lower, across, column, {})
+        return
     columns = arguments.get("strengths") or [None]
     for row, adapters in enumerate(arguments.get("rows") or [[]]):
-        given = {studio.adapter(Path(cell["file"])): _strength(cell) for cell in adapters}
+        given = _given(studio, adapters)
         for column, factor in enumerate(columns):
             strengths = given if factor is None else swept(given, float(factor))
             yield row, column, replace(plain, strengths=strengths)
+
+
+def _given(studio: _Studio, adapters: Sequence[Mapping[str, Any]]) -> dict[str, Strength]:
+    return {studio.adapter(Path(cell["file"])): _strength(cell) for cell in adapters}
 
 
 def _plain(generator: ImageGenerator, arguments: Mapping[str, Any]) -> GenerateRequest:
