@@ -533,6 +533,25 @@ def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., An
     wait(lambda: page.one(NAME).get_attribute("value") == "half-typed")
 
 
+def test_a_grid_and_a_list_of_prompts_are_drawn(page: Page, wait: Callable[..., Any]) -> None:
+    page.tab(3)
+    page.type("#prompt textarea", "an icon of a cat")
+    page.click("#draw-more > button")
+    page.type("#steps input", "1")
+    page.click("#axes > button")
+    page.type("#axis-across input, #axis-across textarea", "guidance=1, 2")
+    page.type("#axis-down input, #axis-down textarea", "seed=3")
+    page.click("#draw-axes")
+    wait(lambda: len(page.all("#extra .sd-grid img")) == 2 and "seed 3" in page.one("#extra").text)
+    page.click("#prompt-lines > button")
+    page.type("#lines-text textarea", "a dog --s 1\na bird --d 7 --s oops")
+    page.click("#draw-lines")
+    wait(lambda: "line 2" in page.one("#drawing").text)
+    page.type("#lines-text textarea", "a dog --s 1\na bird --d 7 --s 1")
+    page.click("#draw-lines")
+    wait(lambda: len(page.all("#extra .sd-grid img")) == 2 and "a bird" in page.one("#extra").text)
+
+
 def test_a_preset_and_a_text_fill_the_form_and_say_what_changed(page: Page, wait: Callable[..., Any]) -> None:
     page.tab(2)
     choose(page, wait, "#preset input", "detailed-subject")
