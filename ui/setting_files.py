@@ -11,7 +11,7 @@ from sdlora.config.foreign.programs import Imported, import_settings
 from sdlora.config.presets import OF_ONE_RUN, find_preset, save_preset
 from sdlora.config.schema import Config
 from sdlora.config.toml import given_toml, load_config
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, shown
 from sdlora.files import parse_toml
 
 from .forms import NOT_FOR_A_BROWSER, from_config, to_values
@@ -28,13 +28,20 @@ class Filled(NamedTuple):
     html: str
 
 
-def with_preset(raw: Mapping[str, Any], name: str) -> Filled:
+def with_preset(raw: Mapping[str, Any], name: str, *, users: bool = True) -> Filled:
     """Return the form with a preset's settings in it; what the preset does not name stays.
+
+    Args:
+        raw: what the controls hold.
+        name: of the preset.
+        users: whether it may be one of the user's own, which visitors of an open server do not see.
 
     Raises:
         ConfigError: for a name that is unknown, or a preset that is not valid.
     """
     preset = find_preset(name)
+    if preset.users and not users:
+        raise ConfigError(f"there is no preset `{shown(name)}` for visitors")
     values = {key: value for key, value in preset.values().items() if key not in NOT_FOR_A_BROWSER}
     # what the run is of stays the user's: a preset may hold it, but it was chosen for its other settings
     values = {key: value for key, value in values.items() if key not in OF_ONE_RUN}

@@ -6,9 +6,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 from sdlora_ui.forms import from_config, settings, to_values
 from sdlora_ui.setting_files import MOST_CHARS, as_toml, from_text, keep_form, with_preset
+from sdlora_ui.tabs import fill_form
 
 from sdlora.config.presets import find_preset, presets
 from sdlora.config.schema import Config
@@ -124,6 +126,18 @@ def test_the_form_is_kept_as_a_preset_without_what_is_trained() -> None:
         keep_form(raw, "wide")
     with pytest.raises(ConfigError, match="nothing to keep"):
         keep_form(form(data__folder=Path("images")), "none")
+
+
+def test_a_visitor_neither_sees_nor_uses_nor_keeps_the_users_presets(tmp_path: Path) -> None:
+    keep_form(form(adapter__rank=8), "private")
+    with pytest.raises(ConfigError, match="there is no preset `private`"):
+        with_preset(form(), "private", users=False)
+    assert to_values(with_preset(form(), "style", users=False).raw)["adapter.targets"] == "linear"
+    for local in (True, False):
+        with gr.Blocks():
+            filling = fill_form.build(local=local)
+        names = {value for _, value in filling.preset.choices}
+        assert ("private" in names, filling.keep is not None, "style" in names) == (local, local, True)
 
 
 def test_every_setting_of_the_form_survives_the_text() -> None:

@@ -101,7 +101,7 @@ def connect(
         first = next((line.strip() for line in (text or "").splitlines() if line.strip()), "")
         with_prompt = (base, prompt if str(prompt or "").strip() else first, *rest)
         yield from drawn(
-            request, lambda: lines_of(text or "", lambda *said: tagged(*said, with_prompt)), with_prompt
+            request, lambda: lines_of(text or "", lambda *given: tagged(*given, with_prompt)), with_prompt
         )
 
     many.grid.click(grid, [many.across, many.down, *inputs], outputs, **options)

@@ -17,21 +17,30 @@ from .shared import problem
 
 @dataclass(frozen=True)
 class Filling:
-    """The controls, and where it is said what they did."""
+    """The controls, and where it is said what they did.
+
+    ``name`` and ``keep`` are None on a server that others can reach: what they write lies in the user's own
+    folder for settings, and the user's presets are not for visitors either.
+    """
 
     preset: gr.Dropdown
     message: gr.HTML
     text: gr.Textbox
     show: gr.Button
     use: gr.Button
-    name: gr.Textbox
-    keep: gr.Button
+    name: gr.Textbox | None
+    keep: gr.Button | None
 
 
-def build() -> Filling:
-    """Put the controls into the current block."""
+def build(*, local: bool) -> Filling:
+    """Put the controls into the current block.
+
+    Args:
+        local: whether only this machine can reach the page.
+    """
+    name = keep = None
     preset = gr.Dropdown(
-        _choices(),
+        _choices(local),
         value="",
         label="Preset",
         info="Settings that suit a purpose; what changes is listed below, and can be changed again",
@@ -50,9 +59,10 @@ def build() -> Filling:
         with gr.Row():
             show = gr.Button("Show the form's settings", elem_id="settings-show")
             use = gr.Button("Use this text", elem_id="settings-use")
-        with gr.Row():
-            name = gr.Textbox(label="Name of a preset of your own", max_lines=1, elem_id="preset-name")
-            keep = gr.Button("Keep the form as a preset", elem_id="preset-keep")
+        if local:
+            with gr.Row():
+                name = gr.Textbox(label="Name of a preset of your own", max_lines=1, elem_id="preset-name")
+                keep = gr.Button("Keep the form as a preset", elem_id="preset-keep")
     return Filling(preset, message, text, show, use, name, keep)
 
 
@@ -68,6 +78,7 @@ def connect(
         plan_after: makes an event that filled the form be followed by a new plan.
     """
     keys, shown = list(controls), list(controls.values())
+    local = filling.keep is not None
 
     def filled(fill: Callable[[dict[str, Any]], Filled], held: tuple[Any, ...]) -> list[Any]:
         raw = dict(zip(keys, held, strict=True))
@@ -80,7 +91,7 @@ def connect(
     def take_preset(name: str, *held: Any) -> list[Any]:
         if not name:
             return [*(gr.skip() for _ in keys), ""]
-        return filled(lambda raw: with_preset(raw, name), held)
+        return filled(lambda raw: with_preset(raw, name, users=local), held)
 
     def take_text(text: str, *held: Any) -> list[Any]:
         return filled(lambda raw: from_text(raw, text or ""), held)
@@ -97,20 +108,23 @@ def connect(
         except SdloraError as error:
             return problem(str(error)), gr.skip()
         gr.Info(f"Kept as {file}")
-        return "", gr.update(choices=_choices())
+        return "", gr.update(choices=_choices(local))
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     outputs = [*shown, filling.message]
     plan_after(filling.preset.input(take_preset, [filling.preset, *shown], outputs, **quiet))
     plan_after(filling.use.click(take_text, [filling.text, *shown], outputs, **quiet))
     filling.show.click(show_text, shown, [filling.text, filling.message], **quiet)
-    filling.keep.click(keep, [filling.name, *shown], [filling.message, filling.preset], **quiet)
-    tab.select(lambda: gr.update(choices=_choices()), None, filling.preset, **quiet)
+    if filling.keep is not None:
+        filling.keep.click(keep, [filling.name, *shown], [filling.message, filling.preset], **quiet)
+    tab.select(lambda: gr.update(choices=_choices(local)), None, filling.preset, **quiet)
 
 
-def _choices() -> list[tuple[str, str]]:
-    """Return the presets as a dropdown takes them, the user's own marked."""
+def _choices(local: bool) -> list[tuple[str, str]]:
+    """Return the presets as a dropdown takes them, the user's own marked, and left out for visitors."""
     listed = [
-        (f"{preset.name} (yours)" if preset.users else preset.name, preset.name) for preset in presets()
+        (f"{preset.name} (yours)" if preset.users else preset.name, preset.name)
+        for preset in presets()
+        if local or not preset.users
     ]
     return [("none", ""), *listed]

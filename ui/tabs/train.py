@@ -58,7 +58,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                 message = gr.HTML("", elem_id="start-said")
             plan = gr.HTML(hint(_NO_FOLDER), elem_id="plan")
             changed = gr.HTML("", elem_id="changed")
-            filled_by = fill_form.build()
+            filled_by = fill_form.build(local=site.paths.local)
             with gr.Accordion("This machine", open=False, elem_id="machine") as machine:
                 report = gr.HTML(
                     hint("Looking at torch, cards, driver and memory ..."), elem_id="machine-report"
