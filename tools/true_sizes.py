@@ -105,15 +105,15 @@ def component_key_maps(model: UNetModel) -> dict[str, tuple[Any, Mapping[str, St
     return key_maps
 
 
-def blueprint(family: str) -> UNetModel:
+def blueprint(family: str, dtype: torch.dtype = torch.float32) -> UNetModel:
     """Return a model of the true sizes on the meta device, from the configs that ship for single files."""
     nothing = (Evidence("nothing", "epsilon"),)
     recognised = Recognised(Path("none.safetensors"), "file", family, (), "", nothing)
     meta = torch.device("meta")
     process = DDPM.from_betas(0.00085, 0.012, "scaled_linear", 1000, "epsilon")
     base = BaseModelInfo("none", "none", recognised.path)
-    parts = load_parts(recognised, dtype=torch.float32, device=meta)
-    attention = choose_attentions("auto", meta, torch.float32)
+    parts = load_parts(recognised, dtype=dtype, device=meta)
+    attention = choose_attentions("auto", meta, dtype)
     return FAMILIES[family](
         base, parts, process, settings=ModelConfig(base=base.source), device=meta, attention=attention
     )

@@ -321,7 +321,8 @@ def _in_one_piece(bases: Sequence[Any], *, below: int) -> Tensor:
     device, dtype, shape = bases[0].weight.device, bases[0].weight.dtype, bases[0].weight.shape
     waiting = []
     for base in bases:
-        waiting.append(base.weight.detach().to("cpu"))
+        weight = base.weight.detach()
+        waiting.append(weight if weight.is_meta else weight.to("cpu"))
         base.weight.data = torch.empty(0, dtype=dtype, device=device)
     stacked = torch.empty((len(bases) * shape[0] + below, shape[1]), dtype=dtype, device=device)
     pieces = stacked[: len(bases) * shape[0]].view(len(bases), *shape)

@@ -191,12 +191,20 @@ def _is_plain_lora(step: FastStep) -> bool:
 
 
 def _can_recompute(step: FastStep) -> bool:
-    rung = step.recompute.rung
-    denoiser = step.model.components()[step.model.info.denoiser.component]
+    return can_take(step.model, step.recompute.rung, draws=step.trainable.random_parts is not None)
+
+
+def can_take(model: DiffusionModel, rung: Rungs, *, draws: bool) -> bool:
+    """Tell whether a rung can be taken block by block.
+
+    Args:
+        model: with the adapter in it.
+        rung: that is asked for.
+        draws: whether parts of the adapter are left out by chance.
+    """
+    denoiser = model.components()[model.info.denoiser.component]
     # what draws random numbers would draw others the second time
-    draws = step.trainable.random_parts is not None or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules()
-    )
+    draws = draws or any(isinstance(module, nn.Dropout) and module.p > 0 for module in denoiser.modules())
     if rung == Rungs.nothing or (draws and rung >= Rungs.projections):
         return False
     return can_recompute(denoiser, rung)

@@ -20,7 +20,8 @@ class MasterWeights:
 
     The model's parameters become views into one flat buffer of their own format, and so do their
     gradients; for an fp32 model that buffer *is* the master. Gradients of several micro-batches are
-    summed in fp32.
+    summed in fp32, in a buffer that is there from the end of the first backward pass to the step: while a
+    backward pass holds the activations of a step of one micro-batch, there is none.
 
     Args:
         parameters: the model's parameters, one device and one dtype.
@@ -33,11 +34,11 @@ class MasterWeights:
         device, self._dtype = parameters[0].device, parameters[0].dtype
         flat = torch.cat([value.detach().to(device, torch.float32).flatten() for value in values])
         self.flat = nn.Parameter(flat)
-        self.flat.grad = torch.zeros_like(flat)
+        self._learns = True
         self._compute = self.flat.data if self._dtype == torch.float32 else flat.to(self._dtype)
         self._compute_grad = torch.zeros_like(self._compute)
         self.followers: list[Callable[[], None]] = []  # called whenever the model's values have changed
-        self._stepped = [self.flat]
+        self._stepped: list[nn.Parameter] = []  # views into the buffer, if an optimizer looks at shapes
         start = 0
         for parameter in self._parameters:
             end = start + parameter.numel()
@@ -51,26 +52,35 @@ class MasterWeights:
 
         ``add(sum, gradient)`` adds in place; with several processes it adds the gradients of the others, too.
         """
-        if self.flat.grad is None:  # frozen
+        if not self._learns:
             return
+        if self.flat.grad is None:
+            self._set_gradient(torch.zeros_like(self.flat.data))
+        assert self.flat.grad is not None
         add(self.flat.grad, self._compute_grad)
         self._compute_grad.zero_()
+
+    def _set_gradient(self, gradient: Tensor | None) -> None:
+        """Have what an optimizer steps see a gradient, or none."""
+        self.flat.grad = gradient
+        parts = [None] * len(self._stepped) if gradient is None else self.shaped(gradient)
+        for view, part in zip(self._stepped, parts, strict=False):
+            view.grad = part
 
     def freeze(self) -> None:
         """Learn no more: gradients are not made any longer, and optimizers pass over what has none."""
         for parameter in self._parameters:
             parameter.requires_grad_(False)
-        for stepped in (self.flat, *self._stepped):
-            stepped.grad = None
+        self._learns = False
+        self._set_gradient(None)
 
     def publish(self) -> None:
-        """Round the master's values into the model and clear its gradient; call after each step."""
+        """Round the master's values into the model and let go of its gradient; call after each step."""
         if self._dtype != torch.float32:
             self._compute.copy_(self.flat.data)
         for renew in self.followers:
             renew()
-        if self.flat.grad is not None:
-            self.flat.grad.zero_()
+        self._set_gradient(None)
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
@@ -80,16 +90,13 @@ class MasterWeights:
     def optimized(self, *, shaped: bool) -> list[nn.Parameter]:
         """Return what an optimizer steps: the flat buffer, or views into it of the parameters' shapes.
 
-        The views share the buffer's values and gradients, so the rest of the program sees no difference.
+        The views share the buffer's values and gradients, so the rest of the program sees no difference. The
+        gradients come with :meth:`collect`.
         """
         if not shaped:
             return [self.flat]
-        assert self.flat.grad is not None
-        views = [nn.Parameter(part) for part in self.shaped(self.flat.data)]
-        for view, gradient in zip(views, self.shaped(self.flat.grad), strict=True):
-            view.grad = gradient
-        self._stepped = views
-        return views
+        self._stepped = [nn.Parameter(part) for part in self.shaped(self.flat.data)]
+        return self._stepped
 
     def tensors(self) -> list[Tensor]:
         """Return the fp32 values as views, in the parameters' order and shapes."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..adapters.attach import create_adapter
 from ..adapters.direct import can_be_direct
 from ..adapters.joint import can_be_joined
 from ..adapters.module_paths import module_at
-from ..adapters.trainable_layers import attach_for_training
+from ..adapters.trainable_layers import TrainedLayer, attach_for_training
 from ..config.schema import Config
 from ..diffusion.process import per_image_loss
 from ..errors import TrainingError
@@ -33,6 +33,7 @@ from ..families.facts import AUTOENCODER
 from ..files import size_text
 from ..generation.render import most_at_once
 from .fast import chosen_paths
+from .memory_as_computed import computed_as_in_a_run, gradient_bytes
 from .memory_count import counting_memory, fused_attention
 from .optimizers import optimizer_kind
 
@@ -147,7 +148,13 @@ def _structure(config: Config) -> str:
         config.optimizer.name,
         [tree["training"][name] for name in (*training, "recompute_blocks")],
     ]
-    wanted += [_side(config), _keeps_text(config), _keeps_images(config), *_priors(config)]
+    wanted += [
+        config.training.gradient_accumulation > 1,
+        _side(config),
+        _keeps_text(config),
+        _keeps_images(config),
+        *_priors(config),
+    ]
     return json.dumps([*wanted, bool(config.data.validation), config.data.resolution, _preview(config)])
 
 
@@ -199,19 +206,25 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
     text = sum(sizes.values())
     weights = denoiser + text * (waiting or _keeps_text(config)) + images * (waiting or _keeps_images(config))
     encoding = _encoding(model, config, waiting=waiting)
-    values, copied = _attach(model, config)
-    # fp32 master and gradient; the model's own copy and gradient, which in fp32 is the master
+    layers, values, copied = _attach(model, config)
+    # the fp32 master; the model's own copy and gradient, which in fp32 is the master; and the fp32 sum of
+    # several micro-batches' gradients: of a single one it is there only when the activations are not
+    summed = 4 * (config.training.gradient_accumulation > 1)
     layer_bytes = 2 * model.facts.dtype.itemsize if model.facts.dtype != torch.float32 else 4
     average = 4 * (config.training.average != "none")
-    adapter = int(values * (8 + layer_bytes + average + optimizer_kind(config.optimizer).bytes_per_value))
+    adapter = int(
+        values * (4 + summed + layer_bytes + average + optimizer_kind(config.optimizer).bytes_per_value)
+    )
     adapter += 2 * model.facts.dtype.itemsize * copied  # a copy, and its gradient
     model.prepare(
         training=True,
         gradient_checkpointing=config.training.rung != "nothing",
         keep_text=_keeps_text(config),
     )
-    activations = _step_bytes(model, _rounded(model, _side(config)), config)
-    others = {"encoding": encoding, "placing": weights + values * (8 + layer_bytes)}
+    with computed_as_in_a_run(model, layers, config):
+        activations = _step_bytes(model, _rounded(model, _side(config)), config)
+    activations = max(activations, (4 - summed) * values)
+    others = {"encoding": encoding, "placing": weights + values * (8 + layer_bytes // 2)}
     if config.data.validation:
         others["validation"] = (
             weights + adapter + _forward_bytes(model, _side(config), validation_rows(config))
@@ -355,11 +368,12 @@ def _preview_bytes(model: DiffusionModel, config: Config, visiting: int) -> int:
     return max(_forward_bytes(model, side, rows), visiting + memory.peak)
 
 
-def _attach(model: DiffusionModel, config: Config) -> tuple[int, int]:
+def _attach(model: DiffusionModel, config: Config) -> tuple[Sequence[TrainedLayer], int, int]:
     """Put a fresh adapter of the same kind and shapes on the blueprint.
 
     Returns:
-        How many numbers it has, and of how many there are copies, as several layers are computed together.
+        Its layers, how many numbers it has, and of how many there are copies, as several layers are computed
+        together.
     """
     # starting values computed from the base's weights have the same shapes as any others
     with torch.device("meta"):  # no number is drawn
@@ -374,7 +388,7 @@ def _attach(model: DiffusionModel, config: Config) -> tuple[int, int]:
             parameter.requires_grad_(True)
         count += numbers
         copied += numbers if together and can_be_joined(module_at(model, layer.key)) else 0
-    return count, copied
+    return layers, count, copied
 
 
 def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
@@ -387,6 +401,7 @@ def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
     sizes = [SizeHint((side, side), (0, 0), (side, side))] * rows
     captions = [""] * rows  # one chunk of tokens, like nearly all captions
     latents, timesteps = torch.empty(shape, device=device), torch.zeros(rows, dtype=torch.long, device=device)
+    before = gradient_bytes(model)
     with fused_attention(), torch.enable_grad():
         with torch.set_grad_enabled(adapts_text):
             text = None if adapts_text else model.encode_text(captions)
@@ -400,11 +415,5 @@ def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
                     part_text = {name: tensor[:count] for name, tensor in text.items()}
                     model.predict(latents[:count], timesteps[:count], part_text, sizes[:count])
             loss.backward()
-    # gradients of the adapter are counted with the adapter
-    gradients = sum(
-        p.grad.numel() * p.grad.element_size()
-        for module in model.components().values()
-        for p in module.parameters()
-        if p.grad is not None
-    )
-    return max(0, memory.peak - gradients)
+    # gradients of the adapter are counted with the adapter; some were there before
+    return max(0, memory.peak - (gradient_bytes(model) - before))

@@ -5,6 +5,7 @@ The loop, the memory plan, checkpoints and file headers read the record and know
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import sys
@@ -19,6 +20,7 @@ from ..config.adapter import PART_KEYS, AdaptedPart
 from ..config.defaults import USUAL_RATE, RateRule
 from ..config.schema import Config, OptimizerConfig
 from ..errors import ConfigError
+from .adamw_8bit import AdamW8bit
 from .masters import ParameterGroup
 
 OptimizerGroup = dict[str, Any]
@@ -83,10 +85,15 @@ def _adamw(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch
 
 
 def _adamw8bit(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW with both moments in 8 bits, scaled by blocks of 256 values (Dettmers et al. 2022)."""
-    from bitsandbytes.optim import AdamW8bit
+    """AdamW with both moments in 8 bits, scaled by blocks of 256 values (Dettmers et al. 2022).
 
-    return AdamW8bit(groups, betas=settings.betas, eps=settings.epsilon)
+    By bitsandbytes, if it is installed and has kernels for the device; they keep the same states.
+    """
+    kind: Any = AdamW8bit
+    if is_there("bitsandbytes") and groups[0]["params"][0].device.type in ("cpu", "cuda"):
+        kind = importlib.import_module("bitsandbytes.optim").AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(groups, betas=settings.betas, eps=settings.epsilon)
+    return optimizer
 
 
 def _adafactor(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
@@ -140,7 +147,6 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         _adamw8bit,
         _header("bitsandbytes.optim.adamw.AdamW8bit", "betas", "weight_decay"),
         bytes_per_value=2.04,  # two moments of a byte, and two fp32 scales for 256 values
-        package="bitsandbytes",
     ),
     "adafactor": OptimizerKind(
         _adafactor,
@@ -202,7 +208,7 @@ def optimizer_kind(settings: OptimizerConfig) -> OptimizerKind:
     kind = OPTIMIZERS.get(settings.name)
     if kind is None:
         raise ConfigError(f"`optimizer.name={settings.name}`: no such optimizer; use {', '.join(OPTIMIZERS)}")
-    if kind.package is not None and not _is_there(kind.package):
+    if kind.package is not None and not is_there(kind.package):
         raise ConfigError(
             f"`optimizer.name={settings.name}`: the package {kind.distribution or kind.package} is not "
             f"installed; run: pip install {kind.distribution or kind.package}"
@@ -210,7 +216,7 @@ def optimizer_kind(settings: OptimizerConfig) -> OptimizerKind:
     return kind
 
 
-def _is_there(package: str) -> bool:
+def is_there(package: str) -> bool:
     return package in sys.modules or importlib.util.find_spec(package) is not None
 
 

@@ -121,7 +121,8 @@ def run_pass(run: Run, visits: tuple[Visit, ...]) -> Pass:
     for group in run.groups:
         group.master.collect()
         assert group.master.flat.grad is not None
-        gradients.append(group.master.flat.grad.clone())
+        # in main memory: the next pass takes what a step takes, and there may be no more than that
+        gradients.append(group.master.flat.grad.to("cpu", copy=True))
         group.master.publish()
     return Pass(losses.detach(), gradients, seconds)
 

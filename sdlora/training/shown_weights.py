@@ -130,7 +130,8 @@ def putting_back(groups: Sequence[ParameterGroup]) -> Iterator[None]:
 
     Computing the learned values back from those shown would round, so a run with previews would differ.
     """
-    kept = [group.master.flat.data.clone() for group in groups]
+    # in main memory: a card may have just enough for what happens meanwhile
+    kept = [group.master.flat.data.to("cpu", copy=True) for group in groups]
     try:
         yield
     finally:

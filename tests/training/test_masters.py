@@ -69,7 +69,30 @@ def test_gradients_of_micro_batches_are_summed_and_then_cleared() -> None:
     assert master.flat.grad is not None
     assert master.flat.grad.tolist() == [3.0, 3.0, 3.0]
     master.publish()
-    assert master.flat.grad.tolist() == [0.0, 0.0, 0.0]
+    assert master.flat.grad is None, "while activations are kept there is no fp32 gradient"
+    (param * 4.0).sum().backward()
+    master.collect()
+    assert master.flat.grad is not None and master.flat.grad.tolist() == [4.0, 4.0, 4.0]
+
+
+def test_views_that_an_optimizer_steps_get_their_parts_of_the_gradient() -> None:
+    params, values = parameters(torch.bfloat16)
+    master = MasterWeights(params, values)
+    views = master.optimized(shaped=True)
+    for _ in range(2):
+        sum((param * (number + 1.0)).sum() for number, param in enumerate(params)).backward()  # type: ignore[union-attr]
+        master.collect()
+        assert [view.grad.unique().tolist() for view in views if view.grad is not None] == [
+            [1.0],
+            [2.0],
+            [3.0],
+        ]
+        assert [view.shape for view in views] == [param.shape for param in params]
+        master.publish()
+        assert [view.grad for view in views] == [None] * 3
+    master.freeze()
+    master.collect()
+    assert [view.grad for view in views] == [None] * 3 and master.flat.grad is None
 
 
 def test_clipping_shortens_all_groups_together() -> None:

@@ -119,10 +119,12 @@ def test_weights_and_adapter_are_counted_exactly() -> None:
     sizes = {key.path: pair.down.numel() + pair.up.numel() for key, pair in pairs.items()}
     # layers without bias are computed together, from copies with a gradient of their own
     joined = sum(size for path, size in sizes.items() if path.endswith(("to_q", "to_k", "to_v")))
-    # fp32: master, gradient, two moments, and the model's own gradient buffer
-    assert plan.adapter == 20 * sum(sizes.values()) + 8 * joined
+    # fp32: master, two moments, and the model's own gradient buffer; the sum of several micro-batches'
+    assert plan.adapter == 16 * sum(sizes.values()) + 8 * joined
     alone = planned("mini", settings("data.resolution=64", "training.fast=off"))
-    assert alone.adapter == 20 * sum(sizes.values())
+    assert alone.adapter == 16 * sum(sizes.values())
+    summing = planned("mini", settings("data.resolution=64", "training.gradient_accumulation=2"))
+    assert summing.adapter == plan.adapter + 4 * sum(sizes.values())
 
 
 def test_a_quantised_base_is_counted_exactly_and_no_layers_are_joined_over_it() -> None:
@@ -207,6 +209,8 @@ def test_the_named_settings_do_fit(share: float) -> None:
 
 RUNS = {
     "usual": (),
+    "projections made again": ("training.recompute=projections",),
+    "whole blocks made again": ("training.recompute=blocks",),
     "two resolutions": ("data.more_resolutions=[96]",),
     "keeping what the base predicts of nothing": ("data.prior_preservation=0.5",),
     "captions in the loop": ("data.shuffle_tags=true", 'data.encode_captions="in loop"'),
@@ -223,6 +227,21 @@ def test_the_plan_of_a_whole_run_is_within_15_percent_of_all_that_is_alive(run: 
     memory = measure_memory(config)
     assert memory.bytes > 50 * 2**20
     assert memory.ratio == pytest.approx(1, abs=0.15)
+
+
+def test_each_rung_of_recomputed_parts_is_planned_to_take_less() -> None:
+    rungs = ("nothing", "norms", "gates", "projections", "blocks")
+    sizes = [
+        planned("mini", settings("data.resolution=64", f"training.recompute={rung}")).activations
+        for rung in rungs
+    ]
+    assert sizes == sorted(set(sizes), reverse=True), dict(zip(rungs, sizes, strict=True))
+    some = planned(
+        "mini", settings("data.resolution=64", "training.recompute=blocks", "training.recompute_blocks=4")
+    )
+    assert sizes[-1] < some.activations < sizes[-2]
+    left = planned("mini", settings("data.resolution=64", "training.recompute=norms", "training.fast=off"))
+    assert left.activations == pytest.approx(sizes[-1], rel=0.1), "whole blocks, by diffusers' way"
 
 
 def test_free_memory_is_told() -> None:

@@ -91,9 +91,8 @@ def groups(seed: int = 3, rate: float = 1.0) -> list[ParameterGroup]:
 def step(optimizer: torch.optim.Optimizer, parts: Sequence[ParameterGroup], number: int) -> None:
     for index, group in enumerate(parts):
         noise = torch.Generator().manual_seed(100 * number + index)
-        assert group.master.flat.grad is not None
         gradient = group.master.flat.detach() - torch.randn(group.master.flat.shape, generator=noise)
-        group.master.flat.grad.copy_(gradient)
+        group.master.collect(lambda total, _, gradient=gradient: total.copy_(gradient))  # type: ignore[misc]
     optimizer.step()
 
 
