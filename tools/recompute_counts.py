@@ -2,8 +2,8 @@
 
 A step of a base of the true sizes is run on the meta device, batch 1, bf16, plain LoRA of rank 16 on the
 attentions, by the fast paths. Counted are the memory alive at once, the multiplications and additions of
-products, convolutions and attentions, operations of torch, and the bytes that they read and write. ``--kinds``
-names what the forward pass keeps at the first rung, by what saves it.
+products, convolutions and attentions, operations of torch, and the bytes that they read and write.
+``--kinds`` names what the forward pass keeps at the first rung, by what made it.
 """
 
 from __future__ import annotations
