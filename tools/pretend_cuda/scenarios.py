@@ -195,6 +195,14 @@ SCENARIOS: dict[str, Scenario] = {
         )
         for base_format in ("fp8", "nf4")
     },
+    **{
+        f"{family}-{rung}": Scenario(
+            true_base(family, f"data.resolution={side}", f"training.recompute={rung}", side=side),
+            f"the same, {rung} made again",
+        )
+        for family, side in (("sd1", 512), ("sdxl", 1024))
+        for rung in ("gates", "projections", "blocks")
+    },
     "cuda1-train": Scenario(second_card, "training on cuda:1", (Card(), Card())),
     "cuda1-draw": Scenario(draw_on_second_card, "drawing on cuda:1", (Card(), Card())),
 }
