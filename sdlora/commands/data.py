@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, OutputError
-from ..files import refuse_bad_names
+from ..files import refuse_bad_names, size_text
 from .arguments import folder_argument, path_argument, source_argument
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
         "--follow-links", action="store_true", help="also read what links lead to outside the folder"
     )
     parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="tell which rungs a run would take on a card with so much free, e.g. 6GB; the base may then be "
+        "named by its family (sd1, sd2, sdxl), and no folder is needed",
+    )
+    parser.add_argument(
         "--html", type=path_argument, metavar="FILE", help="also write a page with every image's crop"
     )
     parser.add_argument("--fix", action="store_true", help="write a repaired copy of the folder to --output")
@@ -67,6 +73,10 @@ def run_check(options: argparse.Namespace) -> Result:
         raise ConfigError("--fix and --output DIR belong together: the copy is written to DIR")
     if options.fix and (options.config is not None or options.overrides):
         raise ConfigError("--fix repairs one folder as it is: give it without --config and key=value")
+    if options.memory is not None:
+        foreseen = _foreseen(options)
+        if options.folder is None and options.config is None:
+            return {"memory": foreseen}, 0 if foreseen["fits"] else 1
     if options.folder is None and options.config is None and not options.overrides:
         raise ConfigError("no folder of images given: sdlora check FOLDER, or --config FILE")
     if options.html:
@@ -74,6 +84,8 @@ def run_check(options: argparse.Namespace) -> Result:
     report = _examined(options, options.folder and Path(options.folder))
     print_report(report)
     result = report_to_dict(report)
+    if options.memory is not None:
+        result["memory"] = foreseen
     if options.html:
         from ..data.check.report_page import write_report_page
 
@@ -85,6 +97,43 @@ def run_check(options: argparse.Namespace) -> Result:
         result["fix"] = _mend(options)
         return result, 1 if result["fix"]["harmful"] else 0
     return result, 1 if report.harmful else 0
+
+
+def _foreseen(options: argparse.Namespace) -> dict[str, Any]:
+    """Print which rungs of the memory ladder a run would take, and what it takes then; return the same."""
+    from ..config.toml import load_config
+
+    config = load_config(
+        options.config,
+        options.overrides,
+        {
+            "model.base": options.base,
+            "training.batch_size": options.batch_size,
+            "data.resolution": options.resolution,
+        },
+    )
+    from ..training.foresight import foresee  # takes seconds, as it needs torch: after the typing errors
+    from ..training.ladder import parse_size, told
+
+    budget = None if options.memory == "max" else parse_size(options.memory)
+    climbed = foresee(config, budget)
+    step = climbed.config.training
+    side, batch = climbed.config.data.resolution, step.batch_size
+    free = "any memory" if budget is None else f"{size_text(budget)} free"
+    print(f"{climbed.config.model.base} at {side} px, batch {batch}, on a card with {free}:")
+    for line in told(climbed):
+        print(f"  {line}")
+    phases = ", ".join(f"{name} {size_text(size)}" for name, size in climbed.plan.phases.items())
+    print(f"  planned: {phases}")
+    if not climbed.fits:
+        print("  it does not fit: use a smaller data.resolution, or a card with more memory")
+    return {
+        "fits": climbed.fits,
+        "rungs": [asdict(rung) for rung in climbed.taken],
+        "phases": dict(climbed.plan.phases),
+        "work": climbed.work,
+        "copied_per_step": climbed.plan.copied,
+    }
 
 
 def _refuse_odd_numbers(options: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ def contradictions(config: Config) -> list[str]:
         problems.append("`model.zero_terminal_snr=true` needs `model.prediction_type=v_prediction`")
     problems += [*_about_adapter(config), *_about_optimizer(config.optimizer)]
     problems += [*_about_objective(config.training), *_about_limits(config)]
+    problems += _about_offloading(config)
     if config.sample.prompts == ():
         for name in ("every", "guidance"):
             if getattr(config.sample, name) is not None:
@@ -168,6 +169,18 @@ def _about_objective(settings: TrainingConfig) -> Iterator[str]:
         )
     if settings.multires_noise_iterations == 0 and settings.multires_noise_discount != 0.3:
         yield "`training.multires_noise_discount` has no effect with `training.multires_noise_iterations=0`"
+
+
+def _about_offloading(config: Config) -> Iterator[str]:
+    """Yield what blocks whose weights lie in main memory do not go together with."""
+    if not config.training.offload_blocks:
+        return
+    given = f"`training.offload_blocks={config.training.offload_blocks}`"
+    if config.adapter.kind != "lora":
+        kind = f"`adapter.kind={config.adapter.kind}`"
+        yield f"{given} needs a plain LoRA: {kind} computes with the base's weights itself"
+    if "joint" in config.training.fast:
+        yield f"{given} cannot be with the fast path `joint`, which lays weights of several blocks together"
 
 
 def _about_limits(config: Config) -> Iterator[str]:

@@ -111,6 +111,7 @@ class OpenSettings:
         self.config, self.facts = config, facts
         self.defaults: list[Default] = []
         self._given = config
+        self._put: set[str] = set()
 
     def fill(self, key: str, value: Any, reason: str, *, ask_base: bool = True) -> None:
         """Set an open setting; a value that the base's author recommends wins over the general rule.
@@ -128,13 +129,23 @@ class OpenSettings:
         changed = getattr(self.config, section).model_copy(update={name: value})
         self.config = self.config.model_copy(update={section: changed})
 
+    def put(self, key: str, value: Any, reason: str) -> None:
+        """Decide a setting whose default the user left as it was, which need not be None."""
+        self._put.add(key)
+        self.defaults.append(Default(key, value, reason))
+        section, name = key.split(".")
+        changed = getattr(self.config, section).model_copy(update={name: value})
+        self.config = self.config.model_copy(update={section: changed})
+
     def say(self, key: str, value: Any, reason: str) -> None:
         """Record a choice that is not a setting."""
         self.defaults.append(Default(key, value, reason))
 
     def final(self) -> Config:
         """Return the settings, validated as a whole."""
-        filled = {default.key for default in self.defaults if self._given.get(default.key) is None}
+        filled = {
+            default.key for default in self.defaults if self._given.get(default.key) is None
+        } | self._put
         return self._given.with_values({key: self.config.get(key) for key in filled})
 
     def _recommended(self, key: str) -> Any:

@@ -222,6 +222,10 @@ class TrainingConfig(Section):
     """Whether validation and previews show the weights as learned, too (`both`), or the `average` alone."""
     export_weights: Annotated[ExportedWeights, OnlyFor(("ema", "tail"), "average")] = "average"
     """Which weights go into the adapter file and the checkpoints' adapters: `average`, or as `learned`."""
+    memory: Annotated[str, Field(pattern=r"^(auto|max|\d+(\.\d+)? ?([GM]i?B?))$")] = "auto"
+    """How much memory the run may take on its card: what is free there (`auto`), a size (`8GB`), or any
+    (`max`). Where it would take more, settings that were left open are decided so that it fits, those first
+    that add the least work (docs/small-cards.md). On a CPU `auto` decides nothing."""
     recompute: Recompute | None = None
     """What a step computes again for the backward pass instead of keeping it, which takes less memory, and
     the more work the later in this list: `nothing`; outputs of `norms` and SiLU; also those of `gates` (GELU
@@ -233,7 +237,8 @@ class TrainingConfig(Section):
     save the most memory for the work; the others are one rung below. All of them when left open."""
     autoencoder: AutoencoderWay | None = None
     """How images are encoded and decoded: `whole`, or from 256 px up in bands of rows with the rest in main
-    memory (`banded`), which is slower and takes 0.2 GiB at any size; the result differs by rounding only."""
+    memory (`banded`), which is slower and takes 0.2 GiB at any size; the result differs by rounding only.
+    With `banded`, previews are drawn one at a time, too."""
     offload_blocks: NonNegative | None = None
     """How many of the denoiser's blocks have their frozen weights in main memory, from where they come to the
     card just before they are used, forward and backward: the largest ones. The numbers stay the same."""

@@ -18,6 +18,7 @@ from ..config.schema import AttentionName, BaseFormat, ModelConfig
 from ..diffusion.prediction import PREDICTIONS
 from ..diffusion.process import NoiseProcess
 from ..errors import ConfigError, ModelError, shown
+from ..files import ASSETS
 from .attention import Attentions, choose_attentions
 from .base import BaseModelInfo
 from .base_files import read_json
@@ -27,7 +28,7 @@ from .latent_model import LatentModel, Parts, vae_factor
 from .layout import set_layout, usual_layout
 from .locating import locate
 from .quantised import Quantising
-from .recognition import Recognised, recognise
+from .recognition import Evidence, Recognised, recognise
 from .table import FAMILIES
 from .weights import weight_files
 
@@ -86,6 +87,34 @@ def load_model(
         offload=offload,
         encoders_wait=waits,
     )
+
+
+def family_blueprint(
+    name: str, *, dtype: torch.dtype, attention: Attentions, base_format: BaseFormat = "full"
+) -> LatentModel:
+    """Return a family's own base on the meta device, for which no file is needed.
+
+    Args:
+        name: of the family, e.g. ``sdxl``.
+        dtype: number format of denoiser and text encoders.
+        attention: how it is computed.
+        base_format: how the denoiser's weights are kept.
+    """
+    family, meta = FAMILIES[name], torch.device("meta")
+    info = family.info
+    sides = info.resolutions  # of the family's bases the one for the largest images
+    prediction = max(sides, key=lambda kind: sides[kind]) if sides else info.predictions[0]
+    stated = (Evidence("the family", prediction),)
+    base = Recognised(ASSETS / info.assets, "file", name, (), info.title, stated)
+    process = _process(ModelConfig(base=name), base)
+    quantising = None if base_format == "full" else Quantising(base_format, meta)
+    parts = _loaded_parts(base, dtype, meta, None, quantising)
+    if process.prediction.name in info.resolutions:
+        side = info.resolutions[process.prediction.name]
+        parts.denoiser.register_to_config(sample_size=side // vae_factor(parts.vae))
+    described = BaseModelInfo(source=name, title=info.title, weights=base.path)
+    settings = ModelConfig(base=name)
+    return family(described, parts, process, settings=settings, attention=attention, device=meta)
 
 
 def _family(settings: ModelConfig, recognised: Recognised) -> str:

@@ -11,6 +11,7 @@ from ..errors import TrainingError
 from ..families.offload import is_offloaded
 from .choices import remembered_choice, try_choices, use, usual_choice
 from .proof import prove
+from .relief import can_be_relieved, relieve
 
 if TYPE_CHECKING:
     from .state import Run
@@ -36,16 +37,20 @@ def measure_cost(run: Run) -> Cost:
     settings = run.config.training
     micros = [micro for rank in run.order.step(run.step) for micro in rank if micro]
     visits = max(micros, key=lambda micro: len(micro))
-    try:
-        seconds = _settled(run, visits)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f"{run.model.facts.device}: not enough memory for training.batch_size={settings.batch_size} at "
-            f"{run.config.data.resolution} px; use a smaller training.batch_size, "
-            "training.recompute=blocks or a smaller data.resolution"
-        ) from None
+    while True:
+        try:
+            seconds = _settled(run, visits)
+            break
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if not can_be_relieved(run, error):
+                raise TrainingError(
+                    f"{run.model.facts.device}: not enough memory for "
+                    f"training.batch_size={settings.batch_size} at {run.config.data.resolution} px; use a "
+                    "smaller training.batch_size or a smaller data.resolution, or training.base_format=fp8"
+                ) from None
+        relieve(run)  # the error is gone by now, and with it the tensors that its frames held
     return Cost(seconds * settings.gradient_accumulation, run.memory.peak)
 
 

@@ -313,7 +313,8 @@ class RunJudge:
                 with folded(run.model, weights, strength):
                     encoded = self._encoded()
                     # as many at once as previews, whose memory was planned
-                    most = max(1, len(run.config.sample.prompts or ()))
+                    alone = run.config.training.autoencoder == "banded"
+                    most = 1 if alone else max(1, len(run.config.sample.prompts or ()))
                     chunks = [requests[start : start + most] for start in range(0, len(requests), most)]
                     images = [image for part in chunks for image in render(run.model, part, encoded=encoded)]
             finally:

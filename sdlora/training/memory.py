@@ -13,7 +13,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -30,9 +30,13 @@ from ..diffusion.process import per_image_loss
 from ..errors import TrainingError
 from ..families.base import DiffusionModel, SizeHint
 from ..families.facts import AUTOENCODER
+from ..families.lean import make_lean, undo_lean
+from ..families.offload import offloadable_blocks, offloaded_bytes
+from ..families.recompute import Rungs
+from ..families.rungs import blocks_by_saving, can_recompute
 from ..files import size_text
 from ..generation.render import most_at_once
-from .fast import chosen_paths
+from .fast import chosen_paths, recompute_of
 from .memory_as_computed import computed_as_in_a_run, gradient_bytes
 from .memory_count import counting_memory, fused_attention
 from .optimizers import optimizer_kind
@@ -40,7 +44,7 @@ from .optimizers import optimizer_kind
 _TOLERANCE = 0.85  # the count may be 15 % too high; with less free than this share of it, a run cannot fit
 _VALIDATION_ROWS = 4  # timesteps of a held-out image that are predicted together
 WHOLE_SIDE = 256  # px; squares up to this side are encoded and decoded whole wherever a step fits
-_SPARED = ("validation", "previews")  # phases that are skipped where they do not fit
+_SPARED = ("validation", "previews", "judging")  # phases that are skipped where they do not fit
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class MemoryPlan:
         activations: the largest amount alive at once during a step, besides the above.
         free: how much the device has free before the run, if that is known.
         others: the largest amount alive at once in each other phase: name -> bytes.
+        flops: multiplications and additions of a micro-batch, forward and backward.
+        blocks: of the denoiser that make something again, by rung of ``training.recompute``.
+        block_sizes: bytes of each block that could be offloaded.
+        offloaded: how many of them are, the largest first.
     """
 
     weights: int
@@ -60,6 +68,10 @@ class MemoryPlan:
     activations: int
     free: int | None
     others: Mapping[str, int] = field(default_factory=dict)
+    flops: int = 0
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    block_sizes: tuple[int, ...] = ()
+    offloaded: int = 0
 
     @property
     def phases(self) -> Mapping[str, int]:
@@ -76,6 +88,22 @@ class MemoryPlan:
         """The largest amount alive at once in the phases that training cannot do without."""
         return max(size for name, size in self.phases.items() if name not in _SPARED)
 
+    @property
+    def copied(self) -> int:
+        """Bytes of offloaded blocks that come to the device in a micro-batch, forward and backward."""
+        sizes = self._largest(self.offloaded)
+        # what the two buffers hold when the direction turns need not come again
+        return max(0, 2 * sum(sizes) - 4 * min(sizes, default=0))
+
+    def with_offloaded(self, count: int) -> MemoryPlan:
+        """Return the plan of the same run with other blocks offloaded: two buffers hold the largest ones."""
+        less = _saved_by(self._largest(count)) - _saved_by(self._largest(self.offloaded))
+        others = {name: size if name == "encoding" else size - less for name, size in self.others.items()}
+        return replace(self, weights=self.weights - less, others=others, offloaded=count)
+
+    def _largest(self, count: int) -> list[int]:
+        return sorted(self.block_sizes, reverse=True)[:count]
+
     def fits(self) -> bool | None:
         """Return whether the needed memory fits into the free memory; None if the latter is not known."""
         return None if self.free is None else self.needed <= self.free
@@ -88,6 +116,11 @@ class MemoryPlan:
         more = "".join(f"; {name} {size_text(size)}" for name, size in self.others.items() if size > step)
         free = "" if self.free is None else f"; {size_text(self.free)} free"
         return f"{size_text(self.peak)} ({parts}{more}{free})"
+
+
+def _saved_by(offloaded: Sequence[int]) -> int:
+    """Return the bytes by which weights on the device are less if these blocks are offloaded."""
+    return sum(offloaded) - 2 * max(offloaded, default=0)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -116,8 +149,10 @@ def plan_memory(config: Config, blueprint: Callable[[], DiffusionModel], *, free
         blueprint: makes the base on the meta device, without weights; called at most once.
         free: see :attr:`MemoryPlan.free`.
     """
-    weights, adapter, activations, others = _count(_Question(_structure(config), config, blueprint))
-    return MemoryPlan(weights, adapter, activations, free, dict(others))
+    counted = _count(_Question(_structure(config), config, blueprint))
+    plan = replace(counted, free=free)
+    moved = config.training.offload_blocks
+    return plan.with_offloaded(min(moved, len(plan.block_sizes))) if moved else plan
 
 
 @dataclass(frozen=True)
@@ -141,6 +176,7 @@ def _structure(config: Config) -> str:
         "fast",
         "average",
         "recompute",
+        "autoencoder",
     )
     wanted = [
         tree["model"],
@@ -155,13 +191,21 @@ def _structure(config: Config) -> str:
         _keeps_images(config),
         *_priors(config),
     ]
-    return json.dumps([*wanted, bool(config.data.validation), config.data.resolution, _preview(config)])
+    return json.dumps(
+        [
+            *wanted,
+            bool(config.data.validation),
+            config.data.resolution,
+            _preview(config),
+            bool(config.judge.every),
+        ]
+    )
 
 
 def _preview(config: Config) -> tuple[int, bool, int]:
     """Return how many previews are drawn together, whether they are guided, and the px of the largest one.
 
-    0 px are those of the run's resolution.
+    Where memory is saved, each is drawn by itself. 0 px are those of the run's resolution.
     """
     lines = config.sample.lines
     guided = any(
@@ -169,7 +213,8 @@ def _preview(config: Config) -> tuple[int, bool, int]:
     )
     side = config.data.resolution or 0
     most = max(((line.width or side) * (line.height or side) for line in lines), default=0)
-    return len(lines), guided, most if most > side * side else 0
+    together = 1 if config.training.autoencoder == "banded" else len(lines)
+    return together, guided, most if most > side * side else 0
 
 
 def _side(config: Config) -> int:
@@ -196,8 +241,8 @@ def _priors(config: Config) -> tuple[bool, bool]:
 
 
 @functools.lru_cache(maxsize=64)
-def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], ...]]:
-    """Return bytes of weights, adapter and step, and (phase, bytes) of the others."""
+def _count(question: _Question) -> MemoryPlan:
+    """Return the plan with all blocks on the device, without what is free."""
     config, model = question.config, question.blueprint()
     device = torch.device(config.training.device or "cpu")
     waiting = device.type == "cpu"  # components that wait in main memory then take the same memory
@@ -206,6 +251,7 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
     text = sum(sizes.values())
     weights = denoiser + text * (waiting or _keeps_text(config)) + images * (waiting or _keeps_images(config))
     encoding = _encoding(model, config, waiting=waiting)
+    offloadable = () if waiting else tuple(map(offloaded_bytes, offloadable_blocks(_denoiser(model))))
     layers, values, copied = _attach(model, config)
     # the fp32 master; the model's own copy and gradient, which in fp32 is the master; and the fp32 sum of
     # several micro-batches' gradients: of a single one it is there only when the activations are not
@@ -221,19 +267,46 @@ def _count(question: _Question) -> tuple[int, int, int, tuple[tuple[str, int], .
         gradient_checkpointing=config.training.rung != "nothing",
         keep_text=_keeps_text(config),
     )
+    blocks = _blocks_by_rung(model, config)
     with computed_as_in_a_run(model, layers, config):
-        activations = _step_bytes(model, _rounded(model, _side(config)), config)
+        activations, flops = _step_bytes(model, _rounded(model, _side(config)), config)
     activations = max(activations, (4 - summed) * values)
     others = {"encoding": encoding, "placing": weights + values * (8 + layer_bytes // 2)}
     if config.data.validation:
-        others["validation"] = (
-            weights + adapter + _forward_bytes(model, _side(config), validation_rows(config))
-        )
-    if config.sample.prompts:
+        rows = validation_rows(config)
+        others["validation"] = weights + adapter + _forward_bytes(model, _side(config), rows)
+    names = _drawing(config)
+    if names:
         model.prepare(training=False, lean=True)
         visiting = 0 if waiting or _keeps_images(config) else _decoder_bytes(model)
-        others["previews"] = weights + adapter + _preview_bytes(model, config, visiting)
-    return weights, adapter, activations, tuple(others.items())
+        drawn = weights + adapter + _preview_bytes(model, config, visiting)
+        others |= dict.fromkeys(names, drawn)
+        if "judging" in names and not waiting and not _keeps_text(config):
+            # its prompts are encoded when the first checkpoint is judged, and images by the whole autoencoder
+            encoding_again = max(text, _encoder_bytes(model) + _encode_bytes(model, config))
+            others["judging"] = max(drawn, weights + adapter + encoding_again)
+    return MemoryPlan(weights, adapter, activations, None, others, flops, blocks, offloadable)
+
+
+def _drawing(config: Config) -> list[str]:
+    """Return the phases that draw."""
+    return ["previews"] * bool(config.sample.prompts) + ["judging"] * bool(config.judge.every)
+
+
+def _denoiser(model: DiffusionModel) -> nn.Module:
+    return model.components()[model.info.denoiser.component]
+
+
+def _blocks_by_rung(model: DiffusionModel, config: Config) -> dict[str, int]:
+    """Return how many blocks make something again at each rung of recomputation that can be taken."""
+    denoiser = _denoiser(model)
+    if "blocks" not in chosen_paths(config.training.fast) or not can_recompute(denoiser, Rungs.blocks):
+        return {}
+    make_lean(denoiser)
+    positions = recompute_of(config, model).positions
+    counts = {r.name: len(blocks_by_saving(denoiser, r, positions)) for r in Rungs if r}
+    undo_lean(denoiser)
+    return counts
 
 
 def refuse_what_cannot_fit(
@@ -323,22 +396,31 @@ def _encoding(model: DiffusionModel, config: Config, *, waiting: bool) -> int:
         config: resolved settings.
         waiting: the components wait where they work, in main memory; else each comes for its work only.
     """
-    side = _rounded(model, _side(config))
-    pixels = torch.empty((1, 3, side, side), device="meta", dtype=torch.float32)
     with fused_attention(), counting_memory() as texts:
         model.encode_text([""])
-    banded = not waiting and config.training.autoencoder == "banded"
-    with fused_attention(), counting_memory() as images:
-        model.encode_images(pixels)
-    components = model.components()
-    sizes = {name: _bytes_of(module) for name, module in components.items()}
-    vae: Any = components[AUTOENCODER]
-    encoder = _bytes_of(vae.encoder) + (0 if vae.quant_conv is None else _bytes_of(vae.quant_conv))
+    images = _encode_bytes(model, config)
+    sizes = {name: _bytes_of(module) for name, module in model.components().items()}
     if waiting:
-        return sum(sizes.values()) + max(texts.peak, images.peak + pixels.nbytes)
+        return sum(sizes.values()) + max(texts.peak, images)
     text = sum(sizes.values()) - sizes[model.info.denoiser.component] - sizes[AUTOENCODER]
-    shown = 0 if banded and side > WHOLE_SIDE else pixels.nbytes  # in bands they stay where they are
-    return max(text + texts.peak, encoder + images.peak + shown)
+    return max(text + texts.peak, _encoder_bytes(model) + images)
+
+
+@torch.no_grad()
+def _encode_bytes(model: DiffusionModel, config: Config) -> int:
+    """Encode an image of the largest size; return the largest amount alive besides the encoder."""
+    side = _rounded(model, _side(config))
+    pixels = torch.empty((1, 3, side, side), device="meta", dtype=torch.float32)
+    with fused_attention(), counting_memory() as memory:
+        model.encode_images(pixels)
+    # in bands the pixels stay where they are
+    banded = config.training.autoencoder == "banded" and side > WHOLE_SIDE
+    return memory.peak + (0 if banded else pixels.nbytes)
+
+
+def _encoder_bytes(model: DiffusionModel) -> int:
+    vae: Any = model.components()[AUTOENCODER]
+    return _bytes_of(vae.encoder) + (0 if vae.quant_conv is None else _bytes_of(vae.quant_conv))
 
 
 @torch.no_grad()
@@ -391,8 +473,12 @@ def _attach(model: DiffusionModel, config: Config) -> tuple[Sequence[TrainedLaye
     return layers, count, copied
 
 
-def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
-    """Run a step of the objective's shape; see :func:`sdlora.training.objective.loss_of`."""
+def _step_bytes(model: DiffusionModel, side: int, config: Config) -> tuple[int, int]:
+    """Run a step of the objective's shape; see :func:`sdlora.training.objective.loss_of`.
+
+    Returns:
+        The largest amount alive, and the arithmetic.
+    """
     device, adapts_text, count = torch.device("meta"), config.adapter.adapts_text, config.training.batch_size
     assert count is not None
     preserving, blank = _priors(config)
@@ -416,4 +502,4 @@ def _step_bytes(model: DiffusionModel, side: int, config: Config) -> int:
                     model.predict(latents[:count], timesteps[:count], part_text, sizes[:count])
             loss.backward()
     # gradients of the adapter are counted with the adapter; some were there before
-    return max(0, memory.peak - (gradient_bytes(model) - before))
+    return max(0, memory.peak - (gradient_bytes(model) - before)), memory.flops

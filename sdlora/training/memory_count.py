@@ -16,14 +16,20 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass
 class MemoryCount:
-    """How many bytes of the tensors made while counting are alive, and the largest such amount so far."""
+    """How many bytes of the tensors made while counting are alive, and the largest such amount so far.
+
+    Attributes:
+        flops: multiplications and additions of the products, convolutions and attentions so far.
+    """
 
     alive: int = 0
     peak: int = 0
+    flops: int = 0
     _known: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def see(self, tensor: Tensor) -> None:
@@ -65,10 +71,30 @@ class _Counting(TorchDispatchMode):
             id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
         }
         out = func(*args, **(kwargs or {}))
+        self._count.flops += _flops(func, args, kwargs or {}, out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in given:
                 self._count.see(leaf)
         return out
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Return the arithmetic of an operation, by torch's own formulas; 0 for those that have none."""
+    packet = func.overloadpacket
+    if packet in _ATTENTIONS:
+        query, key, value = args[_ATTENTIONS[packet] :][:3]
+        products = 2 if _ATTENTIONS[packet] == 0 else 5  # backward: the scores once more, and four gradients
+        rows = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+        return int(products * 2 * rows * (query.shape[3] + value.shape[3]) // 2)
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+_ATTENTIONS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: 0,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: 1,
+}
+"""Attention on the meta device -> where its query is among the arguments."""
 
 
 @contextmanager

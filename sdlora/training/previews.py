@@ -86,8 +86,10 @@ def _pixels(run: Run, requests: Sequence[GenerateRequest]) -> bytes:
         )
         try:
             usual = [i for i, request in enumerate(requests) if not request.strengths]
-            images = render(run.model, [requests[i] for i in usual], encoded=run.preview_text)
-            drawn |= zip(usual, images, strict=True)
+            alone = run.config.training.autoencoder == "banded"  # memory is saved: one image at a time
+            for together in [[i] for i in usual] if alone else [usual]:
+                images = render(run.model, [requests[i] for i in together], encoded=run.preview_text)
+                drawn |= zip(together, images, strict=True)
             for i in sorted(set(range(len(requests))) - set(usual)):
                 with _acting(run, requests[i].strengths):
                     drawn[i] = render(run.model, [requests[i]])[0]

@@ -10,7 +10,6 @@ import errno
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,22 +22,21 @@ from ..data.batching.batches import make_batch
 from ..data.batching.loader import BatchLoader
 from ..data.batching.order import MicroBatch
 from ..data.batching.prepare import PreparedData, prepare_data
-from ..devices import choose_dtype
 from ..errors import ConfigError, OutputError, TrainingError
 from ..events import Decided, Emitter, Notice
 from ..families.base import DiffusionModel
 from ..families.compute import Compute
 from ..families.latent_model import LatentModel
-from ..families.loading import load_model
 from ..families.parallel import SplitPredictor
 from ..files import refuse_used_folder, write_problem
 from ..run_folder import RunFolder, list_checkpoints
 from .fast import FastStep, recompute_of
 from .inputs import Ready, Sender
 from .masters import ParameterGroup
-from .memory import WHOLE_SIDE, MemoryPlan, free_memory, plan_memory, refuse_what_cannot_fit
+from .memory import MemoryPlan, refuse_what_cannot_fit
 from .objective import inputs_of
 from .optimizers import make_optimizer, optimizer_kind
+from .planning import META, Planner, kept_rungs, make_base, save_memory
 from .preview_prompts import find_preview_adapters, preview_text
 from .processes import Processes
 from .reports import Reports
@@ -48,8 +46,6 @@ from .shown_weights import ShownWeights, averaged, weights_to_show
 from .state import Run, check_alike, check_same, masters_digest, restore, run_folder
 from .trackers import check_trackers
 from .trainable import make_trainable
-
-_META = torch.device("meta")
 
 
 def prepare_run(
@@ -83,9 +79,14 @@ def prepare_run(
     compute = Compute.choose(processes.device or settings.device, settings.precision, settings.attention)
     if compute.idle_card:
         emit(Notice(compute.idle_card))
-    blueprint = _base(config, compute, _META)
+    blueprint = make_base(config, compute, META)
 
-    final = finalise(config, compute, blueprint, images, processes.count)
+    planner = Planner(compute, blueprint, config)
+    kept = kept_rungs(folder) if resume else None
+    final = finalise(
+        *(config, compute, blueprint, images, processes.count),
+        save_memory=lambda open_settings: save_memory(open_settings, planner, kept, processes),
+    )
     for note in final.training.notes:
         emit(Notice(note))
     for default in final.defaults:
@@ -95,12 +96,12 @@ def prepare_run(
     check_alike(final.config, final.training, blueprint, processes)
     preview_adapters = find_preview_adapters(final.config, blueprint, folder)
     try:
-        plan = _plan_memory(final.config, compute, blueprint, emit)
+        plan = _plan_memory(final.config, planner, emit)
     except TrainingError as error:
         if not resume:
             raise
         raise TrainingError(f"{error}; a resumed run keeps its settings: start another for that") from None
-    model = _base(final.config, compute, compute.device)
+    model = make_base(final.config, compute, compute.device)
     run = _assemble(final, folder, model, plan, preview_adapters, processes, emit, resume=resume)
     if longer and processes.is_main:
         save_config(run.config, folder.config_file)
@@ -124,37 +125,10 @@ def _check_folder(folder: RunFolder, emit: Emitter, *, resume: bool) -> None:
     refuse_used_folder(folder.path, "a training run")
 
 
-def _base(config: Config, compute: Compute, device: torch.device) -> LatentModel:
-    """Return the base; on the meta device only its blueprint, for which no weight is read."""
-    model = load_model(
-        config.model,
-        dtype=compute.dtype,
-        device=device,
-        attention=compute.attention,
-        denoiser_waits=True,
-        base_format=config.training.base_format or "full",
-    )
-    if config.training.autoencoder == "banded":
-        model.work_in_bands(WHOLE_SIDE)
-    return model
-
-
-def _plan_memory(config: Config, compute: Compute, blueprint: DiffusionModel, emit: Emitter) -> MemoryPlan:
-    """Return the memory that a run will take; warn or refuse if the device does not have that much.
-
-    The blueprint on which the settings were decided is used up: the plan puts an adapter into it. Only if
-    the run does not fit are others made, for the settings that are tried instead.
-    """
-    free, unused = free_memory(compute.device), [blueprint]
-
-    def plan(settings: Config) -> MemoryPlan:
-        if settings is config:
-            return plan_memory(settings, unused.pop, free=free)
-        other = replace(compute, dtype=choose_dtype(settings.training.precision, compute.device))
-        return plan_memory(settings, lambda: _base(settings, other, _META), free=free)
-
-    memory = plan(config)
-    warning = refuse_what_cannot_fit(memory, config, compute.device, plan)
+def _plan_memory(config: Config, planner: Planner, emit: Emitter) -> MemoryPlan:
+    """Return the memory that a run will take; warn or refuse if the device does not have that much."""
+    memory = planner(config)
+    warning = refuse_what_cannot_fit(memory, config, planner.device, planner)
     emit(Notice(warning or f"memory: about {memory.render()}"))
     return memory
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..adapters.canonical import AdapterWeights
@@ -79,7 +80,12 @@ class Final:
 
 
 def finalise(
-    config: Config, compute: Compute, blueprint: DiffusionModel, images: Images, num_processes: int
+    config: Config,
+    compute: Compute,
+    blueprint: DiffusionModel,
+    images: Images,
+    num_processes: int,
+    save_memory: Callable[[OpenSettings], object] = lambda open_settings: None,
 ) -> Final:
     """Decide every setting that is open, each from what was decided before it.
 
@@ -89,6 +95,7 @@ def finalise(
         blueprint: of the base; no weight is looked at.
         images: all there are.
         num_processes: number of processes that train together.
+        save_memory: decides what saves memory, once all else is decided; uses the blueprint up.
 
     Raises:
         ConfigError: for settings that contradict the base, the images or the file to continue from.
@@ -118,6 +125,7 @@ def finalise(
     chosen_paths(config.training.fast)
     outline = outline_data(open_settings, training, blueprint, num_processes)
     _check_warmup(open_settings.config, outline.steps)
+    save_memory(open_settings)
     defaults = tuple(open_settings.defaults)
     return Final(open_settings.final(), defaults, training, validation, outline, start)
 

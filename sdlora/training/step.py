@@ -21,6 +21,7 @@ from ..run_folder import list_checkpoints
 from .inputs import Ready
 from .masters import clip_, shorten_
 from .objective import loss_of
+from .relief import can_be_relieved, relieve
 from .reports import MicroReport, OpenStep, StepReport, total_of
 from .schedules import schedule_factor
 from .shown_weights import publish
@@ -52,6 +53,39 @@ def launch_step(run: Run) -> OpenStep:
         run.scaler.scale(torch.zeros((), device=run.model.facts.device))
     names = (group.name for group in run.groups)
     step = OpenStep(run.step + 1, dict(zip(names, rates, strict=True)))
+    rounds, rates_there = _gathered(run, step)
+    if run.reports.deferred:
+        _apply_on_device(run, step, rates_there)
+    else:
+        norm = _apply(run, step.names)
+        step.done = _report(step, *total_of(rounds), norm)
+    run.step += 1
+    run.reports.add(step)
+    return step
+
+
+def _gathered(run: Run, step: OpenStep) -> tuple[list[list[tuple[float, int]]], Tensor | None]:
+    """Add up the gradients of a step's micro-batches in the masters.
+
+    Where the device lacks memory, nothing was applied yet: the same micro-batches are computed again, one
+    rung up (:mod:`.relief`).
+
+    Returns:
+        (sum, number) of the finite losses by round and process, and the rates, if they came with a batch.
+    """
+    while True:
+        overflowed = run.overflowed.copy()
+        try:
+            return _rounds(run, step)
+        except Exception as error:
+            if not can_be_relieved(run, error):
+                raise
+        # the error is gone by now, and with it the tensors that its frames held
+        step.micro, step.images, run.overflowed = [], 0, overflowed
+        relieve(run)
+
+
+def _rounds(run: Run, step: OpenStep) -> tuple[list[list[tuple[float, int]]], Tensor | None]:
     rounds, rates_there = [], None
     batches = run.loader.step(run.step)
     for _ in range(run.order.rounds(run.step)):  # in each round all processes add their gradients
@@ -68,14 +102,7 @@ def launch_step(run: Run) -> OpenStep:
         step.images += sum(images for _, _, images in told)
         for group in run.groups:
             group.master.collect(run.processes.add_in_order)
-    if run.reports.deferred:
-        _apply_on_device(run, step, rates_there)
-    else:
-        norm = _apply(run, step.names)
-        step.done = _report(step, *total_of(rounds), norm)
-    run.step += 1
-    run.reports.add(step)
-    return step
+    return rounds, rates_there
 
 
 def rates_at(run: Run, step: int) -> list[float]:

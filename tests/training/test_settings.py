@@ -18,7 +18,7 @@ from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError, ModelError
 from sdlora.events import Decided, Emitter, Event, Sampled, StepDone, Validated
 from sdlora.families import attention, compute, loading
-from sdlora.training import memory, run, settings
+from sdlora.training import memory, planning, run, settings
 from sdlora.training.finish import adapter_file
 from sdlora.training.train import train
 
@@ -61,11 +61,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def of_adapter(*args: Any) -> str:
         return f"adapter on {args[0].facts.device.type}"
 
-    counted(run, "load_model", of_model)
+    counted(planning, "load_model", of_model)
     counted(run, "create_adapter", of_adapter)
     counted(memory, "create_adapter", of_adapter)
-    counted(settings, "finalise", lambda *args: "finalised")
-    counted(run, "finalise", lambda *args: "finalised")
+    counted(settings, "finalise", lambda *args, **options: "finalised")
+    counted(run, "finalise", lambda *args, **options: "finalised")
     for module in (compute, loading):
         counted(module, "choose_attentions", lambda *args: "attention")
     original = attention.choose_attention
