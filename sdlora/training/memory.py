@@ -25,6 +25,7 @@ from ..adapters.direct import can_be_direct
 from ..adapters.joint import can_be_joined
 from ..adapters.module_paths import module_at
 from ..adapters.trainable_layers import TrainedLayer, attach_for_training
+from ..config.defaults import USUAL_GUIDANCE
 from ..config.schema import Config
 from ..diffusion.process import per_image_loss
 from ..errors import TrainingError
@@ -208,12 +209,13 @@ def _preview(config: Config) -> tuple[int, bool, int]:
     Where memory is saved, each is drawn by itself. 0 px are those of the run's resolution.
     """
     lines = config.sample.lines
-    guided = any(
-        ((config.sample.guidance if line.guidance is None else line.guidance) or 0) > 1 for line in lines
-    )
+    scales = [config.sample.guidance if line.guidance is None else line.guidance for line in lines]
+    if config.judge.every:  # drawn as previews are
+        scales.append(USUAL_GUIDANCE if config.sample.guidance is None else config.sample.guidance)
+    guided = any((scale or 0) > 1 for scale in scales)
     side = config.data.resolution or 0
     most = max(((line.width or side) * (line.height or side) for line in lines), default=0)
-    together = 1 if config.training.autoencoder == "banded" else len(lines)
+    together = 1 if config.training.autoencoder == "banded" else max(1, len(lines))
     return together, guided, most if most > side * side else 0
 
 
