@@ -47,7 +47,7 @@ def foresee(config: Config, budget: int | None, num_images: int = USUAL_IMAGES) 
     facts = DataFacts(num_images - held, num_images - held, held, ("a prompt",) * 4)
     fill_training(open_settings, facts, optimizer_kind(config.optimizer).rate)
     planner = Planner(compute, blueprint, config, free=budget or 1)
-    return climb(open_settings.config, budget, planner)
+    return climb(open_settings.final(), budget, planner)
 
 
 def is_family(base: str) -> bool:

@@ -131,14 +131,15 @@ def climb(config: Config, budget: int | None, plan: Planner, *, main_memory: int
     return Climbed(tuple(climber.taken), climber.config, now, fits, work)
 
 
-def decide(
-    open_settings: OpenSettings, budget: int | None, plan: Planner, main_memory: int | None
-) -> Climbed:
-    """Climb, and fill the settings with the rungs that were taken, each with its cost as the reason."""
-    climbed = climb(open_settings.config, budget, plan, main_memory=main_memory)
-    for rung in climbed.taken:
+def decide(open_settings: OpenSettings, budget: int | None, plan: Planner, main_memory: int | None) -> None:
+    """Climb, and fill the settings with the rungs that were taken, each with its cost as the reason.
+
+    Without a limit nothing is counted.
+    """
+    if budget is None:
+        return
+    for rung in climb(open_settings.final(), budget, plan, main_memory=main_memory).taken:
         open_settings.put(rung.key, rung.value, rung.cost)
-    return climbed
 
 
 class _Climber:
