@@ -107,7 +107,7 @@ def parse_size(text: str) -> int:
 def offload_room(device: torch.device) -> int | None:
     """Return the bytes of main memory that offloaded blocks may take: half of what is free.
 
-    All of the base is read there, too, and pinned memory is not to be had without limit.
+    All of the base is read there, too, and pinned memory is limited.
     """
     return int(psutil.virtual_memory().available // 2) if device.type == "cuda" else None
 
