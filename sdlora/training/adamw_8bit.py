@@ -97,7 +97,7 @@ class AdamW8bit(torch.optim.Optimizer):
             _put(state, 2, piece, second)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave; torch would make all of it the parameters' format."""
+        """Take back what ``state_dict`` gave; torch would make all of it the parameters' format."""
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, state in state_dict["state"].items():
