@@ -542,7 +542,8 @@ def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., An
 
 
 def test_a_grid_and_a_list_of_prompts_are_drawn(page: Page, wait: Callable[..., Any]) -> None:
-    page.tab(3)
+    page.open()
+    page.tab(2)
     page.type("#prompt textarea", "an icon of a cat")
     page.click("#draw-more > button")
     page.type("#steps input", "1")
@@ -561,7 +562,8 @@ def test_a_grid_and_a_list_of_prompts_are_drawn(page: Page, wait: Callable[..., 
 
 
 def test_a_preset_and_a_text_fill_the_form_and_say_what_changed(page: Page, wait: Callable[..., Any]) -> None:
-    page.tab(2)
+    page.open()
+    page.tab(1)
     choose(page, wait, "#preset input", "detailed-subject")
     wait(lambda: "Rank" in page.one("#filling-said").text and "32" in page.one("#filling-said").text)
     page.click("#as-text > button")
