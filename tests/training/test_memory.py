@@ -135,7 +135,8 @@ def test_a_quantised_base_is_counted_exactly_and_no_layers_are_joined_over_it() 
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
     assert plan.weights == sum(t.numel() * t.element_size() for t in tensors)
     pairs = create_adapter(model, config.adapter, 0).pairs
-    assert plan.adapter == 20 * sum(pair.down.numel() + pair.up.numel() for pair in pairs.values())
+    # master, its two moments, the layer's gradient; the masters' gradients come when activations are gone
+    assert plan.adapter == 16 * sum(pair.down.numel() + pair.up.numel() for pair in pairs.values())
 
 
 def test_a_storage_is_counted_once_and_its_release_is_seen() -> None:

@@ -43,7 +43,7 @@ from sdlora.families.base import DiffusionModel
 from sdlora.formats.adapter_files import read_adapter
 from sdlora.machine import Card, MachineFacts, notice_of
 from sdlora.run_folder import RunFolder, list_checkpoints
-from sdlora.training import run as run_module
+from sdlora.training import planning
 from sdlora.training.checkpoint import load_checkpoint
 from sdlora.training.masters import clip_
 from sdlora.training.objective import loss_of
@@ -273,14 +273,14 @@ def test_a_run_leaves_its_model_in_no_memory(
 ) -> None:
     """Python frees what holds itself in circles at some time; the next run counts on the memory at once."""
     models = []
-    real = run_module.load_model
+    real = planning.load_model
 
     def load(*arguments: Any, **options: Any) -> DiffusionModel:
         model = real(*arguments, **options)
         models.append(weakref.ref(model.components()["unet"]))
         return model
 
-    monkeypatch.setattr(run_module, "load_model", load)
+    monkeypatch.setattr(planning, "load_model", load)
     control = Control()
     with no_collection():
         train(settings("run", "training.steps=3"), listeners=[Recorder(control, 1)], control=control)
