@@ -38,10 +38,13 @@ FOREIGN: dict[str, tuple[bytes, ...]] = {
     ),
 }
 """By the ending of the file."""
-TAG_LISTS = (
-    b"tag_id,name,category,count\n1,1girl,0,5\n2,solo,0,4\n3,rating:safe,9,1\n",
-    b'name,category\r\n"a, b",4\r\n:d,0\r\n',
-    b"cat\ndog\n",
-)
+TAG_LISTS: dict[str, tuple[bytes, ...]] = {
+    "csv": (
+        b"tag_id,name,category,count\n1,1girl,0,5\n2,solo,0,4\n3,rating:safe,9,1\n",
+        b'name,category\r\n"a, b",4\r\n:d,0\r\n',
+    ),
+    "txt": (b"cat\ndog\n",),
+}
 IMPLICATIONS = (b"antecedent_name,consequent_name\na,b\nb,c\n", b"tag,implies\nkitten,cat\n")
-AXES = (b"strength=0,0.5,1", b"seed=1,2", b"sampler=Euler,DDIM", b"character=0.8", b"0.35")
+AXES = (b"strength=0,0.5,1", b"seed=1,2", b"sampler=Euler,DDIM")
+THRESHOLDS = (b"character=0.8", b"artist=off", b"0.35")

@@ -56,7 +56,7 @@ from sdlora.generation.lora_tags import take_tags
 from sdlora.generation.png_info import parse_parameters, read_parameters
 from sdlora.generation.prompt_parts import parts_of
 from sdlora.training import checkpoint
-from tools.fuzz_samples import AXES, FOREIGN, IMPLICATIONS, TAG_LISTS
+from tools.fuzz_samples import AXES, FOREIGN, IMPLICATIONS, TAG_LISTS, THRESHOLDS
 from tools.fuzzing import outcome_of, run_cases
 from tools.text_damage import damaged
 
@@ -165,10 +165,15 @@ def _foreign(kind: str) -> Run:
     return run
 
 
-def _tag_list(rng: random.Random, data: bytes, folder: Path) -> str:
-    file = folder / f"tags.{rng.choice(('csv', 'txt'))}"
-    file.write_bytes(data)
-    return f"{len(read_tags(file)) > 1}"
+def _tag_list(kind: str) -> Run:
+    """Return what reads a list of tags from a file with such an ending."""
+
+    def run(rng: random.Random, data: bytes, folder: Path) -> str:
+        file = folder / f"tags.{kind}"
+        file.write_bytes(data)
+        return f"{len(read_tags(file)) > 1}"
+
+    return run
 
 
 def _implications(rng: random.Random, data: bytes, folder: Path) -> str:
@@ -177,8 +182,11 @@ def _implications(rng: random.Random, data: bytes, folder: Path) -> str:
 
 
 def _axis(rng: random.Random, data: bytes, folder: Path) -> str:
-    text = data.decode("utf-8", "replace")
-    return rng.choice((lambda: read_axis(text).name, lambda: str(len(thresholds_of([text])))))()
+    return read_axis(data.decode("utf-8", "replace")).name
+
+
+def _threshold(rng: random.Random, data: bytes, folder: Path) -> str:
+    return ", ".join(thresholds_of([data.decode("utf-8", "replace")]))
 
 
 def _caption(rng: random.Random, data: bytes, folder: Path) -> str:
@@ -405,9 +413,10 @@ def targets() -> dict[str, Target]:
         "file of prompts": Target(_PROMPT_FILES, _prompt_file),
         "caption": Target((*_PROMPTS, b"one, two, three, four\nfive"), _caption),
         **{f"foreign {kind}": Target(samples, _foreign(kind), 2) for kind, samples in FOREIGN.items()},
-        "list of tags": Target(TAG_LISTS, _tag_list, 2),
+        **{f"tags {kind}": Target(samples, _tag_list(kind), 1) for kind, samples in TAG_LISTS.items()},
         "implications": Target(IMPLICATIONS, _implications, 2),
-        "axis": Target(AXES, _axis, 2),
+        "axis": Target(AXES, _axis, 1),
+        "threshold": Target(THRESHOLDS, _threshold, 1),
         "adapter": Target((b"a.safetensors:0.8", b"C:\\x\\a.safetensors:1:0.5"), _adapter),
         "model index": Target(_asset("model_index.json"), _base("model_index.json", load=False)),
         "scheduler": Target(

@@ -225,7 +225,7 @@ class TrainingConfig(Section):
     memory: Annotated[str, Field(pattern=r"^(auto|max|\d+(\.\d+)? ?([GM]i?B?))$")] = "auto"
     """How much memory the run may take on its card: what is free there (`auto`), a size (`8GB`), or any
     (`max`). Where it would take more, settings that were left open are decided so that it fits, those first
-    that add the least work (docs/small-cards.md). On a CPU `auto` decides nothing."""
+    that add the least work. On a CPU `auto` decides nothing."""
     recompute: Recompute | None = None
     """What a step computes again for the backward pass instead of keeping it, which takes less memory, and
     the more work the later in this list: `nothing`; outputs of `norms` and SiLU; also those of `gates` (GELU

@@ -62,7 +62,7 @@ def test_what_takes_too_long_or_too_much_is_a_crash(tmp_path: Path, monkeypatch:
             pass
         if number == 3:
             monkeypatch.setattr(fuzzing, "MOST_SECONDS", 60.0)
-            held.extend(b"\1" * 2**26 for _ in range(4))
+            held.extend(b"\1" * 2**25 for _ in range(2))
         return "done"
 
     watched = Watched(work, None, tmp_path / "kept")

@@ -120,7 +120,7 @@ def test_a_run_with_offloaded_blocks_has_the_same_bits(fast: str, settings: Sett
 def test_a_run_works_in_bands_if_it_is_to(
     way: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdlora.training.run.WHOLE_SIDE", 8)
+    monkeypatch.setattr("sdlora.training.planning.WHOLE_SIDE", 8)
     used: list[str] = []
     for name in ("encode", "decode"):
         original = getattr(latent_model.BandedAutoencoder, name)

@@ -167,12 +167,16 @@ def test_a_plan_that_nobody_waits_for_ends_while_images_are_encoded(
     assert emit.notes.count("encoding the images") == 1 and not emit.parts
 
 
-def test_drawing_keeps_the_base_and_writes_settings_that_can_be_sent_back(tmp_path: Path) -> None:
+def test_drawing_keeps_the_base_and_writes_settings_that_can_be_sent_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sdlora_ui.server.png_import import from_parameters
+    from sdlora_ui.tasks import draw as drawing
     from sdlora_ui.tasks.draw import draw
 
     from sdlora.generation.png_info import read_parameters
 
+    monkeypatch.setattr(drawing, "_studio", [])  # another test may have loaded the base
     emit = Silent()
     arguments = {
         "base": "mini", "prompt": "an icon of a cat", "negative": "", "seed": 5, "width": None,
