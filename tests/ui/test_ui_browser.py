@@ -37,8 +37,8 @@ pytestmark = [
     ),
 ]
 PHONE = (390, 844)
-# Known faults, told in the closing note of 30 Nov 2026 (issue 21): what the demo had set stays listed, and perhaps
-# in force, when another folder is opened; after other tests a folder's images do not all appear.
+# Told in the closing note of 30 Nov 2026 (issue 21): what the demo had set stays listed, perhaps in force,
+# when another folder is opened; after other tests not all images of a folder appear.
 KNOWN_FAULT = pytest.mark.xfail(reason="issue 21: settings and view of the folder before stay", strict=False)
 NAME = "#train-name textarea, #train-name input"
 
