@@ -814,6 +814,7 @@ def test_each_tab_keeps_its_form_over_a_reload_and_plans_what_it_holds(
         driver.switch_to.window(first)
 
 
+@KNOWN_FAULT
 def test_a_folder_is_chosen_from_a_list_and_another_one_added(page: Page, tmp_path: Path) -> None:
     photos = bare_photos(tmp_path / "photos", 1)
     page.open()
