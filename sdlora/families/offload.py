@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
+
+from .frozen_layers import FrozenConvolution, FrozenLinear
 
 _ALIGNED = 256  # bytes: what a card's kernels like the beginning of a matrix to be a multiple of
 _SLOTS = 2
@@ -188,45 +189,12 @@ def _layers(module: nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
 
 
-class _Linear(torch.autograd.Function):
-    """Of a linear layer, which is all that is kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
-        ctx.layer = layer
-        return functional.linear(x, layer.weight, layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.weight, None
-
-
-class _Convolution(torch.autograd.Function):
-    """Of a 2-D convolution; kept is the layer, and the shape of its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Conv2d) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        return layer._conv_forward(x, layer.weight, layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        layer: nn.Conv2d = ctx.layer
-        # the gradient of the input does not depend on its values: this has its shape and takes no memory
-        x = gradient.new_empty(1).expand(ctx.shape)
-        of_input, _, _ = torch.ops.aten.convolution_backward(
-            *(gradient, x, layer.weight, None, layer.stride, layer.padding, layer.dilation),
-            *(False, (0, 0), layer.groups, (True, False, False)),
-        )
-        return of_input, None
-
-
 class _Forward:
     """The forward pass of an offloaded layer, to be set on it as ``forward``."""
 
     def __init__(self, layer: Any) -> None:
         self._layer = weakref.ref(layer)  # it holds this object
-        self._function: Any = _Linear if isinstance(layer, nn.Linear) else _Convolution
+        self._function: Any = FrozenLinear if isinstance(layer, nn.Linear) else FrozenConvolution
 
     def __call__(self, input: Tensor) -> Tensor:
         """Return what the layer's own forward pass does."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..config.schema import Quantisation
 from ..errors import ConfigError
+from .frozen_layers import FrozenConvolution, FrozenLinear
 from .nf4 import NF4_BLOCK, decode_nf4, encode_nf4
 
 FP8 = torch.float8_e4m3fn
@@ -139,7 +140,7 @@ class QuantisedLinear(QuantisedLayer, nn.Linear):  # type: ignore[override]  # w
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what the layer with the full weight would, (..., in) to (..., out)."""
-        output: Tensor = _Linear.apply(input, self)
+        output: Tensor = FrozenLinear.apply(input, self)
         return output
 
 
@@ -152,41 +153,8 @@ class QuantisedConv2d(QuantisedLayer, nn.Conv2d):  # type: ignore[override]
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what the layer with the full weight would, (B, in, h, w) to (B, out, h', w')."""
-        output: Tensor = _Convolution.apply(input, self)
+        output: Tensor = FrozenConvolution.apply(input, self)
         return output
-
-
-class _Linear(torch.autograd.Function):
-    """Keeps nothing but the layer for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
-        ctx.layer = layer
-        return functional.linear(x, layer.weight, layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.weight, None
-
-
-class _Convolution(torch.autograd.Function):
-    """Keeps nothing but the layer and the size of its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantisedConv2d) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        return layer._conv_forward(x, layer.weight, layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        layer: QuantisedConv2d = ctx.layer
-        # the gradient of the input does not depend on its values: this has its shape and takes no memory
-        x = gradient.new_empty(1).expand(ctx.shape)
-        of_input, _, _ = torch.ops.aten.convolution_backward(
-            *(gradient, x, layer.weight, None, layer.stride, layer.padding, layer.dilation),
-            *(False, (0, 0), layer.groups, (True, False, False)),
-        )
-        return of_input, None
 
 
 _QUANTISED: dict[type[nn.Module], type[QuantisedLayer]] = {

@@ -44,7 +44,10 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     shown: list[Any] = [folder, trigger, resolution, shell.folder]
     opened = [view, shell.folder, shell.trigger, bar, trigger]
 
-    def show(path: str | None, word: str | None, px: int, before: str | None) -> tuple[Any, ...]:
+    def show(
+        request: gr.Request, path: str | None, word: str | None, px: int, before: str | None
+    ) -> tuple[Any, ...]:
+        shell.opened_by_hand.add(request.session_hash)
         return _show(site, path, word or "", px, before or "")
 
     gr.on(
@@ -56,17 +59,23 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     )
 
     def take(
+        request: gr.Request,
         files: list[str] | None,
         name: str | None,
         word: str | None,
         px: int,
         progress: gr.Progress = _PROGRESS,
     ) -> tuple[Any, ...]:
+        shell.opened_by_hand.add(request.session_hash)
         return _take(site, files, (name or "", word or "", px), progress)
+
+    def open_demo(request: gr.Request) -> tuple[Any, ...]:
+        shell.opened_by_hand.add(request.session_hash)
+        return demo_folder(site)
 
     dropped.upload(take, [dropped, named, trigger, resolution], [*opened, folder, dropped])
     demo.click(
-        lambda: demo_folder(site),
+        open_demo,
         None,
         [*opened, folder, shell.demo, shell.tabs],
         show_progress="minimal",

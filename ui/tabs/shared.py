@@ -36,6 +36,7 @@ class Shell:
         tab_word: the browser tab's word, which its drafts go by; set when the page is there.
         word: the trigger word's field on the first page.
         opened: everything there that the opening of a folder changes.
+        opened_by_hand: sessions in which a folder was opened since the page is there.
     """
 
     tabs: gr.Tabs
@@ -51,6 +52,7 @@ class Shell:
     tab_word: gr.Textbox
     word: gr.Textbox = field(init=False)
     opened: list[Any] = field(init=False)
+    opened_by_hand: set[str | None] = field(init=False, default_factory=set)
 
 
 def choices(listed: Iterable[Choice]) -> list[tuple[str, str]]:

@@ -163,6 +163,7 @@ def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Butto
         folder_settings.keep(site, raw, tab_word or "")
         for shown_plan in _predict(site, raw):
             if newest[request.session_hash] != number:
+                yield gr.skip(), gr.skip()  # Gradio sends what came last once more when a generator ends
                 return
             yield shown_plan, changed_html(raw)
 
@@ -183,11 +184,16 @@ def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Butto
         else:
             yield from predict(request, *held)
 
-    # without a queue: a plan that waits for its turn would overwrite a newer draft
-    at_once: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 32}
+    # without a queue: a plan that waits for its turn would overwrite a newer draft; and while one is made,
+    # Gradio would drop the next one
+    at_once: dict[str, Any] = {
+        "show_progress": "hidden",
+        "concurrency_limit": 32,
+        "trigger_mode": "multiple",
+    }
     plans = [form.plan, form.changed]
     edits = [shown_control.input for shown_control in shown]
-    gr.on(edits, edited, told_all, plans, trigger_mode="multiple", **at_once)
+    gr.on(edits, edited, told_all, plans, **at_once)
     filling = _Filling(site, keys)
     senders: list[tuple[Any, Callable[..., list[Any]], list[Any]]] = [
         (
@@ -200,7 +206,9 @@ def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Butto
         ([shell.reset_setting.change], filling.reset, [shell.reset_setting, *shown]),
     ]
     for events, fill, given in senders:
-        filled = gr.on(events, fill, given, [*shown, form.plan], show_progress="hidden")
+        filled = gr.on(
+            events, fill, given, [*shown, form.plan], show_progress="hidden", trigger_mode="always_last"
+        )
         filled.then(plan_anew, [form.plan, *told_all], plans, **at_once)
     fill_form.connect(
         form.filled_by, tab, form.controls, lambda event: event.then(predict, told_all, plans, **at_once)
@@ -230,7 +238,7 @@ def _connect_keeping(site: Site, shell: Shell, tab: gr.Tab, form: _Form) -> None
     known = {setting.key: setting for setting in settings()}
     seen = gr.State(False)
 
-    def again(tab_word: str) -> list[Any]:
+    def again(request: gr.Request, tab_word: str) -> list[Any]:
         kept = site.drafts.kept(TRAIN_FORM, tab_word or "")
         if kept.get("output.name"):
             kept["output.name"] = _free_name(site, str(kept["output.name"]))
@@ -241,7 +249,9 @@ def _connect_keeping(site: Site, shell: Shell, tab: gr.Tab, form: _Form) -> None
         base = str(kept.get("model.base") or "") or site.default_base()
         held[keys.index("model.base")] = base_picker.listed(site, base or None)
         plans = [hint(_SOON), changed_html(kept)] if filled else [gr.skip(), gr.skip()]
-        return [*held, *plans, *opened]
+        filling = [*held, *plans, *opened]
+        # a folder that was opened meanwhile is not taken back
+        return [gr.skip() for _ in filling] if request.session_hash in shell.opened_by_hand else filling
 
     def look(so_far: str, *held: Any) -> Iterator[Any]:
         raw = dict(zip(keys, held, strict=True))

@@ -20,8 +20,12 @@ class Browse extends HTMLElement {
     this.replaceChildren(button("Browse …", () => { this.dialog.showModal(); this.show(""); }, "", { id: "browse-folders" }), this.dialog);
   }
   async show(path) {
+    const turn = this.turn = {};
+    const open = this.dialog.querySelector("#browse-open");
+    if (open) open.style.visibility = "hidden"; // it opens the folder before, not the one that was just clicked
     const seen = await attempt(() => ask(`folders?path=${encodeURIComponent(path)}`));
-    if (!seen) return;
+    if (turn !== this.turn) return;
+    if (!seen) { if (open) open.style.visibility = ""; return; }
     const count = (images) => images ? `${images} image${images === 1 ? "" : "s"}` : "";
     const line = (name, to, images) => el("button", { type: "button", class: "sd-folder", onclick: () => this.show(to), "data-path": to }, el("span", {}, `📁 ${name}`), el("span", { class: "sd-dim" }, count(images)));
     this.dialog.replaceChildren(el("h3", {}, seen.shown || "Folders that sdlora may use"),
