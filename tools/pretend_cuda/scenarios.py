@@ -10,7 +10,7 @@ from typing import get_args
 
 from sdlora.config.schema import OptimizerName
 
-from .cards import CONTEXT_BYTES, Card
+from .cards import Card
 from .draw_plays import (
     command_line,
     draw_on_second_card,
@@ -134,9 +134,7 @@ SCENARIOS: dict[str, Scenario] = {
         )
     },
     "whole-run": Scenario(whole_run, "training with validation and previews, stopped and resumed"),
-    "oom-previews": Scenario(
-        previews_out_of_memory, "previews that do not fit", (Card(bytes=CONTEXT_BYTES + 39_000_000),)
-    ),
+    "oom-previews": Scenario(previews_out_of_memory, "previews that do not fit"),
     "oom-validation": Scenario(validation_out_of_memory, "validation that does not fit"),
     "resume-optimizers": Scenario(
         optimizers_resumed, "the state of torch's and others' optimizers, taken back"

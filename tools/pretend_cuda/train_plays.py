@@ -164,33 +164,38 @@ def served_by_the_second_card(stage: Stage) -> None:
 
 def previews_out_of_memory(stage: Stage) -> None:
     """Previews do not fit on the card: one notice, however often, and training continues."""
+    _refuse(stage, "previews")
     train(
         *(stage, "training.precision=bf16", f"sample.prompts={PROMPTS}", "sample.steps=2"),
-        *("data.validation=0.25", "data.resolution=64", "training.batch_size=1"),
+        *("data.validation=0.25", "training.batch_size=1"),
     )
-    notices = _notices(stage)
-    skipped = [text for text in notices if "skipped, and training continues" in text]
-    assert len(skipped) == 1 and "previews" in skipped[0], notices
+    skipped = [text for text in _notices(stage) if "skipped, and training continues" in text]
+    assert len(skipped) == 1 and "previews" in skipped[0], _notices(stage)
     counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Validated", "Sampled")}
     assert counts == {"StepDone": 2, "Validated": 2, "Sampled": 0}, counts
 
 
 def validation_out_of_memory(stage: Stage) -> None:
     """Validation does not fit on the card: one notice, however often, and training continues."""
+    _refuse(stage, "validation")
+    train(stage, "training.precision=bf16", "data.validation=0.25", "training.validate_every=1")
+    skipped = [text for text in _notices(stage) if "for validation; skipped, and training continues" in text]
+    counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Validated")}
+    assert (len(skipped), counts) == (1, {"StepDone": 2, "Validated": 0}), (skipped, counts)
+
+
+def _refuse(stage: Stage, phase: str) -> None:
+    """Let the card be full whenever ``phase`` (of ``ledger.PHASES``) allocates, however little."""
     import torch
 
     allocate = stage.cards.allocate
 
     def refuse(index: int, storage: Any) -> None:
-        if stage.cards.ledger.here().phase == "validation":
-            raise torch.OutOfMemoryError("CUDA out of memory. Validation is refused here")
+        if stage.cards.ledger.here().phase == phase:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. The phase {phase} is refused here")
         allocate(index, storage)
 
     stage.cards.allocate = refuse  # type: ignore[method-assign]
-    train(stage, "training.precision=bf16", "data.validation=0.25", "training.validate_every=1")
-    skipped = [text for text in _notices(stage) if "for validation; skipped, and training continues" in text]
-    counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Validated")}
-    assert (len(skipped), counts) == (1, {"StepDone": 2, "Validated": 0}), (skipped, counts)
 
 
 def _notices(stage: Stage) -> list[str]:

@@ -148,41 +148,47 @@ class _Filling:
         return [*(raw[key] for key in self.keys), hint(_LATER)]
 
 
-def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Button, message: gr.HTML) -> None:
-    keys, shown = list(form.controls), list(form.controls.values())
-    trigger = form.controls["data.trigger_word"]
-    told_all = [shell.tab_word, *shown]
-    pause = Pause()
+class _Planning:
+    """Keeps what the form holds as a draft and plans it, each page only its newest state."""
 
-    newest: dict[str | None, int] = {}
+    def __init__(self, site: Site, keys: list[str]) -> None:
+        self._site, self._keys, self._pause = site, keys, Pause()
+        self._newest: dict[str | None, int] = {}
 
-    def predict(request: gr.Request, tab_word: str, *held: Any) -> Iterator[Any]:
+    def predict(self, request: gr.Request, tab_word: str, *held: Any) -> Iterator[Any]:
         """Keep what the form holds, and plan it until a newer prediction of this page begins."""
-        number = newest[request.session_hash] = newest.get(request.session_hash, 0) + 1
-        raw = dict(zip(keys, held, strict=True))
-        folder_settings.keep(site, raw, tab_word or "")
-        for shown_plan in _predict(site, raw):
-            if newest[request.session_hash] != number:
+        number = self._newest[request.session_hash] = self._newest.get(request.session_hash, 0) + 1
+        raw = dict(zip(self._keys, held, strict=True))
+        folder_settings.keep(self._site, raw, tab_word or "")
+        for shown_plan in _predict(self._site, raw):
+            if self._newest[request.session_hash] != number:
                 yield gr.skip(), gr.skip()  # Gradio sends what came last once more when a generator ends
                 return
             yield shown_plan, changed_html(raw)
 
-    def edited(request: gr.Request, *held: Any) -> Iterator[Any]:
+    def edited(self, request: gr.Request, *held: Any) -> Iterator[Any]:
         """Predict when the typing pauses."""
-        if pause.after(request.session_hash):
-            yield from predict(request, *held)
+        if self._pause.after(request.session_hash):
+            yield from self.predict(request, *held)
         else:
             yield gr.skip(), gr.skip()
 
-    def begin(*held: Any) -> Iterator[Any]:
-        yield from begin_run(site, dict(zip(keys, held, strict=True)))
-
-    def plan_anew(request: gr.Request, so_far: str, *held: Any) -> Iterator[Any]:
+    def anew(self, request: gr.Request, so_far: str, *held: Any) -> Iterator[Any]:
         """Predict, unless nothing changed since the page was opened again and nobody looks at the plan."""
         if _SOON in so_far:
             yield gr.skip(), gr.skip()
         else:
-            yield from predict(request, *held)
+            yield from self.predict(request, *held)
+
+
+def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Button, message: gr.HTML) -> None:
+    keys, shown = list(form.controls), list(form.controls.values())
+    trigger = form.controls["data.trigger_word"]
+    told_all = [shell.tab_word, *shown]
+    planning = _Planning(site, keys)
+
+    def begin(*held: Any) -> Iterator[Any]:
+        yield from begin_run(site, dict(zip(keys, held, strict=True)))
 
     # without a queue: a plan that waits for its turn would overwrite a newer draft; and while one is made,
     # Gradio would drop the next one
@@ -193,7 +199,7 @@ def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Butto
     }
     plans = [form.plan, form.changed]
     edits = [shown_control.input for shown_control in shown]
-    gr.on(edits, edited, told_all, plans, **at_once)
+    gr.on(edits, planning.edited, told_all, plans, **at_once)
     filling = _Filling(site, keys)
     senders: list[tuple[Any, Callable[..., list[Any]], list[Any]]] = [
         (
@@ -209,12 +215,15 @@ def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Butto
         filled = gr.on(
             events, fill, given, [*shown, form.plan], show_progress="hidden", trigger_mode="always_last"
         )
-        filled.then(plan_anew, [form.plan, *told_all], plans, **at_once)
+        filled.then(planning.anew, [form.plan, *told_all], plans, **at_once)
     fill_form.connect(
-        form.filled_by, tab, form.controls, lambda event: event.then(predict, told_all, plans, **at_once)
+        form.filled_by,
+        tab,
+        form.controls,
+        lambda event: event.then(planning.predict, told_all, plans, **at_once),
     )
     start.click(begin, shown, message, show_progress="hidden")
-    _connect_words(shell, trigger, lambda event: event.then(edited, told_all, plans, **at_once))
+    _connect_words(shell, trigger, lambda event: event.then(planning.edited, told_all, plans, **at_once))
 
 
 def _connect_words(shell: Shell, trigger: gr.Textbox, plan_after: Callable[[Any], object]) -> None:
