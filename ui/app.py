@@ -108,6 +108,8 @@ def quiet(uploads: Path) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["GRADIO_SHARE"] = "False"
+    # else every event's texts and images are written into the browser's storage, all of them anew each time
+    os.environ["GRADIO_RUN_HISTORY"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -211,6 +211,7 @@ def open_folder(page: Page, name: str) -> None:
     page.one(".sd-card")
 
 
+@pytest.mark.long  # the whole way: minutes
 def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., Any]) -> None:
     page.open()
     page.click("#demo")
