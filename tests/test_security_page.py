@@ -59,9 +59,20 @@ def test_what_is_read_has_the_limits_of_the_page(start: str) -> None:
 
 def test_the_server_has_the_limits_of_the_page() -> None:
     pytest.importorskip("gradio", reason="the web UI is not installed: pip install -e '.[ui]'")
-    from sdlora_ui import bases, drafts, jobs, model_places, owner
+    from sdlora_ui import (
+        adapter_cards,
+        bases,
+        drafts,
+        image_bin,
+        image_edits,
+        jobs,
+        model_places,
+        owner,
+        repairs,
+        thumbs,
+    )
     from sdlora_ui import captions as book
-    from sdlora_ui.server import folders, passwords, routes, security, uploads
+    from sdlora_ui.server import adapter_files, folders, passwords, security, uploads, workbench
 
     limits = {
         "a request with JSON": f"{security.MAX_JSON_BODY // 2**20} MiB",
@@ -71,7 +82,16 @@ def test_the_server_has_the_limits_of_the_page() -> None:
         "an uploaded file": f"{uploads.MAX_FILE_BYTES // 2**20} MiB",
         "an upload |": f"{uploads.MAX_TOTAL_BYTES // 2**30} GiB and {uploads.MAX_FILES} files",
         "a caption typed": f"{book.MAX_CAPTION:,} characters; {book.MAX_UNDO}",
-        "a thumbnail's": f"{routes.MAX_THUMB} px",
+        "a thumbnail's": f"{thumbs.MAX_THUMB} px; {thumbs.MAX_BYTES // 2**20} MiB",
+        "images changed": (
+            f"{image_edits.MOST_IMAGES:,}; {image_edits.MAX_MASK_SIDE} px; "
+            f"{image_bin.MAX_RECORD_BYTES // 2**20} MiB"
+        ),
+        "tags listed": f"{workbench.MOST_TAGS:,}; {repairs.MOST_SHOWN}",
+        "an adapter dropped": (
+            f"{adapter_files.MAX_ADAPTER_BYTES // 2**30} GiB; {adapter_cards.MAX_HEADER_BYTES // 2**20} MiB, "
+            f"{adapter_cards.MAX_CARD_BYTES // 2**20} MiB"
+        ),
         "a log shown": f"{jobs.MAX_LOG:,} bytes",
         "searching for models": (
             f"{model_places.MOST_FOLDERS:,}; {model_places.MOST_SECONDS:g}; {model_places.MOST_ENTRIES:,}; "

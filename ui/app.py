@@ -80,7 +80,9 @@ def make_app(site: Site) -> FastAPI:
         site.end()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.router.routes.extend(routes(site.paths, site.queue, site.captioning, site.drafts, site.owner))
+    app.router.routes.extend(
+        routes(site.paths, site.queue, site.captioning, site.drafts, site.owner, site.adapters)
+    )
     page = build(site)
     # Gradio checks that a file named by a request was uploaded only for pages started by its own launch()
     page.has_launched = True
@@ -97,6 +99,7 @@ def make_app(site: Site) -> FastAPI:
         theme=_theme(gr),
         css=(web / "app.css").read_text(encoding="utf-8"),
         head='<script type="module" src="/sdlora/web/app.js"></script>'
+        '<link rel="stylesheet" href="/sdlora/web/bench.css">'
         '<link rel="stylesheet" href="/sdlora/web/phone.css">'
         '<link rel="icon" href="/sdlora/web/icon.svg" type="image/svg+xml">',
     )

@@ -20,12 +20,15 @@ from sdlora.data.reading.metadata_files import name_key, read_metadata
 from sdlora.errors import DatasetError
 from sdlora.files import parse_json, write_text
 
+from . import image_bin
 from .server.allowed_paths import AllowedPaths
 
 MAX_CAPTION = 16_000
 MAX_UNDO = 200
 _POINT = "\0restore point"
 """In the place of a file's name: a change made by `sdlora caption` or `sdlora tags`, here or in a shell."""
+_BIN = "\0bin point"
+"""In the place of a file's name: a change of images, see :mod:`sdlora_ui.image_bin`."""
 
 
 def tidy(text: str) -> str:
@@ -76,6 +79,20 @@ def _in_metadata(listing: Listing) -> set[str]:
     return {name for name, (lines, _) in captions.items() if lines}
 
 
+def _signature(folder: Path, listing: Listing) -> list[tuple[int, int]]:
+    """Return what changes when a file of the folder, or of one inside, comes or goes, or metadata changes."""
+    signs = []
+    for path in (
+        folder,
+        *(folder / name for name in listing.folders),
+        *(file.path for file in listing.metadata),
+    ):
+        with suppress(OSError):
+            state = path.stat()
+            signs.append((state.st_mtime_ns, state.st_size))
+    return signs
+
+
 class CaptionBook:
     """The captions of folders, with one undo history for each folder, which survives the server."""
 
@@ -84,6 +101,7 @@ class CaptionBook:
         self._paths = paths
         self._lock = threading.Lock()
         self._typing: dict[Path, str] = {}
+        self._listings: dict[Path, tuple[object, Listing, set[str]]] = {}
 
     def set(self, folder: Path, texts: Mapping[str, str], *, typing: str = "") -> int:
         """Write captions; return how many changed.
@@ -100,8 +118,7 @@ class CaptionBook:
         """
         with self._lock:
             change: dict[str, tuple[str | None, str | None]] = {}
-            listing = list_files(folder, recursive=True)
-            elsewhere = _in_metadata(listing)
+            listing, elsewhere = self._files(folder)
             for name, text in texts.items():
                 if len(text) > MAX_CAPTION:
                     raise DatasetError(f"{name}: has {len(text)} characters; shorten it to {MAX_CAPTION}")
@@ -112,6 +129,9 @@ class CaptionBook:
                     change[str(file.relative_to(folder))] = before, after
             for name, (_, written) in change.items():
                 write_text(folder / name, f"{written}\n")
+            self._listings.clear()
+            if all(before is not None for before, _ in change.values()):  # no file is new
+                self._listings[folder] = _signature(folder, listing), listing, elsewhere
             if change:
                 going_on = bool(typing) and self._typing.get(folder) == typing
                 self._remember(folder, change, going_on=going_on)
@@ -160,6 +180,8 @@ class CaptionBook:
                 point = next(file for file in restore.points(folder) if file.name == name)
                 undone = len(restore.undo(folder, point).restored)
                 change = {}
+            if _BIN in change:
+                undone, change = image_bin.undo(folder, change[_BIN][1] or "")[0], {}
             for name, (before, after) in change.items():
                 file = self._paths.writable(folder / name)
                 if file.suffix.lower() not in CAPTION_ENDINGS or _tidy_text(file) != after:
@@ -176,6 +198,28 @@ class CaptionBook:
         """Return how many changes could be undone."""
         return len(self._history(folder))
 
+    def listed(self, folder: Path) -> list[dict[str, Any]]:
+        """Return the changes that can be undone, the newest first: what each was, how many files it wrote."""
+        listed: list[dict[str, Any]] = []
+        for change in reversed(self._history(folder)):
+            if _POINT in change:
+                file = folder / restore.FOLDER / (change[_POINT][1] or "")
+                listed.append({"what": restore.described(file), "files": None})
+            elif _BIN in change:
+                what, count = image_bin.described(folder, change[_BIN][1] or "")
+                listed.append({"what": what, "files": count})
+            else:
+                listed.append({"what": "captions edited", "files": len(change)})
+        return listed
+
+    def noted(self, folder: Path) -> int:
+        """Take new restore points into the history, in their order; return how many changes it has."""
+        with self._lock:
+            history = self._history(folder)
+            self._typing.pop(folder, None)
+            self._save(folder, history[-MAX_UNDO:])
+            return len(history)
+
     def _change_all(self, folder: Path, change: Callable[[str], str], word: str | None = None) -> int:
         """Change all captions; with a trigger word, images without a caption count as having an empty one."""
         wanted = {}
@@ -184,6 +228,14 @@ class CaptionBook:
             if item.caption_source != "metadata" and (new := change(lines)) != lines:
                 wanted[item.name] = new
         return self.set(folder, wanted) if wanted else 0
+
+    def _files(self, folder: Path) -> tuple[Listing, set[str]]:
+        """Return a folder's files, and the images captioned in metadata; kept while none comes or goes."""
+        kept = self._listings.get(folder)
+        if kept is not None and kept[0] == _signature(folder, kept[1]):
+            return kept[1], kept[2]
+        listing = list_files(folder, recursive=True)
+        return listing, _in_metadata(listing)
 
     def _file(self, folder: Path, name: str, listing: Listing, elsewhere: Collection[str]) -> Path:
         """Return the caption file of an image, whether it exists or not."""
@@ -208,10 +260,13 @@ class CaptionBook:
         with suppress(OSError, ValueError):
             kept = parse_json(self._record(folder).read_text(encoding="utf-8"))
             history = kept if _is_history(kept) else []
-        there = [file.name for file in restore.points(folder)]
-        history = [change for change in history if _POINT not in change or change[_POINT][1] in there]
-        listed = {change[_POINT][1] for change in history if _POINT in change}
-        history += [{_POINT: (None, name)} for name in there if name not in listed]
+        for kind, there in (
+            (_POINT, [file.name for file in restore.points(folder)]),
+            (_BIN, image_bin.points(folder)),
+        ):
+            history = [change for change in history if kind not in change or change[kind][1] in there]
+            listed = {change[kind][1] for change in history if kind in change}
+            history += [{kind: (None, name)} for name in there if name not in listed]
         return history
 
     def _remember(

@@ -992,3 +992,81 @@ def test_the_queue_survives_a_killed_server(
     wait(lambda: page.one(NAME).get_attribute("value") == "first-2")
     page.click("button[data-what=resume]")
     page.one(".sd-job.running")
+
+
+@pytest.mark.long
+def test_images_of_a_data_set_are_curated_with_the_keyboard(page: Page, wait: Callable[..., Any]) -> None:
+    folder = page.server.home / "training-images" / "bench"
+    shutil.copytree(ROOT / "datasets" / "ink-icons", folder, ignore=few)
+    page.open()
+    open_folder(page, "bench")
+    page.click("button[aria-label='Open bee.png']")
+    viewer = page.one("dialog.sd-viewer[open]")
+    wait(lambda: "image=bee.png" in page.driver.current_url)
+    viewer.send_keys("\ue014")  # the right arrow
+    wait(lambda: "image=candle.png" in page.driver.current_url)
+    viewer.send_keys("x")
+    wait(lambda: not (folder / "candle.png").exists())
+    assert (folder / ".sdlora-excluded" / "candle.png").exists()
+    wait(lambda: "image=cheese.png" in page.driver.current_url)
+    viewer.send_keys("\ue017")  # Delete
+    wait(lambda: not (folder / "cheese.png").exists() and not (folder / "cheese.txt").exists())
+    wait(lambda: "image=dog.png" in page.driver.current_url)
+    viewer.send_keys("e")
+    page.one(".sd-viewer-side textarea:focus").send_keys("!\ue00c")  # Escape leaves the caption alone
+    wait(lambda: (folder / "dog.txt").read_text().strip() == "inkicon, an icon of a dog!")
+    assert page.all("dialog.sd-viewer[open]")
+    viewer.send_keys("m")
+    page.click("#mask-background")
+    page.click("#mask-save")
+    wait(lambda: (folder / ".masks" / "dog.png").exists())
+    page.driver.back()
+    wait(lambda: not page.all("dialog.sd-viewer[open]"))
+    page.one("#sd-history summary").send_keys("\ue007")
+    wait(lambda: "cheese.png deleted" in page.one("#sd-history").text)
+    for file in (folder / "candle.png", folder / "cheese.png"):
+        assert not file.exists()
+    page.click("#sd-history .sd-apart:last-child button")
+    wait(lambda: (folder / "candle.png").exists() and (folder / "cheese.txt").exists())
+    assert (folder / "dog.txt").read_text().strip() == "inkicon, an icon of a dog" and not (
+        folder / ".masks" / "dog.png"
+    ).exists()
+
+
+@pytest.mark.long
+def test_several_images_are_drawn_seen_large_and_linked_to(page: Page, wait: Callable[..., Any]) -> None:
+    from safetensors.torch import save_file
+    from torch import ones
+
+    page.open()
+    page.tab(2)
+    wait(lambda: page.driver.current_url.endswith("#generate"))
+    page.type("#prompt textarea", "an icon of two cats")
+    page.click("#draw-more > button")
+    page.type("#steps input", "1")
+    page.type("#count input", "2")
+    page.click("#draw")
+    wait(lambda: len(page.all("#drawn .sd-grid img")) == 2)
+    newest = f".sd-thumb[title='{drawn_images(page)[-1].name}']"
+    page.click(newest)
+    viewer = page.one("dialog.sd-viewer[open]")
+    link = wait(lambda: "image=" in page.driver.current_url and page.driver.current_url)
+    viewer.send_keys("\ue014")  # the right arrow: the older one
+    wait(lambda: page.driver.current_url != link and "image=" in page.driver.current_url)
+    page.driver.back()
+    wait(lambda: not page.all("dialog.sd-viewer[open]"))
+    page.driver.back()
+    wait(lambda: page.all("#dataset-folder"))
+    page.driver.get(link)
+    page.driver.refresh()
+    wait(lambda: drawn_images(page)[-1].name in page.one("dialog.sd-viewer[open]").text)
+    page.one("dialog.sd-viewer[open]").send_keys("u")
+    wait(lambda: page.one("#prompt textarea").get_attribute("value") == "an icon of two cats")
+
+    file = page.server.home / "dropped style.safetensors"
+    save_file({"lora_unet_x.lora_up.weight": ones(2, 2)}, file, {"modelspec.trigger_phrase": "zork"})
+    page.driver.find_element("css selector", "#drop-adapter input[type=file]").send_keys(str(file))
+    wait(lambda: page.one("#adapter-0 input").get_attribute("value") == "exported/dropped style")
+    page.click("#browse-adapters")
+    page.one(".sd-find").send_keys("zork")
+    wait(lambda: len(page.all(".sd-adapter")) == 1 and "dropped style" in page.one(".sd-adapter").text)

@@ -219,3 +219,27 @@ def test_the_view_follows_the_files(image_folder: Callable[..., Path]) -> None:
     assert sets.look(folder, trigger=None, resolution=64)["cards"][0]["caption"] == "an icon of a cat 0"
     (folder / "thing00.txt").write_text("something else entirely")
     assert sets.look(folder, trigger=None, resolution=64)["cards"][0]["caption"] == "something else entirely"
+
+
+def test_typing_into_a_large_folder_lists_it_once(
+    paths: AllowedPaths, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, book, listed = image_folder(3), CaptionBook(paths), []
+    real = CaptionBook.set.__globals__["list_files"]
+
+    def counted(*given: object, **more: object) -> object:
+        listed.append(given)
+        return real(*given, **more)
+
+    monkeypatch.setitem(CaptionBook.set.__globals__, "list_files", counted)
+    for text in ("a", "a c", "a cat"):
+        book.set(folder, {"thing00.png": text}, typing="one")
+    assert len(listed) == 1
+    (folder / "thing01.txt").rename(folder / "thing01.caption")  # another program's, seen at once
+    book.set(folder, {"thing01.png": "a dog"})
+    assert len(listed) == 2 and (folder / "thing01.caption").read_text() == "a dog\n"
+    assert not (folder / "thing01.txt").exists()
+    (folder / "thing02.txt").unlink()
+    (folder / "metadata.jsonl").write_text('{"file_name": "thing02.png", "text": "from the table"}\n')
+    with pytest.raises(DatasetError, match="metadata file"):
+        book.set(folder, {"thing02.png": "twice"})

@@ -5,10 +5,8 @@ Every path in a request goes through :class:`sdlora_ui.server.allowed_paths.Allo
 
 from __future__ import annotations
 
-import functools
-import io
 import shlex
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,95 +18,71 @@ from starlette.staticfiles import StaticFiles
 
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
-from sdlora.data.reading.image_files import IMAGE_ENDINGS, load_small
+from sdlora.data.reading.image_files import IMAGE_ENDINGS
 from sdlora.errors import ConfigError, SdloraError
-from sdlora.files import parse_json
 from sdlora.generation.png_info import read_parameters
 from sdlora.run_folder import SAMPLE, SAVE, RunFolder
 
+from ..adapter_cards import AdapterCards
 from ..captioning import Captioning
 from ..captions import CaptionBook
-from ..dataset_view import DataSets, for_folder, version_of_settings
+from ..dataset_view import DataSets, for_folder
 from ..drafts import TRAIN_FORM, Drafts
 from ..gallery import list_images
 from ..job_memory import MemoryWatch
 from ..jobs import Job, JobQueue, process_of
 from ..owner import Owner
 from ..settings import data_settings
+from ..site import Choice
+from ..thumbs import MAX_THUMB, Thumbs
 from ..words import labels, page_words
 from .allowed_paths import AllowedPaths, PathRefused
+from .answers import reading, writing
 from .folders import list_folders
+from .workbench import Workbench
 
+MOST_ADAPTERS = 1000
 _SERVED = IMAGE_ENDINGS | {".safetensors", ".zip"}
-MAX_THUMB = 1024
-Handler = Callable[[Request], dict[str, Any]]
 
 
 def routes(
-    paths: AllowedPaths, queue: JobQueue, captioning: Captioning, drafts: Drafts, owner: Owner
+    paths: AllowedPaths,
+    queue: JobQueue,
+    captioning: Captioning,
+    drafts: Drafts,
+    owner: Owner,
+    adapters: Callable[[], Sequence[Choice]] = tuple,
 ) -> list[BaseRoute]:
-    """Return the routes of one server."""
+    """Return the routes of one server; ``adapters`` lists those that can be drawn with."""
     endpoints = _Own(paths, queue, captioning, drafts, owner)
+    cards = AdapterCards(paths)
+
+    def shown(request: Request) -> dict[str, Any]:
+        listed = list(adapters())[:MOST_ADAPTERS]
+        return {"adapters": [vars(choice) | cards.of(Path(choice.path)) for choice in listed]}
+
     web = Path(__file__).parent.parent / "web"
     return [
         Mount("/sdlora/web", StaticFiles(directory=web)),
         Route("/sdlora/file", endpoints.file),
         Route("/sdlora/thumb", endpoints.thumb),
-        Route("/sdlora/dataset", _reading(endpoints.dataset)),
-        Route("/sdlora/dataset/progress", _reading(endpoints.reading)),
-        Route("/sdlora/folders", _reading(endpoints.folders)),
-        Route("/sdlora/allow", _writing(endpoints.allow), methods=["POST"]),
-        Route("/sdlora/settings", _reading(endpoints.settings)),
-        Route("/sdlora/images", _reading(endpoints.images)),
-        Route("/sdlora/captions/{what}", _writing(endpoints.captions), methods=["POST"]),
-        Route("/sdlora/captioning", _reading(endpoints.captioning_state)),
-        Route("/sdlora/captioning/{what}", _writing(endpoints.caption), methods=["POST"]),
-        Route("/sdlora/jobs", _reading(endpoints.jobs)),
-        Route("/sdlora/jobs/{id}", _reading(endpoints.job)),
-        Route("/sdlora/jobs/{id}/log", _reading(endpoints.log)),
+        Route("/sdlora/dataset", reading(endpoints.dataset)),
+        Route("/sdlora/dataset/progress", reading(endpoints.reading)),
+        Route("/sdlora/folders", reading(endpoints.folders)),
+        Route("/sdlora/allow", writing(endpoints.allow), methods=["POST"]),
+        Route("/sdlora/settings", reading(endpoints.settings)),
+        Route("/sdlora/images", reading(endpoints.images)),
+        Route("/sdlora/adapters", reading(shown)),
+        Route("/sdlora/captions/{what}", writing(endpoints.captions), methods=["POST"]),
+        Route("/sdlora/captioning", reading(endpoints.captioning_state)),
+        Route("/sdlora/captioning/{what}", writing(endpoints.caption), methods=["POST"]),
+        Route("/sdlora/jobs", reading(endpoints.jobs)),
+        Route("/sdlora/jobs/{id}", reading(endpoints.job)),
+        Route("/sdlora/jobs/{id}/log", reading(endpoints.log)),
         Route("/sdlora/jobs/{id}/report", endpoints.report),
-        Route("/sdlora/jobs/{id}/{action}", _writing(endpoints.act), methods=["POST"]),
+        Route("/sdlora/jobs/{id}/{action}", writing(endpoints.act), methods=["POST"]),
+        *Workbench(paths, endpoints.sets, endpoints.book, endpoints._data_settings).routes(),
     ]
-
-
-def _reading(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-    @functools.wraps(handler)
-    async def answer(request: Request) -> Response:
-        return await run_in_threadpool(_answered, handler, request)
-
-    return answer
-
-
-def _writing(
-    handler: Callable[[Request, dict[str, Any]], dict[str, Any]],
-) -> Callable[[Request], Awaitable[Response]]:
-    """Accept only JSON, with a header that a form of another site cannot send."""
-
-    @functools.wraps(handler)
-    async def answer(request: Request) -> Response:
-        kind = request.headers.get("content-type", "").partition(";")[0]
-        if kind != "application/json" or "x-sdlora" not in request.headers:
-            return JSONResponse({"error": "refused: not a request of this page"}, 403)
-        try:
-            body = parse_json(await request.body() or b"{}")
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
-            return JSONResponse({"error": "the request is not a JSON object"}, 400)
-        return await run_in_threadpool(_answered, lambda given: handler(given, body), request)
-
-    return answer
-
-
-def _answered(handler: Handler, request: Request) -> Response:
-    try:
-        return JSONResponse(handler(request))
-    except PathRefused as error:
-        return JSONResponse({"error": str(error)}, 403)
-    except SdloraError as error:
-        return JSONResponse({"error": page_words(str(error))}, 422)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return JSONResponse({"error": f"invalid request: {error}"}, 400)
 
 
 class _Own:
@@ -120,6 +94,7 @@ class _Own:
         self.owner = owner
         self.paths, self.queue, self.captioning, self.drafts = paths, queue, captioning, drafts
         self.book, self.sets, self.memory = CaptionBook(paths), DataSets(), MemoryWatch()
+        self.thumbs = Thumbs(paths.state / "thumbs")
 
     async def file(self, request: Request) -> Response:
         try:
@@ -136,7 +111,7 @@ class _Own:
         try:
             path = self.paths.readable(request.query_params.get("path", ""))
             side = min(MAX_THUMB, max(16, int(request.query_params.get("side", "256"))))
-            data = await run_in_threadpool(_thumbnail, path, path.stat().st_mtime_ns, side)
+            data = await run_in_threadpool(self.thumbs.of, path, side)
         except PathRefused as error:
             return JSONResponse({"error": str(error)}, 403)
         except (SdloraError, OSError, ValueError) as error:
@@ -153,8 +128,10 @@ class _Own:
             page=max(0, int(asked.get("page") or 0)),
             only=asked.get("only", ""),
             settings=self._data_settings(request, folder),
+            known=asked.get("known", ""),
+            at=asked.get("at", ""),
         )
-        return seen | {"undo": self.book.changes(folder)}
+        return seen | {"undo": self.book.changes(folder), "may_change": self.paths.local}
 
     def reading(self, request: Request) -> dict[str, Any]:
         """Return how far the reading of a folder is; when it is not being read, its version."""
@@ -163,7 +140,7 @@ class _Own:
         config = for_folder(
             folder, request.query_params.get("trigger") or None, self._data_settings(request, folder)
         )
-        return {"progress": progress, "version": None if progress else version_of_settings(config)}
+        return {"progress": progress, "version": None if progress else self.sets.versions.of(config)}
 
     def _data_settings(self, request: Request, folder: Path) -> Config | None:
         """Return the data settings in the training form of the request's tab, if they are of this folder."""
@@ -196,6 +173,7 @@ class _Own:
             changed = self.book.undo(folder)
         else:
             raise ConfigError(f"{what}: is not an action for captions")
+        self.sets.versions.forget()
         return {"changed": changed, "undo": self.book.changes(folder)}
 
     def captioning_state(self, request: Request) -> dict[str, Any]:
@@ -279,12 +257,3 @@ class _Own:
                 if sample.prompts is not None:
                     return [line.prompt for line in sample.lines]
         return []
-
-
-@functools.lru_cache(maxsize=2000)
-def _thumbnail(path: Path, changed: int, side: int) -> bytes:
-    """Return a small WebP of an image; ``changed`` is part of the cache's key: a new file gets a new one."""
-    image = load_small(path, side)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=82)
-    return buffer.getvalue()

@@ -23,7 +23,7 @@ from ..server.png_import import ImportedSettings, from_parameters
 from ..settings import checked_base
 from ..site import Site
 from ..worker_client import CallCancelled
-from . import draw_many
+from . import draw_many, draw_tools
 from .shared import Shell, checked_number, choices, problem, told, working
 
 NUM_SLOTS = 4
@@ -116,10 +116,17 @@ def _controls(site: Site, shell: Shell) -> tuple[_Page, dict[str, Any]]:
             label="Prompt", lines=2, placeholder="inkicon, an icon of a cat", elem_id="prompt"
         )
         slots = [_slot(site, number) for number in range(NUM_SLOTS)]
-        another = gr.Button("Add another adapter", size="sm", elem_id="another")
+        with gr.Row(elem_classes="sd-beside"):
+            gr.HTML("<sd-adapters></sd-adapters>", elem_id="adapters")
+            another = gr.Button("Add another adapter", size="sm", elem_id="another")
+        with gr.Row(elem_classes="sd-beside"):
+            seed = gr.Number(1, label="Seed", precision=0, elem_id="seed", min_width=90)
+            dice = gr.Button("New seed", elem_id="new-seed", min_width=90)
+            count = draw_tools.count_control()
         with gr.Row():
             draw = gr.Button("Draw", variant="primary", elem_id="draw", size="lg")
             compare = gr.Button("Before / after", elem_id="compare", size="lg")
+        drop = draw_tools.drop_control(site)
     with gr.Column(elem_classes="sd-box"), gr.Row(elem_classes="sd-beside"):
         strip = gr.Dropdown(
             list(_STRIPS), value=next(iter(_STRIPS)), label="Sweep: strengths of the strip", elem_id="strip"
@@ -131,22 +138,22 @@ def _controls(site: Site, shell: Shell) -> tuple[_Page, dict[str, Any]]:
             strengths = gr.Textbox(_GRID_STRENGTHS, label="Strengths", elem_id="grid-strengths", max_lines=1)
         grid = gr.Button("Draw checkpoints by strengths", elem_id="grid")
     many = draw_many.build()
-    page, imported, dice = _more_controls(site, shell, prompt, slots)
+    page, imported, usual = _more_controls(site, shell, prompt, slots, seed)
     more = {
         "draw": draw, "compare": compare, "strip": strip, "sweep": sweep, "run": run,
         "strengths": strengths, "grid": grid, "another": another, "imported": imported, "dice": dice,
-        "many": many,
+        "many": many, "count": count, "drop": drop, "usual": usual,
     }  # fmt: skip
     return page, more
 
 
 def _more_controls(
-    site: Site, shell: Shell, prompt: gr.Textbox, slots: list[_Slot]
-) -> tuple[_Page, gr.File, gr.Button]:
-    """Return the page with the folded controls, the drop area for a PNG, and the button for a new seed."""
+    site: Site, shell: Shell, prompt: gr.Textbox, slots: list[_Slot], seed: gr.Number
+) -> tuple[_Page, gr.File, gr.Dropdown]:
+    """Return the page with the folded controls, the drop area for a PNG, and the usual negative prompts."""
     defaults = SampleConfig()
     placeholder = "the base's own"
-    title = "More settings: base, negative prompt, seed, size, sampler"
+    title = "More settings: base, negative prompt, steps, size, sampler"
     with gr.Accordion(title, open=False, elem_id="draw-more"):
         base = gr.Dropdown(
             choices(site.bases()),
@@ -157,9 +164,8 @@ def _more_controls(
             elem_id="draw-base",
         )
         negative = gr.Textbox(label="Negative prompt", elem_id="negative")
+        usual = draw_tools.negative_control()
         with gr.Row(elem_classes="sd-beside"):
-            seed = gr.Number(1, label="Seed", precision=0, elem_id="seed", min_width=90)
-            dice = gr.Button("New seed", elem_id="new-seed", min_width=90)
             steps = gr.Number(defaults.steps, label="Steps", precision=0, elem_id="steps", min_width=90)
             guidance = gr.Textbox(
                 "", label="Guidance", placeholder=placeholder, elem_id="guidance", max_lines=1, min_width=90
@@ -179,7 +185,7 @@ def _more_controls(
         )
     plain = (base, prompt, negative, seed, width, height, steps, guidance, sampler)
     page = _Page(*plain, slots, shell.tab_word)
-    return page, imported, dice
+    return page, imported, usual
 
 
 def _slot(site: Site, number: int) -> _Slot:
@@ -201,6 +207,17 @@ def _slot(site: Site, number: int) -> _Slot:
 def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
     def draw_one(request: gr.Request, *held: Any) -> Iterator[Any]:
         yield from _drawn(site, request, held, None, lambda parts, _: image_html(parts[0]))
+
+    def draw_several(request: gr.Request, count: Any, *held: Any) -> Iterator[Any]:
+        if count == 1:
+            yield from draw_one(request, *held)
+            return
+        try:
+            varied, shape = draw_tools.several(count, _said(held)["seed"])
+        except SdloraError as error:
+            yield problem(str(error)), gr.skip()
+            return
+        yield from _drawn(site, request, held, None, shape, varied=varied)
 
     def again(request: gr.Request, *held: Any) -> Iterator[Any]:
         if not str(_said(held)["prompt"] or "").strip():
@@ -236,7 +253,8 @@ def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
 
     options: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8}
     main, extra = [page.status, page.main], [page.status, page.extra]
-    gr.on([more["draw"].click, page.prompt.submit], draw_one, page.inputs, main, **options)
+    several = [more["count"], *page.inputs]
+    gr.on([more["draw"].click, page.prompt.submit], draw_several, several, main, **options)
     moved = [slider.release for slot in page.slots for slider in (slot.strength, slot.text)]
     gr.on(moved, again, page.inputs, main, trigger_mode="multiple", **options)
     more["dice"].click(lambda: secrets.randbelow(2**32), None, page.seed, show_progress="hidden").then(
@@ -329,6 +347,19 @@ def _connect_sending(site: Site, shell: Shell, page: _Page, more: Mapping[str, A
         seen = max([number for number, file in enumerate(files) if file], default=0)
         return [gr.Group(visible=number <= seen + 1) for number in range(NUM_SLOTS)]
 
+    usual = more["usual"]
+    usual.input(
+        draw_tools.with_negative, [usual, page.negative], [page.negative, usual], show_progress="hidden"
+    )
+    if more["drop"] is not None:
+        first = page.slots[0].file
+
+        def take(file: str | None) -> tuple[Any, Any]:
+            kept = draw_tools.dropped(site, file)
+            listed = [("none", ""), *choices(site.adapters())]
+            return (gr.skip() if kept is None else gr.Dropdown(choices=listed, value=str(kept))), None
+
+        more["drop"].upload(take, more["drop"], [first, more["drop"]], show_progress="hidden")
     more["another"].click(add, [slot.file for slot in page.slots], boxes, show_progress="hidden")
 
 

@@ -3,6 +3,7 @@ import "./dataset.js";
 import "./folders.js";
 import "./jobs.js";
 import "./images.js";
+import "./links.js";
 import { button, sendToPython, tabKnown, tabWord } from "./base.js";
 
 // Gradio's sliders react only to a released pointer; arrow keys must count as well.

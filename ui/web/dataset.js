@@ -1,6 +1,9 @@
 // The data set: images, captions edited in place, the doctor's findings, crops, buckets, tags.
 
 import { ask, attempt, button, duration, el, Live, say, tabWord, thumbUrl } from "./base.js";
+import { Care } from "./care.js";
+import { Tags } from "./tags.js";
+import { Viewer } from "./viewer.js";
 
 const PAGE = 60;
 const SAVE_AFTER = 250; // ms without a key press
@@ -24,6 +27,9 @@ class DataSet extends Live {
       this.cards = new Map();
       this.parts.tools.replaceChildren();
       this.parts.captioner.replaceChildren();
+      this.parts.care.replaceChildren();
+      this.tags = null;
+      this.chosen.clear();
       if (this.isConnected) this.load();
     });
   }
@@ -32,14 +38,18 @@ class DataSet extends Live {
     this.page = 0;
     this.only = "";
     this.cards = new Map();
+    this.chosen = new Set();
+    this.viewer = new Viewer(this);
     this.flush = () => this.cards.forEach((card) => card.save(true));
     addEventListener("pagehide", this.flush);
     document.addEventListener("visibilitychange", this.flush);
-    this.parts = Object.fromEntries(["summary", "findings", "charts", "tools", "captioner", "cards", "pages"].map((name) => [name, el("div", { class: `sd-${name}` })]));
+    this.parts = Object.fromEntries(["summary", "findings", "charts", "tools", "captioner", "care", "choosing", "cards", "pages"].map((name) => [name, el("div", { class: `sd-${name}` })]));
   }
   disconnectedCallback() {
     super.disconnectedCallback();
     this.flush();
+    if (this.viewer.isOpen) this.viewer.dialog.close();
+    this.viewer.dialog.remove();
     removeEventListener("pagehide", this.flush);
     document.removeEventListener("visibilitychange", this.flush);
   }
@@ -51,8 +61,9 @@ class DataSet extends Live {
   get trigger() { return (document.querySelector("#dataset-trigger input, #dataset-trigger textarea")?.value ?? this.getAttribute("trigger") ?? "").trim(); }
   get query() {
     const part = (name) => encodeURIComponent(this.getAttribute(name) || "");
-    return `dataset?${this.about}&resolution=${part("resolution")}&page=${this.page}&only=${this.only}`;
+    return `${this.about}&resolution=${part("resolution")}&page=${this.page}&only=${encodeURIComponent(this.only)}`;
   }
+  saveAll() { return Promise.all([...this.cards.values()].map((card) => card.save())); }
   // Called regularly: checks whether another tab or program changed the folder.
   async refresh() {
     if (!this.folder || this.loading) return;
@@ -60,23 +71,30 @@ class DataSet extends Live {
     this.cards.forEach((card) => card.save());
     this.captioner?.refresh();
     const now = await ask(`dataset/progress?${this.about}`).catch(() => null);
-    if (now && now.version && now.version !== this.state.version) await this.load();
+    // a large folder is not looked at again all the time while captions are typed
+    const rested = performance.now() - this.last > 8 * this.took;
+    if (now && now.version && now.version !== this.state.version && rested) await this.load(true);
+    if (this.state) this.tags?.refresh();
   }
-  async load() {
-    const query = this.query;
+  // What is shown already is known to the server: only with `anew` does it look at all files again.
+  async load(anew = false) {
+    const query = this.query, began = performance.now();
     this.loading = true;
     const waiting = this.state ? null : setInterval(() => this.showReading(), 400);
     if (!this.state) this.replaceChildren(this.reading(null));
-    const state = await ask(query).catch((error) => ({ error: error.message }));
+    const state = await ask(`dataset?${query}&known=${anew || !this.state ? "" : this.state.version}&at=${encodeURIComponent(this.at || "")}`).catch((error) => ({ error: error.message }));
     clearInterval(waiting);
-    if (query !== this.query) return this.load();
+    if (query !== this.query) return this.load(anew);
     this.loading = false;
     if (state.error) {
       this.state = null;
       this.replaceChildren(el("p", { class: "sd-problem", role: "alert" }, state.error));
       return;
     }
-    if (!this.state) this.replaceChildren(...Object.values(this.parts));
+    if (anew || !this.state) { this.took = performance.now() - began; this.last = performance.now(); }
+    this.page = state.page;
+    this.at = "";
+    if (!this.state) { this.replaceChildren(...Object.values(this.parts)); this.viewed(null); }
     this.state = state;
     this.draw(state);
   }
@@ -94,7 +112,10 @@ class DataSet extends Live {
     const put = (name, ...nodes) => this.parts[name].replaceChildren(...nodes.filter(Boolean));
     put("summary", this.summary(state));
     put("findings", this.findings(state));
-    put("charts", this.charts(state));
+    if (!this.tags) { this.tags = new Tags(this); this.shapes = el("div"); put("charts", el("div", { class: "sd-two" }, this.shapes, this.tags.node)); }
+    this.shapes.replaceChildren(this.charts(state));
+    if (!this.parts.care.firstChild) { this.care = new Care(this); put("care", this.care.node); }
+    this.care.refresh();
     if (!this.parts.tools.firstChild) put("tools", this.toolbar(state));
     if (!this.parts.captioner.firstChild) { this.captioner = new Captioner(this, state.trigger || ""); put("captioner", this.captioner.node); }
     this.drawTools(state);
@@ -106,6 +127,74 @@ class DataSet extends Live {
     if (nodes.length !== shown.length || nodes.some((node, i) => node !== shown[i])) this.parts.cards.replaceChildren(...nodes);
     if (!nodes.length) put("cards", el("p", { class: "sd-dim sd-none" }, "No image of this kind."));
     put("pages", this.pages(state));
+    put("choosing", this.choosing(state));
+    this.viewer.update();
+    this.openLinked();
+  }
+  // Images to be changed together; those on other pages stay chosen.
+  choose(name, on) {
+    if (on) this.chosen.add(name); else this.chosen.delete(name);
+    this.cards.get(name)?.showChosen();
+    if (this.state) this.parts.choosing.replaceChildren(this.choosing(this.state));
+  }
+  chooseAll(names, on) { names.forEach((name) => (on ? this.chosen.add(name) : this.chosen.delete(name))); this.cards.forEach((card) => card.showChosen()); this.parts.choosing.replaceChildren(this.choosing(this.state)); }
+  choosing(state) {
+    const names = [...this.chosen], may = state.may_change && names.length;
+    this.tags.chosen(names.length);
+    const every = () => attempt(async () => this.chooseAll((await ask(`workbench/names?${this.query}&known=${state.version}`)).names, true));
+    const does = (what, extra) => () => this.changeImages(what, names, extra);
+    return el("div", { class: "sd-row sd-chosen" }, el("strong", {}, names.length ? `${plural(names.length, "image")} chosen` : "Choose images to change them together"),
+      button(state.matching > PAGE ? `Choose all ${state.matching}` : "Choose all", every, "sd-small", { id: "sd-choose-all" }),
+      names.length ? button("Choose none", () => this.chooseAll(names, false), "sd-small", { id: "sd-choose-none" }) : null,
+      may ? button("Exclude", does("exclude"), "sd-small", { id: "sd-chosen-exclude" }) : null, may ? button("Turn", does("turn", { quarters: 1 }), "sd-small", { id: "sd-chosen-turn" }) : null,
+      may ? button("Delete", does("delete"), "sd-small danger", { id: "sd-chosen-delete" }) : null,
+      this.only.startsWith("tag:") ? el("span", {}, el("b", { class: "sd-chip held", translate: "no" }, this.only.slice(4)), " ", button("Show all images", () => this.show(""), "sd-small", { id: "sd-show-all" })) : null,
+      state.may_change ? null : el("span", { class: "sd-dim" }, "Images can be changed only where nobody else can reach the server."));
+  }
+  // Shows images of one kind; see the list beside Undo.
+  show(only) {
+    this.only = only;
+    this.page = 0;
+    const choose = this.querySelector("#sd-only");
+    if (choose) choose.value = only.startsWith("tag:") ? "" : only;
+    return this.load().then(() => this.parts.choosing.scrollIntoView({ block: "start" }));
+  }
+  async turnPage(by) {
+    const last = Math.ceil((this.state?.matching || 0) / PAGE) - 1;
+    if (this.page + by < 0 || this.page + by > last) return false;
+    this.page += by;
+    await this.load();
+    return true;
+  }
+  // Changes image files, each change a restore point; returns the server's answer, nothing if it failed.
+  changeImages(what, names, extra = {}) {
+    return attempt(async () => {
+      await this.saveAll();
+      const answer = await ask(`workbench/images/${what}?tab=${tabWord()}`, { folder: this.folder, names, ...extra });
+      this.showUndo(answer.undo);
+      if (what === "delete" || what === "exclude") {
+        names.forEach((name) => this.chosen.delete(name));
+        say(what === "delete" ? "moved to the bin; Undo takes it back" : "excluded; the panel of excluded images takes it back");
+        await this.load();
+      } else if (what === "turn") await this.load(true);
+      return answer;
+    });
+  }
+  // Says in the address which image is open, so that a link leads to it.
+  viewed(name) { this.dispatchEvent(new CustomEvent("sd-at", { bubbles: true, detail: { tab: "dataset", folder: this.folder, image: name } })); }
+  link(name) {
+    if (!name && this.viewer.isOpen) this.viewer.dialog.close();
+    this.linked = name ? { folder: this.folder, name } : null;
+    if (this.state) this.openLinked();
+  }
+  openLinked() {
+    const wanted = this.linked;
+    if (!wanted || wanted.folder !== this.folder) return;
+    if (this.cards.has(wanted.name)) { this.linked = null; this.viewer.open(wanted.name); return; }
+    if (wanted.looked) { this.linked = null; say(`${wanted.name}: there is no such image here (any more)`, "error"); return; }
+    wanted.looked = true;
+    this.at = wanted.name;
+    this.load();
   }
   summary(state) {
     const fact = (value, what) => el("div", { class: "sd-fact" }, el("strong", {}, value), el("span", {}, what));
@@ -120,43 +209,35 @@ class DataSet extends Live {
   }
   findings(state) {
     if (!state.findings.length) return null;
-    const groups = new Map();
-    for (const one of state.findings) groups.set(`${one.severity}|${one.kind}`, [...(groups.get(`${one.severity}|${one.kind}`) || []), one]);
+    const count = state.findings.reduce((sum, group) => sum + group.count, 0);
     const open = this.parts.findings.querySelector("details")?.open ?? state.counts.error > 0;
-    return el("details", { class: "sd-panel", open }, el("summary", {}, `What the doctor found (${state.findings.length})`),
-      [...groups].map(([key, members]) => {
-        const [severity, kind] = key.split("|");
-        return el("div", { class: "sd-finding" }, el("b", { class: `sd-chip ${severity}` }, severity), ` ${kind}`, el("span", { class: "sd-dim" }, ` × ${members.length}`),
-          members.slice(0, 3).map((one) => el("div", { class: "sd-indent" }, `${one.where}: ${one.what}`)),
-          members.length > 3 ? el("div", { class: "sd-indent sd-dim" }, `and ${members.length - 3} more, shown at the images`) : null,
-          el("div", { class: "sd-indent sd-dim" }, `→ ${members[0].fix}`));
-      }));
+    return el("details", { class: "sd-panel", open }, el("summary", {}, `What the doctor found (${count})`),
+      state.findings.map((group) => el("div", { class: "sd-finding" }, el("b", { class: `sd-chip ${group.severity}` }, group.severity), ` ${group.kind}`, el("span", { class: "sd-dim" }, ` × ${group.count}`),
+        group.first.map((one) => el("div", { class: "sd-indent" }, `${one.where}: ${one.what}`)),
+        group.count > group.first.length ? el("div", { class: "sd-indent sd-dim" }, `and ${group.count - group.first.length} more, shown at the images`) : null,
+        el("div", { class: "sd-indent sd-dim" }, `→ ${group.fix}`))));
   }
   charts(state) {
     const most = Math.max(1, ...state.buckets.map((bucket) => bucket.count));
-    const top = Math.max(1, ...state.tags.map((tag) => tag[1]));
     const wide = matchMedia("(min-width: 900px)").matches;
-    const open = (i) => this.parts.charts.querySelectorAll("details")[i]?.open ?? wide;
+    const open = this.shapes?.querySelector("details")?.open ?? wide;
     const bar = (label, count, share) => el("div", { class: "sd-bar" }, el("span", { class: "sd-bar-label", title: label }, label),
       el("span", { class: "sd-bar-line" }, el("i", { style: `width:${Math.max(2, 100 * share)}%` })), el("span", { class: "sd-bar-count" }, count));
-    return el("div", { class: "sd-two" },
-      el("details", { class: "sd-panel", open: open(0) }, el("summary", {}, `Shapes at ${state.resolution} px`),
-        el("div", { class: "sd-bars" }, state.buckets.map((bucket) => bar(`${bucket.width} × ${bucket.height}`, bucket.count, bucket.count / most)))),
-      el("details", { class: "sd-panel", open: open(1) }, el("summary", {}, state.more_tags ? `The ${state.tags.length} commonest tags` : "Tags in the captions"),
-        el("div", { class: "sd-bars" }, state.tags.length ? state.tags.map(([tag, count]) => bar(tag, count, count / top)) : el("p", { class: "sd-dim" }, "The captions are empty."))));
+    return el("details", { class: "sd-panel", open }, el("summary", {}, `Shapes at ${state.resolution} px`),
+      el("div", { class: "sd-bars" }, state.buckets.map((bucket) => bar(`${bucket.width} × ${bucket.height}`, bucket.count, bucket.count / most))));
   }
   toolbar(state) {
     const field = (label, id, value = "") => el("label", { class: "sd-field" }, el("span", {}, label), el("input", { type: "text", id, value }));
     const read = (id) => this.querySelector(`#${id}`).value;
     const post = (path, body, done) => attempt(async () => {
-      await Promise.all([...this.cards.values()].map((card) => card.save()));
+      await this.saveAll();
       const answer = await ask(`captions/${path}`, { folder: this.folder, ...body });
       say(done(answer.changed));
       document.activeElement?.closest?.(".sd-card") && document.activeElement.blur();
-      await this.load();
+      await this.load(path === "undo");
     });
     const captions = (count) => plural(count, "caption");
-    const choose = el("select", { id: "sd-only", onchange: () => { this.only = choose.value; this.page = 0; this.load(); } },
+    const choose = el("select", { id: "sd-only", onchange: () => { this.show(choose.value); } },
       [["", "all images"], ["findings", "with findings"], ["held", "held out"], ["uncaptioned", "without a written caption"]].map(([value, label]) => el("option", { value }, label)));
     return el("div", { class: "sd-toolrow" },
       el("div", { class: "sd-tool" }, field("Find in captions", "sd-find"), field("Replace with", "sd-put"),
@@ -204,7 +285,7 @@ class Captioner {
     const body = { folder: this.owner.folder, overwrite: this.over.checked };
     for (const input of this.node.querySelectorAll("input[type=text]")) body[input.id.replace("sd-caption-", "")] = input.value;
     return attempt(async () => {
-      await Promise.all([...this.owner.cards.values()].map((card) => card.save()));
+      await this.owner.saveAll();
       this.show(await ask(`captioning/${what}`, body));
     });
   }
@@ -248,8 +329,18 @@ class Card {
     this.text.addEventListener("focus", () => { this.typing = `${Date.now()}-${Math.random()}`; });
     this.text.addEventListener("input", () => { clearTimeout(this.timer); this.mark.textContent = "…"; this.timer = setTimeout(() => this.save(), SAVE_AFTER); });
     this.text.addEventListener("blur", () => this.save());
-    this.node = el("article", { class: "sd-card" }, this.parts.image, this.parts.meta, this.text, this.parts.hints);
+    this.box = el("input", { type: "checkbox", class: "sd-choose-box", onclick: (event) => this.choose(event) });
+    this.large = el("button", { type: "button", class: "sd-open", onclick: () => this.owner.viewer.open(this.data.name) }, this.parts.image);
+    this.node = el("article", { class: "sd-card" }, this.box, this.large, this.parts.meta, this.text, this.parts.hints);
   }
+  // With shift, all between this and the last one that was chosen.
+  choose(event) {
+    const names = [...this.owner.cards.keys()], here = names.indexOf(this.data.name), last = names.indexOf(this.owner.lastChosen);
+    const between = event.shiftKey && last >= 0 ? names.slice(Math.min(here, last), Math.max(here, last) + 1) : [this.data.name];
+    this.owner.lastChosen = this.data.name;
+    this.owner.chooseAll(between.filter((name) => this.owner.cards.get(name).data.edit), this.box.checked);
+  }
+  showChosen() { this.box.checked = this.owner.chosen.has(this.data.name); this.node.classList.toggle("chosen", this.box.checked); }
   get dirty() { return this.data && this.data.edit && this.text.value !== this.data.caption; }
   update(data) {
     const keep = this.dirty || tidy(this.text.value) === (data.caption ?? "");
@@ -263,8 +354,13 @@ class Card {
     this.text.title = !this.text.readOnly ? "" : data.edit === null ? "This image is in another folder: open that one to edit its caption" : "This caption is in a metadata file of the folder";
     this.text.setAttribute("aria-label", `Caption of ${data.name}`);
     this.text.dataset.name = data.name;
+    this.text.setAttribute("translate", "no");
+    this.box.setAttribute("aria-label", `Choose ${data.name}`);
+    this.box.hidden = !data.edit;
+    this.large.setAttribute("aria-label", `Open ${data.name}`);
+    this.showChosen();
     this.node.classList.toggle("held", data.held);
-    this.parts.meta.replaceChildren(el("span", { class: "sd-name", title: data.name }, data.name),
+    this.parts.meta.replaceChildren(el("span", { class: "sd-name", title: data.name, translate: "no" }, data.name),
       data.width ? el("span", {}, `${data.width} × ${data.height}`) : "",
       data.held ? el("b", { class: "sd-chip held", title: "Not trained on: its loss shows whether the LoRA learns or memorises" }, "held out") : "",
       data.path && data.source !== "none" && !WRITTEN.includes(data.source) ? el("b", { class: "sd-chip", title: "No caption file: typing here makes one" }, `from ${data.source}`) : "", this.mark);

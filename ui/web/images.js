@@ -1,6 +1,6 @@
 // Images: a strip of strengths with a slider, before and after, a grid to choose from, the gallery.
 
-import { ask, attempt, button, Drawn, el, fileUrl, Live, say, sendToPython, thumbUrl } from "./base.js";
+import { ask, button, Drawn, el, fileUrl, Live, say, sendToPython, thumbUrl } from "./base.js";
 
 const given = (element) => JSON.parse(element.getAttribute("data") || "{}");
 
@@ -84,37 +84,152 @@ class Gallery extends Live {
     this.list = el("div", { class: "sd-thumbs" });
     this.shown = "";
     this.limit = 48;
-    this.dialog = el("dialog", { class: "sd-dialog" });
+    this.viewer = new DrawnViewer((image) => this.at(image));
     this.more = button("Show more", () => { this.limit += 48; this.refresh(); });
-    this.replaceChildren(this.list, this.more, this.dialog);
+    this.replaceChildren(this.list, this.more);
   }
+  at(image) { this.dispatchEvent(new CustomEvent("sd-at", { bubbles: true, detail: { tab: "generate", image: image && image.name } })); }
   async refresh() {
     const answer = await ask(`images?limit=${this.limit}`).catch(() => null);
     if (!answer) return;
     const key = JSON.stringify(answer);
     if (key === this.shown) return;
     this.shown = key;
+    this.images = answer.images;
     this.more.hidden = answer.total <= answer.images.length;
     this.list.replaceChildren(...(answer.images.length ? answer.images.map((image) => this.card(image))
       : [el("p", { class: "sd-dim" }, "Nothing drawn yet. Your images are kept here, each PNG with its settings.")]));
   }
   card(image) {
-    return el("button", { type: "button", class: "sd-thumb", onclick: () => this.open(image), title: image.name,
+    return el("button", { type: "button", class: "sd-thumb", onclick: () => this.viewer.open(this.images, image), title: image.name,
       "aria-label": `Open ${image.name}` }, el("img", { src: thumbUrl(image.file, 192, image.changed), loading: "lazy", alt: "" }));
   }
-  async open(image) {
-    const settings = await attempt(() => ask(`settings?path=${encodeURIComponent(image.file)}`));
-    const send = () => { sendToPython("import-png", JSON.stringify({ file: image.file, at: Date.now() })); this.dialog.close(); };
-    this.dialog.replaceChildren(el("img", { src: fileUrl(image.file), alt: image.name, class: "sd-large" }),
-      el("dl", {}, Object.entries(settings || {}).map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])),
-      el("p", { class: "sd-dim" }, image.name),
-      el("div", { class: "sd-row" }, settings ? button("Use these settings", send, "primary") : null,
-        el("a", { class: "sd-button", href: fileUrl(image.file), download: image.name.split("/").pop() }, "Save"),
-        button("Close", () => this.dialog.close())));
-    this.dialog.showModal();
+  // Opens an image by its name, as a link does; nothing closes what is open.
+  async link(name) {
+    if (!name) { this.viewer.close(); return; }
+    const { images } = await ask("images?limit=1000").catch(() => ({ images: [] }));
+    const image = images.find((one) => one.name === name);
+    if (image) this.viewer.open(images, image); else say(`${name}: there is no such image (any more)`, "error");
   }
 }
 
+// A drawn image as large as the screen: arrows go on, u uses its settings, s saves it, Esc closes.
+class DrawnViewer {
+  constructor(told) {
+    this.told = told;
+    this.dialog = el("dialog", { class: "sd-viewer", tabindex: "-1", "aria-label": "Drawn image" });
+    this.dialog.addEventListener("close", () => told(null));
+    this.dialog.addEventListener("keydown", (event) => {
+      const does = { ArrowRight: () => this.step(1), ArrowLeft: () => this.step(-1), Home: () => this.show(0), End: () => this.show(this.images.length - 1), u: () => this.use(), s: () => this.dialog.querySelector("a[download]")?.click() }[event.key];
+      if (!does || event.ctrlKey || event.metaKey || event.altKey) return;
+      event.preventDefault();
+      does();
+    });
+  }
+  open(images, image) {
+    if (!this.dialog.isConnected) document.body.append(this.dialog);
+    this.images = images;
+    if (!this.dialog.open) this.dialog.showModal();
+    this.show(images.indexOf(image));
+    this.dialog.focus();
+  }
+  close() { if (this.dialog.open) this.dialog.close(); }
+  step(by) { this.show(this.place + by); }
+  use() {
+    if (!this.settings) return;
+    sendToPython("import-png", JSON.stringify({ file: this.images[this.place].file, at: Date.now() }));
+    this.close();
+  }
+  async show(place) {
+    if (place < 0 || place >= this.images.length) return;
+    this.place = place;
+    const image = this.images[place], last = this.images.length - 1;
+    this.settings = null;
+    this.told(image);
+    const facts = el("dl"), use = button("Use these settings", () => this.use(), "primary", { title: "u", disabled: true });
+    const shown = el("img", { src: fileUrl(image.file), alt: image.name, class: "sd-large" });
+    this.dialog.replaceChildren(el("div", { class: "sd-viewer-image" }, shown),
+      el("div", { class: "sd-viewer-side" }, el("p", { class: "sd-dim", translate: "no" }, image.name), el("div", { class: "sd-row" }, use,
+        el("a", { class: "sd-button", href: fileUrl(image.file), download: image.name.split("/").pop(), title: "s" }, "Save"), button("Close", () => this.close())), facts,
+        el("p", { class: "sd-dim" }, `${place + 1} of ${last + 1}. Arrows: other images. u: use these settings. s: save. Esc: close.`)),
+      place > 0 ? button("‹", () => this.step(-1), "sd-viewer-back", { "aria-label": "Previous image" }) : "", place < last ? button("›", () => this.step(1), "sd-viewer-on", { "aria-label": "Next image" }) : "");
+    if (!this.dialog.contains(document.activeElement)) this.dialog.focus();
+    const settings = await ask(`settings?path=${encodeURIComponent(image.file)}`).catch(() => null);
+    if (this.place !== place || !settings) return;
+    this.settings = settings;
+    use.disabled = false;
+    facts.replaceChildren(...Object.entries(settings).flatMap(([name, value]) => [el("dt", {}, name), el("dd", { translate: "no" }, value)]));
+  }
+}
+
+// An image that was just drawn opens large when it is clicked.
+const alone = new DrawnViewer(() => {});
+document.addEventListener("click", (event) => {
+  const image = event.target.closest?.("#drawn img, #extra .sd-stack img.on, #extra a > img");
+  const file = image && new URL(image.src).searchParams.get("path");
+  if (!file) return;
+  event.preventDefault();
+  const all = [...document.querySelectorAll("#drawn img, #extra .sd-stack img, #extra a > img")].filter((one) => one === image || one.closest("#drawn, #extra") === image.closest("#drawn, #extra"));
+  const images = all.map((one) => new URL(one.src).searchParams.get("path")).filter(Boolean).map((path) => ({ file: path, name: path.split(/[\\/]/).slice(-2).join("/") }));
+  alone.open(images, images.find((one) => one.file === file));
+});
+
+// The adapters with what their files say, to be searched; one that is chosen goes into the first field.
+class Adapters extends HTMLElement {
+  connectedCallback() {
+    this.dialog = el("dialog", { class: "sd-dialog sd-wide", "aria-label": "Adapters" });
+    this.replaceChildren(button("Browse adapters", () => this.open(), "", { id: "browse-adapters" }), this.dialog);
+  }
+  async open() {
+    const find = el("input", { type: "search", class: "sd-find", placeholder: "find by name, trigger word or base", "aria-label": "Find an adapter", oninput: () => this.list(find.value) });
+    this.cards = el("div", { class: "sd-adapters" }, el("p", { class: "sd-dim" }, "reading …"));
+    this.dialog.replaceChildren(el("div", { class: "sd-row sd-apart" }, el("h3", {}, "Adapters"), button("Close", () => this.dialog.close())), find, this.cards);
+    this.dialog.showModal();
+    const answer = await ask("adapters").catch((error) => ({ adapters: [], error: error.message }));
+    this.known = answer.adapters;
+    if (answer.error) say(answer.error, "error");
+    this.list(find.value);
+  }
+  list(text) {
+    const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+    const found = (this.known || []).filter((one) => words.every((word) => `${one.label} ${one.trigger} ${one.base}`.toLowerCase().includes(word)));
+    this.cards.replaceChildren(...found.slice(0, 200).map((one) => this.card(one)), found.length ? "" : el("p", { class: "sd-dim" }, "No adapter of this name. Train one, or drop a file onto the page."));
+  }
+  card(one) {
+    const use = (word) => {
+      sendToPython("chosen-cell", JSON.stringify({ file: one.path, strength: one.strength ?? 1, at: Date.now() }));
+      if (word) addToPrompt(one.trigger);
+      this.dialog.close();
+    };
+    return el("figure", { class: "sd-adapter" }, one.preview ? el("img", { src: thumbUrl(one.preview, 256, one.changed), loading: "lazy", alt: "" }) : el("div", { class: "sd-empty" }),
+      el("figcaption", {}, el("b", { translate: "no" }, one.label), one.trigger ? el("div", {}, "trigger word: ", el("span", { translate: "no" }, one.trigger)) : null,
+        one.strength ? el("div", {}, `recommended strength: ${one.strength}`) : null, one.base ? el("div", { class: "sd-dim", translate: "no" }, one.base) : null),
+      el("div", { class: "sd-row" }, button("Use", () => use(false), "sd-small primary"), one.trigger ? button("Use with its trigger word", () => use(true), "sd-small") : null));
+  }
+}
+
+// Puts a trigger word in front of the prompt, unless it is there.
+function addToPrompt(word) {
+  const prompt = document.querySelector("#prompt textarea");
+  if (!prompt || prompt.value.toLowerCase().includes(word.toLowerCase())) return;
+  sendToPython("prompt", prompt.value.trim() ? `${word}, ${prompt.value}` : word);
+}
+
+// A file that is dropped anywhere on the drawing page goes to the area for its kind.
+const AREAS = { safetensors: "#drop-adapter", png: "#import-file" };
+document.addEventListener("dragover", (event) => { if (document.querySelector("#draw")?.offsetParent && event.dataTransfer?.types.includes("Files")) event.preventDefault(); });
+document.addEventListener("drop", (event) => {
+  const file = event.dataTransfer?.files[0], area = file && AREAS[file.name.split(".").pop().toLowerCase()];
+  const input = area && document.querySelector(`${area} input[type=file]`);
+  if (!input || !document.querySelector("#draw")?.offsetParent || event.target.closest?.("#drop-adapter, #import-file")) return;
+  event.preventDefault();
+  const held = new DataTransfer();
+  held.items.add(file);
+  input.files = held.files;
+  input.dispatchEvent(new Event("change", { bubbles: true }));
+});
+
+customElements.define("sd-adapters", Adapters);
 customElements.define("sd-strip", Strip);
 customElements.define("sd-compare", Compare);
 customElements.define("sd-grid", Grid);

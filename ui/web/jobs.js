@@ -20,7 +20,7 @@ class Jobs extends Live {
     try {
       const { jobs } = await ask("jobs");
       const newest = jobs.length ? jobs[jobs.length - 1].id : null;
-      if (newest !== this.newest) { this.newest = newest; this.selected = newest; }
+      if (newest !== this.newest) { this.newest = newest; this.selected = this.linked || newest; this.linked = null; }
       if (!jobs.some((job) => job.id === this.selected)) this.selected = newest;
       this.drawQueue(jobs);
       if (this.selected) this.drawRun(await ask(`jobs/${this.selected}`));
@@ -32,6 +32,12 @@ class Jobs extends Live {
       this.drawn = null;
       this.keys = {};
     } finally { this.asking = false; }
+  }
+  // Shows a run, also one that a link names before the queue is known.
+  select(id) {
+    if (!this.newest) this.linked = id;
+    this.selected = id;
+    this.refresh();
   }
   // Redraws only what changed, so that a focused button or an open log stays as it is.
   fill(where, key, children) {
@@ -54,7 +60,7 @@ class Jobs extends Live {
     const left = LIVE.includes(job.status) && job.seconds_left && !job.finishing ? `${duration(job.seconds_left)} left` : "";
     return el("div", { class: `sd-job ${job.status} ${job.id === this.selected ? "on" : ""}`, "data-job": job.id },
       el("button", { type: "button", class: "sd-job-name", "data-what": `open-${job.id}`, "aria-expanded": String(job.id === this.selected),
-        onclick: () => { this.selected = job.id; this.refresh(); } },
+        onclick: () => { this.select(job.id); this.dispatchEvent(new CustomEvent("sd-at", { bubbles: true, detail: { tab: "train", run: job.id } })); } },
         el("strong", {}, job.name), el("span", { class: `sd-chip ${job.status}` }, state), el("span", { class: "sd-dim" }, left)),
       el("progress", { value: share, max: 1, "aria-label": `Progress of ${job.name}` }), el("span", { class: "sd-count" }, job.steps ? `${job.step} / ${job.steps}` : ""));
   }

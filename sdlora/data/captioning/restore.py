@@ -30,6 +30,7 @@ from ..reading.metadata_files import METADATA_NAMES
 
 FOLDER = ".sdlora-captions"
 MAX_POINT_BYTES = 2**30
+MAX_WHAT_BYTES = 2**16
 _NAME = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}\.jsonl")
 _LOCK = "lock"
 
@@ -169,6 +170,13 @@ def newest(folder: Path) -> RestorePoint | None:
     with suppress(DatasetError):
         return read_point(files[-1]) if files else None
     return None
+
+
+def described(file: Path) -> str:
+    """Return what a restore point takes back, in words, from the start of its file alone."""
+    with suppress(OSError, ValueError, KeyError, TypeError), file.open("rb") as stream:
+        return str(parse_json(stream.readline(MAX_WHAT_BYTES))["what"])
+    return "a change that cannot be read"
 
 
 def read_point(file: Path) -> RestorePoint:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...errors import ConfigError, DatasetError
+from ..reading.captions import words_of
 from ..reading.problems import Problem
 from .caption_files import CaptionFolder
 from .restore import recording
@@ -112,9 +113,23 @@ class TagFolder:
     """
 
     def __init__(
-        self, folder: Path, *, recursive: bool = True, follow_links: bool = False, column: str | None = None
+        self,
+        folder: Path,
+        *,
+        recursive: bool = True,
+        follow_links: bool = False,
+        column: str | None = None,
+        bare: bool = False,
     ) -> None:
         """Read the captions; see :class:`sdlora.data.captioning.caption_files.CaptionFolder`.
+
+        Args:
+            folder: the data set.
+            recursive: also look into folders inside.
+            follow_links: also take what links lead to outside the folder.
+            column: of a metadata file with the caption; the first known one when None.
+            bare: images without a written caption count as captioned by the words of their file name, as
+                training does; a change writes them a caption.
 
         Raises:
             DatasetError: when the folder cannot be read, or holds no images or no captions.
@@ -128,6 +143,9 @@ class TagFolder:
                 self.notes.append(str(written))
             elif written is not None:
                 self._lines[image.name] = written.lines
+            elif bare:
+                words = words_of(image.path.stem)
+                self._lines[image.name] = (words,) if words else ()
         if not self._lines:
             raise DatasetError(f"{folder}: no image has a caption yet; write some, or use `sdlora caption`")
         self.num_captions = len(self._lines)

@@ -75,10 +75,24 @@ def repair(
         return _Copy(listing, unfinished).make(progress)
 
 
-class _Copy:
-    """One copy being made; ``changes`` grows with every file that is not copied as it is."""
+def preview(
+    folder: Path, *, recursive: bool = True, follow_links: bool = False, progress: Progress | None = None
+) -> list[Change]:
+    """Return what :func:`repair` would change in a copy, without writing one; its arguments are the same.
 
-    def __init__(self, listing: Listing, target: Path) -> None:
+    Raises:
+        DatasetError: when the folder is missing or is a file.
+    """
+    return _Copy(list_files(Path(folder), recursive, follow_links=follow_links), None).make(progress)
+
+
+class _Copy:
+    """One copy being made; ``changes`` grows with every file that is not copied as it is.
+
+    Without a ``target`` nothing is written.
+    """
+
+    def __init__(self, listing: Listing, target: Path | None) -> None:
         self._listing, self._target = listing, target
         self._changes: list[Change] = []
         self._first_of: dict[str, str] = {}
@@ -184,6 +198,8 @@ class _Copy:
             yield name, data
 
     def _write(self, name: str, data: bytes) -> None:
+        if self._target is None:
+            return
         file = self._target / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)

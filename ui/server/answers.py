@@ -1,0 +1,61 @@
+"""How the page's own routes answer: in JSON, with an error as one line in the words of the page."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from sdlora.errors import SdloraError
+from sdlora.files import parse_json
+
+from ..words import page_words
+from .allowed_paths import PathRefused
+
+Handler = Callable[[Request], dict[str, Any]]
+
+
+def reading(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    """Answer with what a handler returns."""
+
+    @functools.wraps(handler)
+    async def answer(request: Request) -> Response:
+        return await run_in_threadpool(_answered, handler, request)
+
+    return answer
+
+
+def writing(
+    handler: Callable[[Request, dict[str, Any]], dict[str, Any]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """Accept only JSON, with a header that a form of another site cannot send."""
+
+    @functools.wraps(handler)
+    async def answer(request: Request) -> Response:
+        kind = request.headers.get("content-type", "").partition(";")[0]
+        if kind != "application/json" or "x-sdlora" not in request.headers:
+            return JSONResponse({"error": "refused: not a request of this page"}, 403)
+        try:
+            body = parse_json(await request.body() or b"{}")
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            return JSONResponse({"error": "the request is not a JSON object"}, 400)
+        return await run_in_threadpool(_answered, lambda given: handler(given, body), request)
+
+    return answer
+
+
+def _answered(handler: Handler, request: Request) -> Response:
+    try:
+        return JSONResponse(handler(request))
+    except PathRefused as error:
+        return JSONResponse({"error": str(error)}, 403)
+    except SdloraError as error:
+        return JSONResponse({"error": page_words(str(error))}, 422)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return JSONResponse({"error": f"invalid request: {error}"}, 400)
