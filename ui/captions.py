@@ -101,7 +101,7 @@ class CaptionBook:
         self._paths = paths
         self._lock = threading.Lock()
         self._typing: dict[Path, str] = {}
-        self._listings: dict[Path, tuple[object, Listing, set[str]]] = {}
+        self._listings: dict[Path, tuple[object, Listing, Collection[str]]] = {}
 
     def set(self, folder: Path, texts: Mapping[str, str], *, typing: str = "") -> int:
         """Write captions; return how many changed.
@@ -229,7 +229,7 @@ class CaptionBook:
                 wanted[item.name] = new
         return self.set(folder, wanted) if wanted else 0
 
-    def _files(self, folder: Path) -> tuple[Listing, set[str]]:
+    def _files(self, folder: Path) -> tuple[Listing, Collection[str]]:
         """Return a folder's files, and the images captioned in metadata; kept while none comes or goes."""
         kept = self._listings.get(folder)
         if kept is not None and kept[0] == _signature(folder, kept[1]):

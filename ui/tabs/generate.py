@@ -205,25 +205,14 @@ def _slot(site: Site, number: int) -> _Slot:
 
 
 def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
-    def draw_one(request: gr.Request, *held: Any) -> Iterator[Any]:
-        yield from _drawn(site, request, held, None, lambda parts, _: image_html(parts[0]))
-
     def draw_several(request: gr.Request, count: Any, *held: Any) -> Iterator[Any]:
-        if count == 1:
-            yield from draw_one(request, *held)
-            return
-        try:
-            varied, shape = draw_tools.several(count, _said(held)["seed"])
-        except SdloraError as error:
-            yield problem(str(error)), gr.skip()
-            return
-        yield from _drawn(site, request, held, None, shape, varied=varied)
+        yield from _several_drawn(site, request, count, held)
 
     def again(request: gr.Request, *held: Any) -> Iterator[Any]:
         if not str(_said(held)["prompt"] or "").strip():
             yield gr.skip(), gr.skip()
             return
-        yield from draw_one(request, *held)
+        yield from _several_drawn(site, request, 1, held)
 
     def sweep(request: gr.Request, strip: str, *held: Any) -> Iterator[Any]:
         strengths = strip_strengths(strip)
@@ -253,8 +242,8 @@ def _connect_drawing(site: Site, page: _Page, more: Mapping[str, Any]) -> None:
 
     options: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8}
     main, extra = [page.status, page.main], [page.status, page.extra]
-    several = [more["count"], *page.inputs]
-    gr.on([more["draw"].click, page.prompt.submit], draw_several, several, main, **options)
+    counted = [more["count"], *page.inputs]
+    gr.on([more["draw"].click, page.prompt.submit], draw_several, counted, main, **options)
     moved = [slider.release for slot in page.slots for slider in (slot.strength, slot.text)]
     gr.on(moved, again, page.inputs, main, trigger_mode="multiple", **options)
     more["dice"].click(lambda: secrets.randbelow(2**32), None, page.seed, show_progress="hidden").then(
@@ -502,6 +491,19 @@ def _drawn(
         yield gr.skip(), gr.skip()
     except SdloraError as error:
         yield problem(str(error)), gr.skip()
+
+
+def _several_drawn(site: Site, request: gr.Request, count: Any, held: Sequence[Any]) -> Iterator[Any]:
+    """Draw one image, or several with the seeds that follow."""
+    if count == 1:
+        yield from _drawn(site, request, held, None, lambda parts, _: image_html(parts[0]))
+        return
+    try:
+        varied, shape = draw_tools.several(count, _said(held)["seed"])
+    except SdloraError as error:
+        yield problem(str(error)), gr.skip()
+        return
+    yield from _drawn(site, request, held, None, shape, varied=varied)
 
 
 def _grid(site: Site, request: gr.Request, run: str, text: str, held: Sequence[Any]) -> Iterator[Any]:

@@ -34,6 +34,7 @@ class Shell:
         import_png: image of the gallery whose settings are to be used.
         reset_setting: key of the training setting that is to be automatic again; ``all`` for all of them.
         tab_word: the browser tab's word, which its drafts go by; set when the page is there.
+        use_masks: folder of masks that were painted, for the training page.
         word: the trigger word's field on the first page.
         opened: everything there that the opening of a folder changes.
         opened_by_hand: sessions in which a folder was opened since the page is there.
@@ -50,6 +51,7 @@ class Shell:
     import_png: gr.Textbox
     reset_setting: gr.Textbox
     tab_word: gr.Textbox
+    use_masks: gr.Textbox
     word: gr.Textbox = field(init=False)
     opened: list[Any] = field(init=False)
     opened_by_hand: set[str | None] = field(init=False, default_factory=set)

@@ -223,6 +223,12 @@ def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Butto
         lambda event: event.then(planning.predict, told_all, plans, **at_once),
     )
     start.click(begin, shown, message, show_progress="hidden")
+    shell.use_masks.change(
+        lambda message: str(told(message, "folder")),
+        shell.use_masks,
+        form.controls["data.mask_folder"],
+        show_progress="hidden",
+    ).then(planning.edited, told_all, plans, **at_once)
     _connect_words(shell, trigger, lambda event: event.then(planning.edited, told_all, plans, **at_once))
 
 

@@ -121,7 +121,7 @@ export class MaskEditor {
 // Has the training form read the folder of masks, unless it names one.
 export function useMasks(folder, used) {
   if (used) return;
-  sendToPython("set-data-mask-folder", folder);
+  sendToPython("use-masks", JSON.stringify({ folder, at: Date.now() }));
   say("mask saved; the training settings use this folder of masks from now on");
 }
 
