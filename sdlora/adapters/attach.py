@@ -268,9 +268,10 @@ class Merged:
                 value = strength_of(strength, key.component)
                 if value != 0.0:
                     acting.setdefault(key, []).append((value, update))
+        weights = {key: base_parameter(model, key) for key in acting}  # refused before any is changed
         with torch.no_grad():
             for key, updates in acting.items():
-                weight = base_parameter(model, key)
+                weight = weights[key]
                 self._originals[key] = weight.detach().to("cpu", copy=True)
                 merged = original = weight.detach().float()  # W + sum of strength * dW, in the shape of W
                 for value, update in updates:

@@ -1,10 +1,10 @@
 """A frozen denoiser whose weights are kept in 8 or 4 bits, and computed with in the run's number format.
 
 ``fp8``: e4m3 with one fp32 scale for each output row, so that the largest value of a row is 448. ``nf4``: the
-16 levels of QLoRA (Dettmers et al. 2023), with one fp32 scale for each 64 values in a row of memory. A layer
-makes the full weight when it needs it, in the forward pass and again in the backward pass, and drops it: what
-is alive at once is the quantised base and the weight of one layer. No multiplication in 8 bits is needed, so
-this works on every card.
+16 levels of QLoRA (Dettmers et al. 2023), with one fp32 scale for each 64 values in a row of memory; only
+linear layers are in 4 bits then, and convolutions in fp8. A layer makes the full weight when it needs it, in
+the forward pass and again in the backward pass, and drops it: what is alive at once is the quantised base and
+the weight of one layer. No multiplication in 8 bits is needed, so this works on every card.
 
 The layers stay subclasses of torch's, which PEFT and all kinds of adapters know; ``layer.weight`` is made at
 each access, and writing to it changes nothing (:func:`refuse_to_change`).
@@ -29,10 +29,11 @@ FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
 WITHOUT_FP8 = ("mps",)  # Metal has no such number format: codes are looked up there
 _LEAST = 2**8  # values; a smaller layer saves nothing that is worth an error
-# what reads and writes the latents, and what says how much noise there is and of which size the image is: few
-# weights that every value of the result passes through
+# what reads and writes the latents, what says how much noise there is and which size the image has, and what
+# leads into and out of transformer blocks or past residual blocks: few weights that every value of the result
+# passes through. Of the error of nf4 on the mini base these last, 5 % of its weights, made more than half
 _KEPT_WHOLE = ("conv_in", "conv_out", "time_proj", "time_embedding", "add_embedding", "class_embedding")
-_KEPT_WHOLE_ENDINGS = ("time_emb_proj",)
+_KEPT_WHOLE_ENDINGS = ("time_emb_proj", "proj_in", "proj_out", "conv_shortcut")
 
 
 def encode_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +172,7 @@ def quantise(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype) -
 
     Args:
         model: a frozen denoiser.
-        quantisation: the format of the codes.
+        quantisation: the format of the codes of linear layers; convolutions are in 8 bits in any case.
         dtype: number format that is computed in.
     """
     for name, layer in model.named_modules():
@@ -179,7 +180,7 @@ def quantise(model: nn.Module, quantisation: Quantisation, dtype: torch.dtype) -
         if kind is not None and _is_worth_it(name, layer):
             layer.__class__ = kind
             assert isinstance(layer, QuantisedLayer)
-            layer.become(quantisation, dtype)
+            layer.become("fp8" if kind is QuantisedConv2d else quantisation, dtype)
 
 
 def _is_worth_it(name: str, layer: Any) -> bool:
@@ -192,9 +193,9 @@ def _is_worth_it(name: str, layer: Any) -> bool:
 
 
 def quantisation_of(model: nn.Module) -> Quantisation | None:
-    """Return the format that a model's weights are kept in, None for whole ones."""
-    formats = (layer.quantisation for layer in model.modules() if isinstance(layer, QuantisedLayer))
-    return next(formats, None)
+    """Return the format that a model was quantised to, None for whole weights."""
+    formats = {layer.quantisation for layer in model.modules() if isinstance(layer, QuantisedLayer)}
+    return "nf4" if "nf4" in formats else next(iter(formats), None)
 
 
 def refuse_to_change(layer: nn.Module, path: str) -> None:

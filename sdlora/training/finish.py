@@ -25,7 +25,7 @@ from ..machine import version
 from ..run_folder import CheckpointFolder, list_checkpoints
 from .checkpoint import is_whole
 from .extras import attempt
-from .optimizers import optimizer_kind
+from .optimizers import header_of
 
 if TYPE_CHECKING:
     from ..data.reading.items import ImageItem
@@ -135,7 +135,7 @@ def adapter_file(
         base_title=run.model.base.title,
         base_digest=run.model.base.digest,
         config=config,
-        optimizer=optimizer_kind(config.optimizer).header(config.optimizer),
+        optimizer=header_of(run.optimizer, config.optimizer),
         warmup_steps=config.optimizer.warmup(run.steps),
         prediction_type=run.model.process.prediction.name,
         zero_terminal_snr=run.model.process.ends_in_noise,

@@ -33,7 +33,7 @@ class OptimizerKind:
 
     Attributes:
         make: returns it over groups of parameters; the settings are those that all groups share.
-        header: the text that ``ss_optimizer`` holds in an adapter file.
+        header: the text that ``ss_optimizer`` holds in an adapter file; see :func:`header_of`.
         bytes_per_value: memory of its state for each trained number, besides the fp32 value and gradient.
         rate: the learning rate if the user gives none, and whether all components must have the same.
         looks_at_shapes: whether it tells matrices from vectors; it then gets each factor in its shape
@@ -214,6 +214,17 @@ def optimizer_kind(settings: OptimizerConfig) -> OptimizerKind:
             f"installed; run: pip install {kind.distribution or kind.package}"
         )
     return kind
+
+
+def header_of(optimizer: torch.optim.Optimizer, settings: OptimizerConfig) -> str:
+    """Return the text that ``ss_optimizer`` holds of a run's optimizer, by the name of what it really is.
+
+    sdlora's own 8-bit AdamW stands in for bitsandbytes' where that has no kernels.
+    """
+    header = optimizer_kind(settings).header(settings)
+    if not isinstance(optimizer, AdamW8bit):
+        return header
+    return f"{AdamW8bit.__module__}.{AdamW8bit.__qualname__}({header.partition('(')[2]}"
 
 
 def is_there(package: str) -> bool:

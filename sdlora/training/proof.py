@@ -21,6 +21,7 @@ from ..data.batching.batches import make_batch
 from ..data.reading.items import Visit
 from ..devices import is_out_of_memory
 from ..events import Decided, Notice
+from ..families.quantised import quantisation_of
 from .objective import loss_of
 from .shown_weights import putting_back
 
@@ -93,7 +94,10 @@ def prove(run: Run, names: Sequence[str], visits: tuple[Visit, ...]) -> float:
                 run.emit(Notice(_failed(tried, distance)))
             tried = tried[:-1]
     if names:
-        run.emit(Decided("training.fast", ", ".join(tried) or "off", _why(distance)))
+        denoiser = run.model.components()[run.model.info.denoiser.component]
+        partly = "joint" in tried and quantisation_of(denoiser) is not None
+        more = "; over a base in few bits `joint` takes together only what timesteps add" if partly else ""
+        run.emit(Decided("training.fast", ", ".join(tried) or "off", _why(distance) + more))
     return seconds
 
 

@@ -164,13 +164,28 @@ def test_small_and_sensitive_layers_stay_whole(tiny_base: Path) -> None:
         "linear_1",
         "linear_2",
         "time_emb_proj",
+        "proj_in",
+        "proj_out",
+        "conv_shortcut",
     }
+    assert {"proj_in", "conv_shortcut"} <= {name.rsplit(".", 1)[-1] for name in whole}
     assert not any(
         isinstance(layer, QuantisedLayer)
         for name, part in model.components().items()
         for layer in part.modules()
         if name != "unet"
     )
+
+
+def test_only_linear_layers_are_kept_in_4_bits(tiny_base: Path) -> None:
+    """Most of a large base are linear layers; what convolutions lose in 4 bits all that follows has, too."""
+    model = load_model(str(tiny_base), dtype=torch.float32, device=CPU, base_format="nf4")
+    kept = [
+        (layer.quantisation, isinstance(layer, nn.Conv2d))
+        for layer in model.components()["unet"].modules()
+        if isinstance(layer, QuantisedLayer)
+    ]
+    assert set(kept) == {("nf4", False), ("fp8", True)}
 
 
 @pytest.mark.parametrize("quantisation", FORMATS)
@@ -218,7 +233,7 @@ def test_the_full_weights_are_never_alive(
         if name != "unet"
         for tensor in (*part.parameters(), *part.buffers())
     )
-    assert kept < file.full * {"fp8": 0.36, "nf4": 0.26}[quantisation]
+    assert kept < file.full * {"fp8": 0.4, "nf4": 0.36}[quantisation]
     assert count.alive <= 1.02 * (kept + others)
     assert count.peak < 1.02 * (kept + others) + 6 * file.largest < file.full + others
 

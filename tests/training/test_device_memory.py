@@ -94,12 +94,17 @@ def test_captions_are_encoded_before_images(settings: Settings, monkeypatch: pyt
         assert "encode_text" not in called[first:]
 
 
-@pytest.mark.parametrize("fast", ["off", "blocks, lora"])
-def test_a_run_with_offloaded_blocks_has_the_same_bits(fast: str, settings: Settings) -> None:
+@pytest.mark.parametrize(
+    ("fast", "base_format"), [("off", "full"), ("blocks, lora", "full"), ("blocks, lora", "nf4")]
+)
+def test_a_run_with_offloaded_blocks_has_the_same_bits(
+    fast: str, base_format: str, settings: Settings
+) -> None:
     """With what validation, previews and judging do to the weights, too."""
     states = []
     for count in (0, 3):
         fixed = (f'training.fast="{fast}"', "data.validation=1", "judge.every=1", *PREVIEWS)
+        fixed = (*fixed, f"training.base_format={base_format}")
         heard: list[Event] = []
         config = settings(f"run{count}", f"training.offload_blocks={count}", *fixed)
         result = train(config, listeners=[heard.append])

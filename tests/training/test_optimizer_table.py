@@ -21,7 +21,13 @@ from sdlora.formats.adapter_files import read_adapter
 from sdlora.run_folder import list_checkpoints
 from sdlora.training import optimizer_state
 from sdlora.training.masters import MasterWeights, ParameterGroup
-from sdlora.training.optimizers import OPTIMIZERS, make_optimizer, optimizer_kind, parameter_names
+from sdlora.training.optimizers import (
+    OPTIMIZERS,
+    header_of,
+    make_optimizer,
+    optimizer_kind,
+    parameter_names,
+)
 from sdlora.training.run import prepare_run
 from sdlora.training.train import TrainResult, train
 from sdlora.training.validation import validate
@@ -148,6 +154,18 @@ HEADERS = {
     "(betas=(0.9,0.99),weight_decay=0.01)",
     "came": "pytorch_optimizer.optimizer.came.CAME(weight_decay=0.01)",
 }
+
+
+def test_the_header_names_the_8_bit_optimizer_that_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdlora.training.optimizers.is_there", lambda package: False)
+    options = OptimizerConfig.model_validate({"name": "adamw8bit"})
+    optimizer = make_optimizer(options, groups())
+    assert type(optimizer).__module__ == "sdlora.training.adamw_8bit"
+    assert header_of(optimizer, options) == (
+        "sdlora.training.adamw_8bit.AdamW8bit(betas=(0.9,0.99),weight_decay=0.01)"
+    )
+
+
 RATES = {"lion": 6e-5, "prodigy": 1.0}  # for a scale of 1/2; all others AdamW's 2e-4
 
 
@@ -155,7 +173,7 @@ RATES = {"lion": 6e-5, "prodigy": 1.0}  # for a scale of 1/2; all others AdamW's
 def test_the_header_tells_what_the_optimizer_really_is(name: str) -> None:
     options = OptimizerConfig.model_validate({"name": name})
     optimizer = make_optimizer(options, groups())
-    header = OPTIMIZERS[name].header(options)
+    header = header_of(optimizer, options)
     assert header == HEADERS[name]
     module, _, cls = header.partition("(")[0].rpartition(".")
     assert type(optimizer).__name__ == cls and type(optimizer).__module__ == module

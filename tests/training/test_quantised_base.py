@@ -19,7 +19,7 @@ from sdlora.adapters.folded import folded
 from sdlora.config.adapter import AdapterConfig
 from sdlora.config.schema import Config, Quantisation
 from sdlora.errors import ConfigError
-from sdlora.events import Control, Emitter, Event, Notice, StepDone
+from sdlora.events import Control, Decided, Emitter, Event, Notice, StepDone
 from sdlora.families.base import DiffusionModel, SizeHint
 from sdlora.families.loading import load_model
 from sdlora.families.quantised import quantisation_of
@@ -95,6 +95,8 @@ def test_a_run_says_its_format_resumes_exactly_in_it_and_in_no_other(
     whole = train(settings("whole", *asked), listeners=[told.append])
     notices = [event.message for event in told if isinstance(event, Notice)]
     assert not [text for text in notices if "agree" in text or "reference" in text], notices
+    (paths,) = [e for e in told if isinstance(e, Decided) and e.key == "training.fast"]
+    assert "joint" in paths.value and "only what timesteps add" in paths.reason
     assert whole.adapter_file is not None
     with safe_open(whole.adapter_file, "pt") as file:
         header = file.metadata()
