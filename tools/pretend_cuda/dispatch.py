@@ -111,9 +111,9 @@ class Pretending(TorchDispatchMode):
             self._pinned[copy.untyped_storage()] = True
             return copy
         if kwargs.get("pin_memory"):  # page-locked from the start
-            made = func(*args, **{**kwargs, "pin_memory": False})
-            self._pinned[made.untyped_storage()] = True
-            return made
+            there = func(*args, **{**kwargs, "pin_memory": False})
+            self._pinned[there.untyped_storage()] = True
+            return there
         if name == "is_pinned":
             return args[0].untyped_storage() in self._pinned
         if name == "_to_copy" and args[0].numel() > 1 << 20 and not any(args[0].stride()):
