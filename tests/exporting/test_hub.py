@@ -276,6 +276,7 @@ def test_without_a_network_that_is_said(adapter: Path, hub: Hub, monkeypatch: py
     assert huggingface_hub.constants.ENDPOINT.endswith(":9")
 
 
+@pytest.mark.long
 def test_a_mirror_named_in_the_environment_is_the_hub(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     """HF_ENDPOINT is read when a process starts, so these are processes of their own, nothing set inside."""
     hub.repos["ann/ink"] = {"ink.safetensors": adapter.read_bytes()}

@@ -55,6 +55,7 @@ def source_of(family: FamilyInfo, models: dict[str, nn.Module], folder: Path) ->
     return odd, weights
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("format", "family"), FORMATS_AND_FAMILIES, ids=lambda value: getattr(value, "name", value)
 )

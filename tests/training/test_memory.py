@@ -230,6 +230,7 @@ def test_the_plan_of_a_whole_run_is_within_15_percent_of_all_that_is_alive(run: 
     assert memory.ratio == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.long
 def test_each_rung_of_recomputed_parts_is_planned_to_take_less() -> None:
     rungs = ("nothing", "norms", "gates", "projections", "blocks")
     sizes = [

@@ -122,6 +122,7 @@ def test_a_stop_in_the_last_step_is_honoured_where_the_adapter_is_written(
     assert {event.step for event in again.events if isinstance(event, Sampled)} == {3}
 
 
+@pytest.mark.long
 def test_a_stop_while_the_adapter_is_written_is_answered(settings: Callable[..., Config]) -> None:
     control = Control()
 
@@ -142,8 +143,10 @@ def prepared(config: Config) -> Run:
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
-        ("training.precision=bf16", "training.gradient_accumulation=2"),
+        pytest.param((), marks=pytest.mark.long),
+        pytest.param(
+            ("training.precision=bf16", "training.gradient_accumulation=2"), marks=pytest.mark.long
+        ),
         ("adapter.text_encoder=true", "adapter.dropout=0.3", "data.flip=true", "data.caption_dropout=0.5"),
     ],
     ids=["plain", "bf16", "everything-random"],
@@ -546,6 +549,7 @@ def test_only_the_adapter_changes(settings: Callable[..., Config]) -> None:
     assert changed == {"unet", "text_encoder"}
 
 
+@pytest.mark.long
 def test_the_old_switch_for_recomputed_blocks_gives_the_same_step(settings: Callable[..., Config]) -> None:
     results = []
     for flag in ("false", "true"):
@@ -615,6 +619,7 @@ def test_validation_repeats_exactly(settings: Callable[..., Config]) -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.long
 def test_fp16_on_cpu_trains_with_a_scaler_that_resumes(settings: Callable[..., Config]) -> None:
     config = settings("run", "training.precision=fp16", "training.steps=4")
     control = Control()

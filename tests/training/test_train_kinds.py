@@ -100,6 +100,7 @@ VARIANTS = {
 OFTEN = {"dora": (), "pissa": [pytest.mark.long]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=OFTEN.get(v, [pytest.mark.slow])) for v in VARIANTS]
 )

@@ -544,6 +544,7 @@ def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., An
         driver.switch_to.window(first)
 
 
+@pytest.mark.long
 def test_a_grid_and_a_list_of_prompts_are_drawn(page: Page, wait: Callable[..., Any]) -> None:
     page.open()
     page.tab(2)
@@ -564,6 +565,7 @@ def test_a_grid_and_a_list_of_prompts_are_drawn(page: Page, wait: Callable[..., 
     wait(lambda: len(page.all("#extra .sd-grid img")) == 2 and "a bird" in page.one("#extra").text)
 
 
+@pytest.mark.long
 def test_a_preset_and_a_text_fill_the_form_and_say_what_changed(page: Page, wait: Callable[..., Any]) -> None:
     page.open()
     page.tab(1)
@@ -585,6 +587,7 @@ def test_a_preset_and_a_text_fill_the_form_and_say_what_changed(page: Page, wait
     assert "gradient_accumulation" not in (page.one(area).get_attribute("value") or "")
 
 
+@pytest.mark.long
 def test_a_plan_that_had_to_wait_does_not_take_a_newer_draft_back(
     page: Page, wait: Callable[..., Any]
 ) -> None:
@@ -711,6 +714,7 @@ TRIGGER = "#dataset-trigger input, #dataset-trigger textarea"
 WORD = "#train-trigger input, #train-trigger textarea"
 
 
+@pytest.mark.long
 def test_photos_without_captions_are_trained_with_a_trigger_word(
     page: Page, wait: Callable[..., Any]
 ) -> None:
@@ -744,6 +748,7 @@ def test_photos_without_captions_are_trained_with_a_trigger_word(
     assert (job["status"], job["error"]) == ("finished", "")
 
 
+@pytest.mark.long
 def test_a_folder_after_the_demo_starts_automatic_and_settings_go_back_to_it(
     page: Page, wait: Callable[..., Any]
 ) -> None:
@@ -779,6 +784,7 @@ def test_a_folder_after_the_demo_starts_automatic_and_settings_go_back_to_it(
     assert page.one("#train-folder input, #train-folder textarea").get_attribute("value").endswith("plain")
 
 
+@pytest.mark.long
 def test_each_tab_keeps_its_form_over_a_reload_and_plans_what_it_holds(
     page: Page, wait: Callable[..., Any]
 ) -> None:
