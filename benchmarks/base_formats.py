@@ -67,7 +67,7 @@ def main() -> None:
         for base_format in FORMATS
     }
     losses = _losses(style, entries)
-    measured = _drawn(style, entries, work, options.subjects, say)
+    measured = drawn(style, entries, work, options.subjects, say)
     results = [
         Result(*key, losses[key], measured[key], entry.seconds or 0.0) for key, entry in entries.items()
     ]
@@ -89,6 +89,7 @@ def _trained(
 
 
 Key = tuple[str, int]
+"""Name and seed."""
 
 
 def _losses(style: Style, entries: Mapping[Key, Entry]) -> dict[Key, tuple[float, ...]]:
@@ -99,9 +100,10 @@ def _losses(style: Style, entries: Mapping[Key, Entry]) -> dict[Key, tuple[float
     return {key: meter.losses(entry.adapter) for key, entry in entries.items()}
 
 
-def _drawn(
+def drawn(
     style: Style, entries: Mapping[Key, Entry], work: Path, subjects: int, say: Say
 ) -> dict[Key, Measured]:
+    """Draw held-out subjects with each adapter at strength 1, on the mini base in full, and measure them."""
     from sdlora.data.reading.folder import load_pixels
     from sdlora.judging.score import through_autoencoder
 
