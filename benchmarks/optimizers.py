@@ -63,8 +63,8 @@ def _measured(
         if options.steps is not None:
             settings.append(f"training.steps={options.steps}")
         entries[optimizer, options.seed], _ = workshop.ours(f"{style.name}-{optimizer}", settings)
-    found = drawn(style, entries, work / style.name, options.subjects, say)
-    return {optimizer: measured for (optimizer, _), measured in found.items()}
+    by_key = drawn(style, entries, work / style.name, options.subjects, say)
+    return {optimizer: measured for (optimizer, _), measured in by_key.items()}
 
 
 def state_bytes(name: OptimizerName) -> float:

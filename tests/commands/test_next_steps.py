@@ -16,6 +16,7 @@ from sdlora.commands.next_steps import after_training
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="lines are split as a POSIX shell does")
 
 
+@pytest.mark.long
 def test_the_lines_after_training_and_export_work_as_they_are(
     tiny_base: Path,
     image_folder: Callable[..., Path],

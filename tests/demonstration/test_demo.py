@@ -43,6 +43,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[De
     return small_demo(tmp_path_factory.mktemp("demo") / "run", tiny_base, events.append), events
 
 
+@pytest.mark.long
 def test_it_leaves_a_whole_run_behind(small: tuple[DemoResult, list[Event]]) -> None:
     result, _ = small
     files = [path for path in result.folder.rglob("*") if path.is_file()]

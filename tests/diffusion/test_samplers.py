@@ -114,6 +114,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_latents_equal_those_of_the_diffusers_pipeline(mini: DiffusionModel, name: str) -> None:
     build, arguments = PIPELINES[name]

@@ -324,6 +324,7 @@ def test_it_trains_resumes_exactly_and_its_file_is_read_by_diffusers(make: Calla
     assert inspect_adapter(whole.adapter_file).family == "flow-test"
 
 
+@pytest.mark.long
 def test_the_loss_on_images_it_never_saw_falls(make: Callable[..., Config]) -> None:
     losses: list[float] = []
 

@@ -91,6 +91,7 @@ CASES: dict[str, tuple[torch.dtype, bool, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_what_is_kept_bit_for_bit(case: str, tiny_base: Path) -> None:
     dtype, direct, settings = CASES[case]

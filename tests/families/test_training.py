@@ -172,6 +172,7 @@ def test_each_text_encoder_has_its_own_rank_alpha_and_rate(
     assert read_adapter(only_second.adapter_file).weights.components() == ["unet", "text_encoder_2"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_an_adapter_of_another_family_is_refused(family: str, bases: Bases, tmp_path: Path) -> None:
     model = load_model(str(bases[family][0]), dtype=torch.float32, device=torch.device("cpu"))

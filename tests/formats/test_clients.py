@@ -108,6 +108,7 @@ def assert_deltas(actual: dict[ModuleKey, torch.Tensor], weights: AdapterWeights
         assert torch.allclose(delta, wanted, rtol=1e-5, atol=1e-7), key
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("format", "family"),
     [("webui", SD1), ("webui", SD2), ("webui", SDXL), ("diffusers", SD1), ("diffusers", SDXL)],

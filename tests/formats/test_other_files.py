@@ -12,6 +12,7 @@ def test_the_matrix_has_thousands_of_files() -> None:
     assert len(list(other_files.cases(list(FAMILIES)))) >= 3000
 
 
+@pytest.mark.long
 def test_a_sample_of_the_matrix_equals_float64_arithmetic() -> None:
     counts, failures, _ = other_files.run(list(FAMILIES), step=67)
     assert failures == [] and counts["files"] >= 50
@@ -26,6 +27,7 @@ def test_the_whole_matrix_equals_float64_arithmetic(family: str) -> None:
     assert failures == [] and counts["files"] >= 1000
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("part", "family", "every", "least"),

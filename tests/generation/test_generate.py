@@ -120,6 +120,7 @@ def test_a_seed_fixes_the_image(generator: ImageGenerator, sampler: str) -> None
     assert not same(first, other, within=3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_its_batch(generator: ImageGenerator, sampler: str) -> None:
     """Prompts of one and of three chunks, in any company; only rounding may differ."""
@@ -232,6 +233,7 @@ def test_strength_zero_equals_the_base_bit_for_bit(generator: ImageGenerator) ->
     assert images[2].request.strengths == {"a": 0.5}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kinds", "guidance"), [(("loha",), 4.0), (("lora", "dora"), 1.0)])
 @pytest.mark.usefixtures("two_threads")
 def test_strengths_of_a_sweep_share_a_batch_and_each_image_is_the_one_drawn_alone(

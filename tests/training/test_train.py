@@ -100,6 +100,7 @@ def assert_equal_tensors(first: dict[str, torch.Tensor], other: dict[str, torch.
     assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
 
+@pytest.mark.long
 def test_a_stop_in_the_last_step_is_honoured_where_the_adapter_is_written(
     settings: Callable[..., Config],
 ) -> None:
@@ -144,9 +145,7 @@ def prepared(config: Config) -> Run:
     "overrides",
     [
         pytest.param((), marks=pytest.mark.long),
-        pytest.param(
-            ("training.precision=bf16", "training.gradient_accumulation=2"), marks=pytest.mark.long
-        ),
+        pytest.param(("training.precision=bf16", "training.gradient_accumulation=2"), marks=pytest.mark.long),
         ("adapter.text_encoder=true", "adapter.dropout=0.3", "data.flip=true", "data.caption_dropout=0.5"),
     ],
     ids=["plain", "bf16", "everything-random"],

@@ -124,6 +124,7 @@ def florence2_says(folder: Path, prompt: str | None) -> list[str]:
     return texts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prompt", [None, "a photo of"])
 @pytest.mark.parametrize(
     ("write", "says"),
