@@ -332,9 +332,9 @@ def drawn_with(page: Page, *phrases: str) -> bool:
 
 
 def drawn_images(page: Page) -> list[Path]:
-    """Return the whole images by name; one that is just being written has a hidden one."""
+    """Return the whole images by name; one that is just being written has a hidden one, or is empty."""
     files = (page.server.home / "images").glob("*.png")
-    return sorted(file for file in files if not file.name.startswith("."))
+    return sorted(file for file in files if not file.name.startswith(".") and file.stat().st_size)
 
 
 def choose(page: Page, wait: Callable[..., Any], css: str, label: str) -> None:
@@ -1026,6 +1026,8 @@ def test_images_of_a_data_set_are_curated_with_the_keyboard(page: Page, wait: Ca
     page.click("#mask-background")
     page.click("#mask-save")
     wait(lambda: (folder / ".masks" / "dog.png").exists())
+    about = f"folder={folder}&name=dog.png&tab={page.js('return sessionStorage.getItem(`sdlora-tab`)')}"
+    wait(lambda: page.server.ask(f"/sdlora/workbench/mask?{about}")["used"])  # the training form names it
     page.driver.back()
     wait(lambda: not page.all("dialog.sd-viewer[open]"))
     page.one("#sd-history summary").send_keys("\ue007")

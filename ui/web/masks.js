@@ -52,9 +52,9 @@ export class MaskEditor {
   }
   dab(x, y, radius) {
     const edge = this.paint.createRadialGradient(x, y, 0, x, y, radius);
-    edge.addColorStop(0, "rgb(214 51 108 / 1)");
-    edge.addColorStop(Math.min(0.99, 1 - this.soft), "rgb(214 51 108 / 1)");
-    edge.addColorStop(1, "rgb(214 51 108 / 0)");
+    edge.addColorStop(0, "#d6336c");
+    edge.addColorStop(Math.min(0.99, 1 - this.soft), "#d6336c");
+    edge.addColorStop(1, "#d6336c00");
     this.paint.fillStyle = edge;
     this.paint.beginPath();
     this.paint.arc(x, y, radius, 0, 2 * Math.PI);
