@@ -135,8 +135,8 @@ def build(site: Site) -> gr.Blocks:
             )
         }  # fmt: skip
         gr.HTML(
-            '<header class="sd-head"><img src="/sdlora/web/icon.svg" alt=""><h1>sdlora</h1>'
-            "<sd-theme></sd-theme></header>",
+            '<header class="sd-head"><img src="/sdlora/web/icon.svg" alt=""><h1 translate="no">sdlora</h1>'
+            "<sd-language></sd-language><sd-theme></sd-theme></header>",
             elem_id="head",
         )
         with gr.Tabs(selected=next(iter(TABS)), elem_id="pages", overflow_behavior="wrap") as tabs:
@@ -172,10 +172,10 @@ def _theme(gr: Any) -> Any:
         block_title_text_color="*body_text_color",
         block_title_text_color_dark="*body_text_color",
         block_title_text_weight="600",
-        block_info_text_color="*neutral_500",
+        block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_400",
         block_padding="0px",
-        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_400",
         input_background_fill="white",
         input_background_fill_dark="*neutral_900",

@@ -47,10 +47,10 @@ def image_html(image: Mapping[str, Any], seconds: float | None = None) -> str:
     """Return one image with the settings it was drawn with."""
     took = f'<span class="sd-dim">drawn in {seconds:.1f} s</span>' if seconds is not None else ""
     return (
-        f'<figure class="sd-main"><img src="{escape(file_url(image["file"]), quote=True)}" '
+        f'<figure class="sd-main"><img translate="no" src="{escape(file_url(image["file"]), quote=True)}" '
         f'alt="{escape(image["text"].splitlines()[0], quote=True)}">'
         f"<figcaption>{took}<details><summary>Settings in the PNG</summary>"
-        f"<pre>{escape(image['text'])}</pre></details></figcaption></figure>"
+        f"<pre translate='no'>{escape(image['text'])}</pre></details></figcaption></figure>"
     )
 
 
@@ -101,13 +101,13 @@ def table_html(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple
             return '<td><div class="sd-empty"></div></td>'
         name = " ".join(part for part in (rows[row], columns[column]) if part)
         url = escape(file_url(file), quote=True)
-        return (
-            f'<td><a href="{url}" target="_blank"><img src="{url}" alt="{escape(name, quote=True)}"></a></td>'
-        )
+        image = f'<img src="{url}" alt="{escape(name, quote=True)}">'
+        return f'<td translate="no"><a href="{url}" target="_blank">{image}</a></td>'
 
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    head = "".join(f'<th scope="col" class="sd-names">{escape(column)}</th>' for column in columns)
     lines = "".join(
-        f'<tr><th scope="row">{escape(label)}</th>{"".join(cell(row, n) for n in range(len(columns)))}</tr>'
+        f'<tr><th scope="row" class="sd-names">{escape(label)}</th>'
+        f"{''.join(cell(row, n) for n in range(len(columns)))}</tr>"
         for row, label in enumerate(rows)
     )
     return (

@@ -35,7 +35,7 @@ def plan_html(plan: Mapping[str, Any]) -> str:
         )
     rows = "".join(
         f"<tr><th scope='row' title='{escape(key)}'>{escape(labels().get(key, key))}</th>"
-        f"<td>{escape(_value(value))}</td><td>{escape(page_words(reason))}</td></tr>"
+        f"<td translate='no'>{escape(_value(value))}</td><td>{escape(page_words(reason))}</td></tr>"
         for key, value, reason in plan["defaults"]
     )
     return (

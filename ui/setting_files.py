@@ -128,8 +128,7 @@ def _values_of(text: str) -> tuple[dict[str, Any], str]:
 def _changes_html(title: str, changes: Mapping[str, tuple[Any, Any]]) -> str:
     named = labels()
     rows = "".join(
-        f"<tr><th scope='row'>{escape(named[key])}</th><td>{escape(_shown(before))}</td>"
-        f"<td>{escape(_shown(after))}</td></tr>"
+        f"<tr><th scope='row'>{escape(named[key])}</th><td>{_shown(before)}</td><td>{_shown(after)}</td></tr>"
         for key, (before, after) in changes.items()
     )
     if not rows:
@@ -144,8 +143,8 @@ def _changes_html(title: str, changes: Mapping[str, tuple[Any, Any]]) -> str:
 def _account_html(imported: Imported) -> str:
     """Return what became of each setting of another trainer, and the notes."""
     rows = "".join(
-        f"<tr><th scope='row'>{escape(row.setting)}</th><td>{escape(str(row.outcome))}</td>"
-        f"<td>{escape(row.ours)}</td><td>{escape(row.reason)}</td></tr>"
+        f"<tr><th scope='row' translate='no'>{escape(row.setting)}</th><td>{escape(str(row.outcome))}</td>"
+        f"<td translate='no'>{escape(row.ours)}</td><td>{escape(row.reason)}</td></tr>"
         for row in imported.rows
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in imported.notes)
@@ -157,6 +156,7 @@ def _account_html(imported: Imported) -> str:
 
 
 def _shown(value: Any) -> str:
+    """Return a setting's value as HTML; what the user gave stays in every language."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "automatic" if value in ("", None) else str(value)
+    return "automatic" if value in ("", None) else f"<span translate='no'>{escape(str(value))}</span>"

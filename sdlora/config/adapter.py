@@ -69,8 +69,8 @@ class AdapterConfig(Section):
     basis (`olora`, Buyukakyuz 2024) of the base's weight; these two are subtracted again, so the file
     holds the difference from the base, at twice the rank."""
     block_ranks: dict[str, Annotated[int, Field(ge=0, le=1024)]] = Field(default={})
-    """Ranks of single blocks, e.g. `{"down_blocks.0" = 4, "up_blocks.1.attentions.*" = 32}`; `*` stands
-    for one name, the longest pattern wins, alpha / rank stays, and 0 leaves the block out."""
+    """Ranks of single blocks, e.g. `{"down_blocks.0" = 4, "up_blocks.1.attentions.*" = 32}`; an
+    asterisk is any one name, the longest pattern wins, alpha / rank stays, and 0 leaves the block out."""
     lokr_factor: Annotated[int, Field(ge=2)] | None = None
     """Side of LoKr's small factor; near the square root of the layer's sides when left open."""
     from_file: GivenPath | None = None

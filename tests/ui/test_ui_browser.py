@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -1078,3 +1079,59 @@ def test_several_images_are_drawn_seen_large_and_linked_to(page: Page, wait: Cal
     page.click("#browse-adapters")
     page.one(".sd-find").send_keys("zork")
     wait(lambda: len(page.all(".sd-adapter")) == 1 and "dropped style" in page.one(".sd-adapter").text)
+
+
+# Every text in the document, folded ones too, but for what the queue says now, and fields that nobody sees.
+TEXTS = """
+const LEFT = "script, style, sd-jobs, #plan, #sd-said, [translate=no], [id^=chosen-], #try-run, #export-run, "
+  + "#clone-run, #import-png, #reset-setting, #tab-word";
+const texts = [], nodes = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (nodes.nextNode()) {
+  const { data, parentElement } = nodes.currentNode;
+  if (data.trim() && !parentElement.closest(LEFT)) texts.push(data);
+}
+for (const one of document.querySelectorAll("[placeholder], [title], [aria-label]"))
+  if (!one.closest(LEFT))
+    texts.push(...["placeholder", "title", "aria-label"].map((name) => one.getAttribute(name)).filter(Boolean));
+return texts;
+"""  # noqa: E501
+
+
+@pytest.mark.long
+def test_the_page_is_read_in_chinese_and_in_english_again(page: Page) -> None:
+    def texts() -> list[str]:
+        found: list[str] = page.js(TEXTS)
+        return found
+
+    page.open()
+    page.click(".sd-language")
+    try:
+        for number in range(4):
+            page.tab(number)
+            wait_for(lambda: not left_in_english(texts()), "every text in Chinese")
+            assert page.js("return document.documentElement.lang") == "zh-CN"
+        in_chinese = texts()
+        page.click(".sd-language")
+        wait_for(lambda: not re.search("[\u4e00-\u9fff]", "".join(texts())), "every text in English")
+        in_english = texts()
+        page.click(".sd-language")
+        wait_for(lambda: texts() == in_chinese, "the same in Chinese")
+        page.click(".sd-language")
+        wait_for(lambda: texts() == in_english, "the same in English")
+    finally:
+        page.js("localStorage.removeItem('sdlora-language')")
+
+
+def left_in_english(texts: list[str]) -> list[str]:
+    """Return those that are English words: two in a row, and nothing Chinese beside them."""
+    words = re.compile(r"[A-Za-z]{2,} [a-z]{2,}")
+    return [
+        text
+        for text in texts
+        if words.search(text)
+        and not re.search("[\u4e00-\u9fff]", text)
+        and text.strip() not in NAMES_THAT_STAY
+    ]
+
+
+NAMES_THAT_STAY = ("Clip skip", "in loop", "file name", "inkicon, an icon of a cat", "Euler trailing")

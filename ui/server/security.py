@@ -20,13 +20,13 @@ import secrets
 import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
-from html import escape
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from sdlora.files import parse_json
 
+from ..languages import in_each_language, one_language, with_language
 from .passwords import Guesses, same_password
 
 Scope = MutableMapping[str, Any]
@@ -268,7 +268,7 @@ def _cleaned(send: Send, path: str) -> Send:
             page.extend(message.get("body", b""))
             if message.get("more_body"):
                 return
-            text = without_other_sites(page.decode("utf-8"))
+            text = with_language(without_other_sites(page.decode("utf-8")))
             body, head = text.encode("utf-8"), start
             start = None
             length = [(n, v) for n, v in head["headers"] if n.lower() != b"content-length"]
@@ -352,15 +352,19 @@ async def _answer(
 
 
 def _login_page(problem: str) -> str:
-    alert = f'<p role="alert">{escape(problem)}</p>' if problem else ""
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>sdlora: log in</title>
+    alert = f'<p role="alert">{in_each_language(problem)}</p>' if problem else ""
+    return with_language(f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>sdlora</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root {{ color-scheme: light dark; font-family: system-ui, sans-serif }}
+:root {{ color-scheme: light dark; font-family: system-ui, sans-serif }} {one_language()}
 body {{ display: grid; place-items: center; min-height: 90vh; margin: 0 }}
 form {{ display: grid; gap: .8rem; width: min(20rem, 86vw) }}
 input, button {{ font: inherit; padding: .6rem .8rem; border-radius: .5rem; border: 1px solid #8888 }}
-button {{ background: #4338ca; color: white; border: 0; cursor: pointer }} p {{ color: #dc2626; margin: 0 }}
-</style></head><body><form method="post" action="/sdlora/login"><h1>sdlora</h1>
-<label for="password">The password of this server, printed when <code>sdlora ui</code> started</label>
+button {{ background: #4338ca; color: white; border: 0; cursor: pointer }}
+p {{ color: light-dark(#b91c1c, #fca5a5); margin: 0 }}
+</style></head><body><main><form method="post" action="/sdlora/login"><h1>sdlora</h1>
+<label for="password">{in_each_language(_ASKED)}</label>
 <input id="password" name="password" type="password" autofocus autocomplete="current-password">{alert}
-<button>Log in</button></form></body></html>"""
+<button>{in_each_language("Log in")}</button></form></main></body></html>""")
+
+
+_ASKED = "The password of this server, printed when `sdlora ui` started"

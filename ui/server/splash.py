@@ -10,13 +10,14 @@ from contextlib import suppress
 
 from starlette.applications import Starlette
 
+from ..languages import in_each_language, one_language, with_language
 from .security import App, Message, Receive, Scope, Send
 
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>sdlora</title>
+_PAGE = with_language(f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>sdlora</title>
 <meta http-equiv="refresh" content="1"><meta name="viewport" content="width=device-width, initial-scale=1">
-<style>:root{color-scheme:light dark;font-family:system-ui,sans-serif}
-body{display:grid;place-items:center;min-height:90vh;margin:0}</style></head>
-<body><main role="status"><h1>sdlora</h1><p>Opening &hellip;</p></main></body></html>"""
+<style>:root{{color-scheme:light dark;font-family:system-ui,sans-serif}} {one_language()}
+body{{display:grid;place-items:center;min-height:90vh;margin:0}}</style></head>
+<body><main role="status"><h1>sdlora</h1><p>{in_each_language("Opening …")}</p></main></body></html>""")
 
 
 class Splash:

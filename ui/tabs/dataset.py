@@ -96,6 +96,7 @@ def _ways_in(site: Site) -> tuple[gr.Dropdown, gr.Button, gr.File, gr.Textbox, g
                 info="One that you dropped, or the path of a folder on this machine",
                 allow_custom_value=True,
                 elem_id="dataset-folder",
+                elem_classes="sd-names",
             )
             gr.HTML("<sd-browse></sd-browse>", elem_id="browse")
             look = gr.Button("Open folder", elem_id="open-folder")

@@ -56,11 +56,11 @@ def build(*, local: bool) -> Filling:
             max_lines=24,
             elem_id="settings-text",
         )
-        with gr.Row():
+        with gr.Row(equal_height=True):
             show = gr.Button("Show the form's settings", elem_id="settings-show")
             use = gr.Button("Use this text", elem_id="settings-use")
         if local:
-            with gr.Row():
+            with gr.Row(elem_classes="sd-beside"):
                 name = gr.Textbox(label="Name of a preset of your own", max_lines=1, elem_id="preset-name")
                 keep = gr.Button("Keep the form as a preset", elem_id="preset-keep")
     return Filling(preset, message, text, show, use, name, keep)

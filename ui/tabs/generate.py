@@ -102,7 +102,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
             page.main = gr.HTML(_EMPTY, elem_id="drawn")
             page.extra = gr.HTML("", elem_id="extra")
     with gr.Column(elem_classes="sd-box", elem_id="gallery"):
-        gr.HTML("<h3>Gallery</h3>")
+        gr.HTML("<h3 aria-level='2'>Gallery</h3>")
         gr.HTML("<sd-gallery></sd-gallery>")
     _connect_drawing(site, page, more)
     _connect_choosing(site, shell, tab, page, more["run"])
@@ -134,7 +134,9 @@ def _controls(site: Site, shell: Shell) -> tuple[_Page, dict[str, Any]]:
         sweep = gr.Button("Sweep the strength", elem_id="sweep")
     with gr.Accordion("Compare checkpoints: a grid of steps by strengths", open=False, elem_id="checkpoints"):
         with gr.Row():
-            run = gr.Dropdown(choices(site.runs()), value=None, label="Run", elem_id="grid-run")
+            run = gr.Dropdown(
+                choices(site.runs()), value=None, label="Run", elem_id="grid-run", elem_classes="sd-names"
+            )
             strengths = gr.Textbox(_GRID_STRENGTHS, label="Strengths", elem_id="grid-strengths", max_lines=1)
         grid = gr.Button("Draw checkpoints by strengths", elem_id="grid")
     many = draw_many.build()
@@ -162,6 +164,7 @@ def _more_controls(
             info="Built in, a file found here, a path, or a Hugging Face id: owner/name",
             allow_custom_value=True,
             elem_id="draw-base",
+            elem_classes="sd-names",
         )
         negative = gr.Textbox(label="Negative prompt", elem_id="negative")
         usual = draw_tools.negative_control()
@@ -195,6 +198,7 @@ def _slot(site: Site, number: int) -> _Slot:
             value="",
             label="Adapter" if number == 0 else f"Adapter {number + 1}",
             elem_id=f"adapter-{number}",
+            elem_classes="sd-names",
         )
         strength = gr.Slider(_LOW, _HIGH, 1.0, step=_STEP, label="Strength", elem_id=f"strength-{number}")
         title = "Separate strength for the text encoder"

@@ -37,7 +37,13 @@ def _merge(site: Site) -> list[gr.Dropdown]:
         with gr.Row():
             label = f"Adapter {number + 1}" + (" (optional)" if number > 1 else "")
             files.append(
-                gr.Dropdown(choices(site.adapters()), value=None, label=label, elem_id=f"merge-{number}")
+                gr.Dropdown(
+                    choices(site.adapters()),
+                    value=None,
+                    label=label,
+                    elem_id=f"merge-{number}",
+                    elem_classes="sd-names",
+                )
             )
             weights.append(gr.Slider(-1, 2, 1, step=0.05, label="Weight", elem_id=f"merge-weight-{number}"))
     with gr.Row():
@@ -79,7 +85,9 @@ def _merge_arguments(
 
 
 def _resize(site: Site) -> gr.Dropdown:
-    file = gr.Dropdown(choices(site.adapters()), value=None, label="Adapter", elem_id="resize-file")
+    file = gr.Dropdown(
+        choices(site.adapters()), value=None, label="Adapter", elem_id="resize-file", elem_classes="sd-names"
+    )
     with gr.Row():
         rank = gr.Textbox(
             "", label="Rank at most", placeholder="no limit", elem_id="resize-rank", max_lines=1
@@ -119,8 +127,12 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float | int | None]:
 
 
 def _bake(site: Site) -> gr.Dropdown:
-    base = gr.Dropdown(choices(site.bases()), value="mini", label="Checkpoint", elem_id="bake-base")
-    file = gr.Dropdown(choices(site.adapters()), value=None, label="Adapter", elem_id="bake-file")
+    base = gr.Dropdown(
+        choices(site.bases()), value="mini", label="Checkpoint", elem_id="bake-base", elem_classes="sd-names"
+    )
+    file = gr.Dropdown(
+        choices(site.adapters()), value=None, label="Adapter", elem_id="bake-file", elem_classes="sd-names"
+    )
     strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength", elem_id="bake-strength")
     name = gr.Textbox("baked", label="Name of the new checkpoint", elem_id="bake-name", max_lines=1)
     overwrite = gr.Checkbox(False, label="Replace a file that exists", elem_id="bake-overwrite")
@@ -165,7 +177,7 @@ def _done(site: Site, task: str, arguments: Any) -> Iterator[str]:
                 text = escape(str(answer.result["text"]))
                 yield (
                     f'<p class="sd-done" role="status">Written: {escape(files)}</p>'
-                    f'<pre class="sd-text" tabindex="0">{text}</pre>'
+                    f'<pre class="sd-text" translate="no" tabindex="0">{text}</pre>'
                 )
     except SdloraError as error:
         yield problem(str(error))

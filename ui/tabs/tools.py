@@ -51,18 +51,19 @@ def format_choices() -> list[tuple[str, str]]:
 
 
 def _sources(site: Site) -> list[tuple[str, str]]:
-    runs = [(f"run {run.label}", run.path) for run in site.runs()]
+    runs = [(f"run: {run.label}", run.path) for run in site.runs()]
     return runs + [(label, path) for label, path in choices(site.adapters())]
 
 
 def _export(site: Site) -> gr.Dropdown:
-    gr.HTML("<h3>Export</h3>")
+    gr.HTML("<h3 aria-level='2'>Export</h3>")
     source = gr.Dropdown(
         _sources(site),
         value=None,
         label="Run or adapter file",
         allow_custom_value=True,
         elem_id="export-source",
+        elem_classes="sd-names",
     )
     form = gr.Radio(format_choices(), value="webui", label="For", elem_id="export-format")
     named, others = program_folders(site.paths)
@@ -73,6 +74,7 @@ def _export(site: Site) -> gr.Dropdown:
         info=_webui_info(named, others),
         allow_custom_value=True,
         elem_id="export-webui",
+        elem_classes="sd-names",
     )
     title = "More settings: folder, file name, number format, preview"
     with gr.Accordion(title, open=False, elem_id="export-more"):
@@ -162,22 +164,23 @@ def _report_html(site: Site, report: Mapping[str, Any]) -> str:
 
 def _file_html(site: Site, file: Path) -> str:
     link = escape(file_url(str(file)), quote=True)
-    return f'<li><a href="{link}" download>{escape(site.paths.shown(file))}</a></li>'
+    return f'<li translate="no"><a href="{link}" download>{escape(site.paths.shown(file))}</a></li>'
 
 
 def _client_html(name: str, verdict: Any) -> str:
     text = "loads it fully" if verdict == "full" else "; ".join(verdict)
-    return f"<tr><th scope='row'>{escape(name)}</th><td>{escape(text)}</td></tr>"
+    return f"<tr><th scope='row' translate='no'>{escape(name)}</th><td>{escape(text)}</td></tr>"
 
 
 def _inspect(site: Site) -> gr.Dropdown:
-    gr.HTML("<h3>Inspect</h3>")
+    gr.HTML("<h3 aria-level='2'>Inspect</h3>")
     file = gr.Dropdown(
         choices(site.adapters()),
         value=None,
         label="Adapter file",
         allow_custom_value=True,
         elem_id="inspect-file",
+        elem_classes="sd-names",
     )
     button = gr.Button("Inspect", elem_id="inspect")
     report = gr.HTML(
@@ -192,7 +195,8 @@ def _inspect(site: Site) -> gr.Dropdown:
                 if answer.progress is not None:
                     yield working(*answer.progress)
                 elif answer.result is not None:
-                    yield f'<pre class="sd-text" tabindex="0">{escape(str(answer.result["text"]))}</pre>'
+                    text = escape(str(answer.result["text"]))
+                    yield f'<pre class="sd-text" translate="no" tabindex="0">{text}</pre>'
         except SdloraError as error:
             yield problem(str(error))
 

@@ -52,7 +52,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     with gr.Row():
         with gr.Column(scale=4, min_width=320):
             with gr.Column(elem_classes="sd-box"):
-                gr.HTML("<h3>What to train</h3>")
+                gr.HTML("<h3 aria-level='2'>What to train</h3>")
                 controls |= _first(site)
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
                 message = gr.HTML("", elem_id="start-said")
@@ -92,6 +92,7 @@ def _first(site: Site) -> dict[str, Any]:
         info="Found here, a path, or a Hugging Face id: owner/name",
         allow_custom_value=True,
         elem_id="base",
+        elem_classes="sd-names",
     )
     base_picker.build(site, base)
     folder = gr.Textbox(

@@ -4,6 +4,8 @@ import "./folders.js";
 import "./jobs.js";
 import "./images.js";
 import "./links.js";
+import "./words.js";
+import "./terms.js";
 import { button, sendToPython, tabKnown, tabWord } from "./base.js";
 
 // Gradio's sliders react only to a released pointer; arrow keys must count as well.
@@ -12,6 +14,9 @@ document.addEventListener("keyup", (event) => {
     event.target.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
   }
 });
+
+// The name of Gradio's drop areas for screen readers must be what stands on them.
+setInterval(() => document.querySelectorAll("button.upload-container[aria-label]").forEach((one) => one.removeAttribute("aria-label")), 700);
 
 // A focused Gradio dropdown keeps its old text when its value is set, e.g. by a dropped image.
 document.addEventListener(

@@ -213,7 +213,7 @@ class DataSet extends Live {
     const open = this.parts.findings.querySelector("details")?.open ?? state.counts.error > 0;
     return el("details", { class: "sd-panel", open }, el("summary", {}, `What the doctor found (${count})`),
       state.findings.map((group) => el("div", { class: "sd-finding" }, el("b", { class: `sd-chip ${group.severity}` }, group.severity), ` ${group.kind}`, el("span", { class: "sd-dim" }, ` × ${group.count}`),
-        group.first.map((one) => el("div", { class: "sd-indent" }, `${one.where}: ${one.what}`)),
+        group.first.map((one) => el("div", { class: "sd-indent" }, el("span", { class: "sd-names" }, one.where), ": ", el("span", {}, one.what))),
         group.count > group.first.length ? el("div", { class: "sd-indent sd-dim" }, `and ${group.count - group.first.length} more, shown at the images`) : null,
         el("div", { class: "sd-indent sd-dim" }, `→ ${group.fix}`))));
   }
@@ -221,10 +221,10 @@ class DataSet extends Live {
     const most = Math.max(1, ...state.buckets.map((bucket) => bucket.count));
     const wide = matchMedia("(min-width: 900px)").matches;
     const open = this.shapes?.querySelector("details")?.open ?? wide;
-    const bar = (label, count, share) => el("div", { class: "sd-bar" }, el("span", { class: "sd-bar-label", title: label }, label),
+    const bar = (label, count, share) => el("div", { class: "sd-bar" }, el("span", { class: "sd-bar-label", translate: "no", title: label }, label),
       el("span", { class: "sd-bar-line" }, el("i", { style: `width:${Math.max(2, 100 * share)}%` })), el("span", { class: "sd-bar-count" }, count));
     return el("details", { class: "sd-panel", open }, el("summary", {}, `Shapes at ${state.resolution} px`),
-      el("div", { class: "sd-bars" }, state.buckets.map((bucket) => bar(`${bucket.width} × ${bucket.height}`, bucket.count, bucket.count / most))));
+      el("div", { class: "sd-bars", tabindex: "0" }, state.buckets.map((bucket) => bar(`${bucket.width} × ${bucket.height}`, bucket.count, bucket.count / most))));
   }
   toolbar(state) {
     const field = (label, id, value = "") => el("label", { class: "sd-field" }, el("span", {}, label), el("input", { type: "text", id, value }));
@@ -310,7 +310,7 @@ class Captioner {
       failed: () => [el("p", { class: "sd-problem", role: "alert" }, state.error)],
       finished: () => state.preview
         ? [el("p", {}, `${plural(state.todo, "image")} to caption, ${state.kept} keep theirs. Nothing is written yet:`),
-          el("dl", {}, state.preview.flatMap((one) => [el("dt", {}, one.image), el("dd", {}, one.caption || one.problem)]))]
+          el("dl", {}, state.preview.flatMap((one) => [el("dt", { translate: "no" }, one.image), el("dd", one.caption ? { translate: "no" } : {}, one.caption || one.problem)]))]
         : [el("p", {}, `${plural(state.written, "caption")} written, ${state.kept} kept.`),
           failed.slice(0, 20).map((text) => el("p", { class: "sd-hint warning" }, text)),
           failed.length > 20 ? el("p", { class: "sd-dim" }, `and ${failed.length - 20} more`) : null],
@@ -369,7 +369,7 @@ class Card {
   }
   frame(data) {
     if (!data.path) return el("span", { class: "sd-broken", role: "img", "aria-label": `${data.name} cannot be shown` }, "cannot be read");
-    const shown = el("img", { src: thumbUrl(data.path, 320, data.changed), loading: "lazy", alt: data.caption || data.name });
+    const shown = el("img", { src: thumbUrl(data.path, 320, data.changed), loading: "lazy", translate: "no", alt: data.caption || data.name });
     if (!data.crop) { // not measured, as it cannot be used as it is
       const frame = el("div", { class: "sd-frame", style: "--aspect:1" }, shown);
       shown.addEventListener("load", () => frame.style.setProperty("--aspect", shown.naturalWidth / shown.naturalHeight));
@@ -394,7 +394,7 @@ class Card {
       this.mark.classList.remove("failed");
       if (this.owner.isConnected) this.owner.showUndo(answer.undo);
     } catch (error) {
-      if (this.mark.textContent !== "not saved") say(`${this.data.name}: ${error.message}`, "error");
+      if (!this.mark.classList.contains("failed")) say(`${this.data.name}: ${error.message}`, "error");
       this.mark.textContent = "not saved";
       this.mark.classList.add("failed");
     } finally { this.saving = null; }

@@ -27,8 +27,8 @@ class Browse extends HTMLElement {
     if (turn !== this.turn) return;
     if (!seen) { if (open) open.style.visibility = ""; return; }
     const count = (images) => images ? `${images} image${images === 1 ? "" : "s"}` : "";
-    const line = (name, to, images) => el("button", { type: "button", class: "sd-folder", onclick: () => this.show(to), "data-path": to }, el("span", {}, `📁 ${name}`), el("span", { class: "sd-dim" }, count(images)));
-    this.dialog.replaceChildren(el("h3", {}, seen.shown || "Folders that sdlora may use"),
+    const line = (name, to, images) => el("button", { type: "button", class: "sd-folder", onclick: () => this.show(to), "data-path": to }, el("span", { translate: "no" }, `📁 ${name}`), el("span", { class: "sd-dim" }, count(images)));
+    this.dialog.replaceChildren(el("h3", seen.shown ? { translate: "no" } : {}, seen.shown || "Folders that sdlora may use"),
       el("div", { class: "sd-folders" }, seen.up === null ? null : line("..", seen.up, 0),
         seen.folders.map((one) => line(one.name, one.path, one.images)),
         seen.more ? el("p", { class: "sd-dim" }, "and more; type the path") : null,

@@ -63,7 +63,7 @@ class Grid extends Drawn {
     const { rows, columns, cells } = given(this);
     if (!rows) return;
     const head = el("tr", {}, el("th", {}), columns.map((strength) => el("th", { scope: "col" }, strength)));
-    const lines = rows.map((row, r) => el("tr", {}, el("th", { scope: "row" }, row.label), columns.map((strength, c) => {
+    const lines = rows.map((row, r) => el("tr", {}, el("th", { scope: "row", class: "sd-names" }, row.label), columns.map((strength, c) => {
       const cell = cells[`${r},${c}`];
       if (!cell) return el("td", {}, el("div", { class: "sd-empty" }));
       const choose = () => {

@@ -61,7 +61,7 @@ class Jobs extends Live {
     return el("div", { class: `sd-job ${job.status} ${job.id === this.selected ? "on" : ""}`, "data-job": job.id },
       el("button", { type: "button", class: "sd-job-name", "data-what": `open-${job.id}`, "aria-expanded": String(job.id === this.selected),
         onclick: () => { this.select(job.id); this.dispatchEvent(new CustomEvent("sd-at", { bubbles: true, detail: { tab: "train", run: job.id } })); } },
-        el("strong", {}, job.name), el("span", { class: `sd-chip ${job.status}` }, state), el("span", { class: "sd-dim" }, left)),
+        el("strong", { translate: "no" }, job.name), el("span", { class: `sd-chip ${job.status}` }, state), el("span", { class: "sd-dim" }, left)),
       el("progress", { value: share, max: 1, "aria-label": `Progress of ${job.name}` }), el("span", { class: "sd-count" }, job.steps ? `${job.step} / ${job.steps}` : ""));
   }
   drawRun(run) {
@@ -98,7 +98,7 @@ class Jobs extends Live {
   }
   // Follows the log while it is open, and stays at its end unless the user scrolled up.
   async showLog(run) {
-    const text = el("pre", { class: "sd-log", tabindex: "0" }, "reading …");
+    const text = el("pre", { class: "sd-log", translate: "no", tabindex: "0" }, "…");
     this.dialog.replaceChildren(el("h3", {}, `Log of ${run.name}`), text, el("div", { class: "sd-row" }, button("Close", () => this.dialog.close())));
     this.dialog.showModal();
     while (this.dialog.open && text.isConnected) {
@@ -128,7 +128,7 @@ class Jobs extends Live {
     const prompts = run.prompts || [];
     const rows = [...run.samples].reverse();
     return [el("h4", {}, "Previews"), el("div", { class: "sd-scroll" }, el("table", { class: "sd-grid" },
-      el("thead", {}, el("tr", {}, el("th", {}, "step"), rows[0][1].map((_, i) => el("th", { scope: "col", title: prompts[i] || "" }, prompts[i] || `prompt ${i + 1}`)))),
+      el("thead", {}, el("tr", {}, el("th", {}, "step"), rows[0][1].map((_, i) => el("th", { scope: "col", translate: prompts[i] ? "no" : null, title: prompts[i] || "" }, prompts[i] || `prompt ${i + 1}`)))),
       el("tbody", {}, rows.map(([step, files]) => el("tr", {}, el("th", { scope: "row" }, step),
         files.map((file, i) => el("td", {}, el("a", { href: fileUrl(file), target: "_blank", "aria-label": `step ${step}, ${prompts[i] || "preview"}` }, el("img", { src: fileUrl(file), alt: "", loading: "lazy" })))))))))];
   }
@@ -146,10 +146,10 @@ class Jobs extends Live {
   }
   facts(run) {
     const pair = (name, value) => value ? [el("dt", {}, name), el("dd", {}, value)] : [];
-    const reasons = run.defaults.map(([key, value, reason, label]) => el("tr", {}, el("th", { scope: "row", title: key }, label), el("td", {}, String(value)), el("td", {}, reason)));
+    const reasons = run.defaults.map(([key, value, reason, label]) => el("tr", {}, el("th", { scope: "row", title: key }, label), el("td", { translate: "no" }, String(value)), el("td", {}, reason)));
     const open = this.parts.facts.querySelector("details")?.open ?? false;
     return [el("details", { class: "sd-panel", open }, el("summary", {}, "Settings, speed and the shell command"),
-      el("dl", {}, pair("shell command", el("code", {}, run.command)), pair("run folder", el("code", {}, run.shown_run)),
+      el("dl", {}, pair("shell command", el("code", { translate: "no" }, run.command)), pair("run folder", el("code", { translate: "no" }, run.shown_run)),
         pair("learning rate", run.rate?.toPrecision(3)), pair("speed", LIVE.includes(run.status) && run.images_per_second ? `${run.images_per_second.toFixed(1)} images/s` : ""),
         pair("memory expected", bytes(run.expected_bytes))),
       reasons.length ? el("div", { class: "sd-scroll" }, el("table", { class: "sd-reasons" }, el("tbody", {}, reasons))) : null)];
@@ -187,7 +187,7 @@ class Changed extends Drawn {
     const reset = (key) => () => sendToPython("reset-setting", JSON.stringify({ key, at: Date.now() }));
     this.replaceChildren(el("div", { class: "sd-panel" },
       el("div", { class: "sd-row sd-apart" }, el("strong", {}, `Set by you (${listed.length})`), button("All automatic", reset("all"), "", { id: "reset-all" })),
-      el("ul", { class: "sd-set" }, listed.map(({ key, label, value }) => el("li", {}, el("span", {}, `${label}: `, el("b", {}, value === "" ? "none" : value)),
+      el("ul", { class: "sd-set" }, listed.map(({ key, label, value }) => el("li", {}, el("span", {}, `${label}: `, el("b", value === "" ? {} : { translate: "no" }, value === "" ? "none" : value)),
         button("Automatic", reset(key), "sd-small", { "data-reset": key, "aria-label": `${label}: automatic again` }))))));
   }
 }
