@@ -46,7 +46,7 @@ def look(
     browser: Browser, output: Path, axe: str | None, languages: list[str], themes: list[str]
 ) -> Counter[str]:
     """Take every screenshot, and return how many findings of each impact axe-core has."""
-    found: Counter[str] = Counter()
+    impacts: Counter[str] = Counter()
     browser.driver.set_script_timeout(120)
     for language, theme in product(languages, themes):
         store = "localStorage.setItem('sdlora-language', arguments[0])"
@@ -56,22 +56,23 @@ def look(
             while browser.driver.execute_script(_UNFOLD):
                 time.sleep(0.5)
             if axe:
-                for one in examine(browser, axe):
-                    found[one["impact"]] += 1
-                    print(f"{language} {theme} {tab}: {one['impact']}: {one['help']}: {one['nodes'][:4]}")
+                for finding in examine(browser, axe):
+                    impacts[finding["impact"]] += 1
+                    where = f"{language} {theme} {tab}"
+                    print(f"{where}: {finding['impact']}: {finding['help']}: {finding['nodes'][:4]}")
             for width in WIDTHS:
-                picture(browser, output / f"{tab}-{language}-{theme}-{width}.png", width)
-    return found
+                take(browser, output / f"{tab}-{language}-{theme}-{width}.png", width)
+    return impacts
 
 
 def examine(browser: Browser, axe: str) -> list[dict[str, Any]]:
     """Return what axe-core finds on the page as it is now."""
     browser.driver.execute_script(axe)
-    found: list[dict[str, Any]] = browser.driver.execute_async_script(_AXE, _RULES)
-    return found
+    findings: list[dict[str, Any]] = browser.driver.execute_async_script(_AXE, _RULES)
+    return findings
 
 
-def picture(browser: Browser, file: Path, width: int) -> None:
+def take(browser: Browser, file: Path, width: int) -> None:
     """Write the page as a screen of that width shows it, from its top."""
     phone = width < 500
     size = {"width": width, "height": 844 if phone else 900, "deviceScaleFactor": 1, "mobile": phone}
@@ -93,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
-        "--axe", type=Path, help="axe.min.js of the package axe-core; without it, only pictures"
+        "--axe", type=Path, help="axe.min.js of the package axe-core; without it, only screenshots"
     )
     parser.add_argument("--home", type=Path, help="folder for runs and images; default: a temporary one")
     parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=LANGUAGES)
@@ -111,14 +112,14 @@ def main() -> None:
                 browser.click("#demo")
                 browser.wait(lambda: browser and browser.shown("#plan .sd-facts"))
             axe = given.axe.read_text(encoding="utf-8") if given.axe else None
-            found = look(browser, given.output, axe, given.languages, given.themes)
+            impacts = look(browser, given.output, axe, given.languages, given.themes)
         finally:
             if browser is not None:
                 browser.driver.quit()
             process.terminate()
             process.wait()
-    print(json.dumps(dict(found)))
-    sys.exit(1 if found["serious"] or found["critical"] else 0)
+    print(json.dumps(dict(impacts)))
+    sys.exit(1 if impacts["serious"] or impacts["critical"] else 0)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def with_language(page: str) -> str:
 def in_each_language(text: str) -> str:
     """Return a text as HTML in every language, for pages that have no script that translates."""
     texts = {"en": text} | {tag: page.get(text, text) for tag, page in _tables().items()}
-    return "".join(f'<span lang="{tag}">{escape(one)}</span>' for tag, one in texts.items())
+    return "".join(f'<span lang="{tag}">{escape(shown)}</span>' for tag, shown in texts.items())
 
 
 @cache

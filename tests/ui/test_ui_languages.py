@@ -72,9 +72,11 @@ COMPOSED = (
     "2 errors, 1 warning, 3 notes",
     "12 settings taken. It changed:",
     "12 settings taken. Nothing had to change.",
-    *(f"Preset {one.name}: {one.about}. It changed:" for one in presets() if not one.users),
-    *(one.about for one in presets() if not one.users),
+    *(f"Preset {preset.name}: {preset.about}. It changed:" for preset in presets() if not preset.users),
+    *(preset.about for preset in presets() if not preset.users),
     "3 of 40 images",
+    "cheese.png deleted",
+    "3 images excluded",
 )
 """What is put together of several texts in the code, as a user reads it."""
 # what these say is for a shell, for the log, or for a request that the page never makes
@@ -112,10 +114,10 @@ def translated(file: Path, text: str) -> bool:
         return True
     if "{}" in text and any(plain(key) == plain(text) for key in keys(file)):
         return True
-    for one in patterns(file):
+    for entry in patterns(file):
         for tried in (text, text.replace("{}", "7")):
-            if (found := one.fullmatch(tried)) and all(
-                translated(file, part) for part in found.groupdict().values()
+            if (match := entry.fullmatch(tried)) and all(
+                translated(file, part) for part in match.groupdict().values()
             ):
                 return True
     return False
@@ -163,22 +165,22 @@ def page_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def texts_of(config: dict[str, Any]) -> set[str]:
     values = {choice for setting in settings() for choice in setting.choices}
-    found: set[str] = set()
+    texts: set[str] = set()
     for part in config["components"]:
         props = part["props"]
         if props.get("visible") == "hidden":
             continue
-        found |= {props[name] for name in ("label", "info", "placeholder") if props.get(name)}
+        texts |= {props[name] for name in ("label", "info", "placeholder") if props.get(name)}
         listed = [
             choice[0] if isinstance(choice, list | tuple) else choice for choice in props.get("choices") or []
         ]
-        found |= {label for label in listed if label not in values and "/" not in label}
+        texts |= {label for label in listed if label not in values and "/" not in label}
         if part["type"] == "button":
-            found.add(props["value"])
+            texts.add(props["value"])
         if part["type"] == "html" and props.get("value"):
-            found |= set(Texts(props["value"]).found)
-    samplers = {choice for choice in found if choice in SAMPLERS}
-    return found - samplers
+            texts |= set(Texts(props["value"]).found)
+    samplers = {choice for choice in texts if choice in SAMPLERS}
+    return texts - samplers
 
 
 SAMPLERS = {choice for setting in settings() if setting.key == "sample.sampler" for choice in setting.choices}
@@ -232,16 +234,16 @@ def prose_of(file: Path) -> Iterator[str]:
 
 JS_TEXT = re.compile(r'"((?:[^"\\\n]|\\.)*)"|`([^`\\]*)`')
 NO_TEXT = re.compile(
-    r"^(sd-|key \w+$|\.?\w+=|[#.\[:(@*]|/|button\b|input\b|label\b|details$|\w+\?|\$\{|application/|and \$|"
-    r"--|width:|left:|0 0)|[<>{};=]{2}|:is\(|textarea|\[data-|^\w+-\$|sd-\w+ |^M$|sdlora-"
+    r"^(sd-|rgb|key \w+$|\.?\w+=|[#.\[:(@*]|/|button\b|input\b|label\b|details$|\w+\?|\$\{|application/|"
+    r"and \$|--|width:|left:|0 0)|[<>{};=]{2}|:is\(|textarea|\[data-|^\w+-\$|sd-\w+ |^M$|sdlora-"
 )
 
 
 def texts_in_js(file: Path) -> Iterator[str]:
     """Yield the sentences in a script: quoted texts of several words, and ``{}`` for what is filled in."""
     code = re.sub(r"^\s*//.*$|\s//\s.*$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    for found in JS_TEXT.finditer(code):
-        text = re.sub(r"\$\{[^{}]*\}", "{}", found[1] if found[1] is not None else found[2])
+    for match in JS_TEXT.finditer(code):
+        text = re.sub(r"\$\{[^{}]*\}", "{}", match[1] if match[1] is not None else match[2])
         if " " in text.strip() and re.search(r"[a-z]{2}", text) and not NO_TEXT.search(text):
             yield text.strip()
 
@@ -255,15 +257,15 @@ class TestTable:
         assert missing == []
 
     def test_labels_and_help_of_settings_are_in_it(self, file: Path) -> None:
-        shown = [one for one in settings() if one.key not in (*FIRST_LABELS, *NOT_FOR_A_BROWSER)]
+        shown = [setting for setting in settings() if setting.key not in (*FIRST_LABELS, *NOT_FOR_A_BROWSER)]
         assert len(shown) > 100
-        found = {text for setting in shown for text in (setting.label, setting.help)}
-        assert sorted(text for text in found if not translated(file, text)) == []
+        texts = {text for setting in shown for text in (setting.label, setting.help)}
+        assert sorted(text for text in texts if not translated(file, text)) == []
 
     def test_what_the_pages_own_elements_say_is_in_it(self, file: Path) -> None:
-        found = {text for script in WEB.glob("*.js") for text in texts_in_js(script)}
-        assert len(found) > 80
-        assert sorted(text for text in found if not translated(file, text)) == []
+        texts = {text for script in WEB.glob("*.js") for text in texts_in_js(script)}
+        assert len(texts) > 80
+        assert sorted(text for text in texts if not translated(file, text)) == []
 
     def test_what_the_pages_own_code_reports_is_in_it(self, file: Path) -> None:
         sources = [
@@ -271,15 +273,15 @@ class TestTable:
             for source in (ROOT / "ui").rglob("*.py")
             if not any(part in source.as_posix() for part in NOT_SHOWN)
         ]
-        found = {text for source in sources for text in said_by(source)}
-        assert len(found) > 90
-        missing = [text for text in found if not composed(text) and not translated(file, text)]
+        texts = {text for source in sources for text in said_by(source)}
+        assert len(texts) > 90
+        missing = [text for text in texts if not composed(text) and not translated(file, text)]
         assert sorted(missing) == []
 
     def test_findings_reasons_and_contradictions_are_in_it(self, file: Path) -> None:
-        found = {text for name in PROSE for text in prose_of(ROOT / "sdlora" / name)}
-        assert len(found) > 90
-        missing = [text for text in found if not composed(text) and not translated(file, text)]
+        texts = {text for name in PROSE for text in prose_of(ROOT / "sdlora" / name)}
+        assert len(texts) > 90
+        missing = [text for text in texts if not composed(text) and not translated(file, text)]
         assert sorted(missing) == []
 
     def test_what_is_put_together_is_in_it(self, file: Path) -> None:
@@ -313,7 +315,7 @@ class TestTable:
         table = json.loads(file.read_text(encoding="utf-8"))
         wrong = []
         for text, translation in (*table["names"].items(), *table["page"].items()):
-            codes = [sorted(re.findall(r"`[^`]*`", one)) for one in (text, translation)]
+            codes = [sorted(re.findall(r"`[^`]*`", words)) for words in (text, translation)]
             names = [set(NAME.findall(text)), set(NAME.findall(translation))]
             stays = text in (
                 "LoRA",

@@ -19,6 +19,9 @@ from ..site import EXPORTED, Site
 from . import surgery
 from .shared import Shell, choices, hint, problem, told, working
 
+_MORE = "More settings: folder, file name, number format, preview"
+_EXPORTING = ("source", "format", "output", "webui", "name", "dtype", "overwrite", "preview", "private")
+
 
 def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
     """Put the page into the current tab."""
@@ -76,8 +79,7 @@ def _export(site: Site) -> gr.Dropdown:
         elem_id="export-webui",
         elem_classes="sd-names",
     )
-    title = "More settings: folder, file name, number format, preview"
-    with gr.Accordion(title, open=False, elem_id="export-more"):
+    with gr.Accordion(_MORE, open=False, elem_id="export-more"):
         place = gr.Textbox(
             str(site.paths.runs / EXPORTED), label="Into folder", elem_id="export-place", max_lines=1
         )
@@ -110,10 +112,7 @@ def _export(site: Site) -> gr.Dropdown:
     )
 
     def export(*held: Any) -> Iterator[str]:
-        keys = (
-            "source", "format", "output", "webui", "name", "dtype", "overwrite", "preview", "private",
-        )  # fmt: skip
-        yield from _exported(site, dict(zip(keys, held, strict=True)))
+        yield from _exported(site, dict(zip(_EXPORTING, held, strict=True)))
 
     inputs = [source, form, place, webui, name, dtype, overwrite, preview, private]
     button.click(export, inputs, report, show_progress="hidden")

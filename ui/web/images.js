@@ -182,7 +182,7 @@ class Adapters extends HTMLElement {
   }
   async open() {
     const find = el("input", { type: "search", class: "sd-find", placeholder: "find by name, trigger word or base", "aria-label": "Find an adapter", oninput: () => this.list(find.value) });
-    this.cards = el("div", { class: "sd-adapters" }, el("p", { class: "sd-dim" }, "reading …"));
+    this.cards = el("div", { class: "sd-adapters" }, el("p", { class: "sd-dim" }, "…"));
     this.dialog.replaceChildren(el("div", { class: "sd-row sd-apart" }, el("h3", {}, "Adapters"), button("Close", () => this.dialog.close())), find, this.cards);
     this.dialog.showModal();
     const answer = await ask("adapters").catch((error) => ({ adapters: [], error: error.message }));

@@ -51,7 +51,7 @@ export class Tags {
     const wanted = this.find.value.trim().toLowerCase(), top = tags.length ? tags[0][1] : 1;
     const shown = tags.filter(([tag]) => tag.toLowerCase().includes(wanted)).slice(0, 300);
     this.bars.replaceChildren(...shown.map(([tag, count]) => el("div", { class: "sd-bar sd-tagbar" },
-      el("button", { type: "button", class: "sd-bar-label", translate: "no", title: "Show the images with this tag", onclick: () => this.owner.show(`tag:${tag}`) }, tag),
+      el("button", { type: "button", class: "sd-bar-label", title: "Show the images with this tag", onclick: () => this.owner.show(`tag:${tag}`) }, el("span", { translate: "no" }, tag)),
       el("span", { class: "sd-bar-line" }, el("i", { style: `width:${Math.max(2, (100 * count) / top)}%` })), el("span", { class: "sd-bar-count" }, count),
       button("use", () => { const field = this.tags.querySelector("input"); field.value = field.value.trim() ? `${field.value}, ${tag}` : tag; }, "sd-small", { "aria-label": `Put ${tag} into the field` }))));
   }

@@ -122,7 +122,7 @@ export class Viewer {
   }
   large(data) {
     if (!data.path) return el("div", { class: "sd-viewer-image" }, el("span", { class: "sd-broken" }, "cannot be read"));
-    const image = el("img", { src: thumbUrl(data.path, SIDE, data.changed), alt: data.caption || data.name, draggable: false });
+    const image = el("img", { src: thumbUrl(data.path, SIDE, data.changed), alt: data.caption || data.name, translate: "no", draggable: false });
     const [left, top, right, bottom] = data.crop || [0, 0, 1, 1];
     const frame = el("div", { class: `sd-viewer-frame ${this.focusing ? "focusing" : ""}`, style: data.width ? `--aspect:${data.width / data.height}` : "" }, image,
       data.crop && (left > 0 || top > 0 || right < 1 || bottom < 1) ? el("span", { class: "sd-crop", style: `left:${left * 100}%;top:${top * 100}%;right:${100 - right * 100}%;bottom:${100 - bottom * 100}%` }) : null,

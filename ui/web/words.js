@@ -77,7 +77,8 @@ function write(element, parts, entry) {
 }
 
 function ofAttributes(element, names = ATTRIBUTES) {
-  if (element.closest(UNTOUCHED) && !(element.tagName === "TEXTAREA" && !element.closest("[translate=no]"))) return;
+  const field = element.matches("textarea, input"); // what is typed is no text of the page, its label is
+  if ((field ? element.parentElement : element)?.closest(UNTOUCHED)) return;
   for (const name of names) {
     const now = element.getAttribute(name);
     if (now === null) continue;
