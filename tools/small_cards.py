@@ -12,14 +12,20 @@ from collections.abc import Sequence
 
 from sdlora.config.toml import load_config
 from sdlora.training.foresight import foresee
-from sdlora.training.ladder import Climbed
+from sdlora.training.ladder import APART, Climbed
 
 CONTEXT = 0.8
 """GiB of a card that its context and the desktop take, about."""
 SIZES = (4, 6, 8, 12, 16, 24)
 FAMILIES = {"sd1": "SD1.5, 512 px", "sd2": "SD2.1, 768 px", "sdxl": "SDXL, 1024 px"}
 _FIXED = ("training.batch_size=1", "adapter.rank=16", "adapter.alpha=16", "judge.every=0")
-_CHEAPEST = ("training.autoencoder=banded", "training.recompute=blocks", "training.offload_blocks=0")
+_CHEAPEST = {
+    "training.autoencoder": "banded",
+    "training.recompute": "blocks",
+    "training.fast": APART,
+    "training.offload_blocks": "0",
+    "optimizer.name": "adamw8bit",
+}
 _GIB = 2**30
 
 
@@ -29,11 +35,11 @@ def climbed(family: str, free: float | None, *overrides: str) -> Climbed:
     return foresee(config, None if free is None else int(free * _GIB))
 
 
-def row(title: str, planned: Climbed) -> str:
-    """Return a line of the table."""
+def row(title: str, planned: Climbed, without: int) -> str:
+    """Return a line of the table; ``without`` is the arithmetic of a step without any rung."""
     peak = max(planned.plan.phases.values()) / _GIB
     rungs = [f"`{rung.key.partition('.')[2]}={rung.value}`" for rung in planned.taken]
-    work = "" if planned.work is None else f"{planned.work - 1:+.1%}"
+    work = f"{planned.plan.flops / without - 1:+.1%}"
     copied = f"{planned.plan.copied / _GIB:.1f} GiB" if planned.plan.copied else "-"
     fits = "" if planned.fits else " (does not fit)"
     return f"| {title} | {', '.join(rungs) or 'none'}{fits} | {peak:.2f} | {work} | {copied} |"
@@ -48,12 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for family in given.family:
         print(f"\n{FAMILIES[family]}\n")
         print("| card | rungs | GiB | arithmetic | copied a step |\n|---|---|---|---|---|")
-        print(row("any", climbed(family, None)), flush=True)
+        usual = climbed(family, None)
+        without = usual.plan.flops
+        print(row("any", usual, without), flush=True)
         for size in given.sizes:
-            print(row(f"{size} GB", climbed(family, size - CONTEXT)), flush=True)
+            print(row(f"{size} GB", climbed(family, size - CONTEXT), without), flush=True)
         for base_format in ("full", "fp8", "nf4"):
-            cheapest = climbed(family, None, *_CHEAPEST, f"training.base_format={base_format}")
-            print(row(f"all exact rungs but offloading, {base_format}", cheapest), flush=True)
+            rungs = [f'{key}="{value}"' for key, value in _CHEAPEST.items()]
+            cheapest = climbed(family, None, *rungs, f"training.base_format={base_format}")
+            print(row(f"all rungs but offloading, {base_format}", cheapest, without), flush=True)
     return 0
 
 

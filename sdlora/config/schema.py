@@ -229,9 +229,10 @@ class TrainingConfig(Section):
     recompute: Recompute | None = None
     """What a step computes again for the backward pass instead of keeping it, which takes less memory, and
     the more work the later in this list: `nothing`; outputs of `norms` and SiLU; also those of `gates` (GELU
-    and its product); also those of `projections` (q, k, v, the gates' inputs, the sums between attentions);
-    whole `blocks`, of which only the input is kept. The numbers stay the same, bit for bit. At every rung but
-    `nothing` a text encoder that learns is computed layer by layer again, and a CPU takes a batch whole."""
+    and its product) and of attentions to the text; also those of `projections` (q, k, v, the gates' inputs,
+    the sums between attentions); whole `blocks`, of which only the input is kept. The numbers stay the same,
+    bit for bit. At every rung but `nothing` a text encoder that learns is computed layer by layer again, and
+    a CPU takes a batch whole."""
     recompute_blocks: NonNegative | None = None
     """How many of the denoiser's blocks are at the rung that `training.recompute` names, those first that
     save the most memory for the work; the others are one rung below. All of them when left open."""

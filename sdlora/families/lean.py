@@ -89,7 +89,11 @@ class LeanAttention:
             value = again(Rungs.projections, module.to_v(states), module.to_v, states)
         else:
             key, value = module.to_k(encoder_hidden_states), module.to_v(encoder_hidden_states)
-        return self._kernel(module, query, key, value)
+        merged = self._kernel(module, query, key, value)
+        if self._kernel is _fused and (encoder_hidden_states is not None or module in ahead):
+            # the text is short, so this is a small part of what a projection takes
+            again(Rungs.gates, merged, lambda *three: _fused(module, *three), query, key, value)
+        return merged
 
 
 class _GatedGelu(torch.autograd.Function):

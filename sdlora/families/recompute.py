@@ -8,9 +8,10 @@ result is held until all that wait for it have it, and no longer.
 :class:`Rungs` are how much of a block is made again, each with all before it:
 
 * ``norms``: what norms and SiLU put out, from the input of the norm;
-* ``gates``: GELU and its product, from what the projection of a gated feed-forward network puts out;
+* ``gates``: GELU and its product, from what the projection of a gated feed-forward network puts out, and what
+  the attention to the text puts out before its last projection, from its query, key and value;
 * ``projections``: queries, keys and values, what enters the gates, and the states between the attentions;
-  kept are the block's input and what the attentions put out before their last projection;
+  kept are the block's input and what the self-attention puts out before its last projection;
 * ``blocks``: everything but the block's input.
 """
 

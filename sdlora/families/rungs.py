@@ -3,7 +3,7 @@
 A rung can be taken block by block: first those where most memory is saved for the work, so that any amount
 of memory between two rungs can be reached. What a number costs to make again, in multiplications: of a linear
 layer its inputs, of a 3x3 convolution nine times its inputs, of an attention twice the positions that are
-looked at. Norms and gates cost next to nothing; of them the largest come first.
+looked at. Norms, gates and attentions to the text cost next to nothing; of them the largest come first.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _work(block: Lean, rung: Rungs, positions: int) -> tuple[float | None, int]:
     channels = module.norm1.normalized_shape[0]
     if rung == Rungs.blocks:
         return float(positions), 2 * channels
-    widths = {Rungs.norms: 2, Rungs.gates: 4, Rungs.projections: 14}
+    widths = {Rungs.norms: 2, Rungs.gates: 5, Rungs.projections: 14}
     return (float(channels) if rung == Rungs.projections else 0.0), widths[rung] * channels
 
 

@@ -22,13 +22,13 @@ USUAL_IMAGES = 20
 _CARD = torch.device("cuda")
 
 
-def foresee(config: Config, budget: int | None, num_images: int = USUAL_IMAGES) -> Climbed:
+def foresee(config: Config, budget: int | None, images: tuple[int, int] | None = None) -> Climbed:
     """Return the rungs that a run on a card with so much free memory would take.
 
     Args:
         config: settings; open ones are decided as for a card that computes in bf16.
         budget: bytes that are free; None for any number.
-        num_images: images that are learned from.
+        images: how many are learned from, and how many held out; None for a folder that is not known.
 
     Raises:
         ModelError: for a base that cannot be used.
@@ -42,9 +42,10 @@ def foresee(config: Config, budget: int | None, num_images: int = USUAL_IMAGES) 
     compute = Compute(_CARD, dtype_of(precision), Attentions(attention, attention))
     blueprint = make_base(config, compute, META)
     open_settings = OpenSettings(config, replace(base_facts(blueprint, "cuda")))
-    fill_data(open_settings, num_images)
-    held = max(1, num_images // 10) if open_settings.config.data.validation else 0
-    facts = DataFacts(num_images - held, num_images - held, held, ("a prompt",) * 4)
+    fill_data(open_settings, sum(images) if images else USUAL_IMAGES)
+    held = max(1, USUAL_IMAGES // 10) if open_settings.config.data.validation else 0
+    learned, held = images or (USUAL_IMAGES - held, held)
+    facts = DataFacts(learned, learned, held, ("a prompt",) * 4)
     fill_training(open_settings, facts, optimizer_kind(config.optimizer).rate)
     planner = Planner(compute, blueprint, config, free=budget or 1)
     return climb(open_settings.final(), budget, planner)

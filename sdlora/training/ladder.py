@@ -27,12 +27,16 @@ Planner = Callable[[Config], MemoryPlan]
 RECOMPUTE = ("nothing", "norms", "gates", "projections", "blocks")
 RUNG_KEYS = (
     *("training.autoencoder", "training.recompute", "training.recompute_blocks", "training.offload_blocks"),
-    *("optimizer.name", "training.base_format"),
+    *("training.fast", "optimizer.name", "training.base_format"),
 )
 """Settings that the ladder may decide; a run that goes on keeps them."""
 AUTO_SHARE = 0.95
 """Of what is free, that ``auto`` plans with: kernels need room of their own, and memory is handed out in
 pieces."""
+APART = "blocks, lora"
+"""The fast paths without the one that holds copies of what it computes together."""
+_AGAIN = 2  # times that the line to the number of blocks is drawn anew
+_WORTH = 0.99  # of the memory before, that is worth smaller products
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?) ?(GB|GiB|G|MB|MiB|M)$", re.IGNORECASE)
 
 
@@ -153,7 +157,14 @@ class _Climber:
         self._planner, self._main_memory, self._first = planner, main_memory, plan
 
     def climb(self) -> None:
-        for rung in (self._bands, self._recompute, self._offload, self._eight_bit, self._formats):
+        for rung in (
+            self._bands,
+            self._recompute,
+            self._apart,
+            self._offload,
+            self._eight_bit,
+            self._formats,
+        ):
             if self._fits():
                 return
             rung()
@@ -203,6 +214,7 @@ class _Climber:
         if count is not None:
             partly = self._planner(self._at(high, count))
             if self._step_fits(partly):
+                count, partly = self._fewer(below, partly, high, count)
                 self._take(self._values(high, count), partly, self._work(partly))
                 return
         self._take(self._values(high, None), there, self._work(there))
@@ -218,6 +230,18 @@ class _Climber:
         count = math.ceil((high - self._budget) / (high - low) * blocks)
         return count if 0 < count < blocks else None
 
+    def _fewer(self, below: MemoryPlan, plan: MemoryPlan, rung: int, count: int) -> tuple[int, MemoryPlan]:
+        """Draw the line again from none to the blocks that are enough: it may show that fewer are."""
+        for _ in range(_AGAIN):
+            fewer = self._enough(below, plan, count)
+            if fewer is None:
+                break
+            closer = self._planner(self._at(rung, fewer))
+            if not self._step_fits(closer):
+                break
+            count, plan = fewer, closer
+        return count, plan
+
     def _values(self, rung: int, count: int | None) -> dict[str, Any]:
         values: dict[str, Any] = {"training.recompute": RECOMPUTE[rung]}
         return values if count is None else {**values, "training.recompute_blocks": count}
@@ -229,6 +253,15 @@ class _Climber:
         if not self._first.flops:
             return "more work a step"
         return f"{plan.flops / self._first.flops - 1:.1%} more arithmetic a step"
+
+    def _apart(self) -> None:
+        """Compute without copies of the adapter, where layers were to be computed together."""
+        if self.config.training.fast != "auto":
+            return
+        changes = {"training.fast": APART}
+        plan = self._planner(_changed(self.config, changes))
+        if plan.peak < _WORTH * self.plan.peak:
+            self._take(changes, plan, "q, k and v one by one: more and smaller products, as much arithmetic")
 
     def _offload(self) -> None:
         """Leave blocks in main memory, as many as are needed."""

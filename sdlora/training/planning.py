@@ -21,7 +21,8 @@ from ..families.table import FAMILIES
 from ..number_formats import dtype_of
 from ..run_folder import RunFolder
 from .ladder import RUNG_KEYS, budget_of, decide, offload_room
-from .memory import WHOLE_SIDE, MemoryPlan, free_memory, plan_memory
+from .memory import MemoryPlan, free_memory, plan_memory
+from .memory_phases import WHOLE_SIDE
 from .processes import Processes
 
 META = torch.device("meta")

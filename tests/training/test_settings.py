@@ -18,7 +18,7 @@ from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError, ModelError
 from sdlora.events import Decided, Emitter, Event, Sampled, StepDone, Validated
 from sdlora.families import attention, compute, loading
-from sdlora.training import memory, planning, run, settings
+from sdlora.training import memory_phases, planning, run, settings
 from sdlora.training.finish import adapter_file
 from sdlora.training.train import train
 
@@ -63,7 +63,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     counted(planning, "load_model", of_model)
     counted(run, "create_adapter", of_adapter)
-    counted(memory, "create_adapter", of_adapter)
+    counted(memory_phases, "create_adapter", of_adapter)
     counted(settings, "finalise", lambda *args, **options: "finalised")
     counted(run, "finalise", lambda *args, **options: "finalised")
     for module in (compute, loading):
