@@ -2,6 +2,7 @@
 
     python -m benchmarks.base_formats --output build/base_formats
     python -m benchmarks.base_formats --output build/base_formats --precision bf16 --seeds 0 1 2
+    python -m benchmarks.base_formats --output build/base_formats --formats full nf4 --subjects 0  # losses
 
 Each seed trains the demo's style once for each format, all else by default. All adapters are measured on the
 base in full, as people use them: the loss on the held-out icons (the same noise and timesteps for all)
@@ -40,20 +41,23 @@ class Result:
         base_format: that its base was kept in.
         seed: of its training.
         losses: of each held-out image.
-        style: measured on images of held-out subjects.
+        style: measured on images of held-out subjects; None where none were drawn.
         seconds: of its training.
     """
 
     base_format: str
     seed: int
     losses: tuple[float, ...]
-    style: Measured
+    style: Measured | None
     seconds: float
 
 
 def main() -> None:
     """Train, measure, print the table and write it as JSON."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if "full" not in options.formats:
+        parser.error("--formats: the others are compared with full")
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -64,12 +68,13 @@ def main() -> None:
     entries = {
         (base_format, seed): _trained(style, work, options, base_format, seed, say)
         for seed in options.seeds
-        for base_format in FORMATS
+        for base_format in options.formats
     }
+    say("measuring losses")
     losses = _losses(style, entries)
-    measured = drawn(style, entries, work, options.subjects, say)
+    measured = drawn(style, entries, work, options.subjects, say) if options.subjects else {}
     results = [
-        Result(*key, losses[key], measured[key], entry.seconds or 0.0) for key, entry in entries.items()
+        Result(*key, losses[key], measured.get(key), entry.seconds or 0.0) for key, entry in entries.items()
     ]
     rows = _rows(results)
     write_json(work / "base_formats.json", {"steps": options.steps, "rows": rows})
@@ -128,7 +133,7 @@ def _rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     by_key = {(result.base_format, result.seed): result for result in results}
     seeds = sorted({result.seed for result in results})
     rows = []
-    for base_format in FORMATS:
+    for base_format in [name for name in FORMATS if (name, seeds[0]) in by_key]:
         ours = [by_key[base_format, seed] for seed in seeds]
         full = [by_key["full", seed] for seed in seeds]
         whole = statistics.fmean(loss for result in full for loss in result.losses)
@@ -142,10 +147,9 @@ def _rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         ]
         more = estimate(by_image)
         assert more is not None
-        scores = [result.style.figure("style") for result in ours]
-        against = [
-            mine.style.difference(theirs.style, "style") for mine, theirs in zip(ours, full, strict=True)
-        ]
+        scores = [result.style.figure("style") for result in ours if result.style]
+        pairs = [(mine.style, theirs.style) for mine, theirs in zip(ours, full, strict=True)]
+        against = [mine.difference(theirs, "style") for mine, theirs in pairs if mine and theirs]
         rows.append(
             {
                 "format": base_format,
@@ -192,7 +196,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="runs, images and figures are kept here")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--subjects", type=int, default=60, help="held-out icons that are drawn")
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="full must be among them"
+    )
+    parser.add_argument("--subjects", type=int, default=60, help="held-out icons that are drawn; 0: none")
     parser.add_argument(
         "--precision", default="fp32", help="that all is computed in (bf16 needs AMX or a card)"
     )

@@ -73,10 +73,9 @@ def run_check(options: argparse.Namespace) -> Result:
         raise ConfigError("--fix and --output DIR belong together: the copy is written to DIR")
     if options.fix and (options.config is not None or options.overrides):
         raise ConfigError("--fix repairs one folder as it is: give it without --config and key=value")
-    if options.memory is not None:
-        foreseen = _foreseen(options)
-        if options.folder is None and options.config is None:
-            return {"memory": foreseen}, 0 if foreseen["fits"] else 1
+    if options.memory is not None and options.folder is None and options.config is None:
+        foreseen = _foreseen(options, None)
+        return {"memory": foreseen}, 0 if foreseen["fits"] else 1
     if options.folder is None and options.config is None and not options.overrides:
         raise ConfigError("no folder of images given: sdlora check FOLDER, or --config FILE")
     if options.html:
@@ -85,7 +84,7 @@ def run_check(options: argparse.Namespace) -> Result:
     print_report(report)
     result = report_to_dict(report)
     if options.memory is not None:
-        result["memory"] = foreseen
+        result["memory"] = _foreseen(options, report)
     if options.html:
         from ..data.check.report_page import write_report_page
 
@@ -99,14 +98,20 @@ def run_check(options: argparse.Namespace) -> Result:
     return result, 1 if report.harmful else 0
 
 
-def _foreseen(options: argparse.Namespace) -> dict[str, Any]:
-    """Print which rungs of the memory ladder a run would take, and what it takes then; return the same."""
+def _foreseen(options: argparse.Namespace, report: Report | None) -> dict[str, Any]:
+    """Print which rungs of the memory ladder a run would take, and what it takes then; return the same.
+
+    Args:
+        options: of the command.
+        report: on the images that would be trained on; None for a usual number of them.
+    """
     from ..config.toml import load_config
 
     config = load_config(
         options.config,
         options.overrides,
         {
+            "data.folder": options.folder,
             "model.base": options.base,
             "training.batch_size": options.batch_size,
             "data.resolution": options.resolution,
@@ -116,7 +121,8 @@ def _foreseen(options: argparse.Namespace) -> dict[str, Any]:
     from ..training.ladder import parse_size, told
 
     budget = None if options.memory == "max" else parse_size(options.memory)
-    climbed = foresee(config, budget)
+    known = report is not None and report.num_trained > 0
+    climbed = foresee(config, budget, (report.num_trained, report.num_held_out) if report and known else None)
     step = climbed.config.training
     side, batch = climbed.config.data.resolution, step.batch_size
     free = "any memory" if budget is None else f"{size_text(budget)} free"

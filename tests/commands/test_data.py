@@ -169,6 +169,20 @@ def test_check_looks_at_what_the_settings_train_on(
     assert (code, sizes) == (0, {(40, 40), (32, 32)})
 
 
+@pytest.mark.long
+def test_what_a_run_would_take_is_foreseen_for_the_folder_that_is_given(
+    run: Run, image_folder: Callable[..., Path], tiny_base: Path
+) -> None:
+    """Few images are not held out, so nothing is validated; of a usual folder some are."""
+    seen = []
+    for folder in ([image_folder(4)], []):
+        asked = ["check", *folder, "--base", tiny_base, "--memory", "64MB", "--json", "--batch-size", 1]
+        code, output, errors = run(*asked)
+        assert code == 0, errors
+        seen.append(json.loads(output.splitlines()[-1])["memory"]["phases"].keys())
+    assert seen[1] - seen[0] == {"validation"} and "step" in seen[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

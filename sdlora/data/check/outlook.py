@@ -5,10 +5,15 @@ No weight is read: the base is used as a blueprint only.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from ...config.schema import Config
-from ...families.loading import load_model
+from ...families.attention import Attention, Attentions
+from ...families.base import DiffusionModel
+from ...families.loading import family_blueprint, load_model
+from ...families.table import FAMILIES
 from ..batching.prepare import base_facts
 from ..reading.measure import Progress
 from .doctor import Report
@@ -35,7 +40,7 @@ def examine_settings(
         ModelError: for a base that cannot be used.
         ConfigError: when the resolution is smaller than the size multiple.
     """
-    blueprint = load_model(config.model, dtype=torch.float32, device=torch.device("meta"))
+    blueprint = _blueprint(config)
     facts = base_facts(blueprint, "cpu")
     return examine_data(
         config,
@@ -45,3 +50,12 @@ def examine_settings(
         batch_size=batch_size,
         progress=progress,
     )
+
+
+def _blueprint(config: Config) -> DiffusionModel:
+    """Return the base without its weights; a family's own where only that is named."""
+    device = torch.device("meta")
+    if config.model.base in FAMILIES and not Path(config.model.base).exists():
+        usual = Attention("sdpa", "nothing is computed")
+        return family_blueprint(config.model.base, dtype=torch.float32, attention=Attentions(usual, usual))
+    return load_model(config.model, dtype=torch.float32, device=device)
