@@ -22,19 +22,23 @@ _GRANULE = 512  # bytes; CUDA's caching allocator hands out multiples of it
 _SNAPSHOT_STEP = 1.02  # who holds the memory at the peak is noted again when the peak grew by 2 %
 PHASES = {
     "encode_all": "encoding",
-    "_encoded": "encoding",
+    "cache._encoded": "encoding",
+    "prepare._encoded": "encoding",
+    "judge.look": "judging",
+    "judge.conclude": "judging",
     "measure_cost": "step",
     "launch_step": "step",
     "validate": "validation",
     "preview": "previews",
-    "encode_prompts": "encoding",
+    "preview_text": "encoding",
     "save": "checkpoint",
     "finish_run": "finish",
     "generate": "generating",
     "_restore": "placing",
     "_assemble": "placing",
 }
-"""Function of sdlora -> the phase that everything it calls belongs to; the innermost one counts."""
+"""Function of sdlora, after its module where others have its name, too -> the phase that everything it calls
+belongs to; the innermost one counts."""
 
 
 class StoredKey(NamedTuple):
@@ -262,7 +266,8 @@ def _top(sizes: Mapping[str, int]) -> dict[str, int]:
 def _classified(code: CodeType) -> tuple[str | None, bool]:
     """Return the phase that a function begins, and whether it is one of ours."""
     watched = code.co_filename.startswith(_WATCHED)
-    return PHASES.get(code.co_name) if watched else None, watched
+    named = f"{Path(code.co_filename).stem}.{code.co_name}"
+    return PHASES.get(named, PHASES.get(code.co_name)) if watched else None, watched
 
 
 def _named(frame: FrameType) -> str:

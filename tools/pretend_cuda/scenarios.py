@@ -201,6 +201,21 @@ SCENARIOS: dict[str, Scenario] = {
         for family, side in (("sd1", 512), ("sdxl", 1024))
         for rung in ("gates", "projections", "blocks")
     },
+    **{
+        f"{family}-small": Scenario(
+            true_base(
+                *(family, f"data.resolution={side}", "training.autoencoder=banded", *rungs),
+                *("training.recompute=blocks", 'training.fast="blocks, lora"'),
+                side=side,
+            ),
+            f"a step of the true {title} in bands, blocks made again{more}, {side} px",
+        )
+        for family, title, side, rungs, more in (
+            ("sd1", "SD1.5", 512, ("training.offload_blocks=9",), " and nine of them in main memory"),
+            ("sd2", "SD2.1", 768, (), ""),
+            ("sdxl", "SDXL", 1024, (), ""),
+        )
+    },
     "cuda1-train": Scenario(second_card, "training on cuda:1", (Card(), Card())),
     "cuda1-draw": Scenario(draw_on_second_card, "drawing on cuda:1", (Card(), Card())),
 }
