@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..families.base import DiffusionModel
+from ..families.kernels import add_lora_gradients
 from ..families.lean_blocks import with_room
 from ..families.quantised import QuantisedLinear
 from .canonical import LowRankPair
@@ -42,12 +43,14 @@ class Factors:
         up: ``scale * B``, ([n,] out, rank[, 1, 1]).
         scale: ``alpha / rank`` of each of them.
         rows: the base's weight with A below it in one piece, (out + rank, in), if they lie so.
+        kernels: whether both gradients are computed by one kernel of our own.
     """
 
     down: Tensor
     up: Tensor
     scale: float
     rows: Tensor | None = None
+    kernels: bool = False
 
 
 @dataclass
@@ -140,8 +143,12 @@ class DirectLinear(torch.autograd.Function):
             of_inner = gradient @ factors.up  # (N, rank)
         else:
             of_inner = torch.mm(gradient, factors.up, out=both[:, gradient.shape[1] :])
-        ctx.sink.up.addmm_(gradient.t(), inner, alpha=factors.scale)
-        ctx.sink.down.addmm_(of_inner.t(), flat)
+        sink: Gradients = ctx.sink
+        if factors.kernels:
+            add_lora_gradients(gradient, inner, of_inner, flat, sink.up, sink.down, factors.scale)
+        else:
+            sink.up.addmm_(gradient.t(), inner, alpha=factors.scale)
+            sink.down.addmm_(of_inner.t(), flat)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         if both is None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..families.base import DiffusionModel
+from ..families.kernels import MOST_RANK_BYTES
 from ..families.lean import LeanAttention
 from ..families.lean_blocks import lean_blocks
 from .canonical import LowRankPair
@@ -53,6 +54,7 @@ class DirectAdapter:
         self._self_joints: list[tuple[LeanAttention, JointLayers]] = []
         self._query_joints: list[tuple[LeanAttention, JointLayers]] = []
         self._text_hook: RemovableHandle | None = None
+        self._kernels = False
         self._joints: dict[tuple[Any, ...], JointLayers] = {}
         self._stacks: dict[DirectLayer, JointLayers] = {}  # single ones whose A lies below their weight
         self._copies: list[tuple[Tensor, Tensor]] = []  # of a parameter, which it is copied into
@@ -62,13 +64,17 @@ class DirectAdapter:
         ] = []  # for each part: gradients, where they were added
         self._elsewhere: list[Tensor] = []  # the buffers that the latter are views into
 
-    def put_in_place(self, attentions: Sequence[LeanAttention] = (), *, parts: int = 1) -> None:
+    def put_in_place(
+        self, attentions: Sequence[LeanAttention] = (), *, parts: int = 1, kernels: bool = False
+    ) -> None:
         """Take over all forward passes.
 
         Args:
             attentions: those whose projections may be computed together.
             parts: in how many parts a batch may be computed at once.
+            kernels: whether gradients are computed by a kernel of our own.
         """
+        self._kernels = kernels
         by_module = {layer.peft: layer for layer in self.layers}
         self._self_joints = [(a, self._kept(joint)) for a, joint in self_joints(attentions, by_module)]
         self._query_joints = [(a, self._kept(joint)) for a, joint in query_joints(attentions, by_module)]
@@ -139,7 +145,9 @@ class DirectAdapter:
             if stack is not None:
                 (down,), rows = stack.room_for_down(), stack.all_rows
                 self._copies.append((down, layer.down.data))
-            layer.factors = Factors(down, self._usable(layer), layer.scale, rows)
+            layer.factors = Factors(
+                down, self._usable(layer), layer.scale, rows, self._has_kernel(layer.down)
+            )
             layer.gradients = []
         for joint in joints:
             joint.factors, joint.gradients = self._stacked(joint), []
@@ -162,7 +170,10 @@ class DirectAdapter:
             self._copies += [(down[number], layer.down.data), (up[number], layer.up.data)]
         if first.scale != 1.0:
             self._scaled.append((up, first.scale))
-        return Factors(down, up, first.scale)
+        return Factors(down, up, first.scale, kernels=self._has_kernel(down.flatten(0, 1)))
+
+    def _has_kernel(self, down: Tensor) -> bool:
+        return self._kernels and down.ndim == 2 and len(down) * down.element_size() <= MOST_RANK_BYTES
 
     def _make_part(
         self, single: Sequence[DirectLayer], joints: Sequence[JointLayers], *, direct: bool

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..families.kernels import add_lora_gradients
 from ..families.lean import AHEAD, LeanAttention, Projections
 from ..families.lean_blocks import LeanBlock
 from .direct import Anchors, DirectLayer, Factors, Gradients
@@ -109,9 +110,13 @@ class SideBySide(torch.autograd.Function):
             of_inner = gradient.new_empty(len(flat), count * rank)  # (N, n rank)
         apart = gradient.unflatten(1, (count, -1)).transpose(0, 1)  # (n, N, out)
         torch.bmm(apart, factors.up, out=of_inner.unflatten(1, (count, rank)).transpose(0, 1))
-        inner = inner.unflatten(1, (count, rank)).transpose(0, 1)
-        ctx.sink.up.baddbmm_(apart.transpose(1, 2), inner, alpha=factors.scale)
-        ctx.sink.down.flatten(0, 1).addmm_(of_inner.t(), flat)
+        sink: Gradients = ctx.sink
+        if factors.kernels:
+            add_lora_gradients(gradient, inner, of_inner, flat, sink.up, sink.down, factors.scale)
+        else:
+            inner = inner.unflatten(1, (count, rank)).transpose(0, 1)
+            sink.up.baddbmm_(apart.transpose(1, 2), inner, alpha=factors.scale)
+            sink.down.flatten(0, 1).addmm_(of_inner.t(), flat)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         if both is None:

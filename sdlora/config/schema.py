@@ -245,7 +245,8 @@ class TrainingConfig(Section):
     card just before they are used, forward and backward: the largest ones. The numbers stay the same."""
     fast: Annotated[str, Field(pattern=r"^(auto|off|[a-z]+(, *[a-z]+)*)$")] = "auto"
     """Faster ways to compute a step, each used only if it agrees with the reference on the run's first batch:
-    all that are possible (`auto`), none (`off`), or some by name: `blocks`, `lora`, `joint`."""
+    all that are possible (`auto`), none (`off`), or some by name: `blocks`, `lora`, `joint`,
+    `kernels`."""
     checkpoint_every: Positive | None = None
     """Steps between resumable checkpoints."""
     keep_checkpoints: Positive = 2

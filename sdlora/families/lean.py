@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .lean_blocks import LeanBlock, is_plain_block
+from .kernels import geglu, image_norm, is_usual_norm
+from .lean_blocks import LeanBlock, is_plain_block, lean_blocks
+from .lean_tokens import LeanTokens
 from .recompute import Rungs, again, keeping, recomputed
 
 _TIMES = "_sdlora_times"
@@ -125,14 +128,21 @@ def _gated(both: Tensor) -> Tensor:
 
 
 class LeanGatedGelu:
-    """The forward pass of one of diffusers' ``GEGLU``, to be set on it as ``forward``."""
+    """The forward pass of one of diffusers' ``GEGLU``, to be set on it as ``forward``.
+
+    Attributes:
+        kernels: whether the gate is computed by one of our own (:mod:`.kernels`).
+    """
 
     def __init__(self, module: Any) -> None:
         self._projection = module.proj
+        self.kernels = False
 
     def __call__(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return what diffusers' own forward does; (..., C) to (..., C')."""
         both = again(Rungs.projections, self._projection(hidden_states), self._projection, hidden_states)
+        if self.kernels:
+            return again(Rungs.gates, geglu(both), geglu, both)
         gated: Tensor = _GatedGelu.apply(both, not recomputed(Rungs.gates))
         return again(Rungs.gates, gated, _gated, both)
 
@@ -142,6 +152,7 @@ class LeanResidual:
 
     Attributes:
         time_projection: gives what the block adds for a timestep (B, C'), if not its own layer.
+        kernels: whether norms and SiLU are computed together (:mod:`.kernels`).
         rung: how much is made again in the backward pass.
     """
 
@@ -151,6 +162,7 @@ class LeanResidual:
         self._convs, self._time = (block.conv1, block.conv2), block.time_emb_proj
         self._shortcut = block.conv_shortcut
         self.time_projection: Callable[[Tensor], Tensor] | None = None
+        self.kernels = False
         self.rung = Rungs.nothing
 
     @property
@@ -174,19 +186,37 @@ class LeanResidual:
             states = self._convs[0](self._activated(0, input_tensor))
             together = self.time_projection if self.time_projection and not temb.requires_grad else None
             times = together(temb) if together else self._time(self._act(temb))  # (B, C')
-            states = states + times[:, :, None, None]
-            again(Rungs.blocks, states, self._begun, input_tensor, times)
-            states = self._convs[1](self._activated(1, states))
+            if self._has_kernel(1) and not times.requires_grad:
+                again(Rungs.blocks, states, self._first, input_tensor)
+                states = self._convs[1](self._activated(1, states, times))
+            else:
+                states = states + times[:, :, None, None]
+                again(Rungs.blocks, states, self._begun, input_tensor, times)
+                states = self._convs[1](self._activated(1, states))
         if self._shortcut is not None:
             module: Any = self._module()
             input_tensor = self._shortcut(input_tensor.contiguous() if module.training else input_tensor)
         return input_tensor + states
 
-    def _begun(self, x: Tensor, times: Tensor) -> Tensor:
-        return self._convs[0](self._activated(0, x)) + times[:, :, None, None]
+    def _first(self, x: Tensor) -> Tensor:
+        states: Tensor = self._convs[0](self._activated(0, x))
+        return states
 
-    def _activated(self, number: int, x: Tensor) -> Tensor:
+    def _begun(self, x: Tensor, times: Tensor) -> Tensor:
+        return self._first(x) + times[:, :, None, None]
+
+    def _has_kernel(self, number: int) -> bool:
+        return self.kernels and type(self._act) is nn.SiLU and is_usual_norm(self._norms[number])
+
+    def _activated(self, number: int, x: Tensor, times: Tensor | None = None) -> Tensor:
+        """Return SiLU of a norm of x, which the kernel adds (B, C) to before."""
         norm = self._norms[number]
+        if self._has_kernel(number):
+
+            def make(x: Tensor) -> Tensor:
+                return image_norm(x, norm, shift=times, silu=True)
+
+            return again(Rungs.norms, make(x), make, x)
         normed = again(Rungs.norms, norm(x), norm, x)
         return again(Rungs.norms, self._act(normed), self._act, normed)
 
@@ -215,6 +245,21 @@ def make_lean(model: nn.Module) -> list[LeanAttention]:
         elif isinstance(module, BasicTransformerBlock) and is_plain_block(module):
             changed.forward = LeanBlock(module)
     return attentions
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Have the lean forward passes of a model compute norms, sums and gates by kernels of our own."""
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, LeanResidual | LeanGatedGelu | LeanBlock):
+            forward.kernels = True
+        if isinstance(module, Transformer2DModel) and LeanTokens.can_be(module):
+            LeanTokens(module).put_in_place()
+    for row in lean_blocks(model):
+        for (_, block), (_, then) in itertools.pairwise(row):
+            block.then = then
 
 
 def join_times(model: nn.Module) -> None:
@@ -261,6 +306,7 @@ def undo_lean(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), _LEAN):
             del module.forward
+        LeanTokens.take_out(module)
 
 
 def _is_plain_attention(module: Any) -> bool:

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .kernels import added_norm, is_usual_norm
 from .recompute import Kept, Rungs, keeping
+
+_PAST = "_sdlora_past"  # on what a block puts out: what is to be added to it yet
 
 
 class _Forked(torch.autograd.Function):
@@ -63,12 +66,16 @@ class LeanBlock:
     Attributes:
         rooms: how many numbers beside each row the gradient of the three norms' inputs leaves free, for
             whoever multiplies it next and can use that (:func:`with_room`).
+        kernels: whether sums and their norms are computed together (:mod:`.kernels`).
         rung: how much is made again in the backward pass.
+        then: the block that follows in a row of them, if it adds what this one leaves to it.
     """
 
     def __init__(self, block: Any) -> None:
         self._module = weakref.ref(block)  # it holds this object
         self.rooms = [0, 0, 0]
+        self.kernels = False
+        self.then: LeanBlock | None = None
         self.rung = Rungs.nothing
 
     @property
@@ -91,6 +98,9 @@ class LeanBlock:
         module: Any = self._module()
         options = cross_attention_kwargs or {}
         masked = attention_mask is not None or encoder_attention_mask is not None
+        past: Tensor | None = getattr(hidden_states, _PAST, None)
+        if past is not None and (masked or not self._takes):
+            hidden_states, past = hidden_states + past, None
         if masked or hidden_states.ndim != 3 or "gligen" in options:
             plain: Tensor = type(module).forward(
                 module,
@@ -112,12 +122,27 @@ class LeanBlock:
             )
             return again
         with keeping(self.rung) as kept:
+            if self._takes:
+                return self._computed_by_kernels(hidden_states, past, encoder_hidden_states, options, kept)
             return self._computed(hidden_states, encoder_hidden_states, options, kept)
+
+    @property
+    def _ours(self) -> bool:
+        """Whether this block computes its sums and norms by kernels of our own."""
+        module: Any = self._module()
+        return self.kernels and all(map(is_usual_norm, (module.norm1, module.norm2, module.norm3)))
+
+    @property
+    def _takes(self) -> bool:
+        """Whether this block adds what the one before left to it; not if its input is all that it keeps."""
+        return self.rung < Rungs.blocks and self._ours
 
     def _computed(
         self, x: Tensor, text: Tensor | None, options: dict[str, Any], kept: Kept | None = None
     ) -> Tensor:
         module: Any = self._module()
+        if self._ours:
+            return self._computed_by_kernels(x, None, text, options, kept)
         for number, (norm, attention) in enumerate(
             ((module.norm1, module.attn1), (module.norm2, module.attn2))
         ):
@@ -127,6 +152,61 @@ class LeanBlock:
         x, normed = self._forked(2, module.norm3, x, kept)
         output: Tensor = module.ff(normed) + x
         return output
+
+    def _computed_by_kernels(
+        self, x: Tensor, past: Tensor | None, text: Tensor | None, options: dict[str, Any], kept: Kept | None
+    ) -> Tensor:
+        """Do the same with ``past`` added to x; the last sum may be left to the next block."""
+        module: Any = self._module()
+        x, more = (x, None) if past is None else (past, x)
+        x, normed = self._added(0, module.norm1, x, more, None, kept)
+        for number, (attention, norm) in enumerate(
+            ((module.attn1, module.norm2), (module.attn2, module.norm3))
+        ):
+            given = {"encoder_hidden_states": text, **options} if number else options
+            attend, merged = getattr(attention.forward, "attend", None), None
+            if kept is None or kept.rung < Rungs.projections or attend is None:
+                put_out = attention(normed, **given)
+            else:
+                merged = attend(normed, **given)
+                put_out = attention.to_out[0](merged)
+            x, normed = self._added(number + 1, norm, x, put_out, (attention, merged), kept)
+        output: Tensor = module.ff(normed)
+        if self.then is None or self.rung >= Rungs.blocks or not self.then._takes:
+            return output + x
+        setattr(output, _PAST, x)
+        return output
+
+    def _added(
+        self,
+        number: int,
+        norm: nn.LayerNorm,
+        x: Tensor,
+        put_out: Tensor | None,
+        source: tuple[Any, Tensor | None] | None,
+        kept: Kept | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states x and what an attention put out (if any), added, and the norm of that.
+
+        Args:
+            number: of the norm in the block.
+            norm: that norm.
+            x: states (B, S, C).
+            put_out: as x.
+            source: the attention, and what went into its last projection if that is kept.
+            kept: what the block keeps.
+        """
+        total, normed = added_norm(x, put_out, norm, self.rooms[number])
+        if kept is None:
+            return total, normed
+        if source is not None:
+            attention, merged = source
+            if merged is not None:
+                last = attention.to_out[0]
+                kept.again(Rungs.projections, total, lambda parts, states: last(parts) + states, merged, x)
+            kept.only(total)
+        kept.again(Rungs.norms, normed, lambda states: added_norm(states, None, norm)[1], total)
+        return total, normed
 
     def _forked(self, number: int, norm: nn.LayerNorm, x: Tensor, kept: Kept | None) -> tuple[Tensor, Tensor]:
         forked: tuple[Tensor, Tensor] = _Forked.apply(x, norm.weight, norm.bias, norm.eps, self.rooms[number])

@@ -1,9 +1,9 @@
 """Ways to compute that only a measurement can choose between: a short trial on the run's own first batch.
 
-Layout of the images in memory, a batch whole or in parts of one core each, which attention: what is fastest
-depends on device, number format, sizes and versions. The trial takes at most 2 % of the run, so a short one
-computes the usual way; what it found is remembered for this machine, these versions and shapes. All ways
-compute the same but for rounding, and a resumed run keeps the way it has.
+Layout of the images in memory, a batch whole or in parts of one core each, which attention, whose kernels:
+what is fastest depends on device, number format, sizes and versions. The trial takes at most 2 % of the run,
+so a short one computes the usual way; what it found is remembered for this machine, these versions and
+shapes. All ways compute the same but for rounding, and a resumed run keeps the way it has.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def use(run: Run, choice: Choice) -> None:
     if choice.attention != model.attention.training.name:
         model.attention = replace(model.attention, training=Attention(choice.attention, "measured"))
     run.splitter = run.made_splitter if choice.split else None
-    run.fast.splitter = run.splitter
+    run.fast.splitter, run.fast.kernels = run.splitter, choice.kernels
     run.ready_to_train()
     run.fast.use(names)
     run.choice = choice
@@ -111,6 +111,8 @@ def _valid(run: Run, values: Any) -> Choice | None:
 def _others(run: Run, usual: Choice) -> list[Callable[[Choice], Choice]]:
     """Return changes to try one after the other, each on top of the best so far."""
     changes: list[Callable[[Choice], Choice]] = []
+    if "kernels" in run.fast.names:
+        changes.append(lambda best: replace(best, kernels=not best.kernels))
     if run.made_splitter is not None:
         changes.append(lambda best: replace(best, split=not best.split))
     flipped: dict[Layout, Layout] = {"channels-last": "channels-first", "channels-first": "channels-last"}

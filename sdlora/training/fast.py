@@ -19,8 +19,9 @@ from ..adapters.direct_adapter import DirectAdapter
 from ..config.schema import Config
 from ..errors import ConfigError
 from ..families.base import DiffusionModel
+from ..families.kernels import can_launch, can_multiply
 from ..families.layout import Layout
-from ..families.lean import LeanAttention, join_times, make_lean, undo_lean
+from ..families.lean import LeanAttention, join_times, make_lean, undo_lean, use_kernels
 from ..families.offload import is_offloaded
 from ..families.parallel import SplitPredictor
 from ..families.recompute import Rungs
@@ -36,22 +37,25 @@ class Choice:
         layout: of the denoiser's convolutions.
         split: whether a batch goes through it in parts of one core each.
         attention: name of the way that attention is computed.
+        kernels: whether the fast path of that name is used where it has proven itself.
     """
 
     layout: Layout
     split: bool
     attention: Literal["sdpa", "xformers", "classic"]
+    kernels: bool = True
 
     def render(self) -> str:
         """Return it for people."""
-        return (
-            f"{self.layout}, {'batch in parts' if self.split else 'batch whole'}, {self.attention} attention"
-        )
+        split = "batch in parts" if self.split else "batch whole"
+        plain = "" if self.kernels else ", torch's norms and gates"
+        return f"{self.layout}, {split}, {self.attention} attention{plain}"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Take back what :func:`dataclasses.asdict` gave."""
-        return cls(values["layout"], bool(values["split"]), values["attention"])
+        known = values["layout"], bool(values["split"]), values["attention"]
+        return cls(*known, bool(values.get("kernels", True)))  # there were none in earlier versions
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class FastStep:
     Attributes:
         recompute: what is made again in the backward pass; without the path of that name, whole blocks are,
             as diffusers does that.
+        kernels: whether the path of that name is used, or waits because a measured choice is against it.
         names: those in use, in the order of :data:`FAST_PATHS`; set by :meth:`use`.
     """
 
@@ -85,6 +90,7 @@ class FastStep:
     trainable: TrainableAdapter
     splitter: SplitPredictor | None
     recompute: Recompute = field(default_factory=Recompute)
+    kernels: bool = True
     names: tuple[str, ...] = ()
     _attentions: Sequence[LeanAttention] = ()
     _direct: DirectAdapter | None = None
@@ -120,6 +126,9 @@ class FastStep:
             return
         denoiser = self.model.components()[self.model.info.denoiser.component]
         self._attentions = make_lean(denoiser) if "blocks" in self.names else ()
+        kernels = "kernels" in self.names and self.kernels
+        if kernels:
+            use_kernels(denoiser)
         if "recompute" in self.names:
             self.recompute.put_in_place(denoiser)
             self._checkpointing(False)
@@ -131,7 +140,9 @@ class FastStep:
             parts = self.splitter.most_parts if self.splitter else 1
             if "joint" in self.names:
                 join_times(denoiser)
-            self._direct.put_in_place(self._attentions if "joint" in self.names else (), parts=parts)
+            attentions = self._attentions if "joint" in self.names else ()
+            multiply = kernels and can_multiply(self.model.facts.device)
+            self._direct.put_in_place(attentions, parts=parts, kernels=multiply)
             if self.splitter:
                 self.splitter.computing = self._direct.anchors.computing
         self._in_place = True
@@ -224,6 +235,11 @@ FAST_PATHS: Mapping[str, FastPath] = {
         _can_recompute,
         ("blocks",),
         follows=True,
+    ),
+    "kernels": FastPath(
+        "norms, sums, gates and the gradients of LoRA by kernels in Triton (a card, and Triton installed)",
+        lambda step: can_launch(step.model.facts.device, step.model.facts.dtype),
+        ("blocks",),
     ),
 }
 """By name, in the order in which they build upon each other. A new one is an entry here and its part in

@@ -79,7 +79,7 @@ def prove(run: Run, names: Sequence[str], visits: tuple[Visit, ...]) -> float:
             if tried:
                 try:
                     candidate = run_pass(run, visits)
-                except RuntimeError as error:
+                except Exception as error:  # compilers have classes of their own
                     if is_out_of_memory(error):
                         raise
                     distance = Distance(math.inf, math.inf, f"{type(error).__name__}: {error}", fine=False)

@@ -15,6 +15,8 @@ from sdlora.config.schema import Config
 from sdlora.data.reading.items import Visit
 from sdlora.events import Emitter, Event, Notice
 from sdlora.families.layout import Layout
+from sdlora.families.lean import LeanResidual
+from sdlora.families.lean_blocks import LeanBlock
 from sdlora.training.choices import SHARE, remembered_choice, try_choices, use, usual_choice
 from sdlora.training.cost import measure_cost
 from sdlora.training.fast import Choice
@@ -57,7 +59,9 @@ def way_of(run: Run) -> Choice:
     processors = {type(m.processor).__name__ for m in model.denoiser.modules() if hasattr(m, "processor")}
     layout: Layout = "channels-last" if last == {True} else "channels-first"
     fused = processors == {"AttnProcessor2_0"}
-    return Choice(layout, run.splitter is not None, "sdpa" if fused else "classic")
+    forwards = [module.__dict__.get("forward") for module in model.denoiser.modules()]
+    ours = {forward.kernels for forward in forwards if isinstance(forward, LeanBlock | LeanResidual)}
+    return Choice(layout, run.splitter is not None, "sdpa" if fused else "classic", ours != {False})
 
 
 class Clock:
@@ -115,6 +119,22 @@ def test_the_fastest_way_is_used_told_and_remembered_by_the_next_run(
     assert remembered_choice(again) == best
     measure_cost(again)
     assert again.choice == best == way_of(again) and len(clock.ways) == 5
+
+
+def test_kernels_of_our_own_are_used_where_they_are_faster(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(settings("run", "training.steps=400"))
+    run.fast.use(("blocks", "kernels"))
+    for faster in (True, False):
+        Clock(monkeypatch, lambda way, faster=faster: 1.0 - 0.2 * (way.kernels == faster))
+        chosen = try_choices(run, first_visits(run))
+        assert chosen is not None and chosen.kernels == faster == way_of(run).kernels
+        assert run.fast.names == ("blocks", "kernels")  # proven, whether used or not
+        assert ("torch's norms and gates" in chosen.render()) == (not faster)
+        run.choice = None
+    values = {"layout": "channels-last", "split": False, "attention": "sdpa"}
+    assert Choice.of(values).kernels, "choices of earlier versions name none"
 
 
 def test_a_difference_that_may_be_chance_changes_nothing(

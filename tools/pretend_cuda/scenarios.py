@@ -165,14 +165,21 @@ SCENARIOS: dict[str, Scenario] = {
     "offload-merge": Scenario(offloaded_and_merged, "merge with --offload"),
     "command-line": Scenario(command_line, "sdlora train, sdlora generate"),
     "ui-worker": Scenario(ui_worker, "the UI's worker: a plan, a strip of strengths"),
-    "step-sd1": Scenario(one_step("sd1", "data.resolution=512", side=512), "SD1.5, 512 px: one step counted"),
-    "step-sdxl": Scenario(
-        one_step("sdxl", "data.resolution=1024", side=1024), "SDXL, 1024 px: one step counted"
-    ),
-    "step-sdxl-linear": Scenario(
-        one_step("sdxl", "data.resolution=1024", "adapter.targets=linear", side=1024),
-        "SDXL, 1024 px, all linear layers: one step counted",
-    ),
+    **{
+        f"step-{name}{ending}": Scenario(
+            one_step(name.partition("-")[0], f"data.resolution={side}", *targets, *fast, side=side),
+            f"{title}: one step counted{what}",
+        )
+        for name, title, side, targets in (
+            ("sd1", "SD1.5, 512 px", 512, ()),
+            ("sdxl", "SDXL, 1024 px", 1024, ()),
+            ("sdxl-linear", "SDXL, 1024 px, all linear layers", 1024, ("adapter.targets=linear",)),
+        )
+        for ending, what, fast in (
+            ("", ", with the kernels in Triton if that is installed", ()),
+            ("-torch", ", by torch alone", ("training.fast=blocks,lora,joint",)),
+        )
+    },
     "sd1": Scenario(true_base("sd1", "data.resolution=512", side=512), "a step of the true SD1.5, 512 px"),
     "sd2": Scenario(true_base("sd2", "data.resolution=768", side=768), "a step of the true SD2.1, 768 px"),
     "sdxl": Scenario(
