@@ -247,6 +247,13 @@ def move(module: nn.Module, device: torch.device) -> None:
         kept = (part.__dict__["_parameters"], part.__dict__["_buffers"])
         if not any(isinstance(tensors, _Looking) for tensors in kept):
             part._apply(lambda tensor: tensor.to(device), recurse=False)
+            continue
+        for tensors in kept:  # what is left in an offloaded layer, such as its bias
+            for name, tensor in list(tensors.items()):
+                if tensor is not None and name not in getattr(tensors, "there", ()):
+                    moved = tensor.to(device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
 
 
 def is_offloaded(module: nn.Module) -> bool:

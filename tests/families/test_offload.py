@@ -15,6 +15,7 @@ from sdlora.families.offload import (
     OffloadedBlocks,
     blocks_to_offload,
     is_offloaded,
+    move,
     offloadable_blocks,
     offloaded_bytes,
 )
@@ -156,3 +157,15 @@ def test_the_largest_blocks_are_offloaded(denoiser: Any) -> None:
     assert len(chosen) == 4
     assert all(offloaded_bytes(block) <= least for block in blocks if block not in chosen)
     assert [blocks.index(block) for block in chosen] == sorted(blocks.index(block) for block in chosen)
+
+
+def test_what_is_left_in_an_offloaded_layer_moves_with_its_module() -> None:
+    """Else a card would be asked to add a bias that lies in main memory."""
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    block = nn.Sequential(layer)
+    OffloadedBlocks([block], torch.device("cpu"))
+    weight = dict(layer.named_parameters())["weight"]
+    move(block, torch.device("meta"))
+    there = dict(layer.named_parameters())
+    assert there["bias"].is_meta and not there["bias"].requires_grad
+    assert there["weight"] is weight and not weight.is_meta
