@@ -13,7 +13,7 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 SCALE = float(os.environ.get("SDLORA_TEST_PATIENCE", "1"))
-PATIENCE = 120.0 * SCALE  # seconds
+PATIENCE = 240.0 * SCALE  # seconds
 _EVERY = 0.05  # seconds between two looks
 
 

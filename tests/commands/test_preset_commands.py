@@ -53,6 +53,7 @@ def test_mistakes_are_one_line(words: list[str], complaint: str, capsys: pytest.
     assert complaint in told.err and told.err.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_run_takes_and_notes_its_presets(tiny_base: Path, image_folder: Callable[..., Path]) -> None:
     line = f"train {image_folder(3)} --preset style --preset small-file --base {tiny_base} --name x"
     settings = ["training.steps=1", "adapter.targets=attention", "judge.every=0", "sample.prompts=[]"]

@@ -335,6 +335,7 @@ def test_a_reader_that_sees_other_numbers_stops_the_export(
         assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_private_export_tells_nothing_of_the_images(weights: AdapterWeights, tmp_path: Path) -> None:
     from PIL.PngImagePlugin import PngInfo
 

@@ -355,6 +355,7 @@ def test_a_converted_adapter_is_an_ordinary_kohya_file(tmp_path: Path) -> None:
         torch.testing.assert_close(delta, update.delta(weight_of(SD1, key)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_inspect_and_export_name_the_kinds_and_who_computes_them(tmp_path: Path) -> None:
     source = tmp_path / "mixture.safetensors"
     weights = mixture(SD1)

@@ -47,6 +47,7 @@ def pixels(file: Path) -> Any:
     return numpy.asarray(Image.open(file)).astype(int)
 
 
+@pytest.mark.long
 def test_a_grid_holds_the_images_that_are_drawn_alone(
     tiny_base: Path, run: RunFolder, tmp_path: Path
 ) -> None:

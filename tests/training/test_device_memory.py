@@ -94,6 +94,7 @@ def test_captions_are_encoded_before_images(settings: Settings, monkeypatch: pyt
         assert "encode_text" not in called[first:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fast", "base_format"), [("off", "full"), ("blocks, lora", "full"), ("blocks, lora", "nf4")]
 )

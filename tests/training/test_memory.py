@@ -108,6 +108,7 @@ def test_the_planned_peak_is_within_15_percent_of_what_torch_allocates(case: str
     assert plan.activations == pytest.approx(true, rel=0.15)
 
 
+@pytest.mark.long
 def test_weights_and_adapter_are_counted_exactly() -> None:
     config = settings("data.resolution=64")
     plan = planned("mini", config)
@@ -127,6 +128,7 @@ def test_weights_and_adapter_are_counted_exactly() -> None:
     assert summing.adapter == plan.adapter + 4 * sum(sizes.values())
 
 
+@pytest.mark.long
 def test_a_quantised_base_is_counted_exactly_and_no_layers_are_joined_over_it() -> None:
     config = settings("data.resolution=64", "training.base_format=nf4")
     plan = planned("mini", config)

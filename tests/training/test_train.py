@@ -357,6 +357,7 @@ def test_every_image_is_visited_exactly_repeats_times_an_epoch(settings: Callabl
         assert Counter(visit.index for visit in visits) == dict.fromkeys(range(6), 3)
 
 
+@pytest.mark.long
 def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -599,6 +600,7 @@ def test_run_folder_holds_what_the_documentation_promises(settings: Callable[...
     assert load_config(result.folder / "config.toml").training.steps == 4
 
 
+@pytest.mark.long
 def test_validation_repeats_exactly(settings: Callable[..., Config]) -> None:
     """Noise and times are fixed by the image, so equal weights give an equal loss at any step."""
     losses = []

@@ -353,6 +353,7 @@ def test_regularisation_images_hold_the_adapter_to_the_base_where_asked_for(
     assert losses[0.5][1] < 1e-10 < 1e-3 < losses[0.0][1]  # rounding: the base sees that image alone
 
 
+@pytest.mark.long
 def test_without_such_images_the_empty_caption_holds_it(settings: Callable[..., Config]) -> None:
     drifts, first = {}, {}
     for prior in (0.0, 30.0):

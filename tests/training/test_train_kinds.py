@@ -256,6 +256,7 @@ def test_pissa_takes_the_largest_singular_values_and_leaves_the_base_alone(setti
     assert max(float(pair.delta().abs().max()) for pair in masters.pairs.values()) < 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind", ["loha", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lora", "dora", "lokr"))]
 )
@@ -360,6 +361,7 @@ def test_a_tucker_locon_goes_on_as_the_plain_lora_it_is(settings: Settings, tmp_
     torch.testing.assert_close(actual.delta(), update.delta(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_defaults_follow_the_kind(settings: Settings) -> None:
     loha = prepared(settings("loha", "adapter.kind=loha", "adapter.rank=2")).config
     assert (loha.adapter.alpha, loha.optimizer.learning_rate) == (1.0, 1e-4)
