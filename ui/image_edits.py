@@ -34,6 +34,8 @@ MASKS = ".masks"
 MOST_IMAGES = 10_000
 """Images of one request."""
 MAX_MASK_SIDE = 4096
+MOST_BYTES = 2**30
+"""Of images turned by one request: all are in memory before the first is written."""
 Point = tuple[float, float]
 
 
@@ -118,6 +120,8 @@ class ImageEdits:
             written: dict[str, bytes] = {}
             anew = []
             images = self._images(folder, names)
+            if sum(image.stat().st_size for image in images) > MOST_BYTES:
+                raise DatasetError(f"{_count(images)}: more than 1 GiB; turn fewer at once")
             for image in images:
                 name = _name(folder, image)
                 written[name], lossless = turned(_bytes(image), name, quarters)

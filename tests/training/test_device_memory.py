@@ -122,6 +122,7 @@ def test_a_run_with_offloaded_blocks_has_the_same_bits(
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["whole", "banded"])
 def test_a_run_works_in_bands_if_it_is_to(
     way: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +142,7 @@ def test_a_run_works_in_bands_if_it_is_to(
     assert set(used) == ({"encode", "decode"} if way == "banded" else set())
 
 
+@pytest.mark.long
 def test_out_of_memory_in_previews_and_validation_is_a_notice(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

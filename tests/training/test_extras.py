@@ -326,6 +326,7 @@ def test_stopping_without_room_for_a_checkpoint_is_an_error_that_says_where_the_
         train(settings("run"), listeners=[Watcher(3, control.stop)], control=control)
 
 
+@pytest.mark.long
 def test_advice_after_a_loss_that_is_no_number_can_be_followed(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def assert_same(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
     assert [name for name in first if not torch.equal(first[name], other[name])] == []
 
 
+@pytest.mark.long
 def test_training_is_the_same_with_judging_and_its_best_is_shown_and_used(settings: Settings) -> None:
     plain, judged = settings("plain", "judge.every=0"), settings("judged")
     assert not any(isinstance(event, Judged) for event in trained(plain))

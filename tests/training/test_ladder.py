@@ -187,6 +187,7 @@ def settings(tiny_base: Path, image_folder: Callable[..., Path], tmp_path: Path)
     return make
 
 
+@pytest.mark.long
 def test_a_run_tells_its_rungs_and_keeps_them_when_it_goes_on(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_run_tells_its_rungs_and_keeps_them_when_it_goes_on(
     assert [event.step for event in longer if isinstance(event, StepDone)] == [4]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_lack_of_memory_goes_one_rung_up_and_makes_the_step_again(
     at: int, settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch

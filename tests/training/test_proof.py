@@ -71,6 +71,7 @@ def decided(events: list[Event]) -> list[tuple[str, str]]:
     return [(e.value, e.reason) for e in events if isinstance(e, Decided) and e.key == "training.fast"]
 
 
+@pytest.mark.long
 def test_all_paths_are_used_and_said_and_a_run_is_the_same_but_for_rounding(trained: Start) -> None:
     reference, silent = trained("off", "training.fast=off")
     fast, events = trained("auto")

@@ -160,6 +160,7 @@ def test_an_average_is_validated_previewed_kept_and_exported(
     assert not any(torch.equal(tensor, kept[0]) for tensor in learned)
 
 
+@pytest.mark.long
 def test_an_average_is_of_the_steps_and_resumes_exactly(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

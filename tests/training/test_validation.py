@@ -88,6 +88,7 @@ def test_the_base_stays_what_it_was_and_the_best_step_is_compared_with(settings:
         assert event.loss != start.loss and len(event.bands) == 2
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_compares_with_what_it_measured_before(settings: Settings) -> None:
     whole = validated(settings("whole"))
     first = validated(settings("halves"), stop_at=18)

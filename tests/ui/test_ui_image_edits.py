@@ -109,6 +109,17 @@ def test_nothing_is_written_over_when_an_image_is_taken_back(
     assert (folder / EXCLUDED / "thing00.png").is_file()
 
 
+def test_no_more_is_turned_at_once_than_memory_should_hold(
+    edits: ImageEdits, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = image_folder(2)
+    monkeypatch.setattr("sdlora_ui.image_edits.MOST_BYTES", 100)
+    before = held(folder)
+    with pytest.raises(DatasetError, match="2 images: more than 1 GiB; turn fewer at once"):
+        edits.turn(folder, ["thing00.png", "thing01.png"], 1)
+    assert held(folder) == before
+
+
 def test_a_turn_takes_mask_and_focus_along(edits: ImageEdits, image_folder: Callable[..., Path]) -> None:
     folder = image_folder(2)  # thing01 has 64 x 32 px
     edits.set_focus(folder, "thing01.png", [0.25, 0.0])
