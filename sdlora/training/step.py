@@ -21,7 +21,7 @@ from ..run_folder import list_checkpoints
 from .inputs import Ready
 from .masters import clip_, shorten_
 from .objective import loss_of
-from .relief import can_be_relieved, relieve
+from .relief import remedy_of
 from .reports import MicroReport, OpenStep, StepReport, total_of
 from .schedules import schedule_factor
 from .shown_weights import publish
@@ -67,8 +67,8 @@ def launch_step(run: Run) -> OpenStep:
 def _gathered(run: Run, step: OpenStep) -> tuple[list[list[tuple[float, int]]], Tensor | None]:
     """Add up the gradients of a step's micro-batches in the masters.
 
-    Where the device lacks memory, nothing was applied yet: the same micro-batches are computed again, one
-    rung up (:mod:`.relief`).
+    Where the device lacks memory, or our kernels fail, nothing was applied yet: the same micro-batches are
+    computed again, in another way (:mod:`.relief`).
 
     Returns:
         (sum, number) of the finite losses by round and process, and the rates, if they came with a batch.
@@ -78,11 +78,12 @@ def _gathered(run: Run, step: OpenStep) -> tuple[list[list[tuple[float, int]]], 
         try:
             return _rounds(run, step)
         except Exception as error:
-            if not can_be_relieved(run, error):
+            remedy = remedy_of(run, error)
+            if remedy is None:
                 raise
         # the error is gone by now, and with it the tensors that its frames held
         step.micro, step.images, run.overflowed = [], 0, overflowed
-        relieve(run)
+        remedy()
 
 
 def _rounds(run: Run, step: OpenStep) -> tuple[list[list[tuple[float, int]]], Tensor | None]:
