@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from html import escape
 from pathlib import Path
+
+from sdlora.files import parse_json
 
 _WEB = Path(__file__).parent / "web"
 
@@ -40,4 +41,4 @@ def _deciding() -> str:
 @cache
 def _tables() -> dict[str, dict[str, str]]:
     files = sorted(_WEB.glob("*-*.json"))
-    return {file.stem: json.loads(file.read_text(encoding="utf-8"))["page"] for file in files}
+    return {file.stem: parse_json(file.read_text(encoding="utf-8"))["page"] for file in files}

@@ -20,7 +20,7 @@ from ..families.loading import family_blueprint, load_model
 from ..families.table import FAMILIES
 from ..number_formats import dtype_of
 from ..run_folder import RunFolder
-from .ladder import RUNG_KEYS, budget_of, decide, offload_room
+from .ladder import APART, RUNG_KEYS, budget_of, decide, offload_room
 from .memory import MemoryPlan, free_memory, plan_memory
 from .memory_phases import WHOLE_SIDE
 from .processes import Processes
@@ -114,8 +114,12 @@ def _is_open(config: Config, key: str) -> bool:
 
 
 def kept_rungs(folder: RunFolder) -> dict[str, Any] | None:
-    """Return what the run in a folder was decided to save memory with; None if there is none."""
+    """Return what the run in a folder was decided to save memory with; None if there is none.
+
+    Other fast paths than the ladder's are those that the checkpoint names.
+    """
     if not folder.config_file.is_file():
         return None
     config = load_config(folder.config_file)
-    return {key: config.get(key) for key in RUNG_KEYS}
+    held = {key: config.get(key) for key in RUNG_KEYS}
+    return {key: value for key, value in held.items() if key != "training.fast" or value == APART}

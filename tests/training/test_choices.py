@@ -61,7 +61,8 @@ def way_of(run: Run) -> Choice:
     fused = processors == {"AttnProcessor2_0"}
     forwards = [module.__dict__.get("forward") for module in model.denoiser.modules()]
     ours = {forward.kernels for forward in forwards if isinstance(forward, LeanBlock | LeanResidual)}
-    return Choice(layout, run.splitter is not None, "sdpa" if fused else "classic", ours != {False})
+    kernels = "kernels" not in run.fast.names or ours != {False}
+    return Choice(layout, run.splitter is not None, "sdpa" if fused else "classic", kernels)
 
 
 class Clock:
