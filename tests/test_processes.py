@@ -33,6 +33,7 @@ def test_that_starts_processes():
 '''
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("workers", "which", "number"),
     [

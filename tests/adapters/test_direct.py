@@ -107,6 +107,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_all_gradients_are_pefts_in_fp64(case: str, joint: bool, narrow_sdxl: Path, tiny_base: Path) -> None:

@@ -85,6 +85,7 @@ def test_check_exits_1_when_training_would_be_harmed(run: Any, image_folder: Mak
     assert "cut.png" in output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prompts", ["[]", '["a cat"]'])
 def test_train_names_its_previews_only_where_it_drew_some(
     run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path, prompts: str
@@ -130,6 +131,7 @@ def test_train_generate_export_inspect_end_to_end(
     assert json.loads(output.splitlines()[-1])["family"] == "sd1"
 
 
+@pytest.mark.long
 def test_resume_needs_only_the_run_folder(
     run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path
 ) -> None:
@@ -180,6 +182,7 @@ def bad_folders(folder: Path, tmp_path: Path) -> dict[str, tuple[Path, str]]:
     return cases
 
 
+@pytest.mark.long
 def test_bad_folders_get_one_clear_error_and_leave_nothing(
     run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path
 ) -> None:
@@ -278,6 +281,7 @@ def test_full_disk_at_a_checkpoint_is_told_and_leaves_no_half_file(
     assert "lora.safetensors" in files_below(out)
 
 
+@pytest.mark.long
 def test_output_that_exists_is_left_as_it_is(
     run: Any, tiny_base: Path, image_folder: Make, tmp_path: Path
 ) -> None:

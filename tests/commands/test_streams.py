@@ -33,6 +33,7 @@ def shell(line: str, folder: Path, **more: str) -> tuple[int, str]:
     return done.returncode, done.stderr.decode("utf-8", "replace")
 
 
+@pytest.mark.long
 @posix_only
 def test_a_command_ends_its_work_whoever_reads_its_answer(image_folder: Make, tmp_path: Path) -> None:
     folder = image_folder(count=2)

@@ -375,6 +375,7 @@ def test_a_preview_that_is_there_under_another_name_stays_the_only_one(source: P
     assert [file.name for file in report.files] == ["ink.safetensors", "ink.json"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("format", written_formats())
 @pytest.mark.parametrize("family", [SD1, SD2, SDXL], ids=lambda family: family.name)

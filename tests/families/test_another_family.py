@@ -298,6 +298,7 @@ def test_latents_are_shifted_as_diffusers_shifts_them(model: LatentModel) -> Non
     assert (model.facts.native_resolution, model.facts.size_multiple) == (32, 8)
 
 
+@pytest.mark.long
 def test_it_trains_resumes_exactly_and_its_file_is_read_by_diffusers(make: Callable[..., Config]) -> None:
     whole = train(make("whole"))
     control = Control()

@@ -98,6 +98,7 @@ def test_only_adapters_get_gradients_and_all_of_them_do(model: UNetModel) -> Non
     assert silent == (unread if model.info.name == "sdxl" else [])
 
 
+@pytest.mark.long
 def test_the_loss_is_finite_at_every_timestep(model: UNetModel) -> None:
     _, _, text, sizes = inputs(model, 1)
     shape = model.facts.latents.shape(model.facts.size_multiple, model.facts.size_multiple)
@@ -152,6 +153,7 @@ def test_long_captions_are_chunks_and_stack_with_short_ones(model: UNetModel) ->
     assert stack_conditioning([long_one, other])["states"].shape[:2] == (2, 154)
 
 
+@pytest.mark.long
 def test_offloading_decodes_large_images_in_bands(bases: Bases) -> None:
     model = load_model(str(bases["sdxl"][0]), dtype=torch.float32, device=CPU, offload=True)
     sides: list[int] = []

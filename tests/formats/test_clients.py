@@ -269,6 +269,7 @@ def test_kohya_keys_with_peft_suffixes_no_alpha_and_original_sd1_names_are_read(
     assert pairs_read[ModuleKey("unet", "up_blocks.0.upsamplers.0.conv")].scale == 0.25
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", [SD1, SDXL], ids=lambda family: family.name)
 @pytest.mark.parametrize("format", ["webui", "diffusers"])
 def test_diffusers_own_conversion_agrees_without_a_model(

@@ -220,6 +220,7 @@ def test_dora_goes_to_peft_and_back(component: str, tmp_path: Path) -> None:
     assert checked == len(weights.updates_of(component)) > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_what_is_trained_as_loha_or_lokr_goes_to_peft_and_back(kind: str, tmp_path: Path) -> None:
     import copy

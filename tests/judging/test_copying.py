@@ -55,6 +55,7 @@ LARGE_CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CHANGES)
 def test_copies_are_noticed_also_changed_ones(name: str) -> None:
     copies = copying([CHANGES[name](image) for image in TRAINING], TRAINING, TRUE)

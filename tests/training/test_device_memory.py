@@ -179,6 +179,7 @@ def test_out_of_memory_in_previews_and_validation_is_a_notice(
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_validation_predicts_no_more_at_once_than_a_step(
     batch_size: int, settings: Settings, monkeypatch: pytest.MonkeyPatch

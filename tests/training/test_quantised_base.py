@@ -88,6 +88,7 @@ def quantisation(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.long
 def test_a_run_says_its_format_resumes_exactly_in_it_and_in_no_other(
     quantisation: str, settings: Settings
 ) -> None:

@@ -141,6 +141,7 @@ def show(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
     monkeypatch.setattr(run_module, "weights_to_show", average)
 
 
+@pytest.mark.long
 def test_an_average_is_validated_previewed_kept_and_exported(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

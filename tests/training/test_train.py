@@ -384,6 +384,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_lone_image_in_a_short_step_weighs_as_much_as_any_other(
     settings: Callable[..., Config], image_folder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -563,6 +564,7 @@ def test_the_old_switch_for_recomputed_blocks_gives_the_same_step(settings: Call
         torch.testing.assert_close(pair.up, results[1][1].pairs[key].up, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_run_folder_holds_what_the_documentation_promises(settings: Callable[..., Config]) -> None:
     config = settings(
         "run",

@@ -159,6 +159,7 @@ def check_kind(variant: str, weights: AdapterWeights) -> None:
         assert {pair.scale for pair in weights.pairs.values()} == {1.0}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["loha", "lokr"])
 def test_lycoris_kinds_start_at_the_base_and_every_layer_learns(variant: str, settings: Settings) -> None:
     config = settings("run", *VARIANTS[variant])
@@ -173,6 +174,7 @@ def test_lycoris_kinds_start_at_the_base_and_every_layer_learns(variant: str, se
         assert float(update.delta().abs().max()) > 0 == float(before.updates[key].delta().abs().max()), key
 
 
+@pytest.mark.long
 def test_dora_in_bf16_starts_at_the_base_and_keeps_its_magnitudes_in_fp32(settings: Settings) -> None:
     config = settings("run", "adapter.kind=dora", "adapter.targets=all", "training.precision=bf16")
     base = base_of(config, torch.bfloat16)

@@ -31,6 +31,7 @@ CHROMIUM = next(
 CHROMEDRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.long,
     pytest.mark.timeout(1800),  # the longest takes 432 s at a load of 15 on two cores
     pytest.mark.skipif(
         CHROMIUM is None or CHROMEDRIVER is None,
@@ -212,7 +213,6 @@ def open_folder(page: Page, name: str) -> None:
     page.one(".sd-card")
 
 
-@pytest.mark.long  # the whole way: minutes
 def test_from_the_demo_to_an_exported_adapter(page: Page, wait: Callable[..., Any]) -> None:
     page.open()
     page.click("#demo")
@@ -464,7 +464,6 @@ def test_captions_are_replaced_in_all_images_and_get_the_trigger_word(
     wait(lambda: page.one(shown).get_attribute("value") == "inkicon, a drawing of a dog")
 
 
-@pytest.mark.long
 def test_a_folder_is_captioned_by_a_model_and_put_back(page: Page, wait: Callable[..., Any]) -> None:
     pytest.importorskip("onnxruntime")
     from data.captioning.tiny_captioners import write_tagger
@@ -491,7 +490,6 @@ def test_a_folder_is_captioned_by_a_model_and_put_back(page: Page, wait: Callabl
     wait(lambda: list((images / "bare").glob("*.txt")) == [])
 
 
-@pytest.mark.long
 def test_two_tabs_agree_about_a_caption(page: Page, wait: Callable[..., Any]) -> None:
     driver, shown = page.driver, "textarea[data-name='cheese.png']"
     page.open()
@@ -510,7 +508,6 @@ def test_two_tabs_agree_about_a_caption(page: Page, wait: Callable[..., Any]) ->
         driver.switch_to.window(first)
 
 
-@pytest.mark.long
 def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., Any]) -> None:
     home = page.server.home
     mark = new_mark()
@@ -545,7 +542,6 @@ def test_a_crash_of_the_browser_loses_nothing(page: Page, wait: Callable[..., An
         driver.switch_to.window(first)
 
 
-@pytest.mark.long
 def test_a_grid_and_a_list_of_prompts_are_drawn(page: Page, wait: Callable[..., Any]) -> None:
     page.open()
     page.tab(2)
@@ -566,7 +562,6 @@ def test_a_grid_and_a_list_of_prompts_are_drawn(page: Page, wait: Callable[..., 
     wait(lambda: len(page.all("#extra .sd-grid img")) == 2 and "a bird" in page.one("#extra").text)
 
 
-@pytest.mark.long
 def test_a_preset_and_a_text_fill_the_form_and_say_what_changed(page: Page, wait: Callable[..., Any]) -> None:
     page.open()
     page.tab(1)
@@ -588,7 +583,6 @@ def test_a_preset_and_a_text_fill_the_form_and_say_what_changed(page: Page, wait
     assert "gradient_accumulation" not in (page.one(area).get_attribute("value") or "")
 
 
-@pytest.mark.long
 def test_a_plan_that_had_to_wait_does_not_take_a_newer_draft_back(
     page: Page, wait: Callable[..., Any]
 ) -> None:
@@ -715,7 +709,6 @@ TRIGGER = "#dataset-trigger input, #dataset-trigger textarea"
 WORD = "#train-trigger input, #train-trigger textarea"
 
 
-@pytest.mark.long
 def test_photos_without_captions_are_trained_with_a_trigger_word(
     page: Page, wait: Callable[..., Any]
 ) -> None:
@@ -749,7 +742,6 @@ def test_photos_without_captions_are_trained_with_a_trigger_word(
     assert (job["status"], job["error"]) == ("finished", "")
 
 
-@pytest.mark.long
 def test_a_folder_after_the_demo_starts_automatic_and_settings_go_back_to_it(
     page: Page, wait: Callable[..., Any]
 ) -> None:
@@ -785,7 +777,6 @@ def test_a_folder_after_the_demo_starts_automatic_and_settings_go_back_to_it(
     assert page.one("#train-folder input, #train-folder textarea").get_attribute("value").endswith("plain")
 
 
-@pytest.mark.long
 def test_each_tab_keeps_its_form_over_a_reload_and_plans_what_it_holds(
     page: Page, wait: Callable[..., Any]
 ) -> None:
@@ -953,7 +944,6 @@ def test_captions_outside_are_not_written(page: Page) -> None:
     assert not (outside / "bee.txt").exists()
 
 
-@pytest.mark.long
 def test_the_queue_survives_a_killed_server(
     driver: Any, tmp_path: Path, wait: Callable[..., Any], request: pytest.FixtureRequest
 ) -> None:
@@ -1001,7 +991,6 @@ def test_the_queue_survives_a_killed_server(
     page.one(".sd-job.running")
 
 
-@pytest.mark.long
 def test_images_of_a_data_set_are_curated_with_the_keyboard(page: Page, wait: Callable[..., Any]) -> None:
     folder = page.server.home / "training-images" / "bench"
     shutil.copytree(ROOT / "datasets" / "ink-icons", folder, ignore=few)
@@ -1042,7 +1031,6 @@ def test_images_of_a_data_set_are_curated_with_the_keyboard(page: Page, wait: Ca
     ).exists()
 
 
-@pytest.mark.long
 def test_several_images_are_drawn_seen_large_and_linked_to(page: Page, wait: Callable[..., Any]) -> None:
     from safetensors.torch import save_file
     from torch import ones
@@ -1097,7 +1085,6 @@ return texts;
 """  # noqa: E501
 
 
-@pytest.mark.long
 def test_the_page_is_read_in_chinese_and_in_english_again(page: Page) -> None:
     def texts() -> list[str]:
         return list(page.js(TEXTS))

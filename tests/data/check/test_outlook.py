@@ -61,6 +61,7 @@ def fed_with(run: Run) -> Counter[tuple[Path, Placement, str, int]]:
     return Counter((item.path, placement, item.caption, item.repeats) for item, placement in pairs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "overrides",
     [
