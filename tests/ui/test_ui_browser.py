@@ -797,9 +797,8 @@ def test_each_tab_keeps_its_form_over_a_reload_and_plans_what_it_holds(
         page.type(NAME, "second-tab")
         wait(lambda: "second-tab" in (kept / "train.json").read_text())
         driver.switch_to.window(first)
-        driver.refresh()
-        page.one("#demo")
-        page.tab(1)
+        driver.refresh()  # the address leads to the same tab again
+        page.one("#start-training")
         wait(lambda: page.one(NAME).get_attribute("value") == "first-tab")
         assert "Choose a folder" not in page.one("#plan").text
         wait(lambda: "images to train on" in page.one("#plan").text)
@@ -1061,11 +1060,11 @@ def test_several_images_are_drawn_seen_large_and_linked_to(page: Page, wait: Cal
     wait(lambda: page.one("#prompt textarea").get_attribute("value") == "an icon of two cats")
 
     file = page.server.home / "dropped style.safetensors"
-    save_file({"lora_unet_x.lora_up.weight": ones(2, 2)}, file, {"modelspec.trigger_phrase": "zork"})
+    save_file({"lora_unet_x.lora_up.weight": ones(2, 2)}, file, {"modelspec.trigger_phrase": "quillwort"})
     page.driver.find_element("css selector", "#drop-adapter input[type=file]").send_keys(str(file))
     wait(lambda: page.one("#adapter-0 input").get_attribute("value") == "exported/dropped style")
     page.click("#browse-adapters")
-    page.one(".sd-find").send_keys("zork")
+    page.one(".sd-find").send_keys("quillwort")  # no other adapter's
     wait(lambda: len(page.all(".sd-adapter")) == 1 and "dropped style" in page.one(".sd-adapter").text)
 
 

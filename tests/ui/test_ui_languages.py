@@ -30,7 +30,10 @@ STAY = {
     "file name", "512 px (SD 1.5)", "768 px (SD 2)", "1024 px (SDXL)",
 }  # fmt: skip
 """Names, examples of what is typed, and values that commands take: the same in every language."""
-GRADIO = {"File upload", "Drop File Here", "- or -", "or", "Click to Upload", "Info", "Warning", "Error"}
+GRADIO = {
+    *("File upload", "Drop File Here", "- or -", "or", "Click to Upload", "Info", "Warning", "Error"),
+    *("number input for {A}", "range slider for {A}", "Reset to default value"),
+}
 """Words of Gradio itself."""
 COMPOSED = (
     "Switch to the dark look",
