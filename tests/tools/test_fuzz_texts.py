@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from pathlib import Path
@@ -54,6 +55,7 @@ def test_what_takes_too_long_or_too_much_is_a_crash(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(fuzzing, "MOST_SECONDS", 0.05)
     monkeypatch.setattr(fuzzing, "MOST_BYTES", 2**25)
     held: list[bytes] = []
+    gc.collect()
 
     def work(number: int, known: object, folder: Path) -> str:
         (folder / "input").write_text(str(number), encoding="utf-8")
@@ -62,7 +64,7 @@ def test_what_takes_too_long_or_too_much_is_a_crash(tmp_path: Path, monkeypatch:
             pass
         if number == 3:
             monkeypatch.setattr(fuzzing, "MOST_SECONDS", 60.0)
-            held.extend(b"\1" * 2**25 for _ in range(2))
+            held.extend(b"\1" * 2**25 for _ in range(8))  # what other tests leave may be freed meanwhile
         return "done"
 
     watched = Watched(work, None, tmp_path / "kept")

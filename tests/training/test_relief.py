@@ -33,11 +33,11 @@ def settings(run_settings: Callable[..., Config], image_folder: Callable[..., An
 
 def failing(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
     """Have these calls for a step's losses fail as a compiler does."""
-    original, made = steps.loss_of, []
+    original, asked = steps.loss_of, list[int]()
 
     def loss_of(*given: Any) -> Any:
-        made.append(1)
-        if len(made) in calls:
+        asked.append(1)
+        if len(asked) in calls:
             raise RuntimeError("PassManager::run failed")
         return original(*given)
 
