@@ -33,8 +33,8 @@ RUNG_KEYS = (
 AUTO_SHARE = 0.95
 """Of what is free, that ``auto`` plans with: kernels need room of their own, and memory is handed out in
 pieces."""
-APART = "blocks, lora"
-"""The fast paths without the one that holds copies of what it computes together."""
+APART = "blocks, lora, kernels"
+"""The fast paths that can be named, without the one that holds copies of what it computes together."""
 _AGAIN = 2  # times that the line to the number of blocks is drawn anew
 _WORTH = 0.99  # of the memory before, that is worth smaller products
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?) ?(GB|GiB|G|MB|MiB|M)$", re.IGNORECASE)

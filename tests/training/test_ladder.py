@@ -17,6 +17,7 @@ from sdlora.events import Decided, Event, Notice, StepDone
 from sdlora.run_folder import RunFolder, list_checkpoints
 from sdlora.training import step as steps
 from sdlora.training.checkpoint import load_checkpoint
+from sdlora.training.fast import FAST_PATHS
 from sdlora.training.foresight import foresee
 from sdlora.training.ladder import APART, AUTO_SHARE, RECOMPUTE, budget_of, climb, next_rung, parse_size
 from sdlora.training.memory import MemoryPlan
@@ -102,6 +103,8 @@ def test_copies_of_the_adapter_go_before_blocks_are_copied() -> None:
             plan = super().__call__(config)
             return replace(plan, adapter=plan.adapter + 120 * MIB * (config.training.fast != APART))
 
+    named = {name for name, path in FAST_PATHS.items() if not path.follows}
+    assert len(named) >= 4 and set(APART.split(", ")) == named - {"joint"}, "no other path is lost with it"
     for fast, expected in (("auto", APART), ("blocks, lora, joint", None)):
         config = load_config(None, ["training.batch_size=1", f'training.fast="{fast}"'], {})
         planned = climb(config, 1260 * MIB, Joint())
