@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from conftest import ROOT, Server, free_port, start_server
+from past_runs import put_run
 from patience import PATIENCE, wait_for
 from PIL import Image
 from processes import end_marked, new_mark, with_mark
@@ -1122,3 +1123,41 @@ def left_in_english(texts: list[str]) -> list[str]:
 
 
 NAMES_THAT_STAY = ("Clip skip", "in loop", "file name", "inkicon, an icon of a cat", "Euler trailing")
+
+
+def test_previews_are_seen_large_by_step_and_prompt_with_the_keyboard(
+    page: Page, wait: Callable[..., Any]
+) -> None:
+    job = put_run(page.server.home, "looked-at", 40)
+    page.driver.get(f"{page.server.url}/?seen#train?run={job}")
+    page.click(".sd-previews tbody tr:last-child td:last-child a")  # the first step's second prompt
+    wait(lambda: previewed(page) == "step-000010-2.png")
+    assert "preview 1 of 4, prompt 2 of 2" in page.one(".sd-preview").text
+    for key, seen in (
+        ("\ue014", "step-000020-2.png"),  # right
+        ("\ue013", "step-000020-1.png"),  # up
+        ("\ue010", "step-000040-1.png"),  # End
+        ("\ue014", "step-000040-1.png"),  # right: there is no later one
+        ("\ue015", "step-000040-2.png"),  # down
+        ("\ue012", "step-000030-2.png"),  # left
+        ("\ue011", "step-000010-2.png"),  # Home
+    ):
+        page.driver.switch_to.active_element.send_keys(key)
+        wait(lambda seen=seen: previewed(page) == seen)
+    assert "prompt b of looked-at" in page.one(".sd-preview").text
+    wait(lambda: "image=10-2" in page.driver.current_url)
+    page.driver.back()
+    wait(lambda: not page.all(".sd-preview"))
+    page.driver.get(f"{page.server.url}/?linked#train?run={job}&image=30-1")
+    wait(lambda: previewed(page) == "step-000030-1.png")
+    page.driver.switch_to.active_element.send_keys("\ue00c")  # Esc
+    wait(lambda: not page.all(".sd-preview") and "image=" not in page.driver.current_url)
+
+
+def previewed(page: Page) -> str:
+    """Return the file that the viewer of previews shows, when it is there."""
+    script = """
+    const image = document.querySelector(".sd-preview[open] img.sd-large");
+    return image && image.complete && image.naturalWidth ? new URL(image.src).searchParams.get("path") : "";
+    """
+    return Path(str(page.js(script))).name

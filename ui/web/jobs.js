@@ -1,6 +1,7 @@
 // The queue and the selected run: progress, curves, previews, log.
 
-import { ask, attempt, button, bytes, Drawn, duration, el, fileUrl, Live, svg, sendToPython } from "./base.js";
+import { ask, attempt, button, bytes, Drawn, duration, el, Live, say, svg, sendToPython } from "./base.js";
+import { PreviewViewer, previewTable } from "./previews.js";
 
 const WORDS = { waiting: "waiting", running: "training", stopping: "stopping after this step", stopped: "stopped", finished: "finished", failed: "failed" };
 const LIVE = ["running", "stopping"];
@@ -13,7 +14,9 @@ class Jobs extends Live {
     this.heading = el("h3", {}, "Queue");
     this.replaceChildren(this.heading, this.boxes.queue, this.boxes.detail, this.dialog);
     this.keys = {};
+    this.viewer ??= new PreviewViewer((at) => this.at(at && `${at.step}-${at.column + 1}`));
   }
+  at(image) { this.dispatchEvent(new CustomEvent("sd-at", { bubbles: true, detail: { tab: "train", run: this.selected, image } })); }
   async refresh() {
     if (this.asking) return;
     this.asking = true;
@@ -39,6 +42,18 @@ class Jobs extends Live {
     this.selected = id;
     this.refresh();
   }
+  // What an address says: a run, and perhaps one of its previews as STEP-PROMPT; nothing closes what is open.
+  link(id, image) {
+    this.asked = image ? { id, image } : null;
+    if (!image) this.viewer.close();
+    if (id) this.select(id);
+  }
+  openLinked(run) {
+    if (this.asked?.id !== run.id) return;
+    const [step, number] = this.asked.image.split("-").map(Number);
+    this.asked = null;
+    if (!this.viewer.open(run, step, number - 1)) say(`step ${step}: there is no such preview (any more)`, "error");
+  }
   // Redraws only what changed, so that a focused button or an open log stays as it is.
   fill(where, key, children) {
     if (this.keys[where] === key) return;
@@ -60,7 +75,7 @@ class Jobs extends Live {
     const left = LIVE.includes(job.status) && job.seconds_left && !job.finishing ? `${duration(job.seconds_left)} left` : "";
     return el("div", { class: `sd-job ${job.status} ${job.id === this.selected ? "on" : ""}`, "data-job": job.id },
       el("button", { type: "button", class: "sd-job-name", "data-what": `open-${job.id}`, "aria-expanded": String(job.id === this.selected),
-        onclick: () => { this.select(job.id); this.dispatchEvent(new CustomEvent("sd-at", { bubbles: true, detail: { tab: "train", run: job.id } })); } },
+        onclick: () => { this.select(job.id); this.at(null); } },
         el("strong", { translate: "no" }, job.name), el("span", { class: `sd-chip ${job.status}` }, state), el("span", { class: "sd-dim" }, left)),
       el("progress", { value: share, max: 1, "aria-label": `Progress of ${job.name}` }), el("span", { class: "sd-count" }, job.steps ? `${job.step} / ${job.steps}` : ""));
   }
@@ -76,7 +91,9 @@ class Jobs extends Live {
       run.status === "finished" ? el("p", { class: "sd-done", role: "status" }, `Done: ${run.shown_adapter}`) : null].filter(Boolean));
     this.fill("actions", `${run.status}${run.started}${run.reported}`, this.actions(run));
     this.fill("curve", `${run.step}|${run.validation.length}`, run.losses.length ? [curve(run)] : []);
-    this.fill("previews", JSON.stringify(run.samples), this.previews(run));
+    this.fill("previews", JSON.stringify(run.samples), previewTable(run, (step, column) => this.viewer.open(run, step, column)));
+    this.viewer.update(run);
+    this.openLinked(run);
     this.fill("tiles", JSON.stringify([run.memory, run.step, run.status, run.seconds_left, run.validation.length, run.best]), this.tiles(run));
     this.fill("facts", JSON.stringify([run.rate, run.command, run.status, run.images_per_second]), this.facts(run));
   }
@@ -122,15 +139,6 @@ class Jobs extends Live {
       el("label", { class: "sd-check" }, also, ` also delete ${run.shown_run} with its checkpoints and adapter, for good`),
       el("div", { class: "sd-row" }, button("Delete", remove, "danger", { id: "sd-confirm" }), button("Keep it", () => this.dialog.close())));
     this.dialog.showModal();
-  }
-  previews(run) {
-    if (!run.samples.length) return [];
-    const prompts = run.prompts || [];
-    const rows = [...run.samples].reverse();
-    return [el("h4", {}, "Previews"), el("div", { class: "sd-scroll" }, el("table", { class: "sd-grid" },
-      el("thead", {}, el("tr", {}, el("th", {}, "step"), rows[0][1].map((_, i) => el("th", { scope: "col", translate: prompts[i] ? "no" : null, title: prompts[i] || "" }, prompts[i] || `prompt ${i + 1}`)))),
-      el("tbody", {}, rows.map(([step, files]) => el("tr", {}, el("th", { scope: "row" }, step),
-        files.map((file, i) => el("td", {}, el("a", { href: fileUrl(file), target: "_blank", "aria-label": `step ${step}, ${prompts[i] || "preview"}` }, el("img", { src: fileUrl(file), alt: "", loading: "lazy" })))))))))];
   }
   tiles(run) {
     const tile = (value, what) => value ? el("div", { class: "sd-fact" }, el("strong", {}, value), el("span", {}, what)) : null;

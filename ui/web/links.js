@@ -1,5 +1,5 @@
 // What is shown stands in the address: the tab, the folder and its image, the run, the drawn image. So links
-// lead there, and Back goes back: #train?run=ID, #dataset?folder=PATH&image=NAME, #generate?image=NAME.
+// lead there, and Back goes back: #train?run=ID&image=STEP-PROMPT, #dataset?folder=PATH&image=NAME, #generate?image=NAME.
 
 import { openFolder } from "./folders.js";
 
@@ -36,7 +36,7 @@ async function apply() {
   try {
     if (!(await until(() => tabs().length === TABS.length))) return;
     if (shown() !== asked.tab) tabs()[TABS.indexOf(asked.tab)].click();
-    if (asked.tab === "train" && asked.run) (await until(() => document.querySelector("sd-jobs")))?.select(asked.run);
+    if (asked.tab === "train") (await until(() => document.querySelector("sd-jobs")))?.link(asked.run, asked.image);
     if (asked.tab === "generate") (await until(() => document.querySelector("sd-gallery")))?.link(asked.image);
     if (asked.tab === "dataset" && asked.folder) await showFolder(asked);
     if (asked.tab === "dataset" && !asked.folder) document.querySelector("sd-dataset")?.link(null);
