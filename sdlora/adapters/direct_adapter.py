@@ -27,12 +27,12 @@ from .joint import (
     QueryProjection,
     SelfProjections,
     TextProjections,
-    following_sums,
     query_joints,
     self_joints,
     text_joints,
 )
 from .module_paths import module_at
+from .sums import add_in_place, following_sums
 from .trainable_layers import TrainedLayer
 
 
@@ -81,7 +81,8 @@ class DirectAdapter:
         new_texts, places = text_joints(attentions, by_module)
         texts = [self._kept(joint) for joint in new_texts]
         joints = [joint for _, joint in (*self._self_joints, *self._query_joints)] + texts
-        sums = following_sums(lean_blocks(self._denoiser) if attentions else (), by_module)
+        blocks = lean_blocks(self._denoiser) if attentions else ()
+        sums = following_sums(blocks, by_module)
         self._stacks = {layer: self._kept(stack) for layer, stack in sums.items()}
         for joint in (*joints, *self._stacks.values()):
             joint.place()
@@ -93,6 +94,7 @@ class DirectAdapter:
             attention.self_projections = SelfProjections(joint, self.anchors)
         for attention, joint in self._query_joints:
             attention.query_projection = QueryProjection(joint, self.anchors)
+        add_in_place(blocks, by_module, self.anchors)
         if texts:
             self._text_hook = self._denoiser.register_forward_pre_hook(
                 TextProjections(texts, places, self.anchors), with_kwargs=True

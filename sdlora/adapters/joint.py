@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..families.kernels import add_lora_gradients
 from ..families.lean import AHEAD, LeanAttention, Projections
-from ..families.lean_blocks import LeanBlock
 from .direct import Anchors, DirectLayer, Factors, Gradients
 
 
@@ -224,7 +223,7 @@ def self_joints(
         known = [layer for layer in three if layer is not None]
         makes = {_make(layer) for layer in known}
         if not module.is_cross_attention and len(known) == 3 and len(makes) == 1 and None not in makes:
-            joint = JointLayers(known, wide=_can_be_wide(known), output_kept=attention.keeps_projections)
+            joint = JointLayers(known, wide=can_be_wide(known), output_kept=attention.keeps_projections)
             joints.append((attention, joint))
     return joints
 
@@ -238,36 +237,12 @@ def query_joints(
         layer = layers.get(attention.module.to_q)
         if not attention.module.is_cross_attention or not attention.keeps_projections or layer is None:
             continue
-        if _make(layer) is not None and _can_be_wide([layer]):
+        if _make(layer) is not None and can_be_wide([layer]):
             joints.append((attention, JointLayers([layer], wide=True, output_kept=True)))
     return joints
 
 
-def following_sums(
-    rows_of_blocks: Sequence[Sequence[tuple[Any, LeanBlock]]], layers: Mapping[nn.Module, DirectLayer]
-) -> dict[DirectLayer, JointLayers]:
-    """Return the layers whose output is added to the states of a lean block, with A below their weight.
-
-    The blocks are told to leave room for them beside the gradient g of that sum: such a layer writes g (s B)
-    there, and has the gradient of its input in one product with both.
-    """
-    stacks = {}
-    for blocks in rows_of_blocks:
-        following = [*blocks[1:], (None, None)]
-        for (block, lean), (_, then) in zip(blocks, following, strict=True):
-            # what is added before a norm has the gradient of that norm's input
-            attentions = (block.attn1.to_out[0], lean, 1), (block.attn2.to_out[0], lean, 2)
-            for module, leaving, number in (*attentions, (block.ff.net[2], then, 0)):
-                layer = layers.get(module)
-                if leaving is None or layer is None or type(layer.base) is not nn.Linear:
-                    continue
-                if _can_be_wide([layer]):
-                    leaving.rooms[number] = layer.down.shape[0]
-                    stacks[layer] = JointLayers([layer], wide=True)
-    return stacks
-
-
-def _can_be_wide(layers: Sequence[DirectLayer]) -> bool:
+def can_be_wide(layers: Sequence[DirectLayer]) -> bool:
     """Tell whether rows of outputs and inner values side by side begin where fused attention can read."""
     rows = sum(layer.base.out_features + layer.down.shape[0] for layer in layers)
     return rows % 8 == 0 and all(layer.base.weight.dtype == layer.down.dtype for layer in layers)

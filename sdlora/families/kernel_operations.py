@@ -165,9 +165,14 @@ def _of_rows(width: int) -> dict[str, Any]:
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256)), "enable_fp_fusion": True}
 
 
+def _distance(rows: Tensor) -> int:
+    """Return how far the rows of states (..., C) are apart."""
+    return rows.flatten(0, -2).stride(0)
+
+
 def _made_layer_norm(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return torch.empty_like(x), mean, torch.empty_like(mean)
+    return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 
 @_define(
@@ -176,20 +181,36 @@ def _made_layer_norm(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
 )
 def _(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, *results: Tensor) -> None:
     width = x.shape[-1]
+    strides = _distance(x), 0, 0
     _rows().layer_norm[results[1].numel(),](
-        x, None, weight, bias, None, *results, width, epsilon, ADD=False, **_of_rows(width)
+        x, None, weight, bias, None, *results, width, *strides, epsilon, ADD=False, **_of_rows(width)
     )
 
 
 @_define(
     "add_layer_norm(Tensor x, Tensor more, Tensor weight, Tensor bias, float epsilon) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    lambda x, *rest: (torch.empty_like(x), *_made_layer_norm(x)),
+    lambda x, *rest: (x.new_empty(x.shape), *_made_layer_norm(x)),
 )
 def _(x: Tensor, more: Tensor, weight: Tensor, bias: Tensor, epsilon: float, *results: Tensor) -> None:
-    width = x.shape[-1]
-    _rows().layer_norm[results[2].numel(),](
-        x, more, weight, bias, *results, width, epsilon, ADD=True, **_of_rows(width)
+    _launch_sum(x, more, weight, bias, epsilon, *results)
+
+
+@_define(
+    "add_layer_norm_(Tensor x, Tensor(a!) more, Tensor weight, Tensor bias, float epsilon) "
+    "-> (Tensor, Tensor, Tensor)",
+    _made_layer_norm,
+)
+def _(x: Tensor, more: Tensor, weight: Tensor, bias: Tensor, epsilon: float, *results: Tensor) -> None:
+    _launch_sum(x, more, weight, bias, epsilon, more, *results)
+
+
+def _launch_sum(
+    x: Tensor, more: Tensor, weight: Tensor, bias: Tensor, epsilon: float, total: Tensor, *results: Tensor
+) -> None:
+    width, strides = x.shape[-1], map(_distance, (x, more, total))
+    _rows().layer_norm[results[1].numel(),](
+        *(x, more, weight, bias, total, *results, width, *strides, epsilon), ADD=True, **_of_rows(width)
     )
 
 
@@ -207,7 +228,7 @@ def _made_with_room(
 def _(*given: Any) -> None:
     *tensors, _, output = given
     width = given[2].shape[-1]
-    strides = (rows.flatten(0, -2).stride(0) for rows in (*given[:2], output))
+    strides = map(_distance, (*given[:3], output))
     _rows().layer_norm_backward[given[4].numel(),](
         *tensors,
         output,

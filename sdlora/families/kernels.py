@@ -94,13 +94,13 @@ class _AddedNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, more: Tensor | None, norm: nn.LayerNorm, room: int
     ) -> tuple[Tensor, Tensor]:
-        x = x.contiguous()
+        x = _in_rows(x)
         if more is None:
             total = x.view_as(x)
             normed, mean, rstd = operations.layer_norm(x, norm.weight, norm.bias, norm.eps)
         else:
             total, normed, mean, rstd = operations.add_layer_norm(
-                x, more.contiguous(), norm.weight, norm.bias, norm.eps
+                x, _in_rows(more), norm.weight, norm.bias, norm.eps
             )
         ctx.save_for_backward(x if more is None else total, mean, rstd)
         ctx.norm, ctx.room, ctx.added = norm, room, more is not None
@@ -109,9 +109,7 @@ class _AddedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, past: Tensor, of_normed: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, mean, rstd = ctx.saved_tensors
-        wide = operations.layer_norm_backward(
-            _in_rows(of_normed), _in_rows(past), x, ctx.norm.weight, mean, rstd, ctx.room
-        )
+        wide = before_norm(of_normed, past, x, ctx.norm, mean, rstd, ctx.room)
         of_sum = wide[..., : x.shape[-1]] if ctx.room else wide
         return of_sum, of_sum if ctx.added else None, None, None
 
@@ -156,6 +154,37 @@ def added_norm(x: Tensor, more: Tensor | None, norm: nn.LayerNorm, room: int = 0
     """
     both: tuple[Tensor, Tensor] = _AddedNorm.apply(x, more, norm, room)
     return both
+
+
+def add_and_norm_(more: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Add x to ``more`` in place, rows (..., C) both; return the layer norm of that, means and 1/deviations.
+
+    No graph is made: it is for functions that know their own gradient, see :func:`before_norm`.
+    """
+    assert more is _in_rows(more)
+    results: tuple[Tensor, Tensor, Tensor] = operations.add_layer_norm_(
+        _in_rows(x), more, norm.weight, norm.bias, norm.eps
+    )
+    return results
+
+
+def before_norm(
+    of_normed: Tensor, past: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, rstd: Tensor, room: int
+) -> Tensor:
+    """Return the gradient of what a layer norm is given, with room beside each row, (..., C + room).
+
+    Args:
+        of_normed: the gradient of what the norm puts out, (..., C).
+        past: that of x itself, which is added.
+        x: what the norm was given.
+        norm: frozen.
+        mean: of each row of x.
+        rstd: one by the deviation of each row.
+        room: numbers beside each row, left as they are.
+    """
+    given = (_in_rows(of_normed), _in_rows(past), x, norm.weight, mean, rstd, room)
+    wide: Tensor = operations.layer_norm_backward(*given)
+    return wide
 
 
 def geglu(both: Tensor) -> Tensor:

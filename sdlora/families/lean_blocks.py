@@ -8,7 +8,7 @@ can leave room beside each row, which saves a product to whoever multiplies it n
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,17 @@ def with_room(gradient: Tensor, room: int) -> Tensor | None:
     return gradient.as_strided((rows, whole), (whole, 1), 0)
 
 
+class SumAndNorm(Protocol):
+    """The last projection of an attention, added to the states, and the norm of these."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether it stands in for the attention's own last layer now."""
+
+    def __call__(self, merged: Tensor, x: Tensor, norm: nn.LayerNorm, /) -> tuple[Tensor, Tensor]:
+        """Return the sum and its norm, from what the heads put out and the states, all (B, S, C)."""
+
+
 class LeanBlock:
     """The forward pass of one of diffusers' ``BasicTransformerBlock``, to be set on it as ``forward``.
 
@@ -67,6 +78,8 @@ class LeanBlock:
         rooms: how many numbers beside each row the gradient of the three norms' inputs leaves free, for
             whoever multiplies it next and can use that (:func:`with_room`).
         kernels: whether sums and their norms are computed together (:mod:`.kernels`).
+        sums: give the states after each of the two attentions and the norm of these, if kernels are used and
+            it is not done by the attention's own last layer.
         rung: how much is made again in the backward pass.
         then: the block that follows in a row of them, if it adds what this one leaves to it.
     """
@@ -75,6 +88,7 @@ class LeanBlock:
         self._module = weakref.ref(block)  # it holds this object
         self.rooms = [0, 0, 0]
         self.kernels = False
+        self.sums: list[SumAndNorm | None] = [None, None]
         self.then: LeanBlock | None = None
         self.rung = Rungs.nothing
 
@@ -165,7 +179,13 @@ class LeanBlock:
         ):
             given = {"encoder_hidden_states": text, **options} if number else options
             attend, merged = getattr(attention.forward, "attend", None), None
-            if kept is None or kept.rung < Rungs.projections or attend is None:
+            makes_sum_again = kept is not None and kept.rung >= Rungs.projections
+            together = self.sums[number]
+            if together is not None and together.acts and attend is not None and not makes_sum_again:
+                x, normed = together(attend(normed, **given), x, norm)
+                _note_norm(normed, norm, x, kept)
+                continue
+            if attend is None or not makes_sum_again:
                 put_out = attention(normed, **given)
             else:
                 merged = attend(normed, **given)
@@ -204,8 +224,7 @@ class LeanBlock:
             if merged is not None:
                 last = attention.to_out[0]
                 kept.again(Rungs.projections, total, lambda parts, states: last(parts) + states, merged, x)
-            kept.only(total)
-        kept.again(Rungs.norms, normed, lambda states: added_norm(states, None, norm)[1], total)
+        _note_norm(normed, norm, total, kept)
         return total, normed
 
     def _forked(self, number: int, norm: nn.LayerNorm, x: Tensor, kept: Kept | None) -> tuple[Tensor, Tensor]:
@@ -213,6 +232,13 @@ class LeanBlock:
         if kept is not None:
             kept.again(Rungs.norms, forked[1], norm.forward, x)
         return forked
+
+
+def _note_norm(normed: Tensor, norm: nn.LayerNorm, total: Tensor, kept: Kept | None) -> None:
+    """Have the norm of a sum be made again from it, which is all that is kept from here on."""
+    if kept is not None:
+        kept.only(total)
+        kept.again(Rungs.norms, normed, lambda states: added_norm(states, None, norm)[1], total)
 
 
 def _attended(

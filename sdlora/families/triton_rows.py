@@ -18,18 +18,24 @@ def layer_norm(
     means,
     rstds,
     width,
+    x_stride,
+    more_stride,
+    total_stride,
     epsilon,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Norm of each row (N, C) of x, or of x + more, which is written to ``total``; one program a row."""
-    at = tl.arange(0, BLOCK)
-    inside, place = at < width, tl.program_id(0).to(tl.int64) * width + at
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    """Norm of each row (N, C) of x, or of x + more, which is written to ``total``; one program a row.
+
+    Strides are those between rows; ``total`` may be one of the two.
+    """
+    at, row = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
+    inside, place = at < width, row * width + at
+    value = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        value += tl.load(more + place, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(more + row * more_stride + at, mask=inside, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)  # the sum that others see is what is normed
-        tl.store(total + place, rounded, mask=inside)
+        tl.store(total + row * total_stride + at, rounded, mask=inside)
         value = rounded.to(tl.float32)
     mean = tl.sum(value, 0) / width
     off = tl.where(inside, value - mean, 0.0)
@@ -53,14 +59,15 @@ def layer_norm_backward(
     width,
     g_stride,
     past_stride,
+    x_stride,
     out_stride,
     BLOCK: tl.constexpr,
 ):
     """The gradient of rows x, plus that of what goes past the norm; strides are those between rows."""
     at, row = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64)
-    inside, place = at < width, row * width + at
+    inside = at < width
     mean, rstd = tl.load(means + row), tl.load(rstds + row)
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
     normed = tl.where(inside, (value - mean) * rstd, 0.0)
     share = tl.load(g + row * g_stride + at, mask=inside, other=0.0).to(tl.float32)
     share *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)

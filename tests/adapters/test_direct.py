@@ -19,7 +19,7 @@ from sdlora.adapters.direct_adapter import DirectAdapter
 from sdlora.adapters.trainable_layers import TrainedLayer, attach_for_training
 from sdlora.config.schema import AdapterConfig
 from sdlora.families.base import DiffusionModel, SizeHint
-from sdlora.families.lean import join_times, make_lean, undo_lean
+from sdlora.families.lean import join_times, make_lean, undo_lean, use_kernels
 from sdlora.families.loading import load_model
 
 CPU = torch.device("cpu")
@@ -73,13 +73,15 @@ class Learning:
         return output.detach(), [parameter.grad.clone() for parameter in self.parameters()]
 
     @contextmanager
-    def directly(self, *, joint: bool, parts: int = 1) -> Iterator[DirectAdapter]:
+    def directly(self, *, joint: bool, parts: int = 1, kernels: bool = False) -> Iterator[DirectAdapter]:
         unet = self.model.components()["unet"]
         adapter = DirectAdapter(self.model, self.layers)
         attentions = make_lean(unet) if joint else []
         if joint:
             join_times(unet)
-        adapter.put_in_place(attentions, parts=parts)
+        if kernels:
+            use_kernels(unet)
+        adapter.put_in_place(attentions, parts=parts, kernels=kernels)
         yield adapter
         adapter.take_out()
         undo_lean(unet)

@@ -20,9 +20,10 @@ import sdlora.families.kernel_operations as kernel_operations
 import sdlora.families.kernels as kernels
 from sdlora.adapters.direct import DirectLinear, Factors, Gradients
 from sdlora.families.lean import LeanResidual, make_lean, undo_lean, use_kernels
-from sdlora.families.lean_blocks import LeanBlock
+from sdlora.families.lean_blocks import LeanBlock, lean_blocks
 from sdlora.families.lean_tokens import LeanTokens
 from sdlora.families.recompute import Rungs
+from tests.adapters.test_direct import Learning, farthest
 
 ROOT = Path(__file__).parents[2]
 triton_only = pytest.mark.skipif(
@@ -63,13 +64,13 @@ CASES = {
         )
     },
     **{
-        f"rows {more} {room} {size} {dtype}": ("rows", dtype, size, more, room)
-        for dtype, size, more, room in (
-            ("float32", (2, 5, 320), True, 0),
-            ("float32", (1, 7, 77), True, 48),
-            ("float32", (3, 2, 640), False, 16),
-            ("bfloat16", (2, 3, 1280), True, 16),
-            ("float16", (1, 3, 96), False, 0),
+        f"rows {more} {room} {beside} {size} {dtype}": ("rows", dtype, size, more, room, beside)
+        for dtype, size, more, room, beside in (
+            ("float32", (2, 5, 320), True, 0, 0),
+            ("float32", (1, 7, 77), True, 48, 5),
+            ("float32", (3, 2, 640), False, 16, 8),
+            ("bfloat16", (2, 3, 1280), True, 16, 0),
+            ("float16", (1, 3, 96), False, 0, 0),
         )
     },
     **{
@@ -91,6 +92,19 @@ CASES = {
         )
     },
 }
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Takes down which of our own operations are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sdlora":
+            self.names.append(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
 
 
 def computed(case: tuple[Any, ...], precise: bool) -> dict[str, Tensor]:
@@ -137,8 +151,8 @@ def _image(
     return {"output": output.detach(), "of x": x.grad}
 
 
-def _rows(drawn: Any, precise: bool, size: Any, with_more: bool, room: int) -> dict[str, Tensor]:
-    x, more, of_normed, past = (drawn(*size) for _ in range(4))
+def _rows(drawn: Any, precise: bool, size: Any, with_more: bool, room: int, beside: int) -> dict[str, Tensor]:
+    x, more, of_normed, past = (drawn(*size[:-1], size[-1] + beside)[..., : size[-1]] for _ in range(4))
     x.requires_grad_()
     more.requires_grad_()
     norm = nn.LayerNorm(size[-1])
@@ -246,10 +260,35 @@ def _in_layers() -> dict[str, float]:
     return {"down": _share(given.down, plain.down), "up": _share(given.up, plain.up)}
 
 
-def distances() -> dict[str, dict[str, float]]:
+def _in_a_model(base: Path) -> dict[str, dict[str, float]]:
+    """Return by rung how far a model with LoRA and kernels is from PEFT's layers in diffusers' blocks.
+
+    In float32; of the prediction, and of the farthest gradient of a factor; and how many sums were added in
+    place, as a share of all attentions.
+    """
+    learning = Learning(base, torch.float32, rank=8)
+    learning.count = 1
+    wanted, gradients = learning.backward()
+    shares: dict[str, dict[str, float]] = {}
+    for rung in Rungs:
+        with learning.directly(joint=True, kernels=True) as adapter:
+            blocks = [lean for row in lean_blocks(learning.model.components()["unet"]) for _, lean in row]
+            for lean in blocks:
+                lean.rung = rung
+            with Operations() as seen:
+                given, directs = learning.backward(adapter.gather)
+        shares[f"model {rung.name}"] = {
+            "prediction": _share(given, wanted),
+            "gradients": farthest(gradients, directs),
+            "in place": seen.names.count("add_layer_norm_") / (2 * len(blocks)),
+        }
+    return shares
+
+
+def distances(base: Path) -> dict[str, dict[str, float]]:
     """Return how far each result of each case is from float64's, as a share of the largest number."""
     shares: dict[str, dict[str, float]] = {}
-    shares |= _in_blocks() | {"layers": _in_layers()}
+    shares |= _in_blocks() | {"layers": _in_layers()} | _in_a_model(base)
     for name, case in CASES.items():
         wanted, given = computed(case, True), computed(case, False)
         assert wanted.keys() == given.keys()
@@ -258,10 +297,10 @@ def distances() -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
+def interpreted(tiny_base: Path) -> dict[str, dict[str, float]]:
     """What a process of its own finds: Triton interprets, or compiles, from its import on."""
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, __file__, str(tiny_base)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -298,6 +337,18 @@ def test_lora_layers_have_the_same_gradients(interpreted: dict[str, dict[str, fl
     assert max(interpreted["layers"].values()) <= 1e-6
 
 
+@triton_only
+@pytest.mark.long
+@pytest.mark.parametrize("rung", Rungs)
+def test_a_model_with_kernels_learns_what_pefts_layers_do(
+    rung: Rungs, interpreted: dict[str, dict[str, float]]
+) -> None:
+    shares = interpreted[f"model {rung.name}"]
+    assert shares["prediction"] <= 1e-5 and shares["gradients"] <= 1e-4
+    # where whole blocks are computed again, so are the sums; where parts are, the sums are made by themselves
+    assert shares["in place"] == {Rungs.projections: 0.0, Rungs.blocks: 2.0}.get(rung, 1.0)
+
+
 def test_without_a_card_and_without_triton_no_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernels.can_launch(torch.device("cpu"), torch.float32)
     card = torch.device("cuda")
@@ -325,15 +376,7 @@ def test_without_a_card_and_without_triton_no_kernel_is_launched(monkeypatch: py
 
 
 def test_each_kernel_is_one_operation_that_the_meta_device_knows() -> None:
-    names: list[str] = []
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "sdlora":
-                names.append(func._schema.name.partition("::")[2])
-            return func(*args, **(kwargs or {}))
-
-    with torch.device("meta"), Seen():
+    with torch.device("meta"), Operations() as seen:
         small, large = (torch.empty(1, 64, side, side, requires_grad=True) for side in (8, 512))
         for image in (small, large):
             output = kernels.image_norm(image, nn.GroupNorm(32, 64).requires_grad_(False), silu=True)
@@ -344,7 +387,7 @@ def test_each_kernel_is_one_operation_that_the_meta_device_knows() -> None:
         gate = kernels.geglu(sums[1])
         (gate.sum() + sums[0].sum()).backward()
         assert gate.shape == (1, 4, 32) and states.grad is not None and states.grad.shape == states.shape
-    assert names == [
+    assert seen.names == [
         *("group_norm", "group_norm_backward"),
         *("group_chunks", "group_norm", "group_chunks_backward", "group_norm_backward"),
         *("add_layer_norm", "geglu", "geglu_backward", "layer_norm_backward"),
@@ -352,4 +395,4 @@ def test_each_kernel_is_one_operation_that_the_meta_device_knows() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(distances()))
+    print(json.dumps(distances(Path(sys.argv[1]))))

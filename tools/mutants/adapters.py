@@ -16,6 +16,8 @@ _LYCORIS = "sdlora/adapters/kinds/lycoris.py"
 _KIND_TESTS = ("adapters/test_kinds.py",)
 _KIND_FILE_TESTS = ("formats/test_kinds.py",)
 _INITIAL = "sdlora/adapters/initial.py"
+_SUMS = "sdlora/adapters/sums.py"
+_SUM_TESTS = ("families/test_kernels.py::test_a_model_with_kernels_learns_what_pefts_layers_do",)
 _LOKR_TESTS = ("training/test_train_kinds.py::test_lokr_factors_follow_the_sides_of_the_layer",)
 _PISSA_TESTS = (
     "training/test_train_kinds.py::test_pissa_takes_the_largest_singular_values_and_leaves_the_base_alone",
@@ -25,6 +27,20 @@ _WEBUI = "sdlora/formats/webui.py"
 _NAME_TESTS = ("formats/test_roundtrip.py", "formats/test_keys.py")
 
 MUTANTS = (
+    Mutant(
+        "what an attention puts out is added to the states without the update",
+        _SUMS,
+        "        put_out.addmm_(inner, factors.up.t())\n",
+        "",
+        _SUM_TESTS,
+    ),
+    Mutant(
+        "the gradient past a projected sum is only that of its norm",
+        _SUMS,
+        "before_norm(of_normed, past, total,",
+        "before_norm(of_normed, past * 0, total,",
+        _SUM_TESTS,
+    ),
     Mutant(
         "updates are not divided by the rank",
         _CANONICAL,
