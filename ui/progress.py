@@ -140,6 +140,14 @@ class RunView:
             "adapter_file": self.adapter_file,
         }
 
+    def curve(self, first: float, last: float) -> dict[str, Any]:
+        """Return the losses of the steps ``first`` to ``last``, as fine as a plot can show them."""
+        return {
+            "steps": max(self.steps, self.step),
+            "losses": thinned({at: value for at, value in self.loss.items() if first <= at <= last}),
+            "validation": sorted((at, value) for at, value in self.validation.items() if first <= at <= last),
+        }
+
     def full(self) -> dict[str, Any]:
         """Return everything the page of one run shows."""
         return self.brief() | {

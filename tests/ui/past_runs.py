@@ -35,7 +35,7 @@ def put_run(
         {"event": "RunStarted", "steps": steps, "first_step": 0, "expected_seconds": 1.0, "expected_bytes": 5}
     ]
     for step in range(1, steps + 1):
-        loss = 0.5 / step + 0.02 * (step % 5)
+        loss = (0.5 / step + 0.02 * (step % 5)) * (1 + number / 4)
         events.append({"event": "StepDone", "step": step, "steps": steps, "loss": loss, **facts})
         if step % every == 0:
             files = [run / "samples" / f"step-{step:06d}-{at + 1}.png" for at in range(prompts)]

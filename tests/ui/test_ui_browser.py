@@ -1161,3 +1161,36 @@ def previewed(page: Page) -> str:
     return image && image.complete && image.naturalWidth ? new URL(image.src).searchParams.get("path") : "";
     """
     return Path(str(page.js(script))).name
+
+
+def test_curves_are_smoothed_zoomed_and_laid_over_each_other(page: Page, wait: Callable[..., Any]) -> None:
+    from selenium.webdriver import ActionChains
+
+    put_run(page.server.home, "other-run", 60)
+    job = put_run(page.server.home, "this-run", 40)
+    page.driver.get(f"{page.server.url}/?curves#train?run={job}")
+    wait(lambda: page.one(".sd-plot svg").get_attribute("aria-label").startswith("Loss over 40 steps"))
+    line = page.one(".sd-plot path.smooth").get_attribute("d")
+    page.one(".sd-smooth").send_keys("\ue011")  # Home: no smoothing at all
+    raw = page.one(".sd-plot path.raw").get_attribute("d")
+    wait(lambda: page.one(".sd-plot path.smooth").get_attribute("d") == raw != line)
+    page.click(".sd-log-scale")
+    wait(lambda: page.one(".sd-plot path.raw").get_attribute("d") != raw)
+
+    plot = page.found(".sd-plot")
+    drag = ActionChains(page.driver).move_to_element_with_offset(plot, 0, 0)
+    drag.click_and_hold().move_by_offset(plot.size["width"] // 4, 0).release().perform()
+    wait(lambda: 10 <= len(raw_steps(page)) < 25)  # the middle to three quarters, and nothing else
+    page.one(".sd-plot svg").send_keys("0")
+    wait(lambda: len(raw_steps(page)) == 40)
+    assert not page.all(".sd-whole")
+
+    page.click(".sd-others summary")
+    page.click(".sd-others-list label:first-child input")
+    wait(lambda: len(page.all(".sd-plot path.smooth")) == 2)
+    assert page.one(".sd-figure figcaption").text.split()[:2] == ["this-run", "other-run"]
+
+
+def raw_steps(page: Page) -> list[str]:
+    """Return the points of the losses that are in the plot, none of them smoothed."""
+    return re.findall(r"[ML][^ML]+", page.one(".sd-plot path.raw").get_attribute("d") or "")

@@ -253,6 +253,23 @@ def test_a_half_written_event_waits_for_its_rest(tmp_path: Path) -> None:
     assert view.validation == {3: 0.5, 6: 0.25}
 
 
+def test_a_part_of_a_curve_is_as_fine_as_a_plot_can_show_it(tmp_path: Path) -> None:
+    facts = {"steps": 5000, "learning_rate": 1e-4, "seconds_left": 1.0, "images_per_second": 2.0}
+    lines = [
+        json.dumps({"event": "StepDone", "step": step, "loss": float(step), **facts})
+        for step in range(1, 5001)
+    ]
+    lines += [json.dumps({"event": "Validated", "step": step, "loss": 0.5}) for step in (100, 1000)]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    view = RunView(tmp_path / "events.jsonl")
+    view.refresh()
+    whole, part = view.curve(0, math.inf), view.curve(950, 1050)
+    assert whole["steps"] == part["steps"] == 5000
+    assert 300 < len(whole["losses"]) <= 400 and len(whole["validation"]) == 2
+    assert part["losses"] == [(step, float(step)) for step in range(950, 1051)]
+    assert part["validation"] == [(1000, 0.5)]
+
+
 def test_the_best_step_and_the_report_are_shown(tmp_path: Path) -> None:
     view = RunView(tmp_path / "events.jsonl")
     score = Estimate(0.5, 0.4, 0.6)

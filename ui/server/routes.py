@@ -5,6 +5,7 @@ Every path in a request goes through :class:`sdlora_ui.server.allowed_paths.Allo
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ from .folders import list_folders
 from .workbench import Workbench
 
 MOST_ADAPTERS = 1000
+MOST_CURVES = 8
+"""Runs in one plot."""
 _SERVED = IMAGE_ENDINGS | {".safetensors", ".zip"}
 
 
@@ -76,6 +79,7 @@ def routes(
         Route("/sdlora/captions/{what}", writing(endpoints.captions), methods=["POST"]),
         Route("/sdlora/captioning", reading(endpoints.captioning_state)),
         Route("/sdlora/captioning/{what}", writing(endpoints.caption), methods=["POST"]),
+        Route("/sdlora/curves", reading(endpoints.curves)),
         Route("/sdlora/jobs", reading(endpoints.jobs)),
         Route("/sdlora/jobs/{id}", reading(endpoints.job)),
         Route("/sdlora/jobs/{id}/log", reading(endpoints.log)),
@@ -193,6 +197,14 @@ class _Own:
 
     def jobs(self, request: Request) -> dict[str, Any]:
         return {"jobs": [self._brief(job) for job in self.queue.all()]}
+
+    def curves(self, request: Request) -> dict[str, Any]:
+        """Return the losses of several runs, of all steps or of those that a plot shows."""
+        asked = request.query_params
+        first, last = (float(asked.get(key) or usual) for key, usual in (("from", 0), ("to", math.inf)))
+        jobs = [self.queue.get(job_id) for job_id in asked.getlist("run")[:MOST_CURVES]]
+        shown = [{"id": job.id, "name": job.name} | self.queue.view(job.id).curve(first, last) for job in jobs]
+        return {"curves": shown}
 
     def job(self, request: Request) -> dict[str, Any]:
         job = self.queue.get(request.path_params["id"])

@@ -1,6 +1,7 @@
 // The queue and the selected run: progress, curves, previews, log.
 
-import { ask, attempt, button, bytes, Drawn, duration, el, Live, say, svg, sendToPython } from "./base.js";
+import { ask, attempt, button, bytes, Drawn, duration, el, Live, say, sendToPython } from "./base.js";
+import "./curves.js";
 import { PreviewViewer, previewTable } from "./previews.js";
 
 const WORDS = { waiting: "waiting", running: "training", stopping: "stopping after this step", stopped: "stopped", finished: "finished", failed: "failed" };
@@ -26,7 +27,7 @@ class Jobs extends Live {
       if (newest !== this.newest) { this.newest = newest; this.selected = this.linked || newest; this.linked = null; }
       if (!jobs.some((job) => job.id === this.selected)) this.selected = newest;
       this.drawQueue(jobs);
-      if (this.selected) this.drawRun(await ask(`jobs/${this.selected}`));
+      if (this.selected) this.drawRun(await ask(`jobs/${this.selected}`), jobs);
       else this.fill("detail", "none", [el("div", { class: "sd-none" }, el("strong", {}, "No training yet"), el("p", { class: "sd-dim" }, "Choose a folder and a name, then press Start training. Its curves and previews appear here; it continues when this page is closed."))]);
       this.lost = false;
     } catch (error) {
@@ -79,18 +80,19 @@ class Jobs extends Live {
         el("strong", { translate: "no" }, job.name), el("span", { class: `sd-chip ${job.status}` }, state), el("span", { class: "sd-dim" }, left)),
       el("progress", { value: share, max: 1, "aria-label": `Progress of ${job.name}` }), el("span", { class: "sd-count" }, job.steps ? `${job.step} / ${job.steps}` : ""));
   }
-  drawRun(run) {
+  drawRun(run, jobs) {
     if (this.drawn !== run.id) {
       this.drawn = run.id;
       this.keys = { queue: this.keys.queue };
       this.parts = Object.fromEntries(["head", "actions", "tiles", "curve", "previews", "facts"].map((name) => [name, el("div", { class: `sd-${name}` })]));
       this.boxes.detail.replaceChildren(...Object.values(this.parts));
+      this.parts.curve.append(this.curves = el("sd-curves"));
     }
     this.fill("head", JSON.stringify([run.status, run.error, run.notes]), [
       run.error ? el("p", { class: "sd-problem", role: "alert" }, run.error) : null,
       run.status === "finished" ? el("p", { class: "sd-done", role: "status" }, `Done: ${run.shown_adapter}`) : null].filter(Boolean));
     this.fill("actions", `${run.status}${run.started}${run.reported}`, this.actions(run));
-    this.fill("curve", `${run.step}|${run.validation.length}`, run.losses.length ? [curve(run)] : []);
+    this.curves.show(run, jobs);
     this.fill("previews", JSON.stringify(run.samples), previewTable(run, (step, column) => this.viewer.open(run, step, column)));
     this.viewer.update(run);
     this.openLinked(run);
@@ -162,29 +164,6 @@ class Jobs extends Live {
         pair("memory expected", bytes(run.expected_bytes))),
       reasons.length ? el("div", { class: "sd-scroll" }, el("table", { class: "sd-reasons" }, el("tbody", {}, reasons))) : null)];
   }
-}
-
-function curve(run) {
-  const width = 640, height = 190, left = 44, bottom = 22, top = 8;
-  const every = [...run.losses, ...run.validation];
-  const values = every.map((point) => point[1]);
-  const low = Math.min(...values), high = Math.max(...values), span = high - low || 1;
-  const last = Math.max(run.steps, ...every.map((point) => point[0])) || 1;
-  const x = (step) => left + (step / last) * (width - left - 8);
-  const y = (value) => top + (1 - (value - low) / span) * (height - top - bottom);
-  const path = (points) => points.map(([step, value], i) => `${i ? "L" : "M"}${x(step).toFixed(1)},${y(value).toFixed(1)}`).join("");
-  const smooth = [];
-  let mean = null;
-  for (const [step, value] of run.losses) { mean = mean === null ? value : 0.85 * mean + 0.15 * value; smooth.push([step, mean]); }
-  const label = (text, at) => svg("text", at, document.createTextNode(text));
-  return el("figure", { class: "sd-figure" }, svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Loss over ${run.step} steps, now ${run.loss?.toFixed(4)}` },
-    [0, 0.5, 1].map((share) => svg("line", { x1: left, x2: width - 8, y1: y(low + share * span), y2: y(low + share * span), class: "grid" })),
-    [0, 0.5, 1].map((share) => label((low + share * span).toPrecision(2), { x: left - 6, y: y(low + share * span) + 4, class: "end" })),
-    [0, 0.5, 1].map((share) => label(String(Math.round(share * last)), { x: x(share * last), y: height - 5, class: share === 1 ? "end" : "middle" })),
-    svg("path", { d: path(run.losses), class: "raw" }), svg("path", { d: path(smooth), class: "smooth" }),
-    run.validation.length ? svg("path", { d: path(run.validation), class: "held" }) : [],
-    run.validation.map(([step, value]) => svg("circle", { cx: x(step), cy: y(value), r: 3, class: "held" }))),
-    el("figcaption", {}, el("i", { class: "key smooth" }), "training loss ", run.validation.length ? [el("i", { class: "key held" }), "held-out images"] : null));
 }
 
 // The settings that differ from automatic, each with a button that takes it back.
