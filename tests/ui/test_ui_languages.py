@@ -80,11 +80,33 @@ COMPOSED = (
     "3 of 40 images",
     "cheese.png deleted",
     "3 images excluded",
+    "a.txt: is not UTF-8 text (byte 12 is not)",
+    "is a JPEG XL image, which needs the package pillow-jxl-plugin",
+    *("fotos: no such folder; check the path", "no such folder; check the path"),
+    "no such folder; download it first",
+    "fotos: is empty; put images there (.png, .jpg)",
+    "fotos: holds no images, only 2 files without ending, 1 .zip, which can be unpacked; put images there",
+    "fotos: holds no images, only 3 folder(s); put images there (.png, .jpg)",
+    "a.png: has damaged metadata, which is left out; its pixels are whole",
+    "metadata.csv line 3: names cup.png again, after metadata.csv line 2; delete one of the lines",
+    "meta.csv: has no column `text` (it has nothing else); name its caption column in data.metadata_caption",
+    "masks: 4 of 5 images have no mask and are trained whole",
+    *(
+        f"{where}{mask} lets nothing through in the part of the image that is kept; correct the mask, or "
+        "give a `focus` that says which part to keep"
+        for mask in ("its mask", "it is transparent where it is kept: its mask")
+        for where in ("", "a.png: ")
+    ),
 )
 """What is put together of several texts in the code, as a user reads it."""
 # what these say is for a shell, for the log, or for a request that the page never makes
 NOT_SHOWN = ("app.py", "start.py", "passwords.py", "progress.py", "jobs.py:_", "tasks/")
 PROSE = ("data/check/findings.py", "config/contradictions.py", "config/defaults.py")
+# what reads a folder, but for its index and the parts that say nothing
+READING = sorted(
+    {file.name for file in (ROOT / "sdlora" / "data" / "reading").glob("*.py")}
+    - {"index.py", "measure.py", "problems.py"}
+)
 NAME = re.compile(r"\{([0-9a-zA-Z])\}")
 NUMBER = r"[-+]?[\d.,:/\xd7x ]*\d%?"
 
@@ -218,12 +240,12 @@ def said_by(file: Path) -> Iterator[str]:
             yield from (text for argument in node.args if (text := literal(argument)) and " " in text)
 
 
-def prose_of(file: Path) -> Iterator[str]:
-    """Yield every text with a space in it, docstrings and raised errors left out."""
+def prose_of(file: Path, raised: bool = False) -> Iterator[str]:
+    """Yield every text with a space in it, docstrings and, unless asked for, raised errors left out."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     passed: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) or (
+        if (isinstance(node, ast.Raise) and not raised) or (
             isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         ):
             passed |= {id(inner) for inner in ast.walk(node)}
@@ -285,6 +307,14 @@ class TestTable:
         texts = {text for name in PROSE for text in prose_of(ROOT / "sdlora" / name)}
         assert len(texts) > 90
         missing = [text for text in texts if not composed(text) and not translated(file, text)]
+        assert sorted(missing) == []
+
+    def test_what_is_said_of_a_folders_files_is_in_it(self, file: Path) -> None:
+        reading = ROOT / "sdlora" / "data" / "reading"
+        texts = {text for name in READING for text in prose_of(reading / name, raised=True)}
+        sentences = {text for text in texts if not re.search(r"\(\?|[{}] [{}]", text)}  # no expressions
+        assert len(sentences) > 80
+        missing = [text for text in sentences if not composed(text) and not translated(file, text)]
         assert sorted(missing) == []
 
     def test_what_is_put_together_is_in_it(self, file: Path) -> None:
