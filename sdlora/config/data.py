@@ -13,7 +13,9 @@ from pydantic import AfterValidator, Field
 
 from .section import GivenPath, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Probability, Section
 
-Resolution = Annotated[int, Field(ge=32, le=4096)]
+RESOLUTIONS = (32, 4096)
+"""Smallest and largest in pixels."""
+Resolution = Annotated[int, Field(ge=RESOLUTIONS[0], le=RESOLUTIONS[1])]
 Crop = Literal["centre", "random"]
 CaptionFrom = Literal["files", "file name"]
 CaptionLines = Literal["joined", "one"]

@@ -39,6 +39,7 @@ _USUAL_HOMES = (
 
 _SYSTEM_FOLDERS = ("/etc", "/proc", "/sys", "/dev", "/boot", "/root", "/run", "/bin", "/sbin", "/lib")
 _MOST_NAMES = 2000
+_LONG = 200  # characters of a path that an error repeats
 _ALIKE = 0.7
 
 
@@ -223,6 +224,8 @@ class AllowedPaths:
         if path is None or not any(path == root or path.is_relative_to(root) for root in roots):
             if path is not None and self.local and not path.exists():
                 raise PathRefused(self._missing(named, path))
+            if path is None and len(named) > _LONG:
+                raise PathRefused(f"{named[:_LONG]}…: is too long for a path; shorten it")
             shown = ", ".join(dict.fromkeys(self.shown(root) or "." for root in roots))
             raise PathRefused(
                 f"{named or 'an empty path'}: may not be {verb}, it is outside the folders this server was "
@@ -247,9 +250,12 @@ class AllowedPaths:
         if not text or text.startswith(("\\\\", "//")):
             return None
         try:
-            return (self.home / Path(text).expanduser()).resolve()
+            path = (self.home / Path(text).expanduser()).resolve()
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                path.lstat()  # refuses what cannot be a name here, such as one that is too long
         except (OSError, RuntimeError, ValueError):  # a loop of links, an unknown ~user, a null byte
             return None
+        return path
 
 
 def nearest(path: Path, parent: Path) -> Path:

@@ -10,7 +10,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from sdlora.errors import SdloraError
+from sdlora.config.data import RESOLUTIONS
+from sdlora.errors import ConfigError, SdloraError
 from sdlora.files import parse_json
 
 from ..words import page_words
@@ -50,6 +51,19 @@ def writing(
     return answer
 
 
+def resolution_of(request: Request) -> int:
+    """Return the resolution in pixels that a request asks about, 512 where it names none.
+
+    Raises:
+        ConfigError: if the setting of that name does not allow it.
+        ValueError: if it is no whole number.
+    """
+    asked, (smallest, largest) = int(request.query_params.get("resolution") or 512), RESOLUTIONS
+    if not smallest <= asked <= largest:
+        raise ConfigError(f"data.resolution={asked}: give {smallest} to {largest}")
+    return asked
+
+
 def _answered(handler: Handler, request: Request) -> Response:
     try:
         return JSONResponse(handler(request))
@@ -57,5 +71,5 @@ def _answered(handler: Handler, request: Request) -> Response:
         return JSONResponse({"error": str(error)}, 403)
     except SdloraError as error:
         return JSONResponse({"error": page_words(str(error))}, 422)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         return JSONResponse({"error": f"invalid request: {error}"}, 400)

@@ -38,7 +38,7 @@ from ..site import Choice
 from ..thumbs import MAX_THUMB, Thumbs
 from ..words import labels, page_words
 from .allowed_paths import AllowedPaths, PathRefused
-from .answers import reading, writing
+from .answers import reading, resolution_of, writing
 from .folders import list_folders
 from .workbench import Workbench
 
@@ -128,7 +128,7 @@ class _Own:
         seen = self.sets.look(
             folder,
             trigger=asked.get("trigger") or None,
-            resolution=int(asked.get("resolution") or 512),
+            resolution=resolution_of(request),
             page=max(0, int(asked.get("page") or 0)),
             only=asked.get("only", ""),
             settings=self._data_settings(request, folder),
@@ -167,7 +167,7 @@ class _Own:
     def captions(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         folder, what = self.paths.writable(str(body["folder"])), request.path_params["what"]
         if what == "set":
-            texts = {str(k): str(v) for k, v in body["texts"].items()}
+            texts = {str(name): str(text) for name, text in dict(body["texts"]).items()}
             changed = self.book.set(folder, texts, typing=str(body.get("typing") or ""))
         elif what == "replace":
             changed = self.book.replace(folder, str(body["find"]), str(body["put"]))

@@ -25,7 +25,7 @@ from ..dataset_view import DataSets
 from ..image_edits import ImageEdits, mask_folder, mask_of
 from ..repairs import Repairs
 from .allowed_paths import AllowedPaths, PathRefused
-from .answers import reading, writing
+from .answers import reading, resolution_of, writing
 
 MOST_TAGS = 2000
 _SHOWN = 8
@@ -174,7 +174,7 @@ class Workbench:
         asked = request.query_params
         return {
             "trigger": asked.get("trigger") or None,
-            "resolution": int(asked.get("resolution") or 512),
+            "resolution": resolution_of(request),
             "only": asked.get("only", ""),
             "settings": self._settings(request, folder),
             "known": asked.get("known", ""),
