@@ -29,7 +29,8 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from sdlora_ui.captions import CaptionBook
 from sdlora_ui.drafts import Drafts
-from sdlora_ui.jobs import Job, JobQueue
+from sdlora_ui.job_record import Job
+from sdlora_ui.jobs import JobQueue
 from sdlora_ui.progress import RunView
 from sdlora_ui.server.allowed_paths import AllowedPaths
 from sdlora_ui.server.png_import import from_parameters

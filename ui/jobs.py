@@ -12,7 +12,6 @@ the server ends; the next server takes it over by its process id.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -20,11 +19,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import psutil
 from filelock import FileLock, Timeout
@@ -35,49 +33,24 @@ from sdlora.errors import ConfigError, OutputError
 from sdlora.files import is_used, parse_json, write_json
 from sdlora.run_folder import REQUESTS, STOP, RunFolder
 
+from .job_process import (
+    START_SECONDS,
+    arguments_of,
+    is_beginning,
+    last_json,
+    newest_step,
+    own_group,
+    process_of,
+    process_with,
+)
+from .job_record import AT_WORK, ENDED, MOST_STEPS, Job, job_of
 from .progress import RunView
 
-Status = Literal["waiting", "running", "stopping", "stopped", "finished", "failed"]
-ENDED: tuple[Status, ...] = ("stopped", "finished", "failed")
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
-_AT_WORK: tuple[Status, ...] = ("running", "stopping")
-_START_SECONDS = 10.0
-_KERNEL = 2  # parent of Linux' own threads, which never have a command line
+LATEST_START = 366 * 86_400.0
+"""Seconds from now that a job may be told to wait at most."""
 MAX_LOG = 200_000
 _LOST = "the process ended without a message: it was killed, or memory ran out; look at the log"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training run in the queue.
-
-    Attributes:
-        id: name of its folder.
-        name: of the adapter.
-        run: run folder.
-        created: seconds since 1970.
-        status: see :data:`Status`.
-        resume: whether the next start continues from a checkpoint.
-        pid: of its process.
-        process_started: when that process was created; distinguishes it from a later one with the same id.
-        forced: whether it was killed instead of being asked to stop.
-        error: the command's error text.
-    """
-
-    id: str
-    name: str
-    run: Path
-    created: float
-    status: Status = "waiting"
-    resume: bool = False
-    pid: int | None = None
-    process_started: float | None = None
-    forced: bool = False
-    error: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        return asdict(self) | {"run": str(self.run)}
 
 
 class JobQueue:
@@ -147,23 +120,25 @@ class JobQueue:
 
     def command(self, job_id: str) -> list[str]:
         """Return the shell command that is equivalent to this job."""
-        job = self.get(job_id)
-        if job.resume:
-            return ["sdlora", "train", "--resume", "--output", str(job.run)]
-        return ["sdlora", "train", "--config", str(self._folder / job_id / "run.toml")]
+        return ["sdlora", "train", *arguments_of(self.get(job_id), self._folder / job_id / "run.toml")]
 
     # --- changing --------------------------------------------------------------------------------------
 
-    def add(self, config: Config) -> Job:
+    def add(self, config: Config, *, not_before: float | None = None) -> Job:
         """Queue a run with these settings; ``output.folder`` must be set.
 
+        Args:
+            config: of the run.
+            not_before: seconds since 1970 before which it does not start by itself.
+
         Raises:
-            ConfigError: when no run folder is given.
+            ConfigError: when no run folder is given, or for a time that is too far away.
             OutputError: when another job or run has this folder.
         """
         run = config.output.folder
         if run is None:
             raise ConfigError("`output.folder`: give the run folder")
+        _check_time(not_before)
         with self._lock:
             if run.is_file() or is_used(run):
                 raise OutputError(f"{run}: exists and is not empty; choose another name")
@@ -171,24 +146,81 @@ class JobQueue:
                 raise OutputError(f"{run}: a job in the queue writes there; choose another name")
             now = time.time()
             stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-            job = Job(f"{stamp}-{uuid.uuid4().hex[:6]}", config.output.name, run, now)
+            job = Job(f"{stamp}-{uuid.uuid4().hex[:6]}", config.output.name, run, now, not_before=not_before)
             save_config(config, self._folder / job.id / "run.toml")
             return self._write(job)
 
+    @contextmanager
+    def _alone(self, job_id: str) -> Iterator[Job]:
+        """Give a job's state, which no other server changes or starts in the meantime.
+
+        Raises:
+            ConfigError: when no job has this id, or another server is busy for too long.
+        """
+        with self._lock:
+            try:
+                self._starting.acquire(timeout=START_SECONDS)
+            except Timeout:
+                raise ConfigError("another server is starting a job; try again") from None
+            try:
+                yield self.get(job_id)
+            finally:
+                self._starting.release()
+
     def start(self, job_id: str) -> Job:
-        """Start a waiting job now, unless another one trains; return its new state.
+        """Start a waiting job now, or next, if another one trains; return its new state.
 
         Raises:
             ConfigError: when it is not waiting.
             OutputError: when its process cannot be started.
         """
-        with self._lock:
-            job = self.get(job_id)
+        with self._alone(job_id) as job:
             if job.status != "waiting":
                 raise ConfigError(f"{job.name}: is {job.status}, not waiting; resume it instead")
             if why := self.held_up(job):
                 raise ConfigError(why)
-            return self._launch(job)
+            first = min(other.order[0] for other in self._waiting())
+            return self._launch(self._write(replace(job, not_before=None, place=first - 1)))
+
+    def wait_until(self, job_id: str, not_before: float | None) -> Job:
+        """Let a waiting job start by itself only from a time on; with None as soon as it can.
+
+        Args:
+            job_id: of the job.
+            not_before: seconds since 1970.
+
+        Raises:
+            ConfigError: when it is not waiting, or for a time that is too far away.
+        """
+        _check_time(not_before)
+        with self._alone(job_id) as job:
+            if job.status != "waiting":
+                raise ConfigError(f"{job.name}: is {job.status}, not waiting")
+            return self._write(replace(job, not_before=not_before))
+
+    def move(self, job_id: str, by: int) -> Job:
+        """Let a waiting job start earlier (``by`` below 0) or later than it would, by that many places.
+
+        Raises:
+            ConfigError: when it is not waiting.
+        """
+        with self._alone(job_id) as job:
+            if job.status != "waiting":
+                raise ConfigError(f"{job.name}: is {job.status}, not waiting")
+            waiting = self._waiting()
+            places = [other.order[0] for other in waiting]
+            at = [other.id for other in waiting].index(job.id)
+            waiting.insert(max(0, at + by), waiting.pop(at))
+            for number, (other, place) in enumerate(zip(waiting, places, strict=True)):
+                if number:  # two that were made in the same moment stand apart from now on
+                    place = places[number] = max(place, places[number - 1] + 1e-3)
+                if other.order[0] != place:
+                    self._write(replace(other, place=place))
+            return self.get(job_id)
+
+    def _waiting(self) -> list[Job]:
+        """Return the waiting jobs in the order in which they start."""
+        return sorted((job for job in self.all() if job.status == "waiting"), key=lambda job: job.order)
 
     def stop(self, job_id: str) -> Job:
         """Ask a job to finish its step, save and end; a waiting one only leaves the queue.
@@ -196,8 +228,7 @@ class JobQueue:
         Raises:
             ConfigError: when it has ended already.
         """
-        with self._lock:
-            job = self.get(job_id)
+        with self._alone(job_id) as job:
             if job.status == "waiting":
                 return self._write(replace(job, status="stopped"))
             if job.status != "running":
@@ -236,19 +267,45 @@ class JobQueue:
     def resume(self, job_id: str) -> Job:
         """Queue an ended job again, from its newest checkpoint, or from the start if it never began.
 
+        It comes after those that wait already.
+
         Raises:
             ConfigError: when it has not ended, or is complete.
             OutputError: when the run left files, but no checkpoint to continue from.
         """
-        with self._lock:
-            job = self.get(job_id)
+        with self._alone(job_id) as job:
             if job.status not in ("stopped", "failed"):
                 raise ConfigError(f"{job.name}: is {job.status}; only a stopped or failed job can be resumed")
             # a run that ended before its first checkpoint starts again, with the settings in its folder
             begun = RunFolder(job.run).exists()
             if not begun and (job.run.is_file() or is_used(job.run)):
                 raise OutputError(f"{job.run}: holds no run to continue; clone the job and start the clone")
-            return self._write(replace(job, status="waiting", resume=begun, pid=None, error="", forced=False))
+            return self._queue_again(replace(job, resume=begun))
+
+    def extend(self, job_id: str, more: int) -> Job:
+        """Queue a finished job again, to make that many steps more than it has made.
+
+        Raises:
+            ConfigError: when it is not finished, or for a number of steps that no run can make.
+            OutputError: when its run has no checkpoint (any more) to continue from.
+        """
+        with self._alone(job_id) as job:
+            if job.status != "finished":
+                raise ConfigError(
+                    f"{job.name}: is {job.status}; only a finished job can go on for more steps"
+                )
+            step = newest_step(job)
+            if not step:
+                raise OutputError(
+                    f"{job.run}: has no checkpoint to continue from; clone the job and start the clone"
+                )
+            if not 1 <= more <= MOST_STEPS - step:
+                raise ConfigError(f"{more} steps more: give a number from 1 to {MOST_STEPS - step}")
+            return self._queue_again(replace(job, resume=True, goal=step + more))
+
+    def _queue_again(self, job: Job) -> Job:
+        job = replace(job, status="waiting", place=time.time(), not_before=None)
+        return self._write(replace(job, pid=None, error="", forced=False))
 
     def delete(self, job_id: str, *, with_run: bool) -> None:
         """Forget an ended or waiting job, and on request remove its run folder.
@@ -257,9 +314,8 @@ class JobQueue:
             ConfigError: when it runs.
             OutputError: when the run folder is not one that a run wrote.
         """
-        with self._lock:
-            job = self.get(job_id)
-            if job.status in ("running", "stopping"):
+        with self._alone(job_id) as job:
+            if job.status in AT_WORK:
                 raise ConfigError(f"{job.name}: is {job.status}; stop it first")
             if with_run and job.run.exists():
                 if not RunFolder(job.run).exists():
@@ -273,9 +329,8 @@ class JobQueue:
     def tick(self) -> None:
         """Start the next waiting job if none runs."""
         with self._lock:
-            jobs = self.all()
-            waiting = [job for job in jobs if job.status == "waiting"]
-            if waiting and not any(job.status in _AT_WORK for job in jobs):
+            waiting = [job for job in self._waiting() if not job.waits]
+            if waiting and not any(job.status in AT_WORK for job in self.all()):
                 ready = next((job for job in waiting if not self.held_up(job)), None)
                 if ready is not None:
                     self._launch(ready)
@@ -299,12 +354,12 @@ class JobQueue:
     def _read(self, job_id: str) -> Job | None:
         try:
             text = (self._folder / job_id / "job.json").read_text(encoding="utf-8")
-            job = _job_of(parse_json(text), job_id)
+            job = job_of(parse_json(text), job_id)
         except (OSError, ValueError):
             return None
-        if job.status in _AT_WORK and job.pid is None:
+        if job.status in AT_WORK and job.pid is None:
             return self._half_started(job)
-        if job.status in _AT_WORK and not self._lives(job):
+        if job.status in AT_WORK and not self._lives(job):
             return self._write(self._outcome(job))
         return job
 
@@ -312,26 +367,17 @@ class JobQueue:
         """Return a job that a server began to start: unchanged while the server lives, else settled."""
         try:
             with self._starting.acquire(timeout=0):
-                process = self._process_of_command(job)
-                if process is None and _is_beginning():
+                process = process_with(str(self._folder / job.id / "events.jsonl"))
+                if process is None and is_beginning():
                     return job  # perhaps its own: another look tells
                 if process is None:
                     # it may have ended since, when the server was killed before it had written its id down
-                    ended = _last_json(self._folder / job.id / "output.txt") is not None
+                    ended = last_json(self._folder / job.id / "output.txt") is not None
                     return self._write(self._outcome(job) if ended else replace(job, status="waiting"))
                 started = process.create_time()
                 return self._write(replace(job, pid=process.pid, process_started=started))
         except (Timeout, OSError, psutil.Error):
             return job
-
-    def _process_of_command(self, job: Job) -> psutil.Process | None:
-        """Return the process that trains a job, found by the event file in its command line."""
-        events = str(self._folder / job.id / "events.jsonl")
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if events in words and process.pid != os.getpid():
-                return process
-        return None
 
     def _write(self, job: Job) -> Job:
         write_json(self._folder / job.id / "job.json", job.to_dict())
@@ -340,10 +386,10 @@ class JobQueue:
     def _launch(self, job: Job) -> Job:
         """Start a job unless one runs, by this server or another; return its new state."""
         try:
-            with self._starting.acquire(timeout=_START_SECONDS):
+            with self._starting.acquire(timeout=START_SECONDS):
                 jobs = {known.id: known for known in self.all()}
                 job = jobs.get(job.id, job)
-                if job.status != "waiting" or any(known.status in _AT_WORK for known in jobs.values()):
+                if job.status != "waiting" or any(known.status in AT_WORK for known in jobs.values()):
                     return job
                 return self._launch_alone(job)
         except Timeout:  # another server is starting one
@@ -355,9 +401,7 @@ class JobQueue:
         (folder / "output.txt").unlink(missing_ok=True)
         job = self._write(replace(job, status="running", pid=None, process_started=None, error=""))
         try:
-            arguments = ["--config", str(folder / "run.toml")]
-            if job.resume:
-                arguments = ["--resume", "--output", str(job.run)]
+            arguments = arguments_of(job, folder / "run.toml")
             for request in REQUESTS:  # left over when a run died before it read them
                 (job.run / request).unlink(missing_ok=True)
             with (folder / "log.txt").open("ab") as log, (folder / "output.txt").open("wb") as output:
@@ -367,7 +411,7 @@ class JobQueue:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=log,
-                    **_own_group(),
+                    **own_group(),
                 )
             self._processes[job.id] = process
             self.view(job.id).begin()
@@ -384,7 +428,7 @@ class JobQueue:
 
     def _outcome(self, job: Job) -> Job:
         """Return a job whose process has ended with its outcome."""
-        result = _last_json(self._folder / job.id / "output.txt")
+        result = last_json(self._folder / job.id / "output.txt")
         if result is None:
             if job.forced or job.status == "stopping":
                 return replace(job, status="stopped", pid=None, error="")
@@ -406,58 +450,11 @@ class JobQueue:
                 process.terminate()
 
 
-def _is_beginning() -> bool:
-    """Tell whether some process is so young that it has no command line yet: exec gives it at its end."""
-    for process in psutil.process_iter(["cmdline", "status", "create_time", "ppid"]):
-        young = time.time() - process.info["create_time"] < _START_SECONDS
-        zombie = process.info["status"] == psutil.STATUS_ZOMBIE
-        if young and process.info["cmdline"] == [] and not zombie and process.info["ppid"] != _KERNEL:
-            return True
-    return False
-
-
-def _job_of(values: Any, job_id: str) -> Job:
-    """Return the job that a file describes.
+def _check_time(not_before: float | None) -> None:
+    """Refuse a time at which no job can be told to start.
 
     Raises:
-        ValueError: when it describes none: such a folder is passed over.
+        ConfigError: for one that is too far away.
     """
-    kinds = get_type_hints(Job) | {"run": str}
-    if not isinstance(values, dict) or not {"name", "run", "created"} <= values.keys() <= kinds.keys():
-        raise ValueError("not a job")
-    for key, value in values.items():
-        allowed = get_args(kinds[key]) or (kinds[key],)
-        if value not in allowed if get_origin(kinds[key]) is Literal else type(value) not in allowed:
-            raise ValueError(f"`{key}` is no {kinds[key]}")
-    if "\0" in values["run"]:
-        raise ValueError("no path has zero bytes")
-    pid = values.get("pid")
-    if pid is not None and not 0 < pid < 2**31:
-        raise ValueError("no process has such an id")
-    return Job(**(values | {"id": job_id, "run": Path(values["run"])}))
-
-
-def _own_group() -> dict[str, Any]:
-    """Return the options that keep a job alive when the server or its terminal ends."""
-    if sys.platform == "win32":
-        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}
-    return {"start_new_session": True}
-
-
-def process_of(job: Job) -> psutil.Process | None:
-    """Return a job's process while it lives; a later one with the same id is not mistaken for it."""
-    if job.pid is None or job.process_started is None:
-        return None
-    try:
-        process = psutil.Process(job.pid)
-        same = abs(process.create_time() - job.process_started) < 1
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.Error:
-        return None
-
-
-def _last_json(file: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError, IndexError):
-        value = parse_json(file.read_text(encoding="utf-8").strip().splitlines()[-1])
-        return value if isinstance(value, dict) else None
-    return None
+    if not_before is not None and not 0 <= not_before <= time.time() + LATEST_START:
+        raise ConfigError("start: give a time within a year from now")

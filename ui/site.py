@@ -15,7 +15,8 @@ from sdlora.run_folder import CheckpointFolder, RunFolder, list_checkpoints
 from .bases import Bases
 from .captioning import Captioning
 from .drafts import Drafts
-from .jobs import Job, JobQueue
+from .job_record import Job
+from .jobs import JobQueue
 from .owner import Owner
 from .plans import Plans
 from .server.allowed_paths import STATE, AllowedPaths, model_files

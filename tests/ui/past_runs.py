@@ -11,7 +11,14 @@ from sdlora.config.toml import load_config, save_config
 
 
 def put_run(
-    home: Path, name: str, steps: int, *, prompts: int = 2, every: int = 10, status: str = "finished"
+    home: Path,
+    name: str,
+    steps: int,
+    *,
+    prompts: int = 2,
+    every: int = 10,
+    status: str = "finished",
+    not_before: float | None = None,
 ) -> str:
     """Write a run of the server's in ``home`` and return its job's id; later calls make newer jobs."""
     jobs, run = home / "runs" / ".sdlora-ui" / "jobs", home / "runs" / name
@@ -49,5 +56,6 @@ def put_run(
     text = "".join(json.dumps(event) + "\n" for event in events)
     (jobs / job_id / "events.jsonl").write_text(text, encoding="utf-8")
     job = {"id": job_id, "name": name, "run": str(run), "created": 1.7e9 + number, "status": status}
-    (jobs / job_id / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    text = json.dumps(job | {"not_before": not_before})
+    (jobs / job_id / "job.json").write_text(text, encoding="utf-8")
     return job_id

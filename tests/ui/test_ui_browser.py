@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -1194,3 +1195,32 @@ def test_curves_are_smoothed_zoomed_and_laid_over_each_other(page: Page, wait: C
 def raw_steps(page: Page) -> list[str]:
     """Return the points of the losses that are in the plot, none of them smoothed."""
     return re.findall(r"[ML][^ML]+", page.one(".sd-plot path.raw").get_attribute("d") or "")
+
+
+def test_waiting_runs_are_ordered_and_given_a_time(page: Page, wait: Callable[..., Any]) -> None:
+    tomorrow = time.time() + 86_400
+    first = put_run(page.server.home, "first", 4, status="waiting", not_before=tomorrow)
+    second = put_run(page.server.home, "second", 4, status="waiting", not_before=tomorrow)
+    page.driver.get(f"{page.server.url}/?queue#train?run={second}")
+    wait(lambda: waiting_names(page) == ["first", "second"])
+    assert "waiting until" in page.one(f"[data-job='{first}']").text
+    page.click(f"[data-what='move-1-{second}']")
+    wait(lambda: waiting_names(page) == ["second", "first"])
+    page.driver.refresh()
+    wait(lambda: waiting_names(page) == ["second", "first"])
+
+    field = page.one("#sd-until")
+    wait(lambda: field.get_attribute("value"))
+    page.js("document.querySelector('#sd-until').value = '2026-12-24T06:00'")
+    page.click("[data-what=wait]")
+    asked = "return new Date('2026-12-24T06:00').getTime() / 1000"
+    wait(lambda: page.server.ask(f"/sdlora/jobs/{second}")["not_before"] == page.js(asked))
+    page.click("[data-what=stop]")
+    wait(lambda: waiting_names(page) == ["first"])
+    page.server.ask(f"/sdlora/jobs/{first}/stop", {})
+
+
+def waiting_names(page: Page) -> list[str]:
+    """Return the waiting runs in the order in which the page shows them."""
+    script = "return [...document.querySelectorAll('.sd-job.waiting strong')].map((one) => one.textContent)"
+    return list(page.js(script))

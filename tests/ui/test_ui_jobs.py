@@ -9,7 +9,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ import pytest
 from filelock import FileLock
 from processes import end_marked, marked, new_mark, with_mark
 from sdlora_ui.job_memory import MemoryWatch
-from sdlora_ui.jobs import Job, JobQueue, process_of
+from sdlora_ui.job_process import process_of
+from sdlora_ui.job_record import Job
+from sdlora_ui.jobs import JobQueue
 from sdlora_ui.progress import RunView, thinned
 
 from sdlora.config.schema import Config
@@ -33,7 +37,8 @@ import json, sys, time, tomllib
 from pathlib import Path
 arguments = sys.argv[1:]
 after = lambda name: arguments[arguments.index(name) + 1]
-resume = "--resume" in arguments
+more = int(after("--continue-for")) if "--continue-for" in arguments else 0
+resume = "--resume" in arguments or more > 0
 if resume:
     run = Path(after("--output"))
     config = tomllib.loads((run / "config.toml").read_text())
@@ -54,6 +59,10 @@ def emit(kind, **values):
     events.flush()
 saved = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*")) if resume else []
 first = saved[-1] if saved else 0
+if more:
+    steps = first + more
+    before, text = config["training"]["steps"], (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace(f"steps = {before}", f"steps = {steps}"))
 emit("RunStarted", steps=steps, first_step=first, expected_seconds=1.0, expected_bytes=5)
 for step in range(first + 1, steps + 1):
     while step == steps // 2 and Path("hold").exists() and not (run / "STOP").exists():
@@ -168,6 +177,199 @@ def test_stop_saves_and_resume_goes_on_from_there(
     assert ended(queue, job, wait).status == "finished"
     view = queue.view(job.id)
     assert view.first_step == stopped_at and sorted(view.loss) == list(range(1, 101))
+
+
+def test_waiting_jobs_start_in_the_order_they_were_moved_to(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    hold = held(tmp_path)
+    first, *others = [queue.add(settings(tmp_path, name)) for name in ("a", "b", "c", "d")]
+    queue.tick()
+    queue.move(others[2].id, -1)
+    queue.move(others[0].id, 1)
+    queue.move(others[0].id, 1)  # past the last: there is no further place
+    queue.move(others[0].id, 1)
+    assert [job.name for job in in_order(make())] == ["d", "c", "b"]
+    queue.move(others[0].id, -2)
+    assert [job.name for job in in_order(make())] == ["b", "d", "c"]
+    assert make().start(others[1].id).status == "waiting"  # another one trains; it is the next
+    assert [job.name for job in in_order(make())] == ["c", "b", "d"]
+    with pytest.raises(ConfigError, match="is running, not waiting"):
+        queue.move(first.id, 1)
+    hold.unlink()
+    for job in (first, others[1], others[0], others[2]):
+        assert ended(queue, job, wait).status == "finished"
+        queue.tick()
+    starts = [(tmp_path / "jobs" / job.id / "output.txt").stat().st_mtime_ns for job in others]
+    assert starts[1] < starts[0] < starts[2]
+
+
+def in_order(queue: JobQueue) -> list[Job]:
+    return sorted((job for job in queue.all() if job.status == "waiting"), key=lambda job: job.order)
+
+
+def test_jobs_of_one_moment_can_be_moved(make: Callable[[], JobQueue], tmp_path: Path) -> None:
+    queue = make()
+    jobs = [queue.add(settings(tmp_path, name)) for name in ("a", "b", "c")]
+    for job in jobs:
+        written(tmp_path, replace(job, created=5.0))
+    last = in_order(queue)[-1]
+    queue.move(last.id, -1)
+    assert in_order(queue)[1].id == last.id
+    queue.move(last.id, -1)
+    assert in_order(queue)[0].id == last.id
+
+
+def test_a_job_waits_for_its_time_and_lets_others_pass(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    later = queue.add(settings(tmp_path, "later"), not_before=time.time() + 3600)
+    now = queue.add(settings(tmp_path, "now"))
+    queue.tick()
+    assert ended(queue, now, wait).status == "finished"
+    after = make()  # a server that is started again knows of it
+    after.tick()
+    assert after.get(later.id).status == "waiting"
+    after.wait_until(later.id, time.time() - 1)
+    after.tick()
+    assert ended(after, later, wait).status == "finished"
+
+
+def test_a_job_that_waits_for_its_time_can_be_started_at_once(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path, "later"), not_before=time.time() + 3600)
+    assert queue.start(job.id).status == "running"
+    assert ended(queue, job, wait).not_before is None
+
+
+@pytest.mark.parametrize("moment", [math.nan, math.inf, -1.0, 1e18, 4e9])
+def test_a_time_that_never_comes_is_refused(
+    make: Callable[[], JobQueue], tmp_path: Path, moment: float
+) -> None:
+    queue = make()
+    with pytest.raises(ConfigError, match="within a year"):
+        queue.add(settings(tmp_path, "a"), not_before=moment)
+    job = queue.add(settings(tmp_path, "a"))
+    with pytest.raises(ConfigError, match="within a year"):
+        queue.wait_until(job.id, moment)
+
+
+def test_a_failed_job_is_tried_again_after_those_that_wait(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path, "a", 1))
+    queue.tick()
+    assert ended(queue, job, wait).status == "failed"
+    other = queue.add(settings(tmp_path, "b"))
+    again = queue.resume(job.id)
+    assert (again.status, again.error) == ("waiting", "")
+    assert [waiting.id for waiting in in_order(queue)] == [other.id, job.id]
+
+
+def test_a_finished_job_goes_on_for_more_steps(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path, "a", 20))
+    with pytest.raises(ConfigError, match="only a finished job"):
+        queue.extend(job.id, 5)
+    queue.tick()
+    ended(queue, job, wait)
+    for more in (0, -1, 10**9):
+        with pytest.raises(ConfigError, match="give a number from 1 to"):
+            queue.extend(job.id, more)
+    queue.extend(job.id, 30)
+    assert queue.command(job.id) == ["sdlora", "train", "--output", str(job.run), "--continue-for", "30"]
+    hold = held(tmp_path)  # at step 25
+    queue.tick()
+    wait(lambda: queue.view(job.id).step == 24)
+    queue.stop(job.id)
+    assert ended(queue, job, wait).status == "stopped"
+    queue.resume(job.id)
+    # the settings in its folder ask for 50 steps by now
+    assert queue.command(job.id) == ["sdlora", "train", "--resume", "--output", str(job.run)]
+    hold.unlink()
+    queue.tick()
+    assert ended(queue, job, wait).status == "finished"
+    view = queue.view(job.id)
+    assert (view.step, view.steps, sorted(view.loss)) == (50, 50, list(range(1, 51)))
+
+
+@pytest.mark.long
+def test_a_real_run_goes_on_for_more_steps(
+    tmp_path: Path, image_folder: Callable[..., Path], wait: Wait, processes_end: None
+) -> None:
+    queue = JobQueue(tmp_path / "jobs", tmp_path)
+    values = {
+        "data.folder": image_folder(2),
+        "model.base": "mini",
+        "output.name": "style",
+        "output.folder": tmp_path / "run",
+        "training.steps": 2,
+        "sample.prompts": (),
+    }
+    job = queue.add(load_config(values=values))
+    queue.tick()
+    assert ended(queue, job, wait).status == "finished", queue.log(job.id)
+    queue.extend(job.id, 3)
+    queue.tick()
+    assert ended(queue, job, wait).status == "finished", queue.log(job.id)
+    view = queue.view(job.id)
+    assert (view.first_step, view.step, view.steps) == (2, 5, 5)
+    assert load_config(job.run / "config.toml").training.steps == 5
+
+
+def test_more_steps_that_never_began_are_asked_for_again(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    queue = make()
+    job = queue.add(settings(tmp_path, "a", 20))
+    queue.tick()
+    ended(queue, job, wait)
+    queue.extend(job.id, 10)
+    queue.stop(job.id)  # it leaves the queue before it was started
+    queue.resume(job.id)
+    assert queue.command(job.id)[-2:] == ["--continue-for", "10"]
+    queue.tick()
+    assert ended(queue, job, wait).status == "finished"
+    assert queue.view(job.id).step == 30
+
+
+def test_a_job_that_a_server_starts_is_not_changed_by_another(
+    make: Callable[[], JobQueue], tmp_path: Path, wait: Wait
+) -> None:
+    first, second = make(), make()
+    jobs = [first.add(settings(tmp_path, f"job{number}", 2)) for number in range(6)]
+    moved = threading.Event()
+
+    def move() -> None:
+        while not moved.is_set():
+            for job in jobs:
+                with suppress(ConfigError):  # it runs, or has ended
+                    second.move(job.id, 1)
+                with suppress(ConfigError):
+                    second.wait_until(job.id, None)
+
+    thread = threading.Thread(target=move)
+    thread.start()
+    try:
+
+        def all_done() -> bool:
+            first.tick()
+            return all(first.get(job.id).status == "finished" for job in jobs)
+
+        wait(all_done)
+    finally:
+        moved.set()
+        thread.join()
+    for job in jobs:
+        starts = [event for event in read_events_of(tmp_path, job) if event["event"] == "RunStarted"]
+        assert len(starts) == 1, job.name
 
 
 def test_a_job_that_fails_says_why(make: Callable[[], JobQueue], tmp_path: Path, wait: Wait) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from ..dataset_view import DataSets, for_folder
 from ..drafts import TRAIN_FORM, Drafts
 from ..gallery import list_images
 from ..job_memory import MemoryWatch
-from ..jobs import Job, JobQueue, process_of
+from ..job_process import process_of
+from ..job_record import Job
+from ..jobs import JobQueue
 from ..owner import Owner
 from ..settings import data_settings
 from ..site import Choice
@@ -203,7 +205,9 @@ class _Own:
         asked = request.query_params
         first, last = (float(asked.get(key) or usual) for key, usual in (("from", 0), ("to", math.inf)))
         jobs = [self.queue.get(job_id) for job_id in asked.getlist("run")[:MOST_CURVES]]
-        shown = [{"id": job.id, "name": job.name} | self.queue.view(job.id).curve(first, last) for job in jobs]
+        shown = [
+            {"id": job.id, "name": job.name} | self.queue.view(job.id).curve(first, last) for job in jobs
+        ]
         return {"curves": shown}
 
     def job(self, request: Request) -> dict[str, Any]:
@@ -254,13 +258,17 @@ class _Own:
             "stop": self.queue.stop,
             "kill": self.queue.kill,
             "resume": self.queue.resume,
+            "move": lambda job_id: self.queue.move(job_id, _whole(body, "by")),
+            "wait": lambda job_id: self.queue.wait_until(job_id, _moment(body, "until")),
+            "extend": lambda job_id: self.queue.extend(job_id, _whole(body, "steps")),
         }
         if action not in known:
             raise ConfigError(f"{action}: is not an action for a job")
         return self._brief(known[action](job_id))
 
     def _brief(self, job: Job) -> dict[str, Any]:
-        return job.to_dict() | self.queue.view(job.id).brief() | {"error": page_words(job.error)}
+        more = {"error": page_words(job.error), "order": job.order[0], "waits": job.waits}
+        return job.to_dict() | self.queue.view(job.id).brief() | more
 
     def _prompts(self, job: Job) -> list[str]:
         for file in (RunFolder(job.run).config_file, self.queue.settings(job.id)):
@@ -269,3 +277,27 @@ class _Own:
                 if sample.prompts is not None:
                     return [line.prompt for line in sample.lines]
         return []
+
+
+def _whole(body: Mapping[str, Any], key: str) -> int:
+    """Return a whole number of a request.
+
+    Raises:
+        TypeError: when it is none.
+    """
+    value = body[key]
+    if type(value) is not int:
+        raise TypeError(f"`{key}`: is no whole number")
+    return value
+
+
+def _moment(body: Mapping[str, Any], key: str) -> float | None:
+    """Return a time of a request, in seconds since 1970, or None.
+
+    Raises:
+        TypeError: when it is none.
+    """
+    value = body[key]
+    if value is not None and type(value) not in (int, float):
+        raise TypeError(f"`{key}`: is no time")
+    return None if value is None else float(value)

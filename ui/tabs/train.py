@@ -23,6 +23,7 @@ from ..plan_view import changed_html, plan_html
 from ..server.uploads import folder_name
 from ..settings import checked_config, folders_of
 from ..site import Site
+from ..start_time import start_time
 from ..words import FIRST_LABELS
 from ..worker_client import CallCancelled
 from . import base_picker, fill_form
@@ -56,6 +57,14 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                 controls |= _first(site)
                 start = gr.Button("Start training", variant="primary", size="lg", elem_id="start-training")
                 message = gr.HTML("", elem_id="start-said")
+                with gr.Accordion("Start later", open=False, elem_id="start-later"):
+                    later = gr.Textbox(
+                        label="Not before",
+                        info="A time of this machine's clock, as 22:30 or 2026-12-24 06:00; "
+                        "empty: as soon as nothing else trains",
+                        max_lines=1,
+                        elem_id="not-before",
+                    )
             plan = gr.HTML(hint(_NO_FOLDER), elem_id="plan")
             changed = gr.HTML("", elem_id="changed")
             filled_by = fill_form.build(local=site.paths.local)
@@ -79,7 +88,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
         with gr.Column(scale=6, min_width=320):
             gr.HTML("<sd-jobs></sd-jobs>", elem_id="jobs")
     form = _Form(controls, plan, changed, filled_by)
-    _connect(site, shell, tab, form, start, message)
+    _connect(site, shell, tab, form, (start, later, message))
     _connect_keeping(site, shell, tab, form)
 
 
@@ -182,14 +191,17 @@ class _Planning:
             yield from self.predict(request, *held)
 
 
-def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Button, message: gr.HTML) -> None:
+def _connect(
+    site: Site, shell: Shell, tab: gr.Tab, form: _Form, starting: tuple[gr.Button, gr.Textbox, gr.HTML]
+) -> None:
+    start, later, message = starting
     keys, shown = list(form.controls), list(form.controls.values())
     trigger = form.controls["data.trigger_word"]
     told_all = [shell.tab_word, *shown]
     planning = _Planning(site, keys)
 
-    def begin(*held: Any) -> Iterator[Any]:
-        yield from begin_run(site, dict(zip(keys, held, strict=True)))
+    def begin(later: str, *held: Any) -> Iterator[Any]:
+        yield from begin_run(site, dict(zip(keys, held, strict=True)), later or "")
 
     # without a queue: a plan that waits for its turn would overwrite a newer draft; and while one is made,
     # Gradio would drop the next one
@@ -223,7 +235,7 @@ def _connect(site: Site, shell: Shell, tab: gr.Tab, form: _Form, start: gr.Butto
         form.controls,
         lambda event: event.then(planning.predict, told_all, plans, **at_once),
     )
-    start.click(begin, shown, message, show_progress="hidden")
+    start.click(begin, [later, *shown], message, show_progress="hidden")
     shell.use_masks.change(
         lambda message: str(told(message, "folder")),
         shell.use_masks,
@@ -327,9 +339,16 @@ def _predict(site: Site, raw: Mapping[str, Any]) -> Iterator[str]:
         yield problem(str(error))
 
 
-def begin_run(site: Site, raw: Mapping[str, Any]) -> Iterator[Any]:
-    """Queue the run, or say why it is not possible."""
+def begin_run(site: Site, raw: Mapping[str, Any], later: str = "") -> Iterator[Any]:
+    """Queue the run, or say why it is not possible.
+
+    Args:
+        site: with the queue.
+        raw: the form's values.
+        later: before which time it does not start, as it is typed.
+    """
     try:
+        not_before = start_time(later)
         config = _config(site, raw)
         if why := site.captioning.holds(folders_of(config)):
             raise ConfigError(why)
@@ -338,7 +357,7 @@ def begin_run(site: Site, raw: Mapping[str, Any]) -> Iterator[Any]:
             assert answer.progress is not None
             done, total, note = answer.progress
             yield working(done, total, f"checking that it is possible: {note}")
-        job = site.queue.add(config)
+        job = site.queue.add(config, not_before=not_before)
         site.make_room()
         site.queue.tick()
     except SdloraError as error:

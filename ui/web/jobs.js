@@ -7,6 +7,10 @@ import { PreviewViewer, previewTable } from "./previews.js";
 const WORDS = { waiting: "waiting", running: "training", stopping: "stopping after this step", stopped: "stopped", finished: "finished", failed: "failed" };
 const LIVE = ["running", "stopping"];
 
+// A time in seconds since 1970 as this browser's clock shows it, and as a field takes it.
+const moment = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+const localTime = (seconds) => new Date((seconds - new Date(seconds * 1000).getTimezoneOffset() * 60) * 1000).toISOString().slice(0, 16);
+
 class Jobs extends Live {
   start() {
     this.every = 1000;
@@ -65,20 +69,25 @@ class Jobs extends Live {
     if (active) target.querySelector(`[data-what="${active}"]`)?.focus();
   }
   drawQueue(jobs) {
-    const shown = [...jobs].reverse();
+    const rank = (job) => (LIVE.includes(job.status) ? 0 : job.status === "waiting" ? 1 : 2);
+    const shown = [...jobs].sort((a, b) => rank(a) - rank(b) || (rank(a) === 1 ? a.order - b.order : b.created - a.created));
     this.heading.hidden = !jobs.length;
-    this.fill("queue", JSON.stringify([shown, this.selected]), shown.map((job) => this.line(job)));
+    this.fill("queue", JSON.stringify([shown, this.selected]), shown.map((job) => this.line(job, shown.filter((one) => one.status === "waiting"))));
   }
-  line(job) {
+  line(job, waiting) {
     const share = job.steps ? job.step / job.steps : 0;
-    const state = job.status !== "running" ? WORDS[job.status] : job.finishing ? "finishing" : job.started ? "training"
+    const state = job.waits && job.status === "waiting" ? `waiting until ${moment(job.not_before)}` : job.status !== "running" ? WORDS[job.status] : job.finishing ? "finishing" : job.started ? "training"
       : job.preparing ? `preparing ${job.preparing[0]} of ${job.preparing[1]}` : "starting";
+    const place = waiting.indexOf(job);
+    const mover = (label, by, sign, can) => button(sign, () => attempt(async () => { await ask(`jobs/${job.id}/move`, { by }); await this.refresh(); }), "sd-small", { "data-what": `move${by}-${job.id}`, "aria-label": label, title: label, disabled: !can });
     const left = LIVE.includes(job.status) && job.seconds_left && !job.finishing ? `${duration(job.seconds_left)} left` : "";
     return el("div", { class: `sd-job ${job.status} ${job.id === this.selected ? "on" : ""}`, "data-job": job.id },
       el("button", { type: "button", class: "sd-job-name", "data-what": `open-${job.id}`, "aria-expanded": String(job.id === this.selected),
         onclick: () => { this.select(job.id); this.at(null); } },
         el("strong", { translate: "no" }, job.name), el("span", { class: `sd-chip ${job.status}` }, state), el("span", { class: "sd-dim" }, left)),
-      el("progress", { value: share, max: 1, "aria-label": `Progress of ${job.name}` }), el("span", { class: "sd-count" }, job.steps ? `${job.step} / ${job.steps}` : ""));
+      el("progress", { value: share, max: 1, "aria-label": `Progress of ${job.name}` }), waiting.length > 1 && place >= 0
+        ? el("span", { class: "sd-movers" }, mover(`Start ${job.name} earlier`, -1, "↑", place > 0), mover(`Start ${job.name} later`, 1, "↓", place < waiting.length - 1))
+        : el("span", { class: "sd-count" }, job.steps ? `${job.step} / ${job.steps}` : ""));
   }
   drawRun(run, jobs) {
     if (this.drawn !== run.id) {
@@ -91,7 +100,7 @@ class Jobs extends Live {
     this.fill("head", JSON.stringify([run.status, run.error, run.notes]), [
       run.error ? el("p", { class: "sd-problem", role: "alert" }, run.error) : null,
       run.status === "finished" ? el("p", { class: "sd-done", role: "status" }, `Done: ${run.shown_adapter}`) : null].filter(Boolean));
-    this.fill("actions", `${run.status}${run.started}${run.reported}`, this.actions(run));
+    this.fill("actions", `${run.status}${run.started}${run.reported}${run.not_before}`, this.actions(run));
     this.curves.show(run, jobs);
     this.fill("previews", JSON.stringify(run.samples), previewTable(run, (step, column) => this.viewer.open(run, step, column)));
     this.viewer.update(run);
@@ -104,16 +113,45 @@ class Jobs extends Live {
     const can = (label, what, kind = "") => button(label, act(what), kind, { "data-what": what });
     const ended = ["stopped", "failed", "finished"].includes(run.status);
     return [el("div", { class: "sd-row" },
-      run.status === "waiting" ? [can("Start now", "start", "primary"), can("Remove from the queue", "stop")] : null,
+      run.status === "waiting" ? [button("Start now", () => this.startNow(run), "primary", { "data-what": "start" }), can("Remove from the queue", "stop")] : null,
       run.status === "running" ? [can("Stop and save", "stop", "primary"), run.started ? can("Preview now", "sample") : null, run.started ? can("Save now", "save") : null] : null,
       run.status === "stopping" ? can("Stop without saving", "kill", "danger") : null,
-      ["stopped", "failed"].includes(run.status) ? can("Resume", "resume", "primary") : null,
+      run.status === "stopped" ? can("Resume", "resume", "primary") : null,
+      run.status === "failed" ? can("Try again", "resume", "primary") : null,
       run.status === "finished" ? button("Try it out", () => sendToPython("try-run", JSON.stringify({ id: run.id, at: Date.now() })), "primary", { "data-what": "try" }) : null,
       run.status === "finished" ? button("Export", () => sendToPython("export-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "export" }) : null,
       button("Clone", () => sendToPython("clone-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "clone" }),
       run.reported ? el("a", { class: "sd-button", href: `/sdlora/jobs/${run.id}/report`, target: "_blank", rel: "noopener", "data-what": "report", title: run.best.reason }, "Report") : null,
       button("Log", () => this.showLog(run), "", { "data-what": "log" }),
-      ended || run.status === "waiting" ? button("Delete", () => this.confirmDelete(run), "danger", { "data-what": "delete" }) : null)];
+      ended || run.status === "waiting" ? button("Delete", () => this.confirmDelete(run), "danger", { "data-what": "delete" }) : null),
+    run.status === "waiting" ? this.startField(run) : null, run.status === "finished" ? this.moreField(run) : null].filter(Boolean);
+  }
+  startNow(run) {
+    return attempt(async () => {
+      const { status } = await ask(`jobs/${run.id}/start`, {});
+      if (status === "waiting") say("another run trains; this one is the next");
+      await this.refresh();
+    });
+  }
+  // When a waiting run may start by itself.
+  startField(run) {
+    const field = el("input", { type: "datetime-local", "data-what": "until", id: "sd-until" });
+    if (run.not_before) field.value = localTime(run.not_before);
+    const set = (until) => attempt(async () => { await ask(`jobs/${run.id}/wait`, { until }); await this.refresh(); });
+    const chosen = () => { const until = new Date(field.value).getTime() / 1000; if (Number.isFinite(until)) set(until); else say("choose a date and a time first", "error"); };
+    return el("div", { class: "sd-row sd-end" }, el("label", { class: "sd-field" }, "Not before", field), button("Set the time", chosen, "", { "data-what": "wait" }),
+      run.not_before ? button("As soon as it can", () => set(null), "", { "data-what": "no-wait" }) : null);
+  }
+  // A finished run goes on for more steps than it was to make.
+  moreField(run) {
+    const field = el("input", { type: "number", min: "1", step: "1", "data-what": "more-steps", id: "sd-more-steps" });
+    field.value = String(Math.max(1, Math.round(run.step / 4)));
+    const go = () => attempt(async () => {
+      await ask(`jobs/${run.id}/extend`, { steps: Math.round(Number(field.value)) });
+      await this.refresh();
+    });
+    return el("div", { class: "sd-row sd-end" }, el("label", { class: "sd-field" }, "Steps more", field),
+      button("Train on", go, "", { "data-what": "extend", title: "From where it ended, with its settings; the learning rate follows the schedule of a run that long" }));
   }
   // Follows the log while it is open, and stays at its end unless the user scrolled up.
   async showLog(run) {
