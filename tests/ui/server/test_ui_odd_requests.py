@@ -111,7 +111,7 @@ def test_odd_requests_are_one_line_and_change_nothing_elsewhere(
             if method == "POST":
                 body = json.dumps(given)  # NaN, too: other programs write it
                 ours_headers = {"content-type": "application/json", "x-sdlora": "1"}
-                answer = client.post(path_now, content=body, headers=sent)
+                answer = client.post(path_now, content=body, headers=ours_headers)
             else:
                 texts = {key: str(value).encode("utf-8", "replace").decode() for key, value in given.items()}
                 answer = client.get(path_now, params=texts)
