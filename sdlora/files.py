@@ -223,6 +223,15 @@ def list_files(folder: Path, *endings: str) -> list[Path]:
     return sorted(files)
 
 
+def is_text(path: str | Path) -> bool:
+    """Return whether a path can be shown and written down; on Linux a name may be any bytes."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def refuse_used_folder(folder: Path, what: str) -> None:
     """Check that ``folder`` is missing or empty, so that writing there can lose nothing.
 

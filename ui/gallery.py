@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
-from sdlora.files import list_files
+from sdlora.files import is_text, list_files
 
 from .server.allowed_paths import AllowedPaths
 
@@ -20,11 +20,12 @@ from .server.allowed_paths import AllowedPaths
 def list_images(paths: AllowedPaths, limit: int) -> dict[str, Any]:
     """Return the newest drawn PNGs as ``{"total": n, "images": [{file, name, changed}]}``.
 
-    Links that lead to nothing, or out of the server's folders, are passed over.
+    Links that lead to nothing, or out of the server's folders, are passed over, and so are names that are not
+    UTF-8: they cannot be asked for.
     """
     dated, folder = [], paths.images
     for file in list_files(folder, ".png"):
-        if file.is_symlink() and not paths.reaches(file):
+        if not is_text(file) or (file.is_symlink() and not paths.reaches(file)):
             continue
         with suppress(OSError):  # removed meanwhile
             state = file.stat()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config.foreign.texts import read_yaml
-from sdlora.files import parse_json
+from sdlora.files import is_text, parse_json
 
 MOST_FOLDERS = 4000
 MOST_SECONDS = 4.0
@@ -149,6 +149,8 @@ def _listed(folder: Path) -> tuple[list[str], list[str]]:
     folders: list[str] = []
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in itertools.islice(entries, MOST_ENTRIES):
+            if not is_text(entry.name):
+                continue  # the page could not ask for it
             names.append(entry.name)
             with suppress(OSError):
                 folders += [entry.name] if entry.is_dir() else []

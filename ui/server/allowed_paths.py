@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from sdlora.errors import SdloraError
-from sdlora.files import list_files, refuse_bad_names
+from sdlora.files import is_text, list_files, refuse_bad_names
 
 STATE = ".sdlora-ui"
 _MODEL_FOLDERS = (
@@ -198,8 +198,11 @@ class AllowedPaths:
         return path
 
     def reaches(self, path: Path) -> bool:
-        """Return whether something found inside an allowed folder is there, and not a link that leads out."""
-        real = self._resolve(str(path))
+        """Return whether something found inside an allowed folder is there, and not a link that leads out.
+
+        Nor is it of use with a name that is not UTF-8: the page could not ask for it.
+        """
+        real = self._resolve(str(path)) if is_text(path) else None
         roots = (*self.roots, *self.read_only)
         return real is not None and real.exists() and any(real.is_relative_to(root) for root in roots)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.data.reading.image_files import IMAGE_ENDINGS
+from sdlora.files import is_text
 
 from .allowed_paths import STATE, AllowedPaths
 
@@ -29,7 +30,15 @@ def list_folders(paths: AllowedPaths, text: str) -> dict[str, Any]:
         listed = [
             _entry(paths, folder, paths.shown(folder)) for folder in dict.fromkeys(starts) if folder.is_dir()
         ]
-        return {"path": "", "shown": "", "up": None, "images": 0, "folders": listed, "more": False}
+        return {
+            "path": "",
+            "shown": "",
+            "up": None,
+            "images": 0,
+            "folders": listed,
+            "more": False,
+            "unnamed": 0,
+        }
     folder = paths.folder(text)
     names: list[str] = []
     with suppress(OSError), os.scandir(folder) as entries:
@@ -42,6 +51,7 @@ def list_folders(paths: AllowedPaths, text: str) -> dict[str, Any]:
         for name in sorted(names, key=str.lower)
         if name != STATE and paths.reaches(folder / name)
     ]
+    unnamed = sum(not is_text(name) for name in names)
     is_start = folder in (paths.data, paths.runs, paths.images, *paths.named)
     return {
         "path": str(folder),
@@ -50,6 +60,7 @@ def list_folders(paths: AllowedPaths, text: str) -> dict[str, Any]:
         "images": _count(folder),
         "folders": [_entry(paths, each, each.name) for each in inside[:MOST_LISTED]],
         "more": len(inside) > MOST_LISTED,
+        "unnamed": unnamed,
     }
 
 

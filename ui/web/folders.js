@@ -32,6 +32,7 @@ class Browse extends HTMLElement {
       el("div", { class: "sd-folders" }, seen.up === null ? null : line("..", seen.up, 0),
         seen.folders.map((one) => line(one.name, one.path, one.images)),
         seen.more ? el("p", { class: "sd-dim" }, "and more; type the path") : null,
+        seen.unnamed ? el("p", { class: "sd-dim" }, `not shown, as their names are not UTF-8: ${seen.unnamed}; rename them`) : null,
         !seen.folders.length ? el("p", { class: "sd-dim" }, "No folder inside.") : null),
       el("div", { class: "sd-row" },
         seen.path ? button(seen.images ? `Open (${count(seen.images)})` : "Open", () => { this.dialog.close(); openFolder(seen.path); }, "primary", { id: "browse-open" }) : null,

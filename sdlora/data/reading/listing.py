@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import DatasetError, without_controls
+from ...files import is_text
 from ...run_folder import RunFolder, was_run
 from .captions import CAPTION_ENDINGS
 from .image_files import IMAGE_ENDINGS, UNREAD_IMAGE_ENDINGS
@@ -193,12 +194,10 @@ def _folders_to_enter(here: Path, root: Path, names: Iterable[str], listing: Lis
 
 def _unprintable(path: Path, name: str, listing: Listing) -> bool:
     """Report a name that is not UTF-8: it could be neither shown nor written into a file."""
-    try:
-        path.name.encode("utf-8")
-    except UnicodeEncodeError:
-        listing.problems.append(Problem("unreadable", name, "has a name that is not UTF-8", "rename it"))
-        return True
-    return False
+    if is_text(path.name):
+        return False
+    listing.problems.append(Problem("unreadable", name, "has a name that is not UTF-8", "rename it"))
+    return True
 
 
 def no_images(folder: Path, listing: Listing, recursive: bool) -> str:

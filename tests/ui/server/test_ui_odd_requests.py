@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,3 +128,39 @@ def test_odd_requests_are_one_line_and_change_nothing_elsewhere(
     assert not wrong, wrong[:3]
     assert {200, 422} <= statuses
     assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+
+
+def test_a_name_that_is_not_utf_8_keeps_nothing_else_from_being_listed(
+    site: tuple[Site, Path, Path],
+) -> None:
+    opened, folder, _ = site
+    paths = opened.paths
+    image, config = (folder / "thing00.png").read_bytes(), b"[output]\nname = 'x'\n"
+    for place, file, data in (
+        (folder, "a.png", image),
+        (paths.data, "a.png", image),
+        (paths.images, "00000-1.png", image),
+        (paths.runs, "config.toml", config),
+        (paths.runs / "exported", "x.safetensors", b""),
+    ):
+        for name in (b"sound", b"\xff\xfe"):
+            inside = Path(os.fsdecode(os.fsencode(place) + b"/" + name))
+            try:
+                inside.mkdir(parents=True)
+            except OSError:
+                pytest.skip("this file system takes only names of UTF-8")
+            (inside / file).write_bytes(data)
+    app = Starlette(
+        routes=routes(paths, opened.queue, opened.captioning, opened.drafts, opened.owner, opened.adapters)
+    )
+    client = TestClient(app, raise_server_exceptions=False)
+    for place in (folder, paths.data, paths.images, paths.runs):
+        seen = client.get("/sdlora/folders", params={"path": str(place)}).json()
+        assert "sound" in [entry["name"] for entry in seen["folders"]] and seen["unnamed"] == 1
+    drawn = client.get("/sdlora/images").json()
+    assert [image["name"] for image in drawn["images"]] == [f"sound{os.sep}00000-1.png"]
+    read = client.get("/sdlora/dataset", params={"folder": str(folder)}).json()
+    assert read["num_images"] == 4 and "\\udcff\\udcfe" in json.dumps(read["findings"]).replace("\\\\", "\\")
+    assert [choice.label for choice in opened.data_sets()] == ["sound"]
+    for choice in (*opened.data_sets(), *opened.runs(), *opened.adapters(), *opened.bases()):
+        assert choice.path.encode("utf-8") and choice.label.encode("utf-8")
