@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import threading
-import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import psutil
+
+from .in_background import Latest
 
 _GPU_EVERY = 3.0  # seconds; asking the driver takes a tenth of one
 
 
-@dataclass
 class MemoryWatch:
-    """Asks the operating system, and NVIDIA's own program where there is one."""
+    """Asks the operating system, and NVIDIA's own program where there is one, which nobody waits for."""
 
-    _asked: float = float("-inf")
-    _gpu: dict[int, int] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self) -> None:
+        """Ask nothing yet."""
+        self._on_gpus: Latest[dict[int, int]] = Latest(on_gpus, {}, every=_GPU_EVERY)
 
     def of(self, process: psutil.Process | None) -> dict[str, int] | None:
         """Return the bytes that a process and its children hold, as ``process`` and on GPUs ``gpu``."""
@@ -33,22 +31,15 @@ class MemoryWatch:
                 ids.add(member.pid)
         if not held:
             return None
-        on_gpu = sum(count for pid, count in self._on_gpus().items() if pid in ids)
+        on_gpu = sum(count for pid, count in self._on_gpus.now().items() if pid in ids)
         return {"process": held} | ({"gpu": on_gpu} if on_gpu else {})
 
-    def _on_gpus(self) -> dict[int, int]:
-        """Return process id -> bytes, asked again every few seconds; empty without NVIDIA's program."""
-        program = shutil.which("nvidia-smi")
-        if program is None:
-            return {}
-        with self._lock:
-            if time.monotonic() - self._asked >= _GPU_EVERY:
-                self._asked = time.monotonic()
-                self._gpu = _ask(program)
-            return self._gpu
 
-
-def _ask(program: str) -> dict[int, int]:
+def on_gpus() -> dict[int, int]:
+    """Return process id -> bytes on GPUs; empty without NVIDIA's program."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
     query = [program, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     held: dict[int, int] = {}
     with suppress(OSError, subprocess.SubprocessError):

@@ -1204,6 +1204,7 @@ def test_waiting_runs_are_ordered_and_given_a_time(page: Page, wait: Callable[..
     page.driver.get(f"{page.server.url}/?queue#train?run={second}")
     wait(lambda: waiting_names(page) == ["first", "second"])
     assert "waiting until" in page.one(f"[data-job='{first}']").text
+    wait(lambda: {"processor", "memory", "disk"} <= set(page.one("sd-device").text.split()))
     page.click(f"[data-what='move-1-{second}']")
     wait(lambda: waiting_names(page) == ["second", "first"])
     page.driver.refresh()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import wait_for
 from sdlora_ui.job_memory import MemoryWatch
 
 
@@ -27,5 +28,11 @@ def test_what_nvidias_program_says_of_the_process_is_added_up(
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    held = MemoryWatch().of(psutil.Process())
-    assert held is not None and held["gpu"] == 500 * 2**20
+    watch = MemoryWatch()
+
+    def on_gpu() -> int | None:
+        held = watch.of(psutil.Process())
+        assert held is not None
+        return held.get("gpu")
+
+    assert wait_for(on_gpu, "the program's answer") == 500 * 2**20

@@ -28,6 +28,7 @@ from ..adapter_cards import AdapterCards
 from ..captioning import Captioning
 from ..captions import CaptionBook
 from ..dataset_view import DataSets, for_folder
+from ..device_watch import DeviceWatch
 from ..drafts import TRAIN_FORM, Drafts
 from ..gallery import list_images
 from ..job_memory import MemoryWatch
@@ -81,6 +82,7 @@ def routes(
         Route("/sdlora/captions/{what}", writing(endpoints.captions), methods=["POST"]),
         Route("/sdlora/captioning", reading(endpoints.captioning_state)),
         Route("/sdlora/captioning/{what}", writing(endpoints.caption), methods=["POST"]),
+        Route("/sdlora/device", reading(lambda request: endpoints.device.state())),
         Route("/sdlora/curves", reading(endpoints.curves)),
         Route("/sdlora/jobs", reading(endpoints.jobs)),
         Route("/sdlora/jobs/{id}", reading(endpoints.job)),
@@ -100,6 +102,7 @@ class _Own:
         self.owner = owner
         self.paths, self.queue, self.captioning, self.drafts = paths, queue, captioning, drafts
         self.book, self.sets, self.memory = CaptionBook(paths), DataSets(), MemoryWatch()
+        self.device = DeviceWatch(paths.runs)
         self.thumbs = Thumbs(paths.state / "thumbs")
 
     async def file(self, request: Request) -> Response:

@@ -86,6 +86,7 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                     with gr.Accordion(title, open=False, elem_id=f"more-{section}"):
                         controls |= {setting.key: control(setting) for setting in settings_here}
         with gr.Column(scale=6, min_width=320):
+            gr.HTML("<sd-device></sd-device>", elem_id="device")
             gr.HTML("<sd-jobs></sd-jobs>", elem_id="jobs")
     form = _Form(controls, plan, changed, filled_by)
     _connect(site, shell, tab, form, (start, later, message))

@@ -1,5 +1,6 @@
 // Everything the page adds to Gradio.
 import "./dataset.js";
+import "./device.js";
 import "./folders.js";
 import "./jobs.js";
 import "./images.js";
