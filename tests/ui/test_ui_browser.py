@@ -1225,3 +1225,33 @@ def waiting_names(page: Page) -> list[str]:
     """Return the waiting runs in the order in which the page shows them."""
     script = "return [...document.querySelectorAll('.sd-job.waiting strong')].map((one) => one.textContent)"
     return list(page.js(script))
+
+
+NOTIFICATIONS = """
+window.told = [];
+window.Notification = class {
+  static permission = "default";
+  static requestPermission() { this.permission = "granted"; return Promise.resolve("granted"); }
+  constructor(title, options) { window.told.push([title, options.body]); }
+};
+"""
+
+
+def test_a_run_that_ends_is_told_when_that_was_asked_for(page: Page, wait: Callable[..., Any]) -> None:
+    job = put_run(page.server.home, "ends-soon", 4, status="waiting", not_before=time.time() + 86_400)
+    page.driver.get(f"{page.server.url}/?told#train?run={job}")
+    page.js(NOTIFICATIONS)
+    page.one("[data-what=notify]")
+    assert page.js("return window.told.length + (Notification.permission === 'granted')") == 0
+    page.click("[data-what=notify]")
+    wait(lambda: page.one("[data-what=notify]").get_attribute("aria-pressed") == "true")
+    page.js("Document.prototype.hasFocus = () => false; document.hasFocus = () => false")  # nobody looks
+    wait(lambda: page.all(f".sd-job.waiting[data-job='{job}']"))
+    file = page.server.home / "runs" / ".sdlora-ui" / "jobs" / job / "job.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "finished"}))
+    wait(lambda: page.js("return window.told") == [["ends-soon", "The run is finished"]])
+    assert page.driver.title == "✓ ends-soon"
+    page.js("document.hasFocus = () => true; window.dispatchEvent(new Event('focus'))")
+    wait(lambda: page.driver.title == "sdlora")
+    page.click("[data-what=notify]")
+    wait(lambda: page.one("[data-what=notify]").get_attribute("aria-pressed") == "false")

@@ -5,6 +5,7 @@ import "./folders.js";
 import "./jobs.js";
 import "./images.js";
 import "./links.js";
+import "./notify.js";
 import "./words.js";
 import "./terms.js";
 import { button, sendToPython, tabKnown, tabWord } from "./base.js";

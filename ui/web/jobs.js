@@ -16,7 +16,7 @@ class Jobs extends Live {
     this.every = 1000;
     this.boxes = { queue: el("div", { class: "sd-queue" }), detail: el("div", { class: "sd-run" }) };
     this.dialog = el("dialog", { class: "sd-dialog" });
-    this.heading = el("h3", {}, "Queue");
+    this.heading = el("div", { class: "sd-row sd-apart sd-queue-head" }, el("h3", {}, "Queue"), el("sd-notify"));
     this.replaceChildren(this.heading, this.boxes.queue, this.boxes.detail, this.dialog);
     this.keys = {};
     this.viewer ??= new PreviewViewer((at) => this.at(at && `${at.step}-${at.column + 1}`));
@@ -27,6 +27,7 @@ class Jobs extends Live {
     this.asking = true;
     try {
       const { jobs } = await ask("jobs");
+      this.dispatchEvent(new CustomEvent("sd-jobs-seen", { bubbles: true, detail: jobs }));
       const newest = jobs.length ? jobs[jobs.length - 1].id : null;
       if (newest !== this.newest) { this.newest = newest; this.selected = this.linked || newest; this.linked = null; }
       if (!jobs.some((job) => job.id === this.selected)) this.selected = newest;

@@ -26,6 +26,9 @@ function translated(text, node) {
   return table.find(text, Boolean(node.closest(NAMES)));
 }
 
+// What is shown outside of the page, as in a notification, in the page's language.
+export const translation = (text) => table?.find(text, false) ?? text;
+
 function ofText(node) {
   const parent = node.parentElement;
   if (!parent || parent.closest(UNTOUCHED)) return;
