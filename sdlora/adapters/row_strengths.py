@@ -6,7 +6,6 @@ Only the denoiser's layers are covered: prompts are encoded one by one anyway.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,12 +21,6 @@ from .module_paths import inner_name
 from .strength import Strength, strength_of
 
 
-class _Rows(threading.local):
-    """Which rows of the batch this thread computes."""
-
-    chosen = slice(None)
-
-
 class RowStrengths:
     """The strengths of adapters by row, while :meth:`acting`.
 
@@ -37,7 +30,7 @@ class RowStrengths:
     """
 
     def __init__(self, model: DiffusionModel, rows: Sequence[Mapping[str, Strength]]) -> None:
-        self._model, self._here = model, _Rows()
+        self._model = model
         component = model.info.denoiser.component
         self._denoiser = model.components()[component]
         names = dict.fromkeys(name for row in rows for name in row)
@@ -58,7 +51,7 @@ class RowStrengths:
                     for name in inner.keys() & module.lora_B.keys():
                         handles.append(module.lora_B[name].register_forward_hook(self._scaled(inner[name])))
             for _, _, hook in all_hooks(self._denoiser):
-                hook.by_row = {name: self._of_part(factors) for name, factors in inner.items()}
+                hook.by_row = {name: self._by_row(factors) for name, factors in inner.items()}
             yield
         finally:
             for handle in handles:
@@ -67,28 +60,18 @@ class RowStrengths:
                 hook.by_row = {}
             set_strengths(self._model, {})
 
-    @contextmanager
-    def rows(self, chosen: slice) -> Iterator[None]:
-        """Have this thread's forward passes be of these rows of the batch."""
-        before, self._here.chosen = self._here.chosen, chosen
-        try:
-            yield
-        finally:
-            self._here.chosen = before
-
     def _scaled(self, factors: Tensor) -> Any:
-        part = self._of_part(factors)
+        by_row = self._by_row(factors)
 
         def scale(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            return part(output)
+            return by_row(output)
 
         return scale
 
-    def _of_part(self, factors: Tensor) -> Any:
+    def _by_row(self, factors: Tensor) -> Any:
         """Return what multiplies each row of an update (B, ...) by its factor, rounding once."""
 
         def scaled(update: Tensor) -> Tensor:
-            chosen = factors[self._here.chosen]
-            return (update * chosen.view(-1, *[1] * (update.ndim - 1))).to(update.dtype)
+            return (update * factors.view(-1, *[1] * (update.ndim - 1))).to(update.dtype)
 
         return scaled

@@ -77,7 +77,7 @@ def load_model(
     if recognised.layout == "file" and process.prediction.name in family.info.resolutions:
         side = family.info.resolutions[process.prediction.name]  # the shipped config can name only one
         parts.denoiser.register_to_config(sample_size=side // vae_factor(parts.vae))
-    set_layout(parts.denoiser, usual_layout(device))
+    set_layout(parts.denoiser, usual_layout(device, dtype))
     described = _described(settings.base, path, recognised)
     return family(
         *(described, parts, process),

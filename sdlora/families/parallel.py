@@ -1,8 +1,9 @@
-"""On a CPU, a batch is denoised in parts, one for each core and each on a single thread.
+"""On a CPU, a batch can be denoised in parts, one for each core and each on a single thread.
 
-The layers of a small U-Net are too small to be split over cores: measured on 2 cores, one batch of 8 on
-two threads takes 1.5 to 2.3 times as long as two parts of 4 on one thread each, forward and backward.
-On an accelerator, and for a single image, everything goes through in one piece.
+The layers of a small U-Net are small to be split over cores, so on idle cores parts can be sooner ready. They
+ask twice for every operation: measured on 2 cores, 8 to 35 % more processor time for a step of 8 images, and
+on cores that others use as well, several times the whole batch's time. So it is done where a trial finds it
+faster (:mod:`sdlora.training.choices`).
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ class SplitPredictor:
         self._model = model
         # set by who has the gradients of each part added where they belong, instead of returned by torch
         self.computing: Callable[[int], AbstractContextManager[None]] | None = None
-        # set by who computes rows differently: it is told which rows of the batch a part is
-        self.of_rows: Callable[[slice], AbstractContextManager[None]] | None = None
         self.most_parts = torch.get_num_threads() if model.facts.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(self.most_parts, initializer=torch.set_num_threads, initargs=(1,))
         self._outputs: list[Tensor] = []
@@ -47,17 +46,11 @@ class SplitPredictor:
     ) -> None:
         self._pool.shutdown()
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Sequence[SizeHint]
-    ) -> Tensor:
-        """Return what ``model.predict`` returns, without gradients."""
-        return torch.cat(self._run(noisy, timesteps, text, sizes, gradients=False))
-
     def predict_with_gradients(
         self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Sequence[SizeHint]
     ) -> Tensor:
         """Return the prediction as a leaf; after backward through the loss, :meth:`backward` continues."""
-        self._outputs = self._run(noisy, timesteps, text, sizes, gradients=True)
+        self._outputs = self._run(noisy, timesteps, text, sizes)
         self._leaf = torch.cat([output.detach() for output in self._outputs]).requires_grad_()
         return self._leaf
 
@@ -78,13 +71,7 @@ class SplitPredictor:
                 parameter.grad.add_(gradient)
 
     def _run(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Conditioning,
-        sizes: Sequence[SizeHint],
-        *,
-        gradients: bool,
+        self, noisy: Tensor, timesteps: Tensor, text: Conditioning, sizes: Sequence[SizeHint]
     ) -> list[Tensor]:
         count = noisy.shape[0]
         parts = min(self.most_parts, count)
@@ -94,9 +81,8 @@ class SplitPredictor:
             rows = slice(edges[index], edges[index + 1])
             part_text = {name: tensor[rows] for name, tensor in text.items()}
             computing = self.computing(index) if self.computing else nullcontext()
-            told = self.of_rows(rows) if self.of_rows else nullcontext()
             # a thread does not inherit the caller's mode
-            with computing, told, torch.set_grad_enabled(gradients):
+            with computing, torch.enable_grad():
                 return self._model.predict(noisy[rows], timesteps[rows], part_text, list(sizes)[rows])
 
         return self._map(part, range(parts))

@@ -18,7 +18,6 @@ from ..config.defaults import USUAL_GUIDANCE
 from ..diffusion.samplers import check_sampling, find_sampler, make_scheduler
 from ..errors import ConfigError, ModelError
 from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
-from ..families.parallel import SplitPredictor
 from .lora_tags import refuse_tags
 from .prompt_parts import Part, parts_of, schedule
 
@@ -210,11 +209,10 @@ def denoise(
     by_row = RowStrengths(model, told.strengths) if each_at_its_strengths else None
     pixels = (first.height, first.width)
     sizes = [SizeHint(original=pixels, crop=(0, 0), target=pixels)] * told.rows
-    with SplitPredictor(model) as split, by_row.acting() if by_row is not None else nullcontext():
-        split.of_rows = by_row.rows if by_row is not None else None
+    with by_row.acting() if by_row is not None else nullcontext():
         for call, timestep in enumerate(scheduler.timesteps):
             inputs = told.spread(scheduler.scale_model_input(latents, timestep))
-            prediction = split.predict(inputs, timestep.repeat(told.rows), told.at(call), sizes)
+            prediction = model.predict(inputs, timestep.repeat(told.rows), told.at(call), sizes)
             prediction = told.guided(prediction)
             latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
             if tick is not None:

@@ -43,7 +43,7 @@ def usual_choice(run: Run) -> Choice:
     """Return the way a run computes unless it measures."""
     model: Any = run.model
     attention = model.attention.training.name
-    return Choice(usual_layout(model.facts.device), run.made_splitter is not None, attention)
+    return Choice(usual_layout(model.facts.device, model.facts.dtype), False, attention)
 
 
 def remembered_choice(run: Run) -> Choice | None:

@@ -60,7 +60,7 @@ def relieve(run: Run) -> None:
     assert changes is not None
     run.fast.forget()
     run.config = run.config.with_values(changes)
-    if run.splitter is not None:  # a CPU takes a batch whole then
+    if run.made_splitter is not None:  # a CPU takes a batch whole then
         run.splitter = run.made_splitter = run.fast.splitter = None
     names = [name for name in run.fast.names if name != "recompute"]
     run.fast.use(())

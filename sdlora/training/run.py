@@ -172,9 +172,9 @@ def _assemble(
         processes=processes,
         emit=emit,
         started_at=time.time(),
-        splitter=(splitter := _splitter(config, model)),
-        made_splitter=splitter,
-        fast=FastStep(model, trainable, splitter, recompute_of(config, model)),
+        splitter=None,
+        made_splitter=_splitter(config, model),
+        fast=FastStep(model, trainable, None, recompute_of(config, model)),
         loader=_loader(config, data, model, processes.rank, [g.learning_rate for g in trainable.groups]),
         reports=_reports(config, model, processes),
         preview_text=encoded,
@@ -241,7 +241,7 @@ def _shown(
 
 
 def _splitter(config: Config, model: DiffusionModel) -> SplitPredictor | None:
-    """Return how batches are split over a CPU's cores, or None where they must stay whole.
+    """Return how batches can be split over a CPU's cores, or None where they must stay whole.
 
     A trained text encoder is one graph that all parts would walk through; dropout draws from the
     global generator, which threads would share, and so does diffusers' way to compute blocks again, which is

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from sdlora.families.layout import LAYOUTS, Layout, set_layout
+from sdlora.families.layout import LAYOUTS, Layout, set_layout, usual_layout
 
 
 def network() -> nn.Module:
@@ -43,3 +43,9 @@ def test_an_adapters_weights_stay_where_masters_look() -> None:
     assert {name: (p.data_ptr(), p.stride()) for name, p in adapters.items()} == places
     assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
     assert model.get_parameter("2.base_layer.weight").stride() == (8, 1, 8, 8)
+
+
+def test_only_float32_on_a_cpu_is_computed_with_channels_last() -> None:
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    assert usual_layout(cpu, torch.float32) == "channels-last"
+    assert {usual_layout(cpu, torch.bfloat16), usual_layout(card, torch.float32)} == {"channels-first"}

@@ -290,7 +290,8 @@ def test_two_adapters_act_together_and_by_component(generator: ImageGenerator) -
     images = [
         generated.image for generated in generator.generate([request(strengths=case) for case in cases])
     ]
-    assert same(images[0], images[4]) and same(images[1], images[5])
+    # rows of one batch: their place in it may round differently
+    assert same(images[0], images[4], 1) and same(images[1], images[5], 1)
     different = [images[0], images[1], images[2], images[3]]
     assert not any(same(x, y, 1) for i, x in enumerate(different) for y in different[:i])
 

@@ -82,8 +82,8 @@ def first_visits(run: Run) -> tuple[Visit, ...]:
     return run.order.step(0)[0][0]
 
 
-def slow_unless_first_and_whole(way: Choice) -> float:
-    return 1.0 - 0.2 * (way.layout == "channels-first") - 0.1 * (not way.split)
+def slow_unless_first_and_split(way: Choice) -> float:
+    return 1.0 - 0.2 * (way.layout == "channels-first") - 0.1 * way.split
 
 
 def test_a_trial_takes_two_percent_of_the_run_at_most_and_a_short_run_tries_nothing(
@@ -92,7 +92,7 @@ def test_a_trial_takes_two_percent_of_the_run_at_most_and_a_short_run_tries_noth
     run = prepared(settings("run"))
     usual, visits = usual_choice(run), first_visits(run)
     for steps, passes in ((149, 0), (150, 3), (249, 3), (250, 5), (4000, 5)):
-        run.steps, clock = steps, Clock(monkeypatch, slow_unless_first_and_whole)
+        run.steps, clock = steps, Clock(monkeypatch, slow_unless_first_and_split)
         chosen = try_choices(run, visits)
         assert len(clock.ways) == passes <= SHARE * steps
         assert (chosen is not None) == own_cache.exists() == (passes > 0)
@@ -109,13 +109,13 @@ def test_the_fastest_way_is_used_told_and_remembered_by_the_next_run(
 ) -> None:
     run, told = prepared(settings("one", "training.steps=300")), list[Event]()
     run.emit = Emitter((told.append,))
-    usual, clock = usual_choice(run), Clock(monkeypatch, slow_unless_first_and_whole)
-    assert way_of(run) == usual == Choice("channels-last", True, "sdpa")
-    best = Choice("channels-first", False, "sdpa")
+    usual, clock = usual_choice(run), Clock(monkeypatch, slow_unless_first_and_split)
+    assert way_of(run) == usual == Choice("channels-last", False, "sdpa")
+    best = Choice("channels-first", True, "sdpa")
     assert try_choices(run, first_visits(run)) == best == run.choice == way_of(run)
-    assert set(clock.ways) == {usual, Choice("channels-last", False, "sdpa"), best}
+    assert set(clock.ways) == {usual, Choice("channels-last", True, "sdpa"), best}
     (notice,) = (event.message for event in told if isinstance(event, Notice))
-    assert "computing channels-first, batch whole, sdpa attention" in notice and "1 s a pass" in notice
+    assert "computing channels-first, batch in parts, sdpa attention" in notice and "1 s a pass" in notice
     again = prepared(settings("two", "training.steps=9"))
     assert remembered_choice(again) == best
     measure_cost(again)
@@ -167,7 +167,7 @@ def test_a_choice_holds_only_for_the_same_machine_versions_and_shapes(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepared(settings("one", "training.steps=300"))
-    Clock(monkeypatch, slow_unless_first_and_whole)
+    Clock(monkeypatch, slow_unless_first_and_split)
     kept, config = try_choices(run, first_visits(run)), run.config
     for key, value in (("training.batch_size", 1), ("data.resolution", 640), ("training.attention", "sdpa")):
         run.config = config.with_values({key: value})
@@ -189,7 +189,7 @@ def test_a_file_that_cannot_be_meant_is_as_good_as_none(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, own_cache: Path
 ) -> None:
     run = prepared(settings("run", "training.steps=300"))
-    Clock(monkeypatch, slow_unless_first_and_whole)
+    Clock(monkeypatch, slow_unless_first_and_split)
     assert try_choices(run, first_visits(run)) == remembered_choice(run) is not None
     ((key, entry),) = json.loads(own_cache.read_text(encoding="utf-8")).items()
     entries = [entry | {"layout": "diagonal"}, entry | {"attention": "xformers"}, {"split": True}, 3]
