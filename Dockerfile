@@ -13,6 +13,10 @@ ARG CUDA=cu130
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 
+# Triton builds the launcher of each kernel with a C compiler; Python's headers are in the image
+RUN if [ "$DEVICE" = cuda ]; then \
+        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; fi
+
 WORKDIR /opt/sdlora
 COPY constraints.txt ./
 RUN if [ "$DEVICE" = cuda ]; then index=$CUDA; else index=cpu; fi \
