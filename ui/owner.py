@@ -5,6 +5,7 @@ Kept in the user's own folder for settings. A server that others can reach neith
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from sdlora.files import parse_json, write_json
 
 from .server.allowed_paths import AllowedPaths, PathRefused, may_be_added
 
+_LONG = 200  # characters of a path that an error repeats
 MOST = 50
 """Folders of a kind that are remembered; the oldest go."""
 
@@ -72,8 +74,12 @@ class Owner:
         """
         self._refuse_strangers("the mirror")
         address = address.strip().rstrip("/")
-        parts = urlsplit(address)
-        if address and (parts.scheme not in ("http", "https") or not parts.hostname or parts.query):
+        try:
+            parts = urlsplit(address)
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
+        except ValueError:  # half an IPv6 address
+            sound = False
+        if address and not sound:
             raise ConfigError(f"mirror `{address}`: give an address such as https://hf-mirror.com")
         self._keep("endpoint", address)
         return address
@@ -98,8 +104,8 @@ class Owner:
         return folder
 
     def _grant(self, kind: str, folder: Path) -> None:
-        if not folder.is_dir():
-            raise PathRefused(f"{folder}: there is no such folder")
+        if not os.path.isdir(folder):  # unlike Path's, it says no to a name that is too long
+            raise PathRefused(f"{str(folder)[:_LONG]}: there is no such folder")
         may_be_added(folder, Path.home().resolve())
         granted = self._paths.granted
         if kind == "allowed":

@@ -55,7 +55,7 @@ def test_where_others_can_reach_the_server_nothing_is_added(place: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["me", "", "me/.ssh", "me/no such", "/", "/etc", "//server/share", "\\\\server\\x", "\0"]
+    "name", ["me", "", "me/.ssh", "me/no such", "/", "/etc", "//server/share", "\\\\server\\x", "\0", "x" * 300]
 )
 def test_half_of_the_machine_is_not_added(place: Path, name: str) -> None:
     text = name if name.startswith(("/", "\\", "\0")) or not name else str(place / name)
@@ -76,7 +76,7 @@ def test_a_mirror_is_an_address_and_remembered(place: Path) -> None:
     owner = Owner(paths_of(place), place / "page.json")
     assert owner.set_endpoint(" https://mirror.example/ ") == "https://mirror.example"
     assert Owner(paths_of(place), place / "page.json").endpoint == "https://mirror.example"
-    for text in ("mirror.example", "file:///etc", "https://", "http://x/?a=b"):
+    for text in ("mirror.example", "file:///etc", "https://", "http://x/?a=b", "http://[::1"):
         with pytest.raises(ConfigError, match="give an address"):
             owner.set_endpoint(text)
     assert owner.set_endpoint("") == ""
