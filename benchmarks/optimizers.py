@@ -107,7 +107,7 @@ def _table(rows: Sequence[Mapping[str, Any]], styles: Sequence[str]) -> str:
         for style in styles:
             known = row["styles"][style]
             cells += [_cell(known.get("style")), _cell(known.get("against"), "+")]
-            cells.append(f"{known['subject']['value']:.0%}" if "named" in known else "")
+            cells.append(f"{known['named']['value']:.0%}" if "named" in known else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
