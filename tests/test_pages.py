@@ -12,7 +12,15 @@ import pytest
 from sdlora.commands.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("first-style", "first-character", "choosing", "when-it-goes-wrong", "cards-and-times", "drawing", "small-cards")
+PAGES = (
+    "first-style",
+    "first-character",
+    "choosing",
+    "when-it-goes-wrong",
+    "cards-and-times",
+    "drawing",
+    "small-cards",
+)
 PAIRS = [("README.md", "README.zh-CN.md"), *((f"docs/{n}.md", f"docs/{n}.zh-CN.md") for n in PAGES)]
 ALL = [name for pair in PAIRS for name in pair]
 

@@ -33,6 +33,7 @@ RUNG_KEYS = (
 AUTO_SHARE = 0.95
 """Of what is free, that ``auto`` plans with: kernels need room of their own, and memory is handed out in
 pieces."""
+_LEAST = 0.001  # share of a step's arithmetic below which no figure is told
 APART = "blocks, lora, kernels"
 """The fast paths that can be named, without the one that holds copies of what it computes together."""
 _AGAIN = 2  # times that the line to the number of blocks is drawn anew
@@ -252,7 +253,9 @@ class _Climber:
     def _work(self, plan: MemoryPlan) -> str:
         if not self._first.flops:
             return "more work a step"
-        return f"{plan.flops / self._first.flops - 1:.1%} more arithmetic a step"
+        more = plan.flops / self._first.flops - 1
+        # below zero where products are made apart whose joint form multiplies zeros, too
+        return f"{more:.1%} more arithmetic a step" if more >= _LEAST else "hardly more arithmetic a step"
 
     def _apart(self) -> None:
         """Compute without copies of the adapter, where layers were to be computed together."""

@@ -142,6 +142,20 @@ def test_what_the_user_set_stays() -> None:
     assert taken == {} and not planned.fits
 
 
+def test_less_arithmetic_than_without_is_not_called_more() -> None:
+    """Counted for SD2.1: products that are made apart do not multiply the zeros of their joint form."""
+
+    class Lighter(Counter):
+        def __call__(self, config: Config) -> MemoryPlan:
+            plan = super().__call__(config)
+            return replace(plan, flops=997) if config.training.recompute == "norms" else plan
+
+    planned = climb(load_config(None, ["training.batch_size=1"], {}), 1550 * MIB, Lighter())
+    assert {rung.key: rung.cost for rung in planned.taken} == {
+        "training.recompute": "hardly more arithmetic a step"
+    }
+
+
 def test_every_rung_says_what_it_costs() -> None:
     _, planned, _ = climbed(1000)
     costs = {rung.key: rung.cost for rung in planned.taken}

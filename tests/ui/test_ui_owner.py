@@ -55,7 +55,8 @@ def test_where_others_can_reach_the_server_nothing_is_added(place: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["me", "", "me/.ssh", "me/no such", "/", "/etc", "//server/share", "\\\\server\\x", "\0", "x" * 300]
+    "name",
+    ["me", "", "me/.ssh", "me/no such", "/", "/etc", "//server/share", "\\\\server\\x", "\0", "x" * 300],
 )
 def test_half_of_the_machine_is_not_added(place: Path, name: str) -> None:
     text = name if name.startswith(("/", "\\", "\0")) or not name else str(place / name)
