@@ -269,15 +269,24 @@ class Merged:
                 if value != 0.0:
                     acting.setdefault(key, []).append((value, update))
         weights = {key: base_parameter(model, key) for key in acting}  # refused before any is changed
-        with torch.no_grad():
-            for key, updates in acting.items():
-                weight = weights[key]
-                self._originals[key] = weight.detach().to("cpu", copy=True)
-                merged = original = weight.detach().float()  # W + sum of strength * dW, in the shape of W
-                for value, update in updates:
-                    merged = merged + value * update.delta(original)
-                weight.copy_(merged)  # rounded to the weight's format once
+        try:
+            self._fold(acting, weights)
+        except BaseException:  # memory that ran out on the way
+            self.undo()
+            raise
         set_strengths(model, {})
+
+    @torch.no_grad()
+    def _fold(
+        self, acting: Mapping[ModuleKey, list[tuple[float, Update]]], weights: Mapping[ModuleKey, Tensor]
+    ) -> None:
+        for key, updates in acting.items():
+            weight = weights[key]
+            self._originals[key] = weight.detach().to("cpu", copy=True)
+            merged = original = weight.detach().float()  # W + sum of strength * dW, in the shape of W
+            for value, update in updates:
+                merged = merged + value * update.delta(original)
+            weight.copy_(merged)  # rounded to the weight's format once
 
     def undo(self) -> None:
         """Put the base's own weights back; :func:`set_strengths` lets adapters act again."""

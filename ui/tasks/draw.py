@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sdlora.generation.generate import (
     swept,
     write_numbered,
 )
+from sdlora.generation.merging import drawn_in_turn
 from sdlora.generation.png_info import parameters_text
 from sdlora.generation.render import usual_guidance
 from sdlora.run_folder import checkpoint_of
@@ -91,19 +93,18 @@ def draw(arguments: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
     studio = _loaded(str(arguments["base"]), emit)
     make_folder(Path(arguments["folder"]))
     cells = list(_cells(studio, arguments))
-    steps_total = sum(request.calls for _, _, request in cells)
-    done, files, used = 0, [], set()
-    for row, column, request in cells:
-        before = done
+    files, used = [], set()
+    requests = [request for _, _, request in cells]
 
-        def progress(step: int, _: int, before: int = before) -> None:
-            emit.progress(before + step, steps_total, "drawing")
+    def progress(done: int, total: int) -> None:
+        emit.progress(done, total, "drawing")
 
-        generated = studio.generator.generate([request], progress=progress)[0]
-        done += request.calls
-        used |= set(request.strengths)
-        files.append(_write(studio, generated, Path(arguments["folder"])))
-        emit.part({"row": row, "column": column, **files[-1]})
+    # closed at once when the drawing is cancelled: adapters may be merged meanwhile
+    with closing(drawn_in_turn(studio.generator, requests, progress)) as drawn:
+        for (row, column, request), generated in zip(cells, drawn, strict=True):
+            used |= set(request.strengths)
+            files.append(_write(studio, generated, Path(arguments["folder"])))
+            emit.part({"row": row, "column": column, **files[-1]})
     studio.keep_only(tuple(used))
     return {"images": files, "seconds": time.perf_counter() - begun}
 
