@@ -33,7 +33,7 @@ from typing import Any, get_args
 import torch
 
 from ..config.schema import SamplerName
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from .process import NoiseProcess, Scheduler
 
 Build = Callable[[dict[str, Any], int], Any]
@@ -108,7 +108,7 @@ def _known(name: str) -> SamplerName:
         return sampler
     close = difflib.get_close_matches(_plain(name), list(known), 1, cutoff=0.5)
     hint = f"did you mean `{known[close[0]]}`? " if close else ""
-    raise ConfigError(f"sampler `{name}`: unknown; {hint}There are {', '.join(SAMPLERS)}")
+    raise ConfigError(f"sampler `{shown(name)}`: unknown; {hint}There are {', '.join(SAMPLERS)}")
 
 
 def _plain(name: str) -> str:

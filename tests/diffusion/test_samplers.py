@@ -291,6 +291,9 @@ def test_names_are_found_in_any_case_and_misspellings_get_the_nearest() -> None:
         find_sampler("Eulr a")
     with pytest.raises(ConfigError, match=r"`XQ`: unknown; There are"):
         find_sampler("XQ")
+    with pytest.raises(ConfigError) as caught:
+        find_sampler("Eu" * 100_000)
+    assert len(str(caught.value)) < 500
 
 
 def test_the_tiny_base_runs_with_v_prediction(tiny_base: Path) -> None:

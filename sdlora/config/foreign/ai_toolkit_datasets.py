@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .ledger import OWN_WAY, Ledger, as_number, numbers
+from ...errors import ConfigError
+from .ledger import OWN_WAY, Ledger, as_number, numbers, shown
 
 
 def translate_datasets(ledger: Ledger, datasets: Sequence[Mapping[str, Any]]) -> None:
@@ -15,6 +16,9 @@ def translate_datasets(ledger: Ledger, datasets: Sequence[Mapping[str, Any]]) ->
             continue
         sources.append(_source(ledger, number, dataset))
         lengths = [round(side) for side in numbers(dataset.get("resolution", 512))]
+        if not lengths:
+            given = shown(dataset["resolution"])
+            raise ConfigError(f"{ledger.where}: `resolution={given}` is no number; mend it there")
         sides += [side for side in lengths if side not in sides]
         name = f"dataset {number}: resolution"
         if ledger.has(name):
@@ -28,10 +32,7 @@ def translate_datasets(ledger: Ledger, datasets: Sequence[Mapping[str, Any]]) ->
             ledger.implied(name, "data.resolution", sides[0], "its default there")
     if len(sides) > 1:
         ledger.values["data.more_resolutions"] = sides[1:]
-    if sources:
-        ledger.values["data.sources"] = sources
-    else:
-        ledger.note("no folder of images is given: name it in `sdlora train FOLDER --config ...`")
+    ledger.put_sources(sources)
     _alike(ledger, datasets)
 
 

@@ -116,10 +116,7 @@ def translate(ledger: Ledger, general: Mapping[str, Any], sets: Sequence[Mapping
         for count, subset in enumerate(table.get("subsets", []), 1)
     ]
     distinct = list({str(source["folder"]): source for source in sources if source.get("folder")}.values())
-    if distinct:
-        ledger.values["data.sources"] = distinct
-    else:
-        ledger.note("no folder of images is given: name it in `sdlora train FOLDER --config ...`")
+    ledger.put_sources(distinct)
 
 
 def _shared(ledger: Ledger, general: Mapping[str, Any], sets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

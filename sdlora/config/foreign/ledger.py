@@ -16,11 +16,13 @@ from typing import Annotated, Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from ...errors import ConfigError
+from ...errors import shown as printable
 from ..schema import fields
 
 _OFF = ("", "off", "none", "never", "no", "false", "null", "[]", "{}", "0", "0.0")
 OWN_WAY = "no effect on the result; sdlora decides by itself"
 _LONGEST = 200  # characters of a value that are shown
+_MOST_SOURCES = 1000
 _SECRET = ("token", "api_key", "access_key", "secret", "password")
 
 
@@ -166,6 +168,34 @@ class Ledger:
                 "",
             )
 
+    def put_sources(self, sources: Sequence[Mapping[str, Any]], otherwise: str = "") -> None:
+        """Folders of images become `[[data.sources]]` tables; what sdlora refuses is left out with a note.
+
+        Args:
+            sources: each with its ``folder`` and other parts of such a table.
+            otherwise: what else one can do where no folder is named.
+
+        Raises:
+            ConfigError: for more folders than anyone has.
+        """
+        if len(sources) > _MOST_SOURCES:
+            raise ConfigError(
+                f"{self.where}: names {len(sources)} folders of images; take at most {_MOST_SOURCES}"
+            )
+        kept = list(sources)
+        if self._checked("data.sources", sources) is not None:
+            problems = [self._checked("data.sources", [source]) for source in sources]
+            kept = [source for source, problem in zip(sources, problems, strict=True) if problem is None]
+            for source, problem in zip(sources, problems, strict=True):
+                if problem is not None:
+                    self.note(f"the folder `{shown(source.get('folder', ''))}` is left out: it {problem}")
+        if kept:
+            self.values["data.sources"] = kept
+        else:
+            self.note(
+                f"no folder of images is given: name it in `sdlora train FOLDER --config ...`{otherwise}"
+            )
+
     def tell_as(self, name: str, key: str, value: str) -> None:
         """A setting has become a part of one of ours, together with others."""
         if self.has(name):
@@ -279,11 +309,11 @@ def is_off(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return a value for people, of bounded length."""
-    if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
+    """Return a value for people: of bounded length, and without what commands a terminal."""
+    if isinstance(value, float) and abs(value) < 1e15 and value == int(value):
         value = int(value)
     text = " ".join(("true" if value is True else "false" if value is False else str(value)).split())
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return printable(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…", _LONGEST)
 
 
 def key_values(words: Sequence[Any] | str | None) -> dict[str, str]:

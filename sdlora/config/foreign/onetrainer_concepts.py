@@ -22,13 +22,7 @@ def translate_concepts(ledger: Ledger, concepts: Sequence[Mapping[str, Any]]) ->
                     ledger.default(name, "a concept that is switched off")
             continue
         sources.append(_source(ledger, number, concept))
-    if sources:
-        ledger.values["data.sources"] = sources
-    else:
-        ledger.note(
-            "no folder of images is given: name it in `sdlora train FOLDER --config ...`, or import the "
-            "concepts, too"
-        )
+    ledger.put_sources(sources, ", or import the concepts, too")
     active = [(number, concept) for number, concept in enumerate(concepts, 1) if concept.get("enabled", True)]
     for number, concept in active:
         _Alike(ledger, number, concept, first=number == active[0][0]).tell()

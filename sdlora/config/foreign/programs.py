@@ -5,6 +5,7 @@ A further program is a module with a translation and one line in :data:`PROGRAMS
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -322,7 +323,7 @@ def _beside(folder: Path | None, name: str) -> Path | None:
     if folder is None:
         return None
     for place in (Path(name), folder / name, folder / PureWindowsPath(name).name):
-        if place.is_file():
+        if os.path.isfile(place):  # unlike Path's, it says no to a name that is too long
             return place
     return None
 

@@ -31,13 +31,7 @@ def translate_backends(ledger: Ledger, backends: Sequence[Mapping[str, Any]]) ->
         side = _side(backend, ledger)
         if side and side not in sides:
             sides.append(side)
-    if sources:
-        ledger.values["data.sources"] = sources
-    else:
-        ledger.note(
-            "no folder of images is given: name it in `sdlora train FOLDER --config ...`, or import the "
-            "data backends, too"
-        )
+    ledger.put_sources(sources, ", or import the data backends, too")
     _resolution(ledger, sides)
     rate = ledger.number("caption_dropout_probability")
     if rate is not None:

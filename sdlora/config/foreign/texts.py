@@ -10,6 +10,7 @@ from ...errors import ConfigError
 from ...files import parse_json, parse_toml
 
 _MOST = 4 << 20  # bytes of a settings file
+_MOST_YAML = 128 << 10  # characters; PyYAML reads some 200,000 a second, and settings have a few thousand
 _DEPTH = 60
 _MOST_OF_A_LINE = 32_767  # characters; CreateProcess takes no more, and shlex is quadratic in a word
 
@@ -54,8 +55,10 @@ def read_yaml(text: str) -> Any:
     """Return what a YAML text holds: tables, lists, plain values; no tags, no aliases.
 
     Raises:
-        ValueError: for what is not valid, with line and column.
+        ValueError: for what is not valid, with line and column, or too long.
     """
+    if len(text) > _MOST_YAML:
+        raise ValueError(f"it has {len(text)} characters, more than the {_MOST_YAML} that are read")
     import yaml  # only this needs it
 
     class Plain(yaml.SafeLoader):

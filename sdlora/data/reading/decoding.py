@@ -283,6 +283,8 @@ def _loaded(image: Image.Image, name: str, stripped: bool, least_side: int | Non
     if image.mode in ("I", "F"):
         what = f"has 32 bits per value (mode {image.mode})"
         raise ImageFileError(name, what, "save it with 8 or 16 bits")
+    if image.mode in ("P", "PA") and image.palette is None:  # Pillow asserts that there is one
+        raise ImageFileError(name, "has lost its palette, so its colours are unknown")
     return LoadedImage(image, format, animated, turned, damaged)
 
 

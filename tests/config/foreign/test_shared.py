@@ -9,6 +9,7 @@ import pytest
 
 from sdlora.config.foreign.ledger import Outcome
 from sdlora.config.foreign.programs import import_settings
+from sdlora.errors import ConfigError
 
 KOHYA = "train_network.py --pretrained_model_name_or_path=m.safetensors --train_data_dir=data "
 JOB = "job: extension\nconfig:\n  name: n\n  process:\n  - type: sd_trainer\n    model:\n      {}\n"
@@ -49,3 +50,56 @@ def test_the_format_of_the_base_is_taken_over(program: str, tmp_path: Path) -> N
     rows = [row for row in imported.rows if row.ours.startswith("training.base_format")]
     assert bool(rows) == (wanted is not None)
     assert all(row.outcome == Outcome.TRANSLATED and "text encoders stay whole" in row.reason for row in rows)
+
+
+DATA_SETS = "    datasets:\n    - folder_path: {}\n      resolution: {}\n"
+"""Of ai-toolkit's job."""
+KOHYA_TOML = 'pretrained_model_name_or_path = "m"\ntrain_data_dir = "x"\nnetwork_module = "networks.lora"\n'
+LONG = "9" * 5000
+REFUSED: dict[str, tuple[str, str, str]] = {
+    "infinite": ("c.toml", KOHYA_TOML + "network_dim = inf\n", "`network_dim=inf` is no number"),
+    "not a number": ("c.toml", KOHYA_TOML + "network_dim = nan\n", "`network_dim=nan` is no number"),
+    "no side": (
+        "job.yaml",
+        JOB.format("{}") + DATA_SETS.format("x", "[.inf]"),
+        "is no number; mend it there",
+    ),
+    "a long word": ("c.bat", KOHYA + f"--network_alpha {LONG}=x", "`network_alpha=999"),
+    "a bell": ("c.json", json.dumps({**ONETRAINER, "lora_rank": "\a8\x1b["}), "is no number"),
+    "a long text": ("job.yaml", JOB.format("{}") + "x: y\n" * 40_000, "characters, more than the"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_program_writes_is_refused_in_a_line_that_can_be_read(case: str, tmp_path: Path) -> None:
+    """Found by tools/fuzz_texts."""
+    name, text, message = REFUSED[case]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        import_settings(tmp_path / name)
+    told = str(caught.value)
+    assert message in told and len(told) < 1000 and told.isprintable()
+
+
+def test_a_folder_that_is_not_named_costs_that_folder_alone(tmp_path: Path) -> None:
+    text = JOB.format("{}") + DATA_SETS.format("''", 512) + DATA_SETS.format("cats", 512).partition("\n")[2]
+    (tmp_path / "job.yaml").write_text(text, encoding="utf-8")
+    imported = import_settings(tmp_path / "job.yaml")
+    assert [str(source["folder"]) for source in imported.values["data.sources"]] == ["cats"]
+    assert any("the folder `` is left out" in note for note in imported.notes)
+
+
+def test_more_folders_than_anyone_has_are_refused_at_once(tmp_path: Path) -> None:
+    backends = [{"id": str(n), "type": "local", "instance_data_dir": f"f{n}"} for n in range(30_000)]
+    (tmp_path / "data.json").write_text(json.dumps(backends), encoding="utf-8")
+    (tmp_path / "config.json").write_text(
+        json.dumps({**SIMPLETUNER, "data_backend_config": "data.json"}), encoding="utf-8"
+    )
+    with pytest.raises(ConfigError, match="names 30000 folders of images; take at most 1000"):
+        import_settings(tmp_path / "config.json")
+
+
+def test_a_file_whose_name_is_too_long_is_not_there(tmp_path: Path) -> None:
+    text = json.dumps({**SIMPLETUNER, "data_backend_config": "b" * 5000})
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    assert any("no folder of images" in note for note in import_settings(tmp_path / "config.json").notes)

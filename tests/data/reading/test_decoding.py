@@ -20,6 +20,7 @@ from sdlora.data.reading import image_files
 from sdlora.data.reading.decoding import ImageFileError, PixelBudget, decoded_image, opened_image
 from sdlora.data.reading.folder import survey
 from sdlora.data.reading.image_files import load_pixels, load_small
+from sdlora.errors import DatasetError
 from sdlora.generation.png_info import read_parameters
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n0 0 20 20 rectfill\n%%EOF\n"
@@ -109,6 +110,22 @@ def test_a_good_image_says_nothing_of_damage(tmp_path: Path) -> None:
     for name, data in (("a.png", PNG), ("b.png", with_chunk(chunk(b"tEXt", b"parameters\0a cat")))):
         with decoded_image(data, name) as loaded:
             assert not loaded.damaged_metadata and not loaded.turned
+
+
+def test_an_image_of_a_palette_that_it_has_not_is_a_problem_of_its_folder(tmp_path: Path) -> None:
+    """Found by tools/fuzz_texts: Pillow asserts that there is one."""
+    data = encoded(drawing(1).convert("P"), "PNG")
+    start = data.index(b"PLTE") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    file = put(tmp_path / "a.png", data[:start] + data[end:])
+    put(tmp_path / "b.png", PNG)
+    with pytest.raises(DatasetError, match="has lost its palette"):
+        load_pixels(file)
+    result = survey(tmp_path, trigger_word="t")
+    assert [problem.what for problem in result.problems] == [
+        "has lost its palette, so its colours are unknown"
+    ]
+    assert [item.name for item in result.dataset.items] == ["b.png"]
 
 
 def test_pixels_are_bounded_before_they_are_decoded(tmp_path: Path) -> None:
