@@ -1,4 +1,4 @@
-"""What the owner of this machine set on the page, for every later server: folders, a mirror of the hub.
+"""What the owner of this machine set on the page, for every later server: folders, a mirror, words to avoid.
 
 Kept in the user's own folder for settings. A server that others can reach neither reads nor writes it.
 """
@@ -22,6 +22,8 @@ from .server.allowed_paths import AllowedPaths, PathRefused, may_be_added
 _LONG = 200  # characters of a path that an error repeats
 MOST = 50
 """Folders of a kind that are remembered; the oldest go."""
+MOST_NEGATIVES, LONGEST_NAME, LONGEST_NEGATIVE = 100, 60, 4000
+"""Negative prompts that are kept, and the letters of a name and of a prompt."""
 
 
 class Owner:
@@ -84,6 +86,49 @@ class Owner:
         self._keep("endpoint", address)
         return address
 
+    @property
+    def negatives(self) -> dict[str, str]:
+        """The negative prompts that were kept, by name."""
+        kept = self._values.get("negatives")
+        listed = kept.items() if isinstance(kept, dict) else ()
+        known = [(name, text) for name, text in listed if isinstance(text, str) and _is_short(name, text)]
+        return dict(known[:MOST_NEGATIVES])
+
+    def keep_negative(self, name: str, text: str) -> str:
+        """Remember a negative prompt, also in place of one with the same name; return the name.
+
+        Raises:
+            ConfigError: without a name or a prompt, or with too long ones, or too many of them.
+            PathRefused: where others can reach the server.
+        """
+        self._refuse_strangers("a negative prompt")
+        name, text = " ".join(name.split()), text.strip()
+        if not name or not text:
+            raise ConfigError("negative prompt: write one and a name for it, then keep it")
+        if not _is_short(name, text):
+            raise ConfigError(
+                f"negative prompt: at most {LONGEST_NEGATIVE} letters, and {LONGEST_NAME} in its name"
+            )
+        kept = self.negatives | {name: text}
+        if len(kept) > MOST_NEGATIVES:
+            raise ConfigError(f"negative prompt: at most {MOST_NEGATIVES} are kept; remove one first")
+        self._keep("negatives", kept)
+        return name
+
+    def remove_negative(self, name: str) -> None:
+        """Forget a negative prompt.
+
+        Raises:
+            ConfigError: when none of yours has this name.
+            PathRefused: where others can reach the server.
+        """
+        self._refuse_strangers("a negative prompt")
+        name, kept = " ".join(name.split()), self.negatives
+        if name not in kept:
+            shown = f"`{name[:LONGEST_NAME]}`" if name else "no name"
+            raise ConfigError(f"negative prompt: {shown} is none of yours; choose one from the list first")
+        self._keep("negatives", {known: text for known, text in kept.items() if known != name})
+
     def _add(self, kind: str, text: str) -> Path:
         """Add a folder.
 
@@ -125,3 +170,7 @@ class Owner:
         with self._lock:
             self._values[key] = value
             write_json(self._file, self._values)
+
+
+def _is_short(name: str, text: str) -> bool:
+    return 0 < len(name) <= LONGEST_NAME and len(text) <= LONGEST_NEGATIVE

@@ -1255,3 +1255,32 @@ def test_a_run_that_ends_is_told_when_that_was_asked_for(page: Page, wait: Calla
     wait(lambda: page.driver.title == "sdlora")
     page.click("[data-what=notify]")
     wait(lambda: page.one("[data-what=notify]").get_attribute("aria-pressed") == "false")
+
+
+def test_a_negative_prompt_of_ones_own_is_kept_chosen_and_removed(
+    page: Page, wait: Callable[..., Any]
+) -> None:
+    page.open("?negative")
+    page.tab(2)
+    unfold(page, "#draw-more")
+    field, name = "#negative textarea", "#negative-name textarea, #negative-name input"
+    page.type(field, "mud, fog")
+    page.js("document.activeElement.blur()")  # the next field is a list, which opens over the button
+    page.click("#negative-keep")
+    wait(lambda: "write one and a name for it" in page.text())
+    page.type(name, "dull days")
+    page.click("#negative-keep")
+    wait(lambda: "write one and a name for it" not in page.text())
+    page.type(field, "fog")
+    choose(page, wait, "#negative-preset input", "dull days (yours)")
+    wait(lambda: page.one(field).get_attribute("value") == "fog, mud")
+
+    page.open("?later")  # it is there for every page of this machine
+    page.tab(2)
+    unfold(page, "#draw-more")
+    choose(page, wait, "#negative-preset input", "dull days (yours)")
+    wait(lambda: page.one(name).get_attribute("value") == "dull days")
+    page.click("#negative-remove")
+    wait(lambda: page.one(name).get_attribute("value") == "")
+    kept = json.loads((page.server.home / "settings" / "sdlora" / "page.json").read_text())
+    assert kept["negatives"] == {}

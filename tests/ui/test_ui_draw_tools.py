@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from sdlora_ui.adapter_cards import AdapterCards
 from sdlora_ui.server.adapter_files import keep_adapter
 from sdlora_ui.server.allowed_paths import AllowedPaths, PathRefused
-from sdlora_ui.tabs.draw_tools import NEGATIVES, several, with_negative
+from sdlora_ui.tabs.draw_tools import several
+from sdlora_ui.tabs.negatives import NEGATIVES, with_negative
 
 from sdlora.errors import ConfigError
 
@@ -43,7 +44,7 @@ def test_several_images_have_one_seed_each_and_go_on_after_the_last_number() -> 
 
 
 def test_a_usual_negative_prompt_adds_what_is_missing_and_keeps_what_is_written() -> None:
-    written, choice = with_negative("photo", "my own words, Blurry")
+    written, choice = with_negative(NEGATIVES["photo"], "my own words, Blurry")
     assert written.startswith("my own words, Blurry, painting") and written.lower().count("blurry") == 1
     assert choice == "" and set(NEGATIVES["photo"].split(", ")) <= {*written.split(", "), "blurry"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sdlora_ui.owner import Owner
+from sdlora_ui.owner import MOST_NEGATIVES, Owner
 from sdlora_ui.server.allowed_paths import AllowedPaths, PathRefused, model_files
 
 from sdlora.errors import ConfigError
@@ -91,3 +91,52 @@ def test_damaged_settings_grant_nothing(place: Path, text: str) -> None:
     paths = paths_of(place)
     owner = Owner(paths, place / "page.json")
     assert (paths.granted.allowed, paths.granted.bases, owner.endpoint) == ((), (), "")
+
+
+def test_a_negative_prompt_is_kept_for_later_servers_and_removed(place: Path) -> None:
+    file = place / "settings/page.json"
+    owner = Owner(paths_of(place), file)
+    assert owner.keep_negative(" my  own ", " blurry, text ") == "my own"
+    owner.keep_negative("other", "watermark")
+    owner.keep_negative("my own", "blurry")
+    later = Owner(paths_of(place), file)
+    assert later.negatives == {"my own": "blurry", "other": "watermark"}
+    later.remove_negative("my own")
+    assert Owner(paths_of(place), file).negatives == {"other": "watermark"}
+    with pytest.raises(ConfigError, match="none of yours"):
+        later.remove_negative("my own")
+
+
+def test_negative_prompts_of_the_owner_are_not_for_strangers(place: Path) -> None:
+    file = place / "page.json"
+    Owner(paths_of(place), file).keep_negative("a", "b")
+    strangers = Owner(paths_of(place, local=False), file)
+    assert strangers.negatives == {}
+    with pytest.raises(PathRefused, match="on the machine itself only"):
+        strangers.keep_negative("c", "d")
+    with pytest.raises(PathRefused, match="on the machine itself only"):
+        strangers.remove_negative("a")
+    assert Owner(paths_of(place), file).negatives == {"a": "b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("", "x"), ("a", " "), ("a" * 61, "x"), ("a", "x" * 4001), (" \n ", "x")]
+)
+def test_a_negative_prompt_needs_a_name_and_has_bounds(place: Path, name: str, text: str) -> None:
+    owner = Owner(paths_of(place), place / "page.json")
+    with pytest.raises(ConfigError, match="negative prompt: "):
+        owner.keep_negative(name, text)
+    for number in range(MOST_NEGATIVES):
+        owner.keep_negative(str(number), "x")
+    owner.keep_negative("5", "y")
+    with pytest.raises(ConfigError, match="remove one first"):
+        owner.keep_negative("one more", "x")
+    assert len(owner.negatives) == MOST_NEGATIVES
+
+
+def test_damaged_negative_prompts_are_passed_over(place: Path) -> None:
+    file = place / "page.json"
+    file.write_text('{"negatives": {"a": "b", "c": 5, "": "x", "d": ["y"]}}')
+    assert Owner(paths_of(place), file).negatives == {"a": "b"}
+    file.write_text('{"negatives": ["a"]}')
+    assert Owner(paths_of(place), file).negatives == {}

@@ -1,4 +1,4 @@
-"""Smaller parts of the drawing page: several images at once, usual negative prompts, dropped adapters."""
+"""Smaller parts of the drawing page: several images at once, dropped adapters."""
 
 from __future__ import annotations
 
@@ -17,13 +17,6 @@ from ..site import EXPORTED, Site
 MOST_IMAGES = 64
 """Images of one press of the button."""
 _ACROSS = 4
-NEGATIVES = {
-    "general": "worst quality, low quality, blurry, jpeg artifacts, watermark, signature, text",
-    "photo": "painting, drawing, illustration, render, cartoon, blurry, overexposed, watermark, text",
-    "drawing": "photo, photorealistic, 3d render, blurry, jpeg artifacts, watermark, text",
-    "people": "bad anatomy, bad hands, extra fingers, extra limbs, deformed, cropped, out of frame",
-}
-"""Name -> usual negative prompt; none is ever put in without being chosen."""
 
 
 def count_control() -> gr.Number:
@@ -31,25 +24,6 @@ def count_control() -> gr.Number:
     return gr.Number(
         1, label="Images", precision=0, minimum=1, maximum=MOST_IMAGES, elem_id="count", min_width=70
     )
-
-
-def negative_control() -> gr.Dropdown:
-    """Return the list of usual negative prompts."""
-    return gr.Dropdown(
-        [("choose", ""), *((name, name) for name in NEGATIVES)],
-        value="",
-        label="Usual negative prompts",
-        info="Added to what is written; guidance of 1 has no negative prompt",
-        elem_id="negative-preset",
-    )
-
-
-def with_negative(name: str, written: str) -> tuple[Any, str]:
-    """Return the negative prompt with the words of a usual one that it lacks, and the list at its start."""
-    have = [part for part in ((part.strip()) for part in (written or "").split(",")) if part]
-    known = {part.casefold() for part in have}
-    more = [part for part in NEGATIVES.get(name, "").split(", ") if part and part.casefold() not in known]
-    return (", ".join([*have, *more]) if more else gr.skip()), ""
 
 
 def several(count: Any, seed: Any) -> tuple[dict[str, Any], Any]:

@@ -23,7 +23,7 @@ from ..server.png_import import ImportedSettings, from_parameters
 from ..settings import checked_base
 from ..site import Site
 from ..worker_client import CallCancelled
-from . import draw_many, draw_tools
+from . import draw_many, draw_tools, negatives
 from .shared import Shell, checked_number, choices, problem, told, working
 
 NUM_SLOTS = 4
@@ -151,7 +151,7 @@ def _controls(site: Site, shell: Shell) -> tuple[_Page, dict[str, Any]]:
 
 def _more_controls(
     site: Site, shell: Shell, prompt: gr.Textbox, slots: list[_Slot], seed: gr.Number
-) -> tuple[_Page, gr.File, gr.Dropdown]:
+) -> tuple[_Page, gr.File, negatives.Negatives]:
     """Return the page with the folded controls, the drop area for a PNG, and the usual negative prompts."""
     defaults = SampleConfig()
     placeholder = "the base's own"
@@ -167,7 +167,7 @@ def _more_controls(
             elem_classes="sd-names",
         )
         negative = gr.Textbox(label="Negative prompt", elem_id="negative")
-        usual = draw_tools.negative_control()
+        usual = negatives.build(site)
         with gr.Row(elem_classes="sd-beside"):
             steps = gr.Number(defaults.steps, label="Steps", precision=0, elem_id="steps", min_width=90)
             guidance = gr.Textbox(
@@ -340,10 +340,7 @@ def _connect_sending(site: Site, shell: Shell, page: _Page, more: Mapping[str, A
         seen = max([number for number, file in enumerate(files) if file], default=0)
         return [gr.Group(visible=number <= seen + 1) for number in range(NUM_SLOTS)]
 
-    usual = more["usual"]
-    usual.input(
-        draw_tools.with_negative, [usual, page.negative], [page.negative, usual], show_progress="hidden"
-    )
+    negatives.connect(site, more["usual"], page.negative, shell.tab_word)
     if more["drop"] is not None:
         first = page.slots[0].file
 
