@@ -22,7 +22,7 @@ from sdlora.config.toml import load_config
 from sdlora.data.reading.image_files import IMAGE_ENDINGS
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.generation.png_info import read_parameters
-from sdlora.run_folder import SAMPLE, SAVE, RunFolder
+from sdlora.run_folder import SAMPLE, SAVE, STOP, RunFolder
 
 from ..adapter_cards import AdapterCards
 from ..captioning import Captioning
@@ -36,7 +36,9 @@ from ..job_process import process_of
 from ..job_record import Job
 from ..jobs import JobQueue
 from ..owner import Owner
+from ..progress import RunView
 from ..settings import data_settings
+from ..shell_runs import PREFIX, ShellRuns
 from ..site import Choice
 from ..thumbs import MAX_THUMB, Thumbs
 from ..words import labels, page_words
@@ -48,6 +50,7 @@ from .workbench import Workbench
 MOST_ADAPTERS = 1000
 MOST_CURVES = 8
 """Runs in one plot."""
+_REQUESTS = {"stop": STOP, "save": SAVE, "sample": SAMPLE}
 _SERVED = IMAGE_ENDINGS | {".safetensors", ".zip"}
 
 
@@ -102,7 +105,7 @@ class _Own:
         self.owner = owner
         self.paths, self.queue, self.captioning, self.drafts = paths, queue, captioning, drafts
         self.book, self.sets, self.memory = CaptionBook(paths), DataSets(), MemoryWatch()
-        self.device = DeviceWatch(paths.runs)
+        self.device, self.shell_runs = DeviceWatch(paths.runs), ShellRuns(paths)
         self.thumbs = Thumbs(paths.state / "thumbs")
 
     async def file(self, request: Request) -> Response:
@@ -201,21 +204,32 @@ class _Own:
         return self.captioning.state(folder)
 
     def jobs(self, request: Request) -> dict[str, Any]:
-        return {"jobs": [self._brief(job) for job in self.queue.all()]}
+        jobs = self.queue.all()
+        others = self.shell_runs.listed({job.run for job in jobs})
+        listed = [*map(self._brief, jobs), *(run.to_dict() for run in others)]
+        return {"jobs": sorted(listed, key=lambda run: run["created"])}
 
     def curves(self, request: Request) -> dict[str, Any]:
         """Return the losses of several runs, of all steps or of those that a plot shows."""
         asked = request.query_params
         first, last = (float(asked.get(key) or usual) for key, usual in (("from", 0), ("to", math.inf)))
-        jobs = [self.queue.get(job_id) for job_id in asked.getlist("run")[:MOST_CURVES]]
-        shown = [
-            {"id": job.id, "name": job.name} | self.queue.view(job.id).curve(first, last) for job in jobs
-        ]
+        runs = [self._run(job_id) for job_id in asked.getlist("run")[:MOST_CURVES]]
+        shown = [{"id": run_id, "name": name} | view.curve(first, last) for run_id, name, _, view in runs]
         return {"curves": shown}
 
+    def _run(self, run_id: str) -> tuple[str, str, Path, RunView]:
+        """Return id, name, folder and events of a job's run, or of one that was started in a shell."""
+        if run_id.startswith(PREFIX):
+            run = self.shell_runs.get(run_id)
+            return run.id, run.folder.path.name, run.folder.path, run.view
+        job = self.queue.get(run_id)
+        return job.id, job.name, job.run, self.queue.view(job.id)
+
     def job(self, request: Request) -> dict[str, Any]:
-        job = self.queue.get(request.path_params["id"])
-        full = self._brief(job) | self.queue.view(job.id).full()
+        run_id, _, folder, view = self._run(request.path_params["id"])
+        job = None if run_id.startswith(PREFIX) else self.queue.get(run_id)
+        brief = self.shell_runs.get(run_id).to_dict() if job is None else self._brief(job)
+        full = brief | view.full()
         adapter = full["adapter_file"]
         return full | {
             "defaults": [
@@ -223,17 +237,17 @@ class _Own:
                 for key, value, reason in full["defaults"]
             ],
             "notes": [page_words(note) for note in full["notes"]],
-            "memory": self.memory.of(process_of(job)),
-            "prompts": self._prompts(job),
-            "command": shlex.join(self.queue.command(job.id)),
-            "shown_run": self.paths.shown(job.run),
+            "memory": None if job is None else self.memory.of(process_of(job)),
+            "prompts": self._prompts(folder, job),
+            "command": "" if job is None else shlex.join(self.queue.command(job.id)),
+            "shown_run": self.paths.shown(folder),
             "shown_adapter": self.paths.shown(Path(adapter)) if adapter else "",
         }
 
     async def report(self, request: Request) -> Response:
         """Serve a run's report, in which nothing can run and which can load nothing."""
         try:
-            page = self.paths.readable(str(RunFolder(self.queue.get(request.path_params["id"]).run).report))
+            page = self.paths.readable(str(RunFolder(self._run(request.path_params["id"])[2]).report))
         except PathRefused as error:
             return JSONResponse({"error": str(error)}, 403)
         except SdloraError as error:
@@ -248,6 +262,10 @@ class _Own:
 
     def act(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         job_id, action = request.path_params["id"], request.path_params["action"]
+        if job_id.startswith(PREFIX):
+            if action not in _REQUESTS:
+                raise ConfigError(f"{action}: is not an action for a run that was started in a shell")
+            return self.shell_runs.request(job_id, _REQUESTS[action]).to_dict()
         if action == "delete":
             if body.get("confirmed") is not True:
                 raise ConfigError("deleting needs a confirmation")
@@ -273,8 +291,9 @@ class _Own:
         more = {"error": page_words(job.error), "order": job.order[0], "waits": job.waits}
         return job.to_dict() | self.queue.view(job.id).brief() | more
 
-    def _prompts(self, job: Job) -> list[str]:
-        for file in (RunFolder(job.run).config_file, self.queue.settings(job.id)):
+    def _prompts(self, folder: Path, job: Job | None) -> list[str]:
+        of_job = () if job is None else (self.queue.settings(job.id),)
+        for file in (RunFolder(folder).config_file, *of_job):
             if file.is_file() and self.paths.reaches(file):
                 sample = load_config(file).sample
                 if sample.prompts is not None:

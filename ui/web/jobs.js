@@ -113,6 +113,8 @@ class Jobs extends Live {
     const act = (what, extra = {}) => () => attempt(async () => { await ask(`jobs/${run.id}/${what}`, extra); await this.refresh(); });
     const can = (label, what, kind = "") => button(label, act(what), kind, { "data-what": what });
     const ended = ["stopped", "failed", "finished"].includes(run.status);
+    const report = run.reported ? el("a", { class: "sd-button", href: `/sdlora/jobs/${run.id}/report`, target: "_blank", rel: "noopener", "data-what": "report", title: run.best.reason }, "Report") : null;
+    if (run.shell) return [el("div", { class: "sd-row" }, run.status === "running" ? [can("Stop and save", "stop", "primary"), can("Preview now", "sample"), can("Save now", "save")] : null, report, el("span", { class: "sd-dim" }, "started in a shell"))];
     return [el("div", { class: "sd-row" },
       run.status === "waiting" ? [button("Start now", () => this.startNow(run), "primary", { "data-what": "start" }), can("Remove from the queue", "stop")] : null,
       run.status === "running" ? [can("Stop and save", "stop", "primary"), run.started ? can("Preview now", "sample") : null, run.started ? can("Save now", "save") : null] : null,
@@ -122,7 +124,7 @@ class Jobs extends Live {
       run.status === "finished" ? button("Try it out", () => sendToPython("try-run", JSON.stringify({ id: run.id, at: Date.now() })), "primary", { "data-what": "try" }) : null,
       run.status === "finished" ? button("Export", () => sendToPython("export-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "export" }) : null,
       button("Clone", () => sendToPython("clone-run", JSON.stringify({ id: run.id, at: Date.now() })), "", { "data-what": "clone" }),
-      run.reported ? el("a", { class: "sd-button", href: `/sdlora/jobs/${run.id}/report`, target: "_blank", rel: "noopener", "data-what": "report", title: run.best.reason }, "Report") : null,
+      report,
       button("Log", () => this.showLog(run), "", { "data-what": "log" }),
       ended || run.status === "waiting" ? button("Delete", () => this.confirmDelete(run), "danger", { "data-what": "delete" }) : null),
     run.status === "waiting" ? this.startField(run) : null, run.status === "finished" ? this.moreField(run) : null].filter(Boolean);

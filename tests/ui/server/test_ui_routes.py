@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from past_runs import put_run
 from sdlora_ui.server.allowed_paths import AllowedPaths
 from sdlora_ui.server.routes import MOST_CURVES, routes
+from sdlora_ui.shell_runs import held_inodes
 from sdlora_ui.site import Site
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from sdlora.files import parse_json
+from sdlora.run_folder import STOP, RunFolder
 
 
 class Asker:
@@ -101,3 +104,29 @@ def test_curves_of_several_runs_are_given_at_once(page: Asker) -> None:
     assert len(page.get("curves", run=ids[0])["curves"][0]["losses"]) == 40
     page.get("curves", 400, run=ids[0], to="the end")
     page.get("curves", 422, run="../../etc")
+
+
+@pytest.mark.skipif(held_inodes() is None, reason="only Linux lists the locks that are held")
+def test_a_run_in_a_shell_is_listed_with_the_jobs_and_can_be_stopped(page: Asker) -> None:
+    job = put_run(page.home, "a-job", 20)
+    put_run(page.home, "a-shell", 20, status="running")
+    folder = RunFolder(page.home / "runs" / "a-shell")
+    [shells] = [path for path in (page.home / "runs" / ".sdlora-ui" / "jobs").iterdir() if path.name != job]
+    (shells / "events.jsonl").rename(folder.events_file)
+    (shells / "job.json").unlink()
+    with FileLock(folder.lock_file):
+        listed = {run["name"]: run for run in page.get("jobs")["jobs"]}
+        run = listed["a-shell"]
+        assert (run["status"], run["step"], listed["a-job"]["id"]) == ("running", 20, job)
+        full = page.get(f"jobs/{run['id']}")
+        assert full["prompts"] == ["prompt a of a-shell", "prompt b of a-shell"]
+        assert [step for step, _ in full["samples"]] == [10, 20] and full["command"] == ""
+        curves = page.get("curves", run=[job, run["id"]])["curves"]
+        assert [curve["name"] for curve in curves] == ["a-job", "a-shell"]
+        for refused in ("delete", "resume", "kill", "extend", "move"):
+            assert (
+                "in a shell" in page.post(f"jobs/{run['id']}/{refused}", '{"confirmed": true}', 422)["error"]
+            )
+        page.get(f"jobs/{run['id']}/log", 422)
+        assert page.post(f"jobs/{run['id']}/stop")["status"] == "stopping"
+    assert folder.request_file(STOP).exists()
