@@ -15,9 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..config.schema import AdapterConfig
@@ -40,6 +37,7 @@ from .module_paths import (
     module_at,
     without_adapters,
 )
+from .peft_library import BaseTunerLayer, LoraConfig, LoraLayer, inject_adapter_in_model
 from .strength import Strength, strength_of
 
 

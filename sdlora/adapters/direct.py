@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..families.base import DiffusionModel
@@ -31,6 +30,7 @@ from ..families.lean_blocks import with_room
 from ..families.quantised import QuantisedLinear
 from .canonical import LowRankPair
 from .module_paths import module_at
+from .peft_library import LoraLayer
 from .trainable_layers import TrainedLayer
 
 

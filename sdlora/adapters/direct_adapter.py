@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -32,6 +31,7 @@ from .joint import (
     text_joints,
 )
 from .module_paths import module_at
+from .peft_library import LoraLayer
 from .sums import add_in_place, following_sums
 from .trainable_layers import TrainedLayer
 

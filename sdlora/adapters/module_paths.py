@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError
@@ -12,6 +11,7 @@ from ..families.base import DiffusionModel
 from ..families.facts import is_text_encoder
 from ..families.quantised import refuse_to_change
 from .canonical import AdapterWeights, ModuleKey, Update
+from .peft_library import BaseTunerLayer
 
 _TEXT_ROOT = "text_model."
 

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..families.base import DiffusionModel
 from .attach import set_strengths
 from .hooks import all_hooks
 from .module_paths import inner_name
+from .peft_library import LoraLayer
 from .strength import Strength, strength_of
 
 

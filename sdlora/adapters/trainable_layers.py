@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError
@@ -21,6 +20,7 @@ from .canonical import AdapterWeights, ModuleKey, Update
 from .kinds.kind import TrainedForm
 from .kinds.table import KINDS, titles
 from .module_paths import fitted, inner_name, installed_path, module_at
+from .peft_library import inject_adapter_in_model
 
 
 @dataclass(frozen=True)
