@@ -38,6 +38,7 @@ class LeanAttention:
     Attributes:
         self_projections: gives query, key and value of a self-attention, if not its own layers.
         query_projection: gives the query of an attention to the text, if not its own layer.
+        remembers_text: whether key and value are kept for the next call with the same states of the text.
     """
 
     def __init__(self, attention: Any) -> None:
@@ -45,6 +46,8 @@ class LeanAttention:
         self._kernel = _KERNELS[type(attention.processor).__name__]
         self.self_projections: Callable[[Tensor], Projections] | None = None
         self.query_projection: Callable[[Tensor], Tensor] | None = None
+        self.remembers_text = False
+        self._of_text: tuple[Tensor, Tensor, Tensor] | None = None  # states, key and value
 
     @property
     def module(self) -> Any:
@@ -91,12 +94,20 @@ class LeanAttention:
             key = again(Rungs.projections, module.to_k(states), module.to_k, states)
             value = again(Rungs.projections, module.to_v(states), module.to_v, states)
         else:
-            key, value = module.to_k(encoder_hidden_states), module.to_v(encoder_hidden_states)
+            key, value = self._text_projections(module, encoder_hidden_states)
         merged = self._kernel(module, query, key, value)
         if self._kernel is _fused and (encoder_hidden_states is not None or module in ahead):
             # the text is short, so this is a small part of what a projection takes
             again(Rungs.gates, merged, lambda *three: _fused(module, *three), query, key, value)
         return merged
+
+    def _text_projections(self, module: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+        if self._of_text is not None and self._of_text[0] is states:
+            return self._of_text[1:]
+        key, value = module.to_k(states), module.to_v(states)
+        if self.remembers_text and not torch.is_grad_enabled():
+            self._of_text = states, key, value
+        return key, value
 
 
 class _GatedGelu(torch.autograd.Function):
@@ -299,6 +310,11 @@ class _TimeProjections:
 
 
 _LEAN = (LeanAttention, LeanResidual, LeanGatedGelu, LeanBlock)
+
+
+def is_lean(model: nn.Module) -> bool:
+    """Tell whether a module of a model has a lean forward pass."""
+    return any(isinstance(module.__dict__.get("forward"), _LEAN) for module in model.modules())
 
 
 def undo_lean(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from ..config.defaults import USUAL_GUIDANCE
 from ..diffusion.samplers import check_sampling, find_sampler, make_scheduler
 from ..errors import ConfigError, ModelError
 from ..families.base import Conditioning, DiffusionModel, SizeHint, stack_conditioning
+from ..families.lean_drawing import drawing_lean
 from .lora_tags import refuse_tags
 from .prompt_parts import Part, parts_of, schedule
 
@@ -209,7 +210,8 @@ def denoise(
     by_row = RowStrengths(model, told.strengths) if each_at_its_strengths else None
     pixels = (first.height, first.width)
     sizes = [SizeHint(original=pixels, crop=(0, 0), target=pixels)] * told.rows
-    with by_row.acting() if by_row is not None else nullcontext():
+    denoiser = model.components()[model.info.denoiser.component]
+    with by_row.acting() if by_row is not None else nullcontext(), drawing_lean(denoiser):
         for call, timestep in enumerate(scheduler.timesteps):
             inputs = told.spread(scheduler.scale_model_input(latents, timestep))
             prediction = model.predict(inputs, timestep.repeat(told.rows), told.at(call), sizes)
@@ -270,8 +272,15 @@ class _Told:
         texts = [(key, part.at(call)) for key, part in zip(self._keys, self._flat, strict=True)]
         if self._stacked is None or self._stacked[0] != texts:
             stacked = stack_conditioning([self._known[text] for text in texts])
-            device = self._model.facts.device
-            self._stacked = texts, {name: tensor.to(device) for name, tensor in stacked.items()}
+            facts = self._model.facts
+            # the format they are used in, so that each call is given the same tensors
+            self._stacked = (
+                texts,
+                {
+                    name: tensor.to(facts.device, facts.dtype if tensor.is_floating_point() else None)
+                    for name, tensor in stacked.items()
+                },
+            )
         return self._stacked[1]
 
     def spread(self, latents: Tensor) -> Tensor:
