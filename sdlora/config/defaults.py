@@ -86,6 +86,9 @@ class RateRule:
         follows_scale: whether it is divided by the adapter's scale, since the size of dW is scale * rate.
         one_rate: whether everything that is trained must have the same rate.
         schedule: the learning rate's schedule if the user gives none.
+        share: of the rate that a base recommends, found with AdamW, where it recommends one; 0 for an
+            optimizer whose rates have nothing to do with AdamW's.
+        first_guess: the setting with the rate from which it looks for its own, if it does.
     """
 
     rate: float = 1e-4
@@ -93,6 +96,8 @@ class RateRule:
     follows_scale: bool = True
     one_rate: bool = False
     schedule: Schedule = USUAL_SCHEDULE
+    share: float = 1.0
+    first_guess: str | None = None
 
 
 USUAL_RATE = RateRule()
@@ -289,7 +294,18 @@ def _fill_rates(open_settings: OpenSettings, rule: RateRule) -> None:
     why = "a quiet end" if rule.schedule == USUAL_SCHEDULE else "what this optimizer needs"
     open_settings.fill("optimizer.schedule", rule.schedule, why, ask_base=usual)
     rate, reason = _rate(open_settings, rule)
+    recommended = open_settings.facts.recommended.get("optimizer.learning_rate")
+    if not usual and recommended is not None and rule.share:
+        rate = float(f"{rule.share * recommended:.2e}")
+        reason = f"the base {open_settings.facts.title} recommends {recommended:g} for AdamW"
+        if rule.share != 1:
+            reason = f"{reason}, of which this optimizer takes {rule.share:g}"
     open_settings.fill("optimizer.learning_rate", rate, reason, ask_base=usual)
+    if rule.first_guess is not None:
+        guess = (_rate(open_settings, USUAL_RATE)[0] if recommended is None else recommended) / 10
+        open_settings.fill(
+            rule.first_guess, float(f"{guess:.2e}"), "a tenth of AdamW's rate, so that it is soon found"
+        )
     chosen = open_settings.config.optimizer.learning_rate
     assert chosen is not None
     for part in _adapted_text(open_settings):

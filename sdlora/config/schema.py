@@ -115,6 +115,8 @@ class OptimizerConfig(Section):
     """AdamW's guard against division by zero."""
     d_coef: Annotated[PositiveFloat, OnlyFor(("prodigy",))] = 1.0
     """Factor on Prodigy's estimate of the rate: 2 if it learns too little, 0.5 if too much."""
+    d0: Annotated[PositiveFloat | None, OnlyFor(("prodigy",))] = None
+    """Rate from which Prodigy looks for a higher one; a tenth of AdamW's when left open."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay."""
     schedule: Schedule | None = None

@@ -119,7 +119,13 @@ def _prodigy(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> tor
     from prodigyopt import Prodigy
 
     with redirect_stdout(io.StringIO()):  # it prints how it decays, and stdout is for answers
-        return Prodigy(groups, d_coef=settings.d_coef, use_bias_correction=True, safeguard_warmup=True)
+        return Prodigy(
+            groups,
+            d0=1e-6 if settings.d0 is None else settings.d0,
+            d_coef=settings.d_coef,
+            use_bias_correction=True,
+            safeguard_warmup=True,
+        )
 
 
 def _schedule_free(groups: Sequence[OptimizerGroup], settings: OptimizerConfig) -> torch.optim.Optimizer:
@@ -162,7 +168,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         _lion,
         _header("pytorch_optimizer.optimizer.lion.Lion", "betas", "weight_decay"),
         bytes_per_value=4,  # one fp32 moment
-        rate=RateRule(3e-5, "a third of AdamW's: every value moves by the whole rate"),
+        rate=RateRule(3e-5, "a third of AdamW's: every value moves by the whole rate", share=0.3),
         package="pytorch_optimizer",
         distribution="pytorch-optimizer",
     ),
@@ -170,11 +176,13 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         _prodigy,
         _header(
             "prodigyopt.prodigy.Prodigy",
-            *("weight_decay", "d_coef"),
+            *("weight_decay", "d_coef", "d0"),
             **{"use_bias_correction": True, "safeguard_warmup": True},
         ),
         bytes_per_value=16,  # two moments, where it started, and a sum of gradients
-        rate=RateRule(1.0, "Prodigy finds it", follows_scale=False, one_rate=True),
+        rate=RateRule(
+            1.0, "Prodigy finds it", follows_scale=False, one_rate=True, share=0, first_guess="optimizer.d0"
+        ),
         package="prodigyopt",
         found_rate=lambda optimizer: float(optimizer.param_groups[0]["d"]),
     ),
@@ -190,6 +198,9 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         _came,
         _header("pytorch_optimizer.optimizer.came.CAME", "weight_decay"),
         bytes_per_value=6,  # one fp32 moment, and twice Adafactor's rows and columns
+        rate=RateRule(
+            share=0.05
+        ),  # steady gradients get large steps: at 1e-4 mini learns as by AdamW at 2e-3
         looks_at_shapes=True,
         package="pytorch_optimizer",
         distribution="pytorch-optimizer",

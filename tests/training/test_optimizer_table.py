@@ -149,7 +149,7 @@ HEADERS = {
     "(weight_decay=0.01,scale_parameter=False,relative_step=False,warmup_init=False)",
     "lion": "pytorch_optimizer.optimizer.lion.Lion(betas=(0.9,0.99),weight_decay=0.01)",
     "prodigy": "prodigyopt.prodigy.Prodigy"
-    "(weight_decay=0.01,d_coef=1.0,use_bias_correction=True,safeguard_warmup=True)",
+    "(weight_decay=0.01,d_coef=1.0,d0=2e-05,use_bias_correction=True,safeguard_warmup=True)",
     "adamw_schedulefree": "schedulefree.adamw_schedulefree.AdamWScheduleFree"
     "(betas=(0.9,0.99),weight_decay=0.01)",
     "came": "pytorch_optimizer.optimizer.came.CAME(weight_decay=0.01)",
@@ -171,7 +171,7 @@ RATES = {"lion": 6e-5, "prodigy": 1.0}  # for a scale of 1/2; all others AdamW's
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_header_tells_what_the_optimizer_really_is(name: str) -> None:
-    options = OptimizerConfig.model_validate({"name": name})
+    options = OptimizerConfig.model_validate({"name": name} | ({"d0": 2e-5} if name == "prodigy" else {}))
     optimizer = make_optimizer(options, groups())
     header = header_of(optimizer, options)
     assert header == HEADERS[name]
@@ -179,7 +179,15 @@ def test_the_header_tells_what_the_optimizer_really_is(name: str) -> None:
     assert type(optimizer).__name__ == cls and type(optimizer).__module__ == module
     for group in optimizer.param_groups:
         shown = {key: f"{value}".replace(" ", "") for key, value in group.items()}
-        keys = ("betas", "weight_decay", "d_coef", "scale_parameter", "relative_step", "safeguard_warmup")
+        keys = (
+            "betas",
+            "weight_decay",
+            "d_coef",
+            "d0",
+            "scale_parameter",
+            "relative_step",
+            "safeguard_warmup",
+        )
         told = [f"{key}={shown[key]}" for key in keys if f"{key}=" in header]
         decays = group is not optimizer.param_groups[2]  # magnitudes are not pulled to zero
         true = {part for part in told if f"{part}," in header or f"{part})" in header}
@@ -208,6 +216,24 @@ def test_rate_and_schedule_left_open_are_the_optimizers_own(name: str) -> None:
     final = open_settings.final().optimizer
     assert final.learning_rate == RATES.get(name, 2e-4)
     assert final.schedule == ("constant" if name == "adamw_schedulefree" else "cosine")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, 2e-3) for name in ("adamw", "adamw8bit", "adafactor", "adamw_schedulefree")),
+        *(("lion", 6e-4), ("came", 1e-4), ("prodigy", 1.0)),
+    ],
+)
+def test_what_a_base_recommends_for_adamw_is_not_lost_on_the_others(name: str, expected: float) -> None:
+    """At 1e-4, a twentieth of what the mini base needs, none of them had learned a style."""
+    facts = BaseFacts("mini", {"optimizer.learning_rate": 2e-3}, 64, "cpu")
+    open_settings = OpenSettings(Config().with_values({"optimizer.name": name}), facts)
+    fill_training(open_settings, DataFacts(10, 10), OPTIMIZERS[name].rate)
+    assert open_settings.final().optimizer.learning_rate == expected
+    (default,) = (filled for filled in open_settings.defaults if filled.key == "optimizer.learning_rate")
+    assert name == "prodigy" or "recommend" in default.reason
+    assert open_settings.final().optimizer.d0 == (2e-4 if name == "prodigy" else None)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

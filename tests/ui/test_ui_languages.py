@@ -81,6 +81,7 @@ COMPOSED = (
     "cheese.png deleted",
     "3 images excluded",
     "a.txt: is not UTF-8 text (byte 12 is not)",
+    "the base mini recommends 0.002 for AdamW, of which this optimizer takes 0.3",
     "is a JPEG XL image, which needs the package pillow-jxl-plugin",
     *("fotos: no such folder; check the path", "no such folder; check the path"),
     "no such folder; download it first",

@@ -277,12 +277,17 @@ def _optimizer(ledger: Ledger) -> None:
         ledger.put(("optimizer.beta1", "optimizer.beta2"), "optimizer.betas", betas, "both together")
     elif ours == "adamw":
         ledger.implied("optimizer.betas", "optimizer.betas", (0.9, 0.999), "its default there")
-    for theirs, key in (("weight_decay", "weight_decay"), ("eps", "epsilon"), ("d_coef", "d_coef")):
+    for theirs, key in (
+        ("weight_decay", "weight_decay"),
+        ("eps", "epsilon"),
+        ("d_coef", "d_coef"),
+        ("d0", "d0"),
+    ):
         value = ledger.number(f"optimizer.{theirs}")
         if (
             value is not None
             and ledger.allows(f"optimizer.{key}", value)
-            and (theirs != "d_coef" or ours == "prodigy")
+            and (theirs not in ("d_coef", "d0") or ours == "prodigy")
         ):
             ledger.put(f"optimizer.{theirs}", f"optimizer.{key}", value)
     for name in ledger.names():

@@ -120,6 +120,8 @@ def optimizer(ledger: Ledger, name_of: str, args: Any = None, args_name: str = "
         ledger.put(name_of, "optimizer.name", ours, f"the nearest to {given}")
     if args_name and ledger.has(args_name):
         optimizer_arguments(ledger, args, args_name, ours)
+    if ours == "prodigy" and "optimizer.d0" not in ledger.values and not ledger.has("optimizer.d0"):
+        ledger.implied("d0", "optimizer.d0", 1e-6, "its default there")
 
 
 def optimizer_arguments(ledger: Ledger, args: Any, label: str, ours: str) -> None:
