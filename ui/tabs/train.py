@@ -300,7 +300,9 @@ def _connect_keeping(site: Site, shell: Shell, tab: gr.Tab, form: _Form) -> None
     given = [form.plan, *shown]
     shell.tab_word.change(
         again, shell.tab_word, [*shown, form.plan, form.changed, *shell.opened], show_progress="hidden"
-    ).then(look_if_seen, [seen, *given], form.plan, show_progress="hidden")
+    ).then(None, None, None, js="() => document.dispatchEvent(new Event('sdlora-filled'))").then(
+        look_if_seen, [seen, *given], form.plan, show_progress="hidden"
+    )
     base = form.controls["model.base"]
 
     def select(chosen: str | None) -> tuple[bool, Any]:

@@ -14,6 +14,16 @@ export function openFolder(path) {
   setTimeout(() => document.querySelector("button#open-folder, #open-folder button")?.click(), 150);
 }
 
+// What is typed into the field while the page is being filled with what its tab held is not taken back by that.
+let typed = null;
+const note = (event) => { if (event.isTrusted && event.target.closest?.("#dataset-folder")) typed = event.target.value; };
+document.addEventListener("input", note, true);
+document.addEventListener("sdlora-filled", () => {
+  document.removeEventListener("input", note, true);
+  document.body.dataset.filled = "yes";
+  setTimeout(() => { if (typed && field() && field().value !== typed) openFolder(typed); }, 300); // Gradio has drawn it by then
+}, { once: true });
+
 class Browse extends HTMLElement {
   connectedCallback() {
     this.dialog = el("dialog", { class: "sd-dialog", "aria-label": "Choose a folder" });
