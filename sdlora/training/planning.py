@@ -94,9 +94,10 @@ def save_memory(
     Args:
         open_settings: all else is decided.
         planner: counts what settings take.
-        kept: of the run that goes on; None for a new one.
+        kept: of the run that goes on, as the main process finds it; None for a new one.
         processes: they all decide as the one with the least memory.
     """
+    kept = processes.exchange(kept)[0]  # other machines need not have the run folder
     if kept is not None:
         for key, value in kept.items():
             if open_settings.config.get(key) != value and _is_open(open_settings.config, key):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from sdlora.config.defaults import BaseFacts, OpenSettings
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
@@ -21,6 +22,8 @@ from sdlora.training.fast import FAST_PATHS
 from sdlora.training.foresight import foresee
 from sdlora.training.ladder import APART, AUTO_SHARE, RECOMPUTE, budget_of, climb, next_rung, parse_size
 from sdlora.training.memory import MemoryPlan
+from sdlora.training.planning import save_memory
+from sdlora.training.processes import Processes
 from sdlora.training.train import train
 
 MIB = 2**20
@@ -287,3 +290,21 @@ def test_a_family_can_be_asked_for_without_a_file() -> None:
     planned = foresee(load_config(None, ["training.batch_size=1"], {"model.base": "sd1"}), 2 * 2**30)
     assert planned.fits and planned.plan.peak <= 2 * 2**30 and planned.taken
     assert 1.0 < (planned.work or 0) < 1.34
+
+
+def test_a_machine_without_the_run_folder_takes_the_rungs_that_the_main_process_finds() -> None:
+    """It had asked the others for their memory instead, and they had gone on: found by test_two_machines."""
+
+    class Second(Processes):
+        asked: ClassVar[list[Any]] = []
+
+        def exchange(self, message: Any = None, *, at_once: bool = False) -> list[Any]:
+            self.asked.append(message)
+            return [{"training.recompute": "gates"}, message]
+
+    def planner(config: Config) -> MemoryPlan:
+        raise AssertionError("nothing is to be planned")
+
+    open_settings = OpenSettings(Config(), BaseFacts("a base", {}, 512, "cpu"))
+    save_memory(open_settings, planner, None, Second())  # type: ignore[arg-type]
+    assert open_settings.config.training.recompute == "gates" and Second.asked == [None]
