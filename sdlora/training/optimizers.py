@@ -198,9 +198,8 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         _came,
         _header("pytorch_optimizer.optimizer.came.CAME", "weight_decay"),
         bytes_per_value=6,  # one fp32 moment, and twice Adafactor's rows and columns
-        rate=RateRule(
-            share=0.05
-        ),  # steady gradients get large steps: at 1e-4 mini learns as by AdamW at 2e-3
+        # steady gradients get large steps: at 1e-4 the mini base learns as by AdamW at 2e-3
+        rate=RateRule(share=0.05),
         looks_at_shapes=True,
         package="pytorch_optimizer",
         distribution="pytorch-optimizer",

@@ -103,3 +103,26 @@ def test_a_file_whose_name_is_too_long_is_not_there(tmp_path: Path) -> None:
     text = json.dumps({**SIMPLETUNER, "data_backend_config": "b" * 5000})
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     assert any("no folder of images" in note for note in import_settings(tmp_path / "config.json").notes)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [("", 1e-6), (" --optimizer_args d0=1e-5 d_coef=2", 1e-5)],
+)
+def test_prodigy_begins_where_their_program_has_it_begin(more: str, expected: float) -> None:
+    """Ours begins higher when left open."""
+    imported = import_settings(KOHYA + "--optimizer_type=Prodigy" + more)
+    assert imported.values["optimizer.d0"] == expected
+    rows = [row for row in imported.rows if row.ours.startswith("optimizer.d0")]
+    assert len(rows) == 1 and imported.values.get("optimizer.d_coef") == (2 if more else None)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 1e-6), ({"d0": 1e-5}, 1e-5)])
+def test_onetrainers_prodigy_begins_where_it_has_it_begin(
+    given: dict[str, float], expected: float, tmp_path: Path
+) -> None:
+    text = json.dumps({**ONETRAINER, "optimizer": {"optimizer": "PRODIGY", **given}})
+    (tmp_path / "c.json").write_text(text, encoding="utf-8")
+    imported = import_settings(tmp_path / "c.json")
+    assert imported.values["optimizer.d0"] == expected
+    assert len([row for row in imported.rows if row.ours.startswith("optimizer.d0")]) == 1
