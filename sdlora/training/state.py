@@ -434,6 +434,10 @@ def check_same(config: Config, folder: RunFolder, num_processes: int = 1, *, lon
     if longer:
         for values in (stored, current):
             del values["training.steps"], values["training.epochs"]
+    if (
+        stored["optimizer.d0"] is None
+    ):  # a run from before that setting: its checkpoint says where Prodigy began
+        stored["optimizer.d0"] = current["optimizer.d0"]
     key = "training.gradient_accumulation"
     kept, accumulation = stored.pop(key), current.pop(key)
     was, now = checkpoint.micro_batches(folder.checkpoints) or kept, num_processes * accumulation

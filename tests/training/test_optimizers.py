@@ -137,6 +137,13 @@ def test_what_prodigy_keeps_among_its_groups_survives(settings: Settings) -> Non
     assert after["growth_rate"] == float("inf") and after["betas"] == (0.9, 0.999)
 
 
+def test_a_run_of_prodigy_from_before_its_first_guess_was_a_setting_goes_on(settings: Settings) -> None:
+    trained(settings("run", "optimizer.name=prodigy"), stop_at=3)  # the stand-in here fills in no d0, either
+    now = settings("run", "optimizer.name=prodigy", "optimizer.d0=2e-4")
+    resumed = prepare_run(now, resume=True, emit=Emitter(()))
+    assert resumed.step == 3 and resumed.optimizer.param_groups[0]["k"] == 3
+
+
 def test_several_rates_are_refused_for_an_optimizer_of_one(settings: Settings) -> None:
     text = ("adapter.text_encoder=true", "optimizer.name=prodigy")
     run = prepare_run(settings("same", *text), resume=False, emit=Emitter(()))
