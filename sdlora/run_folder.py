@@ -68,9 +68,13 @@ class RunFolder:
         """What was judged, and how well it did."""
         return self.judging / "judging.json"
 
-    def judged_images(self, step: int | None, strength: float) -> Path:
-        """Return the file of a judged checkpoint's images at a strength; of the base's for None."""
+    def judged_images(self, step: int | None, strength: float, *, learned: bool = False) -> Path:
+        """Return the file of a judged checkpoint's images at a strength; of the base's for None.
+
+        With ``learned``, those of the weights as learned beside their average.
+        """
         name = "base" if step is None else f"{step_name(step)}-at-{strength:g}"
+        name += "-as-learned" if learned else ""
         return self.judging / f"{name}.png"
 
     @property

@@ -44,7 +44,7 @@ USUAL_SCHEDULE: Schedule = "cosine"
 """The schedule if the user gives none and the optimizer needs no other."""
 AverageOfWeights = Literal["none", "ema", "tail"]
 AverageViews = Literal["both", "average"]
-ExportedWeights = Literal["average", "learned"]
+ExportedWeights = Literal["better", "average", "learned"]
 Recompute = Literal["nothing", "norms", "gates", "projections", "blocks"]
 Loss = Literal["l2", "huber", "smooth_l1"]
 HuberSchedule = Literal["snr", "exponential", "constant"]
@@ -222,8 +222,9 @@ class TrainingConfig(Section):
     """Last share of the run that the `tail` average goes over; before it, the weights are as learned."""
     average_views: Annotated[AverageViews, OnlyFor(("ema", "tail"), "average")] = "both"
     """Whether validation and previews show the weights as learned, too (`both`), or the `average` alone."""
-    export_weights: Annotated[ExportedWeights, OnlyFor(("ema", "tail"), "average")] = "average"
-    """Which weights go into the adapter file and the checkpoints' adapters: `average`, or as `learned`."""
+    export_weights: Annotated[ExportedWeights, OnlyFor(("ema", "tail"), "average")] = "better"
+    """Which weights go into the adapter file: the `average`, those as `learned`, or the `better` ones: the
+    average unless judging finds the others surely better. Checkpoints hold the average but for `learned`."""
     memory: Annotated[str, Field(pattern=r"^(auto|max|\d+(\.\d+)? ?([GM]i?B?))$")] = "auto"
     """How much memory the run may take on its card: what is free there (`auto`), a size (`8GB`), or any
     (`max`). Where it would take more, settings that were left open are decided so that it fits, those first

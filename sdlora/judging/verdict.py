@@ -9,7 +9,7 @@ grows with strength until the subject is gone, and the subject alone is best whe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,6 +192,7 @@ class Verdict:
         strength: the recommended one for the best adapter: the top of a parabola through its best strength
             and its neighbours.
         notes: warnings, and what cannot be judged.
+        learned: the last step's weights as learned, if the best cell is their average.
     """
 
     cells: tuple[Cell, ...]
@@ -201,6 +202,22 @@ class Verdict:
     rising: bool
     strength: float
     notes: tuple[str, ...] = ()
+    learned: Cell | None = None
+
+    def beside(self, learned: Cell) -> Verdict:
+        """Return the same with the weights as learned, drawn like the best cell, which is their average."""
+        above = is_better(learned, self.best)
+        word = "surely above" if above else "not surely above"
+        note = (
+            f"the weights as learned have the score {_span(learned.score)}, {word} their average's "
+            f"{_span(self.best.score)}: the {'weights as learned are' if above else 'average is'} the adapter"
+        )
+        return replace(self, learned=learned, notes=(*self.notes, note))
+
+    @property
+    def takes_learned(self) -> bool:
+        """Whether the weights as learned are surely better than the average that was judged."""
+        return self.learned is not None and is_better(self.learned, self.best)
 
     @property
     def reason(self) -> str:
@@ -223,6 +240,7 @@ class Verdict:
             "more_steps_would_help": self.rising,
             "reason": self.reason,
             "notes": list(self.notes),
+            "as_learned": self.learned and self.learned.to_dict(),
             "cells": [cell.to_dict() for cell in self.cells],
         }
 

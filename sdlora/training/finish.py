@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..adapters.canonical import AdapterFile, AdapterInfo
+from ..config.schema import Config, ExportedWeights
 from ..data.captioning.wording import tags_of
 from ..events import Notice
 from ..exporting.export import write_finished
@@ -53,6 +54,7 @@ def finish_run(run: Run, losses: Sequence[float], verdict: Verdict | None = None
         final_loss=sum(losses) / len(losses) if losses else None,
         preview=preview,
         preferred_strength=strength,
+        as_learned=best is None and verdict is not None and verdict.takes_learned,
     )
     target = run.folder.adapter_file(name)
     if best is None:
@@ -123,9 +125,19 @@ def adapter_file(
     final_loss: float | None = None,
     preview: Path | None = None,
     preferred_strength: float | None = None,
+    as_learned: bool = False,
 ) -> AdapterFile:
-    """Return the adapter as it now stands (averaged, if the run averages), with its header."""
-    config, items = run.config, run.dataset.items
+    """Return the adapter as it now stands, with its header.
+
+    Args:
+        run: at the step whose adapter this is.
+        final_loss: mean of the last steps.
+        preview: image for the header.
+        preferred_strength: that judging recommends.
+        as_learned: take the weights as learned although the run averages.
+    """
+    as_learned = as_learned or run.exports_learned
+    config, items = _with_exported(run.config, as_learned), run.dataset.items
     triggers = (config.data.trigger_word,) if config.data.trigger_word else ()
     learned = _by_folder(item for item in items if not item.regularisation)
     regularisation = _by_folder(item for item in items if item.regularisation)
@@ -163,9 +175,17 @@ def adapter_file(
         sdlora_version=version(),
     )
     info = AdapterInfo(run.model.info.name, config.output.name, triggers, build_header(facts))
-    as_learned = config.training.average != "none" and config.training.export_weights == "learned"
     with nullcontext() if as_learned else run.shown.in_model():
         return AdapterFile(run.masters(), info)
+
+
+def _with_exported(config: Config, as_learned: bool) -> Config:
+    """Return the settings for a header, which says which weights the file holds."""
+    if config.training.average == "none":
+        return config
+    which: ExportedWeights = "learned" if as_learned else "average"
+    training = config.training.model_copy(update={"export_weights": which})
+    return config.model_copy(update={"training": training})
 
 
 def _by_folder(items: Iterable[ImageItem]) -> dict[str, list[ImageItem]]:

@@ -100,7 +100,7 @@ class RunJudge:
         run = self._run
         self._off = True  # until it went well
         run.loader.settle()
-        with run.shown.in_model():
+        with run.to_export():
             weights = run.masters()
         with self._timed():
             self._begin(weights)
@@ -117,9 +117,15 @@ class RunJudge:
         """Return what all cells say, in the main process; None if nothing was judged. All call it."""
         if not self._agreed(lambda: bool(self._scores)):
             return None
-        with self._run.shown.in_model():
+        with self._run.to_export():
             self._begin(self._run.masters())
-        return self._on_main(self._verdict)
+        verdict = self._on_main(self._verdict)
+        strength = self._agreed(lambda: self._strength_to_compare(verdict))
+        if strength is None:
+            return verdict
+        with self._timed():
+            images = self._drawn(self._run.masters(), strength)
+        return self._on_main(lambda: verdict and self._with_learned(verdict, images))
 
     def kept_steps(self) -> frozenset[int]:
         """Return the steps whose checkpoints stay: the best, the runner-up, and some spread over the run."""
@@ -177,6 +183,7 @@ class RunJudge:
         ranked = sorted(strengths, key=lambda s: (abs(s - 1.0), s))
         cell = max(1e-9, self._per_image * len(self.panel.all_prompts))
         left = self._settings.share * self._seconds() * run.steps - self._spent
+        left -= cell if run.asks_which_is_better else 0.0
         count = max(int(left / cell + 0.5), 0 if self._scores else 1)
         if step < run.steps:
             every = self._settings.every or run.steps
@@ -379,10 +386,26 @@ class RunJudge:
             notes.append(note)
         return choose(self.cells, notes)
 
+    def _strength_to_compare(self, verdict: Verdict | None) -> float | None:
+        """Return the strength at which the learned values are drawn, too; None if the file is decided."""
+        run = self._run
+        undecided = verdict is not None and run.asks_which_is_better and verdict.best.step == run.step
+        return verdict.best.strength if verdict is not None and undecided else None
+
+    def _with_learned(self, verdict: Verdict, images: Sequence[Image.Image]) -> Verdict:
+        assert self._judge is not None
+        run, count = self._run, len(self.panel.prompts)
+        strength = verdict.best.strength
+        self._save(run.step, strength, images, learned=True)
+        name = f"step {run.step} as learned"
+        return verdict.beside(self._judge.cell(name, run.step, strength, images[:count], images[count:]))
+
     # --- what is kept beside the run ------------------------------------------------------------------
 
-    def _save(self, step: int | None, strength: float, images: Sequence[Image.Image]) -> None:
-        file = self._run.folder.judged_images(step, strength)
+    def _save(
+        self, step: int | None, strength: float, images: Sequence[Image.Image], *, learned: bool = False
+    ) -> None:
+        file = self._run.folder.judged_images(step, strength, learned=learned)
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
             side_by_side(images).save(temporary, format="PNG")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -190,6 +190,22 @@ class Run:
     def shows_both(self) -> bool:
         """Whether validation and previews show the learned values beside an average of them."""
         return self.config.training.average != "none" and self.config.training.average_views == "both"
+
+    @property
+    def exports_learned(self) -> bool:
+        """Whether files hold the learned values although an average of them is kept."""
+        settings = self.config.training
+        return settings.average != "none" and settings.export_weights == "learned"
+
+    @property
+    def asks_which_is_better(self) -> bool:
+        """Whether judging says if the file holds an average or the learned values."""
+        settings = self.config.training
+        return settings.average != "none" and settings.export_weights == "better"
+
+    def to_export(self) -> AbstractContextManager[None]:
+        """Have the masters hold what files hold unless judging says otherwise; afterwards the learned."""
+        return nullcontext() if self.exports_learned else self.shown.in_model()
 
     def leave_out_parts(self, batch: Batch) -> None:
         """Draw the ranks and layers that each image of a batch does without, if settings ask for it."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sdlora.config.schema import Config
 from sdlora.events import Control, Estimate, Event, Judged, Notice, Reported, StepDone
 from sdlora.formats.adapter_files import read_adapter
-from sdlora.judging.verdict import Cell, choose
+from sdlora.judging.verdict import Cell, PanelJudge, choose
 from sdlora.run_folder import RunFolder, list_checkpoints
 from sdlora.training import judge as judge_module
 from sdlora.training.finish import finish_run
@@ -139,6 +139,78 @@ def test_the_best_step_is_exported_with_the_last_one_beside_it(settings: Setting
 
 
 @pytest.mark.slow
+def paired(scores: tuple[float, ...]) -> Cell:
+    value = Estimate(float(np.mean(scores)), min(scores), max(scores))
+    return Cell("step 12", 12, 1.0, value, None, value, None, np.array(scores))
+
+
+def values(file: Path) -> torch.Tensor:
+    """Return everything an adapter file holds but alphas, sorted."""
+    parts = [tensor.flatten().float() for name, tensor in load_file(file).items() if "alpha" not in name]
+    assert len(parts) >= 4
+    return torch.cat(parts).sort().values
+
+
+def master(config: Config, name: str) -> torch.Tensor:
+    return state(config)[name].flatten().sort().values
+
+
+@pytest.mark.parametrize(
+    ("learned_scores", "taken"), [((0.6, 0.7, 0.8), "learned"), ((0.6, 0.7, 0.45), "average")]
+)
+def test_judging_says_whether_the_average_or_the_learned_weights_are_the_adapter(
+    learned_scores: tuple[float, ...], taken: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings("run", "training.average=ema", "judge.every=12", "judge.strengths=[1.0]")
+    scores = {"step 12": paired((0.5, 0.5, 0.5)), "step 12 as learned": paired(learned_scores)}
+    drawn: dict[str, Any] = {}
+
+    def judged(
+        judge: PanelJudge, source: str, step: int, strength: float, images: Any, plain: Any = ()
+    ) -> Cell:
+        drawn[source] = [np.asarray(image) for image in images]
+        assert (step, strength) == (12, 1.0)
+        return scores[source]
+
+    monkeypatch.setattr(PanelJudge, "cell", judged)
+    events = trained(config)
+    # each was drawn with its own weights
+    assert list(drawn) == ["step 12", "step 12 as learned"] and len(drawn["step 12"]) == 4
+    assert not np.array_equal(drawn["step 12"][0], drawn["step 12 as learned"][0])
+    names = {"learned": "unet.master", "average": "shown.unet"}
+    assert not torch.equal(master(config, names["learned"]), master(config, names["average"]))
+    file = folder(config).adapter_file("lora")
+    assert torch.equal(values(file), master(config, names[taken]))
+    assert f'"export_weights":"{taken}"' in read_adapter(file).info.metadata["sdlora.config"]
+    (reported,) = (event for event in events if isinstance(event, Reported))
+    word = "surely above" if taken == "learned" else "not surely above"
+    (note,) = (note for note in reported.notes if "as learned have" in note)
+    assert f"{word} their average's 0.50" in note
+    assert note.rstrip(".").endswith("are the adapter" if taken == "learned" else "average is the adapter")
+    assert folder(config).judged_images(12, 1.0, learned=True).is_file()
+
+
+def test_judging_draws_the_weights_that_were_asked_for(settings: Settings) -> None:
+    images: dict[tuple[str, bool], bytes] = {}
+    for wanted in ("better", "average", "learned"):
+        config = settings(
+            wanted,
+            *("training.average=ema", f"training.export_weights={wanted}"),
+            *("judge.every=12", "judge.strengths=[1.0]"),
+        )
+        trained(config)
+        for learned in (False, True):
+            file = folder(config).judged_images(12, 1.0, learned=learned)
+            if file.is_file():
+                images[wanted, learned] = file.read_bytes()
+        if wanted != "better":
+            name = "unet.master" if wanted == "learned" else "shown.unet"
+            assert torch.equal(values(folder(config).adapter_file("lora")), master(config, name))
+    assert len(images) == 4
+    assert images["better", False] == images["average", False] != images["learned", False]
+    assert images["better", True] == images["learned", False]
+
+
 def test_checkpoints_that_are_best_stay_and_others_go(settings: Settings) -> None:
     config = settings("run", "judge.every=2", "training.steps=12", "training.keep_checkpoints=1")
     trained(config)
