@@ -131,7 +131,7 @@ def build(site: Site) -> gr.Blocks:
             name: gr.Textbox(elem_id=name, visible="hidden", label=name.replace("-", " "))
             for name in (
                 "chosen-folder", "chosen-trigger", "chosen-demo", "try-run", "export-run", "clone-run",
-                "chosen-cell", "import-png", "reset-setting", "tab-word", "use-masks",
+                "chosen-cell", "import-png", "reset-setting", "tab-word", "use-masks", "preview-rows",
             )
         }  # fmt: skip
         gr.HTML(

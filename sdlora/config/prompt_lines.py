@@ -1,8 +1,9 @@
 """Prompts as people keep them: one a line in a file, with kohya's options behind; no torch.
 
 ``an icon of a cat --n blurry --w 512 --h 768 --d 42 --l 7.5 --s 28 --ss euler_a``: negative prompt, width and
-height in px, seed, guidance ("scale"), steps, sampler. Lines that are empty or begin with ``#`` are skipped.
-(kohya's sd-scripts, library/train_util.py, ``line_to_prompt_dict``; behaviour only.)
+height in px, seed, guidance ("scale"), steps, sampler; ``--am 0.7`` is the adapters' strength. Lines that are
+empty or begin with ``#`` are skipped.
+(kohya's sd-scripts, library/train_util.py, ``line_to_prompt_dict``, and gen_img.py; behaviour only.)
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class PromptLine:
         guidance: guidance scale.
         steps: denoising steps.
         sampler: its name.
+        strength: of the adapter that is being trained, or of those that are drawn with.
     """
 
     prompt: str
@@ -56,6 +58,7 @@ class PromptLine:
     guidance: float | None = None
     steps: int | None = None
     sampler: str | None = None
+    strength: float | None = None
 
 
 _FIELDS: dict[str, tuple[str, type]] = {
@@ -66,6 +69,7 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "l": ("guidance", float),
     "s": ("steps", int),
     "ss": ("sampler", str),
+    "am": ("strength", float),
 }
 
 
@@ -82,7 +86,7 @@ def read_line(line: str) -> PromptLine:
             raise ConfigError(
                 f"`--{shown(name, 40)}`: no option of a prompt; there are "
                 f"{', '.join(f'--{known}' for known in _FIELDS)} (negative, width, height, seed, guidance, "
-                "steps, sampler)"
+                "steps, sampler, strength)"
             )
         field, kind = _FIELDS[name.lower()]
         read = replace(read, **{field: _value(name, text.strip(), kind)})

@@ -289,7 +289,8 @@ class SampleConfig(Section):
     prompt_file: GivenPath | None = None
     """A file of prompts instead, one a line, with kohya's options: `a cat --n blurry --w 512 --s 30`."""
     prompt_options: bool | None = None
-    """Whether `sample.prompts` have these options, too."""
+    """Whether `sample.prompts` have these options, too: `--w --h --d` (seed) `--am` (strength) `--n --l --s
+    --ss`."""
     adapter_folder: GivenPath | None = None
     """Where `<lora:NAME:0.8>` in prompts is looked for, before the folder that holds the run folder: a folder
     of runs, a WebUI's, any folder of adapters."""

@@ -217,7 +217,8 @@ def of_line(plain: GenerateRequest, line: PromptLine, given: Mapping[str, Streng
     names = ("height", "width", "steps", "guidance", "sampler", "seed")
     wanted = {"negative_prompt": line.negative, **{name: getattr(line, name) for name in names}}
     changes = {name: value for name, value in wanted.items() if value is not None}
-    return dataclasses.replace(plain, prompt=prompt, strengths={**given, **tags}, **changes)
+    strengths = given if line.strength is None else dict.fromkeys(given, line.strength)
+    return dataclasses.replace(plain, prompt=prompt, strengths={**strengths, **tags}, **changes)
 
 
 class _Texts:

@@ -27,6 +27,8 @@ def preview_requests(config: Config, model: DiffusionModel) -> list[GenerateRequ
     requests = []
     for number, line in enumerate(settings.lines):
         prompt, strengths = take_tags(line.prompt)
+        if line.strength is not None and line.strength != 1.0:
+            strengths = {config.output.name: line.strength, **strengths}
         request = GenerateRequest(
             prompt=prompt,
             negative_prompt=settings.negative_prompt if line.negative is None else line.negative,

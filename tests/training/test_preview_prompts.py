@@ -64,7 +64,8 @@ def test_previews_with_other_adapters_are_drawn_as_asked_and_change_no_bit(
     file.write_text(
         "# what previews show\n"
         "a [cat:dog:1] <lora:other:0.3:-0.7>\n"
-        "a cat <lora:mine:0.5> --w 48 --s 3 --l 3 --d 7 --n blurry --ss euler_a\n",
+        "a cat <lora:mine:0.5> --w 48 --s 3 --l 3 --d 7 --n blurry --ss euler_a\n"
+        "a cat --am 0.5 --w 48 --s 3 --l 3 --d 7 --n blurry --ss euler_a\n",
         encoding="utf-8",
     )
     mine = settings(
@@ -102,8 +103,10 @@ def test_previews_with_other_adapters_are_drawn_as_asked_and_change_no_bit(
     previews = [
         preview for preview in RunFolder(tmp_path / "runs" / "mine").list_previews() if preview.step == 2
     ]
-    assert len(previews) == 2
-    for preview, expected in zip(previews, generator.generate(requests), strict=True):
+    assert len(previews) == 3
+    with Image.open(previews[1].file) as by_tag, Image.open(previews[2].file) as by_option:
+        assert by_tag.tobytes() == by_option.tobytes()
+    for preview, expected in zip(previews[:2], generator.generate(requests), strict=True):
         with Image.open(preview.file) as image:
             difference = np.asarray(image).astype(int) - np.asarray(expected.image).astype(int)
         assert np.abs(difference).max() <= 3, preview.file  # the other's file is in fp16

@@ -1286,3 +1286,28 @@ def test_a_negative_prompt_of_ones_own_is_kept_chosen_and_removed(
     wait(lambda: page.one(name).get_attribute("value") == "")
     kept = json.loads((page.server.home / "settings" / "sdlora" / "page.json").read_text())
     assert kept["negatives"] == {}
+
+
+def test_previews_are_written_as_a_table_of_prompts(page: Page, wait: Callable[..., Any]) -> None:
+    page.open("?prompt-rows")
+    page.tab(1)
+    unfold(page, "#more")
+    unfold(page, "#more-sample")
+    lines, row = "#set-sample-prompts textarea", "sd-prompts tbody tr:last-child [data-column='{}']"
+    page.type(lines, "a cat --d 7 --n blurry --am 0.5")
+    wait(lambda: len(page.all("sd-prompts tbody tr")) == 1)
+    shown = {name: page.one(row.format(name)).get_attribute("value") for name in ("prompt", "d", "w", "am")}
+    assert shown == {"prompt": "a cat", "d": "7", "w": "", "am": "0.5"}
+    page.click("[data-what=add-prompt]")
+    wait(lambda: len(page.all("sd-prompts tbody tr")) == 2)
+    page.type(row.format("prompt"), "a dog")
+    page.type(row.format("w"), "64")
+    page.type(row.format("h"), "32")
+    wait(
+        lambda: (
+            page.one(lines).get_attribute("value") == "a cat --d 7 --n blurry --am 0.5\na dog --w 64 --h 32"
+        )
+    )
+    wait(lambda: page.one("#set-sample-prompt-options input").get_attribute("value") == "true")
+    page.click("sd-prompts tbody tr:first-child button")
+    wait(lambda: page.one(lines).get_attribute("value") == "a dog --w 64 --h 32")

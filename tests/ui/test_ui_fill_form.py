@@ -11,7 +11,10 @@ import pytest
 from sdlora_ui.app import make_app
 from sdlora_ui.server.allowed_paths import AllowedPaths
 from sdlora_ui.site import Site
+from sdlora_ui.tabs.prompt_rows import from_rows
 from starlette.testclient import TestClient
+
+from sdlora.errors import ConfigError
 
 
 class Page:
@@ -92,3 +95,20 @@ def test_what_is_no_grid_or_list_of_prompts_is_said_before_anything_is_drawn(pag
     assert "give one of strength" in grid["drawing"]
     lines = page.press("draw-lines", "drawing", lines_text="a dog --s oops")
     assert "line 1" in lines["drawing"]
+
+
+def test_rows_of_the_previews_table_become_lines_of_the_settings(page: Page) -> None:
+    rows = {"lines": ["a cat --d 7 --w 64 --am 0.5", "a dog"], "at": 1}
+    told = page.press("preview-rows", "set-sample-prompts", preview_rows=json.dumps(rows))
+    assert told["set-sample-prompts"] == "a cat --d 7 --w 64 --am 0.5\na dog"
+    assert told["set-sample-prompt-options"] == "true"
+    plain = page.press("preview-rows", "set-sample-prompts", preview_rows=json.dumps({"lines": ["a dog"]}))
+    assert plain["set-sample-prompts"] == "a dog" and skipped(plain["set-sample-prompt-options"])
+    none = page.press("preview-rows", "set-sample-prompts", preview_rows=json.dumps({"lines": []}))
+    assert none["set-sample-prompts"] == ""
+
+
+@pytest.mark.parametrize("lines", [None, "a cat", [1], ["a\nb"], ["a"] * 1001, [""]])
+def test_what_the_previews_table_never_sends_is_refused(lines: Any) -> None:
+    with pytest.raises(ConfigError, match="reload it"):
+        from_rows(lines)

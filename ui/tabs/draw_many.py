@@ -57,7 +57,7 @@ def build() -> Many:
         lines = gr.Textbox(
             label="Prompts, one a line",
             info="kohya's options behind a prompt: --n negative, --w and --h size, --d seed, --l guidance, "
-            "--s steps, --ss sampler; what a line leaves out is as set above and below",
+            "--s steps, --ss sampler, --am strength; what a line leaves out is as set above and below",
             lines=5,
             max_lines=20,
             elem_id="lines-text",

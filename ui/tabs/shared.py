@@ -35,6 +35,7 @@ class Shell:
         reset_setting: key of the training setting that is to be automatic again; ``all`` for all of them.
         tab_word: the browser tab's word, which its drafts go by; set when the page is there.
         use_masks: folder of masks that were painted, for the training page.
+        preview_rows: the previews' prompts as their table has them.
         word: the trigger word's field on the first page.
         opened: everything there that the opening of a folder changes.
         opened_by_hand: sessions in which a folder was opened since the page is there.
@@ -52,6 +53,7 @@ class Shell:
     reset_setting: gr.Textbox
     tab_word: gr.Textbox
     use_masks: gr.Textbox
+    preview_rows: gr.Textbox
     word: gr.Textbox = field(init=False)
     opened: list[Any] = field(init=False)
     opened_by_hand: set[str | None] = field(init=False, default_factory=set)

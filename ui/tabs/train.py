@@ -26,7 +26,7 @@ from ..site import Site
 from ..start_time import start_time
 from ..words import FIRST_LABELS
 from ..worker_client import CallCancelled
-from . import base_picker, fill_form
+from . import base_picker, fill_form, prompt_rows
 from .dataset import opened_again
 from .shared import Pause, Shell, choices, hint, problem, told, working
 
@@ -84,6 +84,8 @@ def build(site: Site, shell: Shell, tab: gr.Tab) -> None:
                         and setting.key not in NOT_FOR_A_BROWSER
                     ]
                     with gr.Accordion(title, open=False, elem_id=f"more-{section}"):
+                        if section == "sample":
+                            prompt_rows.build()
                         controls |= {setting.key: control(setting) for setting in settings_here}
         with gr.Column(scale=6, min_width=320):
             gr.HTML("<sd-device></sd-device>", elem_id="device")
@@ -235,6 +237,9 @@ def _connect(
         tab,
         form.controls,
         lambda event: event.then(planning.predict, told_all, plans, **at_once),
+    )
+    prompt_rows.connect(
+        shell, form.controls, lambda event: event.then(planning.edited, told_all, plans, **at_once)
     )
     start.click(begin, [later, *shown], message, show_progress="hidden")
     shell.use_masks.change(

@@ -6,6 +6,7 @@ import "./jobs.js";
 import "./images.js";
 import "./links.js";
 import "./notify.js";
+import "./prompts.js";
 import "./words.js";
 import "./terms.js";
 import { button, sendToPython, tabKnown, tabWord } from "./base.js";

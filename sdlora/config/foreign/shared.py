@@ -223,6 +223,9 @@ def prompt_lines(text: str) -> tuple[list[str], list[RefusedOption]]:
         for name, value in zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True):
             if name.lower() in ("w", "h") and value.isdecimal() and len(value) < 6:
                 value = str(max(64, int(value) - int(value) % 8))
+            if name.lower() == "am":  # of gen_img.py; taken here, images would differ
+                refused.append(RefusedOption(number, name, value, "training there takes no notice of it"))
+                continue
             try:
                 read_line(f"x --{name} {value}")
             except ConfigError as error:
