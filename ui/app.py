@@ -81,7 +81,9 @@ def make_app(site: Site) -> FastAPI:
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.router.routes.extend(
-        routes(site.paths, site.queue, site.captioning, site.drafts, site.owner, site.adapters)
+        routes(
+            site.paths, site.queue, site.captioning, site.drafts, site.owner, site.adapters, site.shell_runs
+        )
     )
     page = build(site)
     # Gradio checks that a file named by a request was uploaded only for pages started by its own launch()

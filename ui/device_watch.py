@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ _EVERY = 2.0  # seconds between two looks; asking the driver takes a tenth of on
 _SECONDS = 5.0  # that NVIDIA's program may take
 MOST_CARDS = 16
 _QUERY = "--query-gpu=name,utilization.gpu,memory.used,memory.total,temperature.gpu"
+_DRM = Path("/sys/class/drm")
 _OF_PROCESSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal", "acpitz")
 """Sensors of the processor by Linux' names, the best first; other systems do not tell."""
 
@@ -34,7 +37,8 @@ class DeviceWatch:
         """Return what is known; what the system does not tell is missing or None.
 
         ``load`` (percent), ``memory`` and ``disk`` (``used`` and ``total`` bytes), ``temperature`` (degrees
-        Celsius), and ``cards``, each with ``name``, ``load``, ``used``, ``total``, ``temperature``.
+        Celsius), ``shared`` (whether a GPU computes in that memory, as Apple's do, whose load macOS tells to
+        nobody but root), and ``cards``, each with ``name``, ``load``, ``used``, ``total``, ``temperature``.
         """
         return self._machine.now() | {"cards": self._cards.now()}
 
@@ -45,6 +49,7 @@ class DeviceWatch:
         state: dict[str, Any] = {
             "load": busy(before, self._times),
             "memory": {"used": memory.total - memory.available, "total": memory.total},
+            "shared": sys.platform == "darwin" and platform.machine() == "arm64",
         }
         with suppress(OSError):
             disk = shutil.disk_usage(self._folder)
@@ -73,6 +78,42 @@ def hottest(sensors: Mapping[str, Sequence[Any]]) -> float | None:
 
 
 def cards() -> list[dict[str, Any]]:
+    """Return what is told of each card: NVIDIA's by their program, AMD's by Linux' driver."""
+    return [*nvidia_cards(), *amd_cards(_DRM)][:MOST_CARDS]
+
+
+def amd_cards(folder: Path) -> list[dict[str, Any]]:
+    """Return what the driver ``amdgpu`` says of each card that computes; nothing where it is not there.
+
+    Args:
+        folder: ``/sys/class/drm`` (its files: kernel.org, gpu/amdgpu/thermal.html).
+    """
+    told = []
+    for device in sorted(folder.glob("card*/device"))[:MOST_CARDS]:
+        total = _number(_read(device / "mem_info_vram_total"))
+        if total is None:
+            continue
+        heat = [_number(_read(file)) for file in sorted(device.glob("hwmon/hwmon*/temp1_input"))]
+        told.append(
+            {
+                "name": _read(device / "product_name")[:100] or "AMD GPU",
+                "load": _number(_read(device / "gpu_busy_percent")),
+                "used": _number(_read(device / "mem_info_vram_used")),
+                "total": total,
+                "temperature": next((value / 1000 for value in heat if value is not None), None),
+            }
+        )
+    return told
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def nvidia_cards() -> list[dict[str, Any]]:
     """Return what NVIDIA's own program says of each card; nothing without it."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -93,4 +134,4 @@ def read_card(line: str) -> dict[str, Any] | None:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None

@@ -58,6 +58,7 @@ class JobQueue:
 
     Attributes:
         held_up: tells why a job cannot start now, in a line; nothing if it can.
+        waits_for: names what a job waits for before it starts by itself; nothing if for nothing.
     """
 
     def __init__(self, folder: Path, home: Path, program: Sequence[str] | None = None) -> None:
@@ -76,6 +77,7 @@ class JobQueue:
         self._ended = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         self.held_up: Callable[[Job], str] = lambda job: ""
+        self.waits_for: Callable[[Job], str] = lambda job: ""
         self._starting = FileLock(folder / "starting.lock", thread_local=False)
 
     # --- reading ---------------------------------------------------------------------------------------
@@ -331,7 +333,9 @@ class JobQueue:
         with self._lock:
             waiting = [job for job in self._waiting() if not job.waits]
             if waiting and not any(job.status in AT_WORK for job in self.all()):
-                ready = next((job for job in waiting if not self.held_up(job)), None)
+                ready = next(
+                    (job for job in waiting if not self.held_up(job) and not self.waits_for(job)), None
+                )
                 if ready is not None:
                     self._launch(ready)
 

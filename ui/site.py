@@ -21,6 +21,7 @@ from .owner import Owner
 from .plans import Plans
 from .server.allowed_paths import STATE, AllowedPaths, model_files
 from .settings import folders_of
+from .shell_runs import ShellRuns
 from .worker_client import WorkerClient
 
 EXPORTED = "exported"
@@ -54,6 +55,7 @@ class Site:
     owner: Owner = field(init=False)
     known_bases: Bases = field(init=False)
     fetch: WorkerClient = field(init=False)
+    shell_runs: ShellRuns = field(init=False)
     _ended: threading.Event = field(default_factory=threading.Event)
     _endpoint_before: str | None = field(default_factory=lambda: os.environ.get("HF_ENDPOINT"))
 
@@ -69,6 +71,8 @@ class Site:
             self.paths, self.owner, WorkerClient(self.paths.home, idle_seconds=_TEND_EVERY)
         )
         self.queue.held_up = self._held_up
+        self.shell_runs = ShellRuns(self.paths)
+        self.queue.waits_for = self._waits_for
         if self.owner.endpoint:
             self.use_endpoint()
 
@@ -106,6 +110,17 @@ class Site:
         with suppress(SdloraError, OSError):
             return self.captioning.holds(folders_of(load_config(self.queue.settings(job.id))))
         return ""
+
+    def _waits_for(self, job: Job) -> str:
+        """Return the name of a run that was started in a shell and trains where a job would."""
+        running = [
+            run for run in self.shell_runs.listed({other.run for other in self.queue.all()}) if run.held
+        ]
+        if not running:
+            return ""
+        place = _device(self.queue.settings(job.id))
+        places = {run.folder.path.name: _device(run.folder.config_file) for run in running}
+        return next((name for name, other in places.items() if not (place and other and place != other)), "")
 
     def make_room(self) -> None:
         """Stop planning, and on a GPU release its memory: a job is about to start."""
@@ -195,3 +210,11 @@ class Site:
         saved = list_checkpoints(RunFolder(run).checkpoints)
         files = ((checkpoint, checkpoint.adapter_file) for checkpoint in saved)
         return [checkpoint for checkpoint, file in files if file.is_file() and self.paths.reaches(file)]
+
+
+def _device(settings: Path) -> str:
+    """Return the device that settings name, as one word for each; empty for what they leave open."""
+    with suppress(SdloraError, OSError):
+        named = load_config(settings).training.device or ""
+        return "cuda:0" if named == "cuda" else named
+    return ""

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from patience import wait_for
-from sdlora_ui.device_watch import MOST_CARDS, DeviceWatch, busy, cards, hottest, read_card
+from sdlora_ui.device_watch import MOST_CARDS, DeviceWatch, amd_cards, busy, hottest, nvidia_cards, read_card
 from sdlora_ui.in_background import Latest
 
 
@@ -34,13 +34,13 @@ def test_the_load_is_that_of_the_time_between_two_looks() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for NVIDIA's program")
 def test_cards_are_told_by_nvidias_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cards() == []
+    assert nvidia_cards() == []
     program = tmp_path / "nvidia-smi"
     lines = ["NVIDIA H200, 87, 20480, 143771, 61", "Card, of old, [N/A], 1, 2, [N/A]", "no card", ""]
     program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin")
-    assert cards() == [
+    assert nvidia_cards() == [
         {
             "name": "NVIDIA H200",
             "load": 87,
@@ -51,7 +51,7 @@ def test_cards_are_told_by_nvidias_program(tmp_path: Path, monkeypatch: pytest.M
         {"name": "Card, of old", "load": None, "used": 2**20, "total": 2 * 2**20, "temperature": None},
     ]
     program.write_text("#!/bin/sh\nfor i in $(seq 100); do echo 'A, 1, 2, 3, 4'; done\n")
-    assert len(cards()) == MOST_CARDS
+    assert len(nvidia_cards()) == MOST_CARDS
 
 
 @pytest.mark.parametrize("line", ["", "a", "a, 1, 2, 3", "No devices were found"])
@@ -90,3 +90,22 @@ def test_a_question_that_fails_leaves_the_last_answer() -> None:
     latest = Latest(lambda: next(answers), "none", every=0.0)
     assert wait_for(lambda: latest.now() == "one", "the answer")
     assert [latest.now() for _ in range(3)] == ["one"] * 3
+
+
+def test_cards_are_told_by_amds_driver(tmp_path: Path) -> None:
+    assert amd_cards(tmp_path / "none") == []
+    for number, files in enumerate(
+        (
+            {"mem_info_vram_total": "17163091968", "mem_info_vram_used": "1048576", "gpu_busy_percent": "42"},
+            {"mem_info_vram_total": "8573157376", "product_name": "Radeon PRO"},
+            {"vendor": "0x8086"},  # another maker's
+        )
+    ):
+        device = tmp_path / f"card{number}" / "device"
+        (device / "hwmon" / "hwmon3").mkdir(parents=True)
+        for name, text in files.items():
+            (device / name).write_text(f"{text}\n")
+    (tmp_path / "card0" / "device" / "hwmon" / "hwmon3" / "temp1_input").write_text("51000\n")
+    first = {"name": "AMD GPU", "load": 42, "used": 2**20, "total": 17163091968, "temperature": 51.0}
+    second = {"name": "Radeon PRO", "load": None, "used": None, "total": 8573157376, "temperature": None}
+    assert amd_cards(tmp_path) == [first, second]

@@ -15,9 +15,13 @@ from filelock import FileLock
 from past_runs import put_run
 from patience import wait_for
 from processes import end_marked, new_mark, with_mark
+from sdlora_ui.job_record import Job
+from sdlora_ui.jobs import JobQueue
 from sdlora_ui.server.allowed_paths import AllowedPaths
 from sdlora_ui.shell_runs import ShellRun, ShellRuns, held_inodes, trains
+from sdlora_ui.site import Site
 
+from sdlora.config.toml import load_config, save_config
 from sdlora.errors import ConfigError
 from sdlora.run_folder import SAVE, STOP, RunFolder
 
@@ -69,6 +73,35 @@ def test_a_run_is_seen_while_it_trains_and_how_it_ended(runs: ShellRuns, tmp_pat
     assert over.exists(), "it was over before anybody looked, and is no news"
     with pytest.raises(ConfigError, match="there is none"):
         runs.get("run-../../etc")
+
+
+@on_linux
+def test_the_queue_waits_for_a_run_on_its_device_unless_told_to_start(tmp_path: Path) -> None:
+    folders = {"runs": Path("runs"), "images": Path("out"), "data": Path("data")}
+    paths = AllowedPaths.of(tmp_path, **folders, allowed=[], local=False)
+    site = Site(paths, JobQueue(tmp_path / "jobs", tmp_path, (sys.executable, "-c", "pass")))
+    queue = site.queue
+
+    def added(name: str, device: str) -> Job:
+        folder = {"output.folder": tmp_path / "runs" / name, "output.name": name}
+        return queue.add(load_config(values={**folder, "training.device": device}))
+
+    def status(job: Job) -> str:
+        return queue.get(job.id).status
+
+    live = begun(tmp_path, "live")
+    save_config(load_config(live.config_file).with_values({"training.device": "cuda:0"}), live.config_file)
+    with FileLock(live.lock_file):
+        same, asked, elsewhere = added("same", "cuda"), added("asked", "cuda:0"), added("elsewhere", "cuda:1")
+        assert [queue.waits_for(job) for job in (same, asked, elsewhere)] == ["live", "live", ""]
+        queue.tick()
+        assert status(same) == "waiting" and status(elsewhere) != "waiting"
+        wait_for(lambda: status(elsewhere) == "failed", "its end")
+        queue.tick()
+        assert status(same) == status(asked) == "waiting"
+        queue.start(asked.id)
+        assert status(asked) != "waiting"
+    wait_for(lambda: (queue.tick(), status(same) != "waiting")[1], "the next look")
 
 
 @on_linux

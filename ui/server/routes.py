@@ -61,9 +61,11 @@ def routes(
     drafts: Drafts,
     owner: Owner,
     adapters: Callable[[], Sequence[Choice]] = tuple,
+    shell_runs: ShellRuns | None = None,
 ) -> list[BaseRoute]:
     """Return the routes of one server; ``adapters`` lists those that can be drawn with."""
     endpoints = _Own(paths, queue, captioning, drafts, owner)
+    endpoints.shell_runs = shell_runs or endpoints.shell_runs
     cards = AdapterCards(paths)
 
     def shown(request: Request) -> dict[str, Any]:
@@ -289,6 +291,7 @@ class _Own:
 
     def _brief(self, job: Job) -> dict[str, Any]:
         more = {"error": page_words(job.error), "order": job.order[0], "waits": job.waits}
+        more["behind"] = self.queue.waits_for(job) if job.status == "waiting" and not job.waits else ""
         return job.to_dict() | self.queue.view(job.id).brief() | more
 
     def _prompts(self, folder: Path, job: Job | None) -> list[str]:

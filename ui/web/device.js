@@ -19,7 +19,7 @@ class Device extends Live {
     if (state?.memory) this.show(state);
     else if (state && !this.shown) setTimeout(() => this.refresh(), 700); // the first look is under way
   }
-  show({ load, memory, disk, temperature, cards }) {
+  show({ load, memory, shared, disk, temperature, cards }) {
     const key = JSON.stringify([load, memory, disk, temperature, cards]);
     if (key === this.shown) return;
     this.shown = key;
@@ -30,7 +30,7 @@ class Device extends Live {
       card.load === null && card.temperature === null ? null : part(named(card), (card.load ?? 0) / 100, card.load === null ? "" : percent(card.load), degrees(card.temperature)),
       card.total ? part("its memory", (card.used ?? 0) / card.total, both(card)) : null];
     const named = (card) => el("span", { translate: "no" }, card.name);
-    this.replaceChildren(...[part("processor", load / 100, percent(load), degrees(temperature)), part("memory", memory.used / memory.total, both(memory)),
+    this.replaceChildren(...[part("processor", load / 100, percent(load), degrees(temperature)), part(shared ? "memory, the GPU's, too" : "memory", memory.used / memory.total, both(memory)),
       ...cards.flatMap(ofCard), disk ? part("disk", disk.used / disk.total, both(disk)) : null].filter(Boolean));
   }
 }

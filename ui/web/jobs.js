@@ -77,7 +77,7 @@ class Jobs extends Live {
   }
   line(job, waiting) {
     const share = job.steps ? job.step / job.steps : 0;
-    const state = job.waits && job.status === "waiting" ? `waiting until ${moment(job.not_before)}` : job.status !== "running" ? WORDS[job.status] : job.finishing ? "finishing" : job.started ? "training"
+    const state = job.waits && job.status === "waiting" ? `waiting until ${moment(job.not_before)}` : job.behind ? `waiting for ${job.behind}, started in a shell` : job.status !== "running" ? WORDS[job.status] : job.finishing ? "finishing" : job.started ? "training"
       : job.preparing ? `preparing ${job.preparing[0]} of ${job.preparing[1]}` : "starting";
     const place = waiting.indexOf(job);
     const mover = (label, by, sign, can) => button(sign, () => attempt(async () => { await ask(`jobs/${job.id}/move`, { by }); await this.refresh(); }), "sd-small", { "data-what": `move${by}-${job.id}`, "aria-label": label, title: label, disabled: !can });
