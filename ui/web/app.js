@@ -19,7 +19,8 @@ document.addEventListener("keyup", (event) => {
 });
 
 // The name of Gradio's drop areas for screen readers must be what stands on them.
-setInterval(() => document.querySelectorAll("button.upload-container[aria-label]").forEach((one) => one.removeAttribute("aria-label")), 700);
+const unname = () => document.querySelectorAll("button.upload-container[aria-label]").forEach((one) => one.removeAttribute("aria-label"));
+new MutationObserver(unname).observe(document.documentElement, { subtree: true, childList: true, attributes: true, attributeFilter: ["aria-label"] });
 
 // A focused Gradio dropdown keeps its old text when its value is set, e.g. by a dropped image.
 document.addEventListener(
