@@ -130,7 +130,7 @@ def serve(home: Path) -> tuple[subprocess.Popen[bytes], str]:
     path = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
     process = subprocess.Popen(command, cwd=home, env=os.environ | {"PYTHONPATH": path})
     url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
+    for _ in range(3000):  # minutes on a busy machine
         with suppress(OSError):
             urllib.request.urlopen(f"{url}/sdlora/jobs", timeout=5).close()
             return process, url
