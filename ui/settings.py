@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from sdlora.config.schema import Config, fields, names_files
 from sdlora.config.toml import load_config
+from sdlora.data.reading.cache_folder import refuse_links_away
 from sdlora.errors import ConfigError
 
 from .forms import NOT_FOR_A_BROWSER, to_values
@@ -26,6 +27,7 @@ def checked_config(paths: AllowedPaths, raw: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: for all invalid settings at once.
         PathRefused: for a path outside the named folders.
+        OutputError: for a cache folder in which links lead away.
     """
     values = to_values(raw)
     name = str(values.get("output.name") or "").strip()
@@ -46,6 +48,8 @@ def checked_config(paths: AllowedPaths, raw: Mapping[str, Any]) -> Config:
     for key, path in _paths(config):
         written = key in ("output.folder", "data.cache_folder")
         real = paths.writable(path) if written else paths.readable(path)
+        if key == "data.cache_folder":
+            refuse_links_away(real)
         if config.get(key) == path:
             changes[key] = real
     config = config.with_values(changes)

@@ -22,6 +22,7 @@ from ..data.batching.batches import make_batch
 from ..data.batching.loader import BatchLoader
 from ..data.batching.order import MicroBatch
 from ..data.batching.prepare import PreparedData, prepare_data
+from ..data.reading.cache_folder import default_cache_folder, refuse_links_away
 from ..errors import ConfigError, OutputError, TrainingError
 from ..events import Decided, Emitter, Notice
 from ..families.base import DiffusionModel
@@ -72,6 +73,7 @@ def prepare_run(
     if config.data.folder is None and not config.data.sources:
         raise ConfigError("no folder of images given: sdlora train FOLDER, or data.folder in the settings")
     check_trackers(config.output)
+    refuse_links_away(config.data.cache_folder or default_cache_folder())
     processes = processes or Processes()
     if processes.is_main:  # the run folder is only looked at here: other machines need not have it
         _check_folder(folder, emit, resume=resume)

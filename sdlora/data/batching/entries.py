@@ -27,6 +27,8 @@ _ATTEMPTS = 5
 
 def read_entry(file: Path) -> dict[str, Tensor] | None:
     """Return the tensors of an entry and note its use; None when it is missing or damaged."""
+    if file.is_symlink():  # not made by a run; noting its use would change what it leads to
+        return None
     try:
         data = file.read_bytes()  # not mapped: on Windows a mapped file could not be replaced
     except OSError:

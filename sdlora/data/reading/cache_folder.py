@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ...errors import OutputError
+
 EntryKind = Literal["images", "captions", "leftovers"]
 
 _ABANDONED_SECONDS = 3600.0  # a temporary file this old belongs to a run that was killed
@@ -41,6 +43,38 @@ def default_cache_folder() -> Path:
 def index_file(folder: Path | None = None) -> Path:
     """Return the index of images of a cache folder."""
     return (folder or default_cache_folder()) / "pictures.sqlite"
+
+
+def refuse_links_away(folder: Path) -> None:
+    """Refuse a cache folder whose links lead away; the folder itself may be one, to wherever it is to be.
+
+    Without that a run would write into folders of others, and pruning would remove what lies there.
+
+    Raises:
+        OutputError: for a link that leads nowhere, and for one in the folder that leads out of it.
+    """
+    inside, real = tuple(_places_in(folder)), os.path.realpath(folder)
+    for place in (folder, *folder.absolute().parents, *inside):
+        if place.is_symlink() and not place.exists():
+            raise OutputError(
+                f"{place}: is a link that leads nowhere: what it names is missing, or links lead in a "
+                "circle; mend or remove it, or choose another folder as data.cache_folder"
+            )
+    for place in inside:
+        if place.is_symlink() and not Path(os.path.realpath(place)).is_relative_to(real):
+            raise OutputError(
+                f"{place}: is a link that leads out of the cache folder, and nothing is kept or removed "
+                "there; remove it, or set data.cache_folder to the folder that is meant"
+            )
+
+
+def _places_in(folder: Path) -> Iterator[Path]:
+    """Yield what a run may write to or go through in a cache, but for the entries."""
+    yield index_file(folder)
+    for kind in _KINDS:
+        yield folder / kind
+        with suppress(OSError), os.scandir(folder / kind) as inside:
+            yield from (Path(entry.path) for entry in inside)
 
 
 def list_entries(folder: Path) -> list[CacheEntry]:
@@ -99,9 +133,11 @@ def mark_used(file: Path) -> None:
 
 def _entries(folder: Path) -> Iterator[CacheEntry]:
     for kind in _KINDS:
+        if (folder / kind).is_symlink():
+            continue  # not made by a run, and what it leads to is not ours to remove
         for path in (folder / kind).glob("*/*.safetensors"):
             if path.is_symlink() or path.parent.is_symlink():
-                continue  # not made by a run, and what it leads to is not ours to remove
+                continue  # likewise
             with suppress(OSError):  # removed meanwhile
                 status = path.stat()
                 # unfinished files have hidden names, see sdlora.files.replacing

@@ -99,7 +99,7 @@ class ImageIndex:
 
 def forget_missing(file: Path) -> int:
     """Drop the entries of files that no longer exist; return how many there were."""
-    connection = _connect(file) if file.is_file() else None
+    connection = _connect(file) if file.is_symlink() or file.is_file() else None
     if connection is None:
         return 0
     gone: list[tuple[str]] = []
@@ -117,6 +117,9 @@ def _key(path: Path) -> str:
 
 def _connect(file: Path) -> sqlite3.Connection | None:
     """Open the index; a damaged one is deleted, as everything in it can be measured again."""
+    if file.is_symlink():  # what it leads to is not ours to change
+        warnings.warn(f"{file}: the index of images is not used (it is a link)", stacklevel=3)
+        return None
     for attempt in (1, 2):
         connection = None
         try:

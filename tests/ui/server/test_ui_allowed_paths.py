@@ -16,7 +16,7 @@ from sdlora_ui.server.allowed_paths import (
     program_folders,
     usual_model_folders,
 )
-from sdlora_ui.settings import checked_source
+from sdlora_ui.settings import checked_config, checked_source
 from sdlora_ui.site import Site
 
 from sdlora.errors import ConfigError, OutputError
@@ -176,6 +176,42 @@ def test_the_page_lists_nothing_that_a_link_leads_out_to(paths: AllowedPaths, tm
         assert site.base_of(paths.runs / "settings") == "mini"
     finally:
         site.end()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_cache_folder_is_refused_if_links_lead_it_away(paths: AllowedPaths, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    for name in ("usual", "images", "deep", "nowhere"):
+        (paths.runs / name / "captions").mkdir(parents=True)
+    (paths.runs / "images" / "images").symlink_to(secret)
+    (paths.runs / "deep" / "captions" / "0f").symlink_to(secret)
+    (paths.runs / "nowhere" / "images").symlink_to("missing")
+    (paths.runs / "out").symlink_to(secret)
+    (paths.runs / "circle").symlink_to("circle")
+    (paths.runs / "same").symlink_to("usual")
+
+    def folder(named: str) -> Path | None:
+        values = {"data.folder": "data", "data.cache_folder": named, "output.name": "a"}
+        return checked_config(paths, values).data.cache_folder
+
+    assert folder("runs/usual") == folder("runs/same") == paths.runs / "usual"
+    assert folder("runs/not there yet") == paths.runs / "not there yet"
+    refused = (
+        "out",
+        "out/deeper",
+        "circle",
+        "circle/deeper",
+        "same/../out",
+        "../secret",
+        "usual/../../secret",
+    )
+    for named in refused:
+        with pytest.raises(PathRefused):
+            folder(f"runs/{named}")
+    for named in ("images", "deep", "nowhere"):
+        with pytest.raises(OutputError, match="is a link that leads"):
+            folder(f"runs/{named}")
+    assert sorted(file.name for file in secret.iterdir()) == ["diary.png"] and len(refused) == 7
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
