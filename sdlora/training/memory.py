@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import nn
 
+from ..adapters.trainable_layers import TrainedLayer
 from ..config.schema import Config
 from ..errors import TrainingError
 from ..families.base import DiffusionModel
@@ -38,6 +39,7 @@ from .memory_phases import (
     encoder_bytes,
     encoding_bytes,
     forward_bytes,
+    judged_at_a_strength,
     keeps_images,
     keeps_text,
     largest_side,
@@ -221,7 +223,7 @@ def _count(question: _Question) -> MemoryPlan:
     weights = denoiser + text * (waiting or keeps_text(config)) + images * (waiting or keeps_images(config))
     encoding = encoding_bytes(model, config, waiting=waiting)
     offloadable = () if waiting else tuple(map(offloaded_bytes, offloadable_blocks(_denoiser(model))))
-    layers, values, copied = attached(model, config)
+    layers, values, copied, attaching = attached(model, config)
     # the fp32 master; the model's own copy and gradient, which in fp32 is the master; and the fp32 sum of
     # several micro-batches' gradients: of a single one it is there only when the activations are not
     summed = 4 * (config.training.gradient_accumulation > 1)
@@ -240,26 +242,35 @@ def _count(question: _Question) -> MemoryPlan:
     with computed_as_in_a_run(model, layers, config):
         activations, flops = step_bytes(model, rounded_side(model, largest_side(config)), config)
     activations = max(activations, (4 - summed) * values)
-    others = {"encoding": encoding, "placing": weights + values * (8 + layer_bytes // 2)}
+    others = {"encoding": encoding, "placing": weights + max(values * (8 + layer_bytes // 2), attaching)}
     if config.data.validation:
-        rows = validation_rows(config)
-        others["validation"] = weights + adapter + forward_bytes(model, largest_side(config), rows)
-    names = _drawing(config)
-    if names:
-        model.prepare(training=False, lean=True)
-        visiting = 0 if waiting or keeps_images(config) else decoder_bytes(model)
-        drawn = weights + adapter + preview_bytes(model, config, visiting)
-        others |= dict.fromkeys(names, drawn)
-        if "judging" in names and not waiting and not keeps_text(config):
-            # its prompts are encoded when the first checkpoint is judged, and images by the whole autoencoder
-            encoding_again = max(text, encoder_bytes(model) + encode_bytes(model, config))
-            others["judging"] = max(drawn, weights + adapter + encoding_again)
+        # when a run validates, its fast paths have proven themselves
+        with computed_as_in_a_run(model, layers, config, always=True):
+            predicting = forward_bytes(model, largest_side(config), validation_rows(config))
+        others["validation"] = weights + adapter + predicting
+    for name, size in _drawing(model, config, layers, text).items():
+        others[name] = weights + adapter + size
     return MemoryPlan(weights, adapter, activations, None, others, flops, blocks, offloadable)
 
 
-def _drawing(config: Config) -> list[str]:
-    """Return the phases that draw."""
-    return ["previews"] * bool(config.sample.prompts) + ["judging"] * bool(config.judge.every)
+def _drawing(
+    model: DiffusionModel, config: Config, layers: Sequence[TrainedLayer], text: int
+) -> dict[str, int]:
+    """Return what each phase that draws takes besides weights and adapter; ``text`` is that of encoders."""
+    sizes: dict[str, int] = {}
+    waiting = torch.device(config.training.device or "cpu").type == "cpu"
+    visiting = 0 if waiting or keeps_images(config) else decoder_bytes(model)
+    model.prepare(training=False, lean=True)
+    if config.sample.prompts:
+        sizes["previews"] = preview_bytes(model, config, visiting)
+    if config.judge.every:
+        with judged_at_a_strength(model, layers) as factors:
+            sizes["judging"] = factors + preview_bytes(model, config, visiting)
+        if not waiting and not keeps_text(config):
+            # its prompts are encoded when the first checkpoint is judged, and images by the whole autoencoder
+            encoding_again = max(text, encoder_bytes(model) + encode_bytes(model, config))
+            sizes["judging"] = max(sizes["judging"], encoding_again)
+    return sizes
 
 
 def _denoiser(model: DiffusionModel) -> nn.Module:

@@ -35,7 +35,8 @@ def computed_as_in_a_run(
     recompute, names = recompute_of(config, model), chosen_paths(config.training.fast)
     draws = config.adapter.rank_dropout > 0 or config.adapter.module_dropout > 0
     possible = "recompute" in names and can_take(model, recompute.rung, draws=draws)
-    if not possible and not (always and recompute.rung == Rungs.nothing):
+    keeps_all = always and "blocks" in names and recompute.rung == Rungs.nothing
+    if not possible and not keeps_all:
         yield
         return
     denoiser: Any = model.components()[model.info.denoiser.component]

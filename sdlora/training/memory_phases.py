@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapters.attach import create_adapter
+from ..adapters.attach import adapters_disabled, create_adapter
 from ..adapters.direct import can_be_direct
+from ..adapters.hooks import acting_update
 from ..adapters.joint import can_be_joined
-from ..adapters.module_paths import module_at
+from ..adapters.module_paths import module_at, without_adapters
 from ..adapters.trainable_layers import TrainedLayer, attach_for_training
 from ..config.defaults import USUAL_GUIDANCE
 from ..config.schema import Config
 from ..diffusion.process import per_image_loss
 from ..families.base import DiffusionModel, SizeHint
 from ..families.facts import AUTOENCODER
+from ..families.quantised import QuantisedLayer
 from ..generation.render import most_at_once
 from .fast import chosen_paths
 from .memory_as_computed import gradient_bytes
@@ -144,17 +147,19 @@ def preview_bytes(model: DiffusionModel, config: Config, visiting: int) -> int:
     return max(forward_bytes(model, side, rows), visiting + memory.peak)
 
 
-def attached(model: DiffusionModel, config: Config) -> tuple[Sequence[TrainedLayer], int, int]:
+def attached(model: DiffusionModel, config: Config) -> tuple[Sequence[TrainedLayer], int, int, int]:
     """Put a fresh adapter of the same kind and shapes on the blueprint.
 
     Returns:
-        Its layers, how many numbers it has, and of how many there are copies, as several layers are computed
-        together.
+        Its layers, how many numbers it has, of how many there are copies, as several layers are computed
+        together, and the bytes that are alive at most while it is put there: PEFT looks at each layer's
+        weight, which a quantised one makes for that.
     """
     # starting values computed from the base's weights have the same shapes as any others
     with torch.device("meta"):  # no number is drawn
         fresh = create_adapter(model, config.adapter.model_copy(update={"init": "default"}), 0)
-    layers = attach_for_training(model, fresh, "planned", dropout=config.adapter.dropout)
+    with counting_memory() as memory:
+        layers = attach_for_training(model, fresh, "planned", dropout=config.adapter.dropout)
     together = config.adapter.init in ("default", "gaussian") and can_be_direct(model, layers)
     together = together and "joint" in chosen_paths(config.training.fast)
     count = copied = 0
@@ -164,7 +169,24 @@ def attached(model: DiffusionModel, config: Config) -> tuple[Sequence[TrainedLay
             parameter.requires_grad_(True)
         count += numbers
         copied += numbers if together and can_be_joined(module_at(model, layer.key)) else 0
-    return layers, count, copied
+    return layers, count, copied, memory.peak
+
+
+@contextmanager
+def judged_at_a_strength(model: DiffusionModel, layers: Sequence[TrainedLayer]) -> Iterator[int]:
+    """Have a blueprint draw as judging does, and give the bytes of the factors that are there for that.
+
+    See :func:`sdlora.adapters.folded.folded`: beside a quantised weight the update acts by itself, worked out
+    as large as the weight; what is in the other weights takes nothing.
+    """
+    with adapters_disabled(model), ExitStack() as acting:
+        size = 0
+        for layer in layers:
+            base = without_adapters(module_at(model, layer.key))
+            if isinstance(base, QuantisedLayer):
+                acting.enter_context(acting_update(base, "judged", layer.update, 1.0))
+                size += sum(4 * factor.numel() for factor in layer.update.tensors().values())
+        yield size
 
 
 def step_bytes(model: DiffusionModel, side: int, config: Config) -> tuple[int, int]:

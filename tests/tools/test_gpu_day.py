@@ -122,6 +122,8 @@ def test_the_jobs_of_the_day_take_every_path_in_the_order_of_their_value(tmp_pat
     assert all(set(each.needs) <= known for each in jobs)
     assert all(each.seconds < each.limit <= 580 for each in jobs if not each.skip)
     assert len(KINDS) > 12
+    rehearsed = {each.name: each.limit for each in all_jobs(Setting(tmp_path, "cpu"))}
+    assert rehearsed["exact-fp32"] == 4 * next(each.limit for each in jobs if each.name == "exact-fp32")
 
 
 @pytest.mark.parametrize("module", ["bases", "draw", "measure", "train", "watch"])

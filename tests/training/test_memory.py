@@ -16,6 +16,7 @@ from sdlora.adapters.attach import attach, create_adapter
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.errors import TrainingError
+from sdlora.events import Emitter
 from sdlora.families.attention import choose_attentions
 from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
@@ -27,6 +28,8 @@ from sdlora.training.memory import (
     refuse_what_cannot_fit,
 )
 from sdlora.training.memory_count import counting_memory
+from sdlora.training.run import prepare_run
+from sdlora.training.validation import measure
 from tools.measure_step import measure_memory, most_allocated
 from tools.measure_step import settings as run_settings
 
@@ -230,6 +233,35 @@ def test_the_plan_of_a_whole_run_is_within_15_percent_of_all_that_is_alive(run: 
     memory = measure_memory(config)
     assert memory.bytes > 50 * 2**20
     assert memory.ratio == pytest.approx(1, abs=0.15)
+
+
+FORMATS = ("full", "fp8", "nf4")
+
+
+@pytest.mark.parametrize("recompute", ["nothing", pytest.param("blocks", marks=pytest.mark.long)])
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_validation_is_planned_by_the_paths_that_it_is_computed_by(
+    targets: str, recompute: str, tmp_path: Path
+) -> None:
+    """Not by the reference: products together take more than PEFT's layers, convolutions of our own less."""
+    shares = {}
+    for base_format in FORMATS:
+        given = (f"adapter.targets={targets}", f"training.base_format={base_format}", "data.validation=1")
+        given += (f"training.recompute={recompute}", "training.device=cpu", "training.precision=fp32")
+        work = tmp_path / base_format
+        work.mkdir()
+        config = run_settings(
+            *("mini", work, "adapter.rank=8", "adapter.alpha=8", "training.batch_size=1"),
+            *("data.resolution=64", "judge.every=0", "training.steps=2", *given),
+            **{"count": 6, "side": 64},
+        )
+        run = prepare_run(config, resume=False, emit=Emitter(()))
+        run.fast.use(run.paths())
+        with run.loader, counting_memory() as memory:
+            assert len(measure(run)) == 1
+        plan = run.memory
+        shares[base_format] = (plan.phases["validation"] - plan.weights - plan.adapter) / memory.peak
+    assert shares == {name: pytest.approx(1, abs=0.05) for name in FORMATS}
 
 
 @pytest.mark.long

@@ -26,6 +26,8 @@ from .refusal_plays import refusals
 from .stage import PROMPTS, Scenario
 from .train_plays import (
     card_settings,
+    judged,
+    judging_out_of_memory,
     not_waiting,
     one_step,
     optimizers_resumed,
@@ -136,6 +138,7 @@ SCENARIOS: dict[str, Scenario] = {
     "whole-run": Scenario(whole_run, "training with validation and previews, stopped and resumed"),
     "oom-previews": Scenario(previews_out_of_memory, "previews that do not fit"),
     "oom-validation": Scenario(validation_out_of_memory, "validation that does not fit"),
+    "oom-judging": Scenario(judging_out_of_memory, "judging that does not fit"),
     "resume-optimizers": Scenario(
         optimizers_resumed, "the state of torch's and others' optimizers, taken back"
     ),
@@ -221,6 +224,28 @@ SCENARIOS: dict[str, Scenario] = {
             ("sd1", "SD1.5", 512, ("training.offload_blocks=9",), " and nine of them in main memory"),
             ("sd2", "SD2.1", 768, (), ""),
             ("sdxl", "SDXL", 1024, (), ""),
+        )
+    },
+    **{
+        f"{family}{ending}-judged": Scenario(
+            judged(family, f"data.resolution={side}", *settings, side=side),
+            f"a step of the true {title}{what}, judged, {side} px",
+        )
+        for family, ending, title, side, what, settings in (
+            ("sd1", "", "SD1.5", 512, "", ()),
+            ("sd1", "-fp8", "SD1.5", 512, " kept in fp8", ("training.base_format=fp8",)),
+            (
+                *("sd2", "-nf4", "SD2.1", 768, " kept in nf4, all layers, in bands"),
+                ("training.base_format=nf4", "adapter.targets=all", "training.autoencoder=banded"),
+            ),
+            ("sdxl", "", "SDXL", 1024, "", ("training.fast=off",)),
+            (
+                *("sdxl", "-small", "SDXL", 1024, " kept in fp8, in bands, blocks made again"),
+                (
+                    *("training.base_format=fp8", "training.autoencoder=banded"),
+                    *("training.recompute=blocks", 'training.fast="blocks, lora"'),
+                ),
+            ),
         )
     },
     "cuda1-train": Scenario(second_card, "training on cuda:1", (Card(), Card())),

@@ -59,8 +59,15 @@ class Scenario:
     cards: tuple[Card, ...] = (Card(),)
 
 
-def draw_images(folder: Path, count: int = 6, side: int = 96) -> Path:
-    """Draw captioned images of mixed shapes, no two alike, transparent around, unless they are there."""
+def draw_images(folder: Path, count: int = 6, side: int = 96, *, mixed: bool = True) -> Path:
+    """Draw captioned images, no two alike, transparent around, unless they are there.
+
+    Args:
+        folder: for the images and their captions.
+        count: of images.
+        side: the longer one of each, in px.
+        mixed: square, wide and high ones by turns, instead of square ones only.
+    """
     import random
 
     from PIL import Image, ImageDraw
@@ -68,7 +75,8 @@ def draw_images(folder: Path, count: int = 6, side: int = 96) -> Path:
     if not folder.is_dir():
         folder.mkdir(parents=True)
         for number in range(count):
-            width, height = [(side, side), (side, side * 2 // 3), (side * 2 // 3, side)][number % 3]
+            shapes = [(side, side), (side, side * 2 // 3), (side * 2 // 3, side)]
+            width, height = shapes[number % 3 if mixed else 0]
             image, chance = Image.new("RGBA", (width, height), (0, 0, 0, 0)), random.Random(number)
             for _ in range(12):
                 x, y = chance.randrange(width // 2), chance.randrange(height // 2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .stage import PROMPTS, Play, Stage, draw_images, only_card, train
@@ -76,7 +77,8 @@ def true_base(family: str, *overrides: str, side: int) -> Play:
 
         base = stage.folder / f"{family}.safetensors"
         write_hollow_checkpoint(base, family)
-        draw_images(stage.folder / "images", count=4, side=side)
+        # the plan reckons with images of the run's resolution, so the one that is held out must have it, too
+        draw_images(stage.folder / "images", side=side, mixed=False)
         with reading_zeros():
             train(
                 *(stage, "training.steps=1", "training.precision=bf16", "training.batch_size=1"),
@@ -86,6 +88,41 @@ def true_base(family: str, *overrides: str, side: int) -> Play:
         _plan_agrees(stage)
 
     return play
+
+
+_JUDGED = ("judge.every=1", "judge.share=1000", "judge.images=4", "judge.strengths=[1.0]")
+
+
+def judged(family: str, *overrides: str, side: int) -> Play:
+    """Return the same scenario with a run that judges itself; what it is judged by must be drawn."""
+
+    def play(stage: Stage) -> None:
+        with _images_that_differ():
+            true_base(family, *_JUDGED, *overrides, side=side)(stage)
+        assert "judging" in stage.facts["plan_by_peak"], stage.facts
+        assert len(stage.told("Judged")) == 1, _notices(stage)
+
+    return play
+
+
+@contextmanager
+def _images_that_differ() -> Iterator[None]:
+    """Have what the card made of true images look otherwise than what it drew, which is grey, all of it."""
+    import sdlora.training.judge as judge
+
+    original = judge.through_autoencoder
+
+    def noisy(model: Any, images: Sequence[Any], side: int | None = None) -> list[Any]:
+        from PIL import Image
+
+        seen = original(model, images, side)
+        return [Image.effect_noise(image.size, 20 + 9 * n).convert("RGB") for n, image in enumerate(seen)]
+
+    judge.through_autoencoder = noisy
+    try:
+        yield
+    finally:
+        judge.through_autoencoder = original
 
 
 def one_step(family: str, *overrides: str, side: int) -> Play:
@@ -182,6 +219,16 @@ def validation_out_of_memory(stage: Stage) -> None:
     skipped = [text for text in _notices(stage) if "for validation; skipped, and training continues" in text]
     counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Validated")}
     assert (len(skipped), counts) == (1, {"StepDone": 2, "Validated": 0}), (skipped, counts)
+
+
+def judging_out_of_memory(stage: Stage) -> None:
+    """Judging does not fit on the card: one notice, however often, and training continues."""
+    _refuse(stage, "judging")
+    train(stage, "training.precision=bf16", *_JUDGED)
+    skipped = [text for text in _notices(stage) if "skipped, and training continues" in text]
+    assert len(skipped) == 1 and "judging" in skipped[0], _notices(stage)
+    counts = {kind: len(stage.told(kind)) for kind in ("StepDone", "Judged")}
+    assert counts == {"StepDone": 2, "Judged": 0}, counts
 
 
 def _refuse(stage: Stage, phase: str) -> None:
