@@ -36,6 +36,18 @@ TEST_SETS = {
 }
 """Sets for tests only (package, version, digest, licence, owner, source): never committed or in a base."""
 
+STYLE_SETS = {
+    "monotone": (
+        "@iconify-json/emojione-monotone",
+        "1.2.1",
+        "sha512-cZSNcPsuiAD6HCzCh/2dYKGh3pNI0jJlxBxQWfC33cQsPtqYZqulGBvlkThXYNvDl8VxgVHT9u+izyX/yeEIkA==",
+        "CC-BY-4.0",
+        "EmojiOne",
+        "joypixels/emojione, the design in one colour",
+    ),
+}
+"""Further sets for tests only, which the judge of subjects did not learn from either."""
+
 
 @cache
 def all_sets() -> tuple[Any, ...]:
@@ -53,12 +65,13 @@ def drawer(which: str, icons: Path, side: int) -> Callable[[str], Image | None]:
     """Return a function that draws a subject (``ice-cream-cone``) in a set's hand, or None if it has none.
 
     Args:
-        which: name of one of :func:`all_sets`.
+        which: name of one of :func:`all_sets` or :data:`STYLE_SETS`.
         icons: where packages are kept; fetched there if missing.
         side: px.
     """
     tools = _tools()
-    package = _package(next(icon_set for icon_set in all_sets() if icon_set.key == which), icons)
+    known = (*all_sets(), *(tools.config.IconSet(name, *pins) for name, pins in STYLE_SETS.items()))
+    package = _package(next(icon_set for icon_set in known if icon_set.key == which), icons)
     names = dict(known_subjects())
 
     def draw(subject: str) -> Image | None:

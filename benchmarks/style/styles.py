@@ -18,7 +18,7 @@ from sdlora.data.reading.folder import ImageItem, load_pixels, scan
 from sdlora.errors import ConfigError
 from sdlora.files import replacing, write_text
 
-from . import icon_sets
+from . import icon_sets, restyled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -148,8 +148,20 @@ def _icons_of(name: str) -> Callable[[Path], Callable[[ImageItem], Image | None]
     return opened
 
 
+def _restyled(name: str) -> Callable[[Path], Callable[[ImageItem], Image | None]]:
+    def opened(icons: Path) -> Callable[[ImageItem], Image | None]:
+        change = restyled.styles()[name]
+        return lambda item: restyled.at_side(load_pixels(item), change)
+
+    return opened
+
+
+RESTYLED = ("night", "rose", "sepia", "dots", "hatching", "outlines", "soft")
+"""Styles of :mod:`restyled` that are there to be learned."""
+
 MADE: Mapping[str, Callable[[Path], Callable[[ImageItem], Image | None]]] = {
     "blueprint": _blueprints,
-    **{name: _icons_of(name) for name in icon_sets.TEST_SETS},
+    **{name: _icons_of(name) for name in (*icon_sets.TEST_SETS, *icon_sets.STYLE_SETS)},
+    **{name: _restyled(name) for name in RESTYLED},
 }
 """Styles that are made on the spot: name -> (folder of icon packages -> how an ink icon is redrawn)."""

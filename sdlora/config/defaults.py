@@ -20,6 +20,14 @@ USUAL_GUIDANCE = 7.0
 LEAST_STEPS_TO_JUDGE = 100
 """Shorter runs are not judged unless asked for."""
 
+RECOMMENDABLE = frozenset(
+    {
+        *("adapter.targets", "optimizer.lora_plus_ratio", "training.noise_offset", "training.min_snr_gamma"),
+        *("training.timestep_distribution", "data.caption_dropout"),
+    }
+)
+"""Settings with a default of their own that a base's recommendation may replace: how it learns, no more."""
+
 VALIDATION_SHARE = 0.1
 """Of the time of training, how much the measurements on held-out images may cost."""
 
@@ -133,6 +141,21 @@ class OpenSettings:
         # not validated here, as each rule's value has the right type; all are validated once, in final()
         changed = getattr(self.config, section).model_copy(update={name: value})
         self.config = self.config.model_copy(update={section: changed})
+
+    def take_recommended(self) -> None:
+        """Put what the base's author recommends in the place of defaults that the user left as they are.
+
+        Raises:
+            ModelError: if the base recommends an impossible value.
+        """
+        for key in sorted(RECOMMENDABLE & self.facts.recommended.keys()):
+            section, name = key.split(".")
+            # a file to continue from has layers of its own
+            settled = key == "adapter.targets" and self._given.adapter.from_file is not None
+            if settled or name in getattr(self._given, section).model_fields_set:
+                continue
+            if (value := self._recommended(key)) != self.config.get(key):
+                self.put(key, value, f"recommended by the base {self.facts.title}")
 
     def put(self, key: str, value: Any, reason: str) -> None:
         """Decide a setting whose default the user left as it was, which need not be None."""

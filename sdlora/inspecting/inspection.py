@@ -270,4 +270,6 @@ def _tags(text: str | None, limit: int = 24) -> tuple[tuple[str, int], ...]:
 
 def _known(entries: Mapping[str, str], key: str) -> str | None:
     value = entries.get(key, "None")
+    if key.endswith("_hash") and not set(value.lower()) <= set("0123456789abcdef"):
+        return None  # kohya's trainer writes words like `IsADirectory` for a base that it could not hash
     return None if value in ("None", "") else value

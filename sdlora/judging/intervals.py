@@ -27,11 +27,13 @@ def estimate(values: Sequence[float]) -> Estimate | None:
         return None
     mean = statistics.fmean(values)
     error = statistics.stdev(values) / math.sqrt(len(values))
-    degrees = len(values) - 1
+    half = student_quantile(len(values) - 1) * error
+    return Estimate(mean, mean - half, mean + half)
+
+
+def student_quantile(degrees: int) -> float:
+    """Return the 95 % quantile of Student's t, half of a 90 % interval, for 1 or more degrees of freedom."""
+    if degrees <= len(_QUANTILES):
+        return _QUANTILES[degrees - 1]
     # beyond the table: the first term of the expansion in 1/degrees (26.7.5 there)
-    quantile = (
-        _QUANTILES[degrees - 1]
-        if degrees <= len(_QUANTILES)
-        else _NORMAL + (_NORMAL**3 + _NORMAL) / (4 * degrees)
-    )
-    return Estimate(mean, mean - quantile * error, mean + quantile * error)
+    return _NORMAL + (_NORMAL**3 + _NORMAL) / (4 * degrees)

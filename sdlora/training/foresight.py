@@ -42,6 +42,7 @@ def foresee(config: Config, budget: int | None, images: tuple[int, int] | None =
     compute = Compute(_CARD, dtype_of(precision), Attentions(attention, attention))
     blueprint = make_base(config, compute, META)
     open_settings = OpenSettings(config, replace(base_facts(blueprint, "cuda")))
+    open_settings.take_recommended()
     fill_data(open_settings, sum(images) if images else USUAL_IMAGES)
     held = max(1, USUAL_IMAGES // 10) if open_settings.config.data.validation else 0
     learned, held = images or (USUAL_IMAGES - held, held)

@@ -105,6 +105,7 @@ def finalise(
     facts = base_facts(blueprint, compute.device.type, num_processes)
     check_components(config, facts)
     open_settings = OpenSettings(config, facts)
+    open_settings.take_recommended()
     _fill_compute(open_settings, compute)
     if blueprint.process.ends_in_noise and config.training.min_snr_gamma > 0:
         open_settings.say("training.loss_weighting", config.training.loss_weighting, _PURE_NOISE)

@@ -12,6 +12,7 @@ from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.data.batching.prepare import data_facts
 from sdlora.data.reading.folder import Dataset, ImageItem
+from sdlora.errors import ModelError
 
 
 def dataset(count: int) -> Dataset:
@@ -65,6 +66,38 @@ def test_the_user_wins_over_the_base_and_the_base_over_the_rule() -> None:
     assert resolved(base=base).optimizer.learning_rate == 2e-3
     assert resolved("optimizer.learning_rate=5e-5", base=base).optimizer.learning_rate == 5e-5
     assert resolved().optimizer.learning_rate == 1e-4
+
+
+def test_a_base_may_recommend_how_to_learn_where_the_user_left_a_default_alone() -> None:
+    base = facts(
+        **{
+            "adapter.targets": "all",
+            "optimizer.lora_plus_ratio": 4,
+            "output.dtype": "fp32",
+            "adapter.dropout": 1,
+        }
+    )
+    settings = OpenSettings(Config(), base)
+    settings.take_recommended()
+    config = settings.final()
+    assert config.adapter.targets == "all" and config.optimizer.lora_plus_ratio == 4.0
+    assert [default.key for default in settings.defaults] == ["adapter.targets", "optimizer.lora_plus_ratio"]
+    assert {default.reason for default in settings.defaults} == {"recommended by the base x"}
+    # nothing but how it learns is theirs to say
+    assert config.output == Config().output and config.adapter.dropout == 0
+
+    given = OpenSettings(load_config(None, ["adapter.targets=attention"]), base)
+    given.take_recommended()
+    assert given.final().adapter.targets == "attention"
+    continued = OpenSettings(load_config(None, ["adapter.from_file=style.safetensors"]), base)
+    continued.take_recommended()
+    assert continued.final().adapter.targets == Config().adapter.targets
+
+
+def test_an_impossible_recommendation_names_the_base_and_the_setting() -> None:
+    settings = OpenSettings(Config(), facts(**{"adapter.targets": "everything"}))
+    with pytest.raises(ModelError, match=r"x: its sdlora.json recommends `adapter.targets=everything`"):
+        settings.take_recommended()
 
 
 def test_few_images_limit_the_batch() -> None:

@@ -120,6 +120,18 @@ def test_the_header_alone_tells_the_same_without_reading_a_tensor(
     assert "--chart draws the norms" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word", ["IsADirectory", "NOFILE", "FileNotFound", "PermissionError"])
+def test_a_word_in_the_place_of_a_hash_is_none(word: str, weights: AdapterWeights, tmp_path: Path) -> None:
+    digest = "0123456789abcdef" * 4
+    for value, shown in ((word, None), (digest, digest)):
+        header = {**build_header(TrainingFacts(family=SD1, name="ink")), "ss_new_sd_model_hash": value}
+        target = tmp_path / f"{value[:6]}.safetensors"
+        write_adapter(
+            AdapterFile(weights, AdapterInfo("sd1", "ink", (), header)), "webui", target, torch.float16, SD1
+        )
+        assert inspect_adapter(target).settings.get("base SHA-256") == shown
+
+
 def test_a_hash_that_lies_is_told(weights: AdapterWeights, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_adapter(file_of(weights), "webui", path, torch.float16, SD1)

@@ -88,7 +88,11 @@ class Running:
         if hangs:
             self.signal(signal.SIGKILL)
         code = self._warm.ask({"wait": self.pid})
-        out, err = (file.read_text(encoding="utf-8", errors="replace") for file in self._streams)
+        # a command that was killed before it began has none
+        out, err = (
+            file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+            for file in self._streams
+        )
         return Ended(code, out, err + (f"\nTraceback: hangs for {PATIENCE:g} s" if hangs else ""))
 
 
