@@ -93,7 +93,8 @@ class Browser:
         field.click()
         field.send_keys(Keys.CONTROL, "a")
         self.driver.execute_cdp_cmd("Input.insertText", {"text": text})
-        field.send_keys(Keys.TAB)
+        # TAB would go to the next field, and a list there would open over what is pressed next
+        self.driver.execute_script("arguments[0].blur()", field)
 
     def image(self, file: Path, height: int = HEIGHT) -> None:
         """Write what the page shows from its top, as a PNG of few colours."""

@@ -97,6 +97,7 @@ VARIANTS = 6
 """Placings of each drawing that training draws from."""
 
 RECOMMENDED = {
+    "adapter.targets": "linear",
     "optimizer.learning_rate": 0.002,
     "training.batch_size": 8,
     "training.steps": 150,

@@ -32,7 +32,7 @@ from .warm import ROOT
 _MARK = "SDLORA_SOAK"
 _PAUSE = 60.0  # seconds between two rounds: people look at what they see
 _GROWTH = 1.1
-_PATIENCE = 180.0  # seconds that one action may take on a busy machine
+_PATIENCE = 600.0  # seconds that one action may take on a busy machine
 _FIELD = "{0} textarea, {0} input"
 
 
