@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sdlora.adapters.attach import attach, create_adapter
+from sdlora.adapters.folded import folded
 from sdlora.config.schema import Config
 from sdlora.config.toml import load_config
 from sdlora.errors import TrainingError
@@ -20,6 +21,7 @@ from sdlora.events import Emitter
 from sdlora.families.attention import choose_attentions
 from sdlora.families.base import SizeHint
 from sdlora.families.loading import load_model
+from sdlora.generation.render import GenerateRequest, encode_prompts, render
 from sdlora.training.masters import MasterWeights
 from sdlora.training.memory import (
     MemoryPlan,
@@ -262,6 +264,29 @@ def test_validation_is_planned_by_the_paths_that_it_is_computed_by(
         plan = run.memory
         shares[base_format] = (plan.phases["validation"] - plan.weights - plan.adapter) / memory.peak
     assert shares == {name: pytest.approx(1, abs=0.05) for name in FORMATS}
+
+
+@pytest.mark.long
+def test_judging_beside_a_quantised_base_is_planned_by_how_it_draws(tmp_path: Path) -> None:
+    """The update is worked out as large as each weight, which previews do not do."""
+    config = run_settings(
+        *("mini", tmp_path, "adapter.rank=8", "adapter.alpha=8", "training.batch_size=1"),
+        *("data.resolution=64", "judge.every=2", "training.steps=2", "adapter.targets=all"),
+        *("training.base_format=nf4", "training.device=cpu", "training.precision=fp32"),
+        **{"count": 6, "side": 64},
+    )
+    run = prepare_run(config, resume=False, emit=Emitter(()))
+    weights = run.masters()
+    factors = sum(4 * t.numel() for update in weights.updates.values() for t in update.tensors().values())
+    request = GenerateRequest("a fox", height=64, width=64, steps=1, guidance=4.0, sampler="ddim", seed=0)
+    with run.loader:
+        run.model.prepare(training=False, lean=True)
+        encoded = encode_prompts(run.model, [request.prompt, ""])
+        with folded(run.model, weights, 1.0), counting_memory() as memory:
+            assert len(render(run.model, [request], encoded=encoded)) == 1
+    counted = memory.peak + factors
+    plan = run.memory
+    assert (plan.phases["judging"] - plan.weights - plan.adapter) / counted == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.long
