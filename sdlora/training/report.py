@@ -90,7 +90,7 @@ def _settings(run: Run) -> Sequence[tuple[str, str]]:
         *("optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "training.batch_size"),
         *("training.precision", "training.seed", "judge.every", "judge.share"),
     )
-    values: list[tuple[str, Any]] = [("images", len(run.dataset.learned)), ("steps", run.step)]
+    values: list[tuple[str, Any]] = [("images trained on", len(run.dataset.learned)), ("steps", run.step)]
     values += [(key, config.get(key)) for key in keys]
     return [(name, str(value)) for name, value in values]
 

@@ -77,6 +77,32 @@ COMPOSED = (
     "12 settings taken. Nothing had to change.",
     *(f"Preset {preset.name}: {preset.about}. It changed:" for preset in presets() if not preset.users),
     *(preset.about for preset in presets() if not preset.users),
+    "The same prompts and seeds in every cell; below, its score with its 90 % interval. Click for large; "
+    "full images lie in the folder",
+    "Style: 0 looks like the base, 1 like the training images. Subject kept: 1 is the base\u2019s own drawing of "
+    "the same prompt and seed, 0 is like that of any other prompt. The score is their product. Drift: how "
+    "far prompts without the trigger word went towards the style.",
+    "beside this page.",
+    "Score by step",
+    "Held-out loss against the base by step",
+    "score, 90 % interval 0.55 to 0.66",
+    "0.61 (0.55 to 0.66)",
+    "step 100: 0.61 (0.55 to 0.66)",
+    "step 200 at strength 0.9",
+    "wine: step 200 at strength 0.9",
+    "200 of 300",
+    *(
+        f"score 0.61 (0.55 to 0.66): style 0.61{kept}; {word} the runner-up, step 100 at strength 1 "
+        "(0.60 (0.55 to 0.65))"
+        for kept in ("", ", subject kept 0.61")
+        for word in ("surely above", "not to be told from")
+    ),
+    *(f"score 0.61 (0.55 to 0.66): style 0.61{kept}" for kept in ("", ", subject kept 0.61")),
+    *(
+        f"the weights as learned have the score 0.61 (0.55 to 0.66), {word} their average's 0.60 "
+        f"(0.55 to 0.65): the {which} the adapter"
+        for word, which in (("surely above", "weights as learned are"), ("not surely above", "average is"))
+    ),
     "3 of 40 images",
     "cheese.png deleted",
     "3 images excluded",

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -35,6 +35,7 @@ from ..job_memory import MemoryWatch
 from ..job_process import process_of
 from ..job_record import Job
 from ..jobs import JobQueue
+from ..languages import translated_report
 from ..owner import Owner
 from ..progress import RunView
 from ..settings import data_settings
@@ -257,7 +258,9 @@ class _Own:
         if not page.is_file():
             return JSONResponse({"error": "this run has no report (any more)"}, 404)
         policy = "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-        return FileResponse(page, media_type="text/html", headers={"content-security-policy": policy})
+        text = await run_in_threadpool(page.read_text, encoding="utf-8", errors="replace")
+        shown = await run_in_threadpool(translated_report, text, request.query_params.get("lang", "en"))
+        return HTMLResponse(shown, headers={"content-security-policy": policy})
 
     def log(self, request: Request) -> dict[str, Any]:
         return {"text": self.queue.log(request.path_params["id"])}

@@ -113,7 +113,7 @@ class Jobs extends Live {
     const act = (what, extra = {}) => () => attempt(async () => { await ask(`jobs/${run.id}/${what}`, extra); await this.refresh(); });
     const can = (label, what, kind = "") => button(label, act(what), kind, { "data-what": what });
     const ended = ["stopped", "failed", "finished"].includes(run.status);
-    const report = run.reported ? el("a", { class: "sd-button", href: `/sdlora/jobs/${run.id}/report`, target: "_blank", rel: "noopener", "data-what": "report", title: run.best.reason }, "Report") : null;
+    const report = run.reported ? el("a", { class: "sd-button", href: `/sdlora/jobs/${run.id}/report?lang=${document.documentElement.lang}`, target: "_blank", rel: "noopener", "data-what": "report", title: run.best.reason }, "Report") : null;
     if (run.shell) return [el("div", { class: "sd-row" }, run.status === "running" ? [can("Stop and save", "stop", "primary"), can("Preview now", "sample"), can("Save now", "save")] : null, report, el("span", { class: "sd-dim" }, "started in a shell"))];
     return [el("div", { class: "sd-row" },
       run.status === "waiting" ? [button("Start now", () => this.startNow(run), "primary", { "data-what": "start" }), can("Remove from the queue", "stop")] : null,
