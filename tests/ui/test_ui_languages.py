@@ -79,9 +79,9 @@ COMPOSED = (
     *(preset.about for preset in presets() if not preset.users),
     "The same prompts and seeds in every cell; below, its score with its 90 % interval. Click for large; "
     "full images lie in the folder",
-    "Style: 0 looks like the base, 1 like the training images. Subject kept: 1 is the base\u2019s own drawing of "
-    "the same prompt and seed, 0 is like that of any other prompt. The score is their product. Drift: how "
-    "far prompts without the trigger word went towards the style.",
+    "Style: 0 looks like the base, 1 like the training images. Subject kept: 1 is the base\u2019s own "
+    "drawing of the same prompt and seed, 0 is like that of any other prompt. The score is their product. "
+    "Drift: how far prompts without the trigger word went towards the style.",
     "beside this page.",
     "Score by step",
     "Held-out loss against the base by step",
