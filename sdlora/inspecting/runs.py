@@ -43,6 +43,7 @@ class RunSummary:
         validation: (step, held-out loss).
         rates: (step, learning rate).
         gains: (step, (low, high)): held-out loss minus the base's, 90 % interval.
+        judged: what judging says at last: the best step, and its score at its best strength.
         seconds: that its last part took, if that ended.
     """
 
@@ -55,6 +56,7 @@ class RunSummary:
     validation: Sequence[tuple[int, float]] = ()
     rates: Sequence[tuple[int, float]] = ()
     gains: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    judged: tuple[int, float] | None = None
     seconds: float | None = None
 
     @property
@@ -86,6 +88,7 @@ class RunSummary:
             "loss": self.loss,
             "best_validation": None if best is None else {"step": best[0], "loss": best[1]},
             "best_against_base": None if best is None else self.gains.get(best[0]),
+            "judged": None if self.judged is None else {"step": self.judged[0], "score": self.judged[1]},
             "seconds": self.seconds,
         }
         if curves:
@@ -112,7 +115,7 @@ class RunTable:
     def render(self, *, width: int = 140) -> str:
         """Return a table for people, and below it the settings that differ."""
         table = Table(box=None, pad_edge=False)
-        for title in ("run", "state", "steps", "loss", "best validation", "at step", "against base"):
+        for title in ("run", "state", "steps", "loss", "best validation", "at step", "against base", "score"):
             table.add_column(title, overflow="fold", justify="left" if title in ("run", "state") else "right")
         for run in self.runs:
             best = run.best
@@ -123,7 +126,8 @@ class RunTable:
                 measured = (f"{best[1]:.5f}", str(best[0]), gain)
             loss = "" if run.loss is None else f"{run.loss:.5f}"
             total = "?" if run.steps is None else run.steps
-            table.add_row(str(run.folder), run.state, f"{run.step}/{total}", loss, *measured)
+            score = "" if run.judged is None else f"{run.judged[1]:.2f} (step {run.judged[0]})"
+            table.add_row(str(run.folder), run.state, f"{run.step}/{total}", loss, *measured, score)
         stream = io.StringIO()
         console = Console(file=stream, width=width, highlight=False)
         console.print(table)
@@ -215,6 +219,7 @@ def read_run(folder: Path) -> RunSummary:
     return RunSummary(
         *(folder, name, settings, told.steps, told.state, losses, validation, rates),
         gains=told.gains,
+        judged=told.judged,
         seconds=told.seconds,
     )
 
@@ -228,6 +233,15 @@ class _Told:
         self.state = "unfinished"
         self.points: dict[str, dict[int, float]] = {kind: {} for kind in _KINDS}
         self.gains: dict[int, tuple[float, float]] = {}
+        self.scores: dict[int, float] = {}
+        self.best_step: int | None = None
+
+    @property
+    def judged(self) -> tuple[int, float] | None:
+        """The best step as told last, and its score at its best strength."""
+        if self.best_step is None or self.best_step not in self.scores:
+            return None
+        return self.best_step, self.scores[self.best_step]
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Take one event in."""
@@ -238,6 +252,9 @@ class _Told:
                     kind: {step: value for step, value in points.items() if step <= first}
                     for kind, points in self.points.items()
                 }
+            case "Judged":
+                self.scores[int(event["step"])] = max(float(score["mean"]) for score in event["scores"])
+                self.best_step = int(event["best_step"])
             case "StepDone":
                 step = int(event["step"])
                 loss, rate = float(event["loss"]), float(event["learning_rate"])

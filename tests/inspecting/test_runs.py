@@ -11,7 +11,7 @@ from PIL import Image
 from sdlora.commands.cli import main
 from sdlora.config.toml import load_config, save_config
 from sdlora.errors import ConfigError, OutputError
-from sdlora.events import RunFinished, RunStarted, StepDone, Validated, to_json
+from sdlora.events import Estimate, Judged, RunFinished, RunStarted, StepDone, Validated, to_json
 from sdlora.inspecting.runs import compare_runs, list_runs, read_run
 from sdlora.run_folder import RunFolder
 
@@ -48,6 +48,20 @@ def test_runs_are_listed_with_best_validation_and_what_differs(tmp_path: Path) -
     assert "finished" in lines[1] and "30/30" in lines[1] and "2.00000" in lines[1]
     assert any(line.startswith("optimizer.name") and "lion" in line and "adamw" in line for line in lines)
     assert [run.name for run in list_runs(tmp_path / "a").runs] == ["a"]
+
+
+def test_the_score_that_judging_gave_is_listed(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "adapter.rank=4")
+    write_run(tmp_path / "b", "adapter.rank=4")
+    cells = tuple(Estimate(value, value - 0.1, value + 0.1) for value in (0.4, 0.6))
+    low = tuple(Estimate(value, 0.0, 0.5) for value in (0.2, 0.3))
+    with RunFolder(tmp_path / "a").events_file.open("a", encoding="utf-8") as stream:
+        stream.write(to_json(Judged(10, (0.5, 1.0), cells, 10, 1.0, "")) + "\n")
+        stream.write(to_json(Judged(20, (0.5, 1.0), low, 10, 1.0, "")) + "\n")
+    first, other = list_runs(tmp_path).runs
+    assert (first.judged, other.judged) == ((10, 0.6), None)
+    assert first.to_dict()["judged"] == {"step": 10, "score": 0.6}
+    assert "0.60 (step 10)" in list_runs(tmp_path).render().splitlines()[1]
 
 
 def test_steps_that_a_stopped_run_repeats_count_once_and_a_cut_line_is_passed_over(tmp_path: Path) -> None:

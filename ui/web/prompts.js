@@ -38,7 +38,7 @@ class Prompts extends Live {
     this.table.hidden = !this.rows.length;
     this.body.replaceChildren(...this.rows.map((row, number) => el("tr", {},
       el("td", {}, this.field(row, "prompt", "Prompt", { type: "text" })),
-      COLUMNS.map(([name, label, step]) => el("td", {}, this.field(row, name, label, { type: "number", step, min: name === "am" ? null : "0", placeholder: name === "am" ? "1" : "auto" }))),
+      COLUMNS.map(([name, label, step]) => el("td", {}, el("span", { class: "sd-col", "aria-hidden": "true" }, label), this.field(row, name, label, { type: "number", step, min: name === "am" ? null : "0", placeholder: name === "am" ? "1" : "auto" }))),
       el("td", {}, button("✕", () => { this.rows.splice(number, 1); this.draw(); this.send(); }, "sd-small", { "aria-label": "Remove this prompt", title: "Remove this prompt" })))));
   }
   field(row, name, label, more) {
