@@ -70,11 +70,11 @@ def translated_report(page: str, tag: str) -> str:
 
 def _shown(text: str, tag: str) -> str:
     plain = " ".join(unescape(text).split())
-    found = _translation(plain, tag, _DEPTH)
-    if found is None and plain.endswith("."):  # a remark of the program, made a sentence
-        found = _translation(plain[0].lower() + plain[1:-1], tag, _DEPTH)
-        found = None if found is None else f"{found}。"
-    return text if found is None else escape(found)
+    rendered = _translation(plain, tag, _DEPTH)
+    if rendered is None and plain.endswith("."):  # a remark of the program, made a sentence
+        rendered = _translation(plain[0].lower() + plain[1:-1], tag, _DEPTH)
+        rendered = None if rendered is None else f"{rendered}。"
+    return text if rendered is None else escape(rendered)
 
 
 def _translation(text: str, tag: str, depth: int) -> str | None:
