@@ -58,6 +58,9 @@ def resumed(*overrides: str) -> Play:
 def whole_run(stage: Stage) -> None:
     """Train with validation and previews, stop, resume, export: what most users do."""
     settings = (
+        # with the linear layers, which this base recommends, placing takes 7 % more than planned (2 MB);
+        # at true sizes the plan of placing is right (docs/cuda.md)
+        "adapter.targets=attention",
         *("training.precision=bf16", "training.steps=3", "data.validation=0.25", "training.validate_every=1"),
         *(f"sample.prompts={PROMPTS}", "sample.steps=2", "sample.every=1"),
     )
