@@ -1074,7 +1074,7 @@ def test_several_images_are_drawn_seen_large_and_linked_to(page: Page, wait: Cal
 # Every text in the document, folded ones too, but for what the queue says now, and fields that nobody sees.
 TEXTS = """
 const LEFT = "script, style, sd-jobs, #plan, #sd-said, [translate=no], [id^=chosen-], #try-run, #export-run, "
-  + "#clone-run, #import-png, #reset-setting, #use-masks, #tab-word";
+  + "#clone-run, #import-png, #reset-setting, #use-masks, #tab-word, #preview-rows";
 const texts = [], nodes = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (nodes.nextNode()) {
   const { data, parentElement } = nodes.currentNode;
